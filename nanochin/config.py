@@ -1,0 +1,269 @@
+"""Options and shapes: every knob of a run in one dataclass, its command line and TOML file, the model's shape.
+
+    python train.py [FILE.toml] [--key=value ...]      the command line beats the file beats the default
+
+argparse reads the command line and tomllib the file; the dataclass is the only place where an option is
+named, so `--help`, the error for a misspelt option and config.json cannot disagree with it. No torch here.
+"""
+
+import argparse
+import difflib
+import math
+import sys
+import tomllib
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can put right: printed as one line without a traceback, exit code 2."""
+
+
+def opt(default, help: str, *, choices: tuple | None = None, result: bool = True, positional: bool = False):
+    """One option: default, meaning, allowed values. `result=False`: it cannot change what is learned, so it
+    is left out of the run's identity (the hash in its name)."""
+    meta = {"help": help, "choices": choices, "result": result, "positional": positional}
+    return field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run. None means: derived, and printed with the reason before the run starts."""
+
+    # What to train: any two of budget, model and tokens give the third; budget alone asks the law.
+    budget: float | None = opt(None, "training FLOPs to spend, in the convention named by --flops")
+    model: str | None = opt(None, "width x layers, such as 256x4")
+    tokens: float | None = opt(None, "training tokens D")
+    flops: str = opt("physical", "FLOP convention of the budget",
+                     choices=("physical", "causal", "appendix_f", "table_a4", "6nd", "kaplan"))  # fmt: skip
+    law: str | None = opt(None, "laws.json of a fit; default: the constants of Besiroglu et al. 2024")
+    law_approach: int = opt(3, "which approach of laws.json chooses the model", choices=(1, 2, 3))
+
+    # Data.
+    data: tuple[str, ...] | None = opt(
+        None, "text to train on: python, python-all, or files, folders, globs (.txt .jsonl, also .gz .xz .zst)")  # fmt: skip
+    val: tuple[str, ...] | None = opt(None, "validation text; default: files named val*, else whole documents by hash")
+    val_bytes: int = opt(1 << 20, "validation text kept, in bytes (evenly spaced 64 KB blocks of it)")
+    tokenizer: str = opt("bytes", "bytes, bpe (our own, trained on the corpus), or a tiktoken name such as gpt2")
+    vocab_size: int | None = opt(None, "vocabulary; for bpe the size to train (default 4096), otherwise the tokenizer's")
+    seq_len: int | None = opt(None, "context length T in tokens")
+    cache: str = opt("cache", "folder of tokenised shards", result=False)
+
+    # Model: GPT as in Chinchilla by default; `--norm layernorm --positions learned --bias` is GPT-2,
+    # `--activation swiglu --tied=false` is Llama.
+    head_size: int | None = opt(None, "head size; default: the largest even divisor of the width up to 64")
+    ffn: int | None = opt(None, "feed-forward width; default 4C (swiglu: 8C/3 rounded up to a multiple of 8)")
+    norm: str = opt("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
+    positions: str = opt("rotary", "positions", choices=("rotary", "learned"))
+    activation: str = opt("gelu", "feed-forward activation", choices=("gelu", "relu2", "swiglu"))
+    bias: bool = opt(False, "biases in linear layers and in layernorm")
+    tied: bool = opt(True, "output matrix shared with the embedding")
+    qk_norm: bool = opt(False, "RMS-normalise queries and keys")
+
+    # Optimisation: None follows the numbered rules in nanochin/ladder.py.
+    optimizer: str = opt("adamw", "adamw (decoupled decay) or adam (L2 in the gradient)", choices=("adamw", "adam"))
+    lr: float | None = opt(None, "peak learning rate")
+    batch_tokens: int | None = opt(None, "tokens per optimizer step; a multiple of seq_len")
+    warmup_tokens: float | None = opt(None, "linear warm-up, in tokens")
+    beta1: float = opt(0.9, "Adam's beta1")
+    beta2: float | None = opt(None, "Adam's beta2")
+    weight_decay: float = opt(0.1, "weight decay, on matrices only")
+    clip: float = opt(1.0, "gradient norm is clipped to this; 0 = never")
+    z_loss: float = opt(0.0, "weight of the z-loss, log(Z)^2 (1e-4 is usual)")
+    schedule: str = opt("cosine", "learning-rate schedule", choices=("cosine", "wsd", "linear", "constant"))
+    cycle: float = opt(1.0, "length of the cosine as a multiple of the run (over 1 overshoots, Appendix B)")
+    final_lr: float | None = opt(None, "final fraction of the peak rate; default: cosine 0.1, wsd and linear 0")
+    cooldown: float = opt(0.2, "share of a wsd run spent in its 1-sqrt cooldown")
+    seed: int = opt(0, "seed of the weights and of the data order")
+
+    # Execution: how, not what.
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = opt("auto", "compute dtype (weights stay float32)", choices=("auto", "float32", "bfloat16"))
+    compile: str = opt("auto", "torch.compile; auto: on a GPU only", choices=("auto", "true", "false"), result=False)
+    micro_batch: int | None = opt(None, "sequences per forward pass; default: as many as fit", result=False)
+    threads: int | None = opt(None, "CPU threads; default: torch's choice", result=False)
+
+    # The run's folder.
+    name: str | None = opt(None, "name of the run; default: a stem and a hash of the options", result=False)
+    out: str = opt("runs", "folder of all runs", result=False)
+    branch_from: str | None = opt(None, "RUN@STEP: start from another run's checkpoint (cooldowns)")
+    log_every: int | None = opt(None, "steps between log lines; default: 200 lines a run", result=False)
+    eval_every: int = opt(0, "steps between evaluations; 0 = at the end only", result=False)
+    save_every: float = opt(60.0, "seconds between checkpoints; 0 = at the end only", result=False)
+    save_steps: tuple[int, ...] = opt((), "extra steps at which to save a checkpoint, and keep it", result=False)
+    keep: int = opt(2, "newest checkpoints to keep", result=False)
+    sample_tokens: int = opt(256, "tokens of the sample printed at the end; 0 = none", result=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model's shape
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that fixes a model's parameters. Made by `make_shape`, which fills the defaults and checks them."""
+
+    width: int  # C
+    layers: int
+    vocab_size: int  # V
+    seq_len: int  # T; a parameter count only with learned positions
+    head_size: int  # D
+    ffn: int  # F
+    norm: str = "rmsnorm"
+    positions: str = "rotary"
+    activation: str = "gelu"
+    bias: bool = False
+    tied: bool = True
+    qk_norm: bool = False
+
+    @property
+    def heads(self) -> int:
+        return self.width // self.head_size
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.layers}"
+
+
+def make_shape(width: int, layers: int, *, vocab_size: int, seq_len: int, head_size: int | None = None,
+               ffn: int | None = None, **options) -> Shape:  # fmt: skip
+    """Shape with its defaults filled in.
+
+    Raises UserError for sizes below 1, a width that the head size does not divide, an odd head size.
+    """
+    for name, value in (("width", width), ("layers", layers), ("vocab-size", vocab_size), ("seq-len", seq_len),
+                        ("head-size", head_size), ("ffn", ffn)):  # fmt: skip
+        if value is not None and (value != int(value) or not 1 <= value < 2**31):
+            raise UserError(f"--{name} {value}: must be a whole number from 1 to 2^31")
+    if head_size is None:
+        head_size = default_head_size(width)
+    if head_size % 2 or width % head_size:
+        raise UserError(f"--head-size {head_size}: must be even and divide the width {width}")
+    if ffn is None:
+        ffn = 4 * width if options.get("activation") != "swiglu" else 8 * math.ceil(width / 3)
+    return Shape(width, layers, vocab_size, seq_len, head_size, ffn, **options)
+
+
+def default_head_size(width: int) -> int:
+    """The largest even divisor of the width up to 64; an odd width has none."""
+    sizes = [d for d in range(2, min(64, width) + 1, 2) if width % d == 0]
+    if not sizes:
+        raise UserError(f"width {width}: must be even, so that heads can be rotated in pairs")
+    return sizes[-1]
+
+
+def parse_model(text: str) -> tuple[int, int]:
+    """'256x4' -> (256, 4): width x layers. Raises UserError for any other form."""
+    try:
+        width, layers = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise UserError(f"--model {text}: expected width x layers, such as 256x4") from None
+    return width, layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line and TOML file
+
+
+def parse(cls, argv: list[str] | None = None, *, prog: str, description: str, file: bool = False):
+    """Read the options of dataclass `cls` from `argv` (default: sys.argv) and, with `file`, from a TOML file
+    given first. Prints `--help` generated from the dataclass; a mistake is one line on stderr and exit code 2.
+    """
+    parser = _parser(cls, prog, description, file)
+    given = _read(parser, sys.argv[1:] if argv is None else argv)
+    if path := given.pop("file", None):
+        # The file is one more command line, read first: same types, same checks, errors that name the file.
+        in_file = _parser(cls, f"{prog}: {path}", description, file=False)
+        given = _read(in_file, _toml_arguments(path, in_file)) | given
+    return cls(**given)
+
+
+def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentParser:
+    positional = [f.name.upper() for f in fields(cls) if f.metadata["positional"]]
+    usage = " ".join([prog, *(["[FILE.toml]"] if file else []), *positional, "[--key=value ...]"])
+    parser = _OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False,
+                            argument_default=argparse.SUPPRESS)  # fmt: skip
+    if file:
+        parser.add_argument("file", nargs="?", metavar="FILE.toml", help="options in TOML, one `key = value` a line")
+    hints = typing.get_type_hints(cls)
+    for f in fields(cls):
+        kind = _value_type(hints[f.name])
+        many = typing.get_origin(kind) is tuple
+        kind = typing.get_args(kind)[0] if many else kind
+        default = "" if f.default in (None, MISSING, ()) else f" (default: {f.default})"
+        spec = {"help": (f.metadata["help"] + default).replace("%", "%%"), "choices": f.metadata["choices"]}
+        spec["type"] = {int: _read_int, float: _read_float, bool: _read_bool}.get(kind, str)
+        spec["metavar"] = None if spec["choices"] else {str: "TEXT"}.get(kind, kind.__name__.upper())
+        if f.metadata["positional"]:
+            parser.add_argument(f.name, **spec | {"metavar": f.name.upper()})
+        elif kind is bool:  # --bias, --bias=true and --bias=false
+            parser.add_argument(_flag(f.name), nargs="?", const=True, **spec)
+        else:
+            parser.add_argument(_flag(f.name), **spec, **({"nargs": "+"} if many else {}))
+    return parser
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line that names the option, the value and where to look."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        message = message.removeprefix("argument ")
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def _read(parser: argparse.ArgumentParser, argv: list[str]) -> dict:
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+        close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1, cutoff=0.5)
+        parser.error(f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else ""))
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in vars(given).items()}
+
+
+def _toml_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """{'vocab-size': 4096, 'data': ['a', 'b']} -> ['--vocab-size=4096', '--data', 'a', 'b']"""
+    try:
+        table = tomllib.loads(Path(path).read_text())
+    except OSError as error:
+        parser.error(error.strerror)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        parser.error(f"not TOML: {error}")
+    argv = []
+    for key, value in table.items():
+        argv += [_flag(key), *map(str, value)] if isinstance(value, list) else [f"{_flag(key)}={value}"]
+    return argv
+
+
+def _value_type(hint):
+    """`float | None` -> float."""
+    if isinstance(hint, types.UnionType):
+        hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
+    return hint
+
+
+def _read_int(text: str) -> int:
+    number = _read_float(text)  # counts may be written 2e8
+    if number != int(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(number)
+
+
+def _read_float(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return number
+
+
+def _read_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return text.lower() == "true"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
