@@ -43,11 +43,11 @@ class Config:
 
     # Data.
     data: tuple[str, ...] | None = opt(
-        None, "text to train on: python, python-all, or files, folders, globs (.txt .jsonl, also .gz .xz .zst)")  # fmt: skip
+        None, "text: python, python-all, or files, folders, globs (.txt .jsonl, also .gz .xz .zst)")  # fmt: skip
     val: tuple[str, ...] | None = opt(None, "validation text; default: files named val*, else whole documents by hash")
     val_bytes: int = opt(1 << 20, "validation text kept, in bytes (evenly spaced 64 KB blocks of it)")
     tokenizer: str = opt("bytes", "bytes, bpe (our own, trained on the corpus), or a tiktoken name such as gpt2")
-    vocab_size: int | None = opt(None, "vocabulary; for bpe the size to train (default 4096), otherwise the tokenizer's")
+    vocab_size: int | None = opt(None, "vocabulary; for bpe the size to train (default 4096), else the tokenizer's")
     seq_len: int | None = opt(None, "context length T in tokens")
     cache: str = opt("cache", "folder of tokenised shards", result=False)
 
