@@ -1,0 +1,47 @@
+"""The operations that the model is made of, and the one place that chooses who computes them.
+
+`kernels.attention` and its sisters are what model.py calls. `backend()` says which implementation they are and
+why; `use("reference")` swaps in another one for the length of a `with` block (tests, FLOP counting).
+"""
+
+import importlib
+from contextlib import contextmanager
+
+import torch
+
+from kernels.fallback import (
+    activation,
+    add_layer_norm,
+    add_rms_norm,
+    attention,
+    layer_norm,
+    linear_cross_entropy,
+    rms_norm,
+    rotary,
+    swiglu,
+)
+
+OPERATIONS = ("activation", "add_layer_norm", "add_rms_norm", "attention", "layer_norm", "linear_cross_entropy",
+              "rms_norm", "rotary", "swiglu")  # fmt: skip
+__all__ = [*OPERATIONS, "backend", "use"]
+
+
+def backend(device: torch.device) -> tuple[str, str]:
+    """(name, why) of what computes the operations on this device."""
+    if importlib.util.find_spec("triton") is None:
+        return "fallback", "PyTorch operations: triton is not installed (it has no build for this platform)"
+    if device.type != "cuda":
+        return "fallback", f"PyTorch operations: Triton kernels need a CUDA device, this is {device.type}"
+    return "fallback", "PyTorch operations: this version has no Triton kernels yet"
+
+
+@contextmanager
+def use(name: str):
+    """Compute every operation by `kernels.<name>` ("reference" or "fallback") inside the block."""
+    module = importlib.import_module(f"kernels.{name}")
+    before = {op: globals()[op] for op in OPERATIONS}
+    globals().update({op: getattr(module, op) for op in OPERATIONS})
+    try:
+        yield
+    finally:
+        globals().update(before)

@@ -1,0 +1,100 @@
+"""The explicit mathematics of every operation: slow, memory-hungry, right in any dtype (tests run it in float64).
+
+Nothing here is fused or clever, so this is also the place to read what an operation means. Same signatures as
+`kernels`; the Triton kernels and the PyTorch fallback are tested against these functions.
+"""
+
+import torch
+from torch import Tensor
+
+
+def attention(qkv: Tensor, n_heads: int) -> Tensor:
+    """Causal self-attention, softmax(Q K^T / sqrt(D)) V, on packed qkv (B, T, 3C) -> (B, T, C)."""
+    B, T, C3 = qkv.shape
+    D = C3 // 3 // n_heads
+    q, k, v = qkv.view(B, T, 3, n_heads, D).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+    scores = (q @ k.transpose(-2, -1)) * D**-0.5  # (B, H, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return (weights @ v).transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False) -> Tensor:
+    """Rotary positions 0..T-1 on the queries and keys of packed qkv (B, T, 3C), in the halves convention of
+    GPT-NeoX and Llama: (x1, x2) -> (x1 cos - x2 sin, x1 sin + x2 cos), frequency i = theta^(-2i/D).
+
+    `qk_norm` first divides each query and key head by its root mean square; `theta` None does only that.
+    """
+    B, T, C3 = qkv.shape
+    D = C3 // 3 // n_heads
+    q, k, v = qkv.view(B, T, 3, n_heads, D).unbind(2)  # each (B, T, H, D)
+    if qk_norm:
+        q, k = (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
+    if theta is not None:
+        cos, sin = rotary_table(T, D, theta, qkv.device)
+        cos, sin = cos[:, None].to(qkv.dtype), sin[:, None].to(qkv.dtype)  # (T, 1, D/2)
+        halves = [x.chunk(2, dim=-1) for x in (q, k)]
+        q, k = (torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1) for x1, x2 in halves)
+    return torch.stack((q, k, v), dim=2).view(B, T, C3)
+
+
+def rotary_table(T: int, D: int, theta: float, device) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, (T, D/2) each, computed in float64 and kept in float32."""
+    frequency = theta ** (-torch.arange(0, D, 2, device="cpu", dtype=torch.float64) / D)
+    angle = torch.arange(T, device="cpu", dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float().to(device), angle.sin().float().to(device)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / rms(x) * weight over the last dimension."""
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / std * weight + bias over the last dimension."""
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual)."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual)."""
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    """`gelu` (tanh form), `relu2` (ReLU squared): (..., F) -> (..., F); `swiglu`: (..., 2F) -> (..., F)."""
+    if kind == "gelu":
+        return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    if kind == "relu2":
+        return x.clamp(min=0).square()
+    return swiglu(x)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up, gate and up being the two halves of the last dimension: (..., 2F) -> (..., F)."""
+    gate, up = x.chunk(2, dim=-1)
+    return gate * gate.sigmoid() * up
+
+
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
+) -> Tensor:
+    """Mean over the targets that are not `ignore_index` of -log softmax(h weight^T)[target] + z_loss log(Z)^2.
+
+    h (M, C), weight (V, C), targets (M,) -> scalar. No target at all gives 0, not NaN.
+    """
+    keep = targets != ignore_index
+    logits = (h @ weight.T)[keep]  # (kept, V)
+    log_z = logits.logsumexp(-1)
+    nll = log_z - logits.gather(1, targets[keep][:, None])[:, 0]
+    return (nll + z_loss * log_z.square()).sum() / keep.sum().clamp(min=1)

@@ -1,0 +1,161 @@
+"""The model: a decoder-only transformer, written to be read.
+
+Like Chinchilla by default: pre-norm RMSNorm, rotary positions, a GELU feed-forward of 4C, no biases, one matrix
+for embedding and output. Other members of the family are options of `Shape`, not other files: `layernorm`,
+`learned` positions and biases make GPT-2; `swiglu` and an untied head make Llama; `qk_norm`, `relu2`.
+
+References: Hoffmann et al. 2022 (Chinchilla); Radford et al. 2019 (GPT-2) and its rewriting in karpathy/nanoGPT;
+Su et al. 2021 (rotary positions); Zhang & Sennrich 2019 (RMSNorm).
+
+B batch, T sequence, C width, H heads, D head size, F feed-forward width, V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from nanochin.config import Shape
+
+
+class Linear(nn.Linear):
+    """Keeps its weight in float32 and multiplies in the dtype of its input (bf16 on a GPU), without autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    """`forward(x)` normalises; `add(x, residual)` normalises x + residual and returns that sum too."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape.width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.rms_norm(x, self.weight)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.add_rms_norm(x, residual, self.weight)
+
+
+class LayerNorm(nn.Module):
+    """The same for LayerNorm, whose bias is optional."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape.width))
+        self.bias = nn.Parameter(torch.zeros(shape.width)) if shape.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.layer_norm(x, self.weight, self.bias)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.add_layer_norm(x, residual, self.weight, self.bias)
+
+
+class Rotary(nn.Module):
+    """Rotates (and with qk_norm normalises) the queries and keys of packed qkv (B, T, 3C). No parameters."""
+
+    theta = 10_000.0
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.heads, self.qk_norm = shape.heads, shape.qk_norm
+        self.frequencies = self.theta if shape.positions == "rotary" else None
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        return kernels.rotary(qkv, self.heads, self.frequencies, self.qk_norm)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        C = shape.width
+        self.heads = shape.heads
+        self.qkv = Linear(C, 3 * C, bias=shape.bias)
+        self.place = Rotary(shape) if shape.positions == "rotary" or shape.qk_norm else nn.Identity()
+        self.out = Linear(C, C, bias=shape.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.place(self.qkv(x))  # (B, T, 3C)
+        return self.out(kernels.attention(qkv, self.heads))  # (B, T, C)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, shape: Shape):
+        super().__init__()
+        C, F = shape.width, shape.ffn
+        self.kind = shape.activation
+        self.up = Linear(C, 2 * F if self.kind == "swiglu" else F, bias=shape.bias)
+        self.down = Linear(F, C, bias=shape.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(kernels.activation(self.up(x), self.kind))
+
+
+class Block(nn.Module):
+    """Takes the residual stream x and its normalised copy h, gives back both, so that each residual addition
+    and the norm that follows it are one operation. `norm2` is thus what textbooks call the next block's first
+    norm; the last block's is the final norm."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        norm = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[shape.norm]
+        self.attention = Attention(shape)
+        self.norm1 = norm(shape)
+        self.feed_forward = FeedForward(shape)
+        self.norm2 = norm(shape)
+
+    def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        h, x = self.norm1.add(self.attention(h), x)
+        return self.norm2.add(self.feed_forward(h), x)
+
+
+class GPT(nn.Module):
+    """`model(tokens, targets)` is the mean loss in nats; `model(tokens)` the logits.
+
+    Weights are float32, made on the CPU from `seed` alone, so the same run starts the same on every device;
+    activations are `dtype`.
+    """
+
+    def __init__(self, shape: Shape, *, dtype: torch.dtype = torch.float32, seed: int = 0, z_loss: float = 0.0):
+        super().__init__()
+        self.shape, self.dtype, self.z_loss = shape, dtype, z_loss
+        self.embed = nn.Embedding(shape.vocab_size, shape.width)
+        self.positions = nn.Embedding(shape.seq_len, shape.width) if shape.positions == "learned" else None
+        self.norm = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[shape.norm](shape)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        self.head = self.embed if shape.tied else Linear(shape.width, shape.vocab_size, bias=False)
+        self.init_weights(seed)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Matrices normal with deviation sqrt(2 / (5 C)) (Nguyen & Salazar 2019, "SmallInit"; GPT-2's 0.02 is its
+        value at C = 1000), the two that write to the residual stream divided by sqrt(2 layers) (GPT-2); norms 1,
+        biases 0."""
+        generator = torch.Generator().manual_seed(seed)
+        std = (2 / (5 * self.shape.width)) ** 0.5
+        for name, parameter in self.named_parameters():
+            if parameter.ndim < 2:
+                continue
+            to_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+            scale = (2 * self.shape.layers) ** -0.5 if to_residual else 1.0
+            parameter.normal_(0.0, std * scale, generator=generator)
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """tokens (B, T), targets (B, T) with -1 where there is none -> loss; without targets logits (B, T, V)."""
+        x = self.embed(tokens).to(self.dtype)  # (B, T, C)
+        if self.positions is not None:
+            x = x + self.positions.weight[: tokens.shape[1]].to(self.dtype)
+        h = self.norm(x)
+        for block in self.blocks:
+            h, x = block(h, x)
+        weight = self.head.weight.to(self.dtype)  # (V, C)
+        if targets is None:
+            return F.linear(h, weight).float()
+        return kernels.linear_cross_entropy(h.flatten(0, 1), weight, targets.flatten(), z_loss=self.z_loss)
