@@ -4,7 +4,7 @@
 why; `use("reference")` swaps in another one for the length of a `with` block (tests, FLOP counting).
 """
 
-import importlib
+import importlib.util
 from contextlib import contextmanager
 
 import torch
@@ -21,9 +21,20 @@ from kernels.fallback import (
     swiglu,
 )
 
-OPERATIONS = ("activation", "add_layer_norm", "add_rms_norm", "attention", "layer_norm", "linear_cross_entropy",
-              "rms_norm", "rotary", "swiglu")  # fmt: skip
-__all__ = [*OPERATIONS, "backend", "use"]
+__all__ = [
+    "activation",
+    "add_layer_norm",
+    "add_rms_norm",
+    "attention",
+    "backend",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+    "use",
+]
+OPERATIONS = [name for name in __all__ if name not in ("backend", "use")]
 
 
 def backend(device: torch.device) -> tuple[str, str]:
