@@ -14,8 +14,8 @@ def make_optimizer(
     """Adam over two parameter groups: matrices, which decay, and vectors (norms, biases), which do not.
 
     `adamw` takes lr * weight_decay * w off the weight (Loshchilov & Hutter 2019), `adam` adds weight_decay * w to
-    the gradient (L2); Hoffmann et al. 2022 compare the two (section 4.1). One fused kernel a step where we know torch to
-    have it.
+    the gradient (L2); Hoffmann et al. 2022, section 4.1, compare the two. One fused kernel a step where we know
+    torch to have it.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
