@@ -20,12 +20,24 @@ from pathlib import Path
 class UserError(Exception):
     """Something the user can put right: printed as one line without a traceback, exit code 2."""
 
+    code = 2
+
+
+class RunError(UserError):
+    """Something that went wrong while running (disk full, loss not a number): one line as well, exit code 1."""
+
+    code = 1
+
 
 def opt(default, help: str, *, choices: tuple | None = None, result: bool = True, positional: bool = False):
     """One option: default, meaning, allowed values. `result=False`: it cannot change what is learned, so it
-    is left out of the run's identity (the hash in its name)."""
+    is left out of the run's identity (the hash in its name), or that something resolved from it stands there instead
+    (the data's fingerprint for its path, model and tokens for the budget)."""
     meta = {"help": help, "choices": choices, "result": result, "positional": positional}
     return field(default=default, metadata=meta)
+
+
+FLOP_CONVENTIONS = ("physical", "causal", "appendix_f", "table_a4", "6nd", "kaplan")  # counted in flops.py
 
 
 @dataclass(frozen=True)
@@ -33,19 +45,20 @@ class Config:
     """One training run. None means: derived, and printed with the reason before the run starts."""
 
     # What to train: any two of budget, model and tokens give the third; budget alone asks the law.
-    budget: float | None = opt(None, "training FLOPs to spend, in the convention named by --flops")
+    budget: float | None = opt(None, "training FLOPs to spend, in the convention named by --flops", result=False)
     model: str | None = opt(None, "width x layers, such as 256x4")
     tokens: float | None = opt(None, "training tokens D")
-    flops: str = opt("physical", "FLOP convention of the budget",
-                     choices=("physical", "causal", "appendix_f", "table_a4", "6nd", "kaplan"))  # fmt: skip
-    law: str | None = opt(None, "laws.json of a fit; default: the constants of Besiroglu et al. 2024")
-    law_approach: int = opt(3, "which approach of laws.json chooses the model", choices=(1, 2, 3))
+    flops: str = opt("physical", "FLOP convention of the budget", choices=FLOP_CONVENTIONS, result=False)
+    law: str | None = opt(None, "laws.json of a fit; default: the constants of Besiroglu et al. 2024", result=False)
+    law_approach: int = opt(3, "which approach of laws.json chooses the model", choices=(1, 2, 3), result=False)
 
     # Data.
     data: tuple[str, ...] | None = opt(
-        None, "text: python, python-all, or files, folders, globs (.txt .jsonl, also .gz .xz .zst)")  # fmt: skip
-    val: tuple[str, ...] | None = opt(None, "validation text; default: files named val*, else whole documents by hash")
-    val_bytes: int = opt(1 << 20, "validation text kept, in bytes (evenly spaced 64 KB blocks of it)")
+        None, "text: python, python-all, or files, folders, globs (.txt .jsonl, also .gz .xz .zst)", result=False)  # fmt: skip
+    val: tuple[str, ...] | None = opt(
+        None, "validation text; default: files named val*, else documents by hash", result=False
+    )
+    val_bytes: int = opt(1 << 20, "validation text kept, in bytes (evenly spaced 64 KB blocks of it)", result=False)
     tokenizer: str = opt("bytes", "bytes, bpe (our own, trained on the corpus), or a tiktoken name such as gpt2")
     vocab_size: int | None = opt(None, "vocabulary; for bpe the size to train (default 4096), else the tokenizer's")
     seq_len: int | None = opt(None, "context length T in tokens")
@@ -79,7 +92,7 @@ class Config:
     seed: int = opt(0, "seed of the weights and of the data order")
 
     # Execution: how, not what.
-    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps")
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps", result=False)
     dtype: str = opt("auto", "compute dtype (weights stay float32)", choices=("auto", "float32", "bfloat16"))
     compile: str = opt("auto", "torch.compile; auto: on a GPU only", choices=("auto", "true", "false"), result=False)
     micro_batch: int | None = opt(None, "sequences per forward pass; default: as many as fit", result=False)

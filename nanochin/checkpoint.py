@@ -1,0 +1,150 @@
+"""Checkpoints that are whole or absent, and a resumed run that ends in the same bits as an uninterrupted one.
+
+    checkpoints/step-N/model.safetensors      float32 weights
+                       optimizer.safetensors  Adam's moments by parameter name, random-number state
+                       state.json             step, counters, SHA-256 of the other two
+
+Written as step-N.tmp, fsynced, renamed; older ones are deleted only after that. No pickle anywhere.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nanochin.config import UserError
+from nanochin.runs import fsync_folder, read_json, write_file, writing
+
+
+def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Write checkpoint `step` of the run; `state` is any JSON object. Raises RunError if the disk refuses."""
+    final = run / "checkpoints" / f"step-{step}"
+    if final.exists():
+        return
+    aside = final.with_name(final.name + ".tmp")
+    last = newest(run)
+    remark = f"; the last good checkpoint is {last}" if last else "; there is no earlier checkpoint"
+    with writing(final, remark):
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            tensors = {"model": _model_tensors(model), "optimizer": _optimizer_tensors(model, optimizer)}
+            digests = {}
+            for part, named in tensors.items():
+                path = aside / f"{part}.safetensors"
+                _save_tensors(named, path)
+                digests[path.name] = _sha256(path)
+            text = json.dumps({"step": step, **state, "sha256": digests}, indent=1)
+            write_file(aside / "state.json", text.encode())
+            os.rename(aside, final)
+            fsync_folder(final.parent)
+        except OSError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+
+def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """Fill the model (and the optimizer) from a checkpoint folder and return its state.
+
+    Raises UserError naming the file if one is missing, truncated or changed.
+    """
+    state = verify(folder)
+    device = next(model.parameters()).device
+    model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)), strict=False)
+    if optimizer is not None:
+        tensors = load_file(folder / "optimizer.safetensors")
+        torch.set_rng_state(tensors.pop("rng"))
+        if "rng.cuda" in tensors:
+            rng = tensors.pop("rng.cuda")
+            if device.type == "cuda":
+                torch.cuda.set_rng_state(rng, device)
+        moments: dict[str, dict] = {}
+        for key, tensor in tensors.items():
+            name, field = key.rsplit("/", 1)
+            moments.setdefault(name, {})[field] = tensor
+        for name, parameter in model.named_parameters():
+            optimizer.state[parameter] = {
+                field: tensor if field == "step" and not _step_on_device(optimizer) else tensor.to(parameter.device)
+                for field, tensor in moments[name].items()
+            }
+    return state
+
+
+def verify(folder: Path) -> dict:
+    """The state of a checkpoint whose files are as they were written; raises UserError naming the one that is not."""
+    state = read_json(folder / "state.json")
+    for name, digest in state["sha256"].items():
+        path = folder / name
+        if not path.exists():
+            raise UserError(f"{path}: missing; delete {folder} to go on from an older checkpoint")
+        if _sha256(path) != digest:
+            raise UserError(f"{path}: truncated or corrupted (SHA-256 differs); delete {folder} to go on without it")
+    return state
+
+
+def newest(run: Path) -> Path | None:
+    """The checkpoint with the most steps, or None. Leftovers named .tmp are not checkpoints."""
+    found = sorted((run / "checkpoints").glob("step-*[0-9]"), key=_step_of)
+    return found[-1] if found else None
+
+
+def newest_valid(run: Path, warn) -> Path | None:
+    """The newest checkpoint that verifies; `warn(message)` is told of each broken one that is passed over."""
+    for folder in sorted((run / "checkpoints").glob("step-*[0-9]"), key=_step_of, reverse=True):
+        try:
+            verify(folder)
+            return folder
+        except UserError as error:
+            warn(str(error))
+    return None
+
+
+def prune(run: Path, keep: int, always: tuple[int, ...] = ()) -> None:
+    """Delete all but the newest `keep` checkpoints and those of the steps in `always`; and leftovers of a kill."""
+    found = sorted((run / "checkpoints").glob("step-*[0-9]"), key=_step_of)
+    for folder in found[: -max(keep, 1)]:
+        if _step_of(folder) not in always:
+            shutil.rmtree(folder, ignore_errors=True)
+    for leftover in (run / "checkpoints").glob("step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}  # tied matrix once
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors = {"rng": torch.get_rng_state()}
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
+    for name, parameter in model.named_parameters():
+        for field, value in optimizer.state[parameter].items():
+            tensors[f"{name}/{field}"] = value.detach().contiguous()
+    return tensors
+
+
+def _step_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """torch keeps Adam's step counter on the parameters' device only when fused or capturable."""
+    group = optimizer.param_groups[0]
+    return bool(group.get("fused") or group.get("capturable"))
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file(tensors, path)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

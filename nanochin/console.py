@@ -1,0 +1,97 @@
+"""What a run says: a table of what was chosen and why, a progress bar with its ETA on a terminal, plain lines
+every few seconds elsewhere."""
+
+import sys
+import time
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def table(title: str, rows: list[tuple[str, str, str]]) -> None:
+    """Print rows of (what, value, why)."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
+    for style in ("dim", "bold", ""):
+        grid.add_column(style=style, overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    # Elsewhere than on a terminal rich assumes 80 columns; a log file has room for one line a row.
+    Console(width=None if sys.stdout.isatty() else 130, highlight=False).print(grid)
+
+
+class Progress:
+    """Called with (stage, done, total, note); a new stage starts a new bar. `quiet` shows nothing (sweeps)."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet, self.stage = quiet, None
+        self.bar = self.task = None
+
+    def __call__(self, stage: str, done: float, total: float, note: str = "") -> None:
+        if self.quiet:
+            return
+        if stage != self.stage:
+            self.close()
+            self._start(stage, total)
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, total=total, note=note)
+        else:
+            self._line(done, total, note)
+
+    def _start(self, stage: str, total: float) -> None:
+        self.stage, self.began, self.last_line = stage, time.monotonic(), 0.0
+        self.first_done = None
+        if sys.stdout.isatty():
+            from rich import progress
+
+            self.bar = progress.Progress(
+                "{task.description}",
+                progress.BarColumn(bar_width=20),
+                progress.TaskProgressColumn(),
+                progress.TimeElapsedColumn(),
+                "ETA",
+                progress.TimeRemainingColumn(),
+                "{task.fields[note]}",
+            )
+            self.task = self.bar.add_task(stage, total=total, note="")
+            self.bar.start()
+
+    def _line(self, done: float, total: float, note: str) -> None:
+        now = time.monotonic()
+        if self.first_done is None:
+            self.first_done = done
+        if now - self.last_line < SECONDS_BETWEEN_LINES and done < total:
+            return
+        self.last_line = now
+        rate = (done - self.first_done) / max(now - self.began, 1e-9)
+        eta = f"ETA {clock((total - done) / rate)}" if rate > 0 and done < total else ""
+        text = f"{self.stage} {done / max(total, 1):4.0%} {clock(now - self.began)} {eta} {note}"
+        print(" ".join(text.split()), flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+        self.bar = self.task = self.stage = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def clock(seconds: float) -> str:
+    """75 -> '1:15', 3700 -> '1:01:40'."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+
+
+def count(number: float) -> str:
+    """7_654_321 -> '7.65M': three figures and a suffix."""
+    for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= 0.9995 * size:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"

@@ -1,0 +1,177 @@
+"""A run's folder: its name, its configuration, its log, its summary, and the lock that keeps a second process out.
+
+runs/<name>/config.json     resolved options, identity, versions, device, data fingerprints
+            log.jsonl       one object per logged step or evaluation
+            checkpoints/    see checkpoint.py
+            summary.json    written last; a run is finished if and only if it exists
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from nanochin.config import Config, RunError, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An open run folder; `lock` is held until `close`."""
+
+    folder: Path
+    lock: FileLock
+
+    @property
+    def summary(self) -> dict | None:
+        path = self.folder / "summary.json"
+        return read_json(path) if path.exists() else None
+
+    def log(self, row: dict) -> None:
+        """Append one object to log.jsonl."""
+        with writing(self.folder / "log.jsonl"), open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def cut_log(self, step: int) -> None:
+        """Forget what was logged after `step` (the resumed run logs it again), and a line cut off by a kill."""
+        path = self.folder / "log.jsonl"
+        if path.exists():
+            kept = [row for row in read_log(self.folder) if row["step"] <= step]
+            write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def finish(self, summary: dict) -> None:
+        write_json(self.folder / "summary.json", summary)
+
+    def close(self) -> None:
+        self.lock.release()
+
+
+def open_run(folder: Path, record: dict) -> Run:
+    """Create or reopen `folder` for the run that `record` describes and lock it.
+
+    Raises UserError if another process holds it, or if it belongs to a run of other options.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{folder}: another process is training this run; wait for it or choose --name") from None
+    path = folder / "config.json"
+    if not path.exists():
+        write_json(path, record)
+    else:
+        theirs, ours = read_json(path)["identity"], record["identity"]
+        for key in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(key) != ours.get(key):
+                lock.release()
+                raise UserError(f"{folder} holds a run with {key} = {theirs.get(key)}, this one has {ours.get(key)}: "
+                                f"choose another --name or delete that folder")  # fmt: skip
+    return Run(folder, lock)
+
+
+def find_run(run: str, out: str = "runs") -> Path:
+    """The folder of a run given by path or by name. Raises UserError if there is none."""
+    for folder in (Path(run), Path(out) / run):
+        if (folder / "config.json").exists():
+            return folder
+    raise UserError(f"{run}: no run folder (no config.json there, nor in {Path(out) / run})")
+
+
+def identity(config: Config, **facts) -> dict:
+    """What defines the result of a run: the resolved options that can change it, and facts about the data."""
+    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["result"]}
+    return json.loads(json.dumps(options | facts))
+
+
+def run_name(identity: dict) -> str:
+    """A short readable stem and a hash of the identity: 'python-96x4-7.5M-0b1c2d3e'."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return f"{identity['corpus']}-{identity['model']}-{identity['tokens'] / 1e6:.3g}M-{digest[:8]}"
+
+
+def versions() -> dict:
+    """Versions of what a result depends on, and the commit of this checkout (None outside git)."""
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    packages = ("torch", "triton", "numpy", "tiktoken", "safetensors")
+    return {"git": commit, "python": platform.python_version(), "platform": platform.platform(),
+            **{package: version(package) for package in packages}}  # fmt: skip
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The rows of log.jsonl; a last line that a kill cut off is left out."""
+    rows = []
+    for line in (folder / "log.jsonl").read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are whole or absent
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); delete it or restore it") from None
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write aside, fsync, rename: a reader sees the old file or the new one, never half of one."""
+    aside = path.with_name(path.name + ".tmp")
+    with writing(path):
+        with open(aside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside `folder` survive a power cut (a no-op where folders cannot be opened, as on Windows)."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class writing:  # noqa: N801  (reads as a word: `with writing(path):`)
+    """Turns an OSError inside the block (disk full, no permission) into one line that names the path."""
+
+    def __init__(self, path: Path, remark: str = ""):
+        self.path, self.remark = path, remark
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, OSError):
+            raise RunError(f"{self.path}: cannot write: {error.strerror or error}{self.remark}") from None
