@@ -1,0 +1,262 @@
+"""Exact parameter and FLOP counts of a shape, under every convention in use, and the peaks of known devices.
+
+    python -m nanochin.flops --model 768x12 --vocab-size 50304 --seq-len 1024
+
+Everything is read off one ledger: a row for each operation of the model, integers for one sequence of T tokens,
+and a column for each convention that counts operations. A multiply-add is 2 FLOPs, a backward pass costs twice
+its forward pass, recomputation is never counted. docs/flops.md tells the conventions apart and says how far each
+is from 6ND.
+
+B batch, T sequence, C width, H heads, F feed-forward width, V vocabulary, L layers.
+"""
+
+import re
+from dataclasses import dataclass, fields
+
+from nanochin.config import Shape, UserError
+
+CONVENTIONS = {
+    "physical": "matrix products that run: logits counted, lookup 0, attention in full T x T",
+    "causal": "the same, attention counted only where the causal mask lets it look",
+    "appendix_f": "all eight rows of Appendix F of Hoffmann et al. 2022, lookup and softmax included",
+    "table_a4": "its rows inside the layers only: what the paper's Table A4 was computed from",
+    "6nd": "6 x total parameters x tokens",
+    "kaplan": "6 x non-embedding parameters x tokens",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+
+
+@dataclass(frozen=True)
+class Params:
+    """Parameter counts of a shape; which one is called N moves a fitted exponent by up to 0.25 at small scale."""
+
+    total: int  # every trained number, a tied matrix once
+    non_embedding: int  # without token and position embedding and without the output matrix (Kaplan et al. 2020)
+    with_head: int  # entries of the matrices that are multiplied by: layers and output matrix, no lookup
+
+
+PARAM_CONVENTIONS = tuple(f.name for f in fields(Params))
+
+
+def count_params(shape: Shape) -> Params:
+    """Exact parameter counts; `total` equals the sum of p.numel() over nanochin.model.GPT(shape)."""
+    C, F, V, L = shape.width, shape.ffn, shape.vocab_size, shape.layers
+    ups = _ups(shape)
+    norm = C * (2 if _norm_bias(shape) else 1)
+    matrices = L * (3 * C * C + C * C + C * ups * F + F * C)  # QKV, output projection, feed-forward up and down
+    biases = L * (3 * C + C + ups * F + C) if shape.bias else 0
+    norms = (2 * L + 1) * norm  # two in each layer and the last one; QK-norm has no weight
+    positions = shape.seq_len * C if shape.positions == "learned" else 0
+    non_embedding = matrices + biases + norms
+    embeddings = V * C * (1 if shape.tied else 2) + positions
+    return Params(total=embeddings + non_embedding, non_embedding=non_embedding, with_head=matrices + V * C)
+
+
+def chinchilla_params(width: int, ffn: int, head_size: int, heads: int, layers: int, vocab_size: int = 32_000) -> int:
+    """Parameters of the paper's own models (Table A9): layernorm, biases, tied head, and the relative positions
+    of Transformer-XL, whose key projection is a fifth matrix of attention. Heads need not fill the width."""
+    d, f, q = width, ffn, heads * head_size
+    layer = 3 * (d * q + q) + (d * q + 2 * q) + (q * d + d) + (d * f + f) + (f * d + d) + 4 * d
+    return vocab_size * d + 2 * d + layers * layer
+
+
+def _ups(shape: Shape) -> int:
+    """SwiGLU goes up twice: gate and value, one matrix of 2F columns."""
+    return 2 if shape.activation == "swiglu" else 1
+
+
+def _norm_bias(shape: Shape) -> bool:
+    return shape.norm == "layernorm" and shape.bias
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs
+
+
+@dataclass(frozen=True)
+class Row:
+    """One operation over all layers: forward FLOPs of one sequence of T tokens, as each convention counts them."""
+
+    operation: str
+    physical: int = 0
+    causal: int = 0
+    appendix_f: int = 0
+    table_a4: int = 0
+    elementwise: int = 0  # arithmetic outside matrix products: it runs, and no convention counts it
+    weights: int = 0  # parameters read once a pass, whatever the batch
+    activations: int = 0  # numbers read and written a sequence, each once, if all that can stay on chip does
+
+    @property
+    def forward(self) -> int:
+        """FLOPs that run (a full T x T attention masks after computing)."""
+        return self.physical + self.elementwise
+
+    @property
+    def backward(self) -> int:
+        """A product y = x W needs two: dx = dy W^T and dW = x^T dy; elementwise work is taken to double likewise."""
+        return 2 * self.forward
+
+
+def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
+    """Every operation of the forward pass on one sequence of `seq_len` tokens (default: the shape's own)."""
+    T = _sequence(shape, seq_len)
+    C, F, V, H, L = shape.width, shape.ffn, shape.vocab_size, shape.heads, shape.layers
+    ups, biased = _ups(shape), int(shape.bias)
+    pairs, kept = T * T, T * (T + 1) // 2  # (query, key) pairs, and those that the causal mask keeps
+
+    def product(operation: str, flops: int, causal: int | None = None, **more) -> Row:
+        """A matrix product inside the layers: counted by all."""
+        causal = flops if causal is None else causal
+        return Row(operation, physical=flops, causal=causal, appendix_f=flops, table_a4=flops, **more)
+
+    learned = int(shape.positions == "learned")
+    # Arithmetic on one element, a transcendental function being 1.
+    per_norm = {"rmsnorm": 4, "layernorm": 6}[shape.norm] + int(_norm_bias(shape))
+    per_activation = {"gelu": 9, "relu2": 2, "swiglu": 5}[shape.activation]
+    per_qk = 3 * (shape.positions == "rotary") + 3 * shape.qk_norm  # on queries and keys
+    rows = [
+        # Looked up, not multiplied; Appendix F counts it as a product with one-hot vectors.
+        Row("embedding", appendix_f=2 * T * V * C, elementwise=learned * T * C, weights=learned * T * C,
+            activations=2 * T * C),
+        product("qkv", L * 2 * T * C * 3 * C, weights=L * 3 * C * C, activations=L * 4 * T * C),
+        Row("rotary, qk-norm", elementwise=L * T * 2 * C * per_qk, activations=L * 6 * T * C if per_qk else 0),
+        # The scores stay on chip (FlashAttention): queries and keys are read here, values and results below.
+        product("attention scores", L * 2 * pairs * C, causal=L * 2 * kept * C, activations=L * 2 * T * C),
+        Row("softmax", appendix_f=L * 3 * H * pairs, table_a4=L * 3 * H * pairs, elementwise=L * 3 * H * pairs),
+        product("attention values", L * 2 * pairs * C, causal=L * 2 * kept * C, activations=L * 2 * T * C),
+        product("output projection", L * 2 * T * C * C, weights=L * C * C, activations=L * 2 * T * C),
+        product("feed-forward", L * 2 * T * C * F * (ups + 1), weights=L * C * F * (ups + 1),
+                activations=L * T * (2 * C + (ups + 1) * F)),
+        Row("activation", elementwise=L * T * F * per_activation, activations=L * T * F * (ups + 1)),
+        # x + residual, then its norm, in one pass: two numbers in, two out. The first norm has no residual.
+        Row("norms, residuals", elementwise=(2 * L + 1) * T * C * per_norm + 2 * L * T * C,
+            activations=2 * T * C + 2 * L * 4 * T * C),
+        Row("biases", elementwise=biased * L * T * (5 * C + ups * F)),
+        Row("logits", physical=2 * T * C * V, causal=2 * T * C * V, appendix_f=2 * T * C * V, weights=V * C,
+            activations=T * C),
+        Row("loss", elementwise=3 * T * V),
+    ]  # fmt: skip
+    return [row for row in rows if row != Row(row.operation)]
+
+
+def flops_per_token(shape: Shape, convention: str = "physical", seq_len: int | None = None) -> float:
+    """Training FLOPs (3 x forward) of one token in sequences of `seq_len` (default: the shape's own)."""
+    T = _sequence(shape, seq_len)
+    return _sequence_flops(shape, T, convention) / T
+
+
+def count_flops(shape: Shape, tokens: float, seq_len: int | None = None) -> dict[str, float]:
+    """Training FLOPs of a run of `tokens`, under each convention. Exact integers until the last division, then
+    float64: at 2^63 = 9.2e18 an integer of a fixed size would overflow."""
+    T = _sequence(shape, seq_len)
+    if not 0 < tokens < 1e30:
+        raise UserError(f"--tokens {tokens}: must be above 0 and below 1e30")
+    exact = int(tokens) if tokens == int(tokens) else tokens
+    return {convention: _sequence_flops(shape, T, convention) * exact / T for convention in CONVENTIONS}
+
+
+def _sequence_flops(shape: Shape, T: int, convention: str) -> int:
+    """Training FLOPs of one sequence."""
+    if convention == "6nd":
+        return 6 * count_params(shape).total * T
+    if convention == "kaplan":
+        return 6 * count_params(shape).non_embedding * T
+    if convention not in CONVENTIONS:
+        raise UserError(f"--flops {convention}: must be one of {', '.join(CONVENTIONS)}")
+    return 3 * sum(getattr(row, convention) for row in ledger(shape, T))
+
+
+def _sequence(shape: Shape, seq_len: int | None) -> int:
+    T = shape.seq_len if seq_len is None else seq_len
+    if T < 1 or T % 1:
+        raise UserError(f"--seq-len {T}: must be a whole number from 1")
+    if shape.positions == "learned" and shape.seq_len < T:
+        raise UserError(f"--seq-len {T}: the model learns positions for {shape.seq_len} tokens only")
+    return int(T)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices
+
+
+@dataclass(frozen=True)
+class Device:
+    """Published peaks: dense (no 2:4 sparsity) TFLOP/s per dtype, sums kept in float32, and memory GB/s."""
+
+    names: str  # regular expression that must match all of torch.cuda.get_device_name() but the vendor's prefix
+    float16: float | None
+    bfloat16: float | None
+    tf32: float | None  # float32 data, products in TF32 on tensor cores
+    float32: float  # float32 proper, no tensor cores
+    bandwidth: float
+
+
+# Whole names only: a laptop chip, a slice of a GPU (MIG) or a China edition shares part of its name with a faster one.
+# GeForce cards run at half rate when sums are kept in float32, as training keeps them; that rate is listed.
+# Sources: NVIDIA's data sheets and architecture white papers (Volta to Blackwell), AMD's CDNA 2-3 data sheets.
+DEVICES = {
+    #                        names                             fp16    bf16    tf32   fp32   GB/s
+    "P100 PCIe": Device(r"P100-PCIE-16GB",                     18.7,   None,   None,    9.3,   732),
+    "V100 PCIe": Device(r"V100-PCIE-(16|32)GB",               112.0,   None,   None,   14.0,   900),
+    "V100 SXM": Device(r"V100-SXM2-(16|32)GB",                125.0,   None,   None,   15.7,   900),
+    "T4": Device(r"T4",                                        65.0,   None,   None,    8.1,   320),
+    "A100 SXM 40GB": Device(r"A100-SXM4-40GB",                312.0,  312.0,  156.0,   19.5,  1555),
+    "A100 SXM 80GB": Device(r"A[18]00-SXM4-80GB",             312.0,  312.0,  156.0,   19.5,  2039),
+    "A100 PCIe 40GB": Device(r"A100-PCIE-40GB",               312.0,  312.0,  156.0,   19.5,  1555),
+    "A100 PCIe 80GB": Device(r"A[18]00 80GB PCIe",            312.0,  312.0,  156.0,   19.5,  1935),
+    "A10": Device(r"A10",                                     125.0,  125.0,   62.5,   31.2,   600),
+    "A10G": Device(r"A10G",                                    70.0,   70.0,   35.0,   35.0,   600),
+    "A30": Device(r"A30",                                     165.0,  165.0,   82.0,   10.3,   933),
+    "A40": Device(r"A40",                                     149.7,  149.7,   74.8,   37.4,   696),
+    "RTX A6000": Device(r"RTX A6000",                         154.8,  154.8,   77.4,   38.7,   768),
+    "RTX 6000 Ada": Device(r"RTX 6000 Ada Generation",        364.2,  364.2,  182.1,   91.1,   960),
+    "L4": Device(r"L4",                                       121.0,  121.0,   60.0,   30.3,   300),
+    "L40": Device(r"L40",                                     181.0,  181.0,   90.5,   90.5,   864),
+    "L40S": Device(r"L40S",                                   362.0,  362.0,  183.0,   91.6,   864),
+    "H100 SXM": Device(r"H100 80GB HBM3|H800",               989.4,  989.4,  494.7,   66.9,  3352),
+    "H100 PCIe": Device(r"H[18]00 PCIe",                      756.0,  756.0,  378.0,   51.2,  2039),
+    "H100 NVL": Device(r"H100 NVL",                           835.5,  835.5,  417.5,   60.0,  3938),
+    "H200": Device(r"H200",                                   989.4,  989.4,  494.7,   66.9,  4800),
+    "H200 NVL": Device(r"H200 NVL",                           835.5,  835.5,  417.5,   60.0,  4800),
+    "H20": Device(r"H20",                                     148.0,  148.0,   74.0,   44.0,  4000),
+    "GH200 96GB": Device(r"GH200 (120GB|480GB)",              989.4,  989.4,  494.7,   66.9,  4000),
+    "B200": Device(r"B200",                                  2250.0, 2250.0, 1125.0,   80.0,  8000),
+    "GB200": Device(r"GB200",                                2500.0, 2500.0, 1250.0,   80.0,  8000),
+    "RTX 3080": Device(r"RTX 3080",                            59.5,   59.5,   29.8,   29.8,   760),
+    "RTX 3090": Device(r"RTX 3090",                            71.0,   71.0,   35.6,   35.6,   936),
+    "RTX 3090 Ti": Device(r"RTX 3090 Ti",                      80.0,   80.0,   40.0,   40.0,  1008),
+    "RTX 4080": Device(r"RTX 4080",                            97.5,   97.5,   48.7,   48.7,   717),
+    "RTX 4090": Device(r"RTX 4090",                           165.2,  165.2,   82.6,   82.6,  1008),
+    "RTX 5080": Device(r"RTX 5080",                           112.6,  112.6,   56.3,   56.3,   960),
+    "RTX 5090": Device(r"RTX 5090",                           209.5,  209.5,  104.8,  104.8,  1792),
+    "MI210": Device(r"MI210",                                 181.0,  181.0,   None,   22.6,  1638),
+    "MI250X (one die)": Device(r"MI250X( ?/ ?MI250)?",        191.5,  191.5,   None,   23.9,  1638),
+    "MI300X": Device(r"MI300X( OAM| VF)?",                   1307.4, 1307.4,  653.7,  163.4,  5300),
+    "MI325X": Device(r"MI325X( OAM)?",                       1307.4, 1307.4,  653.7,  163.4,  6000),
+}  # fmt: skip
+
+
+def find_device(name: str) -> Device | None:
+    """The device that torch calls `name`, such as "NVIDIA H100 80GB HBM3", or that the table does: "H100 SXM"."""
+    bare = re.sub(r"^(NVIDIA |AMD Instinct )?(GeForce |Tesla )?", "", name.strip())
+    by_torch = (device for device in DEVICES.values() if re.fullmatch(device.names, bare))
+    return DEVICES.get(name) or next(by_torch, None)
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """Dense peak FLOP/s of a known accelerator for float16, bfloat16, tf32 or float32; None for an unknown one, and
+    for a dtype that its matrix units lack: no MFU then, rather than a guessed one."""
+    device = find_device(device_name)
+    if dtype not in ("float16", "bfloat16", "tf32", "float32"):
+        raise UserError(f"--dtype {dtype}: peaks are listed for float16, bfloat16, tf32 and float32")
+    peak = getattr(device, dtype) if device else None
+    return None if peak is None else peak * 1e12
+
+
+def memory_bandwidth(device_name: str) -> float | None:
+    """Peak bytes/s of a known accelerator's memory; None for an unknown one."""
+    device = find_device(device_name)
+    return None if device is None else device.bandwidth * 1e9

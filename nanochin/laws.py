@@ -1,0 +1,138 @@
+"""Scaling laws: what a fit says about a budget.
+
+    L(N, D) = E + A / N^alpha + B / D^beta          Approach 3 of Hoffmann et al. 2022 (Eq. 2): `Law`
+    N_opt = k_N C^a,  D_opt = k_D C^b               Approaches 1 and 2: `PowerLaw`
+
+N parameters, D training tokens, C training FLOPs, L validation loss in nats per token. The constants belong to
+the tokenizer and the corpus that they were fitted on; only a, b and (roughly) D/N are meant to carry over.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanochin.config import UserError
+from nanochin.flops import CONVENTIONS, PARAM_CONVENTIONS
+
+
+@dataclass(frozen=True)
+class Law:
+    """L(N, D) = E + A / N^alpha + B / D^beta, with N counted as `params_convention` says."""
+
+    name: str
+    E: float
+    A: float
+    B: float
+    alpha: float
+    beta: float
+    params_convention: str = "total"
+    meta: dict = field(default_factory=dict, compare=False)
+
+    def loss(self, N: float, D: float) -> float:
+        """Predicted loss in nats per token."""
+        return self.E + self.A * N**-self.alpha + self.B * D**-self.beta
+
+    # Minimising L under C = 6 N D gives alpha A N^-alpha = beta B D^-beta, hence Eq. 4 of the paper:
+    # N_opt = G (C/6)^a, D_opt = (C/6)^b / G.
+
+    @property
+    def a(self) -> float:
+        return self.beta / (self.alpha + self.beta)
+
+    @property
+    def b(self) -> float:
+        return self.alpha / (self.alpha + self.beta)
+
+    @property
+    def G(self) -> float:  # noqa: N802
+        return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
+
+    def optimal(self, C: float) -> tuple[float, float]:
+        """(N, D) of least loss for C = 6 N D training FLOPs."""
+        return self.G * (C / 6) ** self.a, (C / 6) ** self.b / self.G
+
+    def tokens_for(self, N: float) -> float:
+        """The D for which N parameters are optimal."""
+        C = 6 * (N / self.G) ** (1 / self.a)
+        return self.optimal(C)[1]
+
+    def params_for(self, D: float) -> float:
+        """The N for which D tokens are optimal."""
+        C = 6 * (D * self.G) ** (1 / self.b)
+        return self.optimal(C)[0]
+
+
+@dataclass(frozen=True)
+class PowerLaw:
+    """N_opt = k_N C^a and D_opt = k_D C^b; it knows the optimum, but no loss."""
+
+    name: str
+    k_N: float  # noqa: N815
+    a: float
+    k_D: float  # noqa: N815
+    b: float
+    params_convention: str = "total"
+    flops_convention: str = "physical"
+    meta: dict = field(default_factory=dict, compare=False)
+
+    def optimal(self, C: float) -> tuple[float, float]:
+        """(N, D) of least loss for C training FLOPs, counted as `flops_convention` says."""
+        return self.k_N * C**self.a, self.k_D * C**self.b
+
+    def tokens_for(self, N: float) -> float:
+        """The D for which N parameters are optimal."""
+        return self.optimal((N / self.k_N) ** (1 / self.a))[1]
+
+    def params_for(self, D: float) -> float:
+        """The N for which D tokens are optimal."""
+        return self.optimal((D / self.k_D) ** (1 / self.b))[0]
+
+
+# Besiroglu et al. 2024 (arXiv 2404.10102), the refit of Chinchilla's own runs: the default law.
+BESIROGLU = Law("Besiroglu et al. 2024", E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658,
+                meta={"source": "arXiv 2404.10102"})  # fmt: skip
+
+# Hoffmann et al. 2022, Approach 3, with the digits that its LaTeX source holds. The printed 1.69, 406.4, 410.7,
+# 0.34, 0.28 are rounded so hard that they move the optimum of Gopher's budget from 40B to 32B parameters.
+HOFFMANN = Law("Hoffmann et al. 2022", E=math.exp(0.5267228), A=math.exp(6.0073404), B=math.exp(6.0179186),
+               alpha=0.33917084, beta=0.2849083, meta={"source": "arXiv 2203.15556"})  # fmt: skip
+
+
+def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
+    """The law that approach 1, 2 or 3 gave in a laws.json. Raises UserError, one line, for a file that cannot be
+    read or is not a laws.json, an approach that is missing or null, a constant that is not a finite number > 0."""
+    try:
+        laws = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--law {path}: {error.strerror}") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"--law {path}: not JSON: {error}") from None
+    key = f"approach{approach}"
+    meta = laws.get("meta") if isinstance(laws, dict) else None
+    if not isinstance(meta, dict) or key not in laws:
+        raise UserError(f"--law {path}: not a laws.json of fit.py: it needs the keys {key} and meta")
+    if not isinstance(laws[key], dict):
+        reasons = meta.get("reasons") or {}
+        raise UserError(f"--law {path}: no approach {approach} in it ({reasons.get(key, 'the fit gave none')})")
+
+    def constant(name: str) -> float:
+        value = laws[key].get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"--law {path}: {key} needs {name}, a finite number above 0, but has {value!r}")
+        return float(value)
+
+    def convention(name: str, known) -> str:
+        value = meta.get(name)
+        if value not in known:
+            raise UserError(f"--law {path}: meta needs {name}, one of {', '.join(known)}, but has {value!r}")
+        return value
+
+    name = f"{Path(path).name}, approach {approach}"
+    params = convention("params_convention", PARAM_CONVENTIONS)
+    if approach == 3:
+        constants = {c: constant(c) for c in ("E", "A", "B", "alpha", "beta")}
+        return Law(name, **constants, params_convention=params, meta=meta)
+    flops = convention("flops_convention", CONVENTIONS)
+    constants = {c: constant(c) for c in ("k_N", "a", "k_D", "b")}
+    return PowerLaw(name, **constants, params_convention=params, flops_convention=flops, meta=meta)
