@@ -11,9 +11,10 @@ B batch, T sequence, C width, H heads, F feed-forward width, V vocabulary, L lay
 """
 
 import re
+import sys
 from dataclasses import dataclass, fields
 
-from nanochin.config import Shape, UserError
+from nanochin.config import Config, Shape, UserError, make_shape, opt, parse, parse_model
 
 CONVENTIONS = {
     "physical": "matrix products that run: logits counted, lookup 0, attention in full T x T",
@@ -23,6 +24,7 @@ CONVENTIONS = {
     "6nd": "6 x total parameters x tokens",
     "kaplan": "6 x non-embedding parameters x tokens",
 }
+OPERATION_CONVENTIONS = ("physical", "causal", "appendix_f", "table_a4")  # those that count operations
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,13 +87,13 @@ class Row:
     causal: int = 0
     appendix_f: int = 0
     table_a4: int = 0
-    elementwise: int = 0  # arithmetic outside matrix products: it runs, and no convention counts it
+    elementwise: int = 0  # arithmetic outside matrix products, masked scores left out; no convention counts it
     weights: int = 0  # parameters read once a pass, whatever the batch
     activations: int = 0  # numbers read and written a sequence, each once, if all that can stay on chip does
 
     @property
     def forward(self) -> int:
-        """FLOPs that run (a full T x T attention masks after computing)."""
+        """FLOPs that run, where attention computes all T x T scores."""
         return self.physical + self.elementwise
 
     @property
@@ -125,7 +127,7 @@ def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
         Row("rotary, qk-norm", elementwise=L * T * 2 * C * per_qk, activations=L * 6 * T * C if per_qk else 0),
         # The scores stay on chip (FlashAttention): queries and keys are read here, values and results below.
         product("attention scores", L * 2 * pairs * C, causal=L * 2 * kept * C, activations=L * 2 * T * C),
-        Row("softmax", appendix_f=L * 3 * H * pairs, table_a4=L * 3 * H * pairs, elementwise=L * 3 * H * pairs),
+        Row("softmax", appendix_f=L * 3 * H * pairs, table_a4=L * 3 * H * pairs, elementwise=L * 3 * H * kept),
         product("attention values", L * 2 * pairs * C, causal=L * 2 * kept * C, activations=L * 2 * T * C),
         product("output projection", L * 2 * T * C * C, weights=L * C * C, activations=L * 2 * T * C),
         product("feed-forward", L * 2 * T * C * F * (ups + 1), weights=L * C * F * (ups + 1),
@@ -144,8 +146,10 @@ def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
 
 def flops_per_token(shape: Shape, convention: str = "physical", seq_len: int | None = None) -> float:
     """Training FLOPs (3 x forward) of one token in sequences of `seq_len` (default: the shape's own)."""
+    if convention not in CONVENTIONS:
+        raise UserError(f"--flops {convention}: must be one of {', '.join(CONVENTIONS)}")
     T = _sequence(shape, seq_len)
-    return _sequence_flops(shape, T, convention) / T
+    return _sequence_flops(shape, T)[convention] / T
 
 
 def count_flops(shape: Shape, tokens: float, seq_len: int | None = None) -> dict[str, float]:
@@ -155,18 +159,14 @@ def count_flops(shape: Shape, tokens: float, seq_len: int | None = None) -> dict
     if not 0 < tokens < 1e30:
         raise UserError(f"--tokens {tokens}: must be above 0 and below 1e30")
     exact = int(tokens) if tokens == int(tokens) else tokens
-    return {convention: _sequence_flops(shape, T, convention) * exact / T for convention in CONVENTIONS}
+    return {convention: flops * exact / T for convention, flops in _sequence_flops(shape, T).items()}
 
 
-def _sequence_flops(shape: Shape, T: int, convention: str) -> int:
-    """Training FLOPs of one sequence."""
-    if convention == "6nd":
-        return 6 * count_params(shape).total * T
-    if convention == "kaplan":
-        return 6 * count_params(shape).non_embedding * T
-    if convention not in CONVENTIONS:
-        raise UserError(f"--flops {convention}: must be one of {', '.join(CONVENTIONS)}")
-    return 3 * sum(getattr(row, convention) for row in ledger(shape, T))
+def _sequence_flops(shape: Shape, T: int) -> dict[str, int]:
+    """Training FLOPs of one sequence, by convention."""
+    rows, params = ledger(shape, T), count_params(shape)
+    flops = {convention: 3 * sum(getattr(row, convention) for row in rows) for convention in OPERATION_CONVENTIONS}
+    return flops | {"6nd": 6 * params.total * T, "kaplan": 6 * params.non_embedding * T}
 
 
 def _sequence(shape: Shape, seq_len: int | None) -> int:
@@ -180,6 +180,8 @@ def _sequence(shape: Shape, seq_len: int | None) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Devices
+
+BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4, "float32": 4}
 
 
 @dataclass(frozen=True)
@@ -250,8 +252,8 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     """Dense peak FLOP/s of a known accelerator for float16, bfloat16, tf32 or float32; None for an unknown one, and
     for a dtype that its matrix units lack: no MFU then, rather than a guessed one."""
     device = find_device(device_name)
-    if dtype not in ("float16", "bfloat16", "tf32", "float32"):
-        raise UserError(f"--dtype {dtype}: peaks are listed for float16, bfloat16, tf32 and float32")
+    if dtype not in BYTES:
+        raise UserError(f"--dtype {dtype}: peaks are listed for {', '.join(BYTES)}")
     peak = getattr(device, dtype) if device else None
     return None if peak is None else peak * 1e12
 
@@ -260,3 +262,133 @@ def memory_bandwidth(device_name: str) -> float | None:
     """Peak bytes/s of a known accelerator's memory; None for an unknown one."""
     device = find_device(device_name)
     return None if device is None else device.bandwidth * 1e9
+
+
+def row_bytes(row: Row, sequences: int, number: int = 2) -> int:
+    """Least memory traffic of an operation's forward pass over `sequences`, at `number` bytes a number."""
+    return number * (row.weights + sequences * row.activations)
+
+
+def floor_seconds(row: Row, sequences: int, device: Device, dtype: str) -> float | None:
+    """Least time of an operation, forward and backward, over `sequences`, masked scores skipped: at the peak of the
+    device's matrix units, other arithmetic or memory, whichever takes longest. None if it lacks the dtype."""
+    peak = getattr(device, dtype)
+    if peak is None:
+        return None
+    traffic = row_bytes(row, sequences, BYTES[dtype])
+    return 3 * max(sequences * row.causal / (peak * 1e12), sequences * row.elementwise / (device.float32 * 1e12),
+                   traffic / (device.bandwidth * 1e9))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+def _like_train(option: str):
+    """An option of train.py: same default, same help."""
+    f = Config.__dataclass_fields__[option]
+    return opt(f.default, f.metadata["help"], choices=f.metadata["choices"])
+
+
+@dataclass(frozen=True)
+class ShapeOptions:
+    """What fixes a shape beside width and layers; shared with nanochin.ladder."""
+
+    vocab_size: int = opt(256, "vocabulary V", low=1)
+    seq_len: int = opt(256, "context length T in tokens", low=1)
+    head_size: int | None = _like_train("head_size")
+    ffn: int | None = _like_train("ffn")
+    norm: str = _like_train("norm")
+    positions: str = _like_train("positions")
+    activation: str = _like_train("activation")
+    bias: bool = _like_train("bias")
+    tied: bool = _like_train("tied")
+    qk_norm: bool = _like_train("qk_norm")
+
+    def make(self, width: int, layers: int) -> Shape:
+        return make_shape(width, layers, **{f.name: getattr(self, f.name) for f in fields(ShapeOptions)})
+
+
+@dataclass(frozen=True)
+class LedgerOptions(ShapeOptions):
+    model: str = opt("768x12", "width x layers")
+    batch_tokens: int | None = opt(None, "tokens of a step, taken in one pass (default: 16 sequences)", low=1)
+    device: str = opt("H100 SXM", "device of the time floor, as torch names it or as listed in nanochin/flops.py")
+    dtype: str = opt("bfloat16", "dtype of activations and weights", choices=tuple(BYTES))
+
+
+def format_columns(rows: list[list[str]]) -> str:
+    """Rows of text, the heading first, as aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (" ".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)) for row in rows)
+    return "\n".join(f"{row[0]:{widths[0]}} {line}" for row, line in zip(rows, lines, strict=True))
+
+
+def main() -> None:
+    options = parse(LedgerOptions, prog="python -m nanochin.flops", description="Exact FLOPs of a shape.")
+    shape = options.make(*parse_model(options.model))
+    T = shape.seq_len
+    batch = 16 * T if options.batch_tokens is None else options.batch_tokens
+    if batch % T:
+        raise UserError(f"--batch-tokens {batch}: must be a multiple of --seq-len {T}")
+    device = find_device(options.device)
+    if device is None:
+        raise UserError(f"--device {options.device}: not known; known are {', '.join(DEVICES)}")
+    if getattr(device, options.dtype) is None:
+        raise UserError(f"--dtype {options.dtype}: {options.device} has no matrix units for it")
+
+    params = count_params(shape)
+    print(f"{shape}, vocabulary {shape.vocab_size}, sequences of {T} tokens. Parameters: {params.total:,} total, "
+          f"{params.non_embedding:,} non_embedding, {params.with_head:,} with_head.\n")  # fmt: skip
+    print("FLOPs of one token: as they run, and a training token (3 x forward) as each convention counts it.\n")
+    print(_ledger_table(shape, batch // T, device, options.dtype))
+    print(f"""
+step        training FLOPs of {batch:,} tokens in one pass, as they run
+FLOPs/byte  of the forward pass in {options.dtype}, each number read and written once, scores and logits kept on chip
+floor       least time of a step on {options.device}: each operation by itself at the peak of matrix units, arithmetic
+            or memory, masked scores skipped, optimizer left out
+""")
+    print(_convention_table(shape, batch))
+
+
+def _ledger_table(shape: Shape, sequences: int, device: Device, dtype: str) -> str:
+    T, rows = shape.seq_len, ledger(shape)
+    lines = [["operation", "forward", "backward", *OPERATION_CONVENTIONS, "step", "FLOPs/byte", "floor us"]]
+    for row in rows:
+        traffic = row_bytes(row, sequences, BYTES[dtype])
+        counted = [3 * getattr(row, column) / T for column in OPERATION_CONVENTIONS]
+        numbers = [row.forward / T, row.backward / T, *counted, 3 * sequences * row.forward]
+        intensity = f"{sequences * row.forward / traffic:.1f}" if traffic else "on chip"
+        floor = f"{1e6 * floor_seconds(row, sequences, device, dtype):.1f}"
+        lines.append([row.operation, *map(_flops, numbers), intensity, floor])
+    total = [sum(row.forward for row in rows) / T, sum(row.backward for row in rows) / T]
+    total += [flops_per_token(shape, column) for column in OPERATION_CONVENTIONS]
+    total += [3 * sequences * sum(row.forward for row in rows)]
+    traffic = sum(row_bytes(row, sequences, BYTES[dtype]) for row in rows)
+    intensity = sequences * sum(row.forward for row in rows) / traffic
+    floor = sum(floor_seconds(row, sequences, device, dtype) for row in rows)
+    lines.append(["sum", *map(_flops, total), f"{intensity:.1f}", f"{1e6 * floor:.1f}"])
+    return format_columns(lines)
+
+
+def _convention_table(shape: Shape, batch: int) -> str:
+    of_6nd = flops_per_token(shape, "6nd")
+    lines = [["convention", "FLOPs/token", "FLOPs/step", "/ 6nd"]]
+    for convention in CONVENTIONS:
+        token = flops_per_token(shape, convention)
+        lines.append([convention, _flops(token), _flops(token * batch), f"{token / of_6nd:.4f}"])
+    meanings = ["", *CONVENTIONS.values()]
+    lines = format_columns(lines).split("\n")
+    return "\n".join(f"{line}   {meaning}".rstrip() for line, meaning in zip(lines, meanings, strict=True))
+
+
+def _flops(number: float) -> str:
+    return f"{number:.4g}" if number < 1e4 else f"{number:.3e}"
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"python -m nanochin.flops: {error}", file=sys.stderr)
+        sys.exit(error.code)

@@ -7,12 +7,22 @@ batch, learning rate, warm-up and beta2 by the numbered rules below.
 """
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanochin.config import Shape, UserError
-from nanochin.flops import Params, count_flops, count_params, flops_per_token
-from nanochin.laws import BESIROGLU, Law, PowerLaw
+from nanochin.config import Shape, UserError, opt, parse
+from nanochin.console import count
+from nanochin.flops import (
+    CONVENTIONS,
+    Params,
+    ShapeOptions,
+    count_flops,
+    count_params,
+    flops_per_token,
+    format_columns,
+)
+from nanochin.laws import BESIROGLU, Law, PowerLaw, load_law
 
 # (width, layers), from 2 thousand parameters (bytes) to 1 billion. Neighbours differ by less than 1.5x in
 # `with_head` whatever the vocabulary. Width over layers rises to the paper's 40-70; from 512x8 on these are the
@@ -107,7 +117,7 @@ def plan(
 
     if lr is None:
         lr = rule_lr(params.non_embedding, tokens)
-        why["lr"] = "Step Law, at most 0.02"
+        why["lr"] = "Step Law, 1.79 N^-0.713 D^0.307, at most 0.02"
     if warmup_tokens is None:
         warmup_tokens = rule_warmup(params.total, tokens)
         why["warmup_tokens"] = "as many tokens as parameters, at most 5% of the run"
@@ -134,7 +144,7 @@ def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> 
     shape = None if model is None else make(*model)
     for name, given in (("model", model), ("tokens", tokens)):
         if given is not None:
-            why[name] = "given"
+            why[name] = "given" if name == "model" else "given, in whole steps"
 
     def cost(shape: Shape, tokens: float) -> float:
         return flops_per_token(shape, convention) * tokens
@@ -171,42 +181,53 @@ def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> 
         why["model"] = "the ladder's shape whose cost on these tokens comes nearest the budget"
         return shape, tokens
 
-    spend = {shape: budget / flops_per_token(shape, convention) for shape in shapes}
-    able = [shape for shape in shapes if spend[shape] >= _least_tokens(shape, batch_tokens)]
-    if not able:
-        least = min(cost(shape, _least_tokens(shape, batch_tokens)) for shape in shapes)
-        raise UserError(f"--budget {budget:g}: too small for every shape of the ladder with sequences of "
-                        f"{shapes[0].seq_len} tokens; the smallest needs --budget {_up(least)}")  # fmt: skip
+    able = _affordable(make, budget, convention, batch_tokens)
     if isinstance(law, Law):
-        shape = min(able, key=lambda s: law.loss(_count(s, law), spend[s]))
+        shape = min(able, key=lambda s: law.loss(_count(s, law), able[s]))
         why["model"] = f"least loss of {len(able)} shapes at this budget by {law.name}"
     else:
-        shape = min(able, key=lambda s: _off_optimum(s, spend[s], law))
+        shape = min(able, key=lambda s: _off_optimum(s, able[s], law))
         why["model"] = f"nearest of {len(able)} shapes to the optimum by {law.name}"
-    if shape in (able[0], able[-1]) and len(able) > 1:
-        why["model"] += f" (the {'smallest' if shape == able[0] else 'largest'} that can spend it)"
+    sizes = [_count(s, law) for s in able]
+    for edge, size in (("smallest", min(sizes)), ("largest", max(sizes))):
+        if _count(shape, law) == size:
+            why["model"] += f" (the {edge} that can spend it)"
     why["tokens"] = f"the budget over {flops_per_token(shape, convention):.4g} FLOPs a token ({convention})"
-    return shape, spend[shape]
+    return shape, able[shape]
+
+
+def _affordable(make: Make, budget: float, convention: str, batch_tokens: int | None) -> dict[Shape, float]:
+    """The ladder's shapes that can spend the budget, and on how many tokens each does."""
+    price = {shape: flops_per_token(shape, convention) for shape in _ladder(make)}
+    able = {s: budget / each for s, each in price.items() if budget / each >= _least_tokens(s, batch_tokens)}
+    if not able:
+        smallest = min(price, key=price.get)
+        least = _up(_least_tokens(smallest, batch_tokens) * price[smallest])
+        raise UserError(f"--budget {budget:g}: too small for every shape of the ladder at --seq-len "
+                        f"{smallest.seq_len}; the smallest, {smallest}, needs --budget {least}")  # fmt: skip
+    return able
 
 
 def _batch(shape: Shape, tokens: float, given: int | None, convention: str, why: dict) -> int:
     """Tokens a step: whole sequences, and at least MIN_STEPS steps unless the batch is given."""
-    T = shape.seq_len
+    T, price = shape.seq_len, flops_per_token(shape, convention)
+    least = _least_tokens(shape, given)
+    if given is not None and (given < T or given % T):
+        raise UserError(f"--batch-tokens {given}: must be a multiple of --seq-len {T}")
+    if tokens < least and given is not None:
+        raise UserError(f"{tokens:.4g} tokens for {shape} are less than one step of --batch-tokens {given}: it takes "
+                        f"--budget {_up(least * price)}")  # fmt: skip
+    if tokens < least:
+        shorter = f" or --seq-len {math.floor(tokens / MIN_STEPS)}" if tokens >= MIN_STEPS else ""
+        raise UserError(f"{tokens:.4g} tokens for {shape} are fewer than {MIN_STEPS} steps of one {T}-token sequence: "
+                        f"it takes --tokens {MIN_STEPS * T} (--budget {_up(least * price)}){shorter}")  # fmt: skip
     if given is not None:
-        if given < T or given % T:
-            raise UserError(f"--batch-tokens {given}: must be a multiple of --seq-len {T}")
-        if tokens < given:
-            raise UserError(f"{tokens:.4g} tokens for {shape} are too few for a single step of --batch-tokens {given}; "
-                            f"--budget {_up(given * flops_per_token(shape, convention))} would do")  # fmt: skip
         return given
-    if tokens < _least_tokens(shape, None):
-        need = _up(MIN_STEPS * T * flops_per_token(shape, convention))
-        fits = math.floor(tokens / MIN_STEPS)
-        raise UserError(f"{tokens:.4g} tokens for {shape} are fewer than {MIN_STEPS} steps of one {T}-token sequence; "
-                        f"--budget {need}" + (f" or --seq-len {fits}" if fits else "") + " would do")  # fmt: skip
     by_rule = max(1, round(rule_batch(tokens) / T))
     most = max(1, math.floor(tokens / (MIN_STEPS * T)))
-    why["batch_tokens"] = "Step Law" if by_rule <= most else f"Step Law's {by_rule * T} cut, for {MIN_STEPS} steps"
+    why["batch_tokens"] = "Step Law, 0.58 D^0.571"
+    if by_rule > most:
+        why["batch_tokens"] += f", {by_rule * T} cut to leave {MIN_STEPS} steps"
     return min(by_rule, most) * T
 
 
@@ -248,3 +269,75 @@ def _up(value: float) -> str:
     """Rounded up to two digits, so that what is suggested suffices: 1234 -> 1.3e+03."""
     digit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return f"{math.ceil(value / digit) * digit:.1e}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The isoFLOP grid
+
+
+def isoflop(make: Make, budget: float, *, sizes: int = 7, spread: float = 4.0, **options) -> list[Plan]:
+    """Plans for one budget: up to `sizes` shapes of the ladder, evenly spaced in log N from 1/`spread` to `spread`
+    times the law's choice, smallest first. Shapes that cannot spend the budget are left out; `options` go to `plan`."""
+    best = plan(make, budget=budget, **options)
+    able = _affordable(make, budget, options.get("convention", "physical"), options.get("batch_tokens"))
+    size = {shape: math.log(count_params(shape).total) for shape in able}
+    chosen = {best.shape}
+    for i in range(sizes):
+        target = size[best.shape] + math.log(spread) * (2 * i / max(1, sizes - 1) - 1)
+        chosen.add(min(able, key=lambda s: abs(size[s] - target)))
+    models = [(s.width, s.layers) for s in sorted(chosen, key=size.get)]
+    return [plan(make, budget=budget, model=model, **options) for model in models]
+
+
+@dataclass(frozen=True)
+class GridOptions(ShapeOptions):
+    budget: tuple[float, ...] = opt((), "training FLOPs to spend, one or several", above=0)
+    flops: str = opt("physical", "FLOP convention of the budgets", choices=tuple(CONVENTIONS))
+    law: str | None = opt(None, "laws.json of a fit; default: the constants of Besiroglu et al. 2024")
+    law_approach: int = opt(3, "which approach of laws.json chooses the model", choices=(1, 2, 3))
+    sizes: int = opt(7, "shapes a budget", low=1)
+    spread: float = opt(4.0, "N goes from 1/spread to spread times the optimum", low=1)
+    corpus_tokens: float | None = opt(None, "tokens of the corpus: adds a column of epochs", above=0)
+    throughput: float | None = opt(None, "sustained FLOP/s, in the convention of --flops: adds hours", above=0)
+
+
+def main() -> None:
+    options = parse(GridOptions, prog="python -m nanochin.ladder", description="The isoFLOP grid of budgets.")
+    if not options.budget:
+        raise UserError("--budget: name at least one, such as --budget 1e15 3e15")
+    law = BESIROGLU if options.law is None else load_law(options.law, options.law_approach)
+    total = 0.0
+    for budget in options.budget:
+        bound = {"law": law, "convention": options.flops}
+        best = plan(options.make, budget=budget, **bound)
+        grid = isoflop(options.make, budget, sizes=options.sizes, spread=options.spread, **bound)
+        print(f"{budget:g} FLOPs ({options.flops}): {best.shape}, {best.why['model']}")
+        print(_grid_table(grid, best, options), end="\n\n")
+        total += sum(p.flops[options.flops] for p in grid)
+    hours = f", {total / options.throughput / 3600:.3g} hours" if options.throughput else ""
+    print(f"all: {total:.3g} FLOPs ({options.flops}){hours}")
+
+
+def _grid_table(grid: list[Plan], best: Plan, options: GridOptions) -> str:
+    """One line a shape; * marks the law's choice."""
+    heading = ["shape", "params", "with_head", "tokens", "D/N", "batch", "steps", "lr", *CONVENTIONS]
+    heading += ["epochs"] * bool(options.corpus_tokens) + ["hours"] * bool(options.throughput)
+    rows = [heading]
+    for p in grid:
+        row = [f"{p.shape}{'*' if p.shape == best.shape else ''}", count(p.params.total), count(p.params.with_head),
+               count(p.tokens), f"{p.tokens / p.params.total:.3g}", str(p.batch_tokens), str(p.steps), f"{p.lr:.2g}",
+               *(f"{flops:.3e}" for flops in p.flops.values())]  # fmt: skip
+        if options.corpus_tokens:
+            row.append(f"{p.tokens / options.corpus_tokens:.3g}")
+        if options.throughput:
+            row.append(f"{p.flops[options.flops] / options.throughput / 3600:.3g}")
+        rows.append(row)
+    return format_columns(rows)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"python -m nanochin.ladder: {error}", file=sys.stderr)
+        sys.exit(error.code)

@@ -118,7 +118,8 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
 
     def constant(name: str) -> float:
         value = laws[key].get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value < math.inf or (value == 0 and name != "E"):
             raise UserError(f"--law {path}: {key} needs {name}, a finite number above 0, but has {value!r}")
         return float(value)
 
@@ -132,7 +133,15 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
     params = convention("params_convention", PARAM_CONVENTIONS)
     if approach == 3:
         constants = {c: constant(c) for c in ("E", "A", "B", "alpha", "beta")}
-        return Law(name, **constants, params_convention=params, meta=meta)
-    flops = convention("flops_convention", CONVENTIONS)
-    constants = {c: constant(c) for c in ("k_N", "a", "k_D", "b")}
-    return PowerLaw(name, **constants, params_convention=params, flops_convention=flops, meta=meta)
+        law = Law(name, **constants, params_convention=params, meta=meta)
+    else:
+        flops = convention("flops_convention", CONVENTIONS)
+        constants = {c: constant(c) for c in ("k_N", "a", "k_D", "b")}
+        law = PowerLaw(name, **constants, params_convention=params, flops_convention=flops, meta=meta)
+    try:
+        extremes = [n for x in (1e3, 1e24) for n in (*law.optimal(x), law.tokens_for(x), law.params_for(x))]
+    except (OverflowError, ZeroDivisionError):
+        extremes = [math.inf]
+    if not all(0 < n < math.inf for n in extremes):
+        raise UserError(f"--law {path}: the constants of {key} are too extreme to plan with: {constants}")
+    return law
