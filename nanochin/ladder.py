@@ -137,63 +137,78 @@ def plan(
 
 def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> tuple[Shape, float]:
     """The shape, and the tokens before they are rounded to whole steps."""
-    if budget is not None:
-        _positive("budget", budget, below=1e30)
-    if tokens is not None:
-        _positive("tokens", tokens, below=1e18)
-    shape = None if model is None else make(*model)
-    for name, given in (("model", model), ("tokens", tokens)):
-        if given is not None:
-            why[name] = "given" if name == "model" else "given, in whole steps"
+    for option, value, limit in (("budget", budget, 1e30), ("tokens", tokens, 1e18)):
+        if value is not None:
+            _positive(option, value, below=limit)
 
-    def cost(shape: Shape, tokens: float) -> float:
-        return flops_per_token(shape, convention) * tokens
+    def price(shape: Shape) -> float:
+        return flops_per_token(shape, convention)
 
-    if budget is None and model is None and tokens is None:
-        raise UserError("nothing to plan from: give --budget, --model or --tokens")
-
-    if model is not None and tokens is not None:
-        if budget is not None and abs(cost(shape, tokens) / budget - 1) > 0.01:
-            raise UserError(f"--budget {budget:g}: --model {shape} on --tokens {tokens:g} costs "
-                            f"{cost(shape, tokens):.4g} FLOPs ({convention}); leave one of the three out")  # fmt: skip
-        return shape, tokens
-
-    if model is not None and budget is not None:
-        why["tokens"] = f"the budget over {flops_per_token(shape, convention):.4g} FLOPs a token ({convention})"
-        return shape, budget / flops_per_token(shape, convention)
+    def spent_on(shape: Shape) -> float:
+        why["tokens"] = f"the budget over {price(shape):.4g} FLOPs a token ({convention})"
+        return budget / price(shape)
 
     if model is not None:
-        why["tokens"] = f"optimal for this model by {law.name}"
-        return shape, law.tokens_for(_count(shape, law))
-
-    shapes = _ladder(make)
-    if budget is None:
-        why["model"] = f"nearest in the ladder to the optimum for these tokens by {law.name}"
-        optimum = law.params_for(tokens)
-        return min(shapes, key=lambda s: abs(math.log(_count(s, law) / optimum))), tokens
-
+        shape = make(*model)
+        why["model"] = "given"
     if tokens is not None:
-        shape = min(shapes, key=lambda s: abs(math.log(cost(s, tokens) / budget)))
-        if abs(cost(shape, tokens) / budget - 1) > 0.25:
-            fits = budget / flops_per_token(shape, convention)
-            raise UserError(f"--budget {budget:g}: no shape costs that on --tokens {tokens:g}; the nearest, "
-                            f"--model {shape}, would take --tokens {fits:.3g}")  # fmt: skip
-        why["model"] = "the ladder's shape whose cost on these tokens comes nearest the budget"
-        return shape, tokens
+        why["tokens"] = "given, in whole steps"
 
-    able = _affordable(make, budget, convention, batch_tokens)
+    match budget is not None, model is not None, tokens is not None:
+        case False, False, False:
+            raise UserError("nothing to plan from: give --budget, --model or --tokens")
+
+        case True, True, True:
+            cost = price(shape) * tokens
+            if abs(cost / budget - 1) > 0.01:
+                raise UserError(f"--budget {budget:g}: --model {shape} on --tokens {tokens:g} costs {cost:.4g} FLOPs "
+                                f"({convention}); leave one of the three out")  # fmt: skip
+            return shape, tokens
+
+        case False, True, True:
+            return shape, tokens
+
+        case True, True, False:
+            return shape, spent_on(shape)
+
+        case True, False, True:
+            shape = min(_ladder(make), key=lambda s: abs(math.log(price(s) * tokens / budget)))
+            why["model"] = "the ladder's shape whose cost on these tokens comes nearest the budget"
+            if abs(price(shape) * tokens / budget - 1) > 0.25:
+                raise UserError(f"--budget {budget:g}: no shape costs that on --tokens {tokens:g}; the nearest, "
+                                f"--model {shape}, would take --tokens {budget / price(shape):.3g}")  # fmt: skip
+            return shape, tokens
+
+        case False, True, False:
+            why["tokens"] = f"optimal for this model by {law.name}"
+            return shape, law.tokens_for(_count(shape, law))
+
+        case False, False, True:
+            optimum = law.params_for(tokens)
+            why["model"] = f"the ladder's nearest to {count(optimum)} parameters, optimal by {law.name}"
+            return min(_ladder(make), key=lambda s: abs(math.log(_count(s, law) / optimum))), tokens
+
+        case True, False, False:
+            able = _affordable(make, budget, convention, batch_tokens)
+            off, why["model"] = _by_law(law, able)
+            shape = min(able, key=off)
+            by_size = sorted(able, key=lambda s: _count(s, law))
+            if shape in (by_size[0], by_size[-1]):
+                why["model"] += f", the {'smallest' if shape == by_size[0] else 'largest'} of them"
+            return shape, spent_on(shape)
+
+
+def _by_law(law: Law | PowerLaw, able: dict[Shape, float]) -> tuple[Callable[[Shape], float], str]:
+    """What the law would have small, and in words. `able` holds the tokens on which a shape spends the budget."""
+    among = f"by {law.name} of the {len(able)} shapes that can spend the budget"
     if isinstance(law, Law):
-        shape = min(able, key=lambda s: law.loss(_count(s, law), able[s]))
-        why["model"] = f"least loss of {len(able)} shapes at this budget by {law.name}"
-    else:
-        shape = min(able, key=lambda s: _off_optimum(s, able[s], law))
-        why["model"] = f"nearest of {len(able)} shapes to the optimum by {law.name}"
-    sizes = [_count(s, law) for s in able]
-    for edge, size in (("smallest", min(sizes)), ("largest", max(sizes))):
-        if _count(shape, law) == size:
-            why["model"] += f" (the {edge} that can spend it)"
-    why["tokens"] = f"the budget over {flops_per_token(shape, convention):.4g} FLOPs a token ({convention})"
-    return shape, able[shape]
+        return lambda s: law.loss(_count(s, law), able[s]), f"least loss {among}"
+
+    def off_optimum(s: Shape) -> float:
+        C = count_flops(s, able[s])[law.flops_convention]  # the budget as the law counts it
+        return abs(math.log(_count(s, law) / law.optimal(C)[0]))
+
+    return off_optimum, f"nearest to the optimum {among}"
 
 
 def _affordable(make: Make, budget: float, convention: str, batch_tokens: int | None) -> dict[Shape, float]:
@@ -254,12 +269,6 @@ def _count(shape: Shape, law: Law | PowerLaw) -> int:
     return getattr(count_params(shape), law.params_convention)
 
 
-def _off_optimum(shape: Shape, tokens: float, law: PowerLaw) -> float:
-    """|log(N / N_opt(C))|, both as the law counts them."""
-    C = count_flops(shape, tokens)[law.flops_convention]
-    return abs(math.log(_count(shape, law) / law.optimal(C)[0]))
-
-
 def _positive(option: str, value: float, below: float) -> None:
     if not 0 < value < below:
         raise UserError(f"--{option} {value:g}: must be above 0 and below {below:g}")
@@ -281,9 +290,9 @@ def isoflop(make: Make, budget: float, *, sizes: int = 7, spread: float = 4.0, *
     best = plan(make, budget=budget, **options)
     able = _affordable(make, budget, options.get("convention", "physical"), options.get("batch_tokens"))
     size = {shape: math.log(count_params(shape).total) for shape in able}
-    chosen = {best.shape}
-    for i in range(sizes):
-        target = size[best.shape] + math.log(spread) * (2 * i / max(1, sizes - 1) - 1)
+    ratios = [2 * i / (sizes - 1) - 1 for i in range(sizes)] if sizes > 1 else [0.0]
+    chosen = set()
+    for target in (size[best.shape] + ratio * math.log(spread) for ratio in ratios):
         chosen.add(min(able, key=lambda s: abs(size[s] - target)))
     models = [(s.width, s.layers) for s in sorted(chosen, key=size.get)]
     return [plan(make, budget=budget, model=model, **options) for model in models]
