@@ -1,0 +1,375 @@
+"""Files of text as one flat text, and which of its bytes are kept for validation.
+
+    python, python-all, files, folders, globs ──> find_files ──> read_text ──> split, thin
+
+The flat text is valid UTF-8 without NUL, documents back to back, on disk. All that follows is arithmetic on byte
+ranges of it, in memory that hardly grows with the corpus (16 bytes a document). Threads share the work: hashing and
+unpacking release Python's lock.
+"""
+
+import array
+import codecs
+import glob
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import sysconfig
+import threading
+import time
+import zlib
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanochin.config import UserError
+
+BLOCK = 1 << 16  # bytes: unit of thinning, and of hashing where documents are too few
+PIECE = 1 << 20  # bytes read at a time
+PART = 1 << 26  # bytes of files that one thread reads into one part of the flat text
+MAX_HELD_OUT = 0.05  # share of the text that is kept for validation, at most
+
+Progress = Callable[[str, int, int], None]  # (stage, bytes done, bytes in all)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tools
+
+
+class Tokens:
+    """Memory-mapped files of one integer type, seen as one array: `len()` and `[start:stop]`.
+
+    The flat text is one as well: its tokens are bytes.
+    """
+
+    def __init__(self, paths: list[Path], dtype: np.dtype):
+        little = np.dtype(dtype).newbyteorder("<")
+        paths = [path for path in paths if path.stat().st_size]  # an empty file cannot be mapped
+        self.parts = [np.memmap(path, little, mode="r").view(np.ndarray) for path in paths]
+        self.starts = np.cumsum([0] + [len(part) for part in self.parts]).tolist()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, at: slice) -> np.ndarray:
+        start, stop, _ = at.indices(len(self))
+        first = bisect_right(self.starts, start, hi=len(self.parts)) - 1
+        part = self.parts[first][start - self.starts[first] : stop - self.starts[first]]
+        if first + 1 < len(self.parts) and stop > self.starts[first + 1]:
+            return np.concatenate([part, self[self.starts[first + 1] : stop]])
+        return part
+
+
+class Meter:
+    """Adds up the work done by all threads and tells `progress(stage, done, total)` a few times a second."""
+
+    def __init__(self, progress: Progress | None = None, stage: str = "", total: int = 0):
+        self.progress, self.stage, self.total = progress, stage, total
+        self.done, self.told, self.lock = 0, 0.0, threading.Lock()
+
+    def add(self, count: int) -> None:
+        with self.lock:
+            self.done += count
+            if self.progress and (time.monotonic() - self.told > 0.2 or self.done >= self.total):
+                self.told = time.monotonic()
+                self.progress(self.stage, self.done, self.total)
+
+
+def parallel(function: Callable, items: Iterable) -> Iterator:
+    """`map` on a thread per core, results in order, with few items in flight so that memory stays bounded."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        waiting = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def hash_file(path: Path, meter: Meter | None = None) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    sha = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(PIECE):
+            sha.update(piece)
+            if meter:
+                meter.add(len(piece))
+    return sha.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@dataclass(frozen=True, order=True)
+class File:
+    key: str  # path relative to what the user named: decides the order of files, wherever they lie
+    sha: str  # SHA-256 of the content
+    path: Path
+    format: str
+
+    @property
+    def is_validation(self) -> bool:
+        return bool(re.search(r"(?<![a-z])val(id|idation)?(?![a-z])", self.key.lower())) and self.format != ".py"
+
+
+def find_files(data: Iterable[str], progress: Progress | None = None) -> list[File]:
+    """The files that `data` names, each once, in an order that does not depend on how they were named."""
+    found: dict[Path, tuple[str, str]] = {}  # path -> (key, format)
+    for item in data:
+        for path, key, format in _expand(item):
+            path = path.resolve()
+            found[path] = min((key, format), found.get(path, (key, format)))
+    meter = Meter(progress, "hashing", sum(path.stat().st_size for path in found))
+    shas = parallel(lambda path: hash_file(path, meter), found)
+    return sorted(File(key, sha, path, format) for (path, (key, format)), sha in zip(found.items(), shas, strict=True))
+
+
+def fingerprint(files: list[File]) -> str:
+    """SHA-256 over formats and contents in order; places and names do not count."""
+    return hashlib.sha256("".join(f"{file.format} {file.sha}\n" for file in files).encode()).hexdigest()
+
+
+def _expand(item: str) -> Iterator[tuple[Path, str, str]]:
+    """(path, key, format) of each file that one --data item names."""
+    if item in ("python", "python-all"):
+        paths = sysconfig.get_paths()
+        roots = [paths["stdlib"]] + [paths["purelib"], paths["platlib"]] * (item == "python-all")
+        for root in dict.fromkeys(roots):
+            for path in _walk(Path(root), skip=NOT_SOURCE):
+                if path.suffix == ".py":
+                    yield path, path.relative_to(root).as_posix(), ".py"
+        return
+    named = [Path(item)] if os.path.exists(item) else [Path(path) for path in sorted(glob.glob(item, recursive=True))]
+    if not named:
+        raise UserError(f"--data {item}: no such file or folder")
+    for path in named:
+        if path.is_dir():
+            inside = [(file, file.relative_to(path).as_posix(), _format(file)) for file in _walk(path)]
+            known = [entry for entry in inside if entry[2] in READERS and entry[2] != ".py"]
+            if not known:
+                raise UserError(f"--data {path}: no text in this folder (.txt .jsonl, also .gz .xz .zst)")
+            yield from known
+        else:
+            yield path, path.name, _format(path) if _format(path) in READERS else ".txt"
+
+
+NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def _walk(root: Path, skip: set[str] = frozenset()) -> Iterator[Path]:
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
+        yield from (Path(folder, name) for name in files if not name.startswith("."))
+
+
+def _format(path: Path) -> str:
+    """books.jsonl.xz -> .jsonl"""
+    return (path.with_suffix("") if path.suffix.lower() in UNPACKERS else path).suffix.lower()
+
+
+def corpus_name(data: tuple[str, ...]) -> str:
+    """What the names have in common, fit for a folder's name: (gutenberg-train-00.jsonl.xz, ...) -> gutenberg-train"""
+    stems = [Path(item).resolve().name.split(".")[0] for item in data]
+    name = re.sub(r"[^\w-]+|[-_\d]+$", "", os.path.commonprefix(stems)) if len(stems) > 1 else stems[0]
+    return re.sub(r"[^\w-]+", "-", name).strip("-")[:40] or "text"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading: one function per format, yielding (piece of a document's bytes, whether the document ends with it)
+
+
+def read_txt(stream, path: Path) -> Iterator[tuple[bytes, bool]]:
+    """A file is one document."""
+    while piece := stream.read(PIECE):
+        yield piece, False
+    yield b"", True
+
+
+def read_jsonl(stream, path: Path) -> Iterator[tuple[bytes, bool]]:
+    """A line is one document: a JSON object with a string `text`. Blank lines are passed over."""
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8", "surrogateescape"))
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            raise UserError(f'{path}, line {number}: no string "text" in it')
+        try:
+            yield text.encode("utf-8", "surrogateescape"), True  # bytes that were invalid, for `_read_part` to drop
+        except UnicodeEncodeError:
+            yield text.encode("utf-8", "surrogatepass"), True  # half a pair, written as \ud83d
+
+
+def _open_zst(raw):
+    try:
+        from compression import zstd  # Python 3.14
+    except ImportError:
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError(f"{raw.name}: .zst needs a library: pip install zstandard") from None
+        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+    return zstd.open(raw)
+
+
+READERS = {".txt": read_txt, ".py": read_txt, ".jsonl": read_jsonl}
+UNPACKERS = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}
+
+
+@dataclass(frozen=True)
+class Text:
+    """The flat text: documents back to back, valid UTF-8 without NUL."""
+
+    bytes: Tokens  # uint8
+    ends: np.ndarray  # (documents,) int64: where each document stops
+    hashes: np.ndarray  # (documents,) uint64: first 8 bytes of its SHA-256
+    skipped: int
+
+
+def read_text(files: list[File], folder: Path, meter: Meter) -> Text:
+    """Write the flat text of `files` into `folder`, several files at a time, and open it."""
+    folder.mkdir(parents=True)
+    groups: list[list[File]] = []
+    room = 0
+    for file in files:
+        if room <= 0:
+            groups.append([])
+            room = PART
+        groups[-1].append(file)
+        room -= file.path.stat().st_size
+    paths = [folder / f"text-{i:05d}" for i in range(len(groups))]
+    ends, hashes, skipped, start = [], [], 0, 0
+    for part in parallel(lambda job: _read_part(*job, meter), zip(groups, paths, strict=True)):
+        ends.append(np.frombuffer(part[0], np.int64) + start)
+        hashes.append(np.frombuffer(part[1], np.uint64))
+        skipped += part[2]
+        start = int(ends[-1][-1]) if len(ends[-1]) else start
+    return Text(Tokens(paths, np.dtype(np.uint8)), np.concatenate(ends), np.concatenate(hashes), skipped)
+
+
+def _read_part(files: list[File], path: Path, meter: Meter) -> tuple[array.array, array.array, int]:
+    """Write the text of `files` to `path`. Returns documents' ends and hashes, and the number of bytes skipped."""
+    ends, hashes, position, skipped = array.array("q"), array.array("Q"), 0, 0
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    with open(path, "wb") as out:
+        for file in files:
+            start, sha = position, hashlib.sha256()
+            for piece, last in _pieces(file, meter):
+                clean = decoder.decode(piece, last).encode().replace(b"\0", b"")
+                skipped += len(piece) - len(clean)
+                position += len(clean)
+                sha.update(clean)
+                out.write(clean)
+                if last and position > start:
+                    ends.append(position)
+                    hashes.append(int.from_bytes(sha.digest()[:8], "big"))
+                    start, sha = position, hashlib.sha256()
+    return ends, hashes, skipped
+
+
+def _pieces(file: File, meter: Meter) -> Iterator[tuple[bytes, bool]]:
+    try:
+        with open(file.path, "rb") as raw:
+            unpack = UNPACKERS.get(file.path.suffix.lower())
+            stream = io.BufferedReader(unpack(raw), PIECE) if unpack else raw
+            if stream.peek(3)[:3] == codecs.BOM_UTF8:
+                stream.read(3)
+            seen = 0
+            for piece in READERS[file.format](stream, file.path):
+                yield piece
+                meter.add(raw.tell() - seen)
+                seen = raw.tell()
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise UserError(f"{file.path}: cannot be read ({error})") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which bytes are for training and which for validation: (n, 2) arrays of ranges [start, stop) of the flat text
+
+
+def split(text: Text, val_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training and validation ranges by the hash of content: equal documents are on the same side, and a document
+    stays on its side whatever else the corpus holds.
+
+    A document is held out when its hash, as a fraction, is below min(5%, 2 val_bytes / all bytes). Where this takes
+    nothing or over a quarter, documents are too few or too large, and 64 KB blocks of them are hashed instead
+    (smaller ones for a text under 1.3 MB); where that takes nothing, the block of the smallest hash.
+    """
+    total = len(text.bytes)
+    limit = min(MAX_HELD_OUT, 2 * val_bytes / total) * 2.0**64
+    ends, held = text.ends, text.hashes < limit
+    if not 0 < np.diff(ends, prepend=0)[held].sum() <= total / 4:
+        ends = _block_ends(text, min(BLOCK, total // 20 + 1))
+        blocks = zip([0, *ends[:-1]], ends, strict=True)
+        hashes = [int.from_bytes(hashlib.sha256(text.bytes[a:b]).digest()[:8], "big") for a, b in blocks]
+        hashes = np.array(hashes, np.uint64)
+        held = hashes < limit
+        if not 0 < np.diff(ends, prepend=0)[held].sum() <= total / 4:
+            held = hashes == hashes.min()
+        if held.all():
+            raise UserError("--data: too little text, or all the same, to keep some for validation; give --val")
+    units = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+    return _merge(units[~held]), _merge(units[held])
+
+
+def thin(text: Text, ranges: np.ndarray, keep: int) -> np.ndarray:
+    """`ranges`, or evenly spaced blocks of them, `keep` bytes in all (but for characters that a block would cut)."""
+    lengths = ranges[:, 1] - ranges[:, 0]
+    offsets, total = np.cumsum(lengths) - lengths, lengths.sum()  # of each range within all of them, end to end
+    if total <= keep:
+        return ranges
+    count, block, kept = max(1, keep // BLOCK), min(BLOCK, keep), []
+    for i in range(count):
+        start = i * (total - block) // max(1, count - 1)
+        a = np.maximum(start, offsets)
+        b = np.minimum(start + block, offsets + lengths)
+        kept.append((np.stack([a, b], axis=1) + (ranges[:, 0] - offsets)[:, None])[a < b])
+    kept = [[char_start(text, a), char_start(text, b)] for a, b in np.concatenate(kept)]
+    return _merge(np.array([[a, b] for a, b in kept if a < b]))
+
+
+def _block_ends(text: Text, block: int) -> np.ndarray:
+    ends, start = [], 0
+    for end in text.ends.tolist():
+        ends += [char_start(text, i) for i in range(start + block, end, block)] + [end]
+        start = end
+    return np.unique(ends)  # a character longer than a block leaves two equal ends
+
+
+def char_start(text: Text, i: int) -> int:
+    """The first position at or before `i` where a character starts (or the text ends)."""
+    while i < len(text.bytes) and text.bytes[i : i + 1][0] & 0xC0 == 0x80:
+        i -= 1
+    return i
+
+
+def _merge(ranges: np.ndarray) -> np.ndarray:
+    """Join ranges that touch."""
+    new = np.concatenate([[True], ranges[1:, 0] != ranges[:-1, 1]])
+    return np.stack([ranges[new, 0], ranges[np.append(new[1:], True), 1]], axis=1)
+
+
+def total_bytes(ranges: np.ndarray) -> int:
+    return int((ranges[:, 1] - ranges[:, 0]).sum())
+
+
+def count_documents(text: Text, ranges: np.ndarray) -> int:
+    """Documents with text in `ranges`."""
+    inside = np.zeros(len(text.ends) + 1, np.int64)
+    np.add.at(inside, np.searchsorted(text.ends, ranges[:, 0], "right"), 1)
+    np.add.at(inside, np.searchsorted(text.ends, ranges[:, 1] - 1, "right") + 1, -1)
+    return int((np.cumsum(inside) > 0).sum())

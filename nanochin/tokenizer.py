@@ -1,0 +1,166 @@
+"""Text to token ids and back: bytes, any tiktoken encoding by name, or our own byte-level BPE.
+
+Everything but `bytes` is encoded by tiktoken. The own BPE is trained by rustbpe and kept as a file of tiktoken
+ranks (a line is: base64 of the token, space, rank), so that a run's folder holds all that is needed to read its
+tokens. No torch here.
+"""
+
+import base64
+import difflib
+import threading
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from nanochin.config import UserError
+
+RANKS_FILE = "tokenizer.tiktoken"
+END_OF_TEXT = "<|endoftext|>"
+DOWNLOAD_SECONDS = 60  # tiktoken downloads without a timeout of its own
+
+# How our BPE cuts text before it merges: a word, up to three digits, or a run of signs, each with one space in
+# front, or a run of white space; English contractions as in GPT-2. Without GPT-2's look-ahead tiktoken encodes about
+# twice as fast, at the same bytes per token. It is not in the rank file: runs that exist rely on it as it stands.
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
+
+
+class Tokenizer:
+    """One vocabulary. `eot` is the id of end-of-text, which stands before and after every document.
+
+    `bytes` has exactly 256 ids: id = byte, and end-of-text is byte 0, which text never contains (see data.py).
+    """
+
+    def __init__(self, name: str, encoding: tiktoken.Encoding | None = None):
+        self.name = name
+        self.encoding = encoding
+        self.vocab_size = encoding.n_vocab if encoding else 256
+        self.eot = encoding.eot_token if encoding else 0
+        self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
+
+    @classmethod
+    def load(cls, name: str, folder: str | Path | None = None) -> "Tokenizer":
+        """`bytes`, a tiktoken name, or `bpe` from the ranks in `folder`.
+
+        Raises UserError for an unknown name, ranks that are missing or broken, and an encoding that tiktoken can
+        neither find in its cache nor download.
+        """
+        if name == "bytes":
+            return cls(name)
+        if name == "bpe":
+            return _bpe(_read_ranks(Path(folder) / RANKS_FILE))
+        return cls(name, _named_encoding(name))
+
+    def save(self, folder: str | Path) -> None:
+        """Write the ranks of our own BPE into `folder`; the other tokenizers are known by their name alone."""
+        if self.name == "bpe":
+            ranks = self.encoding._mergeable_ranks
+            lines = [b"%s %d\n" % (base64.b64encode(token), ranks[token]) for token in sorted(ranks, key=ranks.get)]
+            (Path(folder) / RANKS_FILE).write_bytes(b"".join(lines))
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Ids of valid UTF-8 `text`, without end-of-text; special tokens are never read out of text."""
+        if self.encoding is None:
+            return np.frombuffer(text, np.uint8).astype(self.dtype)
+        return self.encoding.encode_to_numpy(text.decode(), disallowed_special=()).astype(self.dtype)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that `ids` stand for; end-of-text and ids beyond the vocabulary stand for none."""
+        table = self._token_bytes
+        return b"".join(table[i] for i in map(int, ids) if i < len(table))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Like `decode_bytes`, as text; a cut character becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @cached_property
+    def _token_bytes(self) -> list[bytes]:
+        if self.encoding is None:
+            table = [bytes([i]) for i in range(256)]
+        else:
+            table = [b""] * self.vocab_size  # some named vocabularies have holes
+            for token, rank in self.encoding._mergeable_ranks.items():
+                table[rank] = token
+        table[self.eot] = b""
+        return table
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of exactly `vocab_size` ids: 256 bytes, merges learned from `texts`, end-of-text last.
+
+    Raises UserError when `vocab_size` is below 257 or the text has too few different pairs for it.
+    """
+    if vocab_size < 257:
+        raise UserError(f"--vocab-size {vocab_size}: bpe needs at least 257 (256 bytes and end-of-text)")
+    import rustbpe
+
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) < vocab_size - 1:
+        raise UserError(f"--vocab-size {vocab_size}: the text yields only {len(ranks) + 1}; use that or less")
+    return _bpe(ranks)
+
+
+def model_vocab(tokenizer: Tokenizer, vocab_size: int | None) -> int:
+    """Rows V of the model's token matrix: the tokenizer's vocabulary, or `vocab_size` where that pads it.
+
+    Raises UserError when `vocab_size` is smaller than the tokenizer's vocabulary.
+    """
+    if vocab_size is None:
+        return tokenizer.vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        raise UserError(f"--vocab-size {vocab_size}: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids; "
+                        "leave the option out or give more")  # fmt: skip
+    return vocab_size
+
+
+def check_name(name: str) -> None:
+    """Raise UserError, naming the nearest known name, unless `name` is a tokenizer."""
+    known = ["bytes", "bpe", *tiktoken.list_encoding_names()]
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
+        raise UserError(f"--tokenizer {name}: unknown; did you mean {' or '.join(close)}?")
+
+
+def _bpe(ranks: dict[bytes, int]) -> Tokenizer:
+    encoding = tiktoken.Encoding(
+        "bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
+    )
+    return Tokenizer("bpe", encoding)
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    try:
+        pairs = [line.split() for line in path.read_bytes().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+        if sorted(ranks.values()) != list(range(len(pairs))) or len(pairs) < 256:
+            raise ValueError
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; it holds the ranks of the run's own BPE") from None
+    except ValueError:
+        raise UserError(f"{path}: not a file of tiktoken ranks; it is damaged") from None
+    return ranks
+
+
+def _named_encoding(name: str) -> tiktoken.Encoding:
+    """tiktoken's encoding `name`, from its cache or downloaded by it, within DOWNLOAD_SECONDS."""
+    check_name(name)
+    result: list = []
+
+    def get():
+        try:
+            result.append(tiktoken.get_encoding(name))
+        except Exception as error:  # whatever its HTTP library raises: no network, proxy, status, wrong hash
+            result.append(error)
+
+    worker = threading.Thread(target=get, daemon=True)  # daemon: a stuck download does not keep the program alive
+    worker.start()
+    worker.join(DOWNLOAD_SECONDS)
+    if result and isinstance(result[0], tiktoken.Encoding):
+        return result[0]
+    reason = type(result[0]).__name__ if result else f"no answer in {DOWNLOAD_SECONDS} s"
+    raise UserError(f"--tokenizer {name}: tiktoken cannot download its ranks ({reason}); set TIKTOKEN_CACHE_DIR to a "
+                    "folder that holds them, or use --tokenizer bytes or bpe")  # fmt: skip
