@@ -1,0 +1,142 @@
+import json
+import math
+
+import pytest
+
+from nanochin.config import UserError
+from nanochin.laws import BESIROGLU, HOFFMANN, Law, PowerLaw, load_law
+
+ODD = Law("odd", E=0.7, A=33.0, B=910.0, alpha=0.21, beta=0.44)
+POWER = PowerLaw("power", k_N=0.09, a=0.49, k_D=1.9, b=0.51)
+
+
+def brute_optimum(law: Law, C: float) -> float:
+    """N of least loss under C = 6 N D, by golden-section search in log N."""
+    ratio = (math.sqrt(5) - 1) / 2
+    low, high = 0.0, math.log(C)
+    for _ in range(120):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        a, b = (law.loss(math.exp(x), C / 6 / math.exp(x)) for x in (left, right))
+        low, high = (low, right) if a < b else (left, high)
+    return math.exp((low + high) / 2)
+
+
+@pytest.mark.parametrize("law", [BESIROGLU, HOFFMANN, ODD], ids=lambda law: law.name)
+@pytest.mark.parametrize("C", [1e12, 3.7e17, 5.76e23])
+def test_optimal_minimises_the_loss(law, C):
+    """Eq. 4 agrees with a numerical minimum and spends the whole budget."""
+    N, D = law.optimal(C)
+    assert pytest.approx(C, rel=1e-12) == 6 * N * D
+    assert pytest.approx(brute_optimum(law, C), rel=1e-4) == N
+    assert law.a + law.b == pytest.approx(1, rel=1e-15)
+
+
+def test_known_ratios_of_tokens_to_parameters():
+    """D/N at five budgets, as computed by others from the two published sets of constants."""
+    budgets = (1e18, 1e19, 1e20, 1e21, 5.76e23)
+    for law, ratios in ((HOFFMANN, (18.6, 22.7, 27.8, 33.9, 58.9)), (BESIROGLU, (25.7, 24.2, 22.9, 21.6, 18.4))):
+        for C, ratio in zip(budgets, ratios, strict=True):
+            N, D = law.optimal(C)
+            assert round(D / N, 1) == ratio
+
+
+def test_known_losses():
+    """Chinchilla (70B on 1.4T tokens) against Gopher (280B on 300B), and the paper's 40B at Gopher's budget."""
+    for law, chinchilla, gopher in ((HOFFMANN, 1.921, 1.967), (BESIROGLU, 1.974, 2.000)):
+        assert round(law.loss(70e9, 1.4e12), 3) == chinchilla
+        assert round(law.loss(280e9, 300e9), 3) == gopher
+    assert round(HOFFMANN.optimal(5.76e23)[0] / 1e9) == 40
+    assert round(HOFFMANN.a, 4) == 0.4565
+    assert round(BESIROGLU.a, 4) == 0.5126
+
+
+@pytest.mark.parametrize("law", [BESIROGLU, ODD, POWER], ids=lambda law: law.name)
+def test_inverses(law):
+    """tokens_for and params_for invert optimal."""
+    for C in (2e10, 3e19):
+        N, D = law.optimal(C)
+        assert law.tokens_for(N) == pytest.approx(D, rel=1e-9)
+        assert law.params_for(D) == pytest.approx(N, rel=1e-9)
+
+
+def test_power_law_by_hand():
+    """k C^a with numbers that can be checked in the head."""
+    law = PowerLaw("by hand", k_N=2.0, a=0.5, k_D=3.0, b=0.25)
+    assert law.optimal(1e8) == pytest.approx((2e4, 3e2), rel=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# laws.json
+
+LAWS = {
+    "approach1": None,
+    "approach2": {"k_N": 0.1, "a": 0.49, "k_D": 1.7, "b": 0.52, "a_ci": [0.4, 0.6]},
+    "approach3": {"E": 1.7, "A": 400.5, "B": 2000.25, "alpha": 0.34, "beta": 0.36, "a": 0.5143},
+    "meta": {"params_convention": "with_head", "flops_convention": "causal", "tokenizer": "bytes",
+             "reasons": {"approach1": "no training curves were given"}},
+}  # fmt: skip
+
+
+def write(tmp_path, laws) -> str:
+    path = tmp_path / "laws.json"
+    path.write_text(laws if isinstance(laws, str) else json.dumps(laws))
+    return str(path)
+
+
+def test_load_law(tmp_path):
+    """Constants, conventions and meta arrive as written."""
+    path = write(tmp_path, LAWS)
+    law = load_law(path)
+    assert (law.E, law.A, law.B, law.alpha, law.beta) == (1.7, 400.5, 2000.25, 0.34, 0.36)
+    assert law.params_convention == "with_head"
+    assert law.meta["tokenizer"] == "bytes"
+    power = load_law(path, approach=2)
+    assert (power.k_N, power.a, power.k_D, power.b) == (0.1, 0.49, 1.7, 0.52)
+    assert (power.params_convention, power.flops_convention) == ("with_head", "causal")
+
+
+def changed(key: str, **values) -> dict:
+    return LAWS | {key: LAWS[key] | values}
+
+
+@pytest.mark.parametrize(
+    "laws, approach, says",
+    [
+        ("not json", 3, "not JSON"),
+        ("[1, 2]", 3, "not a laws.json"),
+        ({"meta": {}}, 3, "needs the keys approach3 and meta"),
+        (LAWS, 1, "no approach 1 in it (no training curves were given)"),
+        (LAWS | {"meta": {}}, 1, "no approach 1 in it"),
+        (changed("approach3", A=math.nan), 3, "needs A, a finite number above 0, but has nan"),
+        (changed("approach3", beta=math.inf), 3, "needs beta"),
+        (changed("approach3", alpha=0), 3, "needs alpha"),
+        (changed("approach3", B=-1), 3, "needs B"),
+        (changed("approach3", E="1.7"), 3, "needs E, a finite number above 0, but has '1.7'"),
+        (changed("approach3", E=True), 3, "needs E"),
+        (changed("approach3", alpha=1e-4), 3, "too extreme"),
+        (changed("approach2", k_D=None), 2, "needs k_D"),
+        (changed("approach2", a=1e-3), 2, "too extreme"),
+        (changed("meta", params_convention="active"), 3, "needs params_convention"),
+        (changed("meta", flops_convention=None), 2, "needs flops_convention"),
+    ],
+)
+def test_bad_laws_are_named(tmp_path, laws, approach, says):
+    """One line that names the file and what is wrong with it."""
+    path = write(tmp_path, laws)
+    with pytest.raises(UserError) as error:
+        load_law(path, approach)
+    assert f"--law {path}: " in str(error.value)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable_laws_are_named(tmp_path):
+    """A missing file and a folder."""
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(UserError, match=f"--law {path}: "):
+            load_law(path)
+
+
+def test_fixed_e_of_zero_is_allowed(tmp_path):
+    """A fit may end with E = 0; its optimum is defined all the same."""
+    assert load_law(write(tmp_path, changed("approach3", E=0))).E == 0
