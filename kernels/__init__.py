@@ -27,6 +27,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "backend",
+    "has_triton",
     "layer_norm",
     "linear_cross_entropy",
     "rms_norm",
@@ -34,16 +35,20 @@ __all__ = [
     "swiglu",
     "use",
 ]
-OPERATIONS = [name for name in __all__ if name not in ("backend", "use")]
+OPERATIONS = [name for name in __all__ if name not in ("backend", "has_triton", "use")]
 
 
 def backend(device: torch.device) -> tuple[str, str]:
     """(name, why) of what computes the operations on this device."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton():
         return "fallback", "PyTorch operations: triton is not installed (it has no build for this platform)"
     if device.type != "cuda":
         return "fallback", f"PyTorch operations: Triton kernels need a CUDA device, this is {device.type}"
     return "fallback", "PyTorch operations: this version has no Triton kernels yet"
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @contextmanager

@@ -17,8 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nanochin.config import UserError
+from nanochin.config import Shape, UserError
+from nanochin.model import GPT
 from nanochin.runs import fsync_folder, read_json, write_file, writing
+from nanochin.tokenizer import Tokenizer
 
 
 def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -85,6 +87,21 @@ def verify(folder: Path) -> dict:
         if _sha256(path) != digest:
             raise UserError(f"{path}: truncated or corrupted (SHA-256 differs); delete {folder} to go on without it")
     return state
+
+
+def load_run(folder: Path) -> tuple[GPT, Tokenizer, dict]:
+    """(model in float32 on the CPU, tokenizer, config.json) of a run, from its newest checkpoint.
+
+    Raises UserError if the run has none yet.
+    """
+    record = read_json(folder / "config.json")
+    last = newest(folder)
+    if last is None:
+        raise UserError(f"{folder}: no checkpoint yet")
+    model = GPT(Shape(**record["shape"]))
+    load(last, model)
+    tokenizer = Tokenizer.load(record["corpus"]["tokenizer"], folder)
+    return model.eval(), tokenizer, record
 
 
 def newest(run: Path) -> Path | None:

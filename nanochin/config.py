@@ -29,12 +29,31 @@ class RunError(UserError):
     code = 1
 
 
-def opt(default, help: str, *, choices: tuple | None = None, result: bool = True, positional: bool = False):
-    """One option: default, meaning, allowed values. `result=False`: it cannot change what is learned, so it
-    is left out of the run's identity (the hash in its name), or that something resolved from it stands there instead
-    (the data's fingerprint for its path, model and tokens for the budget)."""
-    meta = {"help": help, "choices": choices, "result": result, "positional": positional}
+def opt(default, help: str, *, choices: tuple | None = None, above: float | None = None, low: float | None = None,
+        high: float | None = None, result: bool = True, positional: bool = False):  # fmt: skip
+    """One option: default, meaning, allowed values (`above` excludes its bound, `low` and `high` include theirs).
+
+    `result=False` leaves it out of the run's identity (the hash in its name): it cannot change what is learned, or
+    what it resolves to stands there instead (the data's fingerprint for its path, model and tokens for the budget).
+    """
+    meta = {"help": help, "choices": choices, "above": above, "low": low, "high": high, "result": result,
+            "positional": positional}  # fmt: skip
     return field(default=default, metadata=meta)
+
+
+def check(options) -> None:
+    """Raises UserError for the first value outside its bounds."""
+    for f in fields(options):
+        value, meta = getattr(options, f.name), f.metadata
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float):
+                continue
+            if meta["above"] is not None and not number > meta["above"]:
+                raise UserError(f"{_flag(f.name)} {number:g}: must be above {meta['above']:g}")
+            if meta["low"] is not None and not number >= meta["low"]:
+                raise UserError(f"{_flag(f.name)} {number:g}: must be at least {meta['low']:g}")
+            if meta["high"] is not None and not number <= meta["high"]:
+                raise UserError(f"{_flag(f.name)} {number:g}: must be at most {meta['high']:g}")
 
 
 FLOP_CONVENTIONS = ("physical", "causal", "appendix_f", "table_a4", "6nd", "kaplan")  # counted in flops.py
@@ -45,23 +64,28 @@ class Config:
     """One training run. None means: derived, and printed with the reason before the run starts."""
 
     # What to train: any two of budget, model and tokens give the third; budget alone asks the law.
-    budget: float | None = opt(None, "training FLOPs to spend, in the convention named by --flops", result=False)
+    budget: float | None = opt(
+        None, "training FLOPs to spend, in the convention named by --flops", above=0, result=False
+    )
     model: str | None = opt(None, "width x layers, such as 256x4")
-    tokens: float | None = opt(None, "training tokens D")
+    tokens: float | None = opt(None, "training tokens D", above=0)
     flops: str = opt("physical", "FLOP convention of the budget", choices=FLOP_CONVENTIONS, result=False)
     law: str | None = opt(None, "laws.json of a fit; default: the constants of Besiroglu et al. 2024", result=False)
     law_approach: int = opt(3, "which approach of laws.json chooses the model", choices=(1, 2, 3), result=False)
 
     # Data.
     data: tuple[str, ...] | None = opt(
-        None, "text: python, python-all, or files, folders, globs (.txt .jsonl, also .gz .xz .zst)", result=False)  # fmt: skip
+        None, "text: python, python-all, or files, folders, globs (.txt .jsonl, also .gz .xz .zst)", result=False
+    )
     val: tuple[str, ...] | None = opt(
         None, "validation text; default: files named val*, else documents by hash", result=False
     )
-    val_bytes: int = opt(1 << 20, "validation text kept, in bytes (evenly spaced 64 KB blocks of it)", result=False)
+    val_bytes: int = opt(
+        1 << 20, "validation text kept, in bytes (evenly spaced 64 KB blocks of it)", low=1, result=False
+    )
     tokenizer: str = opt("bytes", "bytes, bpe (our own, trained on the corpus), or a tiktoken name such as gpt2")
     vocab_size: int | None = opt(None, "vocabulary; for bpe the size to train (default 4096), else the tokenizer's")
-    seq_len: int | None = opt(None, "context length T in tokens")
+    seq_len: int | None = opt(None, "context length T in tokens", low=1)
     cache: str = opt("cache", "folder of tokenised shards", result=False)
 
     # Model: GPT as in Chinchilla by default; `--norm layernorm --positions learned --bias` is GPT-2,
@@ -77,37 +101,39 @@ class Config:
 
     # Optimisation: None follows the numbered rules in nanochin/ladder.py.
     optimizer: str = opt("adamw", "adamw (decoupled decay) or adam (L2 in the gradient)", choices=("adamw", "adam"))
-    lr: float | None = opt(None, "peak learning rate")
-    batch_tokens: int | None = opt(None, "tokens per optimizer step; a multiple of seq_len")
-    warmup_tokens: float | None = opt(None, "linear warm-up, in tokens")
-    beta1: float = opt(0.9, "Adam's beta1")
-    beta2: float | None = opt(None, "Adam's beta2")
-    weight_decay: float = opt(0.1, "weight decay, on matrices only")
-    clip: float = opt(1.0, "gradient norm is clipped to this; 0 = never")
-    z_loss: float = opt(0.0, "weight of the z-loss, log(Z)^2 (1e-4 is usual)")
+    lr: float | None = opt(None, "peak learning rate", above=0)
+    batch_tokens: int | None = opt(None, "tokens per optimizer step; a multiple of seq_len", low=1)
+    warmup_tokens: float | None = opt(None, "linear warm-up, in tokens", low=0)
+    beta1: float = opt(0.9, "Adam's beta1", low=0, high=0.999999)
+    beta2: float | None = opt(None, "Adam's beta2", low=0, high=0.999999)
+    weight_decay: float = opt(0.1, "weight decay, on matrices only", low=0)
+    clip: float = opt(1.0, "gradient norm is clipped to this; 0 = never", low=0)
+    z_loss: float = opt(0.0, "weight of the z-loss, log(Z)^2 (1e-4 is usual)", low=0)
     schedule: str = opt("cosine", "learning-rate schedule", choices=("cosine", "wsd", "linear", "constant"))
-    cycle: float = opt(1.0, "length of the cosine as a multiple of the run (over 1 overshoots, Appendix B)")
-    final_lr: float | None = opt(None, "final fraction of the peak rate; default: cosine 0.1, wsd and linear 0")
-    cooldown: float = opt(0.2, "share of a wsd run spent in its 1-sqrt cooldown")
-    seed: int = opt(0, "seed of the weights and of the data order")
+    cycle: float = opt(1.0, "length of the cosine as a multiple of the run (over 1 overshoots, Appendix B)", above=0)
+    final_lr: float | None = opt(
+        None, "final fraction of the peak rate; default: cosine 0.1, wsd and linear 0", low=0, high=1
+    )
+    cooldown: float = opt(0.2, "share of a wsd run spent in its 1-sqrt cooldown", low=0, high=1)
+    seed: int = opt(0, "seed of the weights and of the data order", low=0)
 
     # Execution: how, not what.
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps", result=False)
     dtype: str = opt("auto", "compute dtype (weights stay float32)", choices=("auto", "float32", "bfloat16"))
     compile: str = opt("auto", "torch.compile; auto: on a GPU only", choices=("auto", "true", "false"), result=False)
-    micro_batch: int | None = opt(None, "sequences per forward pass; default: as many as fit", result=False)
-    threads: int | None = opt(None, "CPU threads; default: torch's choice", result=False)
+    micro_batch: int | None = opt(None, "sequences per forward pass; default: as many as fit", low=1, result=False)
+    threads: int | None = opt(None, "CPU threads; default: torch's choice", low=1, result=False)
 
     # The run's folder.
     name: str | None = opt(None, "name of the run; default: a stem and a hash of the options", result=False)
     out: str = opt("runs", "folder of all runs", result=False)
     branch_from: str | None = opt(None, "RUN@STEP: start from another run's checkpoint (cooldowns)")
-    log_every: int | None = opt(None, "steps between log lines; default: 200 lines a run", result=False)
-    eval_every: int = opt(0, "steps between evaluations; 0 = at the end only", result=False)
-    save_every: float = opt(60.0, "seconds between checkpoints; 0 = at the end only", result=False)
-    save_steps: tuple[int, ...] = opt((), "extra steps at which to save a checkpoint, and keep it", result=False)
-    keep: int = opt(2, "newest checkpoints to keep", result=False)
-    sample_tokens: int = opt(256, "tokens of the sample printed at the end; 0 = none", result=False)
+    log_every: int | None = opt(None, "steps between log lines; default: 200 lines a run", low=1, result=False)
+    eval_every: int = opt(0, "steps between evaluations; 0 = at the end only", low=0, result=False)
+    save_every: float = opt(60.0, "seconds between checkpoints; 0 = at the end only", low=0, result=False)
+    save_steps: tuple[int, ...] = opt((), "extra steps at which to save a checkpoint, and keep it", low=1, result=False)
+    keep: int = opt(2, "newest checkpoints to keep", low=1, result=False)
+    sample_tokens: int = opt(256, "tokens of the sample printed at the end; 0 = none", low=0, result=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,7 +215,12 @@ def parse(cls, argv: list[str] | None = None, *, prog: str, description: str, fi
         # The file is one more command line, read first: same types, same checks, errors that name the file.
         in_file = _parser(cls, f"{prog}: {path}", description, file=False)
         given = _read(in_file, _toml_arguments(path, in_file)) | given
-    return cls(**given)
+    options = cls(**given)
+    try:
+        check(options)
+    except UserError as error:
+        parser.error(str(error))
+    return options
 
 
 def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentParser:

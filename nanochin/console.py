@@ -40,9 +40,14 @@ class Progress:
         else:
             self._line(done, total, note)
 
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar if there is one."""
+        if not self.quiet:
+            (self.bar.console.print if self.bar else print)(text)
+
     def _start(self, stage: str, total: float) -> None:
-        self.stage, self.began, self.last_line = stage, time.monotonic(), 0.0
-        self.first_done = None
+        self.stage, self.first_done = stage, None
+        self.began = self.last_line = time.monotonic()
         if sys.stdout.isatty():
             from rich import progress
 
@@ -62,7 +67,8 @@ class Progress:
         now = time.monotonic()
         if self.first_done is None:
             self.first_done = done
-        if now - self.last_line < SECONDS_BETWEEN_LINES and done < total:
+        ended = done >= total and note  # what is done within seconds and has nothing to tell needs no line
+        if now - self.last_line < SECONDS_BETWEEN_LINES and not ended:
             return
         self.last_line = now
         rate = (done - self.first_done) / max(now - self.began, 1e-9)

@@ -187,18 +187,19 @@ def _write(temp: Path, train_files: list, val_files: list, tokenizer_name: str, 
     """Tokens and tokenizer of one corpus into `temp`; returns what meta.json says of them."""
     size = sum(file.path.stat().st_size for file in train_files + val_files)
     meter = Meter(progress, "reading", size)
-    text = val_text = read_text(train_files, temp / "text" / "train", meter)
+    reading = [(train_files, temp / "text" / "train"), (val_files, temp / "text" / "val")]
+    text, val_text = parallel(lambda job: read_text(*job, meter), reading)
     if val_files:
-        val_text = read_text(val_files, temp / "text" / "val", meter)
         train, val = _whole(text), _whole(val_text)
     else:
+        val_text = text
         train, val = split(text, val_bytes)
     val = thin(val_text, val, val_bytes)
 
     if tokenizer_name == "bpe":
         sample = thin(text, train, BPE_SAMPLE)
         progress("training the tokenizer", 0, total_bytes(sample))
-        tokenizer = train_bpe((text.bytes[a:b].tobytes().decode() for a, b in _pieces(text, sample)), vocab)
+        tokenizer = train_bpe((text.bytes[a:b].tobytes().decode() for a, b, _ in _pieces(text, sample)), vocab)
     else:
         tokenizer = Tokenizer.load(tokenizer_name)
     tokenizer.save(temp)

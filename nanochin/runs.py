@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -22,10 +24,9 @@ from nanochin.config import Config, RunError, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An open run folder; `lock` is held until `close`."""
+    """The folder of a run."""
 
     folder: Path
-    lock: FileLock
 
     @property
     def summary(self) -> dict | None:
@@ -47,33 +48,38 @@ class Run:
     def finish(self, summary: dict) -> None:
         write_json(self.folder / "summary.json", summary)
 
-    def close(self) -> None:
-        self.lock.release()
 
+@contextmanager
+def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
+    """Create or reopen the folder of the run that `record` describes, and hold its lock inside the block.
 
-def open_run(folder: Path, record: dict) -> Run:
-    """Create or reopen `folder` for the run that `record` describes and lock it.
-
-    Raises UserError if another process holds it, or if it belongs to a run of other options.
+    Raises UserError if another process holds it, or if the folder belongs to a run of other options.
     """
+    folder = Path(out) / name
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{folder}: another process is training this run; wait for it or choose --name") from None
-    path = folder / "config.json"
-    if not path.exists():
-        write_json(path, record)
-    else:
-        theirs, ours = read_json(path)["identity"], record["identity"]
-        for key in sorted(theirs.keys() | ours.keys()):
-            if theirs.get(key) != ours.get(key):
-                lock.release()
-                raise UserError(f"{folder} holds a run with {key} = {theirs.get(key)}, this one has {ours.get(key)}: "
-                                f"choose another --name or delete that folder")  # fmt: skip
-    return Run(folder, lock)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"{folder}: another process is training this run; wait for it or choose --name") from None
+    except OSError as error:
+        raise RunError(f"{folder}: cannot write: {error.strerror}") from None
+    with lock:  # the lock counts: this releases the acquisition above too, on every way out
+        lock.release()
+        if (folder / "config.json").exists():
+            _same_run(folder, record["identity"])
+        else:
+            write_json(folder / "config.json", record)
+        yield Run(folder)
+
+
+def _same_run(folder: Path, ours: dict) -> None:
+    theirs = read_json(folder / "config.json")["identity"]
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key) != ours.get(key):
+            raise UserError(f"{folder} holds a run with {key} = {theirs.get(key)}, this one has {ours.get(key)}: "
+                            f"choose another --name, or delete that folder")  # fmt: skip
 
 
 def find_run(run: str, out: str = "runs") -> Path:
@@ -90,10 +96,10 @@ def identity(config: Config, **facts) -> dict:
     return json.loads(json.dumps(options | facts))
 
 
-def run_name(identity: dict) -> str:
+def run_name(corpus: str, identity: dict) -> str:
     """A short readable stem and a hash of the identity: 'python-96x4-7.5M-0b1c2d3e'."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return f"{identity['corpus']}-{identity['model']}-{identity['tokens'] / 1e6:.3g}M-{digest[:8]}"
+    return f"{corpus}-{identity['model']}-{identity['tokens'] / 1e6:.3g}M-{digest[:8]}"
 
 
 def versions() -> dict:

@@ -252,7 +252,7 @@ def read_text(files: list[File], folder: Path, meter: Meter) -> Text:
         groups[-1].append(file)
         room -= file.path.stat().st_size
     paths = [folder / f"text-{i:05d}" for i in range(len(groups))]
-    ends, hashes, skipped, start = [], [], 0, 0
+    ends, hashes, skipped, start = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)], 0, 0
     for part in parallel(lambda job: _read_part(*job, meter), zip(groups, paths, strict=True)):
         ends.append(np.frombuffer(part[0], np.int64) + start)
         hashes.append(np.frombuffer(part[1], np.uint64))

@@ -1,0 +1,82 @@
+"""What a run computes on: the device, its compute dtype, its peak, whether a model fits its memory."""
+
+import os
+import time
+
+import torch
+
+from nanochin import flops
+from nanochin.config import Shape, UserError
+from nanochin.console import count
+
+KINDS = ("cuda", "mps", "cpu")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first of cuda, mps, cpu that is there. Raises UserError for a device that is not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+    if device.type not in KINDS:
+        raise UserError(f"--device {name}: choose from {', '.join(KINDS)}")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device, shape: Shape) -> tuple[torch.dtype, str]:
+    """(compute dtype, why)."""
+    if name != "auto":
+        return getattr(torch, name), "as asked"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "bf16 tensor cores; weights and sums stay float32"
+        return torch.float32, "this GPU has no bf16"
+    if device.type == "cpu" and has_fast_bf16():
+        # From width 384 bf16 was 2.1x as fast as float32 with AMX, at 128 between 1.0x and 1.3x (LOG.md).
+        if shape.width >= 384:
+            return torch.bfloat16, "the CPU has AMX or AVX512-bf16 and the model is at least 384 wide"
+        return torch.float32, "bf16 pays on this CPU only from width 384"
+    return torch.float32, f"no fast bf16 on this {device.type.upper()}"
+
+
+def has_fast_bf16() -> bool:
+    """AMX or AVX512-bf16: without them a CPU emulates bf16, some 200 times slower than float32 (LOG.md)."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device.type
+
+
+def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
+    """(peak FLOP/s or None, where it is from). GPUs: the table in flops.py. CPU: a short matrix product, measured."""
+    if device.type == "cpu":
+        a = torch.randn(768, 768).to(dtype)
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ a
+            seconds.append(time.perf_counter() - start)
+        peak = 2 * 768**3 / min(seconds)
+        return peak, f"MFU is against {count(peak)}FLOP/s, a matrix product measured just now"
+    name = device_name(device)
+    peak = flops.peak_flops(name, str(dtype).split(".")[1])
+    return peak, f"MFU is against {count(peak)}FLOP/s, dense" if peak else f"no MFU: the peak of {name} is not known"
+
+
+def check_memory(params: int, device: torch.device) -> None:
+    """Refuse a model whose weights, gradients and two moments in float32 (16 bytes a parameter) cannot fit."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return  # not told by this system
+    if 16 * params > memory:
+        raise UserError(f"a model of {count(params)} parameters needs {count(16 * params)}B with its optimizer, "
+                        f"{device} has {count(memory)}B: choose a smaller --model or --budget")  # fmt: skip

@@ -1,0 +1,66 @@
+"""Loss and bits per byte of a run on any text: python -m nanochin.evaluate RUN --data PATH"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanochin.checkpoint import load_run
+from nanochin.config import UserError, opt, parse
+from nanochin.console import Progress, count
+from nanochin.data import Tokens, eval_windows, read_tokens
+from nanochin.model import GPT
+from nanochin.runs import find_run
+
+TOKENS_AT_ONCE = 16384  # tokens a forward pass: what matters is that the logits (x V) fit
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    run: str = opt(None, "the run: its folder, or its name under --out", positional=True)
+    data: tuple[str, ...] = opt((), "text to evaluate on: files, folders, globs")
+    out: str = opt("runs", "folder of all runs")
+
+
+@torch.no_grad()
+def evaluate(model: GPT, tokens: Tokens, text_bytes: int, progress=None) -> tuple[float, float | None]:
+    """(loss in nats per token, bits per byte) over `tokens`, every token but the first predicted exactly once from
+    at most seq_len before it (windows lie side by side: the first token of one has no context).
+
+    Bits per byte = total nats / ln 2 / `text_bytes`, the bytes that the tokens stand for; None where not known (0).
+    """
+    T = model.shape.seq_len
+    device = next(model.parameters()).device
+    at_once = max(1, TOKENS_AT_ONCE // T) * T
+    total, count = 0.0, len(tokens) - 1  # predicted tokens
+    for start in range(0, count, at_once):
+        x, y = eval_windows(tokens[start : start + at_once + 1], T)  # (n, T) each, y -1 beyond the end
+        loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)).item()
+        done = min(start + at_once, count)
+        total += loss * (done - start)
+        if progress:
+            progress("evaluating", done, count)
+    return total / count, total / math.log(2) / text_bytes if text_bytes else None
+
+
+def main() -> None:
+    options = parse(EvaluateOptions, prog="python -m nanochin.evaluate", description=__doc__)
+    if not options.data:
+        raise UserError("--data: name the text to evaluate on")
+    folder = find_run(options.run, options.out)
+    model, tokenizer, _ = load_run(folder)
+    tokens, text_bytes = read_tokens(options.data, tokenizer)
+    with Progress(quiet=not sys.stdout.isatty()) as progress:
+        loss, bpb = evaluate(model, tokens, text_bytes, progress)
+    print(f"{Path(folder).name}: loss {loss:.4f} nats per token, {bpb:.4f} bits per byte "
+          f"({count(len(tokens))} tokens, {count(text_bytes)} bytes)")  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"python -m nanochin.evaluate: {error}", file=sys.stderr)
+        sys.exit(error.code)

@@ -1,0 +1,455 @@
+"""Train one model: a FLOP budget and text go in, a compute-optimal GPT comes out.
+
+    python train.py                                    a run that suits this machine, on text it already has
+    python train.py --budget 1e15 --data books/        the law chooses the model and its tokens
+    python train.py --model 256x4 --tokens 2e8         or you do
+    python train.py config.toml --seed 1               options from a file, then from the command line
+
+The same command goes on from where a killed run stopped, and ends in the same bits. The file reads top to bottom:
+`resolve` decides what to train on what, `train` holds the loop, the rest are the functions they call.
+"""
+
+import dataclasses
+import functools
+import math
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import kernels
+from nanochin import checkpoint, ladder, laws, optim, runs
+from nanochin.config import FLOP_CONVENTIONS, Config, RunError, UserError, check, make_shape, parse, parse_model
+from nanochin.console import Progress, clock, count, table
+from nanochin.data import Corpus, Windows, prepare
+from nanochin.device import check_memory, device_name, peak_of, pick_device, pick_dtype
+from nanochin.evaluate import evaluate
+from nanochin.model import GPT
+from nanochin.sample import generate
+from nanochin.tokenizer import model_vocab
+
+# What `python train.py` does with no option, by kind of device and never by a timing, so that the same command is
+# the same run: the largest 1-2-5 budget that takes about 3 minutes on 2 CPU cores or about a minute on a
+# data-centre GPU, on at most one epoch of text that is already there.
+DEFAULTS = {
+    "cpu": {"budget": 1e13, "seq_len": 256, "data": ("python",)},
+    "mps": {"budget": 1e14, "seq_len": 512, "data": ("python-all",)},
+    "cuda": {"budget": 1e15, "seq_len": 1024, "data": ("python-all",)},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything decided before the first step. `config` has no None left that matters."""
+
+    config: Config
+    plan: ladder.Plan
+    law: laws.Law | laws.PowerLaw
+    corpus: Corpus
+    windows: Windows
+    device: torch.device
+    dtype: torch.dtype
+    why_dtype: str
+
+
+def resolve(config: Config, progress: Progress) -> Job:
+    """Fill in what the options left open: device, text, shape, tokens, batch, learning rate, dtype."""
+    check(config)
+    device = pick_device(config.device)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    defaults = DEFAULTS[device.type]
+    seq_len = config.seq_len or defaults["seq_len"]
+    budget = config.budget or (None if config.model or config.tokens else defaults["budget"])
+
+    corpus = prepare(
+        config.data or defaults["data"], val=config.val, tokenizer=config.tokenizer, vocab_size=config.vocab_size,
+        val_bytes=config.val_bytes, cache=config.cache, progress=progress)  # fmt: skip
+    progress.close()
+
+    # Shape, tokens, batch and learning rate: rules and sources in nanochin/ladder.py.
+    law = laws.load_law(config.law, config.law_approach) if config.law else laws.BESIROGLU
+    make = functools.partial(
+        make_shape, vocab_size=model_vocab(corpus.tokenizer, config.vocab_size), seq_len=seq_len,
+        head_size=config.head_size, ffn=config.ffn, norm=config.norm, positions=config.positions,
+        activation=config.activation, bias=config.bias, tied=config.tied, qk_norm=config.qk_norm)  # fmt: skip
+    plan = ladder.plan(
+        make, budget=budget, model=config.model and parse_model(config.model), tokens=config.tokens, law=law,
+        convention=config.flops, batch_tokens=config.batch_tokens, lr=config.lr, warmup_tokens=config.warmup_tokens,
+        beta2=config.beta2)  # fmt: skip
+    shape = plan.shape
+    check_memory(plan.params.total, device)
+    dtype, why_dtype = pick_dtype(config.dtype, device, shape)
+    config = dataclasses.replace(
+        config, budget=budget, model=str(shape), tokens=float(plan.tokens), seq_len=seq_len,
+        vocab_size=shape.vocab_size, head_size=shape.head_size, ffn=shape.ffn, batch_tokens=plan.batch_tokens,
+        lr=plan.lr, warmup_tokens=float(plan.warmup_tokens), beta2=plan.beta2, dtype=str(dtype).split(".")[1],
+        final_lr=optim.default_final(config.schedule) if config.final_lr is None else config.final_lr,
+        log_every=config.log_every or max(1, plan.steps // 200))  # fmt: skip
+    return Job(config, plan, law, corpus, Windows(corpus.train, seq_len, config.seed), device, dtype, why_dtype)
+
+
+def train(config: Config, quiet: bool = False) -> dict:
+    """Train, finish or merely report the run that `config` describes; returns its summary, a row of runs.csv.
+
+    Raises UserError for what the user can put right and RunError for what went wrong on the way (disk full, loss not
+    a number, a signal). Checkpoints are kept in either case, and the same call goes on from the newest.
+    """
+    progress = Progress(quiet)
+    job = resolve(config, progress)
+    config, plan, corpus, windows, device = job.config, job.plan, job.corpus, job.windows, job.device
+    record = describe(job)
+    name = config.name or runs.run_name(corpus.name, record["identity"])
+
+    with runs.open_run(config.out, name, record) as run:
+        if run.summary is not None:
+            progress.say(f"{run.folder} is finished: loss {run.summary['loss']:.4f}")
+            return run.summary
+        corpus.tokenizer.save(run.folder)
+
+        # Model and optimizer: new, branched from another run, or as this run's newest checkpoint has them.
+        model = GPT(plan.shape, dtype=job.dtype, seed=config.seed, z_loss=config.z_loss).to(device)
+        optimizer = optim.make_optimizer(
+            model, config.optimizer, config.lr, (config.beta1, config.beta2), config.weight_decay)  # fmt: skip
+        state = {"step": 0, "seconds": 0.0, "recent": [], "micro_batch": config.micro_batch or first_micro_batch(job)}
+        if last := checkpoint.newest_valid(run.folder, warn=progress.say):
+            state = checkpoint.load(last, model, optimizer)
+            progress.say(f"going on from {last}")
+        elif config.branch_from:
+            state["step"] = load_branch(config, record, model, optimizer)
+        run.cut_log(state["step"])
+        peak, peak_source = peak_of(device, job.dtype)
+        if not quiet:
+            show_plan(job, run, state["micro_batch"], peak_source)
+        forward = torch.compile(model) if wants_compile(config.compile, device) else model
+
+        # The loop. `step` counts finished optimizer steps, and the data position follows from it alone. Losses and
+        # norms stay on the device until they are logged, so that a GPU does not wait for the host.
+        step, micro_batch = state["step"], state["micro_batch"]
+        recent = [torch.tensor(pair, device=device) for pair in state["recent"]]  # (loss, norm) of steps not yet logged
+        sequences = plan.batch_tokens // config.seq_len
+        watch, last_save = Stopwatch(state["seconds"]), time.monotonic()
+        lap = watch.seconds()
+        with catch_signals() as caught:
+            while step < plan.steps:
+                batch = to_device(windows.batch(step * sequences, sequences), device)  # (sequences, T+1)
+                for group in optimizer.param_groups:
+                    group["lr"] = config.lr * learning_rate(config, plan, step)
+                try:
+                    recent.append(optimizer_step(forward, optimizer, batch, micro_batch, config.clip))
+                except torch.OutOfMemoryError:
+                    micro_batch = smaller(micro_batch, optimizer, job)  # the batch stays, cut into smaller pieces
+                    continue
+                step += 1
+
+                if step % config.log_every == 0 or step == plan.steps:
+                    row = log_row(job, step, recent, run)
+                    lap, elapsed = watch.seconds(), watch.seconds() - lap
+                    row["tokens_per_s"] = len(recent) * plan.batch_tokens / elapsed
+                    row["mfu"] = peak and row["tokens_per_s"] * plan.flops["physical"] / plan.tokens / peak
+                    run.log(row)
+                    recent = []
+                    progress("training", step, plan.steps, progress_note(row))
+
+                due = config.save_every and time.monotonic() - last_save > config.save_every
+                if due or step == plan.steps or step in config.save_steps or caught:
+                    with watch.paused():
+                        pending = [pair.tolist() for pair in recent]
+                        check_finite(pending, step, run)
+                        state = {"seconds": watch.seconds(), "recent": pending, "micro_batch": micro_batch}
+                        checkpoint.save(run.folder, step, model, optimizer, state)
+                        checkpoint.prune(run.folder, config.keep, config.save_steps)
+                        last_save = time.monotonic()
+                if caught:
+                    raise InterruptedRun(caught[0], f"{run.folder} is saved at step {step} of {plan.steps}")
+
+                if config.eval_every and step % config.eval_every == 0 and step < plan.steps:
+                    with watch.paused():
+                        loss, bpb = evaluate(model, corpus.val, corpus.val_bytes)
+                        run.log({"step": step, "val_loss": loss, "val_bpb": bpb})
+
+        # What came out.
+        seconds = watch.seconds()
+        loss, bpb = evaluate(model, corpus.val, corpus.val_bytes, progress)
+        run.log({"step": step, "val_loss": loss, "val_bpb": bpb})
+        run.finish(summarise(job, record, name, loss, bpb, seconds))
+        progress.close()
+        if not quiet:
+            show_result(job, run, model)
+        return run.summary
+
+
+def optimizer_step(model, optimizer: torch.optim.Optimizer, batch: Tensor, micro_batch: int, clip: float) -> Tensor:
+    """One step on batch (n, T+1) in pieces of `micro_batch` sequences -> (loss, gradient norm before clipping).
+
+    The gradient is that of the mean over all n x T tokens, however the batch is cut.
+    """
+    loss = torch.zeros((), device=batch.device)
+    for piece in batch.split(micro_batch):
+        part = model(piece[:, :-1], piece[:, 1:]) * (len(piece) / len(batch))
+        part.backward()
+        loss += part.detach()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack((loss, norm))
+
+
+def learning_rate(config: Config, plan: ladder.Plan, step: int) -> float:
+    """The schedule's fraction of the peak rate at `step`."""
+    return optim.lr_at(
+        step, plan.steps, plan.warmup_tokens / plan.batch_tokens, config.schedule, config.cycle, config.final_lr,
+        config.cooldown)  # fmt: skip
+
+
+def wants_compile(choice: str, device: torch.device) -> bool:
+    """`auto` compiles on a GPU only: on a CPU 30 s of compiling do not come back within a run of minutes (LOG.md)."""
+    return choice == "true" or (choice == "auto" and device.type == "cuda" and kernels.has_triton())
+
+
+def first_micro_batch(job: Job) -> int:
+    """Sequences a forward pass: 4096 tokens on a CPU (its cache), 64k on a GPU; halved when memory runs out."""
+    tokens = 4096 if job.device.type == "cpu" else 65536
+    return max(1, min(job.plan.batch_tokens, tokens) // job.config.seq_len)
+
+
+def smaller(micro_batch: int, optimizer: torch.optim.Optimizer, job: Job) -> int:
+    """Half the micro-batch, after a step that ran out of memory. Raises RunError when it is one sequence already."""
+    optimizer.zero_grad(set_to_none=True)
+    if micro_batch == 1:
+        raise RunError(f"one sequence of {job.config.seq_len} tokens through {job.plan.shape} does not fit "
+                       f"{job.device}: choose a smaller --model or --seq-len")  # fmt: skip
+    return micro_batch // 2
+
+
+def to_device(batch, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(batch)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time and signals
+
+
+class Stopwatch:
+    """Seconds spent training, over all the processes that a run took, without evaluations and checkpoints."""
+
+    def __init__(self, seconds: float):
+        self.started = time.monotonic() - seconds
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @contextmanager
+    def paused(self):
+        start = time.monotonic()
+        yield
+        self.started += time.monotonic() - start
+
+
+class InterruptedRun(RunError):
+    """Stopped by a signal, after saving; the exit code is the shell's 128 + number."""
+
+    def __init__(self, number: int, where: str):
+        super().__init__(f"stopped by {signal.Signals(number).name}: {where}; the same command goes on from there")
+        self.code = 128 + number
+
+
+@contextmanager
+def catch_signals():
+    """Inside the block SIGTERM and SIGINT only append to the list that it yields, for the loop to finish its step."""
+    caught: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield caught
+        return
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda n, _: caught.append(n)) for number in signals]
+    try:
+        yield caught
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def describe(job: Job) -> dict:
+    """config.json: what was asked and resolved, what defines the result, and everything it ran on."""
+    corpus = job.corpus
+    identity = runs.identity(job.config, device=job.device.type, data_sha=corpus.data_sha, val_sha=corpus.val_sha)
+    return {
+        "identity": identity,
+        "options": dataclasses.asdict(job.config),
+        "shape": dataclasses.asdict(job.plan.shape),
+        "corpus": {"name": corpus.name, "tokenizer": corpus.tokenizer.name, "train_tokens": len(corpus.train),
+                   "train_bytes": corpus.train_bytes, "val_tokens": len(corpus.val), "val_bytes": corpus.val_bytes,
+                   "data_sha": corpus.data_sha, "val_sha": corpus.val_sha, "documents": corpus.documents,
+                   "skipped_bytes": corpus.skipped_bytes},
+        "device": device_name(job.device),
+        "threads": torch.get_num_threads(),
+        "kernels": kernels.backend(job.device),
+        "versions": runs.versions(),
+    }  # fmt: skip
+
+
+def log_row(job: Job, step: int, recent: list[Tensor], run: runs.Run) -> dict:
+    """One object of log.jsonl: means over the steps since the last. Reads the device, raises RunError on NaN."""
+    values = torch.stack(recent).tolist()
+    check_finite(values, step, run)
+    plan = job.plan
+    losses, norms = zip(*values, strict=True)
+    return {
+        "step": step,
+        "tokens": step * plan.batch_tokens,
+        "flops": plan.flops["physical"] * step / plan.steps,
+        "loss": sum(losses) / len(losses),
+        "lr": job.config.lr * learning_rate(job.config, plan, step - 1),
+        "grad_norm": sum(norms) / len(norms),
+    }
+
+
+def check_finite(recent: list[list[float]], step: int, run: runs.Run) -> None:
+    for back, pair in enumerate(reversed(recent)):
+        if not all(map(math.isfinite, pair)):
+            bad = step - back
+            last = checkpoint.newest(run.folder)
+            raise RunError(f"step {bad}: loss {pair[0]}, gradient norm {pair[1]}; the run diverged, try a lower --lr. "
+                           f"Last good checkpoint: {last or 'none yet'}")  # fmt: skip
+
+
+def progress_note(row: dict) -> str:
+    mfu = f"  MFU {row['mfu']:.0%}" if row["mfu"] else ""
+    return f"loss {row['loss']:.3f}  {count(row['tokens_per_s'])} tok/s{mfu}"
+
+
+def load_branch(config: Config, record: dict, model: GPT, optimizer: torch.optim.Optimizer) -> int:
+    """Start from --branch-from RUN@STEP: weights, moments and data position of another run -> its step.
+
+    Only the length of the run and its schedule may differ from that run (a cooldown from its trunk); anything else
+    would be no run that could have been trained from scratch, and raises UserError.
+    """
+    trunk, _, step = config.branch_from.rpartition("@")
+    folder = runs.find_run(trunk, config.out)
+    theirs = runs.read_json(folder / "config.json")["identity"]
+    free = {"tokens", "schedule", "cycle", "final_lr", "cooldown", "branch_from", "budget"}
+    for key, value in record["identity"].items():
+        if key not in free and theirs.get(key) != value:
+            raise UserError(
+                f"--branch-from {config.branch_from}: that run has {key} = {theirs.get(key)}, this one {value}"
+            )
+    source = folder / "checkpoints" / f"step-{step}"
+    if not source.exists():
+        there = ", ".join(sorted(p.name.removeprefix("step-") for p in source.parent.glob("step-*[0-9]"))) or "none"
+        raise UserError(
+            f"--branch-from {config.branch_from}: no such checkpoint; there are steps {there} (--save-steps)"
+        )
+    done = checkpoint.load(source, model, optimizer)["step"]
+    if done * config.batch_tokens >= config.tokens:
+        raise UserError(f"--branch-from {config.branch_from}: it has seen {done * config.batch_tokens} tokens already, "
+                        f"--tokens {config.tokens:g} must be more")  # fmt: skip
+    return done
+
+
+def summarise(job: Job, record: dict, name: str, loss: float, bpb: float | None, seconds: float) -> dict:
+    """The row of runs.csv (columns as in the README)."""
+    config, plan, corpus = job.config, job.plan, job.corpus
+    unique = min(plan.tokens, job.windows.per_epoch * config.seq_len)
+    return {
+        "run": name, "name": name, "status": "finished",
+        "params": plan.params.total, "params_non_embedding": plan.params.non_embedding,
+        "params_with_head": plan.params.with_head, "tokens": plan.tokens, "loss": loss, "val_bpb": bpb,
+        "flops": plan.flops["physical"], **{f"flops_{key}": plan.flops[key] for key in FLOP_CONVENTIONS[1:]},
+        "budget": config.budget, "kind": "single",
+        "trunk": config.branch_from and config.branch_from.rpartition("@")[0],
+        "width": plan.shape.width, "layers": plan.shape.layers, "vocab_size": plan.shape.vocab_size,
+        "seq_len": config.seq_len, "tokenizer": corpus.tokenizer.name, "data_sha": corpus.data_sha,
+        "val_sha": corpus.val_sha, "unique_tokens": unique, "epochs": epochs(job), "seed": config.seed,
+        "schedule": config.schedule, "horizon": config.cycle * plan.tokens, "lr": config.lr,
+        "batch_tokens": plan.batch_tokens, "beta2": config.beta2, "warmup_tokens": plan.warmup_tokens,
+        "predicted_loss": predicted(job), "seconds": seconds, "device": record["device"], "threads": record["threads"],
+    }  # fmt: skip
+
+
+def epochs(job: Job) -> float:
+    return job.plan.tokens / (job.windows.per_epoch * job.config.seq_len)
+
+
+def predicted(job: Job) -> float | None:
+    """The law's loss for this run, if the law was fitted on this tokenizer and corpus; otherwise it says nothing."""
+    meta = job.law.meta
+    same = meta.get("tokenizer") == job.corpus.tokenizer.name and meta.get("data_sha") == job.corpus.data_sha
+    return job.plan.predicted_loss if same else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def show_plan(job: Job, run: runs.Run, micro_batch: int, peak_source: str) -> None:
+    config, plan, corpus, why = job.config, job.plan, job.corpus, job.plan.why
+    backend, why_backend = kernels.backend(job.device)
+    params = plan.params
+    rows = [
+        ("text", f"{corpus.name}", f"{count(corpus.train_bytes)}B in {corpus.documents} documents, "
+         f"{count(corpus.val_bytes)}B held out; sha {corpus.data_sha[:12]}"),
+        ("tokenizer", corpus.tokenizer.name, f"{plan.shape.vocab_size} tokens; {count(len(corpus.train))} to train on"),
+        ("model", f"{plan.shape}", why.get("model", "as asked")),
+        ("N parameters", count(params.total), f"total; {count(params.non_embedding)} without embedding and head, "
+         f"{count(params.with_head)} with head"),
+        ("D tokens", count(plan.tokens), why.get("tokens", "as asked")),
+        ("D / N", f"{plan.tokens / params.total:.1f}", f"tokens per parameter; {epochs(job):.2f} epochs of the text"),
+        ("C FLOPs", f"{plan.flops['physical']:.3e}", f"physical; 6ND is {plan.flops['6nd']:.3e}"),
+        ("steps", f"{plan.steps}", f"{config.schedule}, to {config.final_lr:g} of the peak rate"),
+        ("context", f"{config.seq_len}", "tokens"),
+        ("batch", f"{count(plan.batch_tokens)} tokens", f"{why['batch_tokens']}; micro-batch {micro_batch} sequences"),
+        ("learning rate", f"{plan.lr:.3g}", why.get("lr", "as asked")),
+        ("warm-up", f"{count(plan.warmup_tokens)} tokens", why.get("warmup_tokens", "as asked")),
+        ("beta2", f"{plan.beta2}", why.get("beta2", "as asked")),
+        ("device", device_name(job.device), f"{torch.get_num_threads()} CPU threads; {peak_source}"),
+        ("dtype", config.dtype, job.why_dtype),
+        ("operations", backend, why_backend),
+        ("run", str(run.folder), "the same command goes on where it stopped"),
+    ]  # fmt: skip
+    table("nanochin", rows)
+    if epochs(job) > 1:
+        print(f"warning: {epochs(job):.1f} epochs of the text; the law assumes less than one, expect a higher loss")
+    if corpus.skipped_bytes:
+        print(f"note: {corpus.skipped_bytes} bytes of the text are not UTF-8 and were skipped")
+
+
+def show_result(job: Job, run: runs.Run, model: GPT) -> None:
+    summary, tokenizer = run.summary, job.corpus.tokenizer
+    bpb = f"{summary['val_bpb']:.4f} bits per byte" if summary["val_bpb"] else "bits per byte unknown"
+    law = f", the law predicted {summary['predicted_loss']:.4f}" if summary["predicted_loss"] else ""
+    print(
+        f"\nvalidation loss {summary['loss']:.4f} nats per token, {bpb}{law}; {clock(summary['seconds'])} of training"
+    )
+    if job.config.sample_tokens:
+        start = torch.tensor([tokenizer.eot], device=job.device)
+        ids = generate(model, start, job.config.sample_tokens)[1:]
+        print(f"\n----- a sample -----\n{tokenizer.decode(ids.tolist())}\n--------------------")
+    print(f'\n{run.folder}   (python -m nanochin.sample {run.folder} --prompt "..." for more)')
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        train(parse(Config, prog="train.py", description=__doc__, file=True))
+    except UserError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
