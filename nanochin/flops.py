@@ -12,7 +12,7 @@ B batch, T sequence, C width, H heads, F feed-forward width, V vocabulary, L lay
 
 import re
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from nanochin.config import Config, Shape, UserError, make_shape, opt, parse, parse_model
 
@@ -287,7 +287,7 @@ def floor_seconds(row: Row, sequences: int, device: Device, dtype: str) -> float
 def _like_train(option: str):
     """An option of train.py: same default, same help."""
     f = Config.__dataclass_fields__[option]
-    return opt(f.default, f.metadata["help"], choices=f.metadata["choices"])
+    return field(default=f.default, metadata=f.metadata)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -226,6 +227,18 @@ def test_bad_input():
     for tokens in (0, -1, float("nan"), float("inf")):
         with pytest.raises(UserError, match="--tokens"):
             count_flops(learned, tokens)
+
+
+def test_documented_error_of_6nd():
+    """The tables in docs/flops.md are what the command prints; one cell is worked out here."""
+    from bench.flops_error import table
+
+    page = (Path(__file__).parents[1] / "docs" / "flops.md").read_text()
+    assert table(tied=True) in page
+    assert table(tied=False) in page
+    # 512x8 with bytes at T 256: matrices 12 x 8 x 512^2 + 256 x 512, norms 17 x 512, attention 12 x 8 x 512 x 256
+    cell = f"{(6 * 25_296_896 + 12_582_912) / (6 * (25_296_896 + 8_704)):.3f}"
+    assert f"| 512x8 | {cell} |" in table(tied=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

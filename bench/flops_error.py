@@ -1,0 +1,72 @@
+"""How far the exact FLOPs of a run are from 6ND: the table and the figure of docs/flops.md.
+
+python -m bench.flops_error          prints the tables, writes docs/flops_error.png (needs matplotlib)
+"""
+
+import sys
+
+from nanochin.config import Shape, UserError, make_shape
+from nanochin.flops import count_params, flops_per_token
+
+SHAPES = ((16, 1), (32, 2), (64, 3), (128, 3), (256, 4), (512, 8), (768, 12), (1024, 20), (1792, 26))
+VOCABULARIES = (256, 8_192, 50_304)
+CONTEXTS = (256, 1_024, 4_096)
+CONVENTIONS = ("physical", "causal", "appendix_f", "table_a4", "kaplan")
+FIGURE = "docs/flops_error.png"
+
+
+def ratio(shape: Shape, convention: str = "physical") -> float:
+    return flops_per_token(shape, convention) / flops_per_token(shape, "6nd")
+
+
+def table(tied: bool) -> str:
+    """Markdown: shapes down, vocabulary x context across, `physical` / 6ND in the cells."""
+    columns = [(V, T) for V in VOCABULARIES for T in CONTEXTS]
+    lines = ["| shape | " + " | ".join(f"V {V:,} T {T:,}" for V, T in columns) + " |", "|---" * 10 + "|"]
+    for width, layers in SHAPES:
+        cells = [ratio(make_shape(width, layers, vocab_size=V, seq_len=T, tied=tied)) for V, T in columns]
+        lines.append(f"| {width}x{layers} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def figure(path: str) -> None:
+    try:
+        from matplotlib import pyplot as plt
+    except ImportError:
+        raise UserError("the figure needs matplotlib: pip install matplotlib") from None
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for V, style in zip(VOCABULARIES, ("-", "--", ":"), strict=True):
+        for T, colour in zip(CONTEXTS, ("#0072b2", "#e69f00", "#009e73"), strict=True):
+            shapes = [make_shape(*size, vocab_size=V, seq_len=T) for size in SHAPES]
+            plot(left, shapes, "physical", linestyle=style, color=colour, label=f"V {V:,}, T {T:,}")
+    left.set_title("physical / 6ND, tied head")
+    for convention, colour in zip(CONVENTIONS, ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00"), strict=True):
+        shapes = [make_shape(*size, vocab_size=8_192, seq_len=1_024) for size in SHAPES]
+        plot(right, shapes, convention, color=colour, label=convention)
+    right.set_title("each convention / 6ND, tied head, V 8,192, T 1,024")
+    left.set_ylabel("training FLOPs / (6 x total parameters x tokens)")
+    for axes in (left, right):
+        axes.axhspan(0.99, 1.10, color="0.9", zorder=0)
+        axes.axhline(1, color="0.5", linewidth=0.8, zorder=0)
+        axes.set(xscale="log", yscale="log", ylim=(0.02, 25), xlabel="parameters (total)")
+        ticks = (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20)
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        axes.legend(fontsize=7, frameon=False)
+    fig.savefig(path, dpi=100)
+
+
+def plot(axes, shapes: list[Shape], convention: str, **style) -> None:
+    N = [count_params(shape).total for shape in shapes]
+    axes.plot(N, [ratio(shape, convention) for shape in shapes], linewidth=1.2, marker=".", markersize=4, **style)
+
+
+if __name__ == "__main__":
+    try:
+        for tied in (True, False):
+            print(f"`physical` / 6ND, {'tied' if tied else 'untied'} head\n\n{table(tied)}\n")
+        figure(FIGURE)
+        print(f"{FIGURE} written")
+    except UserError as error:
+        print(f"python -m bench.flops_error: {error}", file=sys.stderr)
+        sys.exit(error.code)
