@@ -160,6 +160,13 @@ def test_batch_shrinks_to_100_steps():
     assert "112 cut to leave 100 steps" in p.why["batch_tokens"]
 
 
+def test_least_tokens():
+    """99.6 sequences round to 100 steps, within 0.5%; 99.4 do not."""
+    assert plan(make, model=(8, 1), tokens=99.6 * 128).steps == 100
+    with pytest.raises(UserError, match="fewer than 100 steps"):
+        plan(make, model=(8, 1), tokens=99.4 * 128)
+
+
 def test_what_is_given_is_taken():
     """Explicit values stand, derived ones have a reason each."""
     p = plan(make, model=(16, 1), tokens=5_000, batch_tokens=1024, lr=0.5, warmup_tokens=0, beta2=0.9)
@@ -186,7 +193,8 @@ def test_what_is_given_is_taken():
         ({"budget": 1e11, "model": (256, 4)}, " or --seq-len 47"),
         ({"model": (256, 4), "tokens": 50}, "50 tokens for 256x4 are fewer than 100 steps"),
         ({"budget": 1e15, "model": (256, 4), "tokens": 1e8}, "leave one of the three out"),
-        ({"budget": 1e12, "tokens": 1e12}, "no shape costs that on --tokens 1e+12"),
+        ({"budget": 1e12, "tokens": 1e12}, "no shape costs that on --tokens 1e+12; the nearest, --model 6x1,"),
+        ({"budget": 1e20, "tokens": 1e6}, "no shape costs that on --tokens 1e+06; the nearest, --model 1792x26,"),
         ({"budget": 1e14, "batch_tokens": 1000}, "--batch-tokens 1000: must be a multiple of --seq-len 128"),
         ({"budget": 1e14, "batch_tokens": 0}, "--batch-tokens 0"),
         ({"model": (64, 2), "tokens": 1e6, "batch_tokens": 2**20}, "less than one step of --batch-tokens 1048576"),
