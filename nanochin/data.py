@@ -9,6 +9,7 @@ Threads encode: tiktoken releases Python's lock, and unlike processes they need 
 copies of the text, and leave nothing behind when the program is killed.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,8 +27,9 @@ from filelock import FileLock, Timeout
 
 from nanochin.config import UserError
 from nanochin.text import (
-    Meter,
+    File,
     Progress,
+    Stage,
     Text,
     Tokens,
     char_start,
@@ -36,11 +38,11 @@ from nanochin.text import (
     find_files,
     fingerprint,
     hash_file,
-    parallel,
     read_text,
     split,
     thin,
     total_bytes,
+    whole,
 )
 from nanochin.tokenizer import Tokenizer, check_name, train_bpe
 
@@ -74,149 +76,178 @@ class Corpus:
 def prepare(data: tuple[str, ...], *, val: tuple[str, ...] | None = None, tokenizer: str = "bytes",
             vocab_size: int | None = None, val_bytes: int = 1 << 20, cache: str | Path = "cache",
             progress: Progress | None = None) -> Corpus:  # fmt: skip
-    """Training and validation tokens of `data`, from `cache` or tokenised into it.
+    """Training and validation tokens of `data`, from the folder `cache` or made and kept there.
 
-    data: `python`, `python-all`, or files, folders and globs. Validation text is `val`; else the files among the
-    data with val, valid or validation as a word of their name; else what `split` chooses; of any of them at most
-    about `val_bytes`, in evenly spaced blocks. So it depends on the text and `val_bytes` alone.
-
-    vocab_size: of our own BPE. progress: called a few times a second, maybe from another thread.
+    data: `python`, `python-all`, or files, folders and globs. The validation text is `val`; else the files among the
+    data with val, valid or validation as a word of their name; else what `text.split` chooses; of any of these about
+    `val_bytes` at most, in evenly spaced blocks. So it depends on the text and `val_bytes` alone. Files that are
+    in `val` are not trained on. vocab_size: of our own BPE (default 4096); the other tokenizers have their own.
+    progress: called a few times a second, perhaps from another thread.
 
     Raises UserError for data that is missing, empty, unreadable or damaged, an unknown tokenizer, a full disk, a
-    cache that was damaged.
+    damaged cache.
     """
     check_name(tokenizer)
-    progress = progress or (lambda stage, done, total: None)
-    train_files, val_files = find_files(data, progress), find_files(val or (), progress)
-    if val is None and not all(is_val := [file.is_validation for file in train_files]):
-        val_files = [file for file, named in zip(train_files, is_val, strict=True) if named]
-    held = {file.sha for file in val_files}
-    train_files = [file for file in train_files if file.sha not in held]
-    if not train_files:
-        raise UserError(f"--val {' '.join(val or ())}: nothing is left to train on; --data has the same files")
-
-    data_sha, vocab = fingerprint(train_files), (vocab_size or BPE_VOCAB) if tokenizer == "bpe" else None
-    key = [VERSION, data_sha, fingerprint(val_files), val_bytes, tokenizer, vocab]
-    name = corpus_name(data)
-    folder = Path(cache) / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        Path(cache).mkdir(parents=True, exist_ok=True)
-        with _locked(folder, progress):
-            if not folder.exists():  # another run may have made it while this one waited
-                about = {"name": name, "data_sha": data_sha}
-                _build(folder, train_files, val_files, tokenizer, vocab, val_bytes, about, progress)
-    return load(folder)
+    with _os_errors(cache):
+        train_files = find_files(data, "--data", progress)
+        val_files = find_files(val or (), "--val", progress) or [file for file in train_files if file.is_validation]
+        if not val and len(val_files) == len(train_files):
+            val_files = []  # a corpus that is itself called validation
+        held = {file.sha for file in val_files}
+        train_files = [file for file in train_files if file.sha not in held]
+        if not train_files:
+            raise UserError(f"--val {' '.join(val or data)}: the same files as --data; nothing is left to train on")
+        vocab_size = (vocab_size or BPE_VOCAB) if tokenizer == "bpe" else None
+        recipe = Recipe(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size)
+        folder = Path(cache) / f"{recipe.name}-{recipe.key()}"
+        if not folder.exists():
+            Path(cache).mkdir(parents=True, exist_ok=True)
+            with _locked(folder, progress):
+                if not folder.exists():  # another run may have made it while this one waited
+                    _build(folder, recipe, progress)
+        return load(folder)
 
 
 def load(folder: str | Path) -> Corpus:
     """Open a finished cache folder. Raises UserError, naming the file, if one is missing, cut short or changed.
 
-    Sizes are always checked, and the SHA-256 of every file; above 256 MB in all, that of its first and last MB.
+    Checked are the sizes and the SHA-256 of all files; if they are above 256 MB, that of their first and last MB.
     """
     folder = Path(folder)
+    again = f"delete {folder} to tokenise again"
     try:
         meta = json.loads((folder / "meta.json").read_text())
         files, about = meta["files"], meta["corpus"]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder / 'meta.json'}: missing or damaged; delete {folder} to tokenise again") from None
+        raise UserError(f"{folder / 'meta.json'}: missing or damaged; {again}") from None
     check = "sha256" if sum(file["bytes"] for file in files.values()) <= CHECK_WHOLE else "sha256_ends"
     for name, file in files.items():
         path = folder / name
-        if not path.exists() or path.stat().st_size != file["bytes"]:
-            size = f"{path.stat().st_size} bytes" if path.exists() else "missing"
-            raise UserError(f"{path}: {size}, expected {file['bytes']} bytes; delete {folder} to tokenise again")
-        if _checksum(path, check) != file[check]:
-            raise UserError(f"{path}: content has changed ({check}); delete {folder} to tokenise again")
+        size = path.stat().st_size if path.exists() else 0
+        if size != file["bytes"]:
+            raise UserError(f"{path}: {size} bytes, should be {file['bytes']}; {again}")
+        if CHECKSUMS[check](path) != file[check]:
+            raise UserError(f"{path}: its content has changed since it was written; {again}")
     tokenizer = Tokenizer.load(meta["tokenizer"], folder)
     train, val = (Tokens([folder / name for name in sorted(files) if name.startswith(side)], tokenizer.dtype)
                   for side in ("train-", "val-"))  # fmt: skip
-    return Corpus(train=train, val=val, tokenizer=tokenizer, folder=folder, **about)
+    return Corpus(train, val, tokenizer, folder=folder, **about)
 
 
 def read_tokens(data: tuple[str, ...], tokenizer: Tokenizer, max_bytes: int | None = None) -> tuple[np.ndarray, int]:
-    """All tokens of `data` (or of about `max_bytes` of it, evenly spaced), and the bytes that they stand for."""
-    with tempfile.TemporaryDirectory() as folder:
-        text = read_text(find_files(data), Path(folder, "text"), Meter())
-        ranges = thin(text, _whole(text), max_bytes or len(text.bytes))
-        return np.concatenate(list(encode(text, ranges, tokenizer, Meter()))), total_bytes(ranges)
+    """Tokens of all of `data`, or of about `max_bytes` of it in evenly spaced blocks; and the bytes they stand for.
+
+    Raises UserError as `prepare` does. Nothing is cached.
+    """
+    with _os_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
+        text = read_text(find_files(data), Path(folder, "text"), Stage("reading"))
+        ranges = whole(text) if max_bytes is None else thin(text, whole(text), max_bytes)
+        return np.concatenate(list(encode(text, ranges, tokenizer, Stage("tokenising")))), total_bytes(ranges)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Making a cache folder
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides the content of a cache folder."""
+
+    name: str
+    train: list[File]
+    val: list[File]  # none: part of the training files
+    val_bytes: int
+    tokenizer: str
+    vocab_size: int | None  # of our own BPE
+
+    def key(self) -> str:
+        parts = [VERSION, fingerprint(self.train), fingerprint(self.val), self.val_bytes]
+        return hashlib.sha256(json.dumps([*parts, self.tokenizer, self.vocab_size]).encode()).hexdigest()[:12]
+
+
 @contextmanager
-def _locked(folder: Path, progress: Progress):
+def _os_errors(place: str | Path) -> Iterator[None]:
+    """What the operating system refuses, as one line: a file that may not be read, a disk that is full."""
+    try:
+        yield
+    except OSError as error:
+        advice = "; make room or choose another --cache" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise UserError(f"{error.filename or place}: {error.strerror or error}{advice}") from error
+
+
+@contextmanager
+def _locked(folder: Path, progress: Progress | None) -> Iterator[None]:
     """Held while `folder` is made; a second run waits here. The lock of a killed process is free at once."""
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        progress("waiting for another run that tokenises the same text", 0, 1)
+        if progress:
+            progress("waiting for another run that makes the same tokens", 0, 1)
         lock.acquire()
-    with lock:
-        lock.release()  # `with` holds it a second time
+    try:
         yield
+    finally:
+        lock.release()
 
 
-def _build(folder: Path, train_files: list, val_files: list, tokenizer_name: str, vocab: int | None, val_bytes: int,
-           about: dict, progress: Progress) -> None:  # fmt: skip
-    """Write everything into a temporary folder beside `folder`, then rename it: finished or not there at all."""
+def _build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
+    """Make `folder` under a temporary name, then rename it: finished, or not there at all."""
     temp = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temp, ignore_errors=True)  # of a run that was killed: we hold the lock
+    for stale in folder.parent.glob("*.tmp"):  # of runs that were killed: nobody holds their lock, or it is ours
+        lock = nullcontext() if stale == temp else FileLock(stale.with_suffix(".lock"), timeout=0)
+        with suppress(Timeout), lock:
+            shutil.rmtree(stale)
     try:
         temp.mkdir()
-        meta = _write(temp, train_files, val_files, tokenizer_name, vocab, val_bytes, about, progress)
-        shutil.rmtree(temp / "text")
-        files = {path.name: path for path in sorted(temp.iterdir())}
-        meta["files"] = {name: {"bytes": path.stat().st_size, **{kind: _checksum(path, kind) for kind in CHECKSUMS}}
-                         for name, path in files.items()}  # fmt: skip
+        meta = _write(temp, recipe, progress)
+        meta["files"] = {path.name: {"bytes": path.stat().st_size, **{kind: f(path) for kind, f in CHECKSUMS.items()}}
+                         for path in sorted(temp.iterdir())}  # fmt: skip
         (temp / "meta.json").write_text(json.dumps(meta, indent=2))
         for path in [*temp.iterdir(), temp]:
             _fsync(path)
         temp.rename(folder)
         _fsync(folder.parent)
-    except OSError as error:
-        raise UserError(f"{error.filename or temp}: {error.strerror}; choose another --cache or make room") from None
     finally:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def _write(temp: Path, train_files: list, val_files: list, tokenizer_name: str, vocab: int | None, val_bytes: int,
-           about: dict, progress: Progress) -> dict:  # fmt: skip
-    """Tokens and tokenizer of one corpus into `temp`; returns what meta.json says of them."""
-    size = sum(file.path.stat().st_size for file in train_files + val_files)
-    meter = Meter(progress, "reading", size)
-    reading = [(train_files, temp / "text" / "train"), (val_files, temp / "text" / "val")]
-    text, val_text = parallel(lambda job: read_text(*job, meter), reading)
-    if val_files:
-        train, val = _whole(text), _whole(val_text)
+def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
+    """Shards and tokenizer of the corpus into `temp`. Returns what meta.json says of them."""
+    stage = Stage("reading", sum(file.path.stat().st_size for file in recipe.train + recipe.val), progress)
+    text = val_text = read_text(recipe.train, temp / "text", stage)
+    if recipe.val:
+        val_text = read_text(recipe.val, temp / "val-text", stage)
+        train, val = whole(text), whole(val_text)
     else:
-        val_text = text
-        train, val = split(text, val_bytes)
-    val = thin(val_text, val, val_bytes)
+        train, val = split(text, recipe.val_bytes)
+    val = thin(val_text, val, recipe.val_bytes)
 
-    if tokenizer_name == "bpe":
+    if recipe.tokenizer == "bpe":
         sample = thin(text, train, BPE_SAMPLE)
-        progress("training the tokenizer", 0, total_bytes(sample))
-        tokenizer = train_bpe((text.bytes[a:b].tobytes().decode() for a, b, _ in _pieces(text, sample)), vocab)
+        stage = Stage("training the tokenizer", total_bytes(sample), progress)
+        tokenizer = train_bpe(_strings(text, sample, stage), recipe.vocab_size)
     else:
-        tokenizer = Tokenizer.load(tokenizer_name)
+        tokenizer = Tokenizer.load(recipe.tokenizer)
     tokenizer.save(temp)
 
-    meter = Meter(progress, "tokenising", total_bytes(train) + total_bytes(val))
-    _write_shards(encode(text, train, tokenizer, meter), temp, "train")
-    _write_shards(encode(val_text, val, tokenizer, meter), temp, "val")
+    stage = Stage("tokenising", total_bytes(train) + total_bytes(val), progress)
+    _write_shards(encode(text, train, tokenizer, stage), temp, "train")
+    _write_shards(encode(val_text, val, tokenizer, stage), temp, "val")
     val_sha = hashlib.sha256()
-    for a, b in val:
-        val_sha.update(val_text.bytes[a:b])
-    about |= {"val_sha": val_sha.hexdigest(), "train_bytes": total_bytes(train), "val_bytes": total_bytes(val),
+    for start, stop in val:
+        val_sha.update(val_text.bytes[start:stop])
+    skipped = text.skipped + (val_text.skipped if recipe.val else 0)
+    for folder in temp.glob("*text"):
+        shutil.rmtree(folder)
+    corpus = {"name": recipe.name, "data_sha": fingerprint(recipe.train), "val_sha": val_sha.hexdigest(),
+              "train_bytes": total_bytes(train), "val_bytes": total_bytes(val),
               "documents": count_documents(text, train), "val_documents": count_documents(val_text, val),
-              "skipped_bytes": text.skipped + (val_text.skipped if val_files else 0)}  # fmt: skip
-    return {"version": VERSION, "tokenizer": tokenizer.name, "corpus": about}
+              "skipped_bytes": skipped}  # fmt: skip
+    return {"version": VERSION, "tokenizer": tokenizer.name, "corpus": corpus}
 
 
-def encode(text: Text, ranges: np.ndarray, tokenizer: Tokenizer, meter: Meter) -> Iterator[np.ndarray]:
+def encode(text: Text, ranges: np.ndarray, tokenizer: Tokenizer, stage: Stage) -> Iterator[np.ndarray]:
     """Tokens of `ranges` in order: end-of-text, then each document with end-of-text after its last byte."""
     eot = np.array([tokenizer.eot], tokenizer.dtype)
 
@@ -226,32 +257,41 @@ def encode(text: Text, ranges: np.ndarray, tokenizer: Tokenizer, meter: Meter) -
             tokens.append(tokenizer.encode(text.bytes[start:stop].tobytes()))
             if is_end:
                 tokens.append(eot)
-        meter.add(sum(stop - start for start, stop, _ in job))
+        stage.add(sum(stop - start for start, stop, _ in job))
         return np.concatenate(tokens)
 
     yield eot
-    yield from parallel(encode_job, _jobs(_pieces(text, ranges)))
+    yield from stage.map(encode_job, _jobs(_pieces(text, ranges)))
 
 
 def _pieces(text: Text, ranges: np.ndarray) -> Iterator[tuple[int, int, bool]]:
     """`ranges` in pieces (start, stop, whether a document ends there) of one document and at most JOB bytes each."""
     for start, stop in ranges.tolist():
-        ends = text.ends[slice(*np.searchsorted(text.ends, [start + 1, stop + 1]))].tolist()
-        for end in ends + [stop] * (ends[-1:] != [stop]):
+        first, last = np.searchsorted(text.ends, [start + 1, stop + 1])
+        stops = [(end, True) for end in text.ends[first:last].tolist()]
+        if not stops or stops[-1][0] < stop:
+            stops.append((stop, False))
+        for end, is_end in stops:
             while end - start > JOB:
-                middle = _cut(text, start)
-                yield start, middle, False
-                start = middle
-            yield start, end, end in ends[-1:] or end != stop
+                cut = _cut(text, start)
+                yield start, cut, False
+                start = cut
+            yield start, end, is_end
             start = end
 
 
 def _cut(text: Text, start: int) -> int:
-    """Where to cut the JOB bytes after `start` without changing a token: before a space after a visible ASCII
-    character, which no tiktoken pattern joins. Failing that (rare), at a character."""
+    """Where to cut within JOB bytes of `start` so that no token changes: before a space after a visible ASCII
+    character, which no pattern of tiktoken joins. Failing that (rare), at a character."""
     window = text.bytes[start : start + JOB].tobytes()
     last = re.match(rb".*[!-~](?= )", window, re.DOTALL)
     return start + last.end() if last else char_start(text, start + JOB)
+
+
+def _strings(text: Text, ranges: np.ndarray, stage: Stage) -> Iterator[str]:
+    for start, stop, _ in _pieces(text, ranges):
+        yield text.bytes[start:stop].tobytes().decode()
+        stage.add(stop - start)
 
 
 def _jobs(pieces: Iterable[tuple[int, int, bool]]) -> Iterator[list[tuple[int, int, bool]]]:
@@ -282,22 +322,16 @@ def _write_shards(arrays: Iterable[np.ndarray], folder: Path, side: str) -> None
                     tokens = next(arrays, tokens)
 
 
-def _whole(text: Text) -> np.ndarray:
-    return np.array([[0, len(text.bytes)]])
-
-
-CHECKSUMS = ("sha256", "sha256_ends")
-
-
-def _checksum(path: Path, kind: str) -> str:
-    """SHA-256 of a file, or of its first and last MB (`sha256_ends`)."""
-    if kind == "sha256" or path.stat().st_size <= 2 << 20:
-        return hash_file(path)
+def _hash_ends(path: Path) -> str:
+    """SHA-256 of the first and last MB of a file."""
     with open(path, "rb") as file:
         sha = hashlib.sha256(file.read(1 << 20))
-        file.seek(-(1 << 20), os.SEEK_END)
+        file.seek(max(0, path.stat().st_size - (1 << 20)))
         sha.update(file.read())
     return sha.hexdigest()
+
+
+CHECKSUMS = {"sha256": hash_file, "sha256_ends": _hash_ends}
 
 
 def _fsync(path: Path) -> None:

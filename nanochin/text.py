@@ -20,11 +20,10 @@ import re
 import sysconfig
 import threading
 import time
-import zlib
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,42 +67,49 @@ class Tokens:
         return part
 
 
-class Meter:
-    """Adds up the work done by all threads and tells `progress(stage, done, total)` a few times a second."""
+class Stage:
+    """One stage of the work: shares it among threads and tells `progress(stage, done, total)` how far it is."""
 
-    def __init__(self, progress: Progress | None = None, stage: str = "", total: int = 0):
-        self.progress, self.stage, self.total = progress, stage, total
-        self.done, self.told, self.lock = 0, 0.0, threading.Lock()
+    def __init__(self, name: str, total: int = 0, progress: Progress | None = None):
+        self.name, self.total, self.progress = name, total, progress
+        self.done, self.told, self.stopped, self.lock = 0, 0.0, False, threading.Lock()
 
     def add(self, count: int) -> None:
+        """Called by the threads for every `count` bytes done; told on a few times a second."""
         with self.lock:
+            if self.stopped:  # another thread failed, or Ctrl-C: do not finish a file of many minutes
+                raise CancelledError
             self.done += count
             if self.progress and (time.monotonic() - self.told > 0.2 or self.done >= self.total):
                 self.told = time.monotonic()
-                self.progress(self.stage, self.done, self.total)
+                self.progress(self.name, self.done, self.total)
 
-
-def parallel(function: Callable, items: Iterable) -> Iterator:
-    """`map` on a thread per core, results in order, with few items in flight so that memory stays bounded."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool:
-        waiting = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * threads:
+    def map(self, function: Callable, items: Iterable) -> Iterator:
+        """`map` on a thread per core, results in order, with few items in flight so that memory stays bounded."""
+        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        pool, waiting = ThreadPoolExecutor(threads), deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BaseException:
+            self.stopped = True
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
-def hash_file(path: Path, meter: Meter | None = None) -> str:
+def hash_file(path: Path, stage: Stage | None = None) -> str:
     """SHA-256 of a file, in hexadecimal."""
     sha = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(PIECE):
             sha.update(piece)
-            if meter:
-                meter.add(len(piece))
+            if stage:
+                stage.add(len(piece))
     return sha.hexdigest()
 
 
@@ -120,19 +126,24 @@ class File:
 
     @property
     def is_validation(self) -> bool:
+        """Whether val, valid or validation is a word of its name: gutenberg-val.jsonl.xz, val/00.txt; not interval."""
         return bool(re.search(r"(?<![a-z])val(id|idation)?(?![a-z])", self.key.lower())) and self.format != ".py"
 
 
-def find_files(data: Iterable[str], progress: Progress | None = None) -> list[File]:
-    """The files that `data` names, each once, in an order that does not depend on how they were named."""
-    found: dict[Path, tuple[str, str]] = {}  # path -> (key, format)
+def find_files(data: Iterable[str], option: str = "--data", progress: Progress | None = None) -> list[File]:
+    """The files that `data` names, each once, in an order that does not depend on how they were named.
+
+    An item is `python` (the interpreter's standard library, without tests), `python-all` (and all installed
+    packages), a file, a folder (its known formats, at any depth) or a glob. Raises UserError for what is not there.
+    """
+    found: dict[Path, tuple[str, str, Path]] = {}
     for item in data:
-        for path, key, format in _expand(item):
-            path = path.resolve()
-            found[path] = min((key, format), found.get(path, (key, format)))
-    meter = Meter(progress, "hashing", sum(path.stat().st_size for path in found))
-    shas = parallel(lambda path: hash_file(path, meter), found)
-    return sorted(File(key, sha, path, format) for (path, (key, format)), sha in zip(found.items(), shas, strict=True))
+        for path, key, format in _expand(item, option):
+            entry, same = (key, format, path), path.resolve()
+            found[same] = min(entry, found.get(same, entry))
+    stage = Stage("hashing", sum(path.stat().st_size for path in found), progress)
+    shas = stage.map(lambda path: hash_file(path, stage), found)
+    return sorted(File(key, sha, path, format) for (key, format, path), sha in zip(found.values(), shas, strict=True))
 
 
 def fingerprint(files: list[File]) -> str:
@@ -140,8 +151,15 @@ def fingerprint(files: list[File]) -> str:
     return hashlib.sha256("".join(f"{file.format} {file.sha}\n" for file in files).encode()).hexdigest()
 
 
-def _expand(item: str) -> Iterator[tuple[Path, str, str]]:
-    """(path, key, format) of each file that one --data item names."""
+def corpus_name(data: Iterable[str]) -> str:
+    """What the names have in common, fit for a folder: gutenberg-train-00.jsonl.xz and -01 give gutenberg-train."""
+    stems = [Path(re.split(r"[*?[]", item)[0]).resolve().name.split(".")[0] for item in data]
+    name = stems[0] if len(stems) == 1 else os.path.commonprefix(stems).rstrip("0123456789")
+    return re.sub(r"[^\w-]+", "-", name).strip("-_")[:40] or "text"
+
+
+def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
+    """(path, key, format) of each file that one item of the option names."""
     if item in ("python", "python-all"):
         paths = sysconfig.get_paths()
         roots = [paths["stdlib"]] + [paths["purelib"], paths["platlib"]] * (item == "python-all")
@@ -152,16 +170,17 @@ def _expand(item: str) -> Iterator[tuple[Path, str, str]]:
         return
     named = [Path(item)] if os.path.exists(item) else [Path(path) for path in sorted(glob.glob(item, recursive=True))]
     if not named:
-        raise UserError(f"--data {item}: no such file or folder")
+        raise UserError(f"{option} {item}: no such file or folder")
     for path in named:
-        if path.is_dir():
-            inside = [(file, file.relative_to(path).as_posix(), _format(file)) for file in _walk(path)]
-            known = [entry for entry in inside if entry[2] in READERS and entry[2] != ".py"]
-            if not known:
-                raise UserError(f"--data {path}: no text in this folder (.txt .jsonl, also .gz .xz .zst)")
-            yield from known
-        else:
-            yield path, path.name, _format(path) if _format(path) in READERS else ".txt"
+        if not path.is_dir():
+            yield path, path.name, _format(path) if _format(path) in READERS else ""
+            continue
+        inside = [(file, file.relative_to(path).as_posix(), _format(file)) for file in _walk(path)]
+        inside = [entry for entry in inside if entry[2] in IN_FOLDERS]
+        if not inside:
+            raise UserError(f"{option} {path}: no text in this folder; looked for {' '.join(IN_FOLDERS)}, "
+                            f"also with {' '.join(UNPACKERS)}")  # fmt: skip
+        yield from inside
 
 
 NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -178,13 +197,6 @@ def _format(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() in UNPACKERS else path).suffix.lower()
 
 
-def corpus_name(data: tuple[str, ...]) -> str:
-    """What the names have in common, fit for a folder's name: (gutenberg-train-00.jsonl.xz, ...) -> gutenberg-train"""
-    stems = [Path(item).resolve().name.split(".")[0] for item in data]
-    name = re.sub(r"[^\w-]+|[-_\d]+$", "", os.path.commonprefix(stems)) if len(stems) > 1 else stems[0]
-    return re.sub(r"[^\w-]+", "-", name).strip("-")[:40] or "text"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading: one function per format, yielding (piece of a document's bytes, whether the document ends with it)
 
@@ -194,6 +206,13 @@ def read_txt(stream, path: Path) -> Iterator[tuple[bytes, bool]]:
     while piece := stream.read(PIECE):
         yield piece, False
     yield b"", True
+
+
+def read_unknown(stream, path: Path) -> Iterator[tuple[bytes, bool]]:
+    """A file that was named, with a suffix that says nothing: text, if it looks like text."""
+    if b"\0" in stream.peek(4096)[:4096]:
+        raise UserError(f"{path}: neither text nor a known format ({' '.join(filter(None, READERS))})")
+    yield from read_txt(stream, path)
 
 
 def read_jsonl(stream, path: Path) -> Iterator[tuple[bytes, bool]]:
@@ -226,7 +245,8 @@ def _open_zst(raw):
     return zstd.open(raw)
 
 
-READERS = {".txt": read_txt, ".py": read_txt, ".jsonl": read_jsonl}
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".py": read_txt, "": read_unknown}
+IN_FOLDERS = (".txt", ".jsonl")  # what is taken from a folder
 UNPACKERS = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}
 
 
@@ -240,35 +260,40 @@ class Text:
     skipped: int
 
 
-def read_text(files: list[File], folder: Path, meter: Meter) -> Text:
+def read_text(files: list[File], folder: Path, stage: Stage) -> Text:
     """Write the flat text of `files` into `folder`, several files at a time, and open it."""
     folder.mkdir(parents=True)
-    groups: list[list[File]] = []
+    parts: list[list[File]] = []
     room = 0
     for file in files:
         if room <= 0:
-            groups.append([])
+            parts.append([])
             room = PART
-        groups[-1].append(file)
+        parts[-1].append(file)
         room -= file.path.stat().st_size
-    paths = [folder / f"text-{i:05d}" for i in range(len(groups))]
-    ends, hashes, skipped, start = [np.zeros(0, np.int64)], [np.zeros(0, np.uint64)], 0, 0
-    for part in parallel(lambda job: _read_part(*job, meter), zip(groups, paths, strict=True)):
-        ends.append(np.frombuffer(part[0], np.int64) + start)
-        hashes.append(np.frombuffer(part[1], np.uint64))
-        skipped += part[2]
-        start = int(ends[-1][-1]) if len(ends[-1]) else start
+    paths = [folder / f"text-{i:05d}" for i in range(len(parts))]
+
+    ends, hashes, skipped, length = [], [], 0, 0
+    read = stage.map(lambda part: _read_part(*part, stage), zip(parts, paths, strict=True))
+    for path, (part_ends, part_hashes, part_skipped) in zip(paths, read, strict=True):
+        ends.append(np.frombuffer(part_ends, np.int64) + length)
+        hashes.append(np.frombuffer(part_hashes, np.uint64))
+        skipped += part_skipped
+        length += path.stat().st_size
+    if not length:
+        raise UserError(f"{files[0].path}{' and others' * (len(files) > 1)}: no text in it")
     return Text(Tokens(paths, np.dtype(np.uint8)), np.concatenate(ends), np.concatenate(hashes), skipped)
 
 
-def _read_part(files: list[File], path: Path, meter: Meter) -> tuple[array.array, array.array, int]:
+def _read_part(files: list[File], path: Path, stage: Stage) -> tuple[array.array, array.array, int]:
     """Write the text of `files` to `path`. Returns documents' ends and hashes, and the number of bytes skipped."""
     ends, hashes, position, skipped = array.array("q"), array.array("Q"), 0, 0
     decoder = codecs.getincrementaldecoder("utf-8")("ignore")
     with open(path, "wb") as out:
         for file in files:
             start, sha = position, hashlib.sha256()
-            for piece, last in _pieces(file, meter):
+            for piece, last, read in _pieces(file):
+                stage.add(read)
                 clean = decoder.decode(piece, last).encode().replace(b"\0", b"")
                 skipped += len(piece) - len(clean)
                 position += len(clean)
@@ -281,20 +306,22 @@ def _read_part(files: list[File], path: Path, meter: Meter) -> tuple[array.array
     return ends, hashes, skipped
 
 
-def _pieces(file: File, meter: Meter) -> Iterator[tuple[bytes, bool]]:
+def _pieces(file: File) -> Iterator[tuple[bytes, bool, int]]:
+    """What the reader of its format yields, with the number of bytes of the file that were read for it."""
     try:
         with open(file.path, "rb") as raw:
-            unpack = UNPACKERS.get(file.path.suffix.lower())
+            unpack, seen = UNPACKERS.get(file.path.suffix.lower()), 0
             stream = io.BufferedReader(unpack(raw), PIECE) if unpack else raw
             if stream.peek(3)[:3] == codecs.BOM_UTF8:
                 stream.read(3)
-            seen = 0
-            for piece in READERS[file.format](stream, file.path):
-                yield piece
-                meter.add(raw.tell() - seen)
-                seen = raw.tell()
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{file.path}: cannot be read ({error})") from None
+            for piece, last in READERS[file.format](stream, file.path):
+                before, seen = seen, raw.tell()
+                yield piece, last, seen - before
+    except Exception as error:
+        if isinstance(error, UserError) or getattr(error, "filename", None):
+            raise
+        # EOFError, zlib.error, LZMAError, ZstdError, ...: each library has its own
+        raise UserError(f"{file.path}: damaged ({error})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -361,6 +388,10 @@ def _merge(ranges: np.ndarray) -> np.ndarray:
     """Join ranges that touch."""
     new = np.concatenate([[True], ranges[1:, 0] != ranges[:-1, 1]])
     return np.stack([ranges[new, 0], ranges[np.append(new[1:], True), 1]], axis=1)
+
+
+def whole(text: Text) -> np.ndarray:
+    return np.array([[0, len(text.bytes)]])
 
 
 def total_bytes(ranges: np.ndarray) -> int:
