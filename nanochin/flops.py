@@ -13,6 +13,7 @@ B batch, T sequence, C width, H heads, F feed-forward width, V vocabulary, L lay
 import re
 import sys
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 from nanochin.config import Config, Shape, UserError, make_shape, opt, parse, parse_model
 
@@ -78,8 +79,7 @@ def _norm_bias(shape: Shape) -> bool:
 # FLOPs
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One operation over all layers: forward FLOPs of one sequence of T tokens, as each convention counts them."""
 
     operation: str
