@@ -275,7 +275,10 @@ def _toml_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
         parser.error(f"not TOML: {error}")
     argv = []
     for key, value in table.items():
-        argv += [_flag(key), *map(str, value)] if isinstance(value, list) else [f"{_flag(key)}={value}"]
+        option, many = parser._option_string_actions.get(_flag(key)), isinstance(value, list)
+        if isinstance(value, dict) or (many and option and option.nargs != "+"):
+            parser.error(f"{_flag(key)}: expected one value, not a {'list' if many else 'table'}")
+        argv += [_flag(key), *map(str, value)] if many else [f"{_flag(key)}={value}"]
     return argv
 
 

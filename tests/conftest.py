@@ -1,0 +1,78 @@
+"""What the tests of training share: text from a seeded generator, a run of a second, and the command itself."""
+
+import dataclasses
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochin.config import Config
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pseudo_english(size: int, seed: int = 0) -> str:
+    """About `size` characters of sentences over 600 made-up words, the k-th of them with a frequency near 1/k.
+
+    Of the generator only `random()` is used, whose sequence Python promises never to change.
+    """
+    draw = random.Random(seed).random
+    letters = "eeeeetttaaaoooiiinnnssshhrrddlluucmfwygpbvk"
+    words = ["".join(letters[int(draw() * len(letters))] for _ in range(1 + int(draw() * 8))) for _ in range(600)]
+    text, length = [], 0
+    while length < size:
+        sentence = " ".join(words[int(600 ** draw()) - 1] for _ in range(3 + int(draw() * 12))).capitalize() + "."
+        text.append(sentence + ("\n\n" if draw() < 0.1 else " "))
+        length += len(text[-1])
+    return "".join(text)
+
+
+def arguments(config: Config) -> list[str]:
+    """The command line that says the same as `config`."""
+    argv = []
+    for f in dataclasses.fields(config):
+        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
+        if value != f.default:
+            argv += [flag, *map(str, value)] if isinstance(value, tuple) else [f"{flag}={value}"]
+    return argv
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """200 KB of pseudo-English in a file."""
+    path = tmp_path_factory.mktemp("text") / "made-up.txt"
+    path.write_text(pseudo_english(200_000))
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """One folder of tokenised shards for all tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny(text, cache, tmp_path):
+    """`tiny(seed=1, ...)`: a Config of 100 steps of 128 tokens through a model of width 16, less than a second."""
+
+    def make(**options) -> Config:
+        usual = {
+            "data": (str(text),), "val_bytes": 4096, "cache": str(cache), "out": str(tmp_path / "runs"),
+            "model": "16x1", "seq_len": 32, "tokens": 12_800.0, "batch_tokens": 128, "lr": 0.01, "log_every": 10,
+            "save_every": 0.0, "sample_tokens": 0, "device": "cpu", "dtype": "float32", "threads": 1,
+        }  # fmt: skip
+        return Config(**usual | options)
+
+    return make
+
+
+@pytest.fixture
+def command():
+    """`command("train.py", "--seed=1", ...)`: run a Python command of the project -> CompletedProcess."""
+
+    def run(*argv, **options) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, **options)
+
+    return run

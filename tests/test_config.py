@@ -1,0 +1,233 @@
+import dataclasses
+
+import pytest
+
+from nanochin.config import Config, Shape, UserError, check, make_shape, opt, parse, parse_model
+
+
+def read(*argv, cls=Config):
+    return parse(cls, list(argv), prog="train.py", description="about", file=True)
+
+
+def refusal(capsys, *argv) -> str:
+    """What is printed when `argv` is refused: one line on stderr, exit code 2."""
+    with pytest.raises(SystemExit) as exit:
+        read(*argv)
+    out, err = capsys.readouterr()
+    assert exit.value.code == 2 and out == ""
+    assert err.endswith("\n") and err.count("\n") == 1 and err.startswith("train.py: ")
+    return err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def test_no_option_gives_the_defaults():
+    """An empty command line is Config() and equal to the dataclass's own defaults."""
+    assert read() == Config()
+
+
+@pytest.mark.parametrize(
+    "argv, name, value",
+    [
+        (["--tokens=2e8"], "tokens", 2e8),
+        (["--vocab-size", "4.096e3"], "vocab_size", 4096),
+        (["--seed=1e3"], "seed", 1000),
+        (["--batch-tokens=1_024"], "batch_tokens", 1024),
+        (["--bias"], "bias", True),
+        (["--bias=true"], "bias", True),
+        (["--bias=False"], "bias", False),
+        (["--tied", "false"], "tied", False),
+        (["--data", "a.txt", "b.txt"], "data", ("a.txt", "b.txt")),
+        (["--data=a.txt"], "data", ("a.txt",)),
+        (["--save-steps", "10", "2e2"], "save_steps", (10, 200)),
+        (["--model=256x4"], "model", "256x4"),
+        (["--compile=true"], "compile", "true"),
+        (["--law-approach=1"], "law_approach", 1),
+        (["--seed=1", "--seed=2"], "seed", 2),
+        (["--final-lr=0"], "final_lr", 0.0),
+    ],
+)
+def test_forms_of_values(argv, name, value):
+    """Counts may be written 2e8, flags with and without a value, lists as words; types are those of the fields."""
+    config = read(*argv)
+    assert getattr(config, name) == value
+    assert type(getattr(config, name)) is type(value)
+    assert dataclasses.replace(config, **{name: getattr(Config(), name)}) == Config()
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--budgt=1e15"], "unknown option --budgt; did you mean --budget?"),
+        (["--vocab_size", "4096"], "unknown option --vocab_size; did you mean --vocab-size?"),
+        (["--learning-rate=0.1"], "unknown option --learning-rate"),
+        (["--bud=1e15"], "unknown option --bud; did you mean --budget?"),
+        (["-seed=1"], "unknown option -seed; did you mean --seed?"),
+        (["--xyzzy"], "unknown option --xyzzy (see --help)"),
+        (["--seed=1", "--lr", "0.1", "stray"], "stray"),
+        (["--seed=1.5"], "--seed: '1.5' is not a whole number"),
+        (["--seed=two"], "--seed: 'two' is not a number"),
+        (["--seed"], "--seed: expected one argument"),
+        (["--data"], "--data: expected at least one argument"),
+        (["--lr=fast"], "--lr: 'fast' is not a number"),
+        (["--lr=nan"], "--lr: 'nan' is not a finite number"),
+        (["--tokens=1e999"], "--tokens: '1e999' is not a finite number"),
+        (["--bias=maybe"], "--bias: 'maybe' is not true or false"),
+        (["--norm=batchnorm"], "--norm: invalid choice: 'batchnorm' (choose from"),
+        (["--law-approach=4"], "--law-approach: invalid choice"),
+        (["--save-steps=10,20"], "--save-steps: '10,20' is not a number"),
+        (["--lr=0"], "--lr 0: must be above 0"),
+        (["--budget=-1e15"], "--budget -1e+15: must be above 0"),
+        (["--seq-len=0"], "--seq-len 0: must be at least 1"),
+        (["--beta2=1"], "--beta2 1: must be at most 0.999999"),
+        (["--cooldown=1.5"], "--cooldown 1.5: must be at most 1"),
+        (["--save-steps", "5", "0"], "--save-steps 0: must be at least 1"),
+        (["nowhere.toml"], "nowhere.toml: No such file or directory"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, argv, said):
+    """Whatever is wrong with the command line: one line that names the option and the value, exit code 2."""
+    assert said in refusal(capsys, *argv)
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)])
+def test_misspelt_option_names_the_nearest(capsys, name):
+    """Doubling a letter of any option still finds it."""
+    flag = "--" + name.replace("_", "-")
+    misspelt = flag[:4] + flag[3] + flag[4:]
+    assert f"unknown option {misspelt}; did you mean {flag}?" in refusal(capsys, misspelt + "=1")
+
+
+def test_help_lists_every_option(capsys):
+    """--help has each field once with its meaning and its default, and ends with code 0."""
+    with pytest.raises(SystemExit) as exit:
+        read("--help")
+    words = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    for f in dataclasses.fields(Config):
+        default = f" (default: {f.default})" if f.default not in (None, ()) else ""
+        flag = "--" + f.name.replace("_", "-")
+        assert f" {flag} " in words
+        assert f"{f.metadata['help']}{default}" in words
+
+
+def test_positional_options():
+    """A positional field is read without a name, and is required."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Options:
+        run: str = opt(None, "a run", positional=True)
+        tokens: int = opt(3, "how many")
+
+    given = parse(Options, ["runs/a", "--tokens=5"], prog="x", description="")
+    assert given == Options("runs/a", 5)
+    with pytest.raises(SystemExit):
+        parse(Options, [], prog="x", description="")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The TOML file
+
+
+def test_command_line_beats_file_beats_default(tmp_path):
+    """Each option comes from the last of default, file, command line that gives it; both spellings of a key work."""
+    path = tmp_path / "run.toml"
+    path.write_text(
+        'seed = 3\nvocab-size = 4096\nbatch_tokens = 256\nbias = true\ndata = ["a", "b"]\nlr = 1e-3\nsave-steps = [5]\n'
+    )
+    expected = Config(
+        seed=7,
+        vocab_size=4096,
+        batch_tokens=256,
+        bias=True,
+        data=("a", "b"),
+        lr=1e-3,
+        save_steps=(5,),
+        norm="layernorm",
+    )
+    assert read(str(path), "--seed=7", "--norm=layernorm") == expected
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        (b"sed = 1", "unknown option --sed; did you mean --seed?"),
+        (b"seed = 1.5", "--seed: '1.5' is not a whole number"),
+        (b'bias = "maybe"', "--bias: 'maybe' is not true or false"),
+        (b"bias = 1", "--bias: '1' is not true or false"),
+        (b"lr = nan", "--lr: 'nan' is not a finite number"),
+        (b"data = []", "--data: expected at least one argument"),
+        (b"[data]\npath = 1", "--data: expected one value, not a table"),
+        (b"seed = [1, 2]", "--seed: expected one value, not a list"),
+        (b"name = ['a']", "--name: expected one value, not a list"),
+        (b"sed = [1, 2]", "unknown option --sed; did you mean --seed?"),
+        (b"file = 'other.toml'", "unknown option --file"),
+        (b"seed = ", "not TOML"),
+        (b"name = '\xff'", "not TOML"),
+    ],
+)
+def test_mistakes_in_the_file_name_the_file(capsys, tmp_path, content, said):
+    """A mistake in the file is one line as well, and says in which file."""
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    line = refusal(capsys, str(path))
+    assert line.startswith(f"train.py: {path}: ") and said in line
+
+
+def test_file_may_not_be_a_folder(capsys, tmp_path):
+    """A folder in place of the file is one line."""
+    assert "directory" in refusal(capsys, str(tmp_path)).lower()
+
+
+def test_values_out_of_bounds_from_python():
+    """`check` refuses what the command line refuses, for configs made in Python (sweeps)."""
+    check(Config(save_steps=(1, 2)))
+    for wrong in ({"lr": 0.0}, {"seed": -1}, {"final_lr": 1.01}, {"save_steps": (1, 0)}, {"lr": float("nan")}):
+        with pytest.raises(UserError, match="--"):
+            check(Config(**wrong))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shapes
+
+
+def test_shape_defaults():
+    """Head size, heads and feed-forward width as documented: largest even divisor up to 64, 4C, 8C/3 to 8s."""
+    sizes = {"vocab_size": 256, "seq_len": 32}
+    assert make_shape(256, 4, **sizes) == Shape(256, 4, 256, 32, head_size=64, ffn=1024)
+    assert make_shape(6, 1, **sizes) == Shape(6, 1, 256, 32, head_size=6, ffn=24)
+    assert make_shape(160, 3, **sizes).head_size == 40 and make_shape(160, 3, **sizes).heads == 4
+    assert make_shape(100, 1, activation="swiglu", **sizes).ffn == 272  # 8 * ceil(100 / 3)
+    assert make_shape(64, 2, head_size=16, ffn=100, bias=True, **sizes) == Shape(64, 2, 256, 32, 16, 100, bias=True)
+    assert str(make_shape(256, 4, **sizes)) == "256x4"
+
+
+@pytest.mark.parametrize(
+    "width, layers, options, said",
+    [
+        (100, 2, {"head_size": 64}, "--head-size 64: must be even and divide the width 100"),
+        (9, 2, {"head_size": 3}, "--head-size 3: must be even"),
+        (7, 2, {}, "width 7: must be even"),
+        (0, 2, {}, "--width 0"),
+        (64, 0, {}, "--layers 0"),
+        (64, -1, {}, "--layers -1"),
+        (64, 2, {"head_size": 0}, "--head-size 0"),
+        (64, 2, {"ffn": 0}, "--ffn 0"),
+        (64, 2, {"vocab_size": 1e30}, "--vocab-size 1e+30"),
+        (2**31, 2, {}, "--width 2147483648"),
+    ],
+)
+def test_impossible_shapes(width, layers, options, said):
+    """What cannot be a model is refused with the option and the value."""
+    with pytest.raises(UserError, match=said.replace("+", r"\+")):
+        make_shape(width, layers, **{"vocab_size": 256, "seq_len": 32} | options)
+
+
+@pytest.mark.parametrize("text", ["256", "256x", "x4", "256x4x2", "256*4", "2.5x4", "", "axb"])
+def test_model_of_another_form(text):
+    """Only 'width x layers' is a model."""
+    with pytest.raises(UserError, match="expected width x layers, such as 256x4"):
+        parse_model(text)
+    assert parse_model("256x4") == parse_model("256X4") == (256, 4)
