@@ -58,7 +58,7 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str
     if device.type == "cpu":
         a = torch.randn(768, 768).to(dtype)
         seconds = []
-        for _ in range(5):
+        while sum(seconds) < 0.2:  # the best of several: whatever else runs only slows them
             start = time.perf_counter()
             a @ a
             seconds.append(time.perf_counter() - start)
