@@ -54,7 +54,18 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny(text, cache, tmp_path):
+def one_thread():
+    """torch on one thread: what is tiny waits for a second one more than it gains, and bits depend on the number."""
+    import torch  # not for the tests that do without
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def tiny(text, cache, tmp_path, one_thread):
     """`tiny(seed=1, ...)`: a Config of 100 steps of 128 tokens through a model of width 16, less than a second."""
 
     def make(**options) -> Config:

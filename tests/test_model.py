@@ -1,0 +1,253 @@
+import math
+
+import pytest
+import torch
+
+from nanochin.config import make_shape
+from nanochin.flops import count_params
+from nanochin.model import GPT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+V, T = 61, 12
+VARIANTS = {
+    "chinchilla": {},
+    "layernorm": {"norm": "layernorm"},
+    "learned": {"positions": "learned"},
+    "bias": {"bias": True},
+    "relu2": {"activation": "relu2"},
+    "swiglu": {"activation": "swiglu"},
+    "untied": {"tied": False},
+    "qk_norm": {"qk_norm": True},
+    "small heads": {"head_size": 2, "ffn": 10},
+    "one head": {"head_size": 24},
+    "gpt2": {"norm": "layernorm", "positions": "learned", "bias": True},
+    "llama": {"activation": "swiglu", "tied": False},
+    "all at once": {"norm": "layernorm", "positions": "learned", "bias": True, "activation": "swiglu", "tied": False,
+                    "qk_norm": True, "head_size": 12},
+}  # fmt: skip
+every_variant = pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
+
+
+def shape_of(options, width=24, layers=2):
+    return make_shape(width, layers, **{"vocab_size": V, "seq_len": T, "head_size": 8} | options)
+
+
+def make(options, seed=1, perturbed=True, **rest):
+    """A model whose norms and biases are not the ones and zeros they start as, so that they count."""
+    model = GPT(shape_of(options), seed=seed, **rest)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim < 2 and perturbed:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def some_tokens(*size, seed=3):
+    return torch.randint(V, size, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same model straight from the papers: one sequence, one head, one position at a time, in float64
+
+
+def papers(shape, weights, tokens):
+    """Logits (T, V) of one sequence, in textbook order: x + attention(norm(x)), x + feed_forward(norm(x)), norm."""
+
+    def norm(x, name):
+        if shape.norm == "rmsnorm":  # Zhang & Sennrich 2019, equation 4
+            return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6) * weights[f"{name}.weight"]
+        mean, variance = x.mean(-1, keepdim=True), x.var(-1, keepdim=True, unbiased=False)  # Ba et al. 2016
+        y = (x - mean) / torch.sqrt(variance + 1e-5) * weights[f"{name}.weight"]
+        return y + weights[f"{name}.bias"] if shape.bias else y
+
+    def linear(x, name):
+        y = x @ weights[f"{name}.weight"].T
+        return y + weights[f"{name}.bias"] if shape.bias else y
+
+    def place(x):
+        """(T, D): Su et al. 2021, section 3.2: complex number i of position t is turned by t * 10000^(-2i/D)."""
+        if shape.qk_norm:  # Henry et al. 2020, with the root mean square and no gain
+            x = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6)
+        if shape.positions == "rotary":
+            D = shape.head_size
+            theta = 10000.0 ** (-2 * torch.arange(D // 2, dtype=torch.float64) / D)
+            angle = torch.arange(len(x), dtype=torch.float64)[:, None] * theta
+            turned = torch.complex(x[:, : D // 2], x[:, D // 2 :]) * torch.polar(torch.ones_like(angle), angle)
+            x = torch.cat((turned.real, turned.imag), dim=-1)
+        return x
+
+    def attention(x, name):  # Vaswani et al. 2017, section 3.2
+        q, k, v = linear(x, f"{name}.qkv").split(shape.width, dim=-1)
+        heads = []
+        for head in range(shape.heads):
+            part = slice(head * shape.head_size, (head + 1) * shape.head_size)
+            qh, kh, vh = place(q[:, part]), place(k[:, part]), v[:, part]
+            rows = []
+            for t in range(len(x)):
+                weight = torch.softmax(kh[: t + 1] @ qh[t] / math.sqrt(shape.head_size), dim=0)
+                rows.append(weight @ vh[: t + 1])
+            heads.append(torch.stack(rows))
+        return linear(torch.cat(heads, dim=-1), f"{name}.out")
+
+    def feed_forward(x, name):
+        up = linear(x, f"{name}.up")
+        if shape.activation == "gelu":  # Hendrycks & Gimpel 2016, section 2, the tanh form that GPT-2 uses
+            up = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
+        elif shape.activation == "relu2":  # So et al. 2021
+            up = torch.relu(up) ** 2
+        else:  # Shazeer 2020: the first half of the matrix is the gate
+            gate, up = up.split(shape.ffn, dim=-1)
+            up = gate / (1 + torch.exp(-gate)) * up
+        return linear(up, f"{name}.down")
+
+    x = weights["embed.weight"][tokens]
+    if shape.positions == "learned":
+        x = x + weights["positions.weight"][: len(tokens)]
+    before = "norm"
+    for i in range(shape.layers):
+        x = x + attention(norm(x, before), f"blocks.{i}.attention")
+        x = x + feed_forward(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.feed_forward")
+        before = f"blocks.{i}.norm2"
+    return norm(x, before) @ weights["embed.weight" if shape.tied else "head.weight"].T
+
+
+def doubles(model):
+    return {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+
+
+@every_variant
+def test_logits_are_those_of_the_papers(options):
+    """Every variant gives the logits of the float64 textbook model, on full and on shorter sequences."""
+    model = make(options)
+    for tokens in (some_tokens(2, T), some_tokens(3, 5), some_tokens(1, 1)):
+        expected = torch.stack([papers(model.shape, doubles(model), row) for row in tokens])
+        logits = model(tokens)
+        assert logits.shape == (*tokens.shape, V) and logits.dtype == torch.float32
+        torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@every_variant
+def test_loss_and_gradients_are_those_of_the_papers(options):
+    """The loss and its gradient in every parameter equal those of the textbook model; no parameter is left out."""
+    model, tokens = make(options), some_tokens(2, T + 1)
+    weights = doubles(model)
+    rows = [papers(model.shape, weights, row[:-1]).log_softmax(-1)[range(T), row[1:]] for row in tokens]
+    expected = -torch.stack(rows).mean()
+    expected.backward()
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    assert loss.shape == () and loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        grad, exact = parameter.grad.double(), weights[name].grad
+        assert exact.norm() > 1e-7, name
+        assert (grad - exact).norm() < 1e-5 * exact.norm() + 1e-8, name
+
+
+def test_targets_of_minus_one_do_not_count():
+    """The loss is the mean over the targets that are there."""
+    model, tokens = make({}), some_tokens(2, T)
+    targets = some_tokens(2, T, seed=4)
+    targets[0, 3:], targets[1, :2] = -1, -1
+    logp = model(tokens).double().log_softmax(-1)
+    kept = [(b, t) for b in range(2) for t in range(T) if targets[b, t] >= 0]
+    by_hand = -sum(logp[b, t, targets[b, t]].item() for b, t in kept) / len(kept)
+    assert len(kept) == 3 + (T - 2)
+    assert model(tokens, targets).item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_z_loss_shapes_gradients_but_is_no_part_of_a_measured_loss():
+    """While training z_loss log(Z)^2 is added; without gradients the loss is plain nats, comparable between runs."""
+    model, tokens, targets = make({}, z_loss=0.01), some_tokens(2, T), some_tokens(2, T, seed=4)
+    logits = model(tokens).double()
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+    extra = 0.01 * logits.exp().sum(-1).log().square().mean().item()
+    assert extra > 0.1
+    assert model(tokens, targets).item() == pytest.approx(nats + extra, rel=1e-5)
+    with torch.no_grad():
+        assert model(tokens, targets).item() == pytest.approx(nats, rel=1e-5)
+
+
+@every_variant
+def test_no_position_sees_the_future(options):
+    """Another token at t leaves every logit before t as it was, to the bit, and changes those at t."""
+    model, tokens = make(options), some_tokens(1, T)
+    with torch.no_grad():
+        before = model(tokens)[0]
+        for t in (0, 1, T // 2, T - 1):
+            other = tokens.clone()
+            other[0, t] = (other[0, t] + 1) % V
+            after = model(other)[0]
+            assert torch.equal(after[:t], before[:t])
+            assert not torch.equal(after[t], before[t])
+
+
+@every_variant
+def test_parameters_are_as_many_as_counted(options):
+    """The model has exactly `count_params(shape).total` trained numbers."""
+    model = make(options)
+    assert sum(p.numel() for p in model.parameters()) == count_params(model.shape).total
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def test_weights_depend_on_the_seed_alone():
+    """Same seed, same bits, whatever torch's global generator or the compute dtype; another seed, other matrices."""
+    torch.manual_seed(1)
+    first = make({}, perturbed=False)
+    torch.manual_seed(2)
+    again, other = make({}, perturbed=False, dtype=torch.bfloat16), make({}, perturbed=False, seed=2)
+    for a, b, c in zip(first.parameters(), again.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.ndim < 2 or not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("options", [VARIANTS["chinchilla"], VARIANTS["all at once"]], ids=["tied", "untied"])
+def test_scale_of_the_initial_weights(options):
+    """Matrices have deviation sqrt(2 / 5C), the two into the residual stream that over sqrt(2 layers); norms are 1
+    and biases 0."""
+    model = GPT(shape_of(options | {"vocab_size": 512, "seq_len": 64, "head_size": 16}, width=64, layers=3))
+    for name, p in model.named_parameters():
+        if p.ndim < 2:
+            assert torch.equal(p, torch.full_like(p, 0.0 if name.endswith("bias") else 1.0)), name
+            continue
+        residual = "attention.out" in name or "down" in name
+        expected = math.sqrt(2 / (5 * 64)) / (math.sqrt(6) if residual else 1)
+        assert p.std().item() == pytest.approx(expected, rel=5 / math.sqrt(2 * p.numel())), name
+        assert abs(p.mean().item()) < 5 * expected / math.sqrt(p.numel()), name
+
+
+@every_variant
+def test_loss_starts_at_a_guess(options):
+    """Untrained, a model is about as good as guessing: ln V, plus half the variance of its logits (0.4)."""
+    model = GPT(shape_of(options | {"vocab_size": 1024}, width=72))
+    tokens = torch.randint(1024, (8, T + 1), generator=torch.Generator().manual_seed(0))
+    loss = model(tokens[:, :-1], tokens[:, 1:]).item()
+    assert math.log(1024) - 0.1 < loss < math.log(1024) + 0.4
+
+
+def test_tied_matrix_is_one_parameter():
+    """The output matrix is the embedding itself, or with --tied=false another one."""
+    tied, untied = make({}), make({"tied": False})
+    assert tied.head.weight is tied.embed.weight
+    assert untied.head.weight is not untied.embed.weight
+    assert "head.weight" not in dict(tied.named_parameters()) and "head.weight" in dict(untied.named_parameters())
+
+
+@pytest.mark.parametrize("options", [VARIANTS["chinchilla"], VARIANTS["all at once"]], ids=["default", "all"])
+def test_bf16_computes_on_float32_weights(options):
+    """bf16 compute leaves weights and gradients in float32; loss and gradients are those of float32 within 2%."""
+    exact, rounded = make(options), make(options, dtype=torch.bfloat16)
+    tokens = some_tokens(2, T + 1)
+    losses = [model(tokens[:, :-1], tokens[:, 1:]) for model in (exact, rounded)]
+    for loss in losses:
+        loss.backward()
+    assert losses[1].dtype == torch.float32 and losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
+    assert losses[0].item() != losses[1].item()  # or nothing was computed in bf16
+    assert {p.dtype for p in rounded.parameters()} == {p.grad.dtype for p in rounded.parameters()} == {torch.float32}
+    a, b = (torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (exact, rounded))
+    assert (a - b).norm() < 0.02 * a.norm()
