@@ -88,6 +88,8 @@ def prepare(data: tuple[str, ...], *, val: tuple[str, ...] | None = None, tokeni
     damaged cache.
     """
     check_name(tokenizer)
+    if val_bytes < 1024:
+        raise UserError(f"--val-bytes {val_bytes}: too little to measure a loss on; give 1024 or more")
     with _os_errors(cache):
         train_files = find_files(data, "--data", progress)
         val_files = find_files(val or (), "--val", progress) or [file for file in train_files if file.is_validation]
@@ -214,7 +216,7 @@ def _build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
 
 def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     """Shards and tokenizer of the corpus into `temp`. Returns what meta.json says of them."""
-    stage = Stage("reading", sum(file.path.stat().st_size for file in recipe.train + recipe.val), progress)
+    stage = Stage("reading", sum(file.size for file in recipe.train + recipe.val), progress)
     text = val_text = read_text(recipe.train, temp / "text", stage)
     if recipe.val:
         val_text = read_text(recipe.val, temp / "val-text", stage)

@@ -33,7 +33,7 @@ from nanochin.config import UserError
 
 BLOCK = 1 << 16  # bytes: unit of thinning, and of hashing where documents are too few
 PIECE = 1 << 20  # bytes read at a time
-PART = 1 << 26  # bytes of files that one thread reads into one part of the flat text
+PART = 1 << 26  # bytes of files that one thread hashes, or reads into one part of the flat text
 MAX_HELD_OUT = 0.05  # share of the text that is kept for validation, at most
 
 Progress = Callable[[str, int, int], None]  # (stage, bytes done, bytes in all)
@@ -102,7 +102,7 @@ class Stage:
             pool.shutdown(cancel_futures=True)
 
 
-def hash_file(path: Path, stage: Stage | None = None) -> str:
+def hash_file(path: str | Path, stage: Stage | None = None) -> str:
     """SHA-256 of a file, in hexadecimal."""
     sha = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
@@ -121,8 +121,9 @@ def hash_file(path: Path, stage: Stage | None = None) -> str:
 class File:
     key: str  # path relative to what the user named: decides the order of files, wherever they lie
     sha: str  # SHA-256 of the content
-    path: Path
+    path: str
     format: str
+    size: int
 
     @property
     def is_validation(self) -> bool:
@@ -136,14 +137,16 @@ def find_files(data: Iterable[str], option: str = "--data", progress: Progress |
     An item is `python` (the interpreter's standard library, without tests), `python-all` (and all installed
     packages), a file, a folder (its known formats, at any depth) or a glob. Raises UserError for what is not there.
     """
-    found: dict[Path, tuple[str, str, Path]] = {}
+    found: dict[str, tuple[str, str]] = {}  # path -> (key, format)
     for item in data:
         for path, key, format in _expand(item, option):
-            entry, same = (key, format, path), path.resolve()
-            found[same] = min(entry, found.get(same, entry))
-    stage = Stage("hashing", sum(path.stat().st_size for path in found), progress)
-    shas = stage.map(lambda path: hash_file(path, stage), found)
-    return sorted(File(key, sha, path, format) for (key, format, path), sha in zip(found.values(), shas, strict=True))
+            found[path] = min((key, format), found.get(path, (key, format)))
+    sizes = [os.path.getsize(path) for path in found]
+    stage = Stage("hashing", sum(sizes), progress)
+    groups = stage.map(lambda group: [hash_file(path, stage) for path in group], _groups(found, sizes))
+    shas = [sha for group in groups for sha in group]
+    return sorted(File(key, sha, path, format, size)
+                  for (path, (key, format)), sha, size in zip(found.items(), shas, sizes, strict=True))  # fmt: skip
 
 
 def fingerprint(files: list[File]) -> str:
@@ -161,24 +164,22 @@ def corpus_name(data: Iterable[str]) -> str:
 def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
     """(path, key, format) of each file that one item of the option names."""
     if item in ("python", "python-all"):
-        paths = sysconfig.get_paths()
-        roots = [paths["stdlib"]] + [paths["purelib"], paths["platlib"]] * (item == "python-all")
+        roots = [sysconfig.get_path("stdlib")]
+        if item == "python-all":
+            roots += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
         for root in dict.fromkeys(roots):
-            for path in _walk(Path(root), skip=NOT_SOURCE):
-                if path.suffix == ".py":
-                    yield path, path.relative_to(root).as_posix(), ".py"
+            yield from ((path, key, ".py") for path, key in _walk(root, skip=NOT_SOURCE) if path.endswith(".py"))
         return
-    named = [Path(item)] if os.path.exists(item) else [Path(path) for path in sorted(glob.glob(item, recursive=True))]
+    named = [item] if os.path.exists(item) else glob.glob(item, recursive=True)
     if not named:
         raise UserError(f"{option} {item}: no such file or folder")
-    for path in named:
-        if not path.is_dir():
-            yield path, path.name, _format(path) if _format(path) in READERS else ""
+    for path in map(os.path.abspath, named):
+        if not os.path.isdir(path):
+            yield path, os.path.basename(path), _format(path) if _format(path) in READERS else ""
             continue
-        inside = [(file, file.relative_to(path).as_posix(), _format(file)) for file in _walk(path)]
-        inside = [entry for entry in inside if entry[2] in IN_FOLDERS]
+        inside = [(file, key, _format(file)) for file, key in _walk(path) if _format(file) in IN_FOLDERS]
         if not inside:
-            raise UserError(f"{option} {path}: no text in this folder; looked for {' '.join(IN_FOLDERS)}, "
+            raise UserError(f"{option} {item}: no text in this folder; looked for {' '.join(IN_FOLDERS)}, "
                             f"also with {' '.join(UNPACKERS)}")  # fmt: skip
         yield from inside
 
@@ -186,36 +187,53 @@ def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
 NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-def _walk(root: Path, skip: set[str] = frozenset()) -> Iterator[Path]:
+def _walk(root: str, skip: set[str] = frozenset()) -> Iterator[tuple[str, str]]:
+    """(path, path relative to `root`) of the files below `root`, hidden ones left out."""
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        yield from (Path(folder, name) for name in files if not name.startswith("."))
+        prefix = folder[len(root) :].strip(os.sep).replace(os.sep, "/")
+        for name in files:
+            if not name.startswith("."):
+                yield os.path.join(folder, name), f"{prefix}/{name}" if prefix else name
 
 
-def _format(path: Path) -> str:
+def _format(path: str) -> str:
     """books.jsonl.xz -> .jsonl"""
-    return (path.with_suffix("") if path.suffix.lower() in UNPACKERS else path).suffix.lower()
+    stem, suffix = os.path.splitext(path)
+    return (os.path.splitext(stem)[1] if suffix.lower() in UNPACKERS else suffix).lower()
+
+
+def _groups(items: Iterable, sizes: Iterable[int]) -> list[list]:
+    """Items in lists of about PART bytes: what one thread does at a time."""
+    groups, room = [], 0
+    for item, size in zip(items, sizes, strict=True):
+        if room <= 0:
+            groups.append([])
+            room = PART
+        groups[-1].append(item)
+        room -= size
+    return groups
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading: one function per format, yielding (piece of a document's bytes, whether the document ends with it)
 
 
-def read_txt(stream, path: Path) -> Iterator[tuple[bytes, bool]]:
+def read_txt(stream, path: str) -> Iterator[tuple[bytes, bool]]:
     """A file is one document."""
     while piece := stream.read(PIECE):
         yield piece, False
     yield b"", True
 
 
-def read_unknown(stream, path: Path) -> Iterator[tuple[bytes, bool]]:
+def read_unknown(stream, path: str) -> Iterator[tuple[bytes, bool]]:
     """A file that was named, with a suffix that says nothing: text, if it looks like text."""
     if b"\0" in stream.peek(4096)[:4096]:
         raise UserError(f"{path}: neither text nor a known format ({' '.join(filter(None, READERS))})")
     yield from read_txt(stream, path)
 
 
-def read_jsonl(stream, path: Path) -> Iterator[tuple[bytes, bool]]:
+def read_jsonl(stream, path: str) -> Iterator[tuple[bytes, bool]]:
     """A line is one document: a JSON object with a string `text`. Blank lines are passed over."""
     for number, line in enumerate(stream, 1):
         if not line.strip():
@@ -223,7 +241,7 @@ def read_jsonl(stream, path: Path) -> Iterator[tuple[bytes, bool]]:
         try:
             record = json.loads(line.decode("utf-8", "surrogateescape"))
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+            raise UserError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from None
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UserError(f'{path}, line {number}: no string "text" in it')
@@ -238,10 +256,9 @@ def _open_zst(raw):
         from compression import zstd  # Python 3.14
     except ImportError:
         try:
-            import zstandard
+            from backports import zstd
         except ImportError:
-            raise UserError(f"{raw.name}: .zst needs a library: pip install zstandard") from None
-        return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            raise UserError(f"{raw.name}: .zst needs a library: pip install backports.zstd") from None
     return zstd.open(raw)
 
 
@@ -263,14 +280,7 @@ class Text:
 def read_text(files: list[File], folder: Path, stage: Stage) -> Text:
     """Write the flat text of `files` into `folder`, several files at a time, and open it."""
     folder.mkdir(parents=True)
-    parts: list[list[File]] = []
-    room = 0
-    for file in files:
-        if room <= 0:
-            parts.append([])
-            room = PART
-        parts[-1].append(file)
-        room -= file.path.stat().st_size
+    parts = _groups(files, [file.size for file in files])
     paths = [folder / f"text-{i:05d}" for i in range(len(parts))]
 
     ends, hashes, skipped, length = [], [], 0, 0
@@ -310,7 +320,7 @@ def _pieces(file: File) -> Iterator[tuple[bytes, bool, int]]:
     """What the reader of its format yields, with the number of bytes of the file that were read for it."""
     try:
         with open(file.path, "rb") as raw:
-            unpack, seen = UNPACKERS.get(file.path.suffix.lower()), 0
+            unpack, seen = UNPACKERS.get(os.path.splitext(file.path)[1].lower()), 0
             stream = io.BufferedReader(unpack(raw), PIECE) if unpack else raw
             if stream.peek(3)[:3] == codecs.BOM_UTF8:
                 stream.read(3)
@@ -329,8 +339,8 @@ def _pieces(file: File) -> Iterator[tuple[bytes, bool, int]]:
 
 
 def split(text: Text, val_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training and validation ranges by the hash of content: equal documents are on the same side, and a document
-    stays on its side whatever else the corpus holds.
+    """Training and validation ranges, by the hash of the content: so equal documents are on the same side and
+    neither order nor names matter.
 
     A document is held out when its hash, as a fraction, is below min(5%, 2 val_bytes / all bytes). Where this takes
     nothing or over a quarter, documents are too few or too large, and 64 KB blocks of them are hashed instead
