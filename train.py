@@ -67,10 +67,10 @@ def resolve(config: Config, progress: Progress) -> Job:
     seq_len = config.seq_len or defaults["seq_len"]
     budget = config.budget or (None if config.model or config.tokens else defaults["budget"])
 
-    corpus = prepare(
-        config.data or defaults["data"], val=config.val, tokenizer=config.tokenizer, vocab_size=config.vocab_size,
-        val_bytes=config.val_bytes, cache=config.cache, progress=progress)  # fmt: skip
-    progress.close()
+    with progress:
+        corpus = prepare(
+            config.data or defaults["data"], val=config.val, tokenizer=config.tokenizer, vocab_size=config.vocab_size,
+            val_bytes=config.val_bytes, cache=config.cache, progress=progress)  # fmt: skip
 
     # Shape, tokens, batch and learning rate: rules and sources in nanochin/ladder.py.
     law = laws.load_law(config.law, config.law_approach) if config.law else laws.BESIROGLU
@@ -91,6 +91,7 @@ def resolve(config: Config, progress: Progress) -> Job:
         lr=plan.lr, warmup_tokens=float(plan.warmup_tokens), beta2=plan.beta2, dtype=str(dtype).split(".")[1],
         final_lr=optim.default_final(config.schedule) if config.final_lr is None else config.final_lr,
         log_every=config.log_every or max(1, plan.steps // 200))  # fmt: skip
+    learning_rate(config, 0)  # raises for a warm-up longer than the schedule
     return Job(config, plan, law, corpus, Windows(corpus.train, seq_len, config.seed), device, dtype, why_dtype)
 
 
@@ -106,17 +107,19 @@ def train(config: Config, quiet: bool = False) -> dict:
     record = describe(job)
     name = config.name or runs.run_name(corpus.name, record["identity"])
 
-    with runs.open_run(config.out, name, record) as run:
+    with progress, runs.open_run(config.out, name, record) as run:
         if run.summary is not None:
             progress.say(f"{run.folder} is finished: loss {run.summary['loss']:.4f}")
             return run.summary
-        corpus.tokenizer.save(run.folder)
+        with runs.writing(run.folder):
+            corpus.tokenizer.save(run.folder)
 
         # Model and optimizer: new, branched from another run, or as this run's newest checkpoint has them.
         model = GPT(plan.shape, dtype=job.dtype, seed=config.seed, z_loss=config.z_loss).to(device)
         optimizer = optim.make_optimizer(
             model, config.optimizer, config.lr, (config.beta1, config.beta2), config.weight_decay)  # fmt: skip
-        state = {"step": 0, "seconds": 0.0, "recent": [], "micro_batch": config.micro_batch or first_micro_batch(job)}
+        state = {"step": 0, "seconds": 0.0, "lap": 0.0, "recent": [],
+                 "micro_batch": config.micro_batch or first_micro_batch(job)}  # fmt: skip
         if last := checkpoint.newest_valid(run.folder, warn=progress.say):
             state = checkpoint.load(last, model, optimizer)
             progress.say(f"going on from {last}")
@@ -133,18 +136,22 @@ def train(config: Config, quiet: bool = False) -> dict:
         step, micro_batch = state["step"], state["micro_batch"]
         recent = [torch.tensor(pair, device=device) for pair in state["recent"]]  # (loss, norm) of steps not yet logged
         sequences = plan.batch_tokens // config.seq_len
-        watch, last_save = Stopwatch(state["seconds"]), time.monotonic()
-        lap = watch.seconds()
+        watch, lap, last_save = Stopwatch(state["seconds"]), state["lap"], time.monotonic()
         with catch_signals() as caught:
             while step < plan.steps:
+                if config.eval_every and step and step % config.eval_every == 0:
+                    with watch.paused():
+                        log_evaluation(job, step, model, run)
+
                 batch = to_device(windows.batch(step * sequences, sequences), device)  # (sequences, T+1)
                 for group in optimizer.param_groups:
-                    group["lr"] = config.lr * learning_rate(config, plan, step)
-                try:
-                    recent.append(optimizer_step(forward, optimizer, batch, micro_batch, config.clip))
-                except torch.OutOfMemoryError:
-                    micro_batch = smaller(micro_batch, optimizer, job)  # the batch stays, cut into smaller pieces
-                    continue
+                    group["lr"] = config.lr * learning_rate(config, step)
+                while True:
+                    try:
+                        recent.append(optimizer_step(forward, optimizer, batch, micro_batch, config.clip))
+                        break
+                    except torch.OutOfMemoryError:
+                        micro_batch = smaller(micro_batch, optimizer, job)  # the batch stays, cut into smaller pieces
                 step += 1
 
                 if step % config.log_every == 0 or step == plan.steps:
@@ -161,22 +168,16 @@ def train(config: Config, quiet: bool = False) -> dict:
                     with watch.paused():
                         pending = [pair.tolist() for pair in recent]
                         check_finite(pending, step, run)
-                        state = {"seconds": watch.seconds(), "recent": pending, "micro_batch": micro_batch}
+                        state = {"seconds": watch.seconds(), "lap": lap, "recent": pending, "micro_batch": micro_batch}
                         checkpoint.save(run.folder, step, model, optimizer, state)
                         checkpoint.prune(run.folder, config.keep, config.save_steps)
                         last_save = time.monotonic()
-                if caught:
-                    raise InterruptedRun(caught[0], f"{run.folder} is saved at step {step} of {plan.steps}")
-
-                if config.eval_every and step % config.eval_every == 0 and step < plan.steps:
-                    with watch.paused():
-                        loss, bpb = evaluate(model, corpus.val, corpus.val_bytes)
-                        run.log({"step": step, "val_loss": loss, "val_bpb": bpb})
+                    if caught:
+                        raise InterruptedRun(caught[0], f"{run.folder} is saved at step {step} of {plan.steps}")
 
         # What came out.
         seconds = watch.seconds()
-        loss, bpb = evaluate(model, corpus.val, corpus.val_bytes, progress)
-        run.log({"step": step, "val_loss": loss, "val_bpb": bpb})
+        loss, bpb = log_evaluation(job, step, model, run, progress)
         run.finish(summarise(job, record, name, loss, bpb, seconds))
         progress.close()
         if not quiet:
@@ -201,11 +202,11 @@ def optimizer_step(model, optimizer: torch.optim.Optimizer, batch: Tensor, micro
     return torch.stack((loss, norm))
 
 
-def learning_rate(config: Config, plan: ladder.Plan, step: int) -> float:
-    """The schedule's fraction of the peak rate at `step`."""
+def learning_rate(config: Config, step: int) -> float:
+    """The schedule's fraction of the peak rate at `step` of a resolved config."""
     return optim.lr_at(
-        step, plan.steps, plan.warmup_tokens / plan.batch_tokens, config.schedule, config.cycle, config.final_lr,
-        config.cooldown)  # fmt: skip
+        step, round(config.tokens / config.batch_tokens), config.warmup_tokens / config.batch_tokens, config.schedule,
+        config.cycle, config.final_lr, config.cooldown)  # fmt: skip
 
 
 def wants_compile(choice: str, device: torch.device) -> bool:
@@ -311,9 +312,18 @@ def log_row(job: Job, step: int, recent: list[Tensor], run: runs.Run) -> dict:
         "tokens": step * plan.batch_tokens,
         "flops": plan.flops["physical"] * step / plan.steps,
         "loss": sum(losses) / len(losses),
-        "lr": job.config.lr * learning_rate(job.config, plan, step - 1),
+        "lr": job.config.lr * learning_rate(job.config, step - 1),
         "grad_norm": sum(norms) / len(norms),
     }
+
+
+def log_evaluation(job: Job, step: int, model: GPT, run: runs.Run, progress=None) -> tuple[float, float | None]:
+    """(loss, bits per byte) on the validation text after `step`, also into log.jsonl. Raises RunError on NaN."""
+    loss, bpb = evaluate(model, job.corpus.val, job.corpus.val_bytes, progress)
+    if not math.isfinite(loss):
+        raise RunError(f"step {step}: validation loss {loss}; the run diverged, try a lower --lr")
+    run.log({"step": step, "val_loss": loss, "val_bpb": bpb})
+    return loss, bpb
 
 
 def check_finite(recent: list[list[float]], step: int, run: runs.Run) -> None:
@@ -333,28 +343,32 @@ def progress_note(row: dict) -> str:
 def load_branch(config: Config, record: dict, model: GPT, optimizer: torch.optim.Optimizer) -> int:
     """Start from --branch-from RUN@STEP: weights, moments and data position of another run -> its step.
 
-    Only the length of the run and its schedule may differ from that run (a cooldown from its trunk); anything else
-    would be no run that could have been trained from scratch, and raises UserError.
+    Only the length of the run and its schedule may differ from that run, and the schedule only after STEP (a cooldown
+    from its trunk); anything else would be no run that could have been trained from scratch, and raises UserError.
     """
+    what = f"--branch-from {config.branch_from}"
     trunk, _, step = config.branch_from.rpartition("@")
+    if not trunk:
+        raise UserError(f"{what}: expected RUN@STEP")
     folder = runs.find_run(trunk, config.out)
-    theirs = runs.read_json(folder / "config.json")["identity"]
-    free = {"tokens", "schedule", "cycle", "final_lr", "cooldown", "branch_from", "budget"}
+    theirs = runs.read_json(folder / "config.json")
+    free = {"tokens", "schedule", "cycle", "final_lr", "cooldown", "branch_from"}
     for key, value in record["identity"].items():
-        if key not in free and theirs.get(key) != value:
-            raise UserError(
-                f"--branch-from {config.branch_from}: that run has {key} = {theirs.get(key)}, this one {value}"
-            )
+        if key not in free and theirs["identity"].get(key) != value:
+            raise UserError(f"{what}: that run has {key} = {theirs['identity'].get(key)}, this one {value}")
     source = folder / "checkpoints" / f"step-{step}"
     if not source.exists():
-        there = ", ".join(sorted(p.name.removeprefix("step-") for p in source.parent.glob("step-*[0-9]"))) or "none"
-        raise UserError(
-            f"--branch-from {config.branch_from}: no such checkpoint; there are steps {there} (--save-steps)"
-        )
+        there = ", ".join(str(number) for number in checkpoint.steps(folder)) or "none"
+        raise UserError(f"{what}: no such checkpoint; there are steps {there} (--save-steps)")
     done = checkpoint.load(source, model, optimizer)["step"]
     if done * config.batch_tokens >= config.tokens:
-        raise UserError(f"--branch-from {config.branch_from}: it has seen {done * config.batch_tokens} tokens already, "
+        raise UserError(f"{what}: it has seen {done * config.batch_tokens} tokens already, "
                         f"--tokens {config.tokens:g} must be more")  # fmt: skip
+    trunk_config = Config(**theirs["options"])
+    for step in range(done):
+        if learning_rate(trunk_config, step) != learning_rate(config, step):
+            raise UserError(f"{what}: from step {step} on its learning rate is not that of this run; branch at that "
+                            "step or before, or from a --schedule constant run")  # fmt: skip
     return done
 
 
@@ -409,7 +423,8 @@ def show_plan(job: Job, run: runs.Run, micro_batch: int, peak_source: str) -> No
         ("C FLOPs", f"{plan.flops['physical']:.3e}", f"physical; 6ND is {plan.flops['6nd']:.3e}"),
         ("steps", f"{plan.steps}", f"{config.schedule}, to {config.final_lr:g} of the peak rate"),
         ("context", f"{config.seq_len}", "tokens"),
-        ("batch", f"{count(plan.batch_tokens)} tokens", f"{why['batch_tokens']}; micro-batch {micro_batch} sequences"),
+        ("batch", f"{count(plan.batch_tokens)} tokens",
+         f"{why.get('batch_tokens', 'as asked')}; micro-batch {micro_batch} sequences"),
         ("learning rate", f"{plan.lr:.3g}", why.get("lr", "as asked")),
         ("warm-up", f"{count(plan.warmup_tokens)} tokens", why.get("warmup_tokens", "as asked")),
         ("beta2", f"{plan.beta2}", why.get("beta2", "as asked")),

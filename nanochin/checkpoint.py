@@ -14,20 +14,19 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanochin.config import Shape, UserError
 from nanochin.model import GPT
-from nanochin.runs import fsync_folder, read_json, write_file, writing
+from nanochin.runs import fsync_folder, read_json, write_json, writing
 from nanochin.tokenizer import Tokenizer
 
 
 def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Write checkpoint `step` of the run; `state` is any JSON object. Raises RunError if the disk refuses."""
     final = run / "checkpoints" / f"step-{step}"
-    if final.exists():
-        return
     aside = final.with_name(final.name + ".tmp")
     last = newest(run)
     remark = f"; the last good checkpoint is {last}" if last else "; there is no earlier checkpoint"
@@ -41,8 +40,8 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
                 path = aside / f"{part}.safetensors"
                 _save_tensors(named, path)
                 digests[path.name] = _sha256(path)
-            text = json.dumps({"step": step, **state, "sha256": digests}, indent=1)
-            write_file(aside / "state.json", text.encode())
+            state = {"step": step, **state}
+            write_json(aside / "state.json", state | {"sha256": digests | {"state": _digest(state)}})
             os.rename(aside, final)
             fsync_folder(final.parent)
         except OSError:
@@ -57,7 +56,10 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
     """
     state = verify(folder)
     device = next(model.parameters()).device
-    model.load_state_dict(load_file(folder / "model.safetensors", device=str(device)), strict=False)
+    weights = load_file(folder / "model.safetensors", device=str(device))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
     if optimizer is not None:
         tensors = load_file(folder / "optimizer.safetensors")
         torch.set_rng_state(tensors.pop("rng"))
@@ -80,12 +82,15 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
 def verify(folder: Path) -> dict:
     """The state of a checkpoint whose files are as they were written; raises UserError naming the one that is not."""
     state = read_json(folder / "state.json")
-    for name, digest in state["sha256"].items():
+    digests = state.pop("sha256", {})
+    if digests.pop("state", None) != _digest(state):
+        raise UserError(f"{folder / 'state.json'}: corrupted (SHA-256 differs)")
+    for name, digest in digests.items():
         path = folder / name
         if not path.exists():
-            raise UserError(f"{path}: missing; delete {folder} to go on from an older checkpoint")
+            raise UserError(f"{path}: missing")
         if _sha256(path) != digest:
-            raise UserError(f"{path}: truncated or corrupted (SHA-256 differs); delete {folder} to go on without it")
+            raise UserError(f"{path}: truncated or corrupted (SHA-256 differs)")
     return state
 
 
@@ -106,27 +111,35 @@ def load_run(folder: Path) -> tuple[GPT, Tokenizer, dict]:
 
 def newest(run: Path) -> Path | None:
     """The checkpoint with the most steps, or None. Leftovers named .tmp are not checkpoints."""
-    found = sorted((run / "checkpoints").glob("step-*[0-9]"), key=_step_of)
-    return found[-1] if found else None
+    found = steps(run)
+    return run / "checkpoints" / f"step-{found[-1]}" if found else None
+
+
+def steps(run: Path) -> list[int]:
+    """The steps of the run's checkpoints, in order."""
+    return sorted(_step_of(folder) for folder in (run / "checkpoints").glob("step-*[0-9]"))
 
 
 def newest_valid(run: Path, warn) -> Path | None:
-    """The newest checkpoint that verifies; `warn(message)` is told of each broken one that is passed over."""
-    for folder in sorted((run / "checkpoints").glob("step-*[0-9]"), key=_step_of, reverse=True):
+    """The newest checkpoint that verifies. Newer ones that do not are renamed step-N.broken, out of the way of the
+    run that goes on, and `warn(message)` is told."""
+    while folder := newest(run):
         try:
             verify(folder)
             return folder
         except UserError as error:
-            warn(str(error))
+            aside = folder.with_name(folder.name + ".broken")
+            warn(f"warning: {error}; set aside as {aside.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
     return None
 
 
 def prune(run: Path, keep: int, always: tuple[int, ...] = ()) -> None:
     """Delete all but the newest `keep` checkpoints and those of the steps in `always`; and leftovers of a kill."""
-    found = sorted((run / "checkpoints").glob("step-*[0-9]"), key=_step_of)
-    for folder in found[: -max(keep, 1)]:
-        if _step_of(folder) not in always:
-            shutil.rmtree(folder, ignore_errors=True)
+    for step in steps(run)[: -max(keep, 1)]:
+        if step not in always:
+            shutil.rmtree(run / "checkpoints" / f"step-{step}", ignore_errors=True)
     for leftover in (run / "checkpoints").glob("step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -157,9 +170,16 @@ def _step_on_device(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    save_file(tensors, path)
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # what it makes of a full disk
+        raise OSError(str(error)) from None
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def _digest(state: dict) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

@@ -39,10 +39,11 @@ class Run:
             file.write(json.dumps(row) + "\n")
 
     def cut_log(self, step: int) -> None:
-        """Forget what was logged after `step` (the resumed run logs it again), and a line cut off by a kill."""
+        """Forget what a run that goes on from `step` will log again: later steps, the evaluation that follows this
+        one, and a line cut off by a kill."""
         path = self.folder / "log.jsonl"
         if path.exists():
-            kept = [row for row in read_log(self.folder) if row["step"] <= step]
+            kept = [row for row in read_log(self.folder) if row["step"] < step + ("val_loss" not in row)]
             write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def finish(self, summary: dict) -> None:
