@@ -2,7 +2,7 @@
 
     checkpoints/step-N/model.safetensors      float32 weights
                        optimizer.safetensors  Adam's moments by parameter name, random-number state
-                       state.json             step, counters, SHA-256 of the other two
+                       state.json             step, counters, SHA-256 of the other two and of itself
 
 Written as step-N.tmp, fsynced, renamed; older ones are deleted only after that. No pickle anywhere.
 """
@@ -40,8 +40,8 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
                 path = aside / f"{part}.safetensors"
                 _save_tensors(named, path)
                 digests[path.name] = _sha256(path)
-            state = {"step": step, **state}
-            write_json(aside / "state.json", state | {"sha256": digests | {"state": _digest(state)}})
+            state = {"step": step, **state, "sha256": digests}
+            write_json(aside / "state.json", state | {"state_sha256": _digest(state)})
             os.rename(aside, final)
             fsync_folder(final.parent)
         except OSError:
@@ -82,10 +82,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
 def verify(folder: Path) -> dict:
     """The state of a checkpoint whose files are as they were written; raises UserError naming the one that is not."""
     state = read_json(folder / "state.json")
-    digests = state.pop("sha256", {})
-    if digests.pop("state", None) != _digest(state):
+    if state.pop("state_sha256", None) != _digest(state):
         raise UserError(f"{folder / 'state.json'}: corrupted (SHA-256 differs)")
-    for name, digest in digests.items():
+    for name, digest in state.pop("sha256").items():
         path = folder / name
         if not path.exists():
             raise UserError(f"{path}: missing")
