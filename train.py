@@ -12,12 +12,17 @@ The same command goes on from where a killed run stopped, and ends in the same b
 import dataclasses
 import functools
 import math
+import os
 import signal
 import sys
 import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+# OpenMP's threads sleep while they wait, from before torch loads it: spinning, two of them made a run many times slower
+# as soon as another program wanted a core (LOG.md).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from torch import Tensor
