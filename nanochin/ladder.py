@@ -69,9 +69,9 @@ def rule_batch(tokens: float) -> float:
 
 
 def rule_lr(width: int) -> float:
-    """2) Peak learning rate: 0.006 sqrt(64 / C), 0.0021 at C = 512. Below 10M parameters published rules, made for larger
-    models, ask for 3 to 5 times too much; checked at C = 16, 48 and 64 on bytes (LOG.md). A rule of width alone keeps
-    the rate of a shape, and so a trunk, the same at every number of tokens."""
+    """2) Peak learning rate: 0.006 sqrt(64 / C), so 0.0021 at C = 512. Published rules were made for larger models and
+    ask below 10M parameters for 3 to 5 times too much; this one was checked at C = 16, 48 and 64 on bytes (LOG.md).
+    A rule of the width alone keeps the rate of a shape, and so of a trunk, the same at every number of tokens."""
     return 0.048 * width**-0.5
 
 
