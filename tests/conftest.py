@@ -77,7 +77,8 @@ def one_thread():
 
 @pytest.fixture
 def tiny(text, cache, tmp_path, one_thread, monkeypatch):
-    """`tiny(seed=1, ...)`: `tiny_config` on `text`, in a folder of runs of the test's own. The peak of this CPU is taken as known."""
+    """`tiny(seed=1, ...)`: `tiny_config` on `text`, in a folder of runs of the test's own, with no time spent on
+    measuring the peak of this CPU."""
     monkeypatch.setattr("train.peak_of", lambda *_: (1e11, "as the test says"))
     return functools.partial(tiny_config, text, cache, tmp_path / "runs")
 

@@ -53,7 +53,8 @@ def untimed(row: dict) -> dict:
 # The losses
 
 
-GOLDEN_OPTIONS = {"tokens": 20 * 256.0, "batch_tokens": 256, "log_every": 1, "model": "16x2"}
+GOLDEN_OPTIONS = {"tokens": 20 * 256.0, "batch_tokens": 256, "log_every": 1, "model": "16x2",
+                  "warmup_tokens": 1024.0, "beta2": 0.99}  # fmt: skip
 GOLDEN_VARIANTS = {
     "chinchilla": {},
     "gpt2": {"norm": "layernorm", "positions": "learned", "bias": True, "schedule": "linear", "optimizer": "adam"},
