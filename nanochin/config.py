@@ -115,14 +115,16 @@ class Config:
         None, "final fraction of the peak rate; default: cosine 0.1, wsd and linear 0", low=0, high=1
     )
     cooldown: float = opt(0.2, "share of a wsd run spent in its 1-sqrt cooldown", low=0, high=1)
-    seed: int = opt(0, "seed of the weights and of the data order", low=0)
+    seed: int = opt(0, "seed of the weights and of the data order", low=0, high=10**9)
 
     # Execution: how, not what.
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps", result=False)
     dtype: str = opt("auto", "compute dtype (weights stay float32)", choices=("auto", "float32", "bfloat16"))
     compile: str = opt("auto", "torch.compile; auto: on a GPU only", choices=("auto", "true", "false"), result=False)
-    micro_batch: int | None = opt(None, "sequences per forward pass; default: as many as fit", low=1, result=False)
-    threads: int | None = opt(None, "CPU threads; default: torch's choice", low=1, result=False)
+    micro_batch: int | None = opt(
+        None, "sequences per forward pass; default: as many as fit", low=1, high=10**6, result=False
+    )
+    threads: int | None = opt(None, "CPU threads; default: torch's choice", low=1, high=1000, result=False)
 
     # The run's folder.
     name: str | None = opt(None, "name of the run; default: a stem and a hash of the options", result=False)

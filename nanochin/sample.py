@@ -19,7 +19,7 @@ class SampleOptions:
     tokens: int = opt(256, "tokens to generate", low=1)
     temperature: float = opt(0.8, "1 samples the model's own distribution, 0 takes the likeliest token", low=0)
     top_k: int = opt(50, "sample among the k likeliest tokens; 0 = all", low=0)
-    seed: int = opt(0, "seed of the sampling")
+    seed: int = opt(0, "seed of the sampling", low=0, high=10**9)
     out: str = opt("runs", "folder of all runs")
 
 

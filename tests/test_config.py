@@ -80,6 +80,7 @@ def test_forms_of_values(argv, name, value):
         (["--save-steps=10,20"], "--save-steps: '10,20' is not a number"),
         (["--lr=0"], "--lr 0: must be above 0"),
         (["--budget=-1e15"], "--budget -1e+15: must be above 0"),
+        (["--seed=1e30"], "--seed 1e+30: must be at most 1e+09"),
         (["--seq-len=0"], "--seq-len 0: must be at least 1"),
         (["--beta2=1"], "--beta2 1: must be at most 0.999999"),
         (["--cooldown=1.5"], "--cooldown 1.5: must be at most 1"),
