@@ -44,7 +44,7 @@ from nanochin.text import (
     total_bytes,
     whole,
 )
-from nanochin.tokenizer import Tokenizer, check_name, train_bpe
+from nanochin.tokenizer import Tokenizer, check, train_bpe
 
 VERSION = 1  # of the cache folder's content; part of its name
 SHARD = 100_000_000  # tokens in a shard
@@ -87,7 +87,7 @@ def prepare(data: tuple[str, ...], *, val: tuple[str, ...] | None = None, tokeni
     Raises UserError for data that is missing, empty, unreadable or damaged, an unknown tokenizer, a full disk, a
     damaged cache.
     """
-    check_name(tokenizer)
+    check(tokenizer, vocab_size)
     if val_bytes < 1024:
         raise UserError(f"--val-bytes {val_bytes}: too little to measure a loss on; give 1024 or more")
     with _os_errors(cache):
@@ -216,6 +216,8 @@ def _build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
 
 def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     """Shards and tokenizer of the corpus into `temp`. Returns what meta.json says of them."""
+    if recipe.tokenizer != "bpe":
+        tokenizer = Tokenizer.load(recipe.tokenizer)  # first: without a network it fails, and reading may take long
     stage = Stage("reading", sum(file.size for file in recipe.train + recipe.val), progress)
     text = val_text = read_text(recipe.train, temp / "text", stage)
     if recipe.val:
@@ -229,8 +231,6 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
         sample = thin(text, train, BPE_SAMPLE)
         stage = Stage("training the tokenizer", total_bytes(sample), progress)
         tokenizer = train_bpe(_strings(text, sample, stage), recipe.vocab_size)
-    else:
-        tokenizer = Tokenizer.load(recipe.tokenizer)
     tokenizer.save(temp)
 
     stage = Stage("tokenising", total_bytes(train) + total_bytes(val), progress)
@@ -372,16 +372,17 @@ class Windows:
             epoch, index = divmod(number, self.per_epoch)
             shift, order = _order(self.seed, epoch, self.per_epoch, T)
             first = (shift + int(order[index]) * T) % size
-            head = min(T + 1, size - first)  # less where the window runs over the end of the ring
+            head = min(T + 1, size - first)
             row[:head] = self.tokens[first : first + head]
-            row[head:] = self.tokens[: T + 1 - head]
+            if head <= T:  # over the end of the ring
+                row[head:] = self.tokens[: T + 1 - head]
         return out
 
 
 @lru_cache(maxsize=2)  # a batch may lie across two epochs
 def _order(seed: int, epoch: int, windows: int, seq_len: int) -> tuple[int, np.ndarray]:
     """Where epoch `epoch` cuts the ring, and the order of its windows."""
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed % 2**64, epoch])))
     shift = int(random.integers(seq_len)) if epoch else 0
     return shift, random.permutation(np.arange(windows, dtype=np.uint32))
 

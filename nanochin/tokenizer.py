@@ -92,9 +92,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Raises UserError when `vocab_size` is below 257 or the text has too few different pairs for it.
     """
-    if vocab_size < 257:
-        raise UserError(f"--vocab-size {vocab_size}: bpe needs at least 257 (256 bytes and end-of-text)")
-    import rustbpe
+    check("bpe", vocab_size)
+    import rustbpe  # here: only who trains one needs it
 
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=PATTERN)
@@ -117,12 +116,14 @@ def model_vocab(tokenizer: Tokenizer, vocab_size: int | None) -> int:
     return vocab_size
 
 
-def check_name(name: str) -> None:
-    """Raise UserError, naming the nearest known name, unless `name` is a tokenizer."""
+def check(name: str, vocab_size: int | None = None) -> None:
+    """Raise UserError unless there is such a tokenizer, naming the nearest one, and its vocabulary is possible."""
     known = ["bytes", "bpe", *tiktoken.list_encoding_names()]
     if name not in known:
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
         raise UserError(f"--tokenizer {name}: unknown; did you mean {' or '.join(close)}?")
+    if name == "bpe" and vocab_size is not None and vocab_size < 257:
+        raise UserError(f"--vocab-size {vocab_size}: bpe needs at least 257 (256 bytes and end-of-text)")
 
 
 def _bpe(ranks: dict[bytes, int]) -> Tokenizer:
@@ -147,7 +148,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
 
 def _named_encoding(name: str) -> tiktoken.Encoding:
     """tiktoken's encoding `name`, from its cache or downloaded by it, within DOWNLOAD_SECONDS."""
-    check_name(name)
+    check(name)
     result: list = []
 
     def get():

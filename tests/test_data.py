@@ -148,6 +148,19 @@ def test_own_bpe_is_trained_on_the_training_text(corpus, tmp_path):
     assert c.train_bytes / len(c.train) > 1.5
 
 
+def test_own_bpe_does_not_see_the_validation_text(tmp_path):
+    """A word that one held-out document repeats is no token, while the same document in training makes it one."""
+    for held_out in (True, False):
+        documents = ("zebra " * 1000 + str(n) for n in range(1000))
+        zebra = next(text for text in documents
+                     if (int(hashlib.sha256(text.encode()).hexdigest(), 16) / 2**256 < 0.05) == held_out)  # fmt: skip
+        texts = [*(words(1000, i) for i in range(50)), zebra]
+        (tmp_path / "books.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+        c = prepare((str(tmp_path / "books.jsonl"),), cache=tmp_path / "cache", tokenizer="bpe", vocab_size=300)
+        assert ("zebra" in c.tokenizer.decode(c.val[:])) == held_out
+        assert (len(c.tokenizer.encode(b"zebra")) == 5) == held_out
+
+
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "bpe"])
 def test_long_documents_are_cut_where_no_token_changes(tmp_path, monkeypatch, name):
     """A document encoded in pieces of 300 bytes on all cores has the ids of the document encoded at once."""

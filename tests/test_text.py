@@ -73,6 +73,9 @@ def test_files_are_found_once_in_an_order_that_names_do_not_change(tmp_path):
     paths = [str(tmp_path / "two" / name) for name in ("b.txt", "a.jsonl")]
     assert find_files(paths) == find_files(paths[::-1]) == find_files([str(tmp_path / "two/[ab].[tj]*[tl]")])
     before = fingerprint(find_files(paths))
+    os.rename(paths[0], paths[0] + ".txt")
+    assert fingerprint(find_files([paths[0] + ".txt", paths[1]])) == before
+    os.rename(paths[0] + ".txt", paths[0])
     write(tmp_path / "two/b.txt", "B.txt")
     assert fingerprint(find_files(paths)) != before
 
@@ -119,6 +122,17 @@ def test_formats_agree(tmp_path, suffix):
         text = read(tmp_path / source, folder=tmp_path / f"flat-{source}")
         assert documents(text) == [t.encode() for t in texts] and text.skipped == 0
         assert text.hashes[1] == int(hashlib.sha256(texts[1].encode()).hexdigest()[:16], 16)
+
+
+def test_many_threads_read_what_one_reads(tmp_path, monkeypatch):
+    """Files read in groups of 5 KB, several at a time, are the text that one thread reads."""
+    for i in range(30):
+        write(tmp_path / f"books/{i:02d}.jsonl", jsonl([words(100 * i, i), words(1000, i)]))
+    one = read(tmp_path / "books", folder=tmp_path / "one")
+    monkeypatch.setattr(module, "PART", 5000)
+    many = read(tmp_path / "books", folder=tmp_path / "many")
+    assert len(one.bytes.parts) == 1 and len(many.bytes.parts) > 10
+    assert documents(one) == documents(many) and (one.hashes == many.hashes).all()
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
@@ -233,6 +247,17 @@ def test_a_lone_document_is_cut_into_blocks(tmp_path):
             b -= 1
         below = int(hashlib.sha256(content[a:b]).hexdigest(), 16) / 2**256 < min(0.05, 200_000 / len(content))
         assert (block in held) == below
+
+
+def test_a_document_too_large_to_give_away_is_cut_instead(tmp_path):
+    """A document of half the text is not held out, even if its hash says so: blocks of both documents are."""
+    below = next(words(50_000, seed) for seed in range(1000)
+                 if int(hashlib.sha256(words(50_000, seed).encode()).hexdigest(), 16) / 2**256 < 0.05)  # fmt: skip
+    other = next(words(50_000, seed) for seed in range(1000, 2000)
+                 if int(hashlib.sha256(words(50_000, seed).encode()).hexdigest(), 16) / 2**256 > 0.05)  # fmt: skip
+    text = read(write(tmp_path / "a.jsonl", jsonl([below, other])), folder=tmp_path / "flat")
+    train, val = split(text, 1 << 20)
+    assert 0 < len(pick(text, val)) <= len(text.bytes) / 4
 
 
 @pytest.mark.parametrize("size", [40, 1000, 60_000])

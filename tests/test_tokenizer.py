@@ -102,8 +102,20 @@ def test_gpt2_is_tiktokens(gpt2):
     assert gpt2.encode(ODD.encode()).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(ODD)
 
 
-def test_large_vocabularies_need_32_bits(gpt2):
-    """cl100k_base has ids above 65,535 and holes in its numbering, which decode to nothing."""
+def test_large_vocabularies_need_32_bits():
+    """A vocabulary of all bytes and all pairs of bytes is above 65,536 ids; each pair in text is one id."""
+    singles = {bytes([a]): a for a in range(256)}
+    pairs = {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
+    special = {END_OF_TEXT: 256 + 65_536}
+    t = Tokenizer("x", tiktoken.Encoding("x", pat_str=".", mergeable_ranks=singles | pairs, special_tokens=special))
+    assert (t.dtype, t.vocab_size, t.eot) == (np.uint32, 65_793, 65_792)
+    assert t.encode("é".encode()).tolist() == [256 + 256 * 0xC3 + 0xA9]
+    smile = t.encode("🙂".encode())
+    assert smile.tolist() == [256 + 256 * 0xF0 + 0x9F, 256 + 256 * 0x99 + 0x82] and t.decode(smile) == "🙂"
+
+
+def test_holes_in_a_vocabulary_decode_to_nothing(gpt2):
+    """cl100k_base has ids that stand for no token."""
     t = Tokenizer.load("cl100k_base")
     assert (t.dtype, t.vocab_size) == (np.uint32, 100_277)
     assert t.decode([*t.encode(ODD.encode()), 100_256, 100_276]) == ODD
