@@ -28,13 +28,14 @@ import torch
 from torch import Tensor
 
 import kernels
-from nanochin import checkpoint, ladder, laws, optim, runs
+from nanochin import checkpoint, ladder, laws, runs
 from nanochin.config import FLOP_CONVENTIONS, Config, RunError, UserError, check, make_shape, parse, parse_model
 from nanochin.console import Progress, clock, count, table
 from nanochin.data import Corpus, Windows, prepare
 from nanochin.device import check_memory, device_name, peak_of, pick_device, pick_dtype
 from nanochin.evaluate import evaluate
 from nanochin.model import GPT
+from nanochin.optim import Adam, default_final, lr_at
 from nanochin.sample import generate
 from nanochin.tokenizer import model_vocab
 
@@ -94,7 +95,7 @@ def resolve(config: Config, progress: Progress) -> Job:
         config, budget=budget, model=str(shape), tokens=float(plan.tokens), seq_len=seq_len,
         vocab_size=shape.vocab_size, head_size=shape.head_size, ffn=shape.ffn, batch_tokens=plan.batch_tokens,
         lr=plan.lr, warmup_tokens=float(plan.warmup_tokens), beta2=plan.beta2, dtype=str(dtype).split(".")[1],
-        final_lr=optim.default_final(config.schedule) if config.final_lr is None else config.final_lr,
+        final_lr=default_final(config.schedule) if config.final_lr is None else config.final_lr,
         log_every=config.log_every or max(1, plan.steps // 200))  # fmt: skip
     learning_rate(config, 0)  # raises for a warm-up longer than the schedule
     return Job(config, plan, law, corpus, Windows(corpus.train, seq_len, config.seed), device, dtype, why_dtype)
@@ -121,8 +122,7 @@ def train(config: Config, quiet: bool = False) -> dict:
 
         # Model and optimizer: new, branched from another run, or as this run's newest checkpoint has them.
         model = GPT(plan.shape, dtype=job.dtype, seed=config.seed, z_loss=config.z_loss).to(device)
-        optimizer = optim.make_optimizer(
-            model, config.optimizer, config.lr, (config.beta1, config.beta2), config.weight_decay)  # fmt: skip
+        optimizer = Adam(model, config.optimizer, config.lr, (config.beta1, config.beta2), config.weight_decay)
         state = {"step": 0, "seconds": 0.0, "lap": 0.0, "recent": [],
                  "micro_batch": config.micro_batch or first_micro_batch(job)}  # fmt: skip
         if last := checkpoint.newest_valid(run.folder, warn=progress.say):
@@ -149,8 +149,7 @@ def train(config: Config, quiet: bool = False) -> dict:
                         log_evaluation(job, step, model, run)
 
                 batch = to_device(windows.batch(step * sequences, sequences), device)  # (sequences, T+1)
-                for group in optimizer.param_groups:
-                    group["lr"] = config.lr * learning_rate(config, step)
+                optimizer.lr = config.lr * learning_rate(config, step)
                 while True:
                     try:
                         recent.append(optimizer_step(forward, optimizer, batch, micro_batch, config.clip))
@@ -190,7 +189,7 @@ def train(config: Config, quiet: bool = False) -> dict:
         return run.summary
 
 
-def optimizer_step(model, optimizer: torch.optim.Optimizer, batch: Tensor, micro_batch: int, clip: float) -> Tensor:
+def optimizer_step(model, optimizer: Adam, batch: Tensor, micro_batch: int, clip: float) -> Tensor:
     """One step on batch (n, T+1) in pieces of `micro_batch` sequences -> (loss, gradient norm before clipping).
 
     The gradient is that of the mean over all n x T tokens, however the batch is cut.
@@ -200,16 +199,15 @@ def optimizer_step(model, optimizer: torch.optim.Optimizer, batch: Tensor, micro
         part = model(piece[:, :-1], piece[:, 1:]) * (len(piece) / len(batch))
         part.backward()
         loss += part.detach()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, clip or math.inf)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return torch.stack((loss, norm))
 
 
 def learning_rate(config: Config, step: int) -> float:
     """The schedule's fraction of the peak rate at `step` of a resolved config."""
-    return optim.lr_at(
+    return lr_at(
         step, round(config.tokens / config.batch_tokens), config.warmup_tokens / config.batch_tokens, config.schedule,
         config.cycle, config.final_lr, config.cooldown)  # fmt: skip
 
@@ -225,9 +223,9 @@ def first_micro_batch(job: Job) -> int:
     return max(1, min(job.plan.batch_tokens, tokens) // job.config.seq_len)
 
 
-def smaller(micro_batch: int, optimizer: torch.optim.Optimizer, job: Job) -> int:
+def smaller(micro_batch: int, optimizer: Adam, job: Job) -> int:
     """Half the micro-batch, after a step that ran out of memory. Raises RunError when it is one sequence already."""
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     if micro_batch == 1:
         raise RunError(f"one sequence of {job.config.seq_len} tokens through {job.plan.shape} does not fit "
                        f"{job.device}: choose a smaller --model or --seq-len")  # fmt: skip
@@ -332,11 +330,11 @@ def log_evaluation(job: Job, step: int, model: GPT, run: runs.Run, progress=None
 
 
 def check_finite(recent: list[list[float]], step: int, run: runs.Run) -> None:
-    for back, pair in enumerate(reversed(recent)):
+    """Raises RunError for the first of the `recent` steps up to `step` whose loss or gradient norm is not a number."""
+    for number, pair in enumerate(recent, start=step - len(recent) + 1):
         if not all(map(math.isfinite, pair)):
-            bad = step - back
             last = checkpoint.newest(run.folder)
-            raise RunError(f"step {bad}: loss {pair[0]}, gradient norm {pair[1]}; the run diverged, try a lower --lr. "
+            raise RunError(f"step {number}: loss {pair[0]}, gradient norm {pair[1]}; the run diverged, try a lower --lr. "
                            f"Last good checkpoint: {last or 'none yet'}")  # fmt: skip
 
 
@@ -345,7 +343,7 @@ def progress_note(row: dict) -> str:
     return f"loss {row['loss']:.3f}  {count(row['tokens_per_s'])} tok/s{mfu}"
 
 
-def load_branch(config: Config, record: dict, model: GPT, optimizer: torch.optim.Optimizer) -> int:
+def load_branch(config: Config, record: dict, model: GPT, optimizer: Adam) -> int:
     """Start from --branch-from RUN@STEP: weights, moments and data position of another run -> its step.
 
     Only the length of the run and its schedule may differ from that run, and the schedule only after STEP (a cooldown
