@@ -20,11 +20,12 @@ from torch import nn
 
 from nanochin.config import Shape, UserError
 from nanochin.model import GPT
+from nanochin.optim import Adam
 from nanochin.runs import fsync_folder, read_json, write_json, writing
 from nanochin.tokenizer import Tokenizer
 
 
-def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+def save(run: Path, step: int, model: nn.Module, optimizer: Adam, state: dict) -> None:
     """Write checkpoint `step` of the run; `state` is any JSON object. Raises RunError if the disk refuses."""
     final = run / "checkpoints" / f"step-{step}"
     aside = final.with_name(final.name + ".tmp")
@@ -49,7 +50,7 @@ def save(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimize
             raise
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
+def load(folder: Path, model: nn.Module, optimizer: Adam | None = None) -> dict:
     """Fill the model (and the optimizer) from a checkpoint folder and return its state.
 
     Raises UserError naming the file if one is missing, truncated or changed.
@@ -67,15 +68,9 @@ def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None
             rng = tensors.pop("rng.cuda")
             if device.type == "cuda":
                 torch.cuda.set_rng_state(rng, device)
-        moments: dict[str, dict] = {}
-        for key, tensor in tensors.items():
-            name, field = key.rsplit("/", 1)
-            moments.setdefault(name, {})[field] = tensor
         for name, parameter in model.named_parameters():
-            optimizer.state[parameter] = {
-                field: tensor if field == "step" and not _step_on_device(optimizer) else tensor.to(parameter.device)
-                for field, tensor in moments[name].items()
-            }
+            for field, value in optimizer.state[parameter].items():
+                value.copy_(tensors[f"{name}/{field}"])
     return state
 
 
@@ -151,7 +146,7 @@ def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}  # tied matrix once
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _optimizer_tensors(model: nn.Module, optimizer: Adam) -> dict[str, torch.Tensor]:
     tensors = {"rng": torch.get_rng_state()}
     device = next(model.parameters()).device
     if device.type == "cuda":
@@ -160,12 +155,6 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         for field, value in optimizer.state[parameter].items():
             tensors[f"{name}/{field}"] = value.detach().contiguous()
     return tensors
-
-
-def _step_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """torch keeps Adam's step counter on the parameters' device only when fused or capturable."""
-    group = optimizer.param_groups[0]
-    return bool(group.get("fused") or group.get("capturable"))
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

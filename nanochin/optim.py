@@ -3,29 +3,46 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from nanochin.config import UserError
 
 
-def make_optimizer(
-    model: nn.Module, kind: str, lr: float, betas: tuple[float, float], weight_decay: float
-) -> torch.optim.Optimizer:
-    """Adam over two parameter groups: matrices, which decay, and vectors (norms, biases), which do not.
+class Adam:
+    """torch's fused Adam over float32 parameters, one kernel a step, without the class `torch.optim.Adam` around it:
+    that one imports torch's compiler when it is made, 2 s of every start, used or not.
 
-    `adamw` takes lr * weight_decay * w off the weight (Loshchilov & Hutter 2019), `adam` adds weight_decay * w to
-    the gradient (L2); Hoffmann et al. 2022, section 4.1, compare the two. One fused kernel a step where we know
-    torch to have it.
+    `adamw` takes lr * weight_decay * w off the weight (Loshchilov & Hutter 2019), `adam` adds weight_decay * w to the
+    gradient (L2); Hoffmann et al. 2022, section 4.1, compare the two. Matrices decay, vectors (norms, biases) do not.
+    `state[p]` holds step, exp_avg and exp_avg_sq of parameter p, as torch names them.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    fused = all(p.device.type in ("cpu", "cuda") for p in parameters)
-    optimizer = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[kind]
-    return optimizer(groups, lr=lr, betas=betas, eps=1e-8, fused=fused, foreach=not fused)
+
+    def __init__(self, model: nn.Module, kind: str, lr: float, betas: tuple[float, float], weight_decay: float):
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.decoupled = {"adamw": True, "adam": False}[kind]
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.state = {p: {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                          "exp_avg_sq": torch.zeros_like(p)} for p in self.parameters}  # fmt: skip
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update by the gradients that are there."""
+        for matrices in (True, False):
+            params = [p for p in self.parameters if p.grad is not None and (p.ndim >= 2) == matrices]
+            if params:
+                self._update(params, self.weight_decay if matrices else 0.0)
+
+    def _update(self, params: list[Tensor], weight_decay: float) -> None:
+        moments = [[self.state[p][field] for p in params] for field in ("exp_avg", "exp_avg_sq")]
+        steps = [self.state[p]["step"] for p in params]
+        adam(params, [p.grad for p in params], *moments, [], steps, fused=True, amsgrad=False, beta1=self.betas[0],
+             beta2=self.betas[1], lr=self.lr, weight_decay=weight_decay, eps=1e-8, maximize=False,
+             decoupled_weight_decay=self.decoupled)  # fmt: skip
+
+    def zero_grad(self) -> None:
+        for p in self.parameters:
+            p.grad = None
 
 
 def default_final(schedule: str) -> float:

@@ -33,7 +33,7 @@ from nanochin.config import UserError
 
 BLOCK = 1 << 16  # bytes: unit of thinning, and of hashing where documents are too few
 PIECE = 1 << 20  # bytes read at a time
-PART = 1 << 26  # bytes of files that one thread hashes, or reads into one part of the flat text
+PART = 1 << 23  # bytes of files that one thread hashes, or reads into one part of the flat text
 MAX_HELD_OUT = 0.05  # share of the text that is kept for validation, at most
 
 Progress = Callable[[str, int, int], None]  # (stage, bytes done, bytes in all)

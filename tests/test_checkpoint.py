@@ -7,7 +7,7 @@ import torch
 from nanochin import checkpoint
 from nanochin.config import RunError, UserError, make_shape
 from nanochin.model import GPT
-from nanochin.optim import make_optimizer
+from nanochin.optim import Adam
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -17,7 +17,7 @@ STATE = {"seconds": 1.5, "lap": 1.25, "recent": [[2.5, 0.1]], "micro_batch": 4}
 def make(seed=0, kind="adamw", **options):
     """A small model after two steps of its optimizer, so that there are moments to keep."""
     model = GPT(make_shape(16, 2, vocab_size=31, seq_len=8, **options), seed=seed)
-    optimizer = make_optimizer(model, kind, 0.01, (0.9, 0.99), 0.1)
+    optimizer = Adam(model, kind, 0.01, (0.9, 0.99), 0.1)
     for _ in range(2):
         step(model, optimizer)
     return model, optimizer

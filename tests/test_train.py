@@ -17,6 +17,7 @@ from nanochin.console import Progress
 from nanochin.evaluate import evaluate
 from nanochin.flops import count_flops
 from nanochin.model import GPT
+from nanochin.optim import Adam
 from nanochin.sample import generate
 from nanochin.tokenizer import Tokenizer
 
@@ -116,7 +117,7 @@ def test_accumulated_gradient_is_that_of_the_batch(micro_batch, monkeypatch):
     batch = torch.randint(31, (6, 9), generator=torch.Generator().manual_seed(0))
     expected = torch.autograd.grad(model(batch[:, :-1], batch[:, 1:]), list(model.parameters()))
     norm = torch.stack([g.double().norm() for g in expected]).norm().item()
-    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.0), []
+    optimizer, seen = Adam(model, "adamw", 0.0, (0.9, 0.99), 0.0), []
     monkeypatch.setattr(optimizer, "step", lambda: seen.extend(p.grad.clone() for p in model.parameters()))
     loss, reported = train.optimizer_step(model, optimizer, batch, micro_batch, clip=0.0)
     for a, b in zip(seen, expected, strict=True):
@@ -130,7 +131,7 @@ def test_clipping(monkeypatch):
     """A gradient above the clip is scaled to it; the norm that is reported is the one before."""
     model = GPT(make_shape(16, 1, vocab_size=31, seq_len=8))
     batch = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
-    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.0), []
+    optimizer, seen = Adam(model, "adamw", 0.0, (0.9, 0.99), 0.0), []
     monkeypatch.setattr(optimizer, "step", lambda: seen.append([p.grad.clone() for p in model.parameters()]))
     norms = [train.optimizer_step(model, optimizer, batch, 2, clip)[1].item() for clip in (0.0, 0.01, 1e9)]
     after = [torch.stack([g.norm() for g in gradient]).norm().item() for gradient in seen]
@@ -198,7 +199,7 @@ def test_schedule_reaches_the_log(tiny, schedule, monkeypatch):
     used, original = [], train.optimizer_step
 
     def spy(model, optimizer, *rest):
-        used.append({group["lr"] for group in optimizer.param_groups})
+        used.append({optimizer.lr})
         return original(model, optimizer, *rest)
 
     monkeypatch.setattr(train, "optimizer_step", spy)
