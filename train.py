@@ -334,8 +334,8 @@ def check_finite(recent: list[list[float]], step: int, run: runs.Run) -> None:
     for number, pair in enumerate(recent, start=step - len(recent) + 1):
         if not all(map(math.isfinite, pair)):
             last = checkpoint.newest(run.folder)
-            raise RunError(f"step {number}: loss {pair[0]}, gradient norm {pair[1]}; the run diverged, try a lower --lr. "
-                           f"Last good checkpoint: {last or 'none yet'}")  # fmt: skip
+            raise RunError(f"step {number}: loss {pair[0]}, gradient norm {pair[1]}; the run diverged, try a lower "
+                           f"--lr. Last good checkpoint: {last or 'none yet'}")  # fmt: skip
 
 
 def progress_note(row: dict) -> str:
