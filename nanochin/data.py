@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -237,7 +238,7 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     _write_shards(encode(text, train, tokenizer, stage), temp, "train")
     _write_shards(encode(val_text, val, tokenizer, stage), temp, "val")
     val_sha = hashlib.sha256()
-    for start, stop in val:
+    for start, stop, _ in _pieces(val_text, val):
         val_sha.update(val_text.bytes[start:stop])
     skipped = text.skipped + (val_text.skipped if recipe.val else 0)
     for folder in temp.glob("*text"):
@@ -270,15 +271,14 @@ def _pieces(text: Text, ranges: np.ndarray) -> Iterator[tuple[int, int, bool]]:
     """`ranges` in pieces (start, stop, whether a document ends there) of one document and at most JOB bytes each."""
     for start, stop in ranges.tolist():
         first, last = np.searchsorted(text.ends, [start + 1, stop + 1])
-        stops = [(end, True) for end in text.ends[first:last].tolist()]
-        if not stops or stops[-1][0] < stop:
-            stops.append((stop, False))
-        for end, is_end in stops:
+        ends = zip(map(int, text.ends[first:last]), repeat(True), strict=False)
+        for end, is_end in chain(ends, [(stop, False)]):
             while end - start > JOB:
                 cut = _cut(text, start)
                 yield start, cut, False
                 start = cut
-            yield start, end, is_end
+            if start < end:
+                yield start, end, is_end
             start = end
 
 
@@ -338,7 +338,7 @@ CHECKSUMS = {"sha256": hash_file, "sha256_ends": _hash_ends}
 
 def _fsync(path: Path) -> None:
     with suppress(PermissionError):  # Windows does not open folders
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
             os.fsync(handle)
         finally:

@@ -20,7 +20,7 @@ import re
 import sysconfig
 import threading
 import time
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -60,11 +60,11 @@ class Tokens:
 
     def __getitem__(self, at: slice) -> np.ndarray:
         start, stop, _ = at.indices(len(self))
-        first = bisect_right(self.starts, start, hi=len(self.parts)) - 1
-        part = self.parts[first][start - self.starts[first] : stop - self.starts[first]]
-        if first + 1 < len(self.parts) and stop > self.starts[first + 1]:
-            return np.concatenate([part, self[self.starts[first + 1] : stop]])
-        return part
+        if start >= stop:
+            return self.parts[0][:0]
+        first, last = bisect_right(self.starts, start) - 1, bisect_left(self.starts, stop)
+        found = [self.parts[i][max(0, start - self.starts[i]) : stop - self.starts[i]] for i in range(first, last)]
+        return found[0] if len(found) == 1 else np.concatenate(found)
 
 
 class Stage:
