@@ -21,7 +21,7 @@ from torch import nn
 from nanochin.config import Shape, UserError
 from nanochin.model import GPT
 from nanochin.optim import Adam
-from nanochin.runs import fsync_folder, read_json, write_json, writing
+from nanochin.runs import fsync_folder, read_json, writing
 from nanochin.tokenizer import Tokenizer
 
 
@@ -42,7 +42,11 @@ def save(run: Path, step: int, model: nn.Module, optimizer: Adam, state: dict) -
                 _save_tensors(named, path)
                 digests[path.name] = _sha256(path)
             state = {"step": step, **state, "sha256": digests}
-            write_json(aside / "state.json", state | {"state_sha256": _digest(state)})
+            with open(aside / "state.json", "w") as file:
+                json.dump(state | {"state_sha256": _digest(state)}, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            fsync_folder(aside)
             os.rename(aside, final)
             fsync_folder(final.parent)
         except OSError:

@@ -1,4 +1,7 @@
+import errno
+import itertools
 import json
+import os
 import shutil
 
 import pytest
@@ -154,15 +157,19 @@ def test_prune(tmp_path):
     assert checkpoint.steps(tmp_path) == [100]
 
 
-def test_failed_save_leaves_the_last_one(tmp_path, monkeypatch):
-    """When the disk refuses, the half-written checkpoint is removed and the error names it and the last good one."""
+@pytest.mark.parametrize("call, nth", [("rename", 1), ("fsync", 1), ("fsync", 2), ("fsync", 3), ("fsync", 4)])
+def test_failed_save_leaves_the_last_one(tmp_path, monkeypatch, call, nth):
+    """Wherever the disk refuses, the half-written checkpoint is removed and the error names it and the last good one."""
     model, optimizer = save(tmp_path, steps=(1,))
+    original, calls = getattr(os, call), itertools.count(1)
 
-    def no_space(source, target):
-        raise OSError(28, "No space left on device")
+    def refuse(*args):
+        if next(calls) == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, "rename", no_space)
+        patch.setattr(os, call, refuse)
         with pytest.raises(RunError) as error:
             checkpoint.save(tmp_path, 2, model, optimizer, STATE)
     folder = tmp_path / "checkpoints"

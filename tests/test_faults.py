@@ -34,7 +34,7 @@ from nanochin.config import Config
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["train", "torch._dynamo", "pytest"])  # torch imports dynamo with its first optimizer
+SERVER.set_forkserver_preload(["train", "pytest"])
 PATIENCE = 120  # seconds until a child that does nothing is an error
 
 
