@@ -159,7 +159,7 @@ def test_prune(tmp_path):
 
 @pytest.mark.parametrize("call, nth", [("rename", 1), ("fsync", 1), ("fsync", 2), ("fsync", 3), ("fsync", 4)])
 def test_failed_save_leaves_the_last_one(tmp_path, monkeypatch, call, nth):
-    """Wherever the disk refuses, the half-written checkpoint is removed and the error names it and the last good one."""
+    """Wherever the disk refuses, the half-written checkpoint is removed; the error names it and the last good one."""
     model, optimizer = save(tmp_path, steps=(1,))
     original, calls = getattr(os, call), itertools.count(1)
 
