@@ -459,6 +459,7 @@ def show_result(job: Job, run: runs.Run, model: GPT) -> None:
 
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    sys.stdout.reconfigure(errors="replace")  # a sample may hold what this terminal's encoding cannot show
     try:
         train(parse(Config, prog="train.py", description=__doc__, file=True))
     except UserError as error:

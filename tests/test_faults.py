@@ -7,6 +7,7 @@ imported torch once (multiprocessing's "forkserver"), so that each costs a secon
 
 import contextlib
 import errno
+import io
 import itertools
 import json
 import multiprocessing
@@ -608,6 +609,15 @@ def test_bad_input_to_the_commands(tiny, command, monkeypatch):
     assert evaluate.stderr.startswith("python -m nanochin.evaluate: nobody: no run folder")
     assert evaluate.stderr.count("\n") == 1
     assert (sample.returncode, sample.stdout) == (evaluate.returncode, evaluate.stdout) == (2, "")
+
+
+def test_output_that_is_not_utf8(tiny, monkeypatch):
+    """A sample with signs that the encoding of stdout lacks is shown without them."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr("nanochin.tokenizer.Tokenizer.decode", lambda *_: "caf\u00e9")
+    assert main(monkeypatch, *arguments(tiny(sample_tokens=1))) == 0
+    sys.stdout.flush()
+    assert b"caf?" in sys.stdout.buffer.getvalue()
 
 
 def test_the_real_command_refuses(command, tmp_path):
