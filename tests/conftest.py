@@ -84,6 +84,36 @@ def tiny(text, cache, tmp_path, one_thread, monkeypatch):
 
 
 @pytest.fixture
+def main(monkeypatch):
+    """`main("--seed=1", ...)`: train.py in this process -> exit code."""
+
+    def run(*argv: str) -> int:
+        import train
+
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        try:
+            return train.main()
+        except SystemExit as exit:  # of the option parser
+            return exit.code
+
+    return run
+
+
+@pytest.fixture
+def refusal(main, capsys):
+    """`refusal("--lr=0", ...)`: the one line on stderr with which train.py refuses, its exit code being `code`."""
+
+    def run(*argv: str, code: int = 2) -> str:
+        capsys.readouterr()
+        assert main(*argv) == code
+        err = capsys.readouterr().err
+        assert err.startswith("train.py: ") and err.count("\n") == 1, err
+        return err
+
+    return run
+
+
+@pytest.fixture
 def command():
     """`command("train.py", "--seed=1", ...)`: run a Python command of the project -> CompletedProcess."""
 

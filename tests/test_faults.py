@@ -7,7 +7,6 @@ imported torch once (multiprocessing's "forkserver"), so that each costs a secon
 
 import contextlib
 import errno
-import io
 import itertools
 import json
 import multiprocessing
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, arguments, pseudo_english, tiny_config
+from conftest import ROOT, arguments, tiny_config
 from safetensors.torch import load_file
 
 import nanochin.evaluate
@@ -351,10 +350,10 @@ def test_signalled_outside_the_loop(uninterrupted, usual, tmp_path, phase, nth, 
     assert finish(config) == uninterrupted
 
 
-def test_second_process_on_a_run(uninterrupted, usual, capsys, monkeypatch):
+def test_second_process_on_a_run(uninterrupted, usual, refusal):
     """While a process trains a run, the same command is refused in one line, and does not disturb it."""
     child = Child(usual, ("training step", 45)).wait_until_there()
-    said = refusal(capsys, monkeypatch, *arguments(usual))
+    said = refusal(*arguments(usual))
     assert f"{usual.out}/run: another process is training this run" in said
     (child.folder / "go").touch()
     assert child.end() == 0, child.said
@@ -390,12 +389,15 @@ def fill(folder: Path, leave: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("leave, log_every, failed", [(16384, 7, "checkpoints/step-60"), (0, 1, "log.jsonl")])
-def test_full_disk(uninterrupted, usual, tmp_path, leave, log_every, failed):
+@pytest.mark.parametrize(
+    "leave, options, failed",
+    [(16384, {}, "checkpoints/step-60"), (0, {"log_every": 1, "save_steps": (20, 40)}, "log.jsonl")],
+)
+def test_full_disk(uninterrupted, usual, tmp_path, leave, options, failed):
     """A disk that fills up during a checkpoint, or at a line of the log: one line, exit code 1, the last good
     checkpoint kept and named. With room again the same command finishes with the same bits."""
     with small_disk(tmp_path / "disk") as disk:
-        config = replace(usual, out=str(disk / "runs"), log_every=log_every)
+        config = replace(usual, out=str(disk / "runs"), **options)
         child = Child(config, ("training step", 45)).wait_until_there()
         filler = fill(disk, leave)
         (child.folder / "go").touch()
@@ -410,7 +412,7 @@ def test_full_disk(uninterrupted, usual, tmp_path, leave, log_every, failed):
         checkpoint.verify(folder / "checkpoints" / "step-40")
         filler.unlink()
         *state, rows = finish(config)
-        assert state == list(uninterrupted[:2]) and (log_every != 7 or rows == uninterrupted[2])
+        assert state == list(uninterrupted[:2]) and (options or rows == uninterrupted[2])
 
 
 def test_file_too_large(uninterrupted, usual):
@@ -429,23 +431,6 @@ def test_file_too_large(uninterrupted, usual):
 # Damage and divergence: in this process, which patches itself and calls `main`
 
 
-def main(monkeypatch, *argv: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-    return train.main()
-
-
-def refusal(capsys, monkeypatch, *argv: str, code: int = 2) -> str:
-    """The one line on stderr with which train.py refuses."""
-    capsys.readouterr()
-    try:
-        assert main(monkeypatch, *argv) == code
-    except SystemExit as exit:  # of the parser
-        assert exit.code == code
-    err = capsys.readouterr().err
-    assert err.startswith("train.py: ") and err.count("\n") == 1, err
-    return err
-
-
 @pytest.fixture
 def interrupted(uninterrupted, usual, tiny, monkeypatch) -> Config:
     """The usual run, left at step 45 by an error that is not ours."""
@@ -459,41 +444,41 @@ def interrupted(uninterrupted, usual, tiny, monkeypatch) -> Config:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_truncated_checkpoint(uninterrupted, interrupted, capsys, monkeypatch, name):
+def test_truncated_checkpoint(uninterrupted, interrupted, capsys, name, main):
     """A checkpoint that lost its end is named, the run goes on from the one before, and ends as it should."""
     folder = Path(interrupted.out) / "run" / "checkpoints"
     os.truncate(folder / "step-40" / name, (folder / "step-40" / name).stat().st_size // 2)
-    assert main(monkeypatch, *arguments(interrupted)) == 0
+    assert main(*arguments(interrupted)) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert f"warning: {folder / 'step-40' / name}: " in out and f"going on from {folder / 'step-20'}" in out
     shutil.rmtree(folder / "step-40.broken")
     assert outcome(Path(interrupted.out)) == uninterrupted
 
 
-def test_no_checkpoint_left(uninterrupted, interrupted, capsys, monkeypatch):
+def test_no_checkpoint_left(uninterrupted, interrupted, capsys, main):
     """Where every checkpoint is broken the run says so of each and begins anew."""
     folder = Path(interrupted.out) / "run" / "checkpoints"
     for step in (20, 40):
         (folder / f"step-{step}" / "model.safetensors").unlink()
-    assert main(monkeypatch, *arguments(interrupted)) == 0
+    assert main(*arguments(interrupted)) == 0
     assert capsys.readouterr().out.count("model.safetensors: missing; set aside as") == 2
     assert outcome(Path(interrupted.out)) == uninterrupted
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed"])
-def test_damaged_shard(tiny, tmp_path, capsys, monkeypatch, damage):
+def test_damaged_shard(tiny, tmp_path, damage, refusal):
     """A token shard that lost its end or had a bit flipped is named, before anything is trained."""
     config = tiny(cache=str(tmp_path / "cache"))
     shard = train.resolve(config, train.Progress(quiet=True)).corpus.folder / "train-00000.bin"
     content = bytearray(shard.read_bytes())
     content[1000] ^= 1
     shard.write_bytes(content if damage == "changed" else content[:-100])
-    assert str(shard) in refusal(capsys, monkeypatch, *arguments(config))
+    assert str(shard) in refusal(*arguments(config))
     assert not Path(config.out).exists()
 
 
 @pytest.mark.parametrize("what", ["weight", "loss"])
-def test_not_a_number(uninterrupted, usual, capsys, monkeypatch, what):
+def test_not_a_number(uninterrupted, usual, monkeypatch, what, main, refusal):
     """NaN in a weight or in a loss stops the run with the step it was seen at; the last good checkpoint is kept, and
     good."""
     calls, original = itertools.count(1), train.optimizer_step
@@ -509,7 +494,7 @@ def test_not_a_number(uninterrupted, usual, capsys, monkeypatch, what):
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "optimizer_step", poisoned)
-        line = refusal(capsys, monkeypatch, *arguments(usual), code=1)
+        line = refusal(*arguments(usual), code=1)
     folder = Path(usual.out) / "run"
     last = folder / "checkpoints" / "step-40"
     step, loss = (46, "nan") if what == "weight" else (45, "inf")
@@ -517,14 +502,14 @@ def test_not_a_number(uninterrupted, usual, capsys, monkeypatch, what):
     assert line.endswith(f"Last good checkpoint: {last}\n") and files(folder / "checkpoints") == ["step-20", "step-40"]
     assert all(tensor.isfinite().all() for tensor in load_file(last / "model.safetensors").values())
     assert max(row["step"] for row in runs.read_log(folder)) == 42
-    assert main(monkeypatch, *arguments(usual)) == 0  # it was cosmic radiation
+    assert main(*arguments(usual)) == 0  # it was cosmic radiation
     assert outcome(Path(usual.out)) == uninterrupted
 
 
-def test_divergence(tiny, capsys, monkeypatch):
+def test_divergence(tiny, refusal):
     """A learning rate far too high really ends that way: one line, no checkpoint of it, no summary."""
     config = tiny(lr=9e5, name="run", save_every=1e-6)
-    line = refusal(capsys, monkeypatch, *arguments(config), code=1)
+    line = refusal(*arguments(config), code=1)
     assert "the run diverged, try a lower --lr" in line
     for step in checkpoint.steps(Path(config.out) / "run"):
         weights = load_file(Path(config.out) / "run" / "checkpoints" / f"step-{step}" / "model.safetensors")
@@ -532,96 +517,11 @@ def test_divergence(tiny, capsys, monkeypatch):
     assert not (Path(config.out) / "run" / "summary.json").exists()
 
 
-def test_divergence_at_the_last_step(tiny, capsys, monkeypatch):
+def test_divergence_at_the_last_step(tiny, monkeypatch, refusal):
     """A model that is broken by its very last step gets no summary."""
     monkeypatch.setattr("nanochin.model.GPT.forward", lambda self, x, y: self.embed.weight.sum() * float("nan"))
     monkeypatch.setattr(train, "optimizer_step", lambda *_: torch.zeros(2))
     config = tiny(name="run", tokens=128.0)
-    line = refusal(capsys, monkeypatch, *arguments(config), code=1)
+    line = refusal(*arguments(config), code=1)
     assert "step 1: validation loss nan; the run diverged" in line
     assert not (Path(config.out) / "run" / "summary.json").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad input
-
-
-@pytest.mark.parametrize(
-    "options, said",
-    [
-        ({"data": ("nowhere.txt",)}, "--data nowhere.txt: no such file or folder"),
-        ({"data": ("{tmp}/empty.txt",)}, "empty.txt"),
-        ({"data": ("{tmp}/folder",)}, "no text in this folder"),
-        ({"data": ("{tmp}/word.txt",)}, "--data: too little text"),
-        ({"data": ("{tmp}/page.txt",), "seq_len": 4096, "batch_tokens": None, "tokens": 1e6}, "--seq-len 4096: the "),
-        ({"val": ("nowhere.txt",)}, "--val nowhere.txt: no such file or folder"),
-        ({"budget": 1.0, "tokens": None, "model": None, "batch_tokens": None}, "--budget 1: too small"),
-        ({"budget": 1.0, "tokens": None}, "it takes --budget"),
-        ({"tokens": 100.0}, "less than one step"),
-        ({"batch_tokens": 100}, "--batch-tokens 100: must be a multiple of --seq-len 32"),
-        ({"budget": 1e15}, "leave one of the three out"),
-        ({"model": "100x2", "head_size": 64}, "--head-size 64: must be even and divide the width 100"),
-        ({"model": "15x2"}, "width 15: must be even"),
-        ({"model": "big"}, "--model big: expected width x layers"),
-        ({"model": "200000x100"}, "choose a smaller --model"),
-        ({"warmup_tokens": 12_800.0}, "--warmup-tokens"),
-        ({"tokenizer": "gtp2"}, "--tokenizer gtp2: unknown"),
-        ({"vocab_size": 100}, "--vocab-size 100"),
-        ({"device": "tpu"}, "--device tpu: "),
-        ({"device": "cuda:99"}, "--device cuda:99: not available here"),
-        ({"law": "nowhere.json"}, "nowhere.json"),
-        ({"branch_from": "nobody@10"}, "nobody: no run folder"),
-    ],
-)
-def test_bad_input_is_one_line(tiny, capsys, monkeypatch, tmp_path, options, said):
-    """Each mistake is one line that names option and value, exit code 2, and makes no folder of a run."""
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "word.txt").write_text("x")
-    (tmp_path / "page.txt").write_text(pseudo_english(4000))
-    if "data" in options:
-        options = options | {"data": tuple(name.format(tmp=tmp_path) for name in options["data"])}
-    config = tiny(**options)
-    assert said in refusal(capsys, monkeypatch, *arguments(config))
-    if "branch_from" not in options:
-        assert not Path(config.out).exists()
-
-
-def test_folder_of_another_run(tiny, capsys, monkeypatch):
-    """A run of other options by the same name is refused; the error names the option, the first by the alphabet."""
-    assert main(monkeypatch, *arguments(tiny(name="run"))) == 0
-    folder = Path(tiny().out) / "run"
-    before = outcome(folder.parent)
-    line = refusal(capsys, monkeypatch, *arguments(tiny(name="run", seed=1, lr=0.02)))
-    assert f"{folder} holds a run with lr = 0.01, this one has 0.02: choose another --name" in line
-    assert outcome(folder.parent) == before
-
-
-def test_bad_input_to_the_commands(tiny, command, monkeypatch):
-    """sample and evaluate refuse in one line what is no run, or a run whose checkpoint is broken."""
-    assert main(monkeypatch, *arguments(tiny(name="run"))) == 0
-    folder = Path(tiny().out) / "run"
-    weights = folder / "checkpoints" / "step-100" / "model.safetensors"
-    os.truncate(weights, 100)
-    sample = command("-m", "nanochin.sample", folder)
-    assert sample.stderr == f"python -m nanochin.sample: {weights}: truncated or corrupted (SHA-256 differs)\n"
-    evaluate = command("-m", "nanochin.evaluate", "nobody", "--data", tiny().data[0])
-    assert evaluate.stderr.startswith("python -m nanochin.evaluate: nobody: no run folder")
-    assert evaluate.stderr.count("\n") == 1
-    assert (sample.returncode, sample.stdout) == (evaluate.returncode, evaluate.stdout) == (2, "")
-
-
-def test_output_that_is_not_utf8(tiny, monkeypatch):
-    """A sample with signs that the encoding of stdout lacks is shown without them."""
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    monkeypatch.setattr("nanochin.tokenizer.Tokenizer.decode", lambda *_: "caf\u00e9")
-    assert main(monkeypatch, *arguments(tiny(sample_tokens=1))) == 0
-    sys.stdout.flush()
-    assert b"caf?" in sys.stdout.buffer.getvalue()
-
-
-def test_the_real_command_refuses(command, tmp_path):
-    """`python train.py` from the shell: one line on stderr, exit code 2."""
-    done = command("train.py", "--data", tmp_path / "nowhere.txt", "--device=cpu")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"train.py: --data {tmp_path / 'nowhere.txt'}: no such file or folder\n"

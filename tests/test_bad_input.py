@@ -1,0 +1,90 @@
+"""Every mistake of a user is one line on stderr that names what is wrong, exit code 2, and no traceback."""
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import arguments, pseudo_english
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"data": ("nowhere.txt",)}, "--data nowhere.txt: no such file or folder"),
+        ({"data": ("{tmp}/empty.txt",)}, "empty.txt"),
+        ({"data": ("{tmp}/folder",)}, "no text in this folder"),
+        ({"data": ("{tmp}/word.txt",)}, "--data: too little text"),
+        ({"data": ("{tmp}/page.txt",), "seq_len": 4096, "batch_tokens": None, "tokens": 1e6}, "--seq-len 4096: the "),
+        ({"val": ("nowhere.txt",)}, "--val nowhere.txt: no such file or folder"),
+        ({"budget": 1.0, "tokens": None, "model": None, "batch_tokens": None}, "--budget 1: too small"),
+        ({"budget": 1.0, "tokens": None}, "it takes --budget"),
+        ({"tokens": 100.0}, "less than one step"),
+        ({"batch_tokens": 100}, "--batch-tokens 100: must be a multiple of --seq-len 32"),
+        ({"budget": 1e15}, "leave one of the three out"),
+        ({"model": "100x2", "head_size": 64}, "--head-size 64: must be even and divide the width 100"),
+        ({"model": "15x2"}, "width 15: must be even"),
+        ({"model": "big"}, "--model big: expected width x layers"),
+        ({"model": "200000x100"}, "choose a smaller --model"),
+        ({"warmup_tokens": 12_800.0}, "--warmup-tokens"),
+        ({"tokenizer": "gtp2"}, "--tokenizer gtp2: unknown"),
+        ({"vocab_size": 100}, "--vocab-size 100"),
+        ({"device": "tpu"}, "--device tpu: "),
+        ({"device": "cuda:99"}, "--device cuda:99: not available here"),
+        ({"law": "nowhere.json"}, "nowhere.json"),
+        ({"branch_from": "nobody@10"}, "nobody: no run folder"),
+    ],
+)
+def test_bad_input_is_one_line(tiny, tmp_path, options, said, refusal):
+    """Each mistake is one line that names option and value, exit code 2, and makes no folder of a run."""
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "word.txt").write_text("x")
+    (tmp_path / "page.txt").write_text(pseudo_english(4000))
+    if "data" in options:
+        options = options | {"data": tuple(name.format(tmp=tmp_path) for name in options["data"])}
+    config = tiny(**options)
+    assert said in refusal(*arguments(config))
+    if "branch_from" not in options:
+        assert not Path(config.out).exists()
+
+
+def test_folder_of_another_run(tiny, main, refusal):
+    """A run of other options by the same name is refused; the error names the option, the first by the alphabet."""
+    assert main(*arguments(tiny(name="run"))) == 0
+    folder = Path(tiny().out) / "run"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    line = refusal(*arguments(tiny(name="run", seed=1, lr=0.02)))
+    assert f"{folder} holds a run with lr = 0.01, this one has 0.02: choose another --name" in line
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_bad_input_to_the_commands(tiny, command, main):
+    """sample and evaluate refuse in one line what is no run, or a run whose checkpoint is broken."""
+    assert main(*arguments(tiny(name="run"))) == 0
+    folder = Path(tiny().out) / "run"
+    weights = folder / "checkpoints" / "step-100" / "model.safetensors"
+    os.truncate(weights, 100)
+    sample = command("-m", "nanochin.sample", folder)
+    assert sample.stderr == f"python -m nanochin.sample: {weights}: truncated or corrupted (SHA-256 differs)\n"
+    evaluate = command("-m", "nanochin.evaluate", "nobody", "--data", tiny().data[0])
+    assert evaluate.stderr.startswith("python -m nanochin.evaluate: nobody: no run folder")
+    assert evaluate.stderr.count("\n") == 1
+    assert (sample.returncode, sample.stdout) == (evaluate.returncode, evaluate.stdout) == (2, "")
+
+
+def test_output_that_is_not_utf8(tiny, monkeypatch, main):
+    """A sample with signs that the encoding of stdout lacks is shown without them."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr("nanochin.tokenizer.Tokenizer.decode", lambda *_: "caf\u00e9")
+    assert main(*arguments(tiny(sample_tokens=1))) == 0
+    sys.stdout.flush()
+    assert b"caf?" in sys.stdout.buffer.getvalue()
+
+
+def test_the_real_command_refuses(command, tmp_path):
+    """`python train.py` from the shell: one line on stderr, exit code 2."""
+    done = command("train.py", "--data", tmp_path / "nowhere.txt", "--device=cpu")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"train.py: --data {tmp_path / 'nowhere.txt'}: no such file or folder\n"
