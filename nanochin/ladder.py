@@ -70,7 +70,7 @@ def rule_batch(tokens: float) -> float:
 
 def rule_lr(width: int) -> float:
     """2) Peak learning rate: 0.006 sqrt(64 / C), so 0.0021 at C = 512. Published rules were made for larger models and
-    ask below 10M parameters for 3 to 5 times too much; this one was checked at C = 16, 48 and 64 on bytes (LOG.md).
+    ask below 10M parameters for 3 to 5 times too much; this one was checked at C = 24, 48 and 64 on bytes (LOG.md).
     A rule of the width alone keeps the rate of a shape, and so of a trunk, the same at every number of tokens."""
     return 0.048 * width**-0.5
 
