@@ -19,6 +19,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 # OpenMP's threads sleep while they wait, from before torch loads it: spinning, two of them made a run many times slower
 # as soon as another program wanted a core (LOG.md).
@@ -112,6 +113,8 @@ def train(config: Config, quiet: bool = False) -> dict:
     config, plan, corpus, windows, device = job.config, job.plan, job.corpus, job.windows, job.device
     record = describe(job)
     name = config.name or runs.run_name(corpus.name, record["identity"])
+    if config.branch_from and not (Path(config.out) / name).exists():
+        find_branch(config, record)  # before there is a folder that a corrected command would not fit
 
     with progress, runs.open_run(config.out, name, record) as run:
         if run.summary is not None:
@@ -129,7 +132,7 @@ def train(config: Config, quiet: bool = False) -> dict:
             state = checkpoint.load(last, model, optimizer)
             progress.say(f"going on from {last}")
         elif config.branch_from:
-            state["step"] = load_branch(config, record, model, optimizer)
+            state["step"] = checkpoint.load(find_branch(config, record), model, optimizer)["step"]
         run.cut_log(state["step"])
         peak, peak_source = peak_of(device, job.dtype)
         if not quiet:
@@ -343,8 +346,8 @@ def progress_note(row: dict) -> str:
     return f"loss {row['loss']:.3f}  {count(row['tokens_per_s'])} tok/s{mfu}"
 
 
-def load_branch(config: Config, record: dict, model: GPT, optimizer: Adam) -> int:
-    """Start from --branch-from RUN@STEP: weights, moments and data position of another run -> its step.
+def find_branch(config: Config, record: dict) -> Path:
+    """The checkpoint that --branch-from RUN@STEP names: weights, moments and data position of another run.
 
     Only the length of the run and its schedule may differ from that run, and the schedule only after STEP (a cooldown
     from its trunk); anything else would be no run that could have been trained from scratch, and raises UserError.
@@ -359,20 +362,19 @@ def load_branch(config: Config, record: dict, model: GPT, optimizer: Adam) -> in
     for key, value in record["identity"].items():
         if key not in free and theirs["identity"].get(key) != value:
             raise UserError(f"{what}: that run has {key} = {theirs['identity'].get(key)}, this one {value}")
-    source = folder / "checkpoints" / f"step-{step}"
-    if not source.exists():
-        there = ", ".join(str(number) for number in checkpoint.steps(folder)) or "none"
-        raise UserError(f"{what}: no such checkpoint; there are steps {there} (--save-steps)")
-    done = checkpoint.load(source, model, optimizer)["step"]
+    there = [str(number) for number in checkpoint.steps(folder)]
+    if step not in there:
+        raise UserError(f"{what}: no such checkpoint; there are steps {', '.join(there) or 'none'} (--save-steps)")
+    done = int(step)
     if done * config.batch_tokens >= config.tokens:
         raise UserError(f"{what}: it has seen {done * config.batch_tokens} tokens already, "
                         f"--tokens {config.tokens:g} must be more")  # fmt: skip
     trunk_config = Config(**theirs["options"])
-    for step in range(done):
-        if learning_rate(trunk_config, step) != learning_rate(config, step):
-            raise UserError(f"{what}: from step {step} on its learning rate is not that of this run; branch at that "
+    for i in range(done):
+        if learning_rate(trunk_config, i) != learning_rate(config, i):
+            raise UserError(f"{what}: from step {i} on its learning rate is not that of this run; branch at that "
                             "step or before, or from a --schedule constant run")  # fmt: skip
-    return done
+    return folder / "checkpoints" / f"step-{step}"
 
 
 def summarise(job: Job, record: dict, name: str, loss: float, bpb: float | None, seconds: float) -> dict:

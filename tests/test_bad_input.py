@@ -46,8 +46,7 @@ def test_bad_input_is_one_line(tiny, tmp_path, options, said, refusal):
         options = options | {"data": tuple(name.format(tmp=tmp_path) for name in options["data"])}
     config = tiny(**options)
     assert said in refusal(*arguments(config))
-    if "branch_from" not in options:
-        assert not Path(config.out).exists()
+    assert not Path(config.out).exists()
 
 
 def test_folder_of_another_run(tiny, main, refusal):

@@ -230,7 +230,7 @@ def test_branch_is_the_run_from_scratch(tiny):
         ({"seed": 1}, "that run has seed = 0, this one 1"),
         ({"model": "24x1"}, "that run has "),
         ({"branch_from": "trunk@33"}, r"no such checkpoint; there are steps 10, 80, 90 \(--save-steps\)"),
-        ({"branch_from": "trunk@"}, "no such checkpoint"),
+        ({"branch_from": "trunk@010"}, "no such checkpoint"),
         ({"branch_from": "trunk"}, "expected RUN@STEP"),
         ({"branch_from": "nobody@10"}, "nobody: no run folder"),
         ({"tokens": 90 * 128.0, "branch_from": "trunk@90"}, "it has seen 11520 tokens already"),
