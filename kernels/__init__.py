@@ -27,6 +27,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "backend",
+    "flop_formulas",
     "has_triton",
     "layer_norm",
     "linear_cross_entropy",
@@ -35,7 +36,7 @@ __all__ = [
     "swiglu",
     "use",
 ]
-OPERATIONS = [name for name in __all__ if name not in ("backend", "has_triton", "use")]
+OPERATIONS = [name for name in __all__ if name not in ("backend", "flop_formulas", "has_triton", "use")]
 
 
 def backend(device: torch.device) -> tuple[str, str]:
@@ -49,6 +50,22 @@ def backend(device: torch.device) -> tuple[str, str]:
 
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def flop_formulas() -> dict:
+    """For FlopCounterMode(custom_mapping=...): operations whose cost torch does not know, or counts with what their
+    backward recomputes. Attention in full T x T, backward = 2 x forward."""
+
+    def forward(q, k, *_, **__) -> int:  # shapes (B, H, T, D): two products, scores and values
+        B, H, T, D = q
+        return 4 * B * H * T * T * D
+
+    def backward(grad, q, *_, **__) -> int:
+        return 2 * forward(q, q)
+
+    aten = torch.ops.aten
+    return {aten._scaled_dot_product_flash_attention_for_cpu: forward,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}  # fmt: skip
 
 
 @contextmanager

@@ -1,13 +1,17 @@
 """Every operation by the fastest PyTorch operations known to us: where Triton is not (CPU, macOS, Windows).
 
-Same signatures as `kernels.reference`, which says what each operation means.
+Same signatures as `kernels.reference`, which says what each operation means. Where PyTorch's own operation is good
+(attention, layer norm, the activations) it is called. Three operations have a forward and a backward of their own that
+pass over memory less often; what that gains is in bench/results/train_throughput_cpu.md and LOG.md.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.reference import rotary_table
+from kernels import reference
 
 
 def attention(qkv: Tensor, n_heads: int) -> Tensor:
@@ -18,32 +22,8 @@ def attention(qkv: Tensor, n_heads: int) -> Tensor:
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
-def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False) -> Tensor:
-    """Rotary positions and QK-norm on packed qkv (B, T, 3C)."""
-    B, T, C3 = qkv.shape
-    D = C3 // 3 // n_heads
-    qk, v = qkv.view(B, T, 3 * n_heads, D).split((2 * n_heads, n_heads), dim=2)  # (B, T, 2H, D), (B, T, H, D)
-    if qk_norm:
-        qk = F.rms_norm(qk, (D,), eps=1e-6)
-    if theta is not None:
-        cos, sin = rotary_table(T, D, theta, qkv.device)
-        cos, sin = cos[:, None].to(qkv.dtype), sin[:, None].to(qkv.dtype)  # (T, 1, D/2)
-        x1, x2 = qk.chunk(2, dim=-1)
-        qk = torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1)
-    return torch.cat((qk, v), dim=2).view(B, T, C3)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
-
-
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     return F.layer_norm(x, weight.shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
-
-
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return rms_norm(total, weight, eps), total
 
 
 def add_layer_norm(
@@ -66,12 +46,135 @@ def swiglu(x: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# RMSNorm: PyTorch's own is a chain of elementwise operations on a CPU, as is its derivative
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w x r with r = (x.x / C + eps)^(-1/2):  dx = r w g - x r^3 (w g . x) / C,  dw = sum over rows of g x r."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
+        r = (norm.square() / x.shape[-1] + eps).rsqrt()  # (..., 1)
+        ctx.save_for_backward(x, weight, r)
+        return (x * r * weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, r = ctx.saved_tensors
+        C, weight = x.shape[-1], weight.to(r.dtype)
+        gx = (grad * x.to(r.dtype)).view(-1, C)
+        dweight = torch.mv(gx.T, r.view(-1))  # (C,)
+        dot = (gx @ weight).view_as(r)  # (..., 1)
+        dx = torch.addcmul(grad * weight * r, x, dot * r**3, value=-1 / C)
+        return dx.to(x.dtype), dweight, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rotary positions: the derivative of a rotation is the rotation by the opposite angle
+
+
+def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False) -> Tensor:
+    B, T, C3 = qkv.shape
+    D = C3 // 3 // n_heads
+    if qk_norm:
+        qk, v = qkv.view(B, T, 3 * n_heads, D).split((2 * n_heads, n_heads), dim=2)  # (B, T, 2H, D), (B, T, H, D)
+        qkv = torch.cat((F.rms_norm(qk, (D,), eps=1e-6), v), dim=2).view(B, T, C3)
+    if theta is not None:
+        qkv = _Rotation.apply(qkv, *_rotary_table(T, D, theta, qkv.device, qkv.dtype))
+    return qkv
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # a table made while sampling may serve a training step later
+def _rotary_table(T: int, D: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position, to be broadcast over heads: (T, 1, D/2) each."""
+    cos, sin = reference.rotary_table(T, D, theta, device)
+    return cos[:, None].to(dtype), sin[:, None].to(dtype)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotate(qkv, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _rotate(grad, *ctx.saved_tensors, -1), None, None
+
+
+def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """q and k of packed qkv (B, T, 3C) by the angles, or (sign -1) by their opposites."""
+    B, T, C3 = qkv.shape
+    x = qkv.view(B, T, -1, 2, cos.shape[-1])  # (B, T, 3H, 2, D/2)
+    y = x.clone()
+    qk = slice(x.shape[2] // 3 * 2)  # the heads of q and k; v stays
+    x1, x2 = x[:, :, qk].unbind(3)
+    y1, y2 = y[:, :, qk].unbind(3)  # each (B, T, 2H, D/2)
+    y1.mul_(cos).addcmul_(x2, sin, value=-sign)
+    y2.mul_(cos).addcmul_(x1, sin, value=sign)
+    return y.view(B, T, C3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The output layer and its loss: the logits, the largest tensor of a small model, exist in pieces only and once
+
+
 def linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
 ) -> Tensor:
-    logits = F.linear(h, weight).float()  # (M, V)
-    loss = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
-    kept = targets != ignore_index
-    if z_loss:
-        loss = loss + z_loss * logits.logsumexp(-1).square()[kept].sum()
-    return loss / kept.sum().clamp(min=1)
+    return _LinearCrossEntropy.apply(h, weight, targets, ignore_index, z_loss)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The forward makes loss and gradients together, piece by piece, where each piece of logits turns into its own
+    gradient; the backward only scales them. (The idea of Liger-Kernel, Hsu et al. 2024.)"""
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, ignore_index, z_loss):
+        wide = _wide(h)
+        keep = targets != ignore_index
+        targets = torch.where(keep, targets, 0)[:, None]
+        keep = keep.to(wide)
+        loss = torch.zeros((), dtype=wide, device=h.device)
+        train = any(ctx.needs_input_grad)
+        dh = torch.empty_like(h) if train else h
+        dweight = torch.zeros_like(weight, dtype=wide)
+        rows = max(256, 2**22 // len(weight))
+        for x, target, kept, dx in zip(*(t.split(rows) for t in (h, targets, keep, dh)), strict=True):
+            p = (x @ weight.T).to(wide)  # logits (rows, V), soon their softmax, then their gradient
+            top, right = p.amax(-1), p.gather(1, target)[:, 0]
+            p = torch.softmax(p, -1, out=p)
+            log_z = top - p.amax(-1).log()  # the largest probability is exp(top) / Z, at least 1/V
+            loss += kept @ (log_z - right + z_loss * log_z.square())
+            if train:
+                p.mul_((kept * (1 + 2 * z_loss * log_z))[:, None]).scatter_add_(1, target, -kept[:, None])
+                p = p.to(h.dtype)
+                torch.mm(p, weight, out=dx)
+                dweight += p.T @ x
+        count = keep.sum().clamp(min=1)
+        ctx.save_for_backward(dh, dweight, count)
+        ctx.dtype = weight.dtype
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        dh, dweight, count = ctx.saved_tensors
+        scale = grad / count
+        return dh * scale.to(dh.dtype), (dweight * scale).to(ctx.dtype), None, None, None
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    """At least float32: what half-precision numbers are summed in."""
+    return torch.promote_types(x.dtype, torch.float32)
