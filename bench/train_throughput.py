@@ -19,7 +19,7 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nanochin.config import UserError, make_shape, opt, parse
+from nanochin.config import UserError, make_shape, opt, parse, run_command
 from nanochin.console import count
 from nanochin.flops import flops_per_token, format_columns
 
@@ -248,8 +248,4 @@ def load() -> float:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"python -m bench.train_throughput: {error}", file=sys.stderr)
-        sys.exit(error.code)
+    run_command(main, "python -m bench.train_throughput")

@@ -225,6 +225,15 @@ def parse(cls, argv: list[str] | None = None, *, prog: str, description: str, fi
     return options
 
 
+def run_command(main, prog: str) -> None:
+    """Run a command's `main`: a UserError becomes one line on stderr and its exit code."""
+    try:
+        main()
+    except UserError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        sys.exit(error.code)
+
+
 def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentParser:
     positional = [f.name.upper() for f in fields(cls) if f.metadata["positional"]]
     usage = " ".join([prog, *(["[FILE.toml]"] if file else []), *positional, "[--key=value ...]"])

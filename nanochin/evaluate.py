@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nanochin.checkpoint import load_run
-from nanochin.config import UserError, opt, parse
+from nanochin.config import UserError, opt, parse, run_command
 from nanochin.console import Progress, count
 from nanochin.data import Tokens, eval_windows, read_tokens
 from nanochin.model import GPT
@@ -59,8 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"python -m nanochin.evaluate: {error}", file=sys.stderr)
-        sys.exit(error.code)
+    run_command(main, "python -m nanochin.evaluate")

@@ -11,11 +11,10 @@ B batch, T sequence, C width, H heads, F feed-forward width, V vocabulary, L lay
 """
 
 import re
-import sys
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
-from nanochin.config import Config, Shape, UserError, make_shape, opt, parse, parse_model
+from nanochin.config import Config, Shape, UserError, make_shape, opt, parse, parse_model, run_command
 
 CONVENTIONS = {
     "physical": "matrix products that run: logits counted, lookup 0, attention in full T x T",
@@ -387,8 +386,4 @@ def _flops(number: float) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"python -m nanochin.flops: {error}", file=sys.stderr)
-        sys.exit(error.code)
+    run_command(main, "python -m nanochin.flops")

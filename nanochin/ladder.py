@@ -7,11 +7,10 @@ batch, learning rate, warm-up and beta2 by the numbered rules below.
 """
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanochin.config import Shape, UserError, opt, parse
+from nanochin.config import Shape, UserError, opt, parse, run_command
 from nanochin.console import count
 from nanochin.flops import (
     CONVENTIONS,
@@ -346,8 +345,4 @@ def _grid_table(grid: list[Plan], best: Plan, options: GridOptions) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"python -m nanochin.ladder: {error}", file=sys.stderr)
-        sys.exit(error.code)
+    run_command(main, "python -m nanochin.ladder")

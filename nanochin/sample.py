@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanochin.checkpoint import load_run
-from nanochin.config import UserError, opt, parse
+from nanochin.config import opt, parse, run_command
 from nanochin.model import GPT
 from nanochin.runs import find_run
 
@@ -55,8 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"python -m nanochin.sample: {error}", file=sys.stderr)
-        sys.exit(error.code)
+    run_command(main, "python -m nanochin.sample")
