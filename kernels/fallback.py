@@ -34,8 +34,8 @@ def add_layer_norm(
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    if kind == "gelu":
-        return F.gelu(x, approximate="tanh")
+    if kind in ("gelu", "gelu_tanh"):
+        return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
     if kind == "relu2":
         return F.relu(x).square()
     return swiglu(x)

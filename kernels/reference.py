@@ -72,8 +72,11 @@ def add_layer_norm(
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """`gelu` (tanh form), `relu2` (ReLU squared): (..., F) -> (..., F); `swiglu`: (..., 2F) -> (..., F)."""
+    """`gelu`, `gelu_tanh` (GPT-2's approximation of it), `relu2` (ReLU squared): (..., F) -> (..., F);
+    `swiglu`: (..., 2F) -> (..., F)."""
     if kind == "gelu":
+        return 0.5 * x * (1 + torch.erf(x * 2**-0.5))
+    if kind == "gelu_tanh":
         return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     if kind == "relu2":
         return x.clamp(min=0).square()

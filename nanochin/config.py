@@ -88,13 +88,13 @@ class Config:
     seq_len: int | None = opt(None, "context length T in tokens", low=1)
     cache: str = opt("cache", "folder of tokenised shards", result=False)
 
-    # Model: GPT as in Chinchilla by default; `--norm layernorm --positions learned --bias` is GPT-2,
-    # `--activation swiglu --tied=false` is Llama.
+    # Model: GPT as in Chinchilla by default; `--norm layernorm --positions learned --bias
+    # --activation gelu_tanh` is GPT-2, `--activation swiglu --tied=false` is Llama.
     head_size: int | None = opt(None, "head size; default: the largest even divisor of the width up to 64")
     ffn: int | None = opt(None, "feed-forward width; default 4C (swiglu: 8C/3 rounded up to a multiple of 8)")
     norm: str = opt("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
     positions: str = opt("rotary", "positions", choices=("rotary", "learned"))
-    activation: str = opt("gelu", "feed-forward activation", choices=("gelu", "relu2", "swiglu"))
+    activation: str = opt("gelu", "feed-forward activation", choices=("gelu", "gelu_tanh", "relu2", "swiglu"))
     bias: bool = opt(False, "biases in linear layers and in layernorm")
     tied: bool = opt(True, "output matrix shared with the embedding")
     qk_norm: bool = opt(False, "RMS-normalise queries and keys")

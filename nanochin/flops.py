@@ -116,7 +116,7 @@ def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
     learned = int(shape.positions == "learned")
     # Arithmetic on one element, a transcendental function being 1.
     per_norm = {"rmsnorm": 4, "layernorm": 6}[shape.norm] + int(_norm_bias(shape))
-    per_activation = {"gelu": 9, "relu2": 2, "swiglu": 5}[shape.activation]
+    per_activation = {"gelu": 5, "gelu_tanh": 9, "relu2": 2, "swiglu": 5}[shape.activation]
     per_qk = 3 * (shape.positions == "rotary") + 3 * shape.qk_norm  # on queries and keys
     rows = [
         # Looked up, not multiplied; Appendix F counts it as a product with one-hot vectors.

@@ -47,7 +47,7 @@ TABLE_A4 = [
 OPTIONS = {
     "norm": ("rmsnorm", "layernorm"),
     "positions": ("rotary", "learned"),
-    "activation": ("gelu", "relu2", "swiglu"),
+    "activation": ("gelu", "gelu_tanh", "relu2", "swiglu"),
     "bias": (False, True),
     "tied": (True, False),
     "qk_norm": (False, True),

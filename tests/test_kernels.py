@@ -112,9 +112,9 @@ def test_norms(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["gelu", "relu2", "swiglu"])
+@pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "relu2", "swiglu"])
 def test_activation(kind, dtype):
-    """GELU (tanh), ReLU squared and SwiGLU."""
+    """GELU, its tanh form, ReLU squared and SwiGLU."""
     exact = lambda x: reference.activation(x, kind)  # noqa: E731
     compare(lambda x: fallback.activation(x, kind), exact, exact, [randn(7, 66, scale=3.0)], dtype)
 

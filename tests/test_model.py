@@ -15,6 +15,7 @@ VARIANTS = {
     "layernorm": {"norm": "layernorm"},
     "learned": {"positions": "learned"},
     "bias": {"bias": True},
+    "gelu_tanh": {"activation": "gelu_tanh"},
     "relu2": {"activation": "relu2"},
     "swiglu": {"activation": "swiglu"},
     "untied": {"tied": False},
@@ -93,7 +94,9 @@ def papers(shape, weights, tokens):
 
     def feed_forward(x, name):
         up = linear(x, f"{name}.up")
-        if shape.activation == "gelu":  # Hendrycks & Gimpel 2016, section 2, the tanh form that GPT-2 uses
+        if shape.activation == "gelu":  # Hendrycks & Gimpel 2016, section 2: x Phi(x)
+            up = up * torch.special.ndtr(up)
+        elif shape.activation == "gelu_tanh":  # the same section, the form that GPT-2 uses
             up = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
         elif shape.activation == "relu2":  # So et al. 2021
             up = torch.relu(up) ** 2
