@@ -22,7 +22,7 @@ VARIANTS = {
     "qk_norm": {"qk_norm": True},
     "small heads": {"head_size": 2, "ffn": 10},
     "one head": {"head_size": 24},
-    "gpt2": {"norm": "layernorm", "positions": "learned", "bias": True},
+    "gpt2": {"norm": "layernorm", "positions": "learned", "bias": True, "activation": "gelu_tanh"},
     "llama": {"activation": "swiglu", "tied": False},
     "all at once": {"norm": "layernorm", "positions": "learned", "bias": True, "activation": "swiglu", "tied": False,
                     "qk_norm": True, "head_size": 12},

@@ -58,7 +58,14 @@ GOLDEN_OPTIONS = {"tokens": 20 * 256.0, "batch_tokens": 256, "log_every": 1, "mo
                   "warmup_tokens": 1024.0, "beta2": 0.99}  # fmt: skip
 GOLDEN_VARIANTS = {
     "chinchilla": {},
-    "gpt2": {"norm": "layernorm", "positions": "learned", "bias": True, "schedule": "linear", "optimizer": "adam"},
+    "gpt2": {
+        "norm": "layernorm",
+        "positions": "learned",
+        "bias": True,
+        "activation": "gelu_tanh",
+        "schedule": "linear",
+        "optimizer": "adam",
+    },
     "llama": {"activation": "swiglu", "tied": False, "schedule": "wsd", "tokenizer": "bpe", "vocab_size": 300},
     "others": {"activation": "relu2", "qk_norm": True, "z_loss": 1e-3, "clip": 0.1, "seed": 7},
 }
