@@ -33,7 +33,7 @@ from nanochin import checkpoint, ladder, laws, runs
 from nanochin.config import FLOP_CONVENTIONS, Config, RunError, UserError, check, make_shape, parse, parse_model
 from nanochin.console import Progress, clock, count, table
 from nanochin.data import Corpus, Windows, prepare
-from nanochin.device import check_memory, device_name, peak_of, pick_device, pick_dtype
+from nanochin.device import Team, check_memory, device_name, keep_freed_memory, peak_of, pick_device, pick_dtype
 from nanochin.evaluate import evaluate
 from nanochin.model import GPT
 from nanochin.optim import Adam, default_final, lr_at
@@ -70,6 +70,8 @@ def resolve(config: Config, progress: Progress) -> Job:
     device = pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     defaults = DEFAULTS[device.type]
     seq_len = config.seq_len or defaults["seq_len"]
     budget = config.budget or (None if config.model or config.tokens else defaults["budget"])
@@ -138,6 +140,7 @@ def train(config: Config, quiet: bool = False) -> dict:
         if not quiet:
             show_plan(job, run, state["micro_batch"], peak_source)
         forward = torch.compile(model) if wants_compile(config.compile, device) else model
+        team = Team(device, 0 if forward is not model else plan.batch_tokens)
 
         # The loop. `step` counts finished optimizer steps, and the data position follows from it alone. Losses and
         # norms stay on the device until they are logged, so that a GPU does not wait for the host.
@@ -155,7 +158,7 @@ def train(config: Config, quiet: bool = False) -> dict:
                 optimizer.lr = config.lr * learning_rate(config, step)
                 while True:
                     try:
-                        recent.append(optimizer_step(forward, optimizer, batch, micro_batch, config.clip))
+                        recent.append(optimizer_step(forward, optimizer, batch, micro_batch, config.clip, team))
                         break
                     except torch.OutOfMemoryError:
                         micro_batch = smaller(micro_batch, optimizer, job)  # the batch stays, cut into smaller pieces
@@ -192,16 +195,30 @@ def train(config: Config, quiet: bool = False) -> dict:
         return run.summary
 
 
-def optimizer_step(model, optimizer: Adam, batch: Tensor, micro_batch: int, clip: float) -> Tensor:
+def optimizer_step(model, optimizer: Adam, batch: Tensor, micro_batch: int, clip: float, team: Team) -> Tensor:
     """One step on batch (n, T+1) in pieces of `micro_batch` sequences -> (loss, gradient norm before clipping).
 
-    The gradient is that of the mean over all n x T tokens, however the batch is cut.
+    The gradient is that of the mean over all n x T tokens, however the batch is cut; it is added up in the order of the
+    sequences, so that the same cuts give the same bits.
     """
-    loss = torch.zeros((), device=batch.device)
-    for piece in batch.split(micro_batch):
-        part = model(piece[:, :-1], piece[:, 1:]) * (len(piece) / len(batch))
-        part.backward()
-        loss += part.detach()
+
+    def of_piece(piece: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss = model(piece[:, :-1], piece[:, 1:]) * (len(piece) / len(batch))
+        return loss.detach(), torch.autograd.grad(loss, optimizer.parameters)
+
+    def of_share(share: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return added(map(of_piece, share.split(micro_batch)))
+
+    def added(parts) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss, gradients = next(parts)
+        for more_loss, more_gradients in parts:
+            loss = loss + more_loss
+            torch._foreach_add_(gradients, more_gradients)
+        return loss, gradients
+
+    loss, gradients = added(iter(team.map(of_share, batch.chunk(team.size))))
+    for parameter, gradient in zip(optimizer.parameters, gradients, strict=True):
+        parameter.grad = gradient
     norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, clip or math.inf)
     optimizer.step()
     optimizer.zero_grad()
