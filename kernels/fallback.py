@@ -13,75 +13,13 @@ from torch import Tensor
 
 from kernels import reference
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Attention
-
-KEEP_WEIGHTS = 1024  # the longest context whose attention weights are kept on a CPU
-BLOCK = 128  # queries that are handled together
-
 
 def attention(qkv: Tensor, n_heads: int) -> Tensor:
     """Causal self-attention on packed qkv (B, T, 3C) -> (B, T, C)."""
     B, T, C3 = qkv.shape
-    if qkv.device.type == "cpu" and T <= KEEP_WEIGHTS:
-        return _Attention.apply(qkv, n_heads)
     q, k, v = qkv.view(B, T, 3, n_heads, C3 // 3 // n_heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
-
-
-class _Attention(torch.autograd.Function):
-    """In blocks of queries, each with the keys up to its own end, which skips nearly half of the products; the weights
-    are kept, which spares the backward the fifth of its products that SDPA spends on making them again."""
-
-    @staticmethod
-    def forward(ctx, qkv, n_heads):
-        q, k, v = _by_head(qkv, 3, n_heads)  # each (B H, T, D)
-        scale = q.shape[-1] ** -0.5
-        q = q * scale
-        future = torch.full((BLOCK, BLOCK), -torch.inf, dtype=q.dtype).triu(1)
-        y, kept = torch.empty_like(q), []
-        for i, j in _blocks(q.shape[1]):
-            p = q[:, i:j] @ k[:, :j].mT  # (B H, j - i, j): scores, then weights
-            p[:, :, i:] += future[: j - i, : j - i]
-            p = torch.softmax(p, -1, out=p)
-            y[:, i:j] = p @ v[:, :j]
-            kept.append(p)
-        y = _by_token(y[None], len(qkv)).to(qkv.dtype)
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(y, q, k, v, *kept)
-            ctx.n_heads, ctx.scale = n_heads, scale
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        y, q, k, v, *kept = ctx.saved_tensors
-        delta = _by_head(dy * y, 1, ctx.n_heads)[0].sum(-1, keepdim=True)  # (B H, T, 1), the sum of p dp over the keys
-        dy = _by_head(dy, 1, ctx.n_heads)[0]  # (B H, T, D)
-        grad = torch.zeros(3, *q.shape, dtype=q.dtype)
-        dq, dk, dv = grad
-        for (i, j), p in zip(_blocks(q.shape[1]), kept, strict=True):
-            ds = torch.baddbmm(delta[:, i:j], dy[:, i:j], v[:, :j].mT, beta=-1).mul_(p)  # (dp - delta) p
-            dq[:, i:j] = ds @ k[:, :j] * ctx.scale
-            dk[:, :j] += ds.mT @ q[:, i:j]
-            dv[:, :j] += p.mT @ dy[:, i:j]
-        return _by_token(grad, len(y)).to(y.dtype), None
-
-
-def _blocks(T: int) -> list[tuple[int, int]]:
-    return [(i, min(i + BLOCK, T)) for i in range(0, T, BLOCK)]
-
-
-def _by_head(x: Tensor, n: int, n_heads: int) -> Tensor:
-    """Packed (B, T, n C) -> (n, B H, T, D), at least float32."""
-    B, T, C = x.shape
-    return x.view(B, T, n, n_heads, -1).permute(2, 0, 3, 1, 4).reshape(n, B * n_heads, T, -1).to(_wide(x))
-
-
-def _by_token(x: Tensor, B: int) -> Tensor:
-    """(n, B H, T, D) -> packed (B, T, n C)."""
-    n, _, T, D = x.shape
-    return x.view(n, B, -1, T, D).permute(1, 3, 0, 2, 4).reshape(B, T, -1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         train = any(ctx.needs_input_grad)
         dh = torch.empty_like(h) if train else h
         dweight = torch.zeros_like(weight, dtype=wide)
-        rows = max(256, 2**22 // len(weight))
+        rows = max(256, 2**20 // len(weight))  # a few MB of logits: about what a core keeps in its cache
         for x, target, kept, dx in zip(*(t.split(rows) for t in (h, targets, keep, dh)), strict=True):
             p = (x @ weight.T).to(wide)  # logits (rows, V), soon their softmax, then their gradient
             top, right = p.amax(-1), p.gather(1, target)[:, 0]
