@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# OpenMP's threads sleep while they wait, from before torch loads it: spinning, two of them made a run many times slower
-# as soon as another program wanted a core (LOG.md).
+# OpenMP's threads sleep while they wait, from before torch loads it: spinning, two of them make a run many times slower
+# as soon as another program wants a core (LOG.md). In a step each works on its own (nanochin/device.py, Team).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
