@@ -137,10 +137,10 @@ def train(config: Config, quiet: bool = False) -> dict:
             state["step"] = checkpoint.load(find_branch(config, record), model, optimizer)["step"]
         run.cut_log(state["step"])
         peak, peak_source = peak_of(device, job.dtype)
-        if not quiet:
-            show_plan(job, run, state["micro_batch"], peak_source)
         forward = torch.compile(model) if wants_compile(config.compile, device) else model
         team = Team(device, 0 if forward is not model else plan.batch_tokens)
+        if not quiet:
+            show_plan(job, run, state["micro_batch"], team.size, peak_source)
 
         # The loop. `step` counts finished optimizer steps, and the data position follows from it alone. Losses and
         # norms stay on the device until they are logged, so that a GPU does not wait for the host.
@@ -429,10 +429,13 @@ def predicted(job: Job) -> float | None:
 # What is shown
 
 
-def show_plan(job: Job, run: runs.Run, micro_batch: int, peak_source: str) -> None:
+def show_plan(job: Job, run: runs.Run, micro_batch: int, team_size: int, peak_source: str) -> None:
     config, plan, corpus, why = job.config, job.plan, job.corpus, job.plan.why
     backend, why_backend = kernels.backend(job.device)
     params = plan.params
+    at_once = f"{min(micro_batch, math.ceil(plan.batch_tokens / config.seq_len / team_size))} sequences"
+    if team_size > 1:
+        at_once += f" on each of {team_size} threads"
     rows = [
         ("text", f"{corpus.name}", f"{count(corpus.train_bytes)}B in {corpus.documents} documents, "
          f"{count(corpus.val_bytes)}B held out; sha {corpus.data_sha[:12]}"),
@@ -446,7 +449,7 @@ def show_plan(job: Job, run: runs.Run, micro_batch: int, peak_source: str) -> No
         ("steps", f"{plan.steps}", f"{config.schedule}, to {config.final_lr:g} of the peak rate"),
         ("context", f"{config.seq_len}", "tokens"),
         ("batch", f"{count(plan.batch_tokens)} tokens",
-         f"{why.get('batch_tokens', 'as asked')}; micro-batch {micro_batch} sequences"),
+         f"{why.get('batch_tokens', 'as asked')}; micro-batch {at_once}"),
         ("learning rate", f"{plan.lr:.3g}", why.get("lr", "as asked")),
         ("warm-up", f"{count(plan.warmup_tokens)} tokens", why.get("warmup_tokens", "as asked")),
         ("beta2", f"{plan.beta2}", why.get("beta2", "as asked")),
