@@ -9,6 +9,7 @@ named, so `--help`, the error for a misspelt option and config.json cannot disag
 import argparse
 import difflib
 import math
+import os
 import sys
 import tomllib
 import types
@@ -226,12 +227,16 @@ def parse(cls, argv: list[str] | None = None, *, prog: str, description: str, fi
 
 
 def run_command(main, prog: str) -> None:
-    """Run a command's `main`: a UserError becomes one line on stderr and its exit code."""
+    """Run a command's `main`: a UserError becomes one line on stderr and its exit code; `| head` ends it quietly."""
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(128 + 13)  # as if by SIGPIPE
 
 
 def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentParser:

@@ -1,6 +1,9 @@
 import dataclasses
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 
 from nanochin.config import Config, Shape, UserError, check, make_shape, opt, parse, parse_model
 
@@ -232,3 +235,13 @@ def test_model_of_another_form(text):
     with pytest.raises(UserError, match="expected width x layers, such as 256x4"):
         parse_model(text)
     assert parse_model("256x4") == parse_model("256X4") == (256, 4)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes close otherwise there")
+def test_closed_pipe_is_no_traceback():
+    """A reader that leaves early, such as `| head -1`, ends a command without a word."""
+    code = "from nanochin.config import run_command; run_command(lambda: print('line\\n' * 100_000), 'x')"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"line\n"
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)
