@@ -79,3 +79,73 @@ def _let_launches_interpret() -> None:
                         setattr(place, name, value)
 
     GridExecutor.__call__ = call
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing
+
+# bf16 is wrong in the interpreter (it multiplies the bits as integers), so that it is tested compiled only.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+MARKS = [pytest.mark.gpu] if CUDA else []  # where kernels are compiled, `-m gpu` selects their tests
+
+
+def randn(*size: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    """Normal numbers in float64, the same on every device."""
+    return scale * torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def compare(ours, theirs, exact, inputs, dtype, parameters=()) -> None:
+    """Ours against `exact` in float64, values and every gradient: at most twice the error that PyTorch's own operation
+    (`theirs`) makes at that dtype, plus four units in the last place of the largest value.
+
+    `inputs` are rounded to `dtype` first; `parameters` follow them, stay float32 and hold numbers of `dtype`.
+    """
+
+    def run(function, dtype, parameter_dtype):
+        dtypes = [dtype] * len(inputs) + [parameter_dtype] * len(parameters)
+        xs = [x.to(t).requires_grad_() for x, t in zip(rounded, dtypes, strict=True)]
+        out = function(*xs)
+        outs = out if isinstance(out, tuple) else (out,)
+        seeds = [randn(*o.shape, seed=9 + i).to(seed_dtype).to(o) for i, o in enumerate(outs)]
+        return [*outs, *torch.autograd.grad(outs, xs, seeds)]
+
+    seed_dtype = dtype
+    rounded = [x.to(DEVICE, dtype) for x in (*inputs, *parameters)]
+    with poisoned():
+        got = run(ours, dtype, torch.float32)
+    peers, wanted = run(theirs, dtype, torch.float32), run(exact, torch.float64, torch.float64)
+    for i, (a, peer, want) in enumerate(zip(got, peers, wanted, strict=True)):
+        assert a.dtype == peer.dtype and a.shape == peer.shape
+        error, allowed = (a.double() - want).abs().max(), (peer.double() - want).abs().max()
+        unit = 4 * torch.finfo(a.dtype).eps * want.abs().max()
+        assert error <= 2 * allowed + unit, f"output {i}: error {error:.2e}, PyTorch's {allowed:.2e}"
+
+
+@contextmanager
+def poisoned():
+    """New memory is NaN inside, so that what a kernel forgets to write shows."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(torch.nan) if out.is_floating_point() else out
+
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        for place, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(place, name, poison(getattr(place, name)))
+        yield
+
+
+def repeats(function, *inputs: torch.Tensor) -> None:
+    """Two runs on the same inputs agree to the bit, gradients included, as does a third one under torch.compile."""
+    passes = []
+    for run in (function, function, torch.compile(function, backend="aot_eager", fullgraph=True)):
+        xs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+        out = run(*xs)
+        outs = out if isinstance(out, tuple) else (out,)
+        seeds = [randn(*o.shape, seed=i).to(o) for i, o in enumerate(outs)]
+        passes.append([*outs, *torch.autograd.grad(outs, [x for x in xs if x.requires_grad], seeds)])
+    for other in passes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(passes[0], other, strict=True))
