@@ -15,6 +15,8 @@ from types import ModuleType
 import pytest
 import torch
 
+import kernels
+
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 
@@ -25,13 +27,21 @@ def load(name: str) -> ModuleType:
     module = f"kernels.{name}"
     if CUDA:
         return importlib.import_module(module)
-    _let_launches_interpret()
     if module not in _interpreted:
+        _let_launches_interpret()
         sys.modules.pop(module, None)  # decorated for a GPU, if somebody has imported it
+        operation = getattr(kernels, name, None)
         with _environment():
             _interpreted[module] = importlib.import_module(module)
-    sys.modules[module] = _interpreted[module]
+        if operation is not None:
+            setattr(kernels, name, operation)  # kernels.rotary is an operation and a module, which took its place
     return _interpreted[module]
+
+
+def load_all() -> None:
+    """All of them, for `kernels.use("triton")`."""
+    for name in kernels.TRITON_MODULES:
+        load(name)
 
 
 _interpreted: dict[str, ModuleType] = {}
