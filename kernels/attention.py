@@ -3,10 +3,10 @@
 What is computed is `kernels.reference.attention`. How, for one head, with Q, K, V (T, D) and c = log2(e) / sqrt(D):
 
 Forward. A program owns BLOCK_M queries and walks over the keys in blocks of BLOCK_N. With S = Q K^T it keeps for each
-query the running maximum m of c S, the sum l of P = 2^(c S - m) and the sum A of P V; when a block raises m to m', the
-old l and A are multiplied by 2^(m - m') (Milakov and Gimelshein 2018; FlashAttention, Dao et al. 2022). At the end
-O = A / l, and L = m + log2 l, one number a query, is kept for the backward. Keys before the block of queries need no
-mask, so they have a loop of their own; the masked loop covers the diagonal alone.
+query `top`, the maximum so far of c S, `total`, the sum of P = 2^(c S - top), and `acc`, the sum of P V; when a block
+raises top, the old sums are multiplied by 2^(old top - new top) (Milakov and Gimelshein 2018; FlashAttention, Dao et
+al. 2022). At the end O = acc / total, and L = top + log2 total, one number a query, is kept for the backward. Keys
+before the block of queries need no mask, so they have a loop of their own; the masked loop covers the diagonal alone.
 
 Backward. P = 2^(c S - L) is computed again. With dO the gradient of O,
 
@@ -18,10 +18,10 @@ keys and sums dK and dV over the queries, working on S^T so that no product need
 in both (7 products rather than 5), but no sum crosses programs: no atomics, no float32 buffer for dQ, and the same bits
 every time.
 
-A head is read where it lies, in columns h D .. h D + D of the third of qkv that holds queries, keys or values, and the
-gradients are written into the same places of one packed dqkv: no transpose, no copy. On Hopper and Blackwell tiles
-move by tensor-memory descriptors over (B, T, 3C), which fill with zeros past the end of a sequence and store nothing
-there; elsewhere by pointers with masks. Sums are in float32 whatever the inputs are.
+A head is read where it lies, qkv being (B, T, 3H heads, D), and the gradients are written into the same places of one
+packed dqkv: no transpose, no copy. On Hopper and Blackwell tiles move by TMA descriptors of (B, heads, T, D) views,
+which fill with zeros past the end of a sequence or of a narrow head and store nothing there; elsewhere by pointers with
+masks. Sums are in float32 whatever the inputs are.
 """
 
 import functools
@@ -37,39 +37,39 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tiles: `ROWS` rows of one head, of sequence b from `row` on, in columns `column` .. `column + D` of x (B, T, width)
+# Tiles: ROWS rows, from `row` on, of one of the `heads` of sequence b, in x (B, T, heads D)
 
 
 @triton.jit
-def _load(x, b, row, column, T, width, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
+def _load(x, b, head, row, T, heads, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
           INSIDE: tl.constexpr):  # fmt: skip
     """(ROWS, BLOCK_D), zeros past T and past D. INSIDE: all rows are known to lie before T."""
     if TMA:
-        tile = x.load([b, row, column]).reshape(ROWS, BLOCK_D)
+        tile = x.load([b, head, row, 0]).reshape(ROWS, BLOCK_D)
     else:
         rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
-        tile_of_x = x + (b.to(tl.int64) * T + row) * width + column + (rows * width + columns)
+        place = x + (b.to(tl.int64) * T + row) * (heads * D) + head * D + (rows * (heads * D) + columns)
         if INSIDE and D == BLOCK_D:
-            tile = tl.load(tile_of_x)
+            tile = tl.load(place)
         elif INSIDE:
-            tile = tl.load(tile_of_x, mask=columns < D, other=0.0)
+            tile = tl.load(place, mask=columns < D, other=0.0)
         elif D == BLOCK_D:
-            tile = tl.load(tile_of_x, mask=rows < T - row, other=0.0)
+            tile = tl.load(place, mask=rows < T - row, other=0.0)
         else:
-            tile = tl.load(tile_of_x, mask=(rows < T - row) & (columns < D), other=0.0)
+            tile = tl.load(place, mask=(rows < T - row) & (columns < D), other=0.0)
     return tile
 
 
 @triton.jit
-def _store(x, tile, b, row, column, T, width, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+def _store(x, tile, b, head, row, T, heads, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
            TMA: tl.constexpr):  # fmt: skip
     """Rows before T and columns before D of `tile`."""
     if TMA:
-        x.store([b, row, column], tile.reshape(1, ROWS, BLOCK_D))
+        x.store([b, head, row, 0], tile.reshape(1, 1, ROWS, BLOCK_D))
     else:
         rows, columns = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_D)[None, :]
-        tile_of_x = x + (b.to(tl.int64) * T + row) * width + column + (rows * width + columns)
-        tl.store(tile_of_x, tile, mask=(rows < T - row) & (columns < D))
+        place = x + (b.to(tl.int64) * T + row) * (heads * D) + head * D + (rows * (heads * D) + columns)
+        tl.store(place, tile, mask=(rows < T - row) & (columns < D))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,37 +82,38 @@ def _forward(qkv_m, qkv_n, o_m, lse, T, H, scale, D: tl.constexpr, BLOCK_D: tl.c
     """O (B, T, C) and L (B, H, T). Arguments ending in _m are read or written BLOCK_M rows at a time, _n BLOCK_N."""
     h, b = tl.program_id(0), tl.program_id(2)
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the last queries see most keys: longest first
-    C = H * D
-    q = _load(qkv_m, b, start, h * D, T, 3 * C, D, BLOCK_M, BLOCK_D, TMA, False)
+    q = _load(qkv_m, b, h, start, T, 3 * H, D, BLOCK_M, BLOCK_D, TMA, False)
     rows = start + tl.arange(0, BLOCK_M)
-    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    l = tl.full((BLOCK_M,), 0.0, tl.float32)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.full((BLOCK_M,), 0.0, tl.float32)
     acc = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
     diagonal = start // BLOCK_N * BLOCK_N
-    acc, l, m = _attend(acc, l, m, q, qkv_n, rows, 0, diagonal, b, h, T, C, scale, D, BLOCK_D, BLOCK_N, TMA, False)
     end = tl.minimum(start + BLOCK_M, T)
-    acc, l, m = _attend(acc, l, m, q, qkv_n, rows, diagonal, end, b, h, T, C, scale, D, BLOCK_D, BLOCK_N, TMA, True)
-    _store(o_m, (acc / l[:, None]).to(q.dtype), b, start, h * D, T, C, D, BLOCK_M, BLOCK_D, TMA)
-    tl.store(lse + (b * H + h).to(tl.int64) * T + rows, m + tl.log2(l), mask=rows < T)
+    acc, total, top = _attend(acc, total, top, q, qkv_n, rows, 0, diagonal, b, h, T, H, scale,
+                              D, BLOCK_D, BLOCK_N, TMA, False)  # fmt: skip
+    acc, total, top = _attend(acc, total, top, q, qkv_n, rows, diagonal, end, b, h, T, H, scale,
+                              D, BLOCK_D, BLOCK_N, TMA, True)  # fmt: skip
+    _store(o_m, (acc / total[:, None]).to(q.dtype), b, h, start, T, H, D, BLOCK_M, BLOCK_D, TMA)
+    tl.store(lse + (b * H + h).to(tl.int64) * T + rows, top + tl.log2(total), mask=rows < T)
 
 
 @triton.jit
-def _attend(acc, l, m, q, qkv_n, rows, begin, end, b, h, T, C, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def _attend(acc, total, top, q, qkv_n, rows, begin, end, b, h, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
             BLOCK_N: tl.constexpr, TMA: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
     """The running sums after the keys begin .. end."""
     for n in tl.range(begin, end, BLOCK_N):
-        k = _load(qkv_n, b, n, C + h * D, T, 3 * C, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
+        k = _load(qkv_n, b, H + h, n, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
         s = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if DIAGONAL:
             s = tl.where(rows[:, None] >= n + tl.arange(0, BLOCK_N)[None, :], s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1) * (scale * LOG2E))
-        p = tl.exp2(s * (scale * LOG2E) - m_new[:, None])
-        shrink = tl.exp2(m - m_new)
-        l = l * shrink + tl.sum(p, 1)
-        v = _load(qkv_n, b, n, 2 * C + h * D, T, 3 * C, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
+        new_top = tl.maximum(top, tl.max(s, 1) * (scale * LOG2E))
+        p = tl.exp2(s * (scale * LOG2E) - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(p, 1)
+        v = _load(qkv_n, b, 2 * H + h, n, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        m = m_new
-    return acc, l, m
+        top = new_top
+    return acc, total, top
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,30 +126,29 @@ def _backward_q(qkv_m, qkv_n, o_m, do_m, lse, delta, dqkv_m, T, H, scale, D: tl.
     """delta (B, H, T) and the queries' third of dqkv."""
     h, b = tl.program_id(0), tl.program_id(2)
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
-    C = H * D
     rows = start + tl.arange(0, BLOCK_M)
     of_head = (b * H + h).to(tl.int64) * T
-    do = _load(do_m, b, start, h * D, T, C, D, BLOCK_M, BLOCK_D, TMA, False)
-    o = _load(o_m, b, start, h * D, T, C, D, BLOCK_M, BLOCK_D, TMA, False)
+    do = _load(do_m, b, h, start, T, H, D, BLOCK_M, BLOCK_D, TMA, False)
+    o = _load(o_m, b, h, start, T, H, D, BLOCK_M, BLOCK_D, TMA, False)
     dl = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta + of_head + rows, dl, mask=rows < T)
-    q = _load(qkv_m, b, start, h * D, T, 3 * C, D, BLOCK_M, BLOCK_D, TMA, False)
+    q = _load(qkv_m, b, h, start, T, 3 * H, D, BLOCK_M, BLOCK_D, TMA, False)
     L = tl.load(lse + of_head + rows, mask=rows < T, other=float("inf"))
     dq = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
     diagonal = start // BLOCK_N * BLOCK_N
-    dq = _sum_dq(dq, q, do, L, dl, qkv_n, rows, 0, diagonal, b, h, T, C, scale, D, BLOCK_D, BLOCK_N, TMA, False)
+    dq = _sum_dq(dq, q, do, L, dl, qkv_n, rows, 0, diagonal, b, h, T, H, scale, D, BLOCK_D, BLOCK_N, TMA, False)
     end = tl.minimum(start + BLOCK_M, T)
-    dq = _sum_dq(dq, q, do, L, dl, qkv_n, rows, diagonal, end, b, h, T, C, scale, D, BLOCK_D, BLOCK_N, TMA, True)
-    _store(dqkv_m, (dq * scale).to(q.dtype), b, start, h * D, T, 3 * C, D, BLOCK_M, BLOCK_D, TMA)
+    dq = _sum_dq(dq, q, do, L, dl, qkv_n, rows, diagonal, end, b, h, T, H, scale, D, BLOCK_D, BLOCK_N, TMA, True)
+    _store(dqkv_m, (dq * scale).to(q.dtype), b, h, start, T, 3 * H, D, BLOCK_M, BLOCK_D, TMA)
 
 
 @triton.jit
-def _sum_dq(dq, q, do, L, dl, qkv_n, rows, begin, end, b, h, T, C, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
+def _sum_dq(dq, q, do, L, dl, qkv_n, rows, begin, end, b, h, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
             BLOCK_N: tl.constexpr, TMA: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
     """dQ sqrt(D) after the keys begin .. end."""
     for n in tl.range(begin, end, BLOCK_N):
-        k = _load(qkv_n, b, n, C + h * D, T, 3 * C, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
-        v = _load(qkv_n, b, n, 2 * C + h * D, T, 3 * C, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
+        k = _load(qkv_n, b, H + h, n, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
+        v = _load(qkv_n, b, 2 * H + h, n, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
         s = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if DIAGONAL:
             s = tl.where(rows[:, None] >= n + tl.arange(0, BLOCK_N)[None, :], s, float("-inf"))
@@ -164,9 +164,8 @@ def _backward_kv(qkv_m, qkv_n, do_m, lse, delta, dqkv_n, T, H, scale, D: tl.cons
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """The keys' and the values' third of dqkv. Here the first block is the longest: all queries see its keys."""
     h, start, b = tl.program_id(0), tl.program_id(1) * BLOCK_N, tl.program_id(2)
-    C = H * D
-    k = _load(qkv_n, b, start, C + h * D, T, 3 * C, D, BLOCK_N, BLOCK_D, TMA, False)
-    v = _load(qkv_n, b, start, 2 * C + h * D, T, 3 * C, D, BLOCK_N, BLOCK_D, TMA, False)
+    k = _load(qkv_n, b, H + h, start, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, False)
+    v = _load(qkv_n, b, 2 * H + h, start, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, False)
     of_head = (b * H + h).to(tl.int64) * T
     lse += of_head
     delta += of_head
@@ -174,28 +173,28 @@ def _backward_kv(qkv_m, qkv_n, do_m, lse, delta, dqkv_n, T, H, scale, D: tl.cons
     dv = tl.full((BLOCK_N, BLOCK_D), 0.0, tl.float32)
     first = start // BLOCK_M * BLOCK_M
     past = (start + BLOCK_N + BLOCK_M - 1) // BLOCK_M * BLOCK_M  # from here on every query sees every key
-    dk, dv = _sum_dkv(dk, dv, k, v, qkv_m, do_m, lse, delta, start, first, tl.minimum(past, T), b, h, T, C, scale,
+    dk, dv = _sum_dkv(dk, dv, k, v, qkv_m, do_m, lse, delta, start, first, tl.minimum(past, T), b, h, T, H, scale,
                       D, BLOCK_D, BLOCK_M, BLOCK_N, TMA, True)  # fmt: skip
-    dk, dv = _sum_dkv(dk, dv, k, v, qkv_m, do_m, lse, delta, start, past, T, b, h, T, C, scale,
+    dk, dv = _sum_dkv(dk, dv, k, v, qkv_m, do_m, lse, delta, start, past, T, b, h, T, H, scale,
                       D, BLOCK_D, BLOCK_M, BLOCK_N, TMA, False)  # fmt: skip
-    _store(dqkv_n, (dk * scale).to(k.dtype), b, start, C + h * D, T, 3 * C, D, BLOCK_N, BLOCK_D, TMA)
-    _store(dqkv_n, dv.to(k.dtype), b, start, 2 * C + h * D, T, 3 * C, D, BLOCK_N, BLOCK_D, TMA)
+    _store(dqkv_n, (dk * scale).to(k.dtype), b, H + h, start, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA)
+    _store(dqkv_n, dv.to(k.dtype), b, 2 * H + h, start, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA)
 
 
 @triton.jit
-def _sum_dkv(dk, dv, k, v, qkv_m, do_m, lse, delta, start, begin, end, b, h, T, C, scale, D: tl.constexpr,
+def _sum_dkv(dk, dv, k, v, qkv_m, do_m, lse, delta, start, begin, end, b, h, T, H, scale, D: tl.constexpr,
              BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
              DIAGONAL: tl.constexpr):  # fmt: skip
     """dK sqrt(D) and dV after the queries begin .. end."""
     for m in tl.range(begin, end, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
-        q = _load(qkv_m, b, m, h * D, T, 3 * C, D, BLOCK_M, BLOCK_D, TMA, False)
+        q = _load(qkv_m, b, h, m, T, 3 * H, D, BLOCK_M, BLOCK_D, TMA, False)
         L = tl.load(lse + rows, mask=rows < T, other=float("inf"))  # makes P zero past T
         s = tl.dot(k, q.T, input_precision="ieee")  # S^T (BLOCK_N, BLOCK_M)
         if DIAGONAL:
             s = tl.where(rows[None, :] >= start + tl.arange(0, BLOCK_N)[:, None], s, float("-inf"))
         p = tl.exp2(s * (scale * LOG2E) - L[None, :])
-        do = _load(do_m, b, m, h * D, T, C, D, BLOCK_M, BLOCK_D, TMA, False)
+        do = _load(do_m, b, h, m, T, H, D, BLOCK_M, BLOCK_D, TMA, False)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dl = tl.load(delta + rows, mask=rows < T, other=0.0)
         dp = tl.dot(v, do.T, input_precision="ieee")
@@ -218,18 +217,18 @@ class Tile(NamedTuple):
 # By target and head size (64 serves the smaller ones too), for _forward, _backward_q and _backward_kv. None of them
 # spills registers: bench/results/kernels_aot.md. At D = 64 two blocks fit on a multiprocessor, at D = 128 one.
 TILES = {
-    ("sm_90", 64): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    ("sm_90", 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+    ("sm_90", 64): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 3)),
+    ("sm_90", 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
     ("sm_100", 64): (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     ("sm_100", 128): (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     ("sm_80", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
-    ("sm_80", 128): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+    ("sm_80", 128): (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
     # sequences of at most 64, on any target
-    ("short", 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
-    ("short", 128): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+    ("short", 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
+    ("short", 128): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 3)),
     # float32, whose products run without tensor cores, on any target
-    ("float32", 64): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    ("float32", 128): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("float32", 64): (Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(32, 32, 8, 2)),
+    ("float32", 128): (Tile(32, 16, 8, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)),
 }
 KERNELS = (_forward, _backward_q, _backward_kv)
 
@@ -244,17 +243,17 @@ def target_of(device: torch.device) -> str:
 
 def configure(kernel, target: str, dtype: torch.dtype, T: int, D: int) -> dict:
     """The constexprs and launch options of a kernel for a sequence length and head size."""
-    rows = "float32" if dtype == torch.float32 else "short" if T <= 64 else target
+    half = dtype != torch.float32
+    tma = half and target != "sm_80" and D % 8 == 0  # heads start at multiples of 16 bytes
+    rows = "float32" if not half else "short" if T <= 64 else target if tma else "sm_80"
     tile = TILES[rows, 64 if D <= 64 else 128][KERNELS.index(kernel)]
-    block_d = max(16, triton.next_power_of_2(D))
-    tma = target != "sm_80" and dtype != torch.float32 and D == block_d
-    return {"D": D, "BLOCK_D": block_d, "BLOCK_M": tile.m, "BLOCK_N": tile.n, "TMA": tma,
+    return {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "TMA": tma,
             "num_warps": tile.warps, "num_stages": tile.stages}  # fmt: skip
 
 
 def aot():
-    """For bench.aot: every row of TILES, on every target, and head sizes that need padding."""
-    cases = [(torch.bfloat16, 1024, D) for D in (128, 64, 32, 16, 96, 24)]
+    """For bench.aot: every row of TILES on every target, and head sizes that need padding; 90 and 26 need pointers."""
+    cases = [(torch.bfloat16, 1024, D) for D in (128, 64, 32, 16, 96, 24, 90, 26)]
     cases += [(dtype, T, D) for dtype, T in ((torch.bfloat16, 64), (torch.float32, 1024)) for D in (128, 64)]
     for capability in (90, 80, 100):
         for dtype, T, D in cases:
@@ -269,7 +268,7 @@ def aot():
                     "num_warps": options["num_warps"],
                     "num_stages": options["num_stages"],
                     "capabilities": (capability,),
-                    "gate": capability < 100 and D in (64, 128) and name == "bf16",
+                    "gate": capability < 100 and D in (64, 128) and name == "bf16" and T > 64,
                     "odd": ("T", "H"),
                 }
 
@@ -280,7 +279,7 @@ def _type_of(argument: str, dtype: str, options: dict) -> str:
     if argument in ("scale", "lse", "delta"):
         return "fp32" if argument == "scale" else "*fp32"
     rows = options[f"BLOCK_{argument[-1].upper()}"]
-    return f"tensordesc<{dtype}[1, {rows}, {options['BLOCK_D']}]>" if options["TMA"] else f"*{dtype}"
+    return f"tensordesc<{dtype}[1, 1, {rows}, {options['BLOCK_D']}]>" if options["TMA"] else f"*{dtype}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,8 +294,9 @@ def _launch(kernel, qkv: Tensor, n_heads: int, **tensors: Tensor) -> None:
     options["TMA"] &= all(x.data_ptr() % 16 == 0 for x in tensors.values())
     if options["TMA"]:
         for name in [name for name in tensors if name[-2:] in ("_m", "_n")]:
-            x, rows = tensors[name], options[f"BLOCK_{name[-1].upper()}"]
-            tensors[name] = TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, D])
+            heads = tensors[name].view(B, T, -1, D).transpose(1, 2)  # (B, heads, T, D)
+            block = [1, 1, options[f"BLOCK_{name[-1].upper()}"], options["BLOCK_D"]]
+            tensors[name] = TensorDescriptor(heads, list(heads.shape), list(heads.stride()), block)
     rows = options["BLOCK_N" if kernel is _backward_kv else "BLOCK_M"]
     kernel[n_heads, triton.cdiv(T, rows), B](**tensors, T=T, H=n_heads, scale=D**-0.5, **options)
 
@@ -367,6 +367,6 @@ def attention(qkv: Tensor, n_heads: int) -> Tensor:
     Raises ValueError if qkv does not hold three times `n_heads` heads of at most 128.
     """
     C3 = qkv.shape[-1]
-    if C3 % (3 * n_heads) or C3 > 3 * n_heads * 128:
+    if C3 % (3 * n_heads) or C3 // (3 * n_heads) > 128:
         raise ValueError(f"attention: qkv of width {C3} is not 3 x {n_heads} heads of at most 128 numbers")
     return _attention(qkv, n_heads)[0]
