@@ -24,13 +24,13 @@ def batch(shape, sequences, seed=0):
 
 
 def train(implementation, shape, steps):
-    """Losses of `steps` steps of Adam from the same start over the same batches."""
-    model = GPT(shape, z_loss=1e-4).to(DEVICE)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    """Losses of `steps` steps on one sequence. Plain gradient descent: Adam would make full steps of the rounding that
+    is all there is of a gradient which is zero, as that of the keys' biases."""
+    model, tokens = GPT(shape, z_loss=1e-4).to(DEVICE), batch(shape, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     with kernels.use(implementation):
-        for step in range(steps):
-            tokens = batch(shape, 2, seed=step)
+        for _ in range(steps):
             loss = model(tokens[:, :-1], tokens[:, 1:])
             loss.backward()
             optimizer.step()
@@ -41,16 +41,16 @@ def train(implementation, shape, steps):
 
 @pytest.mark.parametrize("options", [
     {"activation": "swiglu", "qk_norm": True},
-    {"norm": "layernorm", "positions": "learned", "bias": True, "tied": False},
+    {"norm": "layernorm", "positions": "learned", "activation": "relu2", "bias": True, "tied": False},
 ])  # fmt: skip
 def test_training_gives_the_same_losses(options):
-    """20 steps on Triton kernels and on PyTorch operations: losses differ by at most 2e-5 of themselves, the rounding
+    """20 steps on Triton kernels and on PyTorch operations: losses differ by at most 1e-5 of themselves, the rounding
     of float32 sums in another order as it grows over the steps, while they fall by far more."""
     load_all()
-    shape = make_shape(24, 2, vocab_size=101, seq_len=24, head_size=12, **options)
+    shape = make_shape(24, 1, vocab_size=101, seq_len=20, head_size=12, **options)
     ours, theirs = train("triton", shape, 20), train("fallback", shape, 20)
-    assert ours == pytest.approx(theirs, rel=2e-5)
-    assert ours != theirs and theirs[-1] < theirs[0] - 0.05
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours != theirs and theirs[-1] < theirs[0] - 0.5
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "swiglu", "tied": False, "qk_norm": True, "norm": "layernorm"}])
