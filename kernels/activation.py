@@ -158,8 +158,7 @@ def aot():
         ):
             yield {"label": f"{kind} {direction} bf16", "kernel": kernel,
                    "signature": dict.fromkeys(pointers, "*bf16") | {"M": "i32", "F": "i32"},
-                   "constexprs": {"KIND": kind} | config, "num_warps": warps, "num_stages": 3,
-                   "gate": kind == "gelu"}  # fmt: skip
+                   "constexprs": {"KIND": kind} | config, "num_warps": warps, "num_stages": 3}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -149,8 +149,7 @@ def aot():
             ):
                 label = f"rotary{' and qk-norm' if norm else ''} {direction} bf16 D{D}"
                 yield {"label": label, "kernel": kernel, "signature": signature, "constexprs": constexprs,
-                       "num_warps": warps, "num_stages": 3, "odd": ("H",),
-                       "gate": D == 64 and not norm}  # fmt: skip
+                       "num_warps": warps, "num_stages": 3, "odd": ("H",)}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

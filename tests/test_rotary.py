@@ -12,7 +12,7 @@ pytestmark = MARKS
 rotary = load("rotary")
 
 # (B, T, heads, head size): one token, odd sizes, heads that do not fill a group of four
-SIZES = [(1, 1, 1, 2), (2, 7, 3, 8), (1, 33, 5, 48), (2, 64, 4, 32), (1, 100, 2, 128)]
+SIZES = [(1, 1, 1, 2), (2, 7, 3, 8), (1, 31, 5, 48), (2, 20, 1, 128)]
 SIZES += [(8, 1024, 12, 64), (2, 4096, 5, 128), (3, 1000, 7, 96)] if CUDA else []
 
 
