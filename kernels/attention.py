@@ -223,6 +223,9 @@ TILES = {
     ("sm_100", 128): (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     ("sm_80", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
     ("sm_80", 128): (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
+    # head sizes that are no multiple of 8, whose heads start at odd places: pointers, on any target
+    ("odd", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
+    ("odd", 128): (Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
     # sequences of at most 64, on any target
     ("short", 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 3)),
     ("short", 128): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 3)),
@@ -243,16 +246,19 @@ def target_of(device: torch.device) -> str:
 
 def configure(kernel, target: str, dtype: torch.dtype, T: int, D: int) -> dict:
     """The constexprs and launch options of a kernel for a sequence length and head size."""
-    half = dtype != torch.float32
-    tma = half and target != "sm_80" and D % 8 == 0  # heads start at multiples of 16 bytes
-    rows = "float32" if not half else "short" if T <= 64 else target if tma else "sm_80"
+    half, aligned = dtype != torch.float32, D % 8 == 0  # aligned: heads start at multiples of 16 bytes
+    tma = half and aligned and target != "sm_80"
+    rows = "float32" if not half else "odd" if not aligned else "short" if T <= 64 else target
     tile = TILES[rows, 64 if D <= 64 else 128][KERNELS.index(kernel)]
     return {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "TMA": tma,
             "num_warps": tile.warps, "num_stages": tile.stages}  # fmt: skip
 
 
+GATE = {(90, 128), (90, 64), (90, 32), (90, 96), (80, 128), (80, 64)}  # most used: capability and head size
+
+
 def aot():
-    """For bench.aot: every row of TILES on every target, and head sizes that need padding; 90 and 26 need pointers."""
+    """For bench.aot: every row of TILES on every target, and head sizes that need padding."""
     cases = [(torch.bfloat16, 1024, D) for D in (128, 64, 32, 16, 96, 24, 90, 26)]
     cases += [(dtype, T, D) for dtype, T in ((torch.bfloat16, 64), (torch.float32, 1024)) for D in (128, 64)]
     for capability in (90, 80, 100):
@@ -268,7 +274,7 @@ def aot():
                     "num_warps": options["num_warps"],
                     "num_stages": options["num_stages"],
                     "capabilities": (capability,),
-                    "gate": capability < 100 and D in (64, 128) and name == "bf16" and T > 64,
+                    "gate": (capability, D) in GATE and name == "bf16" and T > 64,
                     "odd": ("T", "H"),
                 }
 

@@ -136,7 +136,7 @@ def test_every_shipped_configuration_is_reached():
     used = set()
     for target in ("sm_80", "sm_90", "sm_100"):
         for dtype in (torch.float32, torch.bfloat16):
-            for T, D in ((1, 8), (64, 128), (65, 26), (4096, 64), (1000, 128)):
+            for T, D in ((1, 8), (64, 128), (65, 26), (7, 90), (4096, 64), (1000, 128)):
                 for kernel in kernels.KERNELS:
                     options = kernels.configure(kernel, target, dtype, T, D)
                     used.add(tuple(options[key] for key in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")))
