@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from interpreted import DEVICE, MARKS, load_all
+from interpreted import CUDA, DEVICE, MARKS, load_all
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
@@ -68,6 +68,43 @@ def test_flops(options):
             model(tokens[:, :-1], tokens[:, 1:])
     assert training.get_total_flops() == physical
     assert evaluation.get_total_flops() == physical / 3
+
+
+def test_the_model_compiles_to_one_graph():
+    """torch.compile takes the whole model with its operators without a break; loss and gradients keep their bits."""
+    load_all()
+    shape = make_shape(24, 1, vocab_size=77, seq_len=20, head_size=12, qk_norm=True)
+    model, tokens = GPT(shape).to(DEVICE), batch(shape, 1)
+    passes = []
+    with kernels.use("triton"):
+        for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            loss = run(tokens[:, :-1], tokens[:, 1:])
+            passes.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*passes, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_cuda_graph():
+    """A forward and backward pass captured in a CUDA graph replays to loss and gradients of an eager one."""
+    shape = make_shape(256, 2, vocab_size=1000, seq_len=100)
+    model, tokens = GPT(shape, dtype=torch.bfloat16).to(DEVICE), batch(shape, 4)
+    parameters = list(model.parameters())
+
+    def step():
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        return loss, *torch.autograd.grad(loss, parameters)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and fills what is cached
+        want = [x.clone() for x in step()]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.testing.assert_close(list(captured), want)
 
 
 def test_use_triton_restores():
