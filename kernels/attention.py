@@ -76,7 +76,7 @@ def _store(x, tile, b, head, row, T, heads, D: tl.constexpr, ROWS: tl.constexpr,
 # Forward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def _forward(qkv_m, qkv_n, o_m, lse, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
              BLOCK_N: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """O (B, T, C) and L (B, H, T). Arguments ending in _m are read or written BLOCK_M rows at a time, _n BLOCK_N."""
@@ -120,7 +120,7 @@ def _attend(acc, total, top, q, qkv_n, rows, begin, end, b, h, T, H, scale, D: t
 # Backward
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def _backward_q(qkv_m, qkv_n, o_m, do_m, lse, delta, dqkv_m, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """delta (B, H, T) and the queries' third of dqkv."""
@@ -159,7 +159,7 @@ def _sum_dq(dq, q, do, L, dl, qkv_n, rows, begin, end, b, h, T, H, scale, D: tl.
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "H"])
 def _backward_kv(qkv_m, qkv_n, do_m, lse, delta, dqkv_n, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """The keys' and the values' third of dqkv. Here the first block is the longest: all queries see its keys."""
@@ -370,9 +370,11 @@ FLOP_FORMULAS = {
 def attention(qkv: Tensor, n_heads: int) -> Tensor:
     """Causal self-attention on packed qkv (B, T, 3C) -> (B, T, C), in float32, float16 or bfloat16.
 
-    Raises ValueError if qkv does not hold three times `n_heads` heads of at most 128.
+    Raises ValueError for another dtype, and if qkv does not hold three times `n_heads` heads of at most 128.
     """
     C3 = qkv.shape[-1]
     if C3 % (3 * n_heads) or C3 // (3 * n_heads) > 128:
         raise ValueError(f"attention: qkv of width {C3} is not 3 x {n_heads} heads of at most 128 numbers")
+    if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"attention: qkv is {qkv.dtype}, the kernels compute in float32, float16 and bfloat16")
     return _attention(qkv, n_heads)[0]

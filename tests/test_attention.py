@@ -126,9 +126,11 @@ def test_flops_are_those_of_the_ledger():
 
 @pytest.mark.parametrize("width, heads", [(3 * 130, 1), (3 * 32 + 3, 2), (32, 1)])
 def test_what_it_refuses(width, heads):
-    """Heads above 128 and widths that heads do not divide, in one line."""
+    """Heads above 128 and widths that heads do not divide, in one line, as other dtypes are."""
     with pytest.raises(ValueError, match=rf"width {width} is not 3 x {heads} heads of at most 128"):
         attention(torch.zeros(1, 2, width, device=DEVICE), heads)
+    with pytest.raises(ValueError, match="qkv is torch.float64"):
+        attention(torch.zeros(1, 2, 48, device=DEVICE, dtype=torch.float64), 1)
 
 
 def test_every_shipped_configuration_is_reached():
