@@ -1,14 +1,22 @@
 """The operations that the model is made of, and the one place that chooses who computes them.
 
-`kernels.attention` and its sisters are what model.py calls. `backend()` says which implementation they are and
-why; `use("reference")` swaps in another one for the length of a `with` block (tests, FLOP counting).
+`kernels.attention` and its sisters are what model.py calls. They are Triton kernels for tensors on a CUDA device, and
+PyTorch operations (kernels.fallback) elsewhere; with TRITON_INTERPRET=1 in the environment Triton interprets its
+kernels, slowly, on any device. `backend()` says which it is and why; `use("reference")` swaps in another implementation
+for the length of a `with` block (tests, FLOP counting).
 """
 
+import importlib
+import importlib.metadata
 import importlib.util
+import os
+import sys
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
+from kernels import fallback
 from kernels.fallback import (
     activation,
     add_layer_norm,
@@ -36,20 +44,42 @@ __all__ = [
     "swiglu",
     "use",
 ]
-OPERATIONS = [name for name in __all__ if name not in ("backend", "flop_formulas", "has_triton", "use")]
-
-
-def backend(device: torch.device) -> tuple[str, str]:
-    """(name, why) of what computes the operations on this device."""
-    if not has_triton():
-        return "fallback", "PyTorch operations: triton is not installed (it has no build for this platform)"
-    if device.type != "cuda":
-        return "fallback", f"PyTorch operations: Triton kernels need a CUDA device, this is {device.type}"
-    return "fallback", "PyTorch operations: this version has no Triton kernels yet"
+TRITON_MODULES = {
+    "activation": ("activation", "swiglu"),
+    "attention": ("attention",),
+    "cross_entropy": ("linear_cross_entropy",),
+    "norms": ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"),
+    "rotary": ("rotary",),
+}
+OPERATIONS = [name for names in TRITON_MODULES.values() for name in names]
 
 
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton was told to interpret: it looks when a kernel is defined, so the variable must be set before."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def backend(device: torch.device) -> tuple[str, str]:
+    """(name, why) of what computes the operations on this device: "triton", "interpreter" or "fallback"."""
+    if not has_triton():
+        return "fallback", "PyTorch operations: triton is not installed (it has no build for this platform)"
+    if interpreting():
+        return "interpreter", "Triton kernels, interpreted because TRITON_INTERPRET is set: slow, for tests"
+    if device.type != "cuda":
+        return "fallback", f"PyTorch operations: Triton kernels need a CUDA device, this is {device.type}"
+    if torch.version.hip:
+        return "fallback", "PyTorch operations: Triton kernels are tuned for NVIDIA GPUs, this is AMD's"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return (
+            "fallback",
+            f"PyTorch operations: our Triton kernels need sm_80 (A100) or later, this is sm_{major}{minor}",
+        )
+    return "triton", f"Triton {importlib.metadata.version('triton')} kernels on sm_{major}{minor}"
 
 
 def flop_formulas() -> dict:
@@ -64,17 +94,73 @@ def flop_formulas() -> dict:
         return 2 * forward(q, q)
 
     aten = torch.ops.aten
-    return {aten._scaled_dot_product_flash_attention_for_cpu: forward,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}  # fmt: skip
+    formulas = {aten._scaled_dot_product_flash_attention_for_cpu: forward,
+                aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}  # fmt: skip
+    for name in TRITON_MODULES:
+        formulas |= getattr(sys.modules.get(f"kernels.{name}"), "FLOP_FORMULAS", {})
+    return formulas
 
 
 @contextmanager
 def use(name: str):
-    """Compute every operation by `kernels.<name>` ("reference" or "fallback") inside the block."""
-    module = importlib.import_module(f"kernels.{name}")
+    """Compute every operation by "reference", "fallback" or "triton" inside the block, whatever the device."""
     before = {op: globals()[op] for op in OPERATIONS}
-    globals().update({op: getattr(module, op) for op in OPERATIONS})
+    if name == "triton":
+        inside = _triton_operations()
+    else:
+        module = importlib.import_module(f"kernels.{name}")
+        inside = {op: getattr(module, op) for op in OPERATIONS}
+    globals().update(inside)
     try:
         yield
     finally:
         globals().update(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing. Without CUDA the names above stay PyTorch's and triton is not imported.
+
+
+def _triton_operations() -> dict:
+    before = {op: globals()[op] for op in OPERATIONS}
+    operations = {}
+    for name, names in TRITON_MODULES.items():
+        module = importlib.import_module(f"kernels.{name}")
+        operations |= {op: getattr(module, op) for op in names}
+    globals().update(before)  # importing kernels.rotary has put that module where the function was
+    return operations
+
+
+def _choosing(ours, theirs, suits):
+    """`ours` for the tensors that it suits."""
+
+    def operation(x, *args, **kwargs):
+        return (ours if suits(x, *args, **kwargs) else theirs)(x, *args, **kwargs)
+
+    return operation
+
+
+def _runs_triton(x: Tensor, *_, **__) -> bool:
+    if x.dtype == torch.float64:
+        return False
+    if _INTERPRETING:
+        return True
+    if x.device.type != "cuda":
+        return False
+    index = x.device.index
+    if index not in _capable:
+        _capable[index] = backend(x.device)[0] == "triton"
+    return _capable[index]
+
+
+def _runs_triton_attention(qkv: Tensor, n_heads: int) -> bool:
+    return _runs_triton(qkv) and qkv.shape[-1] <= 3 * n_heads * 128  # the largest head that its tiles hold
+
+
+_capable: dict[int, bool] = {}  # by device index
+_INTERPRETING = interpreting()
+
+if has_triton() and (_INTERPRETING or torch.cuda.is_available()):
+    for _name, _ours in _triton_operations().items():
+        _suits = _runs_triton_attention if _name == "attention" else _runs_triton
+        globals()[_name] = _choosing(_ours, getattr(fallback, _name), _suits)

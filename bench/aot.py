@@ -1,0 +1,268 @@
+"""The shipped Triton configurations, compiled ahead of time without a GPU, and what their machine code says.
+
+    python -m bench.aot            all of them for sm_80, sm_90 and sm_100; writes bench/results/kernels_aot.md
+    python -m bench.aot --gate     the 24 most used; exit 1 with one line for each violation
+
+Each module of kernels/ that has Triton kernels names its shipped configurations in a function `aot()`, which yields
+dicts with the fields of `Build`:
+
+    def aot():
+        yield {
+            "label": "rms_norm forward fp16 C768",                      # unique within the module
+            "kernel": _forward,                                         # what @triton.jit made
+            "signature": {"x": "*fp16", "rows": "i32", "eps": "fp32"},  # the arguments that are not constexpr
+            "constexprs": {"C": 768, "BLOCK": 1024},
+            "num_warps": 4, "num_stages": 1,
+            "capabilities": (80, 90, 100),                              # targets that it ships on
+            "gate": True,                                               # one of the most used
+        }
+
+As at a launch, pointers count as 16-byte aligned and `i32` arguments as multiples of 16, save those named in `odd`
+(such as a number of heads). A descriptor argument is spelled "tensordesc<fp16[1, 128, 64]>".
+"""
+
+import contextlib
+import functools
+import importlib
+import io
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochin.config import UserError, opt, parse, run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "bench" / "results" / "kernels_aot.md"
+MODULES = ("attention", "norms", "rotary", "activation", "cross_entropy")  # of kernels/, those that are there
+# KiB a block may have (CUDA programming guide, compute capabilities). sm_80 itself allows 163, but its configurations
+# serve sm_86, sm_89 and sm_120 as well.
+SHARED_LIMIT = {80: 99, 90: 227, 100: 227}
+REGISTER_MARGIN = 16  # registers a thread; what a harmless edit moves in our experience is under 10
+
+
+@dataclass(frozen=True)
+class Build:
+    """One configuration of one kernel, as `triton.compile` wants it."""
+
+    module: str
+    label: str
+    kernel: object
+    signature: dict[str, str]
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+    capabilities: tuple[int, ...] = (80, 90, 100)
+    gate: bool = False
+    odd: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the machine code of one configuration says."""
+
+    module: str
+    label: str
+    capability: int
+    warps: int
+    registers: int  # a thread
+    spills: int  # local loads and stores in the SASS
+    shared: int  # bytes a block
+    mma: str  # the matrix instructions in use: HMMA, HGMMA (wgmma), UTCHMMA (tcgen05), or "-"
+    serialised: bool  # ptxas made wgmma wait for one another
+    gate: bool
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.capability} {self.module} {self.label}"
+
+
+@functools.cache
+def builds() -> list[Build]:
+    """All shipped configurations, from the `aot()` of each module."""
+    found = []
+    for module in MODULES:
+        if (ROOT / "kernels" / f"{module}.py").exists():
+            found += [Build(module, **fields) for fields in importlib.import_module(f"kernels.{module}").aot()]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiling and reading
+
+
+def compile_and_read(build: Build, capability: int) -> Report:
+    """Compile for a target that need not be here."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    arguments = {name: build.signature.get(name, "constexpr") for name in build.kernel.arg_names}
+    sixteen = [
+        (i,) for i, (name, kind) in enumerate(arguments.items())
+        if kind.startswith("*") or kind == "i32" and name not in build.odd
+    ]  # fmt: skip
+    attributes = {place: [["tt.divisibility", 16]] for place in sixteen}
+    source = ASTSource(build.kernel, arguments, build.constexprs, attributes)
+    options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+    log = io.StringIO()
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, sass = disassemble(made.asm["cubin"])
+    return Report(
+        module=build.module,
+        label=build.label,
+        capability=capability,
+        warps=made.metadata.num_warps,
+        registers=registers,
+        spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        shared=made.metadata.shared,
+        mma=matrix_instructions(sass),
+        serialised="wgmma" in log.getvalue() and "serialized" in log.getvalue(),
+        gate=build.gate,
+    )
+
+
+def disassemble(cubin: bytes) -> tuple[int, str]:
+    """(registers a thread, SASS) of the one kernel in a cubin, by the tools within the triton package."""
+    cuobjdump = tool()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([cuobjdump, flag, file.name], check=True, capture_output=True, text=True).stdout
+            for flag in ("--dump-resource-usage", "-sass")
+        )
+    return int(re.search(r"\bREG:(\d+)", usage)[1]), sass
+
+
+def tool() -> str:
+    """The path of cuobjdump; UserError where triton comes without it."""
+    try:
+        from triton import knobs
+
+        return knobs.nvidia.cuobjdump.path
+    except (ImportError, RuntimeError) as error:
+        raise UserError(f"reading machine code needs triton with its NVIDIA tools: {error}") from None
+
+
+def matrix_instructions(sass: str) -> str:
+    """Tensor-core instructions of a disassembly: HGMMA is wgmma, UTC*MMA is tcgen05.mma, HMMA the older mma."""
+    found = sorted(set(re.findall(r"\b(HGMMA|HMMA|UTC\w*MMA)\b", sass)))
+    return " ".join(found) or "-"
+
+
+def read_all(jobs: list[tuple[int, int]], processes: int) -> list[Report]:
+    """The reports of (place in `builds()`, capability) pairs, in their order."""
+    spawn = multiprocessing.get_context("spawn")  # compiling wants a process where no kernel has been interpreted
+    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_compile_here) as pool:
+        return list(pool.map(_read_one, jobs))
+
+
+def _compile_here() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _read_one(job: tuple[int, int]) -> Report:
+    place, capability = job
+    return compile_and_read(builds()[place], capability)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Judging
+
+
+def violations(reports: list[Report], committed: dict[str, int]) -> list[str]:
+    """One line for everything that must not be; `committed` has registers by name, empty for another triton."""
+    found = []
+    for report in reports:
+        limit, wanted = SHARED_LIMIT[report.capability], wanted_mma(report)
+        if report.spills and report.capability in (80, 90):
+            found.append(f"{report.name}: {report.spills} local loads and stores (registers spill)")
+        if report.shared > limit * 1024:
+            found.append(f"{report.name}: {report.shared / 1024:.0f} KiB of shared memory, the limit is {limit}")
+        if wanted not in report.mma:
+            found.append(f"{report.name}: no {wanted} instruction")
+        if report.serialised and report.gate:  # tolerated where speed is not claimed: heads that need pointers
+            found.append(f"{report.name}: ptxas serialises wgmma")
+        before = committed.get(report.name, report.registers)
+        if abs(report.registers - before) > REGISTER_MARGIN:
+            found.append(
+                f"{report.name}: {report.registers} registers, {before} in {TABLE.name} (margin {REGISTER_MARGIN})"
+            )
+    return found
+
+
+def wanted_mma(report: Report) -> str:
+    """What attention must use on tensor cores of its target; "" where there is no claim."""
+    if report.module != "attention" or "fp32" in report.label:
+        return ""
+    return {80: "HMMA", 90: "HGMMA", 100: "UTC"}[report.capability]
+
+
+def table(reports: list[Report], version: str) -> str:
+    """Markdown, read back by `committed_registers`."""
+    lines = [
+        "# What the compiled kernels use",
+        "",
+        f"`python -m bench.aot`, Triton {version}: every shipped configuration compiled ahead of time, disassembled.",
+        "Nothing here was run. Registers are a thread's; spills are local loads and stores in the machine code; shared",
+        "memory is a block's; HGMMA is wgmma, UTC*MMA is tcgen05.mma, HMMA the older mma.",
+        "",
+        "| target | kernel | configuration | warps | registers | spills | shared KiB | matrix instructions |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in reports:
+        mma = r.mma + " (serialised)" * r.serialised
+        lines.append(f"| sm_{r.capability} | {r.module} | {r.label} | {r.warps} | {r.registers} | {r.spills} | "
+                     f"{r.shared / 1024:.1f} | {mma} |")  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def committed_registers(text: str, version: str) -> dict[str, int]:
+    """Registers by report name in a table that this version of triton made, else {}."""
+    if f"Triton {version}:" not in text:
+        return {}
+    rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| sm_")]
+    return {" ".join(row[1:4]): int(row[5]) for row in rows}
+
+
+@dataclass(frozen=True)
+class Options:
+    gate: bool = opt(False, "only the most used configurations; exit 1 with a line for each violation")
+    only: str = opt("", "only those whose name contains this, such as 'sm_90 attention'; writes no table")
+    processes: int = opt(2, "compile so many at a time", low=1)
+
+
+def main() -> None:
+    options = parse(Options, prog="bench.aot", description="What the shipped Triton kernels use, without a GPU.")
+    tool()
+    import triton
+
+    jobs = [
+        (place, capability) for place, build in enumerate(builds()) for capability in build.capabilities
+        if options.only in f"sm_{capability} {build.module} {build.label}"
+        and (not options.gate or build.gate and capability in (80, 90))
+    ]  # fmt: skip
+    if not jobs:
+        raise UserError(f"--only {options.only}: no configuration has this in its name")
+    reports = read_all(jobs, options.processes)
+    text = table(reports, triton.__version__)
+    committed = TABLE.read_text() if TABLE.exists() else ""
+    found = violations(reports, committed_registers(committed, triton.__version__))
+    print(text)
+    print("\n".join(found), file=sys.stderr)
+    if not options.gate and not options.only:
+        TABLE.write_text(text)
+    print(f"{len(reports)} configurations, {len(found)} violations")
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    run_command(main, "bench.aot")

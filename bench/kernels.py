@@ -1,0 +1,598 @@
+"""Our Triton kernels against the best other implementations, in one call of under eight minutes on one GPU.
+
+    python -m bench.kernels              checks, times, writes bench/results/kernels_<device>.json and .md
+    python -m bench.kernels --sweep      tries the neighbours of the shipped configurations, prints which to ship
+    python -m bench.kernels --dry-run    the same code on tiny shapes on a CPU, interpreted: its times mean nothing
+
+Every operation is first checked against `kernels.reference` in float64, then timed in bf16 by device events, the
+median over many calls that take turns on inputs too large for the L2 cache together. The calls are queued behind a
+pause on the device, so that what Python takes to launch them is not measured. The ceilings are a large matrix product
+and a large copy, measured in the same run. What fails is a row of its own with the error's text.
+
+FLOPs of attention are those of the causal half, 2 B H T^2 D forward and 2.5 times that backward; bytes are what an
+operation must read and write once.
+"""
+
+import functools
+import importlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nanochin.config import UserError, opt, parse, run_command
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+@dataclass(frozen=True)
+class Options:
+    sweep: bool = opt(False, "try the neighbours of the configurations in kernels/ and print which to ship")
+    dry_run: bool = opt(False, "tiny shapes on the CPU, interpreted: whether this command works, no more")
+    minutes: float = opt(7.5, "what is not timed by then is left out, with a note", above=0)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and on what sizes."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dry: bool
+    deadline: float  # on the monotonic clock
+    cache: int  # bytes of L2
+
+    def compiled(self, function: Callable) -> Callable:
+        return torch.compile(function, dynamic=False, backend="eager" if self.dry else "inductor")
+
+    def randn(self, *size: int, dtype: torch.dtype | None = None, grad: bool = True) -> Tensor:
+        return torch.randn(size, device=self.device, dtype=dtype or self.dtype).requires_grad_(grad)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A differentiable function of the inputs, or of what `prepare` makes of them beforehand."""
+
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
+    prepare: Callable[[list[Tensor]], list[Tensor]] = lambda inputs: inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape. The contender "ours" is compared with the best of the others."""
+
+    group: str
+    operation: str
+    shape: str
+    inputs: Callable[[], list[Tensor]]
+    contenders: dict[str, Contender]
+    directions: tuple[str, ...]  # of forward, backward, both
+    flops: dict[str, float]  # by direction
+    bytes: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    group: str
+    operation: str
+    shape: str
+    direction: str
+    who: str
+    us: float | None = None
+    tflops: float | None = None
+    gbs: float | None = None
+    of_ceiling: float | None = None  # of the measured matrix product (attention, loss) or copy (the rest)
+    peak_mib: float | None = None
+    versus_best_peer: float | None = None  # of ours: best peer's time / our time
+    error: str | None = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Timing
+
+
+def bind(contender: Contender, inputs: list[Tensor], direction: str) -> Callable[[], object]:
+    """A call without arguments that runs one direction."""
+    inputs = contender.prepare(inputs)
+    wanted = [x for x in inputs if x.requires_grad]
+    if direction == "forward":
+        return lambda: contender.function(*inputs)
+    if direction == "both":
+        return lambda: torch.autograd.grad(contender.function(*inputs), wanted)
+    outs = contender.function(*inputs)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    seeds = [torch.randn_like(out) for out in outs]
+    return lambda: torch.autograd.grad(outs, wanted, seeds, retain_graph=True)
+
+
+def seconds(calls: list[Callable[[], object]], bench: Bench) -> float:
+    """Median time of a call."""
+    for call in calls:
+        call()
+    if bench.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    calls[0]()
+    if bench.device.type != "cuda":
+        return time.perf_counter() - start
+    torch.cuda.synchronize()
+    number = min(40, max(10, int(0.03 / (time.perf_counter() - start))))
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(number)]
+    torch.cuda._sleep(20_000_000)  # some 10 ms
+    for i, (begin, end) in enumerate(events):
+        begin.record()
+        calls[i % len(calls)]()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events) / 1e3
+
+
+def turns(case: Case, bench: Bench) -> list[list[Tensor]]:
+    """Enough sets of inputs to fill the L2 cache three times."""
+    first = case.inputs()
+    size = sum(x.numel() * x.element_size() for x in first)
+    more = 0 if bench.dry else min(8, max(1, math.ceil(3 * bench.cache / size)))
+    return [first, *(case.inputs() for _ in range(more))]
+
+
+def ceilings(bench: Bench) -> dict[str, float]:
+    """FLOP/s of a matrix product and bytes/s of a copy, both large, as this device reaches them now."""
+    n, size = (64, 2**16) if bench.dry else (8192, 2**30)
+    a, b = bench.randn(n, n, grad=False), bench.randn(n, n, grad=False)
+    x = torch.zeros(size, dtype=torch.uint8, device=bench.device)
+    y = torch.empty_like(x)
+    product, copy = seconds([lambda: a @ b], bench), seconds([lambda: y.copy_(x)], bench)
+    return {"flops": 2 * n**3 / product, "bytes": 2 * size / copy}
+
+
+def run_case(case: Case, bench: Bench, limits: dict[str, float]) -> Iterator[Row]:
+    """A row for each direction and contender."""
+    inputs = turns(case, bench)
+    for direction in case.directions:
+        rows = [run_contender(case, direction, who, inputs, bench, limits) for who in case.contenders]
+        peers = [row.us for row in rows if row.us and row.who not in ("ours", "matrix products alone")]
+        for row in rows:
+            if row.who == "ours" and row.us and peers:
+                row = replace(row, versus_best_peer=min(peers) / row.us)
+            yield row
+
+
+def run_contender(case, direction, who, inputs, bench, limits) -> Row:
+    place = {"group": case.group, "operation": case.operation, "shape": case.shape, "direction": direction, "who": who}
+    if time.monotonic() > bench.deadline:
+        return Row(**place, error="not timed: out of time")
+    cuda = bench.device.type == "cuda"
+    try:
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        took = seconds([bind(case.contenders[who], xs, direction) for xs in inputs], bench)
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if cuda else None
+    except Exception as error:  # whatever a peer fails with must not cost the other rows
+        return Row(**place, error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200])
+    flops, moved = case.flops.get(direction), case.bytes.get(direction)
+    share = flops / took / limits["flops"] if flops else moved / took / limits["bytes"]
+    return Row(**place, us=took * 1e6, tflops=flops and flops / took / 1e12, gbs=moved and moved / took / 1e9,
+               of_ceiling=share, peak_mib=peak)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking
+
+
+def check(ours: Callable, peer: Callable, exact: Callable, inputs: list[Tensor]) -> str | None:
+    """What is wrong with ours, or None: errors against float64, of values and gradients, at most twice the peer's plus
+    four units in the last place of the largest value."""
+
+    def run(function, inputs):
+        inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+        outs = function(*inputs)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        torch.manual_seed(1)
+        seeds = [torch.randn(out.shape, device=out.device, dtype=torch.bfloat16).to(out.dtype) for out in outs]
+        return [*outs, *torch.autograd.grad(outs, [x for x in inputs if x.requires_grad], seeds)]
+
+    doubled = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    got, peers, wanted = run(ours, inputs), run(peer, inputs), run(exact, doubled)
+    for i, (a, b, want) in enumerate(zip(got, peers, wanted, strict=True)):
+        error, allowed = (a.double() - want).abs().max(), (b.double() - want).abs().max()
+        if not error <= 2 * allowed + 4 * torch.finfo(a.dtype).eps * want.abs().max():
+            return f"output {i} is off by {error:.2e}, PyTorch's operations by {allowed:.2e}"
+    return None
+
+
+def check_all(bench: Bench) -> dict[str, str | None]:
+    """By operation what is wrong with it at a size of its own: odd, and not one that is timed."""
+    import kernels
+    from kernels import fallback, reference
+
+    B, T, H, D = (1, 5, 2, 16) if bench.dry else (2, 1000, 3, 64)
+    C, V = H * D, 257 if bench.dry else 50257
+    qkv, x, residual = bench.randn(B, T, 3 * C), bench.randn(B, T, C), bench.randn(B, T, C)
+    weight, bias = bench.randn(C, dtype=torch.float32), bench.randn(C, dtype=torch.float32)
+    head = (0.3 * bench.randn(V, C)).detach().requires_grad_()
+    targets = torch.randint(-1, V, (B * T,), device=bench.device)
+    arguments = {
+        "attention": ([qkv], (H,)),
+        "rotary": ([qkv], (H, 10_000.0, True)),
+        "rms_norm": ([x, weight], ()),
+        "layer_norm": ([x, weight, bias], ()),
+        "add_rms_norm": ([x, residual, weight], ()),
+        "add_layer_norm": ([x, residual, weight, bias], ()),
+        "swiglu": ([x], ()),
+        "linear_cross_entropy": ([x.detach().flatten(0, 1).requires_grad_(), head, targets], ()),
+    }
+    wrong = {}
+    for name, (inputs, options) in arguments.items():
+
+        def by(module, name=name, options=options):
+            return lambda *xs: getattr(module, name)(*xs, *options)
+
+        try:
+            wrong[name] = check(by(kernels), by(fallback), by(reference), inputs)
+        except Exception as error:
+            wrong[name] = f"{type(error).__name__}: {error}"
+    return wrong
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cases
+
+
+def attention_cases(bench: Bench) -> Iterator[Case]:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    import kernels
+
+    flex = bench.compiled(flex_attention)
+    shapes = [(tokens, D, T) for tokens in (16384, 65536) for D in (64, 128) for T in (512, 1024, 2048, 4096)]
+    for tokens, D, T in [(16, 16, 16)] if bench.dry else shapes:
+        B, H = tokens // T, (1 if bench.dry else 2048 // D)
+
+        def split(inputs, H=H, D=D):  # what is best for the others: no packing, no transposed copies
+            qkv = inputs[0].detach().view(*inputs[0].shape[:2], 3, H, D).permute(2, 0, 3, 1, 4)
+            return [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in qkv]  # (B, H, T, D)
+
+        def sdpa(q, k, v, backend):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        @functools.cache
+        def mask(T=T):
+            return create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device=bench.device)
+
+        contenders = {
+            "ours": Contender(lambda qkv, H=H: kernels.attention(qkv, H)),
+            "SDPA flash": Contender(functools.partial(sdpa, backend=SDPBackend.FLASH_ATTENTION), split),
+            "SDPA cuDNN": Contender(functools.partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION), split),
+        }
+        if tokens == 65536 or bench.dry:  # each shape takes it 10 s to compile
+            contenders["flex_attention"] = Contender(lambda q, k, v, mask=mask: flex(q, k, v, block_mask=mask()), split)
+        forward = 2 * B * H * T * T * D
+        yield Case("attention", "attention", f"D{D} T{T} {tokens} tokens",
+                   lambda size=(B, T, 3 * H * D): [bench.randn(*size)], contenders, ("forward", "backward"),
+                   {"forward": forward, "backward": 2.5 * forward}, {})  # fmt: skip
+
+
+def liger(name: str) -> Callable | None:
+    """A function of Liger's, if it is installed."""
+    try:
+        from liger_kernel.transformers import functional
+    except ImportError:
+        return None
+    return getattr(functional, name, None)
+
+
+def norm_cases(bench: Bench) -> Iterator[Case]:
+    import kernels
+
+    def torch_norm(name, x, *parameters):
+        norm, eps = (F.rms_norm, 1e-6) if name == "rms_norm" else (F.layer_norm, 1e-5)
+        return norm(x, x.shape[-1:], *(p.to(x.dtype) for p in parameters), eps=eps)
+
+    def torch_add_norm(name, x, residual, *parameters):
+        total = x + residual
+        return torch_norm(name, total, *parameters), total
+
+    for tokens, C in [(20, 24)] if bench.dry else [(16384, 768), (65536, 768), (65536, 2048)]:
+        for name in ("rms_norm", "layer_norm"):
+            for add in (False, True):
+                eager = functools.partial(torch_add_norm if add else torch_norm, name)
+                operation = f"add_{name}" if add else name
+                contenders = {"ours": Contender(getattr(kernels, operation)), "eager": Contender(eager),
+                              "torch.compile": Contender(bench.compiled(eager))}  # fmt: skip
+                if not add and (theirs := liger(f"liger_{name}")):
+                    eps = 1e-6 if name == "rms_norm" else 1e-5
+                    contenders["Liger"] = Contender(lambda *xs, f=theirs, eps=eps: f(*xs, eps))
+
+                def inputs(tokens=tokens, C=C, name=name, add=add):
+                    parameters = [bench.randn(C, dtype=torch.float32) for _ in range(1 + (name == "layer_norm"))]
+                    return [*(bench.randn(tokens, C) for _ in range(1 + add)), *parameters]
+
+                number = tokens * C * torch.finfo(bench.dtype).bits // 8
+                moved = {"forward": (4 if add else 2) * number, "backward": (4 if add else 3) * number}
+                yield Case("norms", operation, f"C{C} {tokens} tokens", inputs, contenders, ("forward", "backward"),
+                           {}, moved)  # fmt: skip
+
+
+def elementwise_cases(bench: Bench) -> Iterator[Case]:
+    """Rotary positions and activations."""
+    import kernels
+    from kernels.fallback import swiglu
+    from kernels.reference import rotary_table
+
+    B, T, H, D, width = (2, 8, 2, 16, 40) if bench.dry else (64, 1024, 12, 64, 3072)
+    cos, sin = (x[:, None].to(bench.dtype) for x in rotary_table(T, D, 10_000.0, bench.device))
+    size = torch.finfo(bench.dtype).bits // 8
+
+    def torch_rotary(qkv, qk_norm):
+        qk, v = qkv.view(B, T, 3 * H, D).split((2 * H, H), dim=2)
+        x1, x2 = (F.rms_norm(qk, (D,), eps=1e-6) if qk_norm else qk).chunk(2, dim=-1)
+        qk = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+        return torch.cat((qk, v), dim=2).flatten(2)
+
+    def against(theirs, ours) -> dict[str, Contender]:
+        functions = {"ours": ours, "eager": theirs, "torch.compile": bench.compiled(theirs)}
+        return {who: Contender(function) for who, function in functions.items()}
+
+    for norm in (False, True):
+        contenders = against(functools.partial(torch_rotary, qk_norm=norm),
+                             lambda x, norm=norm: kernels.rotary(x, H, 10_000.0, norm))  # fmt: skip
+        moved = {"forward": 6 * B * T * H * D * size, "backward": (10 if norm else 6) * B * T * H * D * size}
+        yield Case("elementwise", "rotary and qk-norm" if norm else "rotary", f"H{H} D{D} T{T} {B * T} tokens",
+                   lambda: [bench.randn(B, T, 3 * H * D)], contenders, ("forward", "backward"), {}, moved)  # fmt: skip
+    for kind, theirs, ups in (("gelu", F.gelu, 1), ("swiglu", swiglu, 2)):
+        contenders = against(theirs, lambda x, kind=kind: kernels.activation(x, kind))
+        number = B * T * width * size
+        yield Case("elementwise", kind, f"F{width} {B * T} tokens", lambda u=ups: [bench.randn(B * T, u * width)],
+                   contenders, ("forward", "backward"), {},
+                   {"forward": (1 + ups) * number, "backward": (1 + 2 * ups) * number})  # fmt: skip
+
+
+def loss_cases(bench: Bench) -> Iterator[Case]:
+    import kernels
+
+    def eager(h, weight, targets):
+        return F.cross_entropy(F.linear(h, weight).float(), targets)
+
+    def pad(weight):  # rows of logits at round addresses, as ours has them: what makes the products fastest
+        return F.pad(weight.detach(), (0, 0, 0, -len(weight) % 64)).requires_grad_()
+
+    shapes = [(16384, 768, 50257), (65536, 768, 50257), (16384, 2048, 50257), (65536, 320, 8192)]
+    for tokens, C, V in [(8, 16, 65)] if bench.dry else shapes:
+
+        def inputs(tokens=tokens, C=C, V=V):
+            weight = (0.02 * bench.randn(V, C, grad=False)).requires_grad_()
+            return [bench.randn(tokens, C), weight, torch.randint(V, (tokens,), device=bench.device)]
+
+        contenders = {
+            "ours": Contender(kernels.linear_cross_entropy),
+            "matrix products alone": Contender(_ThreeProducts.apply, lambda inputs: [inputs[0], pad(inputs[1])]),
+            "eager": Contender(eager), "torch.compile": Contender(bench.compiled(eager)),
+        }  # fmt: skip
+        if hasattr(F, "linear_cross_entropy"):
+            contenders["F.linear_cross_entropy"] = Contender(F.linear_cross_entropy)
+            chunked = functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+            contenders["F.linear_cross_entropy chunked"] = Contender(chunked)
+        if theirs := liger("liger_fused_linear_cross_entropy"):
+            contenders["Liger"] = Contender(theirs)
+        yield Case("loss", "linear_cross_entropy", f"C{C} V{V} {tokens} tokens", inputs, contenders, ("both",),
+                   {"both": 6 * tokens * C * V}, {})  # fmt: skip
+
+
+class _ThreeProducts(torch.autograd.Function):
+    """What the output layer cannot do without: logits, and from something of their size both gradients."""
+
+    @staticmethod
+    def forward(ctx, h, weight):
+        logits = h @ weight.T
+        ctx.save_for_backward(h, weight, logits)
+        return logits[0, 0].float()
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, weight, logits = ctx.saved_tensors
+        return logits @ weight, logits.T @ h
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sweep
+
+
+def sweep(bench: Bench) -> None:
+    """Times the shipped configurations and their neighbours, half and double in one number at a time, and prints the
+    fastest whose results agree."""
+    shapes = ("D64 T1024 65536", "D128 T1024 65536", "C768 65536", "H12", "F3072", "C768 V50257 16384", "C320 V8192")
+    for case in all_cases(bench):
+        if not bench.dry and not any(shape in case.shape for shape in shapes):
+            continue
+        for direction, module, name, kernel, numbers in tunables(case):
+            module = importlib.import_module(f"kernels.{module}")
+            kernel = None if kernel is None else module.KERNELS[kernel]
+            what = f"{case.operation} {direction} {case.shape}" + (f" {kernel.__name__}" if kernel else "")
+            try:
+                tried = dict(neighbours(case, direction, module, name, kernel, numbers, bench))
+            except Exception as error:
+                print(f"{what}: as shipped {type(error).__name__}: {error}")
+                continue
+            times = {change: took for change, took in tried.items() if took}
+            best, shipped = min(times, key=times.get), times["as shipped"]
+            print(f"{what}: as shipped {shipped * 1e6:.1f} us; ship {best}: {times[best] * 1e6:.1f} us "
+                  f"({shipped / times[best]:.3f}x; {len(tried) - len(times)} of {len(tried)} failed)",
+                  flush=True)  # fmt: skip
+            if bench.dry:  # one direction shows that it works
+                break
+
+
+def tunables(case: Case) -> Iterator[tuple]:
+    """(direction, module, name of the function in it that configures, place in KERNELS or None, what to vary)."""
+    for direction in case.directions:
+        if case.group == "attention":
+            for kernel in (0,) if direction == "forward" else (1, 2):
+                yield direction, "attention", "configure", kernel, ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+        elif case.group == "norms":
+            yield direction, "norms", f"_{direction}_config", None, ("ROWS", "num_warps")
+        elif case.group == "loss":
+            yield direction, "cross_entropy", "_config", None, ("BLOCK", "num_warps")
+        elif "rotary" in case.operation:
+            yield direction, "rotary", "_config", None, ("ROWS", "HEADS", "num_warps")
+        else:
+            yield direction, "activation", "_config", None, ("BLOCK", "num_warps")
+
+
+def neighbours(case, direction, module, name, kernel, numbers, bench) -> Iterator[tuple[str, float | None]]:
+    """(change, seconds or None) of a configuration and those next to it."""
+    shipped, seen, inputs = getattr(module, name), {}, turns(case, bench)
+    ours = case.contenders["ours"]
+
+    def configure(*arguments, change=None):
+        config = shipped(*arguments)
+        if kernel is None or arguments[0] is kernel:
+            seen.update(config)
+            config = config | (change or {})
+        return config
+
+    def run(change):
+        setattr(module, name, functools.partial(configure, change=change))
+        try:
+            results = bind(ours, inputs[0], direction)()
+            took = seconds([bind(ours, xs, direction) for xs in inputs], bench)
+            return [x.detach() for x in (results if isinstance(results, tuple) else (results,))], took
+        finally:
+            setattr(module, name, shipped)
+
+    torch.manual_seed(0)
+    want, took = run({})
+    yield "as shipped", took
+    for number in numbers:
+        now = seen[number]
+        for value in (now - 1, now + 1) if number == "num_stages" else (now // 2, now * 2):
+            if value < 1 or time.monotonic() > bench.deadline:
+                continue
+            change = f"{number}={value}"
+            try:
+                torch.manual_seed(0)  # the same seeds of the gradients
+                got, took = run({number: value})
+                same = all(torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2 * b.abs().max().item())
+                           for a, b in zip(got, want, strict=True))  # fmt: skip
+                yield change, took if same else None
+            except Exception:  # too much shared memory, say
+                yield change, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+def all_cases(bench: Bench) -> Iterator[Case]:
+    for cases in (attention_cases, norm_cases, elementwise_cases, loss_cases):
+        yield from cases(bench)
+
+
+def markdown(rows: list[Row], about: dict) -> str:
+    def number(value, digits=1):
+        return "" if value is None else f"{value:.{digits}f}"
+
+    lines = [
+        f"# Kernels on {about['device']}",
+        "",
+        f"`python -m bench.kernels`, {about['date']}, torch {about['torch']}, Triton {about['triton']}, bf16.",
+        f"Ceilings measured in this run: {about['ceilings']['flops'] / 1e12:.0f} TFLOP/s (matrix product), "
+        f"{about['ceilings']['bytes'] / 1e9:.0f} GB/s (copy). Medians; best peer: its time over ours.",
+        "",
+        "Checked against float64: " + ", ".join(f"{k} {v or 'right'}" for k, v in about["checks"].items()) + ".",
+        "",
+        "| operation | shape | direction | who | us | TFLOP/s | GB/s | of ceiling | peak MiB | best peer |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        first = row.error.replace("|", "/") if row.error else number(row.us)
+        cells = [row.operation, row.shape, row.direction, row.who, first, number(row.tflops), number(row.gbs, 0),
+                 number(row.of_ceiling, 2), number(row.peak_mib, 0), number(row.versus_best_peer, 2)]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def targets(rows: list[Row]) -> list[str]:
+    """What the kernels are meant to reach, and the worst case of this run."""
+
+    def ratios(numerator, denominator, direction, field="us", where=lambda shape: True):
+        by = {(row.who, row.shape): getattr(row, field) for row in rows if row.direction == direction}
+        shapes = [shape for who, shape in by if who == denominator and where(shape)]
+        pairs = [(by.get((numerator, shape)), by[denominator, shape]) for shape in shapes]
+        return [a / b for a, b in pairs if a and b]
+
+    short = lambda shape: "T512 " in shape or "T1024 " in shape  # noqa: E731
+    norms = [row.of_ceiling for row in rows if row.group == "norms" and row.who == "ours" and row.of_ceiling]
+    found = [
+        ("attention forward, T <= 1024: time of SDPA flash / ours, at least 1.2",
+         ratios("SDPA flash", "ours", "forward", where=short), min),
+        ("attention forward, T <= 1024: time of SDPA cuDNN / ours, at least 0.9",
+         ratios("SDPA cuDNN", "ours", "forward", where=short), min),
+        ("attention backward: time of SDPA flash / ours, at least 1", ratios("SDPA flash", "ours", "backward"), min),
+        ("norms: share of copy bandwidth, at least 0.9", norms, min),
+        ("loss: time of ours / its matrix products, at most 1.2", ratios("ours", "matrix products alone", "both"), max),
+        ("loss: memory of ours / eager, below 0.25", ratios("ours", "eager", "both", "peak_mib"), max),
+    ]  # fmt: skip
+    return [f"- {target}; worst of {len(values)}: {worst(values):.2f}" for target, values, worst in found if values]
+
+
+def main() -> None:
+    options = parse(Options, prog="python -m bench.kernels", description="Times our kernels against their peers.")
+    start = time.monotonic()
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # before kernels is imported
+    elif not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here, so there is nothing to time (--dry-run runs the code)")
+    import kernels
+
+    device = torch.device("cpu" if options.dry_run else "cuda", None if options.dry_run else 0)
+    backend, why = kernels.backend(device)
+    if backend == "fallback":
+        raise UserError(f"nothing of ours to time: {why}")
+    cuda = device.type == "cuda"
+    bench = Bench(device, torch.bfloat16 if cuda else torch.float32, options.dry_run, start + 60 * options.minutes,
+                  torch.cuda.get_device_properties(device).L2_cache_size if cuda else 0)  # fmt: skip
+    from torch._dynamo import config as dynamo  # not before TRITON_INTERPRET is set: it imports triton
+    from torch._functorch import config as functorch
+
+    functorch.donated_buffer = False  # a compiled backward runs many times over one forward
+    dynamo.recompile_limit = 64
+    torch.manual_seed(0)
+    if options.sweep:
+        return sweep(bench)
+
+    import triton
+
+    about = {"device": torch.cuda.get_device_name(device) if cuda else "a CPU, interpreted: these times mean nothing",
+             "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "triton": triton.__version__,
+             "cuda": torch.version.cuda, "dtype": str(bench.dtype).split(".")[1], "backend": why}  # fmt: skip
+    about |= {"checks": check_all(bench), "ceilings": ceilings(bench)}
+    rows = []
+    for case in all_cases(bench):
+        rows += run_case(case, bench, about["ceilings"])
+        print(f"{time.monotonic() - start:4.0f} s  {case.operation} {case.shape}", file=sys.stderr)
+    text = markdown(rows, about) + "\n" + "\n".join(targets(rows)) + "\n"
+    print(text)
+    if not options.dry_run:
+        path = RESULTS / f"kernels_{about['device'].replace(' ', '_')}"
+        record = about | {"rows": [asdict(row) for row in rows]}
+        path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+        path.with_suffix(".md").write_text(text)
+    if wrong := [name for name, text in about["checks"].items() if text]:
+        raise UserError(f"wrong results, see the table: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    run_command(main, "python -m bench.kernels")

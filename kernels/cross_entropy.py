@@ -1,0 +1,167 @@
+"""The output layer and its loss in one operation; `kernels.reference.linear_cross_entropy` in Triton and cuBLAS.
+
+For a row x = h W^T of logits (V,) and its target t, in float32:
+    loss  =  log Z - x_t + z (log Z)^2,  log Z = m + log(sum(exp(x - m))),  m = max(x)
+    dx    =  p (1 + 2 z log Z) - [v = t],  p = exp(x - m) / sum(exp(x - m))
+and from there dh = dx W, dW = dx^T h. The result is the mean over the rows whose target is not `ignore_index`, 0 if
+there is none; ignored rows have loss 0 and dx = 0.
+
+The logits are by far the largest tensor of a small model (V = 50k, 64k tokens: 6.6 GB in bf16, three times that with
+float32 copies and gradients), but no other operation wants them. So the forward takes the rows in chunks of at most
+CHUNK_BYTES: one matrix product makes a chunk of logits, one kernel turns them into losses and, in place, their own
+gradients, two products make dh and add to dW. The backward only scales. (The idea of Liger-Kernel, Hsu et al. 2024;
+with chunks that fill the device.) Matrix products are cuBLAS's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK_BYTES = 2**30  # of logits; 10,000 rows at V = 50k in bf16, enough for full-speed matrix products
+
+
+@triton.jit
+def _loss_and_gradient(Logits, Targets, Loss, M, V, stride, ignore_index, z_loss,
+                       GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Logits (M, V), each row padded to `stride`, become their gradients. Masks end at the stride, which unlike V is
+    a multiple of 64, so that 16 bytes are read and written at a time; what lies in the padding does not matter."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    real = rows < M
+    row = Logits + rows.to(tl.int64) * stride
+    target = tl.load(Targets + rows, mask=real, other=ignore_index)
+    keep = real & (target != ignore_index)
+    # A target that is no token makes the loss NaN, and nothing is read out of bounds.
+    right = tl.load(row + target, mask=keep & (target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+
+    top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)  # sums of exp(x - top) by column, one reduction at the end
+    for start in range(0, stride, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        x = tl.load(row[:, None] + cols[None, :], mask=real[:, None] & (cols < stride)[None, :], other=0.0)
+        x = tl.where((cols < V)[None, :], x.to(tl.float32), float("-inf"))
+        higher = tl.maximum(top, tl.max(x, 1))
+        total = total * tl.exp2((top - higher) * LOG2E)[:, None] + tl.exp2((x - higher[:, None]) * LOG2E)
+        top = higher
+    Z = tl.sum(total, 1)
+    log_z = top + tl.log(Z)
+    loss = tl.log(Z) + (top - right) + z_loss * log_z * log_z  # top - right first: both may be large
+    tl.store(Loss + rows, tl.where(keep, loss, 0.0), mask=real)
+
+    if GRADIENT:
+        scale = tl.where(keep, (1 + 2 * z_loss * log_z) / Z, 0.0)
+        target = tl.where(keep, target, -1)
+        for start in range(0, stride, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            inside = real[:, None] & (cols < stride)[None, :]
+            x = tl.load(row[:, None] + cols[None, :], mask=inside, other=0.0)
+            x = tl.where((cols < V)[None, :], x.to(tl.float32), float("-inf"))
+            dx = tl.exp2((x - top[:, None]) * LOG2E) * scale[:, None]
+            dx = tl.where(cols[None, :] == target[:, None], dx - 1, dx)
+            tl.store(row[:, None] + cols[None, :], dx.to(Logits.dtype.element_ty), mask=inside)
+
+
+def _config(V: int) -> dict:
+    """4096 numbers at a time in 256 threads, 16 each: of one row, or of several short ones."""
+    block = min(4096, triton.next_power_of_2(V))
+    return {"ROWS": min(64, 4096 // block), "BLOCK": block, "num_warps": 8}
+
+
+@torch.library.custom_op("nanochin::linear_cross_entropy", mutates_args=())
+def head(
+    h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float, train: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> mean loss, number of targets that count (both float32 scalars) and, to be divided by that number, dh (M, C)
+    and dweight (V, C) in float32; empty unless `train`."""
+    h, weight, targets = h.contiguous(), weight.contiguous(), targets.contiguous()
+    M, V = len(h), len(weight)
+    _, _, dh, dweight = _outputs(h, weight, targets, ignore_index, z_loss, train)
+    losses = h.new_empty(M, dtype=torch.float32)
+    config = _config(V)
+    # A row of V = 50,257 would start at odd addresses, which slows both the kernel and the matrix products.
+    stride = triton.cdiv(V, 64) * 64
+    chunks = triton.cdiv(M * stride * h.element_size(), CHUNK_BYTES)
+    rows = triton.cdiv(M, chunks)  # all chunks alike
+    buffer = h.new_empty((rows, stride))
+    for start in range(0, M, rows):
+        chunk = slice(start, start + rows)
+        x, target, loss = h[chunk], targets[chunk], losses[chunk]
+        logits = buffer[: len(x), :V]
+        torch.mm(x, weight.T, out=logits)
+        _loss_and_gradient[(triton.cdiv(len(x), config["ROWS"]),)](
+            logits, target, loss, len(x), V, stride, ignore_index, z_loss, GRADIENT=train, **config)  # fmt: skip
+        if train:
+            torch.mm(logits, weight, out=dh[chunk])
+            _add_product(dweight, logits, x, first=start == 0)
+    count = (targets != ignore_index).sum().clamp(min=1).float()
+    return losses.sum() / count, count, dh, dweight
+
+
+@head.register_fake
+def _outputs(h, weight, targets, ignore_index, z_loss, train):
+    scalars = h.new_empty((), dtype=torch.float32), h.new_empty((), dtype=torch.float32)
+    shapes = (h.shape, weight.shape) if train else (0, 0)
+    return *scalars, h.new_empty(shapes[0]), h.new_empty(shapes[1], dtype=torch.float32)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total (V, C) float32 += a^T b, or = if it is the first; cuBLAS reads bf16 and adds in float32 in one go."""
+    if total.is_cuda:
+        torch.addmm(total, a.T, b, out_dtype=torch.float32, beta=1 - first, out=total)
+    else:
+        torch.addmm(total, a.T.float(), b.float(), beta=1 - first, out=total)
+
+
+def _setup_context(ctx, inputs, output):
+    _, weight, *_ = inputs
+    _, count, dh, dweight = output
+    ctx.mark_non_differentiable(count, dh, dweight)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(count, dh, dweight)
+    ctx.dtype = weight.dtype
+
+
+def _autograd(ctx, grad, *_):
+    count, dh, dweight = ctx.saved_tensors
+    scale = (grad / count)[None]  # one dimension, so that it stays float32 beside bf16
+    return (dh * scale).to(dh.dtype), (dweight * scale).to(ctx.dtype), None, None, None, None
+
+
+head.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _flops(h, weight, targets, ignore_index, z_loss, train, **_) -> int:
+    """Of the shapes: logits and, in training, both gradients are made in the forward."""
+    return 2 * h[0] * h[1] * weight[0] * (3 if train else 1)
+
+
+FLOP_FORMULAS = {torch.ops.nanochin.linear_cross_entropy: _flops}
+
+
+def aot():
+    """The shipped configurations for bench.aot, bf16."""
+    for V in (256, 8192, 50257):
+        for train in (False, True):
+            config = _config(V)
+            warps = config.pop("num_warps")
+            signature = {"Logits": "*bf16", "Targets": "*i64", "Loss": "*fp32", "M": "i32", "V": "i32", "stride": "i32",
+                         "ignore_index": "i32", "z_loss": "fp32"}  # fmt: skip
+            yield {"label": f"cross-entropy{' and gradient' if train else ''} bf16 V{V}", "kernel": _loss_and_gradient,
+                   "signature": signature, "constexprs": {"GRADIENT": train} | config, "num_warps": warps,
+                   "num_stages": 3, "odd": ("M", "V", "ignore_index"), "gate": V == 50257 and train}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public function
+
+
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
+) -> Tensor:
+    """Mean over the targets that are not `ignore_index` of -log softmax(h weight^T)[target] + z_loss log(Z)^2.
+
+    h (M, C), weight (V, C), targets (M,) -> float32 scalar. No target at all gives 0; one outside 0..V-1 gives NaN.
+    """
+    train = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    return head(h, weight, targets, ignore_index, z_loss, train)[0]

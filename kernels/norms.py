@@ -1,0 +1,236 @@
+"""RMSNorm and LayerNorm over the last dimension, alone or of x + residual; `kernels.reference` in Triton.
+
+Forward, per row of C numbers, all in float32:
+    x  <- x + residual, rounded to its dtype as it is stored             (only if there is a residual)
+    m  =  mean(x) for LayerNorm, 0 for RMSNorm
+    r  =  (mean((x - m)^2) + eps)^(-1/2)
+    n  =  (x - m) r,    y = n w + b
+Backward, with g the gradient of y and t that of the stored sum (0 without a residual):
+    dx =  r (w g - mean(w g) - n mean(w g n)) + t,  which is the gradient of the residual, too
+    dw =  sum over rows of g n,    db = sum over rows of g
+without the term mean(w g) for RMSNorm: its m is a constant.
+
+Both directions are bound by memory: a row is read once, kept in registers, and written once. The backward runs about
+two programs a multiprocessor, each over many rows, so that the sums over rows are first made within a program; the
+few partial sums that are left are added by one reduction, always in the same order.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_WIDTH = 32768  # a row must fit the registers of one program
+
+
+@triton.jit
+def _forward(X, Residual, W, B, Y, Total, Stats, M, C, eps,
+             CENTRED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+             ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK)
+    inside = (rows < M)[:, None] & (cols < C)[None, :]
+    at = rows.to(tl.int64)[:, None] * C + cols[None, :]
+
+    x = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)  # (ROWS, BLOCK)
+    if ADD:
+        total = (x + tl.load(Residual + at, mask=inside, other=0.0).to(tl.float32)).to(Total.dtype.element_ty)
+        tl.store(Total + at, total, mask=inside)
+        x = total.to(tl.float32)  # the backward sees the rounded sum
+    if CENTRED:
+        mean = tl.sum(x, 1) / C
+        tl.store(Stats + M + rows, mean, mask=rows < M)
+        x = tl.where(inside, x - mean[:, None], 0.0)
+    r = 1 / tl.sqrt(tl.sum(x * x, 1) / C + eps)
+    tl.store(Stats + rows, r, mask=rows < M)
+
+    y = x * r[:, None] * tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    if BIAS:
+        y += tl.load(B + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _backward(G, GTotal, X, W, Stats, DX, Partial, M, C,
+              CENTRED: tl.constexpr, ADD: tl.constexpr, BIAS: tl.constexpr,
+              ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    cols = tl.arange(0, BLOCK)
+    w = tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    dw = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    db = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
+    for start in range(program * ROWS, M, programs * ROWS):
+        rows = start + tl.arange(0, ROWS)
+        inside = (rows < M)[:, None] & (cols < C)[None, :]
+        at = rows.to(tl.int64)[:, None] * C + cols[None, :]
+        g = tl.load(G + at, mask=inside, other=0.0).to(tl.float32)
+        n = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
+        r = tl.load(Stats + rows, mask=rows < M, other=0.0)[:, None]
+        if CENTRED:  # g is 0 outside, so what n is there does not matter
+            n -= tl.load(Stats + M + rows, mask=rows < M, other=0.0)[:, None]
+        n *= r
+        dw += g * n
+        if BIAS:
+            db += g
+        g *= w
+        dx = g - n * (tl.sum(g * n, 1) / C)[:, None]
+        if CENTRED:
+            dx -= (tl.sum(g, 1) / C)[:, None]
+        dx *= r
+        if ADD:
+            dx += tl.load(GTotal + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=inside)
+    at = program.to(tl.int64) * C + cols  # Partial is (1 or 2, programs, C): weight, bias
+    tl.store(Partial + at, tl.sum(dw, 0), mask=cols < C)
+    if BIAS:
+        tl.store(Partial + programs.to(tl.int64) * C + at, tl.sum(db, 0), mask=cols < C)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One operator for the four functions
+
+
+def _config(C: int, elements: int) -> dict:
+    """Whole rows, as many as make `elements`: 4096 of them are 32 a thread forward (4 warps), 16 backward (8), which
+    keeps everything in registers up to C = 2048 and more (bench/results/kernels_aot.md)."""
+    block = triton.next_power_of_2(C)
+    return {"ROWS": min(32, max(1, elements // block)), "BLOCK": block}
+
+
+def _forward_config(C: int) -> dict:
+    config = _config(C, 4096)
+    return config | {"num_warps": 4 if config["BLOCK"] <= 4096 else 8 if config["BLOCK"] <= 8192 else 16}
+
+
+def _backward_config(C: int) -> dict:
+    config = _config(C, 4096)
+    return config | {"num_warps": 8 if config["BLOCK"] <= 4096 else 16}
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@torch.library.custom_op("nanochin::norm", mutates_args=())
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> normed (..., C); x + residual (..., C), empty without a residual; per row 1/std (and mean): (1 or 2, M)."""
+    x, residual, weight, bias = _contiguous(x, residual, weight, bias)
+    M, C = x.numel() // x.shape[-1], x.shape[-1]
+    if C > MAX_WIDTH:
+        raise ValueError(f"a norm over {C} numbers: at most {MAX_WIDTH} fit one program")
+    normed, total, stats = _norm_outputs(x, residual, weight, bias, eps, centred)
+    config = _forward_config(C)
+    _forward[(triton.cdiv(M, config["ROWS"]),)](
+        x, residual, weight, bias, normed, total, stats, M, C, eps,
+        CENTRED=centred, ADD=residual is not None, BIAS=bias is not None, **config)  # fmt: skip
+    return normed, total, stats
+
+
+@norm.register_fake
+def _norm_outputs(x, residual, weight, bias, eps, centred):
+    M = x.numel() // x.shape[-1]
+    total = x.new_empty(0 if residual is None else x.shape)
+    return x.new_empty(x.shape), total, x.new_empty((1 + centred, M), dtype=torch.float32)
+
+
+@torch.library.custom_op("nanochin::norm_backward", mutates_args=())
+def norm_backward(
+    grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, stats: Tensor, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """-> gradient of x and of the residual (..., C); gradients of weight (and bias), float32 (1 or 2, C)."""
+    grad, grad_total, x, weight, stats = _contiguous(grad, grad_total, x, weight, stats)
+    M, C = x.numel() // x.shape[-1], x.shape[-1]
+    config = _backward_config(C)
+    programs = min(triton.cdiv(M, config["ROWS"]), 2 * _processors(x.device))
+    dx = torch.empty_like(x)
+    partial = x.new_empty((1 + bias, programs, C), dtype=torch.float32)
+    _backward[(programs,)](
+        grad, grad_total, x, weight, stats, dx, partial, M, C,
+        CENTRED=len(stats) == 2, ADD=grad_total is not None, BIAS=bias, **config)  # fmt: skip
+    return dx, partial.sum(1)
+
+
+@norm_backward.register_fake
+def _(grad, grad_total, x, weight, stats, bias):
+    return x.new_empty(x.shape), x.new_empty((1 + bias, x.shape[-1]), dtype=torch.float32)
+
+
+def _setup_context(ctx, inputs, output):
+    x, residual, weight, bias, _, _ = inputs
+    _, total, stats = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(stats)
+    ctx.residual, ctx.bias = residual is not None, None if bias is None else bias.dtype
+    ctx.save_for_backward(x if residual is None else total, weight, stats)
+
+
+def _autograd(ctx, grad, grad_total, _):
+    x, weight, stats = ctx.saved_tensors
+    if not ctx.residual:
+        grad_total = None
+    if grad is None:  # only the sum was used
+        return grad_total, grad_total, None, None, None, None
+    dx, dparameters = norm_backward(grad, grad_total, x, weight, stats, ctx.bias is not None)
+    dweight = dparameters[0].to(weight.dtype)
+    dbias = None if ctx.bias is None else dparameters[1].to(ctx.bias)
+    return dx, dx if ctx.residual else None, dweight, dbias, None, None
+
+
+norm.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _contiguous(*tensors):
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def aot():
+    """The shipped configurations for bench.aot: bf16 activations, float32 weights, with the residual."""
+    forward = {"X": "*bf16", "Residual": "*bf16", "W": "*fp32", "Y": "*bf16", "Total": "*bf16", "Stats": "*fp32",
+               "M": "i32", "C": "i32", "eps": "fp32"}  # fmt: skip
+    backward = {"G": "*bf16", "GTotal": "*bf16", "X": "*bf16", "W": "*fp32", "Stats": "*fp32", "DX": "*bf16",
+                "Partial": "*fp32", "M": "i32", "C": "i32"}  # fmt: skip
+    kinds = {
+        "add_rms_norm": ({"CENTRED": False, "ADD": True, "BIAS": False}, forward, {"B": None}),
+        "add_layer_norm": ({"CENTRED": True, "ADD": True, "BIAS": True}, forward | {"B": "*fp32"}, {}),
+    }
+    for name, (options, forward, absent) in kinds.items():
+        for C in (384, 768, 1024, 2048, 4096, 8192):
+            for direction, kernel, signature, constexprs, config in (
+                ("forward", _forward, forward, options | absent, _forward_config(C)),
+                ("backward", _backward, backward, options, _backward_config(C)),
+            ):
+                warps = config.pop("num_warps")
+                yield {"label": f"{name} {direction} bf16 C{C}", "kernel": kernel, "signature": signature,
+                       "constexprs": constexprs | config, "num_warps": warps, "num_stages": 3,
+                       "gate": C == 768 and name == "add_rms_norm"}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Public functions
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / rms(x) * weight over the last dimension, at most 32,768 wide."""
+    return norm(x, None, weight, None, eps, False)[0]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / std * weight + bias over the last dimension, at most 32,768 wide."""
+    return norm(x, None, weight, bias, eps, True)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual)."""
+    return norm(x, residual, weight, None, eps, False)[:2]
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual)."""
+    return norm(x, residual, weight, bias, eps, True)[:2]

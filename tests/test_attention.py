@@ -1,0 +1,182 @@
+"""Causal attention in Triton, interpreted where there is no GPU, against the mathematics in float64."""
+
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interpreted import CUDA, DEVICE, MARKS, compare, load, randn, repeats
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernels import reference
+from nanochin.config import make_shape
+from nanochin.flops import count_flops, ledger
+
+pytestmark = MARKS
+kernels = load("attention")
+attention = kernels.attention
+HERE = kernels.target_of(DEVICE)
+
+# (B, T, heads, head size): one token, padded heads, ends of sequences within a block
+SIZES = [(1, 1, 1, 8), (2, 7, 3, 24), (1, 100, 2, 64), (2, 129, 1, 32), (1, 300, 1, 128)]
+POINTERS = [(size, dtype, "sm_80") for size in SIZES for dtype in (torch.float32, torch.float16)]
+DESCRIPTORS = [(size, torch.float16, "sm_90") for size in SIZES[2:]] + [((2, 21, 2, 24), torch.float16, "sm_90")]
+LARGE = [(3, 1000, 2, 64), (2, 1024, 12, 64), (1, 1000, 3, 128), (1, 4096, 2, 128), (1, 4096, 2, 40), (2, 777, 5, 96)]
+COMPILED = [(size, dtype, target) for size in SIZES + LARGE for target in {"sm_80", HERE}
+            for dtype in (torch.float32, torch.float16, torch.bfloat16)]  # fmt: skip
+
+
+def sdpa(qkv: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """PyTorch's own operation."""
+    B, T, C3 = qkv.shape
+    q, k, v = qkv.view(B, T, 3, n_heads, -1).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C3 // 3)
+
+
+def check(qkv: torch.Tensor, n_heads: int, dtype: torch.dtype) -> None:
+    compare(lambda x: attention(x, n_heads), lambda x: sdpa(x, n_heads),
+            lambda x: reference.attention(x, n_heads), [qkv], dtype)  # fmt: skip
+
+
+@pytest.mark.parametrize("size, dtype, target", COMPILED if CUDA else POINTERS + DESCRIPTORS, ids=str)
+def test_attention(size, dtype, target, monkeypatch):
+    """Values and gradients, by pointers and by descriptors, into memory that held NaN."""
+    monkeypatch.setattr(kernels, "target_of", lambda device: target)
+    B, T, H, D = size
+    check(randn(B, T, 3 * H * D), H, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_logits(dtype):
+    """Scores in the hundreds, where softmax picks one key."""
+    check(randn(1, 70, 3 * 32, scale=10.0), 1, dtype)
+
+
+def test_equal_rows():
+    """Where all tokens are alike every weight is 1 / (t + 1), and each output is the value itself."""
+    row = randn(1, 1, 3 * 32)
+    check(row.expand(1, 70, -1), 1, torch.float32)
+    out = attention(row.expand(1, 70, -1).to(DEVICE, torch.float32), 1)
+    torch.testing.assert_close(out, row[..., 64:].expand_as(out).to(out), rtol=1e-6, atol=1e-6)
+
+
+def test_repeating_gives_the_same_bits():
+    """Two runs, and a third one under torch.compile."""
+    repeats(lambda x: attention(x, 2), randn(2, 70, 3 * 2 * 16).to(DEVICE, torch.float16).requires_grad_())
+
+
+def test_batch_and_heads_do_not_meet():
+    """Permuting sequences and heads permutes the bits of values and gradients, and a sequence of NaN spoils no other,
+    though its rows follow within the same block."""
+    B, T, H, D = 3, 70, 2, 16
+    qkv, seed = randn(B, T, 3 * H * D).to(DEVICE, torch.float16), randn(B, T, H * D, seed=1).to(DEVICE, torch.float16)
+
+    def run(qkv, seed):
+        qkv = qkv.detach().requires_grad_()
+        out = attention(qkv, H)
+        return out.detach(), torch.autograd.grad(out, qkv, seed)[0]
+
+    def permute(x):
+        return x.view(B, T, -1, H, D)[[2, 0, 1]].flip(3).reshape(x.shape)
+
+    out, grad = run(qkv, seed)
+    other, other_grad = run(permute(qkv), permute(seed))
+    assert torch.equal(permute(out), other) and torch.equal(permute(grad), other_grad)
+    qkv[1:] = torch.nan
+    for target in ("sm_80", "sm_90") if not CUDA else ("sm_80", HERE):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "target_of", lambda device, target=target: target)
+            spoilt, spoilt_grad = run(qkv, seed)
+        assert torch.equal(spoilt[0], out[0]) and torch.equal(spoilt_grad[0], grad[0])
+        assert spoilt[1:].isnan().all()
+
+
+def test_any_strides():
+    """A slice of a wider tensor and an expanded gradient give what their contiguous copies give."""
+    wide = randn(2, 9, 100).to(DEVICE, torch.float32)
+    part, whole = wide[..., 1:97].requires_grad_(), wide[..., 1:97].clone().requires_grad_()
+    attention(part, 2).sum().backward()
+    attention(whole, 2).backward(torch.ones(2, 9, 32, device=DEVICE))
+    assert torch.equal(part.grad, whole.grad)
+    assert torch.equal(attention(part, 2), attention(whole, 2))
+
+
+def test_operators_keep_torch_s_rules():
+    """Schema, fake tensors, autograd registration and tracing, as torch checks them."""
+    qkv = randn(2, 7, 3 * 2 * 8).to(DEVICE, torch.float32)
+    torch.library.opcheck(torch.ops.nanochin.attention.default, (qkv.requires_grad_(), 2))
+    o, lse = torch.ops.nanochin.attention(qkv.detach(), 2)
+    torch.library.opcheck(torch.ops.nanochin.attention_backward.default, (o, qkv.detach(), o, lse, 2))
+
+
+def test_flops_are_those_of_the_ledger():
+    """FlopCounterMode with our formulas sees attention as nanochin.flops counts it: in full, backward twice forward."""
+    shape = make_shape(48, 1, vocab_size=5, seq_len=20)
+    qkv = randn(3, 20, 3 * 48).to(DEVICE, torch.float32).requires_grad_()
+    with FlopCounterMode(display=False, custom_mapping=kernels.FLOP_FORMULAS) as counter:
+        attention(qkv, shape.heads).sum().backward()
+    rows = [row for row in ledger(shape) if row.operation.startswith("attention")]
+    assert len(rows) == 2 and counter.get_total_flops() == 3 * sum(3 * row.physical for row in rows)
+    assert counter.get_total_flops() < count_flops(shape, 3 * 20)["physical"]
+
+
+@pytest.mark.parametrize("width, heads", [(3 * 130, 1), (3 * 32 + 3, 2), (32, 1)])
+def test_what_it_refuses(width, heads):
+    """Heads above 128 and widths that heads do not divide, in one line, as other dtypes are."""
+    with pytest.raises(ValueError, match=rf"width {width} is not 3 x {heads} heads of at most 128"):
+        attention(torch.zeros(1, 2, width, device=DEVICE), heads)
+    with pytest.raises(ValueError, match="qkv is torch.float64"):
+        attention(torch.zeros(1, 2, 48, device=DEVICE, dtype=torch.float64), 1)
+
+
+def test_every_shipped_configuration_is_reached():
+    """Each row of the table serves some shape, and the descriptors only those that they can address."""
+    used = set()
+    for target in ("sm_80", "sm_90", "sm_100"):
+        for dtype in (torch.float32, torch.bfloat16):
+            for T, D in ((1, 8), (64, 128), (65, 26), (7, 90), (4096, 64), (1000, 128)):
+                for kernel in kernels.KERNELS:
+                    options = kernels.configure(kernel, target, dtype, T, D)
+                    used.add(tuple(options[key] for key in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")))
+                    assert not options["TMA"] or D % 8 == 0 and target != "sm_80" and dtype != torch.float32
+    assert used == {tuple(tile) for tiles in kernels.TILES.values() for tile in tiles}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_cuda_graph():
+    """Captured and replayed on new numbers, forward and backward."""
+    qkv = randn(2, 200, 3 * 128).to(DEVICE, torch.bfloat16).requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.autograd.grad(attention(qkv, 2).sum(), qkv)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        (grad,) = torch.autograd.grad(attention(qkv, 2).sum(), qkv)
+    with torch.no_grad():
+        qkv.copy_(randn(2, 200, 3 * 128, seed=5))
+    graph.replay()
+    assert torch.equal(grad, torch.autograd.grad(attention(qkv, 2).sum(), qkv)[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.skipif(not shutil.which("compute-sanitizer"), reason="no compute-sanitizer here")
+def test_compute_sanitizer():
+    """No access outside the tensors, forward and backward, at a ragged length by pointers and by descriptors."""
+    code = textwrap.dedent("""
+        import torch
+        from kernels.attention import attention
+        for T, D in ((129, 64), (100, 24), (300, 128)):
+            qkv = torch.randn(2, T, 3 * 2 * D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            attention(qkv, 2).sum().backward()
+        torch.cuda.synchronize()
+    """)
+    done = subprocess.run(["compute-sanitizer", "--error-exitcode=1", sys.executable, "-c", code],
+                          cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr

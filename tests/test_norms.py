@@ -1,0 +1,123 @@
+"""RMSNorm and LayerNorm in Triton, interpreted where there is no GPU, against the mathematics in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from interpreted import CUDA, DEVICE, DTYPES, MARKS, compare, load, randn, repeats
+
+from kernels import reference
+
+pytestmark = MARKS
+norms = load("norms")
+
+# (rows..., C): one row, odd sizes, more rows than one round of programs takes, the widest of our models
+SIZES = [(1, 8), (7, 96), (3, 43, 64), (1, 6), (2, 5, 33), (3, 1000), (2, 8192)]
+SIZES += [(64, 1024, 768), (16384, 2048), (8191, 8192), (100, 32768), (300_000, 96)] if CUDA else []
+
+
+def torch_norm(name):
+    """PyTorch's own operations under our signature."""
+    norm = F.rms_norm if name.endswith("rms_norm") else F.layer_norm
+    eps = 1e-6 if name.endswith("rms_norm") else 1e-5
+
+    def alone(x, *parameters):
+        return norm(x, x.shape[-1:], *(p.to(x.dtype) for p in parameters), eps=eps)
+
+    def added(x, residual, *parameters):
+        return alone(x + residual, *parameters), x + residual
+
+    return added if name.startswith("add") else alone
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_all_four(size, dtype):
+    """Values and gradients of both norms, alone and with the residual added first."""
+    x, residual = randn(*size, scale=3.0), randn(*size, seed=1)
+    weight, bias = randn(size[-1], seed=2), randn(size[-1], seed=3)
+    for norm, parameters in (("rms_norm", [weight]), ("layer_norm", [weight, bias])):
+        for name, inputs in ((norm, [x]), ("add_" + norm, [x, residual])):
+            ours, exact = getattr(norms, name), getattr(reference, name)
+            compare(ours, torch_norm(name), exact, inputs, dtype, parameters)
+
+
+def test_layer_norm_without_bias():
+    """The bias is optional; its gradient then is None."""
+    x, weight = randn(5, 24), randn(24, seed=1)
+    theirs = lambda x, w: F.layer_norm(x, (24,), w)  # noqa: E731
+    compare(lambda x, w: norms.layer_norm(x, w, None), theirs,
+            lambda x, w: reference.layer_norm(x, w, None), [x, weight], torch.float32)  # fmt: skip
+
+
+@pytest.mark.parametrize("scale, offset", [(1e4, 0.0), (1e-4, 0.0), (1.0, 1e3)])
+def test_odd_scales(scale, offset):
+    """Large, small and far from zero: statistics lose no more digits than PyTorch's."""
+    x, weight, bias = randn(6, 200, scale=scale) + offset, randn(200, seed=1), randn(200, seed=2)
+    compare(norms.rms_norm, torch_norm("rms_norm"), reference.rms_norm, [x, weight], torch.float32)
+    compare(norms.layer_norm, torch_norm("layer_norm"), reference.layer_norm, [x, weight, bias], torch.float32)
+
+
+def test_equal_numbers_in_a_row():
+    """A row of equal numbers: its layer norm is the bias; its gradient is large but finite."""
+    x = torch.full((4, 96), 3.0, device=DEVICE, requires_grad=True)
+    weight, bias = torch.ones(96, device=DEVICE), torch.arange(96.0, device=DEVICE)
+    y = norms.layer_norm(x, weight, bias)
+    assert torch.equal(y, bias.expand(4, 96))
+    assert torch.autograd.grad(y, x, torch.ones_like(y))[0].isfinite().all()
+    zero = norms.rms_norm(torch.zeros(4, 96, device=DEVICE), weight)
+    assert not zero.any()
+
+
+def test_only_one_of_two_outputs_is_used():
+    """The gradient of the sum alone passes through; that of the norm alone has no other added."""
+    x, residual, weight = (randn(*size).float().to(DEVICE).requires_grad_() for size in ((3, 16), (3, 16), (16,)))
+    _, total = norms.add_rms_norm(x, residual, weight)
+    assert torch.equal(torch.autograd.grad(total.sum(), x)[0], torch.ones_like(x))
+    normed, _ = norms.add_rms_norm(x, residual, weight)
+    got = torch.autograd.grad(normed.square().sum(), (x, residual, weight))
+    want = torch.autograd.grad(reference.rms_norm(x + residual, weight).square().sum(), (x, residual, weight))
+    torch.testing.assert_close(got, want)
+
+
+def test_other_strides():
+    """A transposed input and an expanded gradient give what their contiguous copies give."""
+    x, weight = randn(32, 7).float().to(DEVICE).T.requires_grad_(), randn(32, seed=1).float().to(DEVICE)
+    got = norms.rms_norm(x, weight)
+    assert torch.equal(got, norms.rms_norm(x.contiguous(), weight))
+    (grad,) = torch.autograd.grad(got.sum(), x)  # the gradient of a sum is one number, expanded
+    (want,) = torch.autograd.grad(reference.rms_norm(x, weight), x, torch.ones(7, 32, device=DEVICE))
+    torch.testing.assert_close(grad, want)
+
+
+def test_weight_gradient_sums_every_row():
+    """More rows than the programs of one round hold, each counted once: with equal rows dw is their number times one
+    row's."""
+    row, weight = randn(1, 16).float().to(DEVICE), torch.ones(16, device=DEVICE, requires_grad=True)
+    many = 32 * 5 + 3
+    one, all_of_them = (
+        torch.autograd.grad(norms.rms_norm(row.expand(n, 16), weight), weight, torch.ones(n, 16, device=DEVICE))[0]
+        for n in (1, many)
+    )
+    torch.testing.assert_close(all_of_them, many * one)
+
+
+def test_repeats_and_compiles():
+    """Bits repeat, also under torch.compile."""
+    x, residual, weight, bias = (randn(*s, seed=i).float().to(DEVICE).requires_grad_()
+                                 for i, s in enumerate(((70, 24), (70, 24), (24,), (24,))))  # fmt: skip
+    repeats(norms.rms_norm, x, weight)
+    repeats(norms.add_layer_norm, x, residual, weight, bias)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_opcheck(centred):
+    """torch.library's own checks of schema, fake tensors and autograd registration."""
+    x, residual, weight = (randn(*size).float().to(DEVICE).requires_grad_() for size in ((5, 24), (5, 24), (24,)))
+    torch.library.opcheck(norms.norm, (x, residual, weight, weight if centred else None, 1e-5, centred))
+    torch.library.opcheck(norms.norm, (x, None, weight, None, 1e-5, centred))
+
+
+def test_too_wide_is_refused():
+    """A row that no program can hold is named."""
+    with pytest.raises(ValueError, match="32769"):
+        norms.rms_norm(torch.zeros(1, 32769, device=DEVICE), torch.ones(32769, device=DEVICE))

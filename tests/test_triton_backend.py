@@ -1,0 +1,195 @@
+"""The whole model on Triton kernels, interpreted where there is no GPU, and the choice of who computes."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from interpreted import CUDA, DEVICE, MARKS, load_all
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+from nanochin.config import make_shape
+from nanochin.flops import count_flops
+from nanochin.model import GPT
+
+pytestmark = MARKS
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def batch(shape, sequences, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(shape.vocab_size, (sequences, shape.seq_len + 1), generator=generator).to(DEVICE)
+
+
+def train(implementation, shape, steps):
+    """Losses of `steps` steps on one sequence. Plain gradient descent: Adam would make full steps of the rounding that
+    is all there is of a gradient which is zero, as that of the keys' biases."""
+    model, tokens = GPT(shape, z_loss=1e-4).to(DEVICE), batch(shape, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    with kernels.use(implementation):
+        for _ in range(steps):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("options", [
+    {"activation": "swiglu", "qk_norm": True},
+    {"norm": "layernorm", "positions": "learned", "activation": "relu2", "bias": True, "tied": False},
+])  # fmt: skip
+def test_training_gives_the_same_losses(options):
+    """20 steps on Triton kernels and on PyTorch operations: losses differ by at most 1e-5 of themselves, the rounding
+    of float32 sums in another order as it grows over the steps, while they fall by far more."""
+    load_all()
+    shape = make_shape(24, 1, vocab_size=101, seq_len=20, head_size=12, **options)
+    ours, theirs = train("triton", shape, 20), train("fallback", shape, 20)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert ours != theirs and theirs[-1] < theirs[0] - 0.5
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "swiglu", "tied": False, "qk_norm": True, "norm": "layernorm"}])
+def test_flops(options):
+    """FlopCounterMode with our formulas sees the ledger's `physical` count on Triton kernels to the last operation:
+    forward and backward in training, the forward alone in evaluation."""
+    load_all()
+    shape = make_shape(24, 2, vocab_size=77, seq_len=20, head_size=12, **options)
+    model, tokens = GPT(shape).to(DEVICE), batch(shape, 2)
+    physical = count_flops(shape, 2 * 20)["physical"]
+    with kernels.use("triton"):
+        with FlopCounterMode(display=False, custom_mapping=kernels.flop_formulas()) as training:
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=kernels.flop_formulas()) as evaluation:
+            model(tokens[:, :-1], tokens[:, 1:])
+    assert training.get_total_flops() == physical
+    assert evaluation.get_total_flops() == physical / 3
+
+
+def test_the_model_compiles_to_one_graph():
+    """torch.compile takes the whole model with its operators without a break; loss and gradients keep their bits."""
+    load_all()
+    shape = make_shape(24, 1, vocab_size=77, seq_len=20, head_size=12, qk_norm=True)
+    model, tokens = GPT(shape).to(DEVICE), batch(shape, 1)
+    passes = []
+    with kernels.use("triton"):
+        for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+            loss = run(tokens[:, :-1], tokens[:, 1:])
+            passes.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(a, b) for a, b in zip(*passes, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_cuda_graph():
+    """A forward and backward pass captured in a CUDA graph replays to loss and gradients of an eager one."""
+    shape = make_shape(256, 2, vocab_size=1000, seq_len=100)
+    model, tokens = GPT(shape, dtype=torch.bfloat16).to(DEVICE), batch(shape, 4)
+    parameters = list(model.parameters())
+
+    def step():
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        return loss, *torch.autograd.grad(loss, parameters)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles, and fills what is cached
+        want = [x.clone() for x in step()]
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.testing.assert_close(list(captured), want)
+
+
+def test_use_triton_restores():
+    """Afterwards the model computes by what it did before, and modules have not replaced operations of their name."""
+    before = {name: getattr(kernels, name) for name in kernels.OPERATIONS}
+    load_all()
+    with kernels.use("triton"):
+        assert all(getattr(kernels, name) is not operation for name, operation in before.items())
+    assert all(getattr(kernels, name) is operation for name, operation in before.items())
+
+
+def test_backend_says_why(monkeypatch):
+    """Every choice with its reason: no CUDA, no triton, interpreting, an old GPU, AMD's, a good one."""
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    name, why = kernels.backend(CPU)
+    assert name == "fallback" and "this is cpu" in why
+
+    def capability(*version):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: version)
+
+    capability(9, 0)
+    name, why = kernels.backend(GPU)
+    assert name == "triton" and why.startswith("Triton 3.") and why.endswith("sm_90")
+    capability(7, 5)
+    name, why = kernels.backend(GPU)
+    assert name == "fallback" and "this is sm_75" in why
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    name, why = kernels.backend(GPU)
+    assert name == "fallback" and "AMD" in why
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernels.backend(CPU)[0] == kernels.backend(GPU)[0] == "interpreter"
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
+    name, why = kernels.backend(GPU)
+    assert name == "fallback" and "triton is not installed" in why
+
+
+def python(code, **environment):
+    env = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", **environment}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_a_cpu_does_not_import_triton():
+    """Without a GPU the operations are PyTorch's own functions, nothing in between, and triton is not imported."""
+    code = "import sys, kernels; print('triton' in sys.modules, kernels.rotary is kernels.fallback.rotary)"
+    assert python(code) == ["False", "True"]
+
+
+def test_without_triton():
+    """Where triton cannot be imported, everything works on PyTorch operations, also if asked to interpret."""
+    code = """
+import importlib.util, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
+sys.modules["triton"] = None  # importing it fails
+import kernels, torch
+print(kernels.backend(torch.device("cpu"))[0], kernels.rms_norm(torch.ones(2, 4), torch.ones(4)).sum().item())
+"""
+    name, total = python(code, TRITON_INTERPRET="1")
+    assert name == "fallback" and float(total) == pytest.approx(8.0, rel=1e-5)
+
+
+def test_interpreting_on_request():
+    """TRITON_INTERPRET=1 makes the model run on interpreted kernels, but for float64 and for heads beyond 128, which
+    PyTorch operations compute."""
+    pytest.importorskip("triton")
+    code = """
+import kernels, torch
+ran = []
+from torch.utils._python_dispatch import TorchDispatchMode
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        ran.append(str(op).split(".")[0] == "nanochin")
+        return op(*args, **(kwargs or {}))
+def computed_by_triton(function, *args):
+    ran.clear()
+    with Watch():
+        function(*args)
+    print(any(ran))
+computed_by_triton(kernels.rms_norm, torch.ones(2, 4), torch.ones(4))
+computed_by_triton(kernels.rms_norm, torch.ones(2, 4).double(), torch.ones(4))
+computed_by_triton(kernels.attention, torch.ones(1, 2, 3 * 128), 1)
+computed_by_triton(kernels.attention, torch.ones(1, 2, 3 * 130), 1)
+computed_by_triton(kernels.rotary, torch.ones(1, 2, 3 * 16), 2, 100.0)
+"""
+    assert python(code, TRITON_INTERPRET="1") == ["True", "False", "True", "False", "True"]
