@@ -1,11 +1,23 @@
-"""Intervals for all three approaches: resample the independent units (runs, not rows), fit again, take percentiles."""
+"""Intervals for all three approaches: resample the independent units (runs, not rows), fit again, take percentiles.
 
-from collections.abc import Callable
+A replicate is a vector of counts: how often each run was drawn. Counts are weights on the same rows, so nothing is
+copied and a whole batch of replicates is optimised at once. Rows of one run (checkpoints, repeated evaluations) are
+not independent: resampling rows then gives intervals that are several times too narrow.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from nanochin.laws.law import Law, PowerLaw
+import numpy as np
+
+from nanochin.laws.envelope import EnvelopeFit, refit_envelope
+from nanochin.laws.isoflop import IsoflopFit, refit_isoflop
+from nanochin.laws.law import Law, NotIdentified, PowerLaw
+from nanochin.laws.parametric import AGREE, ParametricFit
+from nanochin.laws.surface import CHUNK, Surface, projected_starts
 
 LEVELS = (80, 95)  # percent
+CONSTANTS = {Law: ("E", "A", "B", "alpha", "beta", "a", "b", "G"), PowerLaw: ("k_N", "a", "k_D", "b")}
 
 
 @dataclass(frozen=True)
@@ -26,12 +38,21 @@ class Bootstrap:
     def interval(self, quantity: str | Callable, level: float = 95) -> tuple[float, float]:
         """Percentile interval of an attribute of the law ("alpha", "a", "G", "k_N") or of any function of it:
         interval(lambda law: law.optimal(1e21)[0], 80)."""
-        raise NotImplementedError
+        values = quantity(self.law) if callable(quantity) else getattr(self.law, quantity)
+        low, high = np.percentile(values, (50 - level / 2, 50 + level / 2))
+        return float(low), float(high)
 
     def intervals(self, budgets=()) -> dict[str, dict[int, tuple[float, float]]]:
         """{quantity: {80: (low, high), 95: ...}} of every constant, and of N_opt, D_opt and the ratio D/N (and
         loss_opt, for Approach 3) at each of `budgets`, named such as "N_opt(1e+21)"."""
-        raise NotImplementedError
+        quantities: dict = {name: name for name in CONSTANTS[type(self.law)]}
+        for C in budgets:
+            N, D = self.law.optimal(C)
+            values = {"N_opt": N, "D_opt": D, "D/N": D / N}
+            if isinstance(self.law, Law):
+                values["loss_opt"] = self.law.loss(N, D)
+            quantities |= {f"{name}({C:g})": lambda _, v=v: v for name, v in values.items()}
+        return {name: {level: self.interval(q, level) for level in LEVELS} for name, q in quantities.items()}
 
 
 def bootstrap(fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: int = 200) -> Bootstrap:
@@ -39,10 +60,87 @@ def bootstrap(fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: 
     EnvelopeFit; `runs` (n,) are the ids that rows share (default: each row is a run of its own; an envelope knows its
     runs). Of Approach 3, `verify` replicates are optimised again from other starts.
     Raises NotIdentified with fewer than 3 units or if most replicates fail."""
-    raise NotImplementedError
+    if isinstance(fit, EnvelopeFit):
+        runs = fit.runs
+    elif runs is None:
+        runs = np.arange(len(fit.N))
+    units, unit_of_row = np.unique(np.asarray(runs), return_inverse=True)
+    n, m = len(unit_of_row), len(units)
+    repeats = n - m
+    unit = "run" if repeats or isinstance(fit, EnvelopeFit) else "row"
+    if m < 3:
+        raise NotIdentified(f"bootstrap: {m} independent runs, but it needs at least 3")
+    rng = np.random.default_rng(seed)
+    warnings = []
+    if repeats:
+        warnings.append(f"{n} rows belong to {m} runs: whole runs were resampled")
+    if m < 10:
+        warnings.append(f"only {m} independent runs: percentile intervals of so few are too narrow")
+
+    def batches(size: int) -> Iterator[np.ndarray]:
+        """Weights (k, n) of at most `size` replicates at a time."""
+        for start in range(0, replicates, size):
+            counts = rng.multinomial(m, np.full(m, 1 / m), min(size, replicates - start))
+            yield counts.astype(np.float64) if not repeats else counts[:, unit_of_row].astype(np.float64)
+
+    if isinstance(fit, ParametricFit):
+        constants, facts = _refit_parametric(fit, batches, min(verify, replicates))
+    elif isinstance(fit, IsoflopFit):
+        constants, facts = refit_isoflop(fit, batches), {}
+    else:
+        constants, facts = refit_envelope(fit, batches), {}
+    good = np.isfinite(np.stack(list(constants.values()))).all(0)
+    failed = int((~good).sum())
+    if failed > replicates / 2:
+        raise NotIdentified(f"bootstrap: {failed} of {replicates} replicates have no optimum")
+    if failed:
+        warnings.append(f"{failed} of {replicates} replicates have no optimum and are left out of the intervals")
+    if facts.get("worse"):
+        warnings.append(f"{facts['worse']} of {facts['checked']} replicates checked had missed their optimum")
+    if facts.get("at_bound"):
+        warnings.append(f"{facts['at_bound']} of {replicates} replicates end with a constant at its bound")
+    law = type(fit.law)(fit.law.name, **{k: v[good] for k, v in constants.items()},
+                        params_convention=fit.law.params_convention)  # fmt: skip
+    defaults = {"at_bound": 0, "checked": 0, "worse": 0, "gradient_norm": 0.0}
+    return Bootstrap(law, unit, m, replicates, failed, warnings=tuple(warnings), **defaults | facts)
 
 
-def bootstrap_seed_noise(fit, *, noise: float | None = None, replicates: int = 1000, seed: int = 0) -> Bootstrap:
+def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, dict]:
+    """Each replicate by Newton steps from the fit's own optimum. The first `verify` of them (they are exchangeable)
+    again from two starts far from it, and any that did not converge from starts of its own."""
+    surface = Surface.of(fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=fit.fixed_e, tied=fit.tied,
+                         weights=fit.weights)  # fmt: skip
+    warm, far = surface.z(fit.law), projected_starts(surface, 12)[-2:]
+    optima, facts = [], {"at_bound": 0, "checked": 0, "worse": 0, "gradient_norm": 0.0}
+    for weights in batches(max(1, CHUNK // fit.n)):
+        weights *= fit.weights
+        found = surface.minimise(np.tile(warm, (len(weights), 1)), weights)
+        checked = min(len(weights), verify - facts["checked"])
+        for start in far if checked else ():
+            again = surface.minimise(np.tile(start, (checked, 1)), weights[:checked], cold=True)
+            lower = again.converged & (again.objective < found.objective[:checked] * (1 - AGREE))
+            facts["worse"] += int((lower & found.converged[:checked]).sum())
+            for k in np.flatnonzero(lower):
+                found.theta[k], found.objective[k], found.converged[k] = again.theta[k], again.objective[k], True
+        facts["checked"] += checked
+        for k in np.flatnonzero(~found.converged):
+            again = surface.minimise(projected_starts(surface, 12, weights[k]), weights[k], cold=True)
+            if again.converged.any():
+                best = np.argmin(np.where(again.converged, again.objective, np.inf))
+                found.theta[k], found.converged[k] = again.theta[best], True
+        good = found.converged
+        facts["at_bound"] += int(surface.at_bound(found.theta[good]).any(1).sum())
+        if good.any():
+            norms = surface.gradient_norm(found.theta[good], weights[good])
+            facts["gradient_norm"] = max(facts["gradient_norm"], float(norms.max()))
+        optima.append(np.where(good[:, None], found.theta, np.nan))
+    law = surface.law(np.concatenate(optima), "")
+    return {k: getattr(law, k) for k in ("E", "A", "B", "alpha", "beta")}, facts
+
+
+def bootstrap_seed_noise(
+    fit: IsoflopFit, *, noise: float | None = None, replicates: int = 1000, seed: int = 0
+) -> Bootstrap:
     """The noise-and-interpolate interval of Porian et al. 2024 for an IsoflopFit: Gaussian noise of sd `noise` on log
     loss (default: the fit's own `noise`), all minima anew, budgets weighted by how sure their minimum is."""
     raise NotImplementedError

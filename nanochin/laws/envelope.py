@@ -34,3 +34,7 @@ def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 1
 
     Raises NotIdentified with fewer than 3 sizes, or if fewer than 2 of them ever win."""
     raise NotImplementedError
+
+
+def refit_envelope(fit, batches) -> dict:
+    raise NotImplementedError

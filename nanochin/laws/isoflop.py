@@ -71,3 +71,11 @@ def fit_isoflop(
     quadratic in log N (the paper); "akima": minimum of the interpolating spline (Porian et al. 2024).
     Raises NotIdentified with fewer than 6 rows, fewer than 3 sizes, or fewer than 2 budgets with bracketed minimum."""
     raise NotImplementedError
+
+
+def refit_isoflop(fit, batches) -> dict:
+    raise NotImplementedError
+
+
+def seed_noise(fit) -> dict:
+    raise NotImplementedError
