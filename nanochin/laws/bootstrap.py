@@ -6,12 +6,12 @@ not independent: resampling rows then gives intervals that are several times too
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nanochin.laws.envelope import EnvelopeFit, refit_envelope
-from nanochin.laws.isoflop import IsoflopFit, refit_isoflop
+from nanochin.laws.isoflop import IsoflopFit, refit_isoflop, seed_noise
 from nanochin.laws.law import Law, NotIdentified, PowerLaw
 from nanochin.laws.parametric import AGREE, ParametricFit
 from nanochin.laws.surface import CHUNK, Surface, projected_starts
@@ -89,20 +89,7 @@ def bootstrap(fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: 
         constants, facts = refit_isoflop(fit, batches), {}
     else:
         constants, facts = refit_envelope(fit, batches), {}
-    good = np.isfinite(np.stack(list(constants.values()))).all(0)
-    failed = int((~good).sum())
-    if failed > replicates / 2:
-        raise NotIdentified(f"bootstrap: {failed} of {replicates} replicates have no optimum")
-    if failed:
-        warnings.append(f"{failed} of {replicates} replicates have no optimum and are left out of the intervals")
-    if facts.get("worse"):
-        warnings.append(f"{facts['worse']} of {facts['checked']} replicates checked had missed their optimum")
-    if facts.get("at_bound"):
-        warnings.append(f"{facts['at_bound']} of {replicates} replicates end with a constant at its bound")
-    law = type(fit.law)(fit.law.name, **{k: v[good] for k, v in constants.items()},
-                        params_convention=fit.law.params_convention)  # fmt: skip
-    defaults = {"at_bound": 0, "checked": 0, "worse": 0, "gradient_norm": 0.0}
-    return Bootstrap(law, unit, m, replicates, failed, warnings=tuple(warnings), **defaults | facts)
+    return _collect(fit, constants, unit, m, replicates, facts, warnings)
 
 
 def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, dict]:
@@ -142,5 +129,26 @@ def bootstrap_seed_noise(
     fit: IsoflopFit, *, noise: float | None = None, replicates: int = 1000, seed: int = 0
 ) -> Bootstrap:
     """The noise-and-interpolate interval of Porian et al. 2024 for an IsoflopFit: Gaussian noise of sd `noise` on log
-    loss (default: the fit's own `noise`), all minima anew, budgets weighted by how sure their minimum is."""
-    raise NotImplementedError
+    loss (default: the fit's own `noise`), all minima anew by the fit's method, budgets weighted by how sure their
+    minimum is. Raises NotIdentified if the noise is unknown or most replicates fail."""
+    noise = fit.noise if noise is None else noise
+    if not noise >= 0:
+        raise NotIdentified("seed noise: unknown, since no budget has more than 3 runs; name it")
+    constants = seed_noise(fit, noise, replicates, np.random.default_rng(seed))
+    return _collect(fit, constants, "seed noise", len(fit.N), replicates, {}, [])
+
+
+def _collect(fit, constants: dict, unit: str, units: int, replicates: int, facts: dict, warnings: list) -> Bootstrap:
+    good = np.isfinite(np.stack(list(constants.values()))).all(0)
+    failed = int((~good).sum())
+    if failed > replicates / 2:
+        raise NotIdentified(f"bootstrap: {failed} of {replicates} replicates have no optimum")
+    if failed:
+        warnings.append(f"{failed} of {replicates} replicates have no optimum and are left out of the intervals")
+    if facts.get("worse"):
+        warnings.append(f"{facts['worse']} of {facts['checked']} replicates checked had missed their optimum")
+    if facts.get("at_bound"):
+        warnings.append(f"{facts['at_bound']} of {replicates} replicates end with a constant at its bound")
+    law = replace(fit.law, **{k: v[good] for k, v in constants.items()})
+    defaults = {"at_bound": 0, "checked": 0, "worse": 0, "gradient_norm": 0.0}
+    return Bootstrap(law, unit, units, replicates, failed, warnings=tuple(warnings), **defaults | facts)

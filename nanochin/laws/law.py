@@ -83,6 +83,9 @@ class PowerLaw:
     flops_convention: str = "physical"
     meta: dict = field(default_factory=dict, compare=False)
 
+    def constants(self) -> dict[str, float]:
+        return {name: float(getattr(self, name)) for name in ("a", "b", "k_N", "k_D")}
+
     def optimal(self, C: float) -> tuple[float, float]:
         """(N, D) of least loss for C training FLOPs, counted as `flops_convention` says."""
         return self.k_N * C**self.a, self.k_D * C**self.b

@@ -16,7 +16,7 @@ TOLERANCE = 1e-13  # of the objective, still to be gained by the next step
 FLOOR = 1e-30  # of the summed weights: what rounding leaves of the objective of noise-free data
 MAX_STEPS = 200
 
-# (theta (K, p), mu (K,), rows (K,) of the problems that are meant) -> objective (K,), gradient (K, p), Hessian (K, p, p)
+# (theta (K, p), mu (K,), rows (K,): which problems) -> objective (K,), gradient (K, p), Hessian (K, p, p)
 Evaluate = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 

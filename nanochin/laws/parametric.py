@@ -88,7 +88,7 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: fl
 
 def _explain(bounds: tuple[str, ...]) -> str:
     if bounds == ("E",):
-        return "Approach 3: E is not identified (the best E is its bound, 0): larger or longer runs are needed, or a fixed E"
+        return "Approach 3: E is not identified: the best E is its bound, 0; add larger or longer runs, or fix E"
     return f"Approach 3: {', '.join(bounds)} not identified: the best values are at the bounds of the search"
 
 

@@ -99,14 +99,16 @@ class Surface:
         weights = self.weights if weights is None else weights
         shared = weights.ndim == 1
 
-        def evaluate(z, mu, rows):
-            return self(z, mu, weights if shared or len(rows) == len(weights) else weights[rows], delta)
+        def objective(delta: float):
+            def evaluate(z, mu, rows):
+                return self(z, mu, weights if shared or len(rows) == len(weights) else weights[rows], delta)
+
+            return evaluate
 
         total = np.broadcast_to(weights.sum(-1), len(z))
         for delta in self._larger_deltas() if cold else ():
-            z = minimise(evaluate, z, self.lower, self.upper, total, tolerance=1e-2, damping=0.1).theta
-        delta = self.delta
-        return minimise(evaluate, z, self.lower, self.upper, total)
+            z = minimise(objective(delta), z, self.lower, self.upper, total, tolerance=1e-2, damping=0.1).theta
+        return minimise(objective(self.delta), z, self.lower, self.upper, total)
 
     def _larger_deltas(self) -> list[float]:
         typical = 1.0 if self.space == "log" else float(np.median(self.loss))  # what a relative residual is worth
