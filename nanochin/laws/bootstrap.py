@@ -17,6 +17,7 @@ from nanochin.laws.parametric import AGREE, ParametricFit
 from nanochin.laws.surface import CHUNK, Surface, projected_starts
 
 LEVELS = (80, 95)  # percent
+FEW = 10  # independent runs; with fewer, percentiles are warned about
 CONSTANTS = {Law: ("E", "A", "B", "alpha", "beta", "a", "b", "G"), PowerLaw: ("k_N", "a", "k_D", "b")}
 
 
@@ -64,32 +65,38 @@ def bootstrap(fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: 
         runs = fit.runs
     elif runs is None:
         runs = np.arange(len(fit.N))
-    units, unit_of_row = np.unique(np.asarray(runs), return_inverse=True)
-    n, m = len(unit_of_row), len(units)
-    repeats = n - m
-    unit = "run" if repeats or isinstance(fit, EnvelopeFit) else "row"
-    if m < 3:
-        raise NotIdentified(f"bootstrap: {m} independent runs, but it needs at least 3")
-    rng = np.random.default_rng(seed)
+    units, batches = resample(runs, replicates, seed)
+    rows = len(runs)
     warnings = []
-    if repeats:
-        warnings.append(f"{n} rows belong to {m} runs: whole runs were resampled")
-    if m < 10:
-        warnings.append(f"only {m} independent runs: percentile intervals of so few are too narrow")
-
-    def batches(size: int) -> Iterator[np.ndarray]:
-        """Weights (k, n) of at most `size` replicates at a time."""
-        for start in range(0, replicates, size):
-            counts = rng.multinomial(m, np.full(m, 1 / m), min(size, replicates - start))
-            yield counts.astype(np.float64) if not repeats else counts[:, unit_of_row].astype(np.float64)
-
+    if rows > units:
+        warnings.append(f"{rows} rows belong to {units} runs: whole runs were resampled")
+    if units < FEW:
+        warnings.append(f"only {units} independent runs: percentile intervals of so few are too narrow")
     if isinstance(fit, ParametricFit):
         constants, facts = _refit_parametric(fit, batches, min(verify, replicates))
     elif isinstance(fit, IsoflopFit):
         constants, facts = refit_isoflop(fit, batches), {}
     else:
         constants, facts = refit_envelope(fit, batches), {}
-    return _collect(fit, constants, unit, m, replicates, facts, warnings)
+    unit = "run" if rows > units or isinstance(fit, EnvelopeFit) else "row"
+    return _collect(fit, constants, unit, units, replicates, facts, warnings)
+
+
+def resample(runs, replicates: int, seed: int) -> tuple[int, Callable[[int], Iterator[np.ndarray]]]:
+    """How many runs there are among the ids `runs` (n,), and a function of a batch size that yields weights (k, n):
+    how often the run of each row was drawn. Raises NotIdentified with fewer than 3 runs."""
+    ids, run_of_row = np.unique(np.asarray(runs), return_inverse=True)
+    m = len(ids)
+    if m < 3:
+        raise NotIdentified(f"bootstrap: {m} independent runs, but it needs at least 3")
+
+    def batches(size: int) -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        for start in range(0, replicates, size):
+            counts = rng.multinomial(m, np.full(m, 1 / m), min(size, replicates - start))
+            yield counts[:, run_of_row].astype(np.float64)
+
+    return m, batches
 
 
 def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, dict]:

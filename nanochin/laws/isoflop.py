@@ -13,6 +13,7 @@ import numpy as np
 from nanochin.laws.law import NotIdentified, PowerLaw
 
 MIN_ROWS, MIN_SIZES, MIN_BUDGETS = 6, 3, 2
+MAX_BUDGETS = 100  # that are looked for in a column of C
 FINE = 25  # points of the spline in each gap between two sizes
 
 
@@ -67,13 +68,24 @@ def _null(value: float) -> float | None:
 
 
 def group_budgets(C, tolerance: float = 0.1) -> np.ndarray:
-    """(n,) nominal budget of each row: clusters of C whose neighbours in log C lie within `tolerance`, named by
-    their geometric mean."""
+    """(n,) nominal budget of each row, the geometric mean of its group, or nan for rows of no group. A group is a
+    window in log C, `tolerance` wide; the fullest is taken first, and those with fewer than 3 rows, or less than a
+    third of the fullest, are none: they are what lies between the budgets."""
     log_c = np.log(np.asarray(C, np.float64))
-    order = np.argsort(log_c, kind="stable")
-    cluster = np.empty(len(log_c), int)
-    cluster[order] = np.concatenate([[0], np.cumsum(np.diff(log_c[order]) > tolerance)])
-    return np.exp(np.bincount(cluster, log_c) / np.bincount(cluster))[cluster]
+    nominal = np.full(len(log_c), np.nan)
+    left = np.argsort(log_c, kind="stable")
+    least = 3.0
+    for _ in range(MAX_BUDGETS):
+        x = log_c[left]
+        start, end = np.arange(len(x)), np.searchsorted(x, x + tolerance, side="right")
+        if not len(x) or (end - start).max() < least:
+            break
+        least = max(least, (end - start).max() / 3)
+        best = int(np.argmax(end - start - (x[end - 1] - x) / (2 * tolerance)))  # of equally full ones the tightest
+        rows = left[best : end[best]]
+        nominal[rows] = math.exp(log_c[rows].mean())
+        left = np.delete(left, slice(best, end[best]))
+    return nominal
 
 
 def fit_isoflop(N, D, loss, C=None, *, budget=None, tolerance: float = 0.1, method: str = "parabola",
@@ -268,11 +280,18 @@ def refit_isoflop(fit: IsoflopFit, batches) -> dict[str, np.ndarray]:
     """Constants (replicates,) of the power laws; nan where fewer than 2 budgets are bracketed. `batches(size)` yields
     weights (k, n). Resampled rows are fitted by parabolas, whatever the method of the fit: a spline through a
     resample would only jump over the runs that it lacks."""
+    N, D = replicate_optima(fit, batches)
+    return _lines([b.flops for b in fit.budgets], N, D)
+
+
+def replicate_optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
+    """N_opt and D_opt (replicates, budgets) of the parabolas of resampled rows; nan where not bracketed."""
     optima = []
     for weights in batches(max(1, 2**22 // len(fit.N))):
-        optima.append([_replicates(fit, b, weights=weights[:, b.rows]) for b in fit.budgets])
-    N, D = (np.concatenate([np.stack([o[i] for o in batch], 1) for batch in optima]) for i in (0, 1))
-    return _lines([b.flops for b in fit.budgets], N, D)
+        pairs = [_replicates(fit, b, weights=weights[:, b.rows]) for b in fit.budgets]
+        optima.append(tuple(np.stack(v, 1) for v in zip(*pairs, strict=True)))
+    N, D = (np.concatenate(v) for v in zip(*optima, strict=True))
+    return N, D
 
 
 def seed_noise(fit: IsoflopFit, noise: float, replicates: int, rng) -> dict[str, np.ndarray]:

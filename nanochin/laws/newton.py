@@ -31,10 +31,11 @@ class Optimum:
 
 
 def minimise(evaluate: Evaluate, theta, lower, upper, weight, tolerance: float = TOLERANCE, damping=0.0) -> Optimum:
-    """Minimise K problems of p unknowns from theta (K, p), each within lower <= theta <= upper (p,); weight (K,) is
-    what the objective's terms weigh in sum. A coordinate with lower == upper is held fixed."""
+    """Minimise K problems of p unknowns from theta (K, p), each within lower <= theta <= upper, (p,) or (K, p); weight
+    (K,) is what the objective's terms weigh in sum. A coordinate with lower == upper is held fixed."""
     theta = np.clip(theta, lower, upper)
     K = len(theta)
+    lower, upper = np.broadcast_to(lower, theta.shape), np.broadcast_to(upper, theta.shape)
     mu = np.full(K, float(damping))
     result = Optimum(theta.copy(), np.full(K, np.inf), np.zeros(K, bool), np.zeros(K, int))
     rows = np.arange(K)  # problems that still move; all arrays below are theirs
@@ -50,6 +51,7 @@ def minimise(evaluate: Evaluate, theta, lower, upper, weight, tolerance: float =
                 at, left = rows[done], ~done
                 result.theta[at], result.objective[at], result.steps[at] = theta[done], F[done], taken
                 rows, theta, F, g, H, mu = (v[left] for v in (rows, theta, F, g, H, mu))
+                lower, upper = lower[left], upper[left]
                 step, gain = step[left], gain[left]
                 if not len(rows):
                     break

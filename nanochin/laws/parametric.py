@@ -7,10 +7,12 @@ the other three constants as a linear problem, and Newton steps for all starts i
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from nanochin.laws.law import Law, NotIdentified
+from nanochin.laws.newton import minimise
 from nanochin.laws.surface import NAMES, Surface, projected_starts
 
 AGREE = 1e-9  # starts agree when their objectives do, relative
@@ -111,5 +113,49 @@ class KaplanForm:
 
 
 def fit_kaplan_form(N, D, loss, *, delta: float = 1e-3) -> KaplanForm:
-    """Fit the form of Kaplan et al. to the same rows and objective, for comparison. Raises NotIdentified."""
-    raise NotImplementedError
+    """Fit the form of Kaplan et al. to the same rows and objective, for comparison. Raises NotIdentified.
+
+    log L = c LSE(a - k log N, b - log D) with c = alpha_D, k = alpha_N / alpha_D, a = k log N_c, b = log D_c."""
+    surface = Surface.of(N, D, loss, delta=delta, space="log", E=0.0, tied=False)  # for its checks and centred logs
+    x, y = -surface.bases[3][:, 1], -surface.bases[4][:, 1]
+
+    def evaluate(z, mu, rows, delta=delta):
+        """Objective, gradient and Hessian (K, ...) at z = (c, a, k, b), logs centred."""
+        c, a, k, b = (z[:, i, None] for i in range(4))
+        one, two = a - k * x, b - y
+        h = np.logaddexp(one, two)
+        p = np.exp(one - h)
+        r = c * h - surface.target
+        psi = np.clip(r, -delta, delta)
+        keep = (1 / (1 + mu))[:, None]
+        q = keep * (psi == r) + (1 - keep) * np.minimum(1, delta / np.maximum(np.abs(r), 1e-300))
+        dh = np.stack([np.zeros_like(p), p, -x * p, 1 - p], 2)  # of h; below of c h
+        dm = c[:, :, None] * dh
+        dm[:, :, 0] = h
+        d = np.stack([np.zeros_like(p), np.ones_like(p), np.broadcast_to(-x, p.shape), -np.ones_like(p)], 2)
+        H = np.einsum("kn,kni,knj->kij", q, dm, dm) + np.einsum("kn,kni,knj->kij", keep * psi * c * p * (1 - p), d, d)
+        mixed = np.einsum("kn,kni->ki", keep * psi, dh)  # d2(c h) / dc dz
+        H[:, 0, :] += mixed
+        H[:, :, 0] += mixed
+        return (psi * (r - psi / 2)).sum(1), np.einsum("kn,kni->ki", psi, dm), H
+
+    level = float(np.median(surface.target))
+    if level <= 0.05:
+        raise NotIdentified("Kaplan's form: needs losses above 1 nat")
+    starts = np.array([(c, level / c - t, k, level / c + t) for c in (0.05, 0.1, 0.3) for k in (0.5, 1.0, 2.0)
+                       for t in (-0.7, 0.7)])  # fmt: skip
+    lower, upper = np.array([1e-3, -1e4, 1e-3, -1e4]), np.array([10.0, 1e4, 100.0, 1e4])
+    weight = np.full(len(starts), float(len(x)))
+    for wider in (d for d in (0.1, 1e-2) if d > delta):
+        starts = minimise(partial(evaluate, delta=wider), starts, lower, upper, weight, 1e-3, damping=0.1).theta
+    found = minimise(evaluate, starts, lower, upper, weight, damping=0.1)
+    if not found.converged.any():
+        raise NotIdentified(f"Kaplan's form: none of {len(starts)} starts converged")
+    best = int(np.argmin(np.where(found.converged, found.objective, np.inf)))
+    c, a, k, b = found.theta[best]
+    log_n, log_d = surface.centre
+    with np.errstate(over="ignore"):
+        N_c, D_c = np.exp(a / k + log_n), np.exp(b + log_d)
+    agreeing = found.converged & (found.objective <= found.objective[best] * (1 + AGREE) + 1e-24 * len(x))
+    return KaplanForm(float(N_c), float(D_c), float(c * k), float(c), float(found.objective[best]), delta,
+                      len(starts), int(agreeing.sum()))  # fmt: skip

@@ -96,7 +96,15 @@ class Surface:
     def minimise(self, z, weights=None, *, cold: bool = False) -> Optimum:
         """From K starts z (K, p), with weights (n,) or (K, n). `cold` starts, which are far from the optimum, are
         first brought near by larger deltas: the objective is smoother there."""
-        weights = self.weights if weights is None else weights
+        return self._minimise(z, self.weights if weights is None else weights, self.lower, self.upper, cold)
+
+    def profile(self, z, E) -> Optimum:
+        """From z (p,), the optimum with each E (K,) held fixed."""
+        lower, upper = (np.tile(v, (len(E), 1)) for v in (self.lower, self.upper))
+        lower[:, -1] = upper[:, -1] = E
+        return self._minimise(np.tile(z, (len(E), 1)), self.weights, lower, upper, cold=True)
+
+    def _minimise(self, z, weights, lower, upper, cold: bool) -> Optimum:
         shared = weights.ndim == 1
 
         def objective(delta: float):
@@ -107,8 +115,8 @@ class Surface:
 
         total = np.broadcast_to(weights.sum(-1), len(z))
         for delta in self._larger_deltas() if cold else ():
-            z = minimise(objective(delta), z, self.lower, self.upper, total, tolerance=1e-2, damping=0.1).theta
-        return minimise(objective(self.delta), z, self.lower, self.upper, total)
+            z = minimise(objective(delta), z, lower, upper, total, tolerance=1e-2, damping=0.1).theta
+        return minimise(objective(self.delta), z, lower, upper, total)
 
     def _larger_deltas(self) -> list[float]:
         typical = 1.0 if self.space == "log" else float(np.median(self.loss))  # what a relative residual is worth
