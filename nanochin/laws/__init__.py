@@ -7,7 +7,7 @@
     envelope.py    fit_envelope(run, N, D, loss)      Approach 1: lower envelope of the training curves
     isoflop.py     fit_isoflop(N, D, loss)            Approach 2: the minimum of each budget's curve
     parametric.py  fit_parametric(N, D, loss)         Approach 3: L = E + A / N^alpha + B / D^beta
-    newton.py                                         the batched optimiser under Approach 3
+    surface.py  newton.py                             its objective and optimiser, thousands of problems at once
     bootstrap.py   bootstrap(fit, runs=...)           intervals for all of them, by resampling runs
     checks.py      hold_out, leave_out_highest ...    what would change the answer, and how far it may be trusted
     allocation.py  target loss, inference, few data   what to train, beyond Eq. 4
@@ -38,6 +38,7 @@ from nanochin.laws.checks import (
     kaplan_procedure,
     leave_out_highest,
     profile_e,
+    refit,
     residuals_by_compute,
 )
 from nanochin.laws.envelope import EnvelopeFit, fit_envelope
@@ -61,6 +62,6 @@ __all__ = [
     "KaplanProcedure", "Law", "NotIdentified", "OffOptimum", "ParametricFit", "PowerLaw", "bootstrap",
     "bootstrap_seed_noise", "compute_for_loss", "delta_sensitivity", "fit_envelope", "fit_isoflop",
     "fit_kaplan_form", "fit_parametric", "frontier_curvature", "group_budgets", "hold_out", "inference_optimal",
-    "kaplan_procedure", "laws_json", "leave_out_highest", "load_law", "off_optimum", "profile_e",
+    "kaplan_procedure", "laws_json", "leave_out_highest", "load_law", "off_optimum", "profile_e", "refit",
     "residuals_by_compute", "save_laws",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ import numpy as np
 from nanochin.laws.envelope import EnvelopeFit, refit_envelope
 from nanochin.laws.isoflop import IsoflopFit, refit_isoflop, seed_noise
 from nanochin.laws.law import Law, NotIdentified, PowerLaw
+from nanochin.laws.newton import Optimum
 from nanochin.laws.parametric import AGREE, ParametricFit
 from nanochin.laws.surface import CHUNK, Surface, projected_starts
 
@@ -115,21 +116,26 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
             lower = again.converged & (again.objective < found.objective[:checked] * (1 - AGREE))
             facts["worse"] += int((lower & found.converged[:checked]).sum())
             for k in np.flatnonzero(lower):
-                found.theta[k], found.objective[k], found.converged[k] = again.theta[k], again.objective[k], True
+                _replace(found, k, again, k)
         facts["checked"] += checked
         for k in np.flatnonzero(~found.converged):
             again = surface.minimise(projected_starts(surface, 12, weights[k]), weights[k], cold=True)
             if again.converged.any():
                 best = np.argmin(np.where(again.converged, again.objective, np.inf))
-                found.theta[k], found.converged[k] = again.theta[best], True
+                _replace(found, k, again, best)
         good = found.converged
         facts["at_bound"] += int(surface.at_bound(found.theta[good]).any(1).sum())
         if good.any():
-            norms = surface.gradient_norm(found.theta[good], weights[good])
-            facts["gradient_norm"] = max(facts["gradient_norm"], float(norms.max()))
+            facts["gradient_norm"] = max(facts["gradient_norm"], float(found.gradient_norm[good].max()))
         optima.append(np.where(good[:, None], found.theta, np.nan))
     law = surface.law(np.concatenate(optima), "")
     return {k: getattr(law, k) for k in ("E", "A", "B", "alpha", "beta")}, facts
+
+
+def _replace(found: Optimum, k: int, other: Optimum, at: int) -> None:
+    """Put optimum `at` of `other` in the place of optimum k."""
+    for name in ("theta", "objective", "converged", "gradient_norm"):
+        getattr(found, name)[k] = getattr(other, name)[at]
 
 
 def bootstrap_seed_noise(

@@ -28,6 +28,7 @@ class Optimum:
     objective: np.ndarray  # (K,)
     converged: np.ndarray  # (K,) bool
     steps: np.ndarray  # (K,)
+    gradient_norm: np.ndarray | None = None  # (K,), see Surface.gradient_norm
 
 
 def minimise(evaluate: Evaluate, theta, lower, upper, weight, tolerance: float = TOLERANCE, damping=0.0) -> Optimum:
@@ -44,7 +45,8 @@ def minimise(evaluate: Evaluate, theta, lower, upper, weight, tolerance: float =
         for taken in range(MAX_STEPS + 1):
             step, gain = _step(theta, g, H, mu, lower, upper)
             # An exact Newton step with nothing left to gain. `gain` is negative for an indefinite Hessian.
-            done = (mu == 0) & (gain >= 0) & (gain <= tolerance * F + FLOOR * weight[rows])
+            rounding = FLOOR * weight[rows]
+            done = (mu == 0) & (gain >= 0) & (gain <= tolerance * F + rounding) | (rounding >= F)
             result.converged[rows[done]] = True
             done |= taken == MAX_STEPS
             if done.any():

@@ -84,7 +84,7 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: fl
     law = surface.law(z[0], name, params_convention)
     residuals = np.log(law.loss(surface.N, surface.D)) - np.log(surface.loss)
     return ParametricFit(law, float(found.objective[best]), delta, space, len(found.theta), int(agreeing.sum()),
-                         float(surface.gradient_norm(z)[0]), bounds, E, tied, surface.N, surface.D, surface.loss,
+                         float(found.gradient_norm[best]), bounds, E, tied, surface.N, surface.D, surface.loss,
                          surface.weights, residuals)  # fmt: skip
 
 

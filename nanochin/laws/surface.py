@@ -5,7 +5,7 @@
 log N and log D are centred: otherwise A trades off against alpha, and B against beta, and every optimiser crawls.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,8 @@ MIN_ROWS, MIN_SIZES = 6, 3
 EXPONENTS = (1e-3, 4.0)  # bounds of alpha and beta
 SCALE = 40.0  # bound of |log u1| and |log u2| at the mean of log N and log D
 CHUNK = 65_536  # numbers an intermediate array may hold: 512 KiB, so that the dozen in use stay in cache
+NARROW = np.log(1.3)  # runs whose budgets or ratios D/N all lie within this factor count as one
+FLAT = 1e-4  # gradient norm of an optimum, at most
 EPS = np.finfo(float).eps
 
 # The unknowns: log u1 at the centre (it holds A), alpha, log u2 at the centre (it holds B), beta, E.
@@ -58,10 +60,13 @@ class Surface:
         x, y = np.log(N), np.log(D)
         centre = (float(x.mean()), float(y.mean()))
         x, y, one = x - centre[0], y - centre[1], np.ones(len(N))
+        for what, v in (("one budget (6 N D)", x + y), ("one ratio D/N", y - x)):
+            if np.ptp(v) < NARROW:
+                raise NotIdentified(f"Approach 3 cannot tell N from D: all runs are at {what}, within "
+                                    f"{np.exp(np.ptp(v)):.3g}x")  # fmt: skip
         spread = np.linalg.svd(np.stack([x, y]), compute_uv=False)
         if spread[1] < 1e-3 * spread[0]:
-            raise NotIdentified("Approach 3 needs runs at more than one budget (and more than one D/N): here N and D "
-                                "move together, so that their effects cannot be told apart")  # fmt: skip
+            raise NotIdentified("Approach 3 cannot tell N from D: all runs lie on one line in log N and log D")
         columns = ((one, -x, x * x), (one, -y, y * y), (one, -x, -y, x * y), (one, -x), (one, -y))
         bases = tuple(np.stack(c, 1) for c in columns)
         low, high = EXPONENTS
@@ -116,7 +121,10 @@ class Surface:
         total = np.broadcast_to(weights.sum(-1), len(z))
         for delta in self._larger_deltas() if cold else ():
             z = minimise(objective(delta), z, lower, upper, total, tolerance=1e-2, damping=0.1).theta
-        return minimise(objective(self.delta), z, lower, upper, total)
+        found = minimise(objective(self.delta), z, lower, upper, total)
+        # Nothing left to gain, but all terms pull one way: a plateau where a term of the law has vanished.
+        norm = self.gradient_norm(found.theta, weights, (found.theta <= lower) | (found.theta >= upper))
+        return replace(found, converged=found.converged & (norm < FLAT), gradient_norm=norm)
 
     def _larger_deltas(self) -> list[float]:
         typical = 1.0 if self.space == "log" else float(np.median(self.loss))  # what a relative residual is worth
@@ -177,10 +185,9 @@ class Surface:
         total -= self.target
         return total, u1, u2, f
 
-    def gradient_norm(self, z, weights=None) -> np.ndarray:
-        """(K,): the largest component of the gradient over the sum of the sizes of its terms, coordinates at a bound
-        left out. It has no units: 0 is an exact optimum, 1 a point where all terms pull the same way."""
-        weights = self.weights if weights is None else weights
+    def gradient_norm(self, z, weights, held) -> np.ndarray:
+        """(K,): the largest component of the gradient over the sum of the sizes of its terms, `held` coordinates
+        (K, p) left out. It has no units: 0 is an exact optimum, 1 a point where all terms pull the same way."""
         r, p1, p2, f = self._residuals(z @ self.free.T)
         linear_n, linear_d = self.bases[3:]
 
@@ -191,7 +198,7 @@ class Surface:
         rounding = 1e8 * EPS * np.abs(self.target).max() * weights  # of noise-free rows, whose residuals hold no more
         g = sums(s, linear_n, linear_d) @ self.free
         size = sums(np.abs(s) + rounding, np.abs(linear_n), np.abs(linear_d)) @ self.free
-        return np.where((z <= self.lower) | (z >= self.upper), 0, np.abs(g) / size).max(1)
+        return np.where(held, 0, np.abs(g) / size).max(1)
 
 
 def projected_starts(surface: Surface, count: int, weights=None) -> np.ndarray:
