@@ -121,8 +121,9 @@ def answer(study: Study, budgets: tuple[float, ...]) -> str:
     table = [[f"what to train ({study.flops_convention})", "N", "95%", "D", "95%", "D/N", "95%", "loss", "95%"]]
     for C in budgets:
         at = best.optimum(C)
+        loss = ["", ""] if np.isnan(at.loss[0]) else [f"{at.loss[0]:.4f}", between(at.loss[1], "{:.3f}".format)]
         table.append([f"{C:g} FLOPs", count(at.N[0]), between(at.N[1], count), count(at.D[0]), between(at.D[1], count),
-                      f"{at.ratio[0]:.3g}", between(at.ratio[1]), f"{at.loss[0]:.4f}", between(at.loss[1], "{:.3f}".format)])  # fmt: skip
+                      f"{at.ratio[0]:.3g}", between(at.ratio[1]), *loss])  # fmt: skip
     return "\n".join([*lines, "", format_columns([[cell + " " for cell in row] for row in table])])
 
 
@@ -163,8 +164,6 @@ def write(study: Study, checks: Checks, budgets: tuple[float, ...], options: Fit
         command=command(),
         commit=built["git"] or "not in git",
         versions=f"python {built['python']}, numpy {built['numpy']}",
-        source=study.rows.source,
-        sha256=study.rows.sha256,
     )
     questions = report.Questions(budgets, options.inference_tokens, options.unique_tokens, options.target_loss)
     write_file(out / "report.html", report.render(study, checks, drawn, questions, provenance).encode())
@@ -190,7 +189,8 @@ def describe(study: Study, options: FitOptions) -> dict:
     sure = study.best.sure
     return {
         "source": study.rows.source, "sha256": study.rows.sha256, "params_convention": options.params,
-        "flops_convention": study.flops_convention, **{name: only(name) for name in ("tokenizer", "data_sha", "val_sha")},
+        "flops_convention": study.flops_convention,
+        **{name: only(name) for name in ("tokenizer", "data_sha", "val_sha")},
         "n_runs": len(study.N), "dropped": study.rows.dropped, "bootstrap": options.bootstrap,
         "cluster": None if sure is None else sure.unit, "level": 95, "seed": options.seed,
     }  # fmt: skip

@@ -24,6 +24,7 @@ from nanochin.laws import (
     KaplanProcedure,
     Law,
     NotIdentified,
+    compute_for_loss,
 )
 from nanochin.plot import SCALE, Axis, Band, Figure, Line, Note, Panel, Points, number
 from nanochin.study import Approach, Checks, Study
@@ -31,7 +32,7 @@ from nanochin.study import Approach, Checks, Study
 COLOUR = {1: "green", 2: "orange", 3: "blue"}
 MODELS = (  # Hoffmann et al. 2022, Table 1: parameters, tokens; where their names stand in a plot of N and in others
     ("LaMDA", 137e9, 168e9, "left", "left"), ("GPT-3", 175e9, 300e9, "below", "above left"),
-    ("Gopher", 280e9, 300e9, "left", "above"), ("MT-NLG", 530e9, 270e9, "right", "below"),
+    ("Gopher", 280e9, 300e9, "left", "above"), ("MT-NLG", 530e9, 270e9, "right", "right"),
     ("Chinchilla", 70e9, 1.4e12, "below", "above left"),
 )  # fmt: skip
 SIDES = {"left": ("end", (-7, 3)), "right": ("start", (7, 4)), "below": ("start", (5, 13)), "above": ("start", (3, -6)),
@@ -52,16 +53,15 @@ def curves(study: Study) -> Figure | None:
     first = study.results[1]
     if isinstance(first, NotIdentified):
         return None
-    fit, (own, every) = first.fit, (first.fit.curves, slice(None))
+    fit, own, marks, low = first.fit, first.fit.curves, [], np.inf
     sizes = np.array([N for _, _, N in own.values()])
-    colours = shade(sizes)
-    shown = set(np.unique(sizes)[:: max(1, len(np.unique(sizes)) // 5)])
-    marks, low = [], np.inf
-    for (run, (C, L, N)), colour in zip(own.items(), colours, strict=True):
+    different = np.unique(sizes)
+    named = set(different[np.linspace(0, len(different) - 1, min(5, len(different))).round().astype(int)])
+    for (run, (C, L, N)), colour in sorted(zip(own.items(), shade(sizes), strict=True), key=lambda pair: pair[0][1][2]):
         every = _evenly(len(C), 160)
-        label = f"N = {count(N)}" if N in shown else ""
-        shown.discard(N)
-        name = study.curves.labels["run"].values[run]
+        label = f"N = {count(N)}" if N in named else ""
+        named.discard(N)
+        name = study.curves.labels["run"].values[int(run)]
         marks.append(Line(C[every], L[every], colour, label, width=1.0, hover=f"{name}: N = {count(N)}"))
         low = min(low, L.min())
     every = _evenly(len(fit.flops), 400)
@@ -92,15 +92,16 @@ def isoflop(study: Study) -> Figure | None:
     for budget, colour in zip(fit.budgets, colours, strict=True):
         rows = budget.rows
         hover = [_run(study, i) for i in rows]
-        marks.append(Points(fit.N[rows], fit.loss[rows], colour, number(budget.flops), hover, 2.8))
+        marks.append(Points(fit.N[rows], fit.loss[rows], colour, number(budget.flops, powers=True), hover, 2.8))
         if not np.isfinite(budget.parabola[0]):
             continue
         x = np.linspace(np.log(fit.N[rows].min()), np.log(fit.N[rows].max()), 60)
         y = np.polyval(budget.parabola, x)
         marks.append(Line(np.exp(x), y, colour, dash="" if budget.bracketed else "dot", width=1.3))
         if budget.bracketed:
+            N, above = fit.N[rows] / budget.params_opt, fit.loss[rows] - budget.loss_opt
             flat += [Line(np.exp(x) / budget.params_opt, y - budget.loss_opt, colour, width=1.0),
-                     Points(fit.N[rows] / budget.params_opt, fit.loss[rows] - budget.loss_opt, colour, "", hover, 2.6)]  # fmt: skip
+                     Points(N, above, colour, "", hover, 2.6)]  # fmt: skip
     found = [budget for budget in fit.budgets if budget.bracketed]
     ends = [second.interval(lambda law, C=budget.flops: law.optimal(C)[0]) for budget in found]
     ends = None if second.sure is None else tuple(np.array(ends).T)
@@ -168,15 +169,14 @@ def _contours(study: Study, law: Law) -> Panel:
     low, high = D.min() / 1.6, D.max() * 1.6
     left, right = np.log(L.min() - law.E), np.log(L.max() - law.E)
     levels = law.E + np.exp(np.linspace(left, right, 11)[1:-1])  # even in log(L - E)
-    marks = []
+    marks, names = [], []
     for level, colour in zip(levels, reversed(SCALE), strict=True):
         rest = level - law.E - law.A * sizes**-law.alpha  # what is left for B / D^beta: the contour in closed form
         tokens = (law.B / np.where(rest > 0, rest, np.nan)) ** (1 / law.beta)
         tokens[(tokens < low) | (tokens > high)] = np.nan
         marks.append(Line(tokens, sizes, colour, width=1.6, hover=f"loss {level:.3f}"))
-        if np.isfinite(tokens).any():
-            top = np.flatnonzero(np.isfinite(tokens))[-1]
-            marks.append(Note(tokens[top], sizes[top], f"{level:.3g}", colour, "middle", (4, 13)))
+        best_N, best_D = law.optimal(compute_for_loss(law, level))
+        names.append(Note(best_D, best_N, f"{level:.3g}", colour, "start", (7, 13)))
     keep = _evenly(len(N), MOST)
     nearest = np.abs(np.log(np.maximum(L[keep, None] - law.E, 1e-9)) - np.log(levels - law.E)).argmin(1)
     colours = [SCALE[8 - k] for k in nearest]
@@ -185,7 +185,7 @@ def _contours(study: Study, law: Law) -> Panel:
     marks.append(Line(best_D, best_N, "ink", "frontier", width=2.4))
     count_of = f"N {study.settings.params}"
     return Panel(f"Loss by the law ({count_of})", Axis("tokens D", True, low, high),
-                 Axis(f"parameters {count_of}", True, sizes[0], sizes[-1]), tuple(marks))  # fmt: skip
+                 Axis(f"parameters {count_of}", True, sizes[0], sizes[-1]), (*marks, *names))  # fmt: skip
 
 
 def residuals(study: Study, checks: Checks) -> Figure | None:
@@ -212,7 +212,9 @@ def residuals(study: Study, checks: Checks) -> Figure | None:
                   Line(ends, np.full(2, middle), "blue", "median", width=2, hover=hover_part)]  # fmt: skip
     C, ratio = 6 * study.N * study.D, study.D / study.N
     count_of = f"N {study.settings.params}"
-    by_compute = Panel(f"Residuals by compute ({count_of})", Axis("6 N D, FLOPs", True), axis, (*steps, *cloud(C)))
+    by_compute = Panel(
+        f"Residuals by compute ({count_of})", Axis("6 N D, FLOPs", True, powers=True), axis, (*steps, *cloud(C))
+    )
     by_ratio = Panel(
         f"Residuals by D / N ({count_of})", Axis("tokens per parameter D / N", True), axis, tuple(cloud(ratio))
     )
@@ -232,7 +234,8 @@ def hold_out(study: Study, checks: Checks) -> Figure | None:
             Points(N, L, "red", "observed, not fitted", hover, 3.2)]  # fmt: skip
     ends = np.array([min(L.min(), held.predicted.min()), max(L.max(), held.predicted.max())])
     for C, measured, predicted, _ in held.optima:
-        size += [Line(np.full(2, measured), ends, "red", "measured minimum", "dot", hover=f"{count(measured)} at {C:.3g}"),
+        size += [Line(np.full(2, measured), ends, "red", "measured minimum", "dot",
+                      hover=f"{count(measured)} at {C:.3g}"),
                  Line(np.full(2, predicted), ends, "blue", "predicted minimum", "dash",
                       hover=f"{count(predicted)} at {C:.3g}")]  # fmt: skip
     fit, keep = held.fit, _evenly(held.fit.n, MOST)
@@ -260,23 +263,26 @@ def certainty(study: Study, checks: Checks) -> Figure:
               if not isinstance(fit, NotIdentified)]  # fmt: skip
     if isinstance(checks.kaplan, KaplanProcedure):
         found.append(("Kaplan's procedure", checks.kaplan.a, none, "red"))
-    found += [("Hoffmann 1 (80%)", HOFFMANN_1.a, (0.488, 0.502), "grey"), ("Hoffmann 2 (80%)", HOFFMANN_2.a, (0.462, 0.534), "grey"),
-              ("Hoffmann 3 (80%)", HOFFMANN.a, (0.454, 0.455), "grey"), ("Besiroglu", BESIROGLU.a, none, "grey"),
-              ("Kaplan 2020", KAPLAN.a, none, "grey")]  # fmt: skip
+    found += [("Hoffmann 1 (80%)", HOFFMANN_1.a, (0.488, 0.502), "grey"),
+              ("Hoffmann 2 (80%)", HOFFMANN_2.a, (0.462, 0.534), "grey"),
+              ("Hoffmann 3 (80%)", HOFFMANN.a, (0.454, 0.455), "grey"),
+              ("Besiroglu", BESIROGLU.a, none, "grey"), ("Kaplan 2020", KAPLAN.a, none, "grey")]  # fmt: skip
     ticks = [(float(len(found) - i), name) for i, (name, *_) in enumerate(found)]
     marks = [Line(np.array([0.5, 0.5]), np.array([0.0, len(found) + 1]), "grey", dash="dot", width=1)]
     for (y, _), (name, a, (low, high), colour) in zip(ticks, found, strict=True):
         hover = f"{name}: a = {a:.4f}" + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "")
         marks.append(Points([a], [y], colour, "", [hover], 4, x_range=([low], [high])))
-    panels = [Panel("Exponent a of N = k C^a, with 95% intervals", Axis("a"), Axis("", False, 0.4, len(found) + 0.6, ticks),
-                    tuple(marks))]  # fmt: skip
+    names = Axis("", False, 0.4, len(found) + 0.6, ticks)
+    panels = [Panel("Exponent a of N = k C^a, with 95% intervals", Axis("a"), names, tuple(marks))]
     if len(checks.profile[0]):
         panels.append(_profile(study.results[3], *checks.profile))
     return Figure("certainty", "How sure", tuple(panels))
 
 
 def _profile(third: Approach, E: np.ndarray, objective: np.ndarray) -> Panel:
-    rise, (low, high) = objective / third.fit.objective, third.interval("E")
+    order = np.argsort(np.append(E, third.law.E))
+    E = np.append(E, third.law.E)[order]
+    rise, (low, high) = np.append(objective / third.fit.objective, 1.0)[order], third.interval("E")
     marks = [Line(E, rise, "blue", "best objective", width=2),
              Points([third.law.E], [1.0], "blue", f"E = {third.law.E:.4g}", [f"E = {third.law.E:.6g}"], 4)]  # fmt: skip
     if np.isfinite(low):
@@ -295,7 +301,7 @@ LOSS = "loss, nats per token"
 def _flops_axis(study: Study, x=None) -> Axis:
     label = "6ND" if study.flops_convention == "6nd" else study.flops_convention
     low, high = (None, None) if x is None else (x[0], x[-1])
-    return Axis(f"training FLOPs C ({label})", True, low, high)
+    return Axis(f"training FLOPs C ({label})", True, low, high, powers=True)
 
 
 def _params_axis(study: Study) -> Axis:

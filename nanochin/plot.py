@@ -41,6 +41,7 @@ class Axis:
     low: float | None = None  # default: what the marks need
     high: float | None = None
     ticks: Sequence[tuple[float, str]] | None = None  # of named categories, for example
+    powers: bool = False  # ticks as powers of ten, for FLOPs, rather than as 3M and 10B
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def scale_of(axis: Axis, marks: Sequence, vertical: bool, room: int) -> Scale:
         low, high = low - margin, high + margin
     low = axis.low if axis.low is not None else low
     high = axis.high if axis.high is not None else high
-    ticks = axis.ticks if axis.ticks is not None else _ticks(low, high, axis.log, room)
+    ticks = axis.ticks if axis.ticks is not None else _ticks(low, high, axis.log, room, axis.powers)
     return Scale(low, high, axis.log, [(at, text) for at, text in ticks if low <= at <= high])
 
 
@@ -153,29 +154,33 @@ def _extent(mark, vertical: bool) -> list:
     return [mark.y, *(getattr(mark, "y_range", None) or ())]
 
 
-def _ticks(low: float, high: float, log: bool, room: int) -> list[tuple[float, str]]:
+def _ticks(low: float, high: float, log: bool, room: int, powers: bool) -> list[tuple[float, str]]:
     if log and high / low > 30:
         first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
         step = max(1, math.ceil((last - first + 1) / room))
-        powers = [float(f"1e{k}") for k in range(first, last + 1) if k % step == 0]
-        fine = [d * 10.0**k for k in range(first - 1, last + 1) for d in (1, 3)] if last - first < 3 else powers
-        return [(at, number(at)) for at in (powers if len(powers) > 3 else fine)]
+        digits = (1, 3) if 2 * (last - first + 1) <= room else (1,)
+        return [(at, number(at, powers)) for k in range(first - 1, last + 1) if k % step == 0
+                for at in (float(f"{d}e{k}") for d in digits)]  # fmt: skip
     if log and high / low > 3:
-        k = math.floor(math.log10(low))
-        return [(d * 10.0**i, number(d * 10.0**i)) for i in range(k, k + 3) for d in (1, 2, 3, 5)]
+        first = math.floor(math.log10(low))
+        return [
+            (at, number(at, powers))
+            for k in range(first, first + 3)
+            for at in (float(f"{d}e{k}") for d in (1, 2, 3, 5))
+        ]
     raw = (high - low) / room
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * d for d in (1, 2, 2.5, 5, 10) if size * d >= raw * 0.999)
     ticks = [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     if max(abs(low), abs(high)) >= 1e4:
-        return [(at, number(at)) for at in ticks]
+        return [(at, number(at, powers)) for at in ticks]
     digits = max(0, -math.floor(math.log10(step) + 1e-9)) + (f"{step:e}"[2] == "5" and f"{step:e}"[0] == "2")
     return [(at, f"{at:.{digits}f}".replace("-", "\N{MINUS SIGN}")) for at in ticks]
 
 
-def number(value: float) -> str:
-    """A tick: 70B, 3M, 0.01; beyond 10 trillion 3×10^18, whose ^ both renderers raise."""
-    if value >= 1e14 or 0 < value < 1e-3:
+def number(value: float, powers: bool = False) -> str:
+    """A tick: 70B, 3M, 0.01; beyond 10 trillion, or with `powers`, 3×10^18, whose ^ both renderers raise."""
+    if powers or value >= 1e14 or 0 < value < 1e-3:
         mantissa, power = f"{value:.0e}".split("e")
         return ("" if mantissa == "1" else f"{mantissa}×") + f"10^{int(power)}"
     for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -243,7 +248,8 @@ def panel_svg(panel: Panel, name: str) -> str:
     for at, text in x.ticks:
         px = left + x(at) * (right - left)
         inside.append(f'<path class="grid" d="M{px:.1f} {top}V{bottom}"/>'
-                      f'<text class="tick" x="{px:.1f}" y="{bottom + 16}" text-anchor="middle">{_words(text)}</text>')  # fmt: skip
+                      f'<text class="tick" x="{px:.1f}" y="{bottom + 16}" text-anchor="middle">{_words(text)}'
+                      "</text>")  # fmt: skip
     for at, text in y.ticks:
         py = bottom - y(at) * (bottom - top)
         inside.append(f'<path class="grid" d="M{left} {py:.1f}H{right}"/><text class="tick" x="{left - 6}" '
@@ -384,22 +390,31 @@ def to_png(figure: Figure, path) -> None:
         from matplotlib.figure import Figure as Canvas
     except ImportError:
         raise UserError("PNG figures need matplotlib: pip install matplotlib") from None
-    canvas = Canvas(figsize=(5.2 * len(figure.panels), 4.4), dpi=150, layout="constrained")
+    width, height = WIDTH * len(figure.panels), max(panel_height(panel) for panel in figure.panels)
+    canvas = Canvas(figsize=(width / 100, height / 100), dpi=180)
     FigureCanvasAgg(canvas)
-    for axes, panel in zip(canvas.subplots(1, len(figure.panels), squeeze=False)[0], figure.panels, strict=True):
-        x, y, _ = scales(panel)
+    for i, panel in enumerate(figure.panels):
+        x, y, (left, right, top, bottom) = scales(panel)
+        place = ((WIDTH * i + left) / width, 1 - bottom / height, (right - left) / width, (bottom - top) / height)
+        axes = canvas.add_axes(place)  # the same place as in the SVG
         for scale, name, label in ((x, "x", panel.x.label), (y, "y", panel.y.label)):
-            axes.set(**{f"{name}scale": "log" if scale.log else "linear", f"{name}lim": (scale.low, scale.high),
-                        f"{name}label": label})  # fmt: skip
+            axes.set(**{f"{name}scale": "log" if scale.log else "linear", f"{name}lim": (scale.low, scale.high)})
+            getattr(axes, f"set_{name}label")(label, fontsize=8)
             getattr(axes, f"set_{name}ticks")([at for at, _ in scale.ticks], [_math(text) for _, text in scale.ticks])
         axes.minorticks_off()
+        axes.tick_params(labelsize=7.5, length=2)
         axes.grid(color=_PAGE["grid"][0])
         axes.set_axisbelow(True)
-        axes.set_title(_math(panel.title), fontsize=10, loc="left", weight="bold")
+        axes.spines[:].set_color(_PAGE["edge"][0])
+        canvas.text((WIDTH * i + 13) / width, 1 - 18 / height, _math(panel.title), fontsize=9, weight="bold")
         for mark in panel.marks:
             _plot(axes, mark)
-        if rows := _legend_rows(panel):
-            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), fontsize=7, frameon=False, ncols=len(rows[0]))
+        handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        for k, row in enumerate(_legend_rows(panel)):
+            corner = ((WIDTH * i + 8) / width, 1 - (HEIGHT + LEGEND_ROW * k) / height)
+            labels = [_math(mark.label) for mark in row]
+            canvas.legend([handles[label] for label in labels], labels, loc="upper left", bbox_to_anchor=corner,
+                          ncols=len(row), fontsize=7, frameon=False, borderaxespad=0, columnspacing=1.2)  # fmt: skip
     canvas.savefig(path, format="png")
 
 

@@ -203,7 +203,8 @@ def _number_rows(columns: list[np.ndarray]) -> np.ndarray:
 
 
 def require_usable(rows: Rows) -> None:
-    """Raises UserError where no law can be told from the rows: too few, too few sizes, one budget only."""
+    """Raises UserError where no law can be told from the rows: too few, too few sizes, one budget only, losses that
+    cannot be compared."""
     left_out = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items())
     who = f"{rows.source} (left out: {left_out})" if left_out else rows.source
     if len(rows) < MIN_ROWS:
@@ -216,6 +217,10 @@ def require_usable(rows: Rows) -> None:
     C = 6 * rows["params"] * rows["tokens"]
     if C.max() < 1.1 * C.min():
         raise UserError(f"{who}: all runs are at one budget, 6ND = {C.mean():.3g}; a law needs runs at two or more")
+    for name in ("tokenizer", "vocab_size", "val_sha"):
+        if name in rows.labels and len(used := rows.labels[name].used()) > 1:
+            raise UserError(f"{who}: {len(used)} different {name} ({used[0][:12]}, {used[1][:12]}, ...), so that losses "
+                            "cannot be compared; fit each by itself")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

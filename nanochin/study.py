@@ -8,7 +8,7 @@ What the data cannot support is the NotIdentified that says so, in the place of 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -64,6 +64,19 @@ class Approach:
 
     def interval(self, quantity: str | Callable, level: float = 95) -> tuple[float, float]:
         return (np.nan, np.nan) if self.sure is None else self.sure.interval(quantity, level)
+
+    def spread(self, quantity: Callable, replicates: int = 200) -> tuple:
+        """As `interval`, of a function that wants a law of single numbers and gives several: (lows, highs) by every
+        k-th replicate. Where it is not identified its value counts as infinite."""
+        width = len(quantity(self.law))
+        if self.sure is None:
+            return [np.nan] * width, [np.nan] * width
+        every, names = self.sure.law, [f.name for f in fields(Law) if np.ndim(getattr(self.sure.law, f.name)) == 1]
+        values = []
+        for i in np.unique(np.linspace(0, len(every.a) - 1, replicates).astype(int)):
+            found = attempt(quantity, replace(every, **{name: float(getattr(every, name)[i]) for name in names}))
+            values.append([np.inf] * width if isinstance(found, NotIdentified) else found)
+        return tuple(np.percentile(values, (2.5, 97.5), axis=0, method="nearest").tolist())
 
     def optimum(self, C: float) -> Answer:
         """The compute-optimal run for C FLOPs, in the convention of the study."""
@@ -276,7 +289,7 @@ def check(study: Study) -> Checks:
     delta = study.settings.delta
     least = float(L.min())
     variants = [
-        ("squared log-loss", attempt(laws.fit_parametric, N, D, L, delta=np.inf)),
+        ("least squares", attempt(laws.fit_parametric, N, D, L, delta=np.inf)),
         ("Huber on the loss itself", attempt(laws.fit_parametric, N, D, L, delta=delta, space="linear")),
         ("alpha = beta", attempt(laws.fit_parametric, N, D, L, delta=delta, tied=True)),
         (f"E fixed 2% below, at {0.98 * third.law.E:.4g}",
@@ -287,8 +300,8 @@ def check(study: Study) -> Checks:
         kaplan = attempt(laws.kaplan_procedure, non_embedding, D, L, third.law.loss(N, D), budget=budget)
     return Checks(
         leave_out=laws.leave_out_highest(third.fit),
-        deltas=laws.delta_sensitivity(third.fit),
-        profile=laws.profile_e(third.fit),
+        deltas=laws.delta_sensitivity(third.fit, (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)),
+        profile=laws.profile_e(third.fit, 61),
         by_compute=laws.residuals_by_compute(third.fit),
         variants=variants,
         counts=_by_count(study),
@@ -361,7 +374,7 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
         low, high = checks.curvature.intervals[95]
         bends = f"bends {'down' if checks.curvature.quadratic < 0 else 'up'}, more than chance would make it"
         say(not checks.curvature.significant,
-            f"The frontier {bends if checks.curvature.significant else 'is straight'} in log-log: quadratic term "
+            f"In log-log the frontier {bends if checks.curvature.significant else 'is straight'}: quadratic term "
             f"{checks.curvature.quadratic:+.3f} [{low:+.3f}, {high:+.3f}].")  # fmt: skip
     for approach in study.approaches:
         for warning in approach.sure.warnings if approach.sure is not None else ():

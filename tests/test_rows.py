@@ -165,6 +165,14 @@ def test_runs_that_tell_no_law(tmp_path, change, says):
     assert says in refused(write(tmp_path / "runs.csv", change(ROWS)))
 
 
+def test_losses_that_cannot_be_compared(tmp_path):
+    """Losses per token of two tokenizers, or on two validation sets, make no law; a blank is no second one."""
+    rows = [[*row, "bytes" if i else "", "gpt2" if i == 3 else "bytes"] for i, row in enumerate(ROWS)]
+    require_usable(read_rows(write(tmp_path / "a.csv", [row[:4] for row in rows], [*HEADER, "tokenizer"])))
+    text = refused(write(tmp_path / "b.csv", rows, [*HEADER, "val_sha", "tokenizer"]))
+    assert "2 different tokenizer (bytes, gpt2" in text
+
+
 def test_failed_runs_are_left_out_and_counted(tmp_path):
     """A failed run needs no loss; it is counted, and the refusal for too few runs mentions it."""
     rows = [[*row, "finished"] for row in ROWS] + [[5, 5, "", "failed"], [5, 5, 99.0, "failed"]]
