@@ -15,7 +15,7 @@ from nanochin.laws.isoflop import IsoflopFit, refit_isoflop, seed_noise
 from nanochin.laws.law import Law, NotIdentified, PowerLaw
 from nanochin.laws.newton import Optimum
 from nanochin.laws.parametric import AGREE, ParametricFit
-from nanochin.laws.surface import CHUNK, Surface, projected_starts
+from nanochin.laws.surface import BATCH, Surface, projected_starts
 
 LEVELS = (80, 95)  # percent
 FEW = 10  # independent runs; with fewer, percentiles are warned about
@@ -102,12 +102,12 @@ def resample(runs, replicates: int, seed: int) -> tuple[int, Callable[[int], Ite
 
 def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, dict]:
     """Each replicate by Newton steps from the fit's own optimum. The first `verify` of them (they are exchangeable)
-    again from two starts far from it, and any that did not converge from starts of its own."""
+    again from a start far from it, and any that did not converge from starts of its own."""
     surface = Surface.of(fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=fit.fixed_e, tied=fit.tied,
                          weights=fit.weights)  # fmt: skip
-    warm, far = surface.z(fit.law), projected_starts(surface, 12)[-2:]
+    warm, far = surface.z(fit.law), projected_starts(surface, 12)[-1:]
     optima, facts = [], {"at_bound": 0, "checked": 0, "worse": 0, "gradient_norm": 0.0}
-    for weights in batches(max(1, CHUNK // fit.n)):
+    for weights in batches(max(1, BATCH // fit.n)):
         weights *= fit.weights
         found = surface.minimise(np.tile(warm, (len(weights), 1)), weights)
         checked = min(len(weights), verify - facts["checked"])

@@ -214,19 +214,15 @@ class Curve:
         if method == "akima":
             return self._spline_minimum(loss, weights)
         p, q, r = self.parabola(loss, weights)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            u = -q / (2 * p)
-            low, high = self._window(weights)
-            inside = (u > low) & (u < high)
-        reason = np.where(~(p > 0), 1, np.where(inside, 0, 2))
-        return u, r - p * u * u, reason
-
-    def _window(self, weights) -> tuple[np.ndarray, np.ndarray]:
-        """Smallest and largest u among the rows that have weight."""
         u = self.x - self.mean
-        if weights is None:
-            return u.min(), u.max()
-        return np.where(weights > 0, u, np.inf).min(1), np.where(weights > 0, u, -np.inf).max(1)
+        there = np.ones(loss.shape, bool) if weights is None else weights > 0
+        low, high = np.where(there, u, np.inf).min(1), np.where(there, u, -np.inf).max(1)
+        lowest = u[np.where(there, loss, np.inf).argmin(1)]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            vertex = -q / (2 * p)
+        # Of runs that are all too large a parabola may put its vertex just inside: the lowest run tells.
+        inside = (vertex > low) & (vertex < high) & (lowest > low) & (lowest < high)
+        return vertex, r - p * vertex * vertex, np.where(~(p > 0), 1, np.where(inside, 0, 2))
 
     def _spline_minimum(self, loss, weights):
         """Of the Akima spline of log loss through the mean of each size, sampled at FINE points a gap."""

@@ -15,7 +15,8 @@ from nanochin.laws.newton import Optimum, minimise
 MIN_ROWS, MIN_SIZES = 6, 3
 EXPONENTS = (1e-3, 4.0)  # bounds of alpha and beta
 SCALE = 40.0  # bound of |log u1| and |log u2| at the mean of log N and log D
-CHUNK = 65_536  # numbers an intermediate array may hold: 512 KiB, so that the dozen in use stay in cache
+BLOCK = 24_576  # numbers in an intermediate array: 192 KiB, so that those in use stay in cache and off the page tables
+BATCH = 2**22  # numbers in the weights of a batch of replicates: 32 MiB
 NARROW = np.log(1.3)  # runs whose budgets or ratios D/N all lie within this factor count as one
 FLAT = 1e-4  # gradient norm of an optimum, at most
 EPS = np.finfo(float).eps
@@ -36,7 +37,7 @@ class Surface:
     space: str  # "log" or "linear": of the residuals
     target: np.ndarray  # (n,) log loss or loss
     centre: tuple[float, float]  # means of log N and log D
-    bases: tuple[np.ndarray, ...]  # columns of x = log N - mean and y = log D - mean, see `__call__`
+    bases: tuple[np.ndarray, ...]  # columns of x = log N - mean and y = log D - mean, see `_block`
     free: np.ndarray  # (5, p): the unknowns z that are optimised give theta = free z; alpha = beta leaves p = 4
     lower: np.ndarray  # (p,)
     upper: np.ndarray
@@ -110,13 +111,8 @@ class Surface:
         return self._minimise(np.tile(z, (len(E), 1)), self.weights, lower, upper, cold=True)
 
     def _minimise(self, z, weights, lower, upper, cold: bool) -> Optimum:
-        shared = weights.ndim == 1
-
         def objective(delta: float):
-            def evaluate(z, mu, rows):
-                return self(z, mu, weights if shared or len(rows) == len(weights) else weights[rows], delta)
-
-            return evaluate
+            return lambda z, mu, rows: self(z, mu, weights, delta, rows)
 
         total = np.broadcast_to(weights.sum(-1), len(z))
         for delta in self._larger_deltas() if cold else ():
@@ -130,16 +126,30 @@ class Surface:
         typical = 1.0 if self.space == "log" else float(np.median(self.loss))  # what a relative residual is worth
         return [d * typical for d in (3e-3, 1e-4, 1e-5, 1e-6) if d * typical > 2 * self.delta]
 
-    def __call__(self, z, mu, weights, delta: float):
-        """Of K problems z (K, p): objective (K,), gradient (K, p) and Hessian (K, p, p), the last blended by mu (K,)
-        towards the one of reweighted least squares (see newton.py).
+    def _blocks(self, K: int) -> list[slice]:
+        size = max(1, BLOCK // len(self.N))
+        return [slice(k, k + size) for k in range(0, K, size)]
+
+    def __call__(self, z, mu, weights, delta: float, rows=None):
+        """Of K problems z (K, p) with weights (n,) or weights[rows]: objective (K,), gradient (K, p) and Hessian
+        (K, p, p), the last blended by mu (K,) towards the one of reweighted least squares (see newton.py)."""
+        rows = np.arange(len(z)) if rows is None else rows
+        F, g, H = np.empty(len(z)), np.empty((len(z), 5)), np.empty((len(z), 5, 5))
+        theta = z @ self.free.T
+        for k in self._blocks(len(z)):
+            F[k] = self._block(theta[k], mu[k], weights if weights.ndim == 1 else weights[rows[k]], delta, g[k], H[k])
+        if self.free.shape[1] == 5:
+            return F, g, H
+        return F, g @ self.free, self.free.T @ H @ self.free
+
+    def _block(self, theta, mu, weights, delta: float, g, H) -> np.ndarray:
+        """Objective (K,) at theta (K, 5); writes the gradient to g and the Hessian to H.
 
         The gradient of log(u1 + u2 + E) is (p1, -x p1, p2, -y p2, f) with p = u / (u1 + u2 + E), f = 1 / (u1 + u2 + E);
         its Hessian is blockdiag(p1 [1 -x; -x x^2], p2 [1 -y; -y y^2], 0) minus the outer product of the gradient.
         For linear residuals p = u and f = 1, and that outer product is absent."""
-        r, p1, p2, f = self._residuals(z @ self.free.T)  # each (K, n)
+        r, p1, p2, f = self._residuals(theta)  # each (K, n)
         squares_n, squares_d, products, linear_n, linear_d = self.bases
-        g, H = np.empty((len(z), 5)), np.empty((len(z), 5, 5))
         psi = np.clip(r, -delta, delta)  # Huber'; Huber = psi (r - psi / 2)
         s = weights * psi
         F = np.einsum("kn,kn->k", s, r) - 0.5 * np.einsum("kn,kn->k", s, psi)
@@ -163,12 +173,10 @@ class Surface:
         H[:, 4, 4] = np.einsum("kn,kn,kn->k", q, f, f)
         H[:, 2:4, 0:2] = H[:, 0:2, 2:4].transpose(0, 2, 1)
         H[:, 4, 0:4] = H[:, 0:4, 4]
-        if self.free.shape[1] == 5:
-            return F, g, H
-        return F, g @ self.free, self.free.T @ H @ self.free
+        return F
 
     def _residuals(self, theta):
-        """r, p1, p2, f of `__call__`."""
+        """r, p1, p2, f of `_block`."""
         u1 = theta[:, 0:2] @ self.bases[3].T
         u2 = theta[:, 2:4] @ self.bases[4].T
         np.exp(u1, out=u1)
@@ -188,17 +196,20 @@ class Surface:
     def gradient_norm(self, z, weights, held) -> np.ndarray:
         """(K,): the largest component of the gradient over the sum of the sizes of its terms, `held` coordinates
         (K, p) left out. It has no units: 0 is an exact optimum, 1 a point where all terms pull the same way."""
-        r, p1, p2, f = self._residuals(z @ self.free.T)
         linear_n, linear_d = self.bases[3:]
-
-        def sums(v, n, d):
-            return np.concatenate([(v * p1) @ n, (v * p2) @ d, np.einsum("kn,kn->k", v, f)[:, None]], 1)
-
-        s = weights * np.clip(r, -self.delta, self.delta)
-        rounding = 1e8 * EPS * np.abs(self.target).max() * weights  # of noise-free rows, whose residuals hold no more
-        g = sums(s, linear_n, linear_d) @ self.free
-        size = sums(np.abs(s) + rounding, np.abs(linear_n), np.abs(linear_d)) @ self.free
-        return np.where(held, 0, np.abs(g) / size).max(1)
+        # Of noise-free rows the residuals hold nothing but rounding.
+        rounding = 1e8 * EPS * np.abs(self.target).max()
+        g, size = np.empty((2, len(z), 5))
+        for k in self._blocks(len(z)):
+            r, p1, p2, f = self._residuals(z[k] @ self.free.T)
+            w = weights if weights.ndim == 1 else weights[k]
+            s = w * np.clip(r, -self.delta, self.delta)
+            for out, v, n, d in (
+                (g, s, linear_n, linear_d),
+                (size, np.abs(s) + rounding * w, *np.abs([linear_n, linear_d])),
+            ):
+                out[k, 0:2], out[k, 2:4], out[k, 4] = (v * p1) @ n, (v * p2) @ d, np.einsum("kn,kn->k", v, f)
+        return np.where(held, 0, np.abs(g @ self.free) / (size @ self.free)).max(1)
 
 
 def projected_starts(surface: Surface, count: int, weights=None) -> np.ndarray:
