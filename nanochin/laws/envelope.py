@@ -1,9 +1,10 @@
 """Approach 1: the lower envelope of all training curves.
 
 At each FLOP count the run with the lowest loss wins; its size, and the tokens it had seen by then, are read as the
-optimum for that compute. The minimum of noisy curves prefers lucky noise, so the envelope lies a little low; and a
-loss in the middle of a decaying schedule is too high, which is why the paper looks at whether winners are near the end
-of their run.
+optimum for that compute. Where the smallest or the largest size that got so far wins, a still smaller or larger one
+might have done better: such points are shown, but not fitted. The minimum of noisy curves prefers lucky noise, so the
+envelope lies a little low; and a loss in the middle of a decaying schedule is too high, which is why the paper looks at
+whether winners are near the end of their run.
 """
 
 from dataclasses import dataclass
@@ -26,8 +27,9 @@ class EnvelopeFit:
     tokens: np.ndarray  # its tokens at that moment
     loss: np.ndarray  # its smoothed loss
     winner: np.ndarray  # its index into `runs`
+    bracketed: np.ndarray  # (points,) bool: smaller and larger sizes were there to be beaten; only these are fitted
     runs: np.ndarray  # distinct run ids, sorted
-    late_share: float  # share of the winners that are in the last 15% of their run's FLOPs
+    late_share: float  # share of the bracketed winners that are in the last 15% of their run's FLOPs
     curves: dict  # run id -> (flops, smoothed loss, N), for the figure
     table: np.ndarray  # (runs, points) smoothed log loss, inf where a run has none
     log_tokens: np.ndarray  # (runs, points)
@@ -38,8 +40,8 @@ class EnvelopeFit:
         out = self.law.constants()
         if bootstrap is not None:
             out |= {"a_ci": list(bootstrap.interval("a")), "b_ci": list(bootstrap.interval("b"))}
-        return out | {"points": len(self.flops), "late_share": self.late_share, "n_curves": len(self.runs),
-                      "n_winners": len(np.unique(self.winner))}  # fmt: skip
+        return out | {"points": int(self.bracketed.sum()), "late_share": self.late_share, "n_curves": len(self.runs),
+                      "n_winners": len(np.unique(self.winner[self.bracketed]))}  # fmt: skip
 
 
 def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 10, name: str = "Approach 1",
@@ -48,7 +50,8 @@ def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 1
     (6 N D by default). Each curve is smoothed by a Gaussian of `smooth` logged points and interpolated (log loss in
     log C); at `points` log-spaced C covered by at least two sizes the lowest run wins (Hoffmann et al. 2022, 3.1).
 
-    Raises NotIdentified with fewer than 3 sizes, or if fewer than 2 of them ever win."""
+    Raises NotIdentified with fewer than 3 sizes, or if fewer than 2 of them ever win with smaller and larger ones
+    present."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
     runs, run_of_row = np.unique(np.asarray(run), return_inverse=True)
@@ -73,17 +76,22 @@ def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 1
     covered = np.isfinite(table).any(0)
     log_c, table, log_tokens = log_c[covered], table[:, covered], log_tokens[:, covered]
     winner, at = table.argmin(0), np.arange(len(log_c))
-    if len(np.unique(sizes[winner])) < 2:
-        raise NotIdentified(f"Approach 1: one size ({sizes[winner[0]]:.4g} parameters) has the lowest loss at every "
-                            "FLOP count, so that there is no optimum to follow")  # fmt: skip
-    (k_N, a), (k_D, b) = line(log_c, np.log(sizes[winner])), line(log_c, log_tokens[winner, at])
+    there = np.where(np.isfinite(table), sizes[:, None], np.nan)
+    bracketed = (np.nanmin(there, 0) < sizes[winner]) & (sizes[winner] < np.nanmax(there, 0))
+    won = np.unique(sizes[winner][bracketed])
+    if len(won) < 2:
+        raise NotIdentified(f"Approach 1: {len(won)} of {different} sizes ever have the lowest loss while smaller and "
+                            "larger ones are trained as far; it needs 2")  # fmt: skip
+    x = log_c[bracketed]
+    k_N, a = line(x, np.log(sizes[winner])[bracketed])
+    k_D, b = line(x, log_tokens[winner, at][bracketed])
     law = PowerLaw(name, float(np.exp(k_N)), float(a), float(np.exp(k_D)), float(b),
                    params_convention=params_convention, flops_convention=flops_convention)  # fmt: skip
     ends = np.array([c[-1] for c, *_ in curves])
-    late = float((log_c >= ends[winner] + np.log(LATE)).mean())
+    late = float((log_c >= ends[winner] + np.log(LATE))[bracketed].mean())
     shown = {str(r): (np.exp(c), smoothed, n) for r, (c, _, smoothed, n) in zip(runs, curves, strict=True)}
     return EnvelopeFit(law, np.exp(log_c), sizes[winner], np.exp(log_tokens[winner, at]), np.exp(table[winner, at]),
-                       winner, runs, late, shown, table, log_tokens, sizes)  # fmt: skip
+                       winner, bracketed, runs, late, shown, table, log_tokens, sizes)  # fmt: skip
 
 
 def gaussian_smooth(values, window: int) -> np.ndarray:
@@ -120,22 +128,24 @@ def _sizes_covering(table, sizes) -> np.ndarray:
 
 def refit_envelope(fit: EnvelopeFit, batches) -> dict[str, np.ndarray]:
     """Constants (replicates,) of the power laws when runs are drawn anew; `batches(size)` yields how often (k, runs).
-    The envelope only asks whether a run was drawn at all; nan where one size wins throughout."""
+    The envelope only asks whether a run was drawn at all; nan where fewer than 2 sizes win."""
     log_c, log_n = np.log(fit.flops), np.log(fit.sizes)
     order = fit.table.argsort(0, kind="stable")  # best run first at each point
     finite = np.isfinite(np.take_along_axis(fit.table, order, 0))
     at = np.arange(len(log_c))
     fits = []
     for drawn in batches(64):
-        winner = np.zeros((len(drawn), len(log_c)), int)
-        covered = np.zeros(winner.shape, bool)
+        shape = (len(drawn), len(log_c))
+        winner, smallest, largest = np.zeros(shape, int), np.full(shape, np.inf), np.full(shape, -np.inf)
         for runs, exists in zip(order[::-1], finite[::-1], strict=True):  # worst first: the best present run stays
-            wins = (drawn[:, runs] > 0) & exists
-            winner = np.where(wins, runs, winner)
-            covered |= wins
+            present = (drawn[:, runs] > 0) & exists
+            winner = np.where(present, runs, winner)
+            smallest = np.where(present, np.minimum(smallest, log_n[runs]), smallest)
+            largest = np.where(present, np.maximum(largest, log_n[runs]), largest)
         n, d = log_n[winner], fit.log_tokens[winner, at]
-        one_size = np.where(covered, n, -np.inf).max(1) == np.where(covered, n, np.inf).min(1)
+        used = (smallest < n) & (n < largest)
+        several = np.where(used, n, -np.inf).max(1) > np.where(used, n, np.inf).min(1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            (k_N, a), (k_D, b) = (line(np.broadcast_to(log_c, n.shape), v, covered) for v in (n, d))
-        fits.append(np.where(one_size, np.nan, np.stack([np.exp(k_N), a, np.exp(k_D), b])))
+            (k_N, a), (k_D, b) = (line(np.broadcast_to(log_c, shape), v, used) for v in (n, d))
+            fits.append(np.where(several, np.stack([np.exp(k_N), a, np.exp(k_D), b]), np.nan))
     return dict(zip(("k_N", "a", "k_D", "b"), np.concatenate(fits, 1), strict=True))
