@@ -219,8 +219,8 @@ def require_usable(rows: Rows) -> None:
         raise UserError(f"{who}: all runs are at one budget, 6ND = {C.mean():.3g}; a law needs runs at two or more")
     for name in ("tokenizer", "vocab_size", "val_sha"):
         if name in rows.labels and len(used := rows.labels[name].used()) > 1:
-            raise UserError(f"{who}: {len(used)} different {name} ({used[0][:12]}, {used[1][:12]}, ...), so that losses "
-                            "cannot be compared; fit each by itself")  # fmt: skip
+            raise UserError(f"{who}: {len(used)} different {name} ({used[0][:12]}, {used[1][:12]}), so that their "
+                            "losses cannot be compared; fit each by itself")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def _csv(path: Path, file: TextIO, needed: tuple[str, ...], columns: dict[str, s
     try:
         header = [name.strip() for name in next(cells for cells in reader if cells)]
         if not any(math.isnan(_number(name)) for name in header):
-            raise UserError(f"{path}: its first line holds numbers; put a header above it, such as {','.join(needed)}")
+            raise UserError(f"{path}: its first line is numbers; put a header above it, such as {','.join(needed)}")
         yield header
         for cells in reader:
             if any(cells):

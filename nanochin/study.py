@@ -281,8 +281,9 @@ def check(study: Study) -> Checks:
     held = attempt(laws.hold_out, N, D, L, study.C, budget=budget, budgets=_budgets_to_hold_out(study.C, budget),
                    runs=study.unit, replicates=replicates, seed=seed, delta=study.settings.delta,
                    E=study.settings.fixed_e)  # fmt: skip
-    curvature = second if isinstance(second, NotIdentified) else attempt(
-        laws.frontier_curvature, second.fit, replicates=replicates, seed=seed)  # fmt: skip
+    curvature = NotIdentified("it takes Approach 2 and a bootstrap")
+    if isinstance(second, Approach) and replicates:
+        curvature = attempt(laws.frontier_curvature, second.fit, replicates=replicates, seed=seed)
     if isinstance(third, NotIdentified):
         return Checks([], [], (np.empty(0), np.empty(0)), [], [], _by_count(study), held, curvature, third, form)
 

@@ -234,15 +234,15 @@ def test_a_file_of_curves(tmp_path):
 
 
 def test_a_great_file_streams(tmp_path):
-    """50,000 rows cost arrays of doubles, not Python objects: under 40 bytes a row and column."""
+    """10,000 rows cost arrays of doubles, not Python objects: under 40 bytes a row and column."""
     import tracemalloc
 
     path = tmp_path / "runs.csv"
     with open(path, "w") as file:
         file.write("params,tokens,loss,flops,unknown\n")
-        file.writelines(f"{i + 1},{i + 2},{3 + i % 7},{i + 9},{'x' * 50}\n" for i in range(50_000))
+        file.writelines(f"{i + 1},{i + 2},{3 + i % 7},{i + 9},{'x' * 50}\n" for i in range(10_000))
     tracemalloc.start()
     rows = read_rows(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(rows) == 50_000 and peak < 40 * 4 * 50_000
+    assert len(rows) == 10_000 and peak < 40 * 4 * 10_000
