@@ -11,6 +11,7 @@ times faster than the finite differences or autograd that are published. Needs s
 import csv
 import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -24,7 +25,7 @@ import numpy as np
 
 from nanochin.config import UserError, opt, parse, run_command
 from nanochin.flops import format_columns
-from nanochin.laws import BESIROGLU, bootstrap, fit_parametric
+from nanochin.laws import BESIROGLU, HOFFMANN, bootstrap, fit_parametric
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 DELTA = 1e-3
@@ -36,6 +37,7 @@ class Options:
     starts: int = opt(4500, "how many of the grid's 4500 starts L-BFGS-B is timed on, evenly spread; scaled up", low=1)
     resamples: int = opt(100, "how many of the 4000 resamples BFGS is timed on; scaled up", low=1)
     rounds: int = opt(5, "repetitions of what takes less than a second", low=1)
+    wrong_way: bool = opt(False, "instead: how an optimiser that stops too early makes the interval collapse")
     json: str | None = opt(None, "write the results to this file, and a table beside it (.md)")
 
 
@@ -132,6 +134,25 @@ def compare(N, D, loss, options: Options) -> list[dict]:
     ]  # fmt: skip
 
 
+def wrong_way(N, D, loss, resamples: int) -> list[dict]:
+    """Width of the 80% interval of a when resamples are optimised as published at first (the mean of the Huber terms,
+    L-BFGS-B at its default tolerances, one start at Hoffmann's constants), when only the mean is mended to a sum, and
+    when each resample is carried to its optimum."""
+    from scipy.optimize import minimize
+
+    x, y, target, law = np.log(N), np.log(D), np.log(loss), HOFFMANN
+    start = (np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta)
+    counts = np.random.default_rng(0).multinomial(len(N), np.full(len(N), 1 / len(N)), resamples).astype(float)
+    rows = []
+    for name, scale in (("mean, default tolerances", 1 / len(N)), ("sum, default tolerances", 1.0)):
+        results = [minimize(huber_and_gradient, start, (x, y, target, scale * w), "L-BFGS-B", jac=True) for w in counts]
+        exponents = [r.x[4] / (r.x[3] + r.x[4]) for r in results]
+        low, high = np.percentile(exponents, (10, 90))
+        rows.append({"how": name, "low": low, "high": high, "steps": float(np.median([r.nit for r in results]))})
+    low, high = bootstrap(fit_parametric(N, D, loss), replicates=resamples).interval("a", 80)
+    return [*rows, {"how": "sum, converged (nanochin)", "low": low, "high": high, "steps": math.nan}]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
@@ -151,6 +172,12 @@ def main() -> None:
         # Read by the BLAS when it is loaded: start again.
         os.execve(sys.executable, [sys.executable, "-m", "bench.fit", *sys.argv[1:]], os.environ | ONE_THREAD)
     N, D, loss = load_runs(options.runs)
+    if options.wrong_way:
+        lines = [["resamples are optimised by", "80% interval of a", "width", "steps"]]
+        for row in wrong_way(N, D, loss, options.resamples):
+            lines.append([row["how"], f"{row['low']:.4f} to {row['high']:.4f}", f"{row['high'] - row['low']:.4f}",
+                          "-" if math.isnan(row["steps"]) else f"{row['steps']:.0f}"])  # fmt: skip
+        return print(format_columns(lines))
     rows = compare(N, D, loss, options)
     memory = {n: peak_memory(n) for n in (1000, 100_000)}
     lines = [["what", "CPU s", "ratio", "objective", "remarks"]]
