@@ -150,7 +150,7 @@ def test_packed_files_may_have_many_frames_but_not_half_a_one(tmp_path, suffix):
 def test_zst_without_its_library_names_the_command(tmp_path, monkeypatch):
     """Without it the error is the install command."""
     monkeypatch.setitem(sys.modules, "compression", None)
-    monkeypatch.setitem(sys.modules, "backports", None)
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
     path = write(tmp_path / "a.txt.zst", "never read")
     with pytest.raises(UserError, match=r"a\.txt\.zst: \.zst needs a library: pip install backports\.zstd"):
         read(path, folder=tmp_path / "flat")
@@ -197,8 +197,8 @@ def test_what_holds_no_text_is_named(tmp_path):
             find_files([str(tmp_path / item)])
     with pytest.raises(UserError, match=r"empty\.txt: no text in it"):
         read(write(tmp_path / "empty.txt", "\ufeff"), folder=tmp_path / "flat")
-    with pytest.raises(UserError, match=r"model\.bin: neither text nor a known format"):
-        read(write(tmp_path / "model.bin", bytes(100)), folder=tmp_path / "flat2")
+    with pytest.raises(UserError, match=r"model\.gguf: neither text nor a known format"):
+        read(write(tmp_path / "model.gguf", bytes(100)), folder=tmp_path / "flat2")
     assert documents(read(tmp_path / "folder/readme.md", folder=tmp_path / "flat3")) == [b"text"]
 
 
