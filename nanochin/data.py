@@ -117,6 +117,8 @@ def prepare(data: tuple[str, ...], *, val: tuple[str, ...] | None = None, tokeni
             raise UserError(f"--val {' '.join(val or data)}: the same files as --data; nothing is left to train on")
         if hold_tokens(train_files + val_files):
             return _open(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size, progress)
+        if tokenizer and tokenizer.startswith("ids-"):
+            raise UserError(f"--tokenizer {tokenizer}: is for token files, this is text: {train_files[0].path}")
         vocab_size = (vocab_size or BPE_VOCAB) if tokenizer == "bpe" else None
         recipe = Recipe(corpus_name(data), train_files, val_files, val_bytes, tokenizer or "bytes", vocab_size,
                         skip_bad)  # fmt: skip
