@@ -85,6 +85,7 @@ def stream(source: Source, path: Path, progress: Progress | None) -> None:
 def _texts(source: Source) -> Iterator[str | None]:
     """The documents, from the network as they are asked for."""
     datasets = need("datasets", source.what)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told once, below
     try:
         for row in datasets.load_dataset(source.dataset, source.config, split="train", streaming=True):
             if "text" not in row:

@@ -288,10 +288,14 @@ def read_parquet(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool
         columns, rows = file.schema_arrow, file.metadata.num_rows
         if "text" not in columns.names:
             raise UserError(f"{path}: no column `text`; it has {', '.join(columns.names)}")
-        if str(columns.field("text").type) not in ("string", "large_string"):
-            raise UserError(f"{path}: column `text` is {columns.field('text').type}, not string")
+        kind = columns.field("text").type
+        if arrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if str(kind) not in ("string", "large_string", "string_view"):
+            raise UserError(f"{path}: column `text` is {kind}, not string")
         for batch in file.iter_batches(1024, columns=["text"]):
-            for text in batch.column(0).cast(arrow.large_binary()).to_pylist():  # bytes, for `_read_part` to decode
+            column = batch.column(0).cast(arrow.large_string()).cast(arrow.large_binary())
+            for text in column.to_pylist():  # bytes, for `_read_part` to decode
                 number += 1
                 stream.seek(size * number // rows)  # nobody reads from it: it tells how far this is
                 if text is None:
