@@ -118,7 +118,8 @@ def prepare(data: tuple[str, ...], *, val: tuple[str, ...] | None = None, tokeni
         if hold_tokens(train_files + val_files):
             return _open(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size, progress)
         if tokenizer and tokenizer.startswith("ids-"):
-            raise UserError(f"--tokenizer {tokenizer}: is for token files, this is text: {train_files[0].path}")
+            raise UserError(f"--tokenizer {tokenizer}: is for token files, but {train_files[0].path} is text: name the "
+                            "tokenizer that the model is to read it with, such as gpt2")  # fmt: skip
         vocab_size = (vocab_size or BPE_VOCAB) if tokenizer == "bpe" else None
         recipe = Recipe(corpus_name(data), train_files, val_files, val_bytes, tokenizer or "bytes", vocab_size,
                         skip_bad)  # fmt: skip

@@ -197,7 +197,10 @@ def with_biases(ours: Weights) -> Weights:
 
 
 def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, dict]:
-    """tokenizer.json, as the `tokenizers` library reads it, and what `transformers` wants to know beside it."""
+    """tokenizer.json, as the `tokenizers` library reads it, and what `transformers` wants to know beside it.
+
+    One thing differs: as everywhere in `transformers`, the string <|endoftext|> in a text is read as end-of-text.
+    """
     letter = byte_letters()
     if tokenizer.encoding is None:  # bytes: id 0, which text never contains, is end-of-text
         vocab = {letter[byte]: byte for byte in range(256) if byte != tokenizer.eot} | {END_OF_TEXT: tokenizer.eot}

@@ -193,4 +193,4 @@ def test_weights_that_are_not_gpt2s(folder, tmp_path):
 def test_the_vocabulary_of_the_weights(tiny, folder, refusal):
     """Text needs the tokenizer that the weights were trained with, and is told so in one line; ids do not."""
     line = refusal(*arguments(tiny(model=None, seq_len=None, init_from=str(folder))))
-    assert "--tokenizer ids-256: is for token files, this is text" in line
+    assert "--tokenizer ids-256: is for token files, but" in line

@@ -368,7 +368,7 @@ def test_text_and_tokens_do_not_mix(tmp_path):
         prepare((str(path),), vocab_size=V, max_tokens=100, cache=tmp_path / "cache")
     with pytest.raises(UserError, match=r"few\.bin: too few tokens to keep some for validation; give --val"):
         prepare((str(nanogpt(tmp_path / "few.bin", range(20))),), vocab_size=V, cache=tmp_path / "cache")
-    with pytest.raises(UserError, match="--tokenizer ids-300: is for token files, this is text"):
+    with pytest.raises(UserError, match="--tokenizer ids-300: is for token files, but"):
         prepare((str(tmp_path / "input.txt"),), tokenizer="ids-300", val_bytes=1024, cache=tmp_path / "cache")
 
 
