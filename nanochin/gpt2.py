@@ -44,7 +44,8 @@ def gpt2_name(name: str, layers: int) -> tuple[str, bool]:
 def initial_options(config: Config) -> Config:
     """`config` with the shape of the weights that --init-from names.
 
-    Raises UserError for weights that are no GPT-2, and for options that ask for another shape than theirs.
+    Raises UserError for weights that are no GPT-2, for options that ask for another shape than theirs, and where it is
+    not said how to go on: the rules and laws that fill in length and learning rate are for training from scratch.
     """
     what, sizes = f"--init-from {config.init_from}", {name: shape for name, shape, _ in _tensors(config.init_from)}
     try:
@@ -65,6 +66,8 @@ def initial_options(config: Config) -> Config:
         raise UserError(f"--seq-len {config.seq_len}: {what} has learned {T} positions; give that or less")
     if config.tokenizer == "bpe":
         raise UserError(f"--tokenizer bpe: is trained anew, its ids mean nothing to {what}")
+    if config.lr is None or not (config.tokens or config.budget):
+        raise UserError(f"{what}: say how to go on, with --tokens and --lr (3e-5 is usual for GPT-2)")
     tokenizer = config.tokenizer or ("gpt2" if V == GPT2_VOCAB else f"ids-{V}")
     return dataclasses.replace(config, **theirs, seq_len=config.seq_len or T, tokenizer=tokenizer)
 

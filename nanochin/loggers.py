@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochin.config import need
+from nanochin.config import RunError, need
 
 
 def check(names: tuple[str, ...]) -> None:
@@ -13,12 +13,19 @@ def check(names: tuple[str, ...]) -> None:
 
 
 def open_logger(name: str, folder: Path, options: dict, step: int) -> tuple[Callable[[dict], None], Callable[[], None]]:
-    """(function that takes a row, function that ends it) for the run in `folder`, which goes on from `step`."""
+    """(function that takes a row, function that ends it) for the run in `folder`, which goes on from `step`.
+
+    Raises RunError where wandb refuses (no account, no network).
+    """
     if name == "wandb":
         import wandb
 
-        run = wandb.init(project="nanochin", id=folder.name, name=folder.name, resume="allow", dir=folder,
-                         config=options)  # fmt: skip
+        try:
+            run = wandb.init(project="nanochin", id=folder.name, name=folder.name, resume="allow", dir=folder,
+                             config=options)  # fmt: skip
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise RunError(f"--loggers wandb: {reason}; WANDB_MODE=offline needs no account") from None
         return lambda row: run.log(row, step=row["step"]), run.finish
 
     from torch.utils.tensorboard import SummaryWriter

@@ -40,6 +40,8 @@ class TokenFile:
 def open_tokens(path: str) -> TokenFile:
     """Open a token file of any of the formats. Raises UserError for what none of them would have written."""
     size, idx = os.path.getsize(path), os.path.splitext(path)[0] + ".idx"
+    if not path.lower().endswith(TOKENS):
+        raise UserError(f"{path}: unpack it first; token files are used where they lie")
     if not size:
         raise UserError(f"{path}: empty")
     if os.path.exists(idx):

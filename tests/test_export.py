@@ -1,5 +1,6 @@
 """A run as a folder of `transformers`: the same logits, the same greedy text, the same tokens; lm-eval's perplexity."""
 
+import functools
 import itertools
 import json
 import os
@@ -156,6 +157,7 @@ def same(ours: Tokenizer, theirs, text: str) -> bool:
     return ids == ours.encode(text.encode()).tolist() and theirs.decode(ids) == text
 
 
+@functools.cache
 def a_megabyte() -> str:
     """1 MB of text: made-up English, this repository's code, and signs of every kind."""
     code = "".join(path.read_text() for path in sorted(ROOT.glob("*/*.py"))).replace(END_OF_TEXT, "")
@@ -289,7 +291,8 @@ metric_list: [{{metric: acc}}]
 def test_lm_eval_runs_on_the_folder(tiny, tmp_path, tokenizer):
     """`lm_eval --model hf` measures our bits per byte to 1e-3 on a text of whole windows, and answers
     multiple-choice questions, with tasks and data from this disk."""
-    pytest.importorskip("lm_eval", reason="pip install lm_eval")
+    for library in ("lm_eval", "accelerate"):
+        pytest.importorskip(library, reason="pip install 'lm_eval[hf]'")
     config = tiny(name="run", tokenizer=tokenizer, vocab_size={"bpe": 300}.get(tokenizer), model="32x2", lr=0.02)
     train.train(config, quiet=True)
     model, words, _ = checkpoint.load_run(Path(config.out) / "run")

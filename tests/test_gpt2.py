@@ -41,7 +41,7 @@ def folder(tmp_path) -> Path:
 
 def ours(path, **options) -> GPT:
     """Our model of the shape and weights that are found at `path`."""
-    config = initial_options(Config(init_from=str(path), **options))
+    config = initial_options(Config(init_from=str(path), **{"tokens": 1e6, "lr": 3e-5} | options))
     width, layers = map(int, config.model.split("x"))
     names = ("vocab_size", "seq_len", "head_size", "ffn", "norm", "positions", "activation", "bias", "tied", "qk_norm")
     model = GPT(make_shape(width, layers, **{name: getattr(config, name) for name in names}), seed=5)
@@ -145,6 +145,8 @@ def change(folder: Path, **told) -> None:
         ({"vocab_size": 300}, {}, "--vocab-size 300: "),
         ({"seq_len": 49}, {}, "--seq-len 49: --init-from .* has learned 48 positions"),
         ({"tokenizer": "bpe"}, {}, "--tokenizer bpe: is trained anew"),
+        ({"tokens": None}, {}, "say how to go on, with --tokens and --lr"),
+        ({"lr": None, "budget": 1e15}, {}, "say how to go on, with --tokens and --lr"),
         ({}, {"model_type": "llama"}, "model_type llama, only gpt2 can be imported"),
         ({}, {"activation_function": "tanh"}, "activation_function tanh, our model has gelu_new"),
         ({}, {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06, our model has 1e-05"),

@@ -79,6 +79,18 @@ def test_wandb_offline(tiny, monkeypatch):
     assert rows == [(row["step"], row) for row in runs.read_log(Path(config.out) / "run")]
 
 
+def test_wandb_that_refuses_is_one_line(tiny, monkeypatch, refusal):
+    """What wandb says of a missing account, over several lines, is one line with the way out, exit code 1."""
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key\n  configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    line = refusal(*arguments(tiny(name="run", loggers=("wandb",))), code=1)
+    assert line == "train.py: --loggers wandb: No API key configured; WANDB_MODE=offline needs no account\n"
+
+
 @pytest.mark.slow
 def test_wandb_itself(tiny, command, monkeypatch):
     """The real library in its offline mode writes its files into the run's folder."""

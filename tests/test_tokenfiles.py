@@ -1,5 +1,6 @@
 """Token files of nanoGPT, llm.c and Megatron, written here by their documented layouts."""
 
+import gzip
 import os
 import pickle
 import struct
@@ -284,10 +285,13 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
     stump.with_suffix(".idx").write_bytes(b"MMIDIDX\0\0short")
     blank = nanogpt(folder / "blank.bin", ids)
     blank.with_suffix(".idx").touch()
+    packed = folder / "packed.bin.gz"
+    packed.write_bytes(gzip.compress(bytes(100)))
     cut = megatron(folder / "cut.bin", ids)
     os.truncate(cut, 150)
     return {
         "odd size": (odd, r"odd\.bin: 101 bytes, an odd number"),
+        "packed": (packed, r"packed\.bin\.gz: unpack it first"),
         "empty": (empty, r"empty\.bin: empty"),
         "llm.c cut short": (short, r"short\.bin: 1100 bytes, but 1024 \+ 2 x the 100 tokens of its header make 1224"),
         "llm.c cut in its header": (header, r"header\.bin: 500 bytes, but"),
@@ -313,7 +317,8 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.mark.parametrize("kind", [
-    "odd size", "empty", "llm.c cut short", "llm.c cut in its header", "llm.c too long", "llm.c without tokens",
+    "odd size", "packed", "empty", "llm.c cut short", "llm.c cut in its header", "llm.c too long",
+    "llm.c without tokens",
     "llm.c of another version", "uint16 as Llama 3", "evaluation set", "llm.c's model", "no index", "an empty index",
     "a stump of an index", "Megatron version 2", "floats", "floats of gpt-neox", "a longer index", "another .bin",
     "offsets", "documents"])  # fmt: skip
