@@ -183,7 +183,7 @@ def _fetch(max_tokens: float | None, tokenizer: str, vocab_size: int | None, fol
     for item in items:
         if item.startswith(hub.PREFIX):
             source = hub.parse(item, option, max_tokens, tokenizer, vocab_size)
-            item = folder / source.file_name
+            item = folder / source.place
             if not item.exists():
                 with _locked(item, progress):
                     if not item.exists():

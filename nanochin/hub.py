@@ -34,11 +34,11 @@ class Source:
     vocab_size: int | None
 
     @property
-    def file_name(self) -> str:
-        """fineweb-edu-sample-10BT-0b1c2d3e4f5a.jsonl"""
+    def place(self) -> str:
+        """0b1c2d3e4f5a/fineweb-edu-sample-10BT.jsonl"""
         name = re.sub(r"[^\w-]+", "-", "-".join(filter(None, [Path(self.dataset).name, self.config])))
         asked = json.dumps([self.dataset, self.config, self.max_tokens, self.tokenizer, self.vocab_size])
-        return f"{name}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.jsonl"
+        return f"{hashlib.sha256(asked.encode()).hexdigest()[:12]}/{name}.jsonl"
 
 
 def parse(item: str, option: str, max_tokens: float | None, tokenizer: str, vocab_size: int | None) -> Source:

@@ -46,9 +46,9 @@ def test_first_documents_up_to_max_tokens(dataset, tmp_path):
     while total + len(TEXTS[count].encode()) + 1 <= 100_000:
         total += len(TEXTS[count].encode()) + 1
         count += 1
-    (path,) = (tmp_path / "cache/hub").glob("*.jsonl")
+    (path,) = (tmp_path / "cache/hub").rglob("*.jsonl")
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == TEXTS[:count]
-    assert documents(corpus) == {text.encode() for text in TEXTS[:count]} and corpus.name.startswith("books")
+    assert documents(corpus) == {text.encode() for text in TEXTS[:count]} and corpus.name == "books"
     assert len(corpus.train) + len(corpus.val) == total + 1  # each side begins with an end of text
 
     before, sys.modules["datasets"] = sys.modules["datasets"], None
@@ -104,7 +104,7 @@ def test_what_cannot_be_streamed_is_one_line(dataset, tmp_path):
         with pytest.raises(UserError, match=said) as error:
             prepare((item,), max_tokens=limit, cache=tmp_path / "cache")
         assert "\n" not in str(error.value)
-    assert not [p for p in (tmp_path / "cache/hub").iterdir() if p.suffix != ".lock"]
+    assert not [p for p in (tmp_path / "cache/hub").rglob("*") if p.suffix in (".jsonl", ".tmp")]
 
 
 def test_without_the_library_the_command_is_named(tmp_path, monkeypatch):
@@ -119,10 +119,10 @@ def test_names_are_taken_apart():
     another file."""
     source = parse("hf:HuggingFaceFW/fineweb-edu:sample-10BT", "--data", 1e8, "bytes", None)
     assert (source.dataset, source.config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
-    assert source.file_name.startswith("fineweb-edu-sample-10BT-") and source.file_name.endswith(".jsonl")
-    others = [parse("hf:HuggingFaceFW/fineweb-edu:sample-10BT", "--data", *rest).file_name
+    assert source.place.endswith("/fineweb-edu-sample-10BT.jsonl")
+    others = [parse("hf:HuggingFaceFW/fineweb-edu:sample-10BT", "--data", *rest).place
               for rest in ((1e9, "bytes", None), (1e8, "bpe", 300), (1e8, "bpe", 301))]  # fmt: skip
-    assert len({source.file_name, *others}) == 4
+    assert len({source.place, *others}) == 4
     for item in ("hf:", "hf:a/", "hf:a b"):
         with pytest.raises(UserError, match="expected hf:OWNER/NAME"):
             parse(item, "--data", 1e6, "bytes", None)
