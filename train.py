@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-# OpenMP's threads sleep while they wait, from before torch loads it: spinning, two of them made a run many times slower
-# as soon as another program wanted a core (LOG.md).
+# OpenMP's threads sleep while they wait, from before torch loads it: spinning, two of them make a run many times slower
+# as soon as another program wants a core (LOG.md). In a step each works on its own (nanochin/device.py, Team).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -33,7 +33,7 @@ from nanochin import checkpoint, gpt2, ladder, laws, loggers, runs
 from nanochin.config import FLOP_CONVENTIONS, Config, RunError, UserError, check, make_shape, parse, parse_model
 from nanochin.console import Progress, clock, count, table
 from nanochin.data import Corpus, Windows, prepare
-from nanochin.device import check_memory, device_name, peak_of, pick_device, pick_dtype
+from nanochin.device import Team, check_memory, device_name, keep_freed_memory, peak_of, pick_device, pick_dtype
 from nanochin.evaluate import evaluate
 from nanochin.model import GPT
 from nanochin.optim import Adam, default_final, lr_at
@@ -73,6 +73,8 @@ def resolve(config: Config, progress: Progress) -> Job:
     device = pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
+    if device.type == "cpu":
+        keep_freed_memory()
     defaults = DEFAULTS[device.type]
     seq_len = config.seq_len or defaults["seq_len"]
     budget = config.budget or (None if config.model or config.tokens else defaults["budget"])
@@ -143,9 +145,10 @@ def train(config: Config, quiet: bool = False) -> dict:
         run.cut_log(state["step"])
         run.loggers.extend(loggers.open_logger(name, run.folder, record, state["step"]) for name in config.loggers)
         peak, peak_source = peak_of(device, job.dtype)
-        if not quiet:
-            show_plan(job, run, state["micro_batch"], peak_source)
         forward = torch.compile(model) if wants_compile(config.compile, device) else model
+        team = Team(device, 0 if forward is not model else plan.batch_tokens)
+        if not quiet:
+            show_plan(job, run, state["micro_batch"], team.size, peak_source)
 
         # The loop. `step` counts finished optimizer steps, and the data position follows from it alone. Losses and
         # norms stay on the device until they are logged, so that a GPU does not wait for the host.
@@ -163,7 +166,7 @@ def train(config: Config, quiet: bool = False) -> dict:
                 optimizer.lr = config.lr * learning_rate(config, step)
                 while True:
                     try:
-                        recent.append(optimizer_step(forward, optimizer, batch, micro_batch, config.clip))
+                        recent.append(optimizer_step(forward, optimizer, batch, micro_batch, config.clip, team))
                         break
                     except torch.OutOfMemoryError:
                         micro_batch = smaller(micro_batch, optimizer, job)  # the batch stays, cut into smaller pieces
@@ -200,16 +203,30 @@ def train(config: Config, quiet: bool = False) -> dict:
         return run.summary
 
 
-def optimizer_step(model, optimizer: Adam, batch: Tensor, micro_batch: int, clip: float) -> Tensor:
+def optimizer_step(model, optimizer: Adam, batch: Tensor, micro_batch: int, clip: float, team: Team) -> Tensor:
     """One step on batch (n, T+1) in pieces of `micro_batch` sequences -> (loss, gradient norm before clipping).
 
-    The gradient is that of the mean over all n x T tokens, however the batch is cut.
+    The gradient is that of the mean over all n x T tokens, however the batch is cut; it is added up in the order of the
+    sequences, so that the same cuts give the same bits.
     """
-    loss = torch.zeros((), device=batch.device)
-    for piece in batch.split(micro_batch):
-        part = model(piece[:, :-1], piece[:, 1:]) * (len(piece) / len(batch))
-        part.backward()
-        loss += part.detach()
+
+    def of_piece(piece: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss = model(piece[:, :-1], piece[:, 1:]) * (len(piece) / len(batch))
+        return loss.detach(), torch.autograd.grad(loss, optimizer.parameters)
+
+    def of_share(share: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return added(map(of_piece, share.split(micro_batch)))
+
+    def added(parts) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss, gradients = next(parts)
+        for more_loss, more_gradients in parts:
+            loss = loss + more_loss
+            torch._foreach_add_(gradients, more_gradients)
+        return loss, gradients
+
+    loss, gradients = added(iter(team.map(of_share, batch.chunk(team.size))))
+    for parameter, gradient in zip(optimizer.parameters, gradients, strict=True):
+        parameter.grad = gradient
     norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, clip or math.inf)
     optimizer.step()
     optimizer.zero_grad()
@@ -423,13 +440,16 @@ def predicted(job: Job) -> float | None:
 # What is shown
 
 
-def show_plan(job: Job, run: runs.Run, micro_batch: int, peak_source: str) -> None:
+def show_plan(job: Job, run: runs.Run, micro_batch: int, team_size: int, peak_source: str) -> None:
     config, plan, corpus, why = job.config, job.plan, job.corpus, job.plan.why
     backend, why_backend = kernels.backend(job.device)
     params = plan.params
     text = f"{count(corpus.train_bytes)}B in {corpus.documents} documents, {count(corpus.val_bytes)}B held out"
     if corpus.format != "text":
         text = f"token files ({corpus.format}), {count(len(corpus.val))} tokens for validation"
+    at_once = f"{min(micro_batch, math.ceil(plan.batch_tokens / config.seq_len / team_size))} sequences"
+    if team_size > 1:
+        at_once += f" on each of {team_size} threads"
     rows = [
         ("text", f"{corpus.name}", f"{text}; sha {corpus.data_sha[:12]}"),
         ("tokenizer", corpus.tokenizer.name, f"{plan.shape.vocab_size} tokens; {count(len(corpus.train))} to train on"),
@@ -442,7 +462,7 @@ def show_plan(job: Job, run: runs.Run, micro_batch: int, peak_source: str) -> No
         ("steps", f"{plan.steps}", f"{config.schedule}, to {config.final_lr:g} of the peak rate"),
         ("context", f"{config.seq_len}", "tokens"),
         ("batch", f"{count(plan.batch_tokens)} tokens",
-         f"{why.get('batch_tokens', 'as asked')}; micro-batch {micro_batch} sequences"),
+         f"{why.get('batch_tokens', 'as asked')}; micro-batch {at_once}"),
         ("learning rate", f"{plan.lr:.3g}", why.get("lr", "as asked")),
         ("warm-up", f"{count(plan.warmup_tokens)} tokens", why.get("warmup_tokens", "as asked")),
         ("beta2", f"{plan.beta2}", why.get("beta2", "as asked")),

@@ -82,16 +82,21 @@ def our_step(spec: dict, batch, device):
     """train.py's own step."""
     import torch
 
+    from nanochin.device import Team, keep_freed_memory
     from nanochin.model import GPT
     from nanochin.optim import Adam
     from train import optimizer_step
+
+    if device.type == "cpu":
+        keep_freed_memory()
 
     width, layers, head, vocab, T, _ = SHAPES[spec["shape"]]
     shape = make_shape(width, layers, vocab_size=vocab, seq_len=T, head_size=head)
     model = GPT(shape, dtype=getattr(torch, spec["dtype"])).to(device)
     optimizer = Adam(model, "adamw", 1e-3, (0.9, 0.95), 0.1)
     forward = torch.compile(model) if spec["compile"] else model
-    return lambda: optimizer_step(forward, optimizer, batch, len(batch), 1.0)[0].item()
+    team = Team(device, 0 if spec["compile"] else len(batch) * T)
+    return lambda: optimizer_step(forward, optimizer, batch, len(batch), 1.0, team)[0].item()
 
 
 def nanogpt_step(spec: dict, batch, device):

@@ -22,32 +22,8 @@ def attention(qkv: Tensor, n_heads: int) -> Tensor:
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
-
-
-def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return layer_norm(total, weight, bias, eps), total
-
-
-def activation(x: Tensor, kind: str) -> Tensor:
-    if kind in ("gelu", "gelu_tanh"):
-        return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
-    if kind == "relu2":
-        return F.relu(x).square()
-    return swiglu(x)
-
-
-def swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# RMSNorm: PyTorch's own is a chain of elementwise operations on a CPU, as is its derivative
+# Norms. PyTorch's own RMSNorm is a chain of elementwise operations on a CPU, and so is its derivative
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -67,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
         r = (norm.square() / x.shape[-1] + eps).rsqrt()  # (..., 1)
         ctx.save_for_backward(x, weight, r)
-        return (x * r * weight).to(x.dtype)
+        return (x * r).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
@@ -76,8 +52,19 @@ class _RMSNorm(torch.autograd.Function):
         gx = (grad * x.to(r.dtype)).view(-1, C)
         dweight = torch.mv(gx.T, r.view(-1))  # (C,)
         dot = (gx @ weight).view_as(r)  # (..., 1)
-        dx = torch.addcmul(grad * weight * r, x, dot * r**3, value=-1 / C)
+        dx = (grad * weight).mul_(r).addcmul_(x, dot * r**3, value=-1 / C)
         return dx.to(x.dtype), dweight, None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -128,6 +115,23 @@ def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Activations: PyTorch's own
+
+
+def activation(x: Tensor, kind: str) -> Tensor:
+    if kind in ("gelu", "gelu_tanh"):
+        return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
+    if kind == "relu2":
+        return F.relu(x).square()
+    return swiglu(x)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The output layer and its loss: the logits, the largest tensor of a small model, exist in pieces only and once
 
 
@@ -151,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         train = any(ctx.needs_input_grad)
         dh = torch.empty_like(h) if train else h
         dweight = torch.zeros_like(weight, dtype=wide)
-        rows = max(256, 2**22 // len(weight))
+        rows = max(256, 2**20 // len(weight))  # a few MB of logits: about what a core keeps in its cache
         for x, target, kept, dx in zip(*(t.split(rows) for t in (h, targets, keep, dh)), strict=True):
             p = (x @ weight.T).to(wide)  # logits (rows, V), soon their softmax, then their gradient
             top, right = p.amax(-1), p.gather(1, target)[:, 0]

@@ -1,7 +1,11 @@
 """What a run computes on: the device, its compute dtype, its peak, whether a model fits its memory."""
 
+import ctypes
 import os
+import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -24,6 +28,42 @@ def pick_device(name: str) -> torch.device:
     if device.type not in KINDS:
         raise UserError(f"--device {name}: choose from {', '.join(KINDS)}")
     return device
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc (Linux) to keep freed memory for the next step rather than return it: PyTorch frees every activation
+    of a step, and the pages of a new one, each faulted in and zeroed, cost a CPU 5% to 25% of its time (LOG.md)."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "gnu_get_libc_version"):
+        m_trim_threshold, m_mmap_threshold = -1, -3  # as malloc.h numbers them
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+class Team:
+    """The threads among which `train.optimizer_step` shares out the sequences of a batch; often just the one we are on.
+
+    On a CPU two threads with half of the batch each meet once a step. Two threads in every operation meet hundreds of
+    times: that is as fast only if they spin while they wait, and then crawls as soon as another program runs (LOG.md).
+    """
+
+    def __init__(self, device: torch.device, batch_tokens: int):
+        threads = torch.get_num_threads()
+        # A share is at least 1024 tokens (smaller products waste a core); cores left over work inside the operations.
+        self.size = max(1, min(threads, batch_tokens // 1024)) if device.type == "cpu" else 1
+        self.map = map
+        if self.size > 1:
+            started = threading.Barrier(self.size)
+            pool = ThreadPoolExecutor(self.size, "team", _set_own_threads, (threads // self.size,))
+            list(pool.map(lambda _: started.wait(), range(self.size)))
+            torch.set_num_threads(threads)
+            self.map = pool.map
+
+
+def _set_own_threads(count: int) -> None:
+    """The threads of operations called by the current thread: torch keeps that number for each thread apart."""
+    torch.set_num_threads(count)
+    torch.get_num_threads()  # the first look takes over the process's latest setting, so let it be this one
 
 
 def pick_dtype(name: str, device: torch.device, shape: Shape) -> tuple[torch.dtype, str]:

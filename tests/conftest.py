@@ -76,6 +76,17 @@ def one_thread():
 
 
 @pytest.fixture
+def four_threads():
+    """torch believes in four threads, whatever this machine has, for the length of a test."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def tiny(text, cache, tmp_path, one_thread, monkeypatch):
     """`tiny(seed=1, ...)`: `tiny_config` on `text`, in a folder of runs of the test's own, with no time spent on
     measuring the peak of this CPU."""

@@ -14,6 +14,7 @@ import train
 from nanochin import checkpoint, runs
 from nanochin.config import Config, RunError, UserError, make_shape
 from nanochin.console import Progress
+from nanochin.device import Team
 from nanochin.evaluate import evaluate
 from nanochin.flops import count_flops
 from nanochin.model import GPT
@@ -117,21 +118,32 @@ def test_micro_batch_changes_nothing(tiny, monkeypatch):
         assert torch.equal(other[2], logs[0][2])
 
 
+@pytest.mark.parametrize("members", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 6])
-def test_accumulated_gradient_is_that_of_the_batch(micro_batch, monkeypatch):
-    """The gradient that reaches the optimizer is the one of the mean over the whole batch."""
+def test_accumulated_gradient_is_that_of_the_batch(micro_batch, members, four_threads, monkeypatch):
+    """The gradient that reaches the optimizer is the one of the mean over the whole batch, whoever shares it out."""
+    team = Team(torch.device("cpu"), 1024 * members)
+    assert team.size == members
     model = GPT(make_shape(16, 2, vocab_size=31, seq_len=8))
     batch = torch.randint(31, (6, 9), generator=torch.Generator().manual_seed(0))
     expected = torch.autograd.grad(model(batch[:, :-1], batch[:, 1:]), list(model.parameters()))
     norm = torch.stack([g.double().norm() for g in expected]).norm().item()
     optimizer, seen = Adam(model, "adamw", 0.0, (0.9, 0.99), 0.0), []
     monkeypatch.setattr(optimizer, "step", lambda: seen.extend(p.grad.clone() for p in model.parameters()))
-    loss, reported = train.optimizer_step(model, optimizer, batch, micro_batch, clip=0.0)
+    loss, reported = train.optimizer_step(model, optimizer, batch, micro_batch, 0.0, team)
     for a, b in zip(seen, expected, strict=True):
         assert (a - b).norm() < 1e-5 * b.norm()
     assert reported.item() == pytest.approx(norm, rel=1e-5)
     assert loss.item() == pytest.approx(model(batch[:, :-1], batch[:, 1:]).item(), rel=1e-6)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_threads_share_a_batch(tiny, four_threads):
+    """Two threads that share each batch end in the same bits every time, and in one thread's losses to rounding."""
+    usual = {"batch_tokens": 2048, "tokens": 20_480.0, "log_every": 1}
+    runs = [run(tiny(out=f"{tiny().out}{i}", threads=threads, **usual)) for i, threads in enumerate((2, 2, 1))]
+    assert same(weights(runs[0][1]), weights(runs[1][1])) and not same(weights(runs[0][1]), weights(runs[2][1]))
+    assert losses(runs[0][2]) == losses(runs[1][2]) == pytest.approx(losses(runs[2][2]), rel=1e-5)
 
 
 def test_clipping(monkeypatch):
@@ -140,7 +152,8 @@ def test_clipping(monkeypatch):
     batch = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
     optimizer, seen = Adam(model, "adamw", 0.0, (0.9, 0.99), 0.0), []
     monkeypatch.setattr(optimizer, "step", lambda: seen.append([p.grad.clone() for p in model.parameters()]))
-    norms = [train.optimizer_step(model, optimizer, batch, 2, clip)[1].item() for clip in (0.0, 0.01, 1e9)]
+    team = Team(torch.device("cpu"), 0)
+    norms = [train.optimizer_step(model, optimizer, batch, 2, clip, team)[1].item() for clip in (0.0, 0.01, 1e9)]
     after = [torch.stack([g.norm() for g in gradient]).norm().item() for gradient in seen]
     assert norms[0] == norms[1] == norms[2] > 0.1
     assert after == pytest.approx([norms[0], 0.01, norms[0]], rel=1e-4)
@@ -152,12 +165,12 @@ def test_out_of_memory_halves_the_micro_batch(tiny, monkeypatch):
     _, _, expected = run(tiny(out=tiny().out + "0", **usual))
     original, sizes = train.optimizer_step, []
 
-    def short_of_memory(model, optimizer, batch, micro_batch, clip):
+    def short_of_memory(model, optimizer, batch, micro_batch, *more):
         sizes.append(micro_batch)
         if len(sizes) in (6, 7):
             model(batch[:1, :-1], batch[:1, 1:]).backward()  # it had begun
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(model, optimizer, batch, micro_batch, clip)
+        return original(model, optimizer, batch, micro_batch, *more)
 
     monkeypatch.setattr(train, "optimizer_step", short_of_memory)
     _, folder, rows = run(tiny(**usual))
