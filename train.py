@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from nanochin import checkpoint, ladder, laws, runs
+from nanochin import checkpoint, gpt2, ladder, laws, loggers, runs
 from nanochin.config import FLOP_CONVENTIONS, Config, RunError, UserError, check, make_shape, parse, parse_model
 from nanochin.console import Progress, clock, count, table
 from nanochin.data import Corpus, Windows, prepare
@@ -67,6 +67,9 @@ class Job:
 def resolve(config: Config, progress: Progress) -> Job:
     """Fill in what the options left open: device, text, shape, tokens, batch, learning rate, dtype."""
     check(config)
+    loggers.check(config.loggers)
+    if config.init_from:
+        config = gpt2.initial_options(config)
     device = pick_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -79,7 +82,8 @@ def resolve(config: Config, progress: Progress) -> Job:
     with progress:
         corpus = prepare(
             config.data or defaults["data"], val=config.val, tokenizer=config.tokenizer, vocab_size=config.vocab_size,
-            val_bytes=config.val_bytes, cache=config.cache, progress=progress)  # fmt: skip
+            val_bytes=config.val_bytes, max_tokens=config.max_tokens, skip_bad=config.skip_bad, cache=config.cache,
+            progress=progress)  # fmt: skip
 
     # Shape, tokens, batch and learning rate: rules and sources in nanochin/ladder.py.
     law = laws.load_law(config.law, config.law_approach) if config.law else laws.BESIROGLU
@@ -96,8 +100,9 @@ def resolve(config: Config, progress: Progress) -> Job:
     dtype, why_dtype = pick_dtype(config.dtype, device, shape)
     config = dataclasses.replace(
         config, budget=budget, model=str(shape), tokens=float(plan.tokens), seq_len=seq_len,
-        vocab_size=shape.vocab_size, head_size=shape.head_size, ffn=shape.ffn, batch_tokens=plan.batch_tokens,
-        lr=plan.lr, warmup_tokens=float(plan.warmup_tokens), beta2=plan.beta2, dtype=str(dtype).split(".")[1],
+        tokenizer=corpus.tokenizer.name, vocab_size=shape.vocab_size, head_size=shape.head_size, ffn=shape.ffn,
+        batch_tokens=plan.batch_tokens, lr=plan.lr, warmup_tokens=float(plan.warmup_tokens), beta2=plan.beta2,
+        dtype=str(dtype).split(".")[1],
         final_lr=default_final(config.schedule) if config.final_lr is None else config.final_lr,
         log_every=config.log_every or max(1, plan.steps // 200))  # fmt: skip
     learning_rate(config, 0)  # raises for a warm-up longer than the schedule
@@ -125,7 +130,7 @@ def train(config: Config, quiet: bool = False) -> dict:
         with runs.writing(run.folder):
             corpus.tokenizer.save(run.folder)
 
-        # Model and optimizer: new, branched from another run, or as this run's newest checkpoint has them.
+        # Model and optimizer: new, from another run or GPT-2's weights, or as this run's newest checkpoint has them.
         model = GPT(plan.shape, dtype=job.dtype, seed=config.seed, z_loss=config.z_loss).to(device)
         optimizer = Adam(model, config.optimizer, config.lr, (config.beta1, config.beta2), config.weight_decay)
         state = {"step": 0, "seconds": 0.0, "lap": 0.0, "recent": [],
@@ -135,7 +140,10 @@ def train(config: Config, quiet: bool = False) -> dict:
             progress.say(f"going on from {last}")
         elif config.branch_from:
             state["step"] = checkpoint.load(find_branch(config, record), model, optimizer)["step"]
+        elif config.init_from:
+            gpt2.load_initial(config.init_from, model)
         run.cut_log(state["step"])
+        run.loggers.extend(loggers.open_logger(name, run.folder, record, state["step"]) for name in config.loggers)
         peak, peak_source = peak_of(device, job.dtype)
         forward = torch.compile(model) if wants_compile(config.compile, device) else model
         team = Team(device, 0 if forward is not model else plan.batch_tokens)
@@ -308,7 +316,9 @@ def catch_signals():
 def describe(job: Job) -> dict:
     """config.json: what was asked and resolved, what defines the result, and everything it ran on."""
     corpus = job.corpus
-    identity = runs.identity(job.config, device=job.device.type, data_sha=corpus.data_sha, val_sha=corpus.val_sha)
+    initial = {"init_sha": gpt2.initial_sha(job.config.init_from)} if job.config.init_from else {}
+    identity = runs.identity(job.config, device=job.device.type, data_sha=corpus.data_sha, val_sha=corpus.val_sha,
+                             **initial)  # fmt: skip
     return {
         "identity": identity,
         "options": dataclasses.asdict(job.config),
@@ -316,7 +326,8 @@ def describe(job: Job) -> dict:
         "corpus": {"name": corpus.name, "tokenizer": corpus.tokenizer.name, "train_tokens": len(corpus.train),
                    "train_bytes": corpus.train_bytes, "val_tokens": len(corpus.val), "val_bytes": corpus.val_bytes,
                    "data_sha": corpus.data_sha, "val_sha": corpus.val_sha, "documents": corpus.documents,
-                   "skipped_bytes": corpus.skipped_bytes},
+                   "skipped_bytes": corpus.skipped_bytes, "skipped_records": corpus.skipped_records,
+                   "format": corpus.format},
         "device": device_name(job.device),
         "threads": torch.get_num_threads(),
         "kernels": kernels.backend(job.device),
@@ -433,12 +444,14 @@ def show_plan(job: Job, run: runs.Run, micro_batch: int, team_size: int, peak_so
     config, plan, corpus, why = job.config, job.plan, job.corpus, job.plan.why
     backend, why_backend = kernels.backend(job.device)
     params = plan.params
+    text = f"{count(corpus.train_bytes)}B in {corpus.documents} documents, {count(corpus.val_bytes)}B held out"
+    if corpus.format != "text":
+        text = f"token files ({corpus.format}), {count(len(corpus.val))} tokens for validation"
     at_once = f"{min(micro_batch, math.ceil(plan.batch_tokens / config.seq_len / team_size))} sequences"
     if team_size > 1:
         at_once += f" on each of {team_size} threads"
     rows = [
-        ("text", f"{corpus.name}", f"{count(corpus.train_bytes)}B in {corpus.documents} documents, "
-         f"{count(corpus.val_bytes)}B held out; sha {corpus.data_sha[:12]}"),
+        ("text", f"{corpus.name}", f"{text}; sha {corpus.data_sha[:12]}"),
         ("tokenizer", corpus.tokenizer.name, f"{plan.shape.vocab_size} tokens; {count(len(corpus.train))} to train on"),
         ("model", f"{plan.shape}", why.get("model", "as asked")),
         ("N parameters", count(params.total), f"total; {count(params.non_embedding)} without embedding and head, "
@@ -463,6 +476,10 @@ def show_plan(job: Job, run: runs.Run, micro_batch: int, team_size: int, peak_so
         print(f"warning: {epochs(job):.1f} epochs of the text; the law assumes less than one, expect a higher loss")
     if corpus.skipped_bytes:
         print(f"note: {corpus.skipped_bytes} bytes of the text are not UTF-8 and were skipped")
+    if corpus.skipped_records:
+        print(f"note: {corpus.skipped_records} lines or rows have no text and were skipped (--skip-bad)")
+    if config.init_from:
+        print(f"note: the weights are GPT-2's, from {config.init_from}")
 
 
 def show_result(job: Job, run: runs.Run, model: GPT) -> None:

@@ -8,6 +8,7 @@ named, so `--help`, the error for a misspelt option and config.json cannot disag
 
 import argparse
 import difflib
+import importlib
 import math
 import os
 import sys
@@ -28,6 +29,14 @@ class RunError(UserError):
     """Something that went wrong while running (disk full, loss not a number): one line as well, exit code 1."""
 
     code = 1
+
+
+def need(module: str, what: str):
+    """The optional library `module`, imported. Raises UserError that names `what` needs it and how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{what} needs a library: pip install {module}") from None
 
 
 def opt(default, help: str, *, choices: tuple | None = None, above: float | None = None, low: float | None = None,
@@ -76,16 +85,22 @@ class Config:
 
     # Data.
     data: tuple[str, ...] | None = opt(
-        None, "text: python, python-all, or files, folders, globs (.txt .jsonl, also .gz .xz .zst)", result=False
-    )
+        None, "python, python-all, files, folders, globs (text: .txt .jsonl .parquet, also .gz .xz .zst; tokens: "
+        ".bin), or hf:OWNER/NAME[:CONFIG], a data set of the Hugging Face hub", result=False)  # fmt: skip
     val: tuple[str, ...] | None = opt(
         None, "validation text; default: files named val*, else documents by hash", result=False
     )
     val_bytes: int = opt(
-        1 << 20, "validation text kept, in bytes (evenly spaced 64 KB blocks of it)", low=1, result=False
+        1 << 20, "validation text or tokens kept, in bytes (evenly spaced blocks of it)", low=1, result=False
     )
-    tokenizer: str = opt("bytes", "bytes, bpe (our own, trained on the corpus), or a tiktoken name such as gpt2")
-    vocab_size: int | None = opt(None, "vocabulary; for bpe the size to train (default 4096), else the tokenizer's")
+    max_tokens: float | None = opt(None, "tokens to read of an hf: data set, at most", above=0, result=False)
+    skip_bad: bool = opt(False, "leave out and count lines that are not JSON with a text", result=False)
+    tokenizer: str | None = opt(
+        None, "bytes (the default for text), bpe (our own, trained on the corpus), or a tiktoken name such as gpt2"
+    )
+    vocab_size: int | None = opt(
+        None, "vocabulary; for bpe the size to train (default 4096), else the tokenizer's; enough for token files"
+    )
     seq_len: int | None = opt(None, "context length T in tokens", low=1)
     cache: str = opt("cache", "folder of tokenised shards", result=False)
 
@@ -131,11 +146,14 @@ class Config:
     name: str | None = opt(None, "name of the run; default: a stem and a hash of the options", result=False)
     out: str = opt("runs", "folder of all runs", result=False)
     branch_from: str | None = opt(None, "RUN@STEP: start from another run's checkpoint (cooldowns)")
+    init_from: str | None = opt(None, "GPT-2's weights to start from: a folder of transformers, or a .safetensors file",
+                                result=False)  # fmt: skip
     log_every: int | None = opt(None, "steps between log lines; default: 200 lines a run", low=1, result=False)
     eval_every: int = opt(0, "steps between evaluations; 0 = at the end only", low=0, result=False)
     save_every: float = opt(60.0, "seconds between checkpoints; 0 = at the end only", low=0, result=False)
     save_steps: tuple[int, ...] = opt((), "extra steps at which to save a checkpoint, and keep it", low=1, result=False)
     keep: int = opt(2, "newest checkpoints to keep", low=1, result=False)
+    loggers: tuple[str, ...] = opt((), "send the log there too", choices=("wandb", "tensorboard"), result=False)
     sample_tokens: int = opt(256, "tokens of the sample printed at the end; 0 = none", low=0, result=False)
 
 

@@ -1,9 +1,11 @@
 """Text in, windows of tokens out.
 
     files ──> flat text ──> training and validation ranges ──> shards of token ids in the cache ──> windows
+    files of tokens ───────────────────────────────────────────────────────────────────────────────────┘
 
 `prepare` makes the shards once for a corpus and a tokenizer (`text.py` has the first two steps) and opens them from
-then on; `Windows` and `eval_windows` cut them for training and evaluation. No torch here.
+then on; token files are used where they lie (`tokenfiles.py`). `Windows` and `eval_windows` cut them for training and
+evaluation. No torch here.
 
 Threads encode: tiktoken releases Python's lock, and unlike processes they need no second import of the program, no
 copies of the text, and leave nothing behind when the program is killed.
@@ -18,16 +20,18 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
 from filelock import FileLock, Timeout
 
+from nanochin import hub
 from nanochin.config import UserError
 from nanochin.text import (
+    MAX_HELD_OUT,
     File,
     Progress,
     Stage,
@@ -45,20 +49,21 @@ from nanochin.text import (
     total_bytes,
     whole,
 )
-from nanochin.tokenizer import Tokenizer, check, train_bpe
+from nanochin.tokenfiles import check_ids, hold_out, hold_tokens, open_tokens, pickle_beside, validation_beside
+from nanochin.tokenizer import BPE_VOCAB, Tokenizer, check, train_bpe
 
 VERSION = 1  # of the cache folder's content; part of its name
 SHARD = 100_000_000  # tokens in a shard
 JOB = 1 << 20  # bytes of text that a thread encodes at a time
-BPE_VOCAB = 4096  # default --vocab-size of our own BPE
 BPE_SAMPLE = 1 << 25  # bytes of text that it is trained on, at most
 CHECK_WHOLE = 1 << 28  # shards up to 256 MB in all are hashed in full when opened, larger ones at both ends
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of one corpus and what they stand for. The shards begin with end-of-text and every document is followed
-    by one, so each byte of the text is predicted exactly once in a pass over them."""
+    """Tokens of one corpus and what they stand for. Our shards begin with end-of-text and every document is followed
+    by one, so each byte of the text is predicted exactly once in a pass over them. Of token files that others wrote
+    the counts of bytes and documents are 0: unknown."""
 
     train: Tokens
     val: Tokens
@@ -72,43 +77,62 @@ class Corpus:
     documents: int  # with text in the training part
     val_documents: int
     skipped_bytes: int  # invalid UTF-8 and NUL
+    skipped_records: int = 0  # lines and rows without text
+    format: str = "text"  # or that of the token files
 
 
-def prepare(data: tuple[str, ...], *, val: tuple[str, ...] | None = None, tokenizer: str = "bytes",
-            vocab_size: int | None = None, val_bytes: int = 1 << 20, cache: str | Path = "cache",
+def prepare(data: tuple[str, ...], *, val: tuple[str, ...] | None = None, tokenizer: str | None = None,
+            vocab_size: int | None = None, val_bytes: int = 1 << 20, max_tokens: float | None = None,
+            skip_bad: bool = False, cache: str | Path = "cache",
             progress: Progress | None = None) -> Corpus:  # fmt: skip
-    """Training and validation tokens of `data`, from the folder `cache` or made and kept there.
+    """Training and validation tokens of `data`, from the folder `cache` or made and kept there, or of token files.
 
-    data: `python`, `python-all`, or files, folders and globs. The validation text is `val`; else the files among the
-    data with val, valid or validation as a word of their name; else what `text.split` chooses; of any of these about
-    `val_bytes` at most, in evenly spaced blocks. So it depends on the text and `val_bytes` alone. Files that are
-    in `val` are not trained on. vocab_size: of our own BPE (default 4096); the other tokenizers have their own.
-    progress: called a few times a second, perhaps from another thread.
+    data: `python`, `python-all`, `hf:` data sets, or files, folders and globs. The validation text is `val`; else the
+    files among the data (or beside token files) with val, valid or validation as a word of their name; else what
+    `text.split` chooses; of any of these about `val_bytes` at most, in evenly spaced blocks. So it depends on the text
+    and `val_bytes` alone. Files that are in `val` are not trained on. vocab_size: of our own BPE (default 4096), or of
+    token files without a tokenizer; the other tokenizers have their own. progress: called a few times a second,
+    perhaps from another thread.
 
     Raises UserError for data that is missing, empty, unreadable or damaged, an unknown tokenizer, a full disk, a
     damaged cache.
     """
-    check(tokenizer, vocab_size)
+    check(tokenizer or "bytes", vocab_size)
+    if max_tokens and not any(item.startswith(hub.PREFIX) for item in (*data, *(val or ()))):
+        raise UserError(f"--max-tokens {max_tokens:g}: is for hf: data sets; --tokens says how long to train")
     if val_bytes < 1024:
         raise UserError(f"--val-bytes {val_bytes}: too little to measure a loss on; give 1024 or more")
     with _os_errors(cache):
+        fetch = partial(_fetch, max_tokens, tokenizer or "bytes", vocab_size, Path(cache) / "hub", progress)
+        data, val = fetch("--data", data), fetch("--val", val or ())
         train_files = find_files(data, "--data", progress)
-        val_files = find_files(val or (), "--val", progress) or [file for file in train_files if file.is_validation]
+        val_files = find_files(val, "--val", progress) or [file for file in train_files if file.is_validation]
         if not val and len(val_files) == len(train_files):
             val_files = []  # a corpus that is itself called validation
+        if not val_files:
+            val_files = find_files(validation_beside(train_files), "--val", progress)
         held = {file.sha for file in val_files}
         train_files = [file for file in train_files if file.sha not in held]
         if not train_files:
             raise UserError(f"--val {' '.join(val or data)}: the same files as --data; nothing is left to train on")
+        if hold_tokens(train_files + val_files):
+            return _open(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size, progress)
+        if tokenizer and tokenizer.startswith("ids-"):
+            raise UserError(f"--tokenizer {tokenizer}: is for token files, but {train_files[0].path} is text: name the "
+                            "tokenizer that the model is to read it with, such as gpt2")  # fmt: skip
         vocab_size = (vocab_size or BPE_VOCAB) if tokenizer == "bpe" else None
-        recipe = Recipe(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size)
+        recipe = Recipe(corpus_name(data), train_files, val_files, val_bytes, tokenizer or "bytes", vocab_size,
+                        skip_bad)  # fmt: skip
         folder = Path(cache) / f"{recipe.name}-{recipe.key()}"
         if not folder.exists():
-            Path(cache).mkdir(parents=True, exist_ok=True)
             with _locked(folder, progress):
                 if not folder.exists():  # another run may have made it while this one waited
                     _build(folder, recipe, progress)
-        return load(folder)
+        corpus = load(folder)
+        if corpus.skipped_records and not skip_bad:
+            raise UserError(f"--data: {corpus.skipped_records} lines or rows of it have no text; --skip-bad goes on "
+                            "without such")  # fmt: skip
+        return corpus
 
 
 def load(folder: str | Path) -> Corpus:
@@ -143,9 +167,74 @@ def read_tokens(data: tuple[str, ...], tokenizer: Tokenizer, max_bytes: int | No
     Raises UserError as `prepare` does. Nothing is cached.
     """
     with _os_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
-        text = read_text(find_files(data), Path(folder, "text"), Stage("reading"))
+        files = find_files(data)
+        if hold_tokens(files):
+            tokens, _ = _map(files, tokenizer, Stage("checking"))
+            return tokens[:], _text_bytes(tokens, tokenizer)
+        text = read_text(files, Path(folder, "text"), Stage("reading"))
         ranges = whole(text) if max_bytes is None else thin(text, whole(text), max_bytes)
         return np.concatenate(list(encode(text, ranges, tokenizer, Stage("tokenising")))), total_bytes(ranges)
+
+
+def _fetch(max_tokens: float | None, tokenizer: str, vocab_size: int | None, folder: Path, progress: Progress | None,
+           option: str, items: tuple[str, ...]) -> tuple[str, ...]:  # fmt: skip
+    """`items` with the data sets of the hub among them as files in `folder`, streamed there the first time."""
+    paths = []
+    for item in items:
+        if item.startswith(hub.PREFIX):
+            source = hub.parse(item, option, max_tokens, tokenizer, vocab_size)
+            item = folder / source.place
+            if not item.exists():
+                with _locked(item, progress):
+                    if not item.exists():
+                        hub.stream(source, item, progress)
+        paths.append(str(item))
+    return tuple(paths)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token files, which are used as they are
+
+
+def _open(name: str, train: list[File], val: list[File], val_bytes: int, tokenizer: str | None,
+          vocab_size: int | None, progress: Progress | None) -> Corpus:  # fmt: skip
+    """Token files as a corpus. Without validation files blocks of the tokens are held out, at most 5% of them."""
+    if tokenizer == "bpe":
+        raise UserError("--tokenizer bpe: is trained on text, these are token files; name the tokenizer that wrote "
+                        "them, or give --vocab-size")  # fmt: skip
+    if tokenizer is None and vocab_size is None:
+        raise UserError(f"{train[0].path}: what its ids mean is not in the file{pickle_beside(train[0].path)}; give "
+                        "--tokenizer, such as gpt2, or --vocab-size")  # fmt: skip
+    tokenizer = Tokenizer.load(tokenizer or f"ids-{vocab_size}")
+    stage = Stage("checking", sum(file.size for file in train + val), progress)
+    tokens, sha = _map(train, tokenizer, stage)
+    keep = val_bytes // tokens.parts[0].itemsize
+    if val:
+        held, _ = _map(val, tokenizer, stage)
+        held = hold_out(held, keep)[1] if len(held) > keep else held
+    else:
+        tokens, held = hold_out(tokens, min(keep, int(MAX_HELD_OUT * len(tokens))))
+    if len(held) < 2:
+        raise UserError(f"{(val or train)[0].path}: too few tokens to keep some for validation; give --val")
+    val_sha = hashlib.sha256()
+    for part in held.parts:
+        val_sha.update(part.astype("<i8").tobytes())
+    return Corpus(tokens, held, tokenizer, name, folder=Path(train[0].path).parent, data_sha=sha,
+                  val_sha=val_sha.hexdigest(), train_bytes=0, val_bytes=_text_bytes(held, tokenizer), documents=0,
+                  val_documents=0, skipped_bytes=0, format=open_tokens(train[0].path).format)  # fmt: skip
+
+
+def _map(files: list[File], tokenizer: Tokenizer, stage: Stage) -> tuple[Tokens, str]:
+    """The ids of token files in their order, all below the vocabulary; and the fingerprint of what they are."""
+    opened = [open_tokens(file.path) for file in files]
+    check_ids(opened, tokenizer, stage)
+    kinds = [replace(file, format=f"{o.format} {o.ids.dtype}") for file, o in zip(files, opened, strict=True)]
+    return Tokens.of([o.ids for o in opened]), fingerprint(kinds)
+
+
+def _text_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
+    """How many bytes of text the tokens stand for; 0 where nobody knows."""
+    return 0 if tokenizer.numbers else sum(len(tokenizer.decode_bytes(part)) for part in tokens.parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -162,6 +251,7 @@ class Recipe:
     val_bytes: int
     tokenizer: str
     vocab_size: int | None  # of our own BPE
+    skip_bad: bool
 
     def key(self) -> str:
         parts = [VERSION, fingerprint(self.train), fingerprint(self.val), self.val_bytes]
@@ -181,6 +271,7 @@ def _os_errors(place: str | Path) -> Iterator[None]:
 @contextmanager
 def _locked(folder: Path, progress: Progress | None) -> Iterator[None]:
     """Held while `folder` is made; a second run waits here. The lock of a killed process is free at once."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
         lock.acquire(timeout=0)
@@ -220,9 +311,9 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     if recipe.tokenizer != "bpe":
         tokenizer = Tokenizer.load(recipe.tokenizer)  # first: without a network it fails, and reading may take long
     stage = Stage("reading", sum(file.size for file in recipe.train + recipe.val), progress)
-    text = val_text = read_text(recipe.train, temp / "text", stage)
+    text = val_text = read_text(recipe.train, temp / "text", stage, recipe.skip_bad)
     if recipe.val:
-        val_text = read_text(recipe.val, temp / "val-text", stage)
+        val_text = read_text(recipe.val, temp / "val-text", stage, recipe.skip_bad)
         train, val = whole(text), whole(val_text)
     else:
         train, val = split(text, recipe.val_bytes)
@@ -240,13 +331,13 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     val_sha = hashlib.sha256()
     for start, stop, _ in _pieces(val_text, val):
         val_sha.update(val_text.bytes[start:stop])
-    skipped = text.skipped + (val_text.skipped if recipe.val else 0)
+    texts = (text, val_text) if recipe.val else (text,)
     for folder in temp.glob("*text"):
         shutil.rmtree(folder)
     corpus = {"name": recipe.name, "data_sha": fingerprint(recipe.train), "val_sha": val_sha.hexdigest(),
               "train_bytes": total_bytes(train), "val_bytes": total_bytes(val),
               "documents": count_documents(text, train), "val_documents": count_documents(val_text, val),
-              "skipped_bytes": skipped}  # fmt: skip
+              "skipped_bytes": sum(t.skipped for t in texts), "skipped_records": sum(t.bad for t in texts)}  # fmt: skip
     return {"version": VERSION, "tokenizer": tokenizer.name, "corpus": corpus}
 
 

@@ -54,7 +54,8 @@ def main() -> None:
     tokens, text_bytes = read_tokens(options.data, tokenizer)
     with Progress(quiet=not sys.stdout.isatty()) as progress:
         loss, bpb = evaluate(model, tokens, text_bytes, progress)
-    print(f"{Path(folder).name}: loss {loss:.4f} nats per token, {bpb:.4f} bits per byte "
+    per_byte = f"{bpb:.4f} bits per byte" if bpb else "bits per byte unknown"
+    print(f"{Path(folder).name}: loss {loss:.4f} nats per token, {per_byte} "
           f"({count(len(tokens))} tokens, {count(text_bytes)} bytes)")  # fmt: skip
 
 

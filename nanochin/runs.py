@@ -24,9 +24,10 @@ from nanochin.config import Config, RunError, UserError
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The folder of a run."""
+    """The folder of a run. `loggers` are pairs (function that takes a row, function that ends it)."""
 
     folder: Path
+    loggers: list = dataclasses.field(default_factory=list)
 
     @property
     def summary(self) -> dict | None:
@@ -34,9 +35,11 @@ class Run:
         return read_json(path) if path.exists() else None
 
     def log(self, row: dict) -> None:
-        """Append one object to log.jsonl."""
+        """Append one object to log.jsonl, and tell the loggers."""
         with writing(self.folder / "log.jsonl"), open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
+        for log, _ in self.loggers:
+            log(row)
 
     def cut_log(self, step: int) -> None:
         """Forget what a run that goes on from `step` will log again: later steps, the evaluation that follows this
@@ -72,7 +75,12 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
             _same_run(folder, record["identity"])
         else:
             write_json(folder / "config.json", record)
-        yield Run(folder)
+        run = Run(folder)
+        try:
+            yield run
+        finally:
+            for _, end in run.loggers:
+                end()
 
 
 def _same_run(folder: Path, ours: dict) -> None:

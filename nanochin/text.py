@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochin.config import UserError
+from nanochin.config import UserError, need
 
 BLOCK = 1 << 16  # bytes: unit of thinning, and of hashing where documents are too few
 PIECE = 1 << 20  # bytes read at a time
@@ -52,19 +52,35 @@ class Tokens:
     def __init__(self, paths: list[Path], dtype: np.dtype):
         little = np.dtype(dtype).newbyteorder("<")
         paths = [path for path in paths if path.stat().st_size]  # an empty file cannot be mapped
-        self.parts = [np.memmap(path, little, mode="r").view(np.ndarray) for path in paths]
-        self.starts = np.cumsum([0] + [len(part) for part in self.parts]).tolist()
+        self._join([np.memmap(path, little, mode="r").view(np.ndarray) for path in paths])
+
+    @classmethod
+    def of(cls, parts: list[np.ndarray]) -> "Tokens":
+        """What is mapped already, of any integer types, as one array."""
+        tokens = cls.__new__(cls)
+        tokens._join(parts)
+        return tokens
+
+    def _join(self, parts: list[np.ndarray]) -> None:
+        self.parts = parts
+        self.starts = np.cumsum([0] + [len(part) for part in parts]).tolist()
 
     def __len__(self) -> int:
         return self.starts[-1]
 
     def __getitem__(self, at: slice) -> np.ndarray:
         start, stop, _ = at.indices(len(self))
-        if start >= stop:
+        found = self.views(start, stop)
+        if not found:
             return self.parts[0][:0]
-        first, last = bisect_right(self.starts, start) - 1, bisect_left(self.starts, stop)
-        found = [self.parts[i][max(0, start - self.starts[i]) : stop - self.starts[i]] for i in range(first, last)]
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def views(self, start: int, stop: int) -> list[np.ndarray]:
+        """The pieces that [start:stop] is made of, without a copy."""
+        if start >= stop:
+            return []
+        first, last = bisect_right(self.starts, start) - 1, bisect_left(self.starts, stop)
+        return [self.parts[i][max(0, start - self.starts[i]) : stop - self.starts[i]] for i in range(first, last)]
 
 
 class Stage:
@@ -155,8 +171,10 @@ def fingerprint(files: list[File]) -> str:
 
 
 def corpus_name(data: Iterable[str]) -> str:
-    """What the names have in common, fit for a folder: gutenberg-train-00.jsonl.xz and -01 give gutenberg-train."""
-    stems = [Path(re.split(r"[*?[]", item)[0]).resolve().name.split(".")[0] for item in data]
+    """What the names have in common, fit for a folder: gutenberg-train-00.jsonl.xz and -01 give gutenberg-train. A
+    file called train has the name of its folder."""
+    paths = [Path(re.split(r"[*?[]", item)[0]).resolve() for item in data]
+    stems = [path.parent.name if path.stem == "train" else path.name.split(".")[0] for path in paths]
     name = stems[0] if len(stems) == 1 else os.path.commonprefix(stems).rstrip("0123456789")
     return re.sub(r"[^\w-]+", "-", name).strip("-_")[:40] or "text"
 
@@ -171,11 +189,17 @@ def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
             yield from ((path, key, ".py") for path, key in _walk(root, skip=NOT_SOURCE) if path.endswith(".py"))
         return
     named = [item] if os.path.exists(item) else glob.glob(item, recursive=True)
+    if not named and os.path.exists(item + ".idx"):
+        named = [item + ".idx"]  # Megatron names a pair of files by what they share
     if not named:
         raise UserError(f"{option} {item}: no such file or folder")
     for path in map(os.path.abspath, named):
         if not os.path.isdir(path):
-            yield path, os.path.basename(path), _format(path) if _format(path) in READERS else ""
+            path = re.sub(r"\.idx$", TOKENS, path)  # the .bin is where the tokens are
+            format = _format(path)
+            if format in PICKLES:
+                raise UserError(f"{option} {path}: not read: a pickle can run any program; give text or token files")
+            yield path, os.path.basename(path), format if format in (*READERS, TOKENS) else ""
             continue
         inside = [(file, key, _format(file)) for file, key in _walk(path) if _format(file) in IN_FOLDERS]
         if not inside:
@@ -216,24 +240,25 @@ def _groups(items: Iterable, sizes: Iterable[int]) -> list[list]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading: one function per format, yielding (piece of a document's bytes, whether the document ends with it)
+# Reading: one function per format, yielding (piece of a document's bytes, whether the document ends with it). What is
+# no document goes to `bad(where, what)`, which raises UserError, or counts it if such are to be skipped.
 
 
-def read_txt(stream, path: str) -> Iterator[tuple[bytes, bool]]:
+def read_txt(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
     """A file is one document."""
     while piece := stream.read(PIECE):
         yield piece, False
     yield b"", True
 
 
-def read_unknown(stream, path: str) -> Iterator[tuple[bytes, bool]]:
+def read_unknown(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
     """A file that was named, with a suffix that says nothing: text, if it looks like text."""
     if b"\0" in stream.peek(4096)[:4096]:
         raise UserError(f"{path}: neither text nor a known format ({' '.join(filter(None, READERS))})")
-    yield from read_txt(stream, path)
+    yield from read_txt(stream, path, bad)
 
 
-def read_jsonl(stream, path: str) -> Iterator[tuple[bytes, bool]]:
+def read_jsonl(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
     """A line is one document: a JSON object with a string `text`. Blank lines are passed over."""
     for number, line in enumerate(stream, 1):
         if not line.strip():
@@ -241,29 +266,56 @@ def read_jsonl(stream, path: str) -> Iterator[tuple[bytes, bool]]:
         try:
             record = json.loads(line.decode("utf-8", "surrogateescape"))
         except ValueError as error:
-            raise UserError(f"{path}, line {number}: not JSON ({getattr(error, 'msg', error)})") from None
+            bad(f"{path}, line {number}", f"not JSON ({getattr(error, 'msg', error)})")
+            continue
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
-            raise UserError(f'{path}, line {number}: no string "text" in it')
+            bad(f"{path}, line {number}", 'no string "text" in it')
+            continue
         try:
             yield text.encode("utf-8", "surrogateescape"), True  # bytes that were invalid, for `_read_part` to drop
         except UnicodeEncodeError:
             yield text.encode("utf-8", "surrogatepass"), True  # half a pair, written as \ud83d
 
 
+def read_parquet(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
+    """A row is one document: its string `text`."""
+    arrow = need("pyarrow", f"{path}: .parquet")
+    from pyarrow import parquet
+
+    number, size = 0, os.path.getsize(path)
+    with parquet.ParquetFile(path) as file:
+        columns, rows = file.schema_arrow, file.metadata.num_rows
+        if "text" not in columns.names:
+            raise UserError(f"{path}: no column `text`; it has {', '.join(columns.names)}")
+        kind = columns.field("text").type
+        if arrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if str(kind) not in ("string", "large_string", "string_view"):
+            raise UserError(f"{path}: column `text` is {kind}, not string")
+        for batch in file.iter_batches(1024, columns=["text"]):
+            column = batch.column(0).cast(arrow.large_string()).cast(arrow.large_binary())
+            for text in column.to_pylist():  # bytes, for `_read_part` to decode
+                number += 1
+                stream.seek(size * number // rows)  # nobody reads from it: it tells how far this is
+                if text is None:
+                    bad(f"{path}, row {number}", "null is no text")
+                else:
+                    yield text, True
+
+
 def _open_zst(raw):
     try:
         from compression import zstd  # Python 3.14
     except ImportError:
-        try:
-            from backports import zstd
-        except ImportError:
-            raise UserError(f"{raw.name}: .zst needs a library: pip install backports.zstd") from None
+        zstd = need("backports.zstd", f"{raw.name}: .zst")
     return zstd.open(raw)
 
 
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".py": read_txt, "": read_unknown}
-IN_FOLDERS = (".txt", ".jsonl")  # what is taken from a folder
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet, ".py": read_txt, "": read_unknown}
+TOKENS = ".bin"  # not text: tokenfiles.py
+IN_FOLDERS = (".txt", ".jsonl", ".parquet", TOKENS)  # what is taken from a folder
+PICKLES = (".pkl", ".pickle", ".pt", ".pth")
 UNPACKERS = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}
 
 
@@ -274,35 +326,47 @@ class Text:
     bytes: Tokens  # uint8
     ends: np.ndarray  # (documents,) int64: where each document stops
     hashes: np.ndarray  # (documents,) uint64: first 8 bytes of its SHA-256
-    skipped: int
+    skipped: int  # bytes: invalid UTF-8 and NUL
+    bad: int = 0  # lines and rows that were no documents
 
 
-def read_text(files: list[File], folder: Path, stage: Stage) -> Text:
-    """Write the flat text of `files` into `folder`, several files at a time, and open it."""
+def read_text(files: list[File], folder: Path, stage: Stage, skip_bad: bool = False) -> Text:
+    """Write the flat text of `files` into `folder`, several files at a time, and open it. A line or row that is no
+    document raises UserError, or is counted if `skip_bad`."""
     folder.mkdir(parents=True)
     parts = _groups(files, [file.size for file in files])
     paths = [folder / f"text-{i:05d}" for i in range(len(parts))]
 
-    ends, hashes, skipped, length = [], [], 0, 0
-    read = stage.map(lambda part: _read_part(*part, stage), zip(parts, paths, strict=True))
-    for path, (part_ends, part_hashes, part_skipped) in zip(paths, read, strict=True):
+    ends, hashes, skipped, bad, length = [], [], 0, 0, 0
+    read = stage.map(lambda part: _read_part(*part, stage, skip_bad), zip(parts, paths, strict=True))
+    for path, (part_ends, part_hashes, part_skipped, part_bad) in zip(paths, read, strict=True):
         ends.append(np.frombuffer(part_ends, np.int64) + length)
         hashes.append(np.frombuffer(part_hashes, np.uint64))
         skipped += part_skipped
+        bad += part_bad
         length += path.stat().st_size
     if not length:
         raise UserError(f"{files[0].path}{' and others' * (len(files) > 1)}: no text in it")
-    return Text(Tokens(paths, np.dtype(np.uint8)), np.concatenate(ends), np.concatenate(hashes), skipped)
+    return Text(Tokens(paths, np.dtype(np.uint8)), np.concatenate(ends), np.concatenate(hashes), skipped, bad)
 
 
-def _read_part(files: list[File], path: Path, stage: Stage) -> tuple[array.array, array.array, int]:
-    """Write the text of `files` to `path`. Returns documents' ends and hashes, and the number of bytes skipped."""
-    ends, hashes, position, skipped = array.array("q"), array.array("Q"), 0, 0
+def _read_part(
+    files: list[File], path: Path, stage: Stage, skip_bad: bool
+) -> tuple[array.array, array.array, int, int]:
+    """Write the text of `files` to `path`. Returns documents' ends and hashes, bytes skipped, lines or rows skipped."""
+    ends, hashes, position, skipped, bad = array.array("q"), array.array("Q"), 0, 0, 0
+
+    def on_bad(where: str, what: str) -> None:
+        nonlocal bad
+        if not skip_bad:
+            raise UserError(f"{where}: {what}; --skip-bad goes on without such")
+        bad += 1
+
     decoder = codecs.getincrementaldecoder("utf-8")("ignore")
     with open(path, "wb") as out:
         for file in files:
             start, sha = position, hashlib.sha256()
-            for piece, last, read in _pieces(file):
+            for piece, last, read in _pieces(file, on_bad):
                 stage.add(read)
                 clean = decoder.decode(piece, last).encode().replace(b"\0", b"")
                 skipped += len(piece) - len(clean)
@@ -313,10 +377,10 @@ def _read_part(files: list[File], path: Path, stage: Stage) -> tuple[array.array
                     ends.append(position)
                     hashes.append(int.from_bytes(sha.digest()[:8], "big"))
                     start, sha = position, hashlib.sha256()
-    return ends, hashes, skipped
+    return ends, hashes, skipped, bad
 
 
-def _pieces(file: File) -> Iterator[tuple[bytes, bool, int]]:
+def _pieces(file: File, bad: Callable) -> Iterator[tuple[bytes, bool, int]]:
     """What the reader of its format yields, with the number of bytes of the file that were read for it."""
     try:
         with open(file.path, "rb") as raw:
@@ -324,14 +388,14 @@ def _pieces(file: File) -> Iterator[tuple[bytes, bool, int]]:
             stream = io.BufferedReader(unpack(raw), PIECE) if unpack else raw
             if stream.peek(3)[:3] == codecs.BOM_UTF8:
                 stream.read(3)
-            for piece, last in READERS[file.format](stream, file.path):
+            for piece, last in READERS[file.format](stream, file.path, bad):
                 before, seen = seen, raw.tell()
                 yield piece, last, seen - before
     except Exception as error:
         if isinstance(error, UserError) or getattr(error, "filename", None):
             raise
         # EOFError, zlib.error, LZMAError, ZstdError, ...: each library has its own
-        raise UserError(f"{file.path}: damaged ({error})") from error
+        raise UserError(f"{file.path}: damaged ({' '.join(str(error).split())})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

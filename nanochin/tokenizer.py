@@ -1,12 +1,13 @@
-"""Text to token ids and back: bytes, any tiktoken encoding by name, or our own byte-level BPE.
+"""Text to token ids and back: bytes, any tiktoken encoding by name, or our own byte-level BPE; or ids and no text.
 
-Everything but `bytes` is encoded by tiktoken. The own BPE is trained by rustbpe and kept as a file of tiktoken
-ranks (a line is: base64 of the token, space, rank), so that a run's folder holds all that is needed to read its
-tokens. No torch here.
+Everything but `bytes` and `ids-N` is encoded by tiktoken. The own BPE is trained by rustbpe and kept as a file of
+tiktoken ranks (a line is: base64 of the token, space, rank), so that a run's folder holds all that is needed to read
+its tokens. No torch here.
 """
 
 import base64
 import difflib
+import re
 import threading
 from collections.abc import Iterable
 from functools import cached_property
@@ -19,6 +20,8 @@ from nanochin.config import UserError
 
 RANKS_FILE = "tokenizer.tiktoken"
 END_OF_TEXT = "<|endoftext|>"
+BPE_VOCAB = 4096  # default --vocab-size of our own BPE
+NUMBERS = re.compile(r"ids-[1-9]\d{0,9}")
 DOWNLOAD_SECONDS = 60  # tiktoken downloads without a timeout of its own
 
 # How our BPE cuts text before it merges: a word, up to three digits, or a run of signs, each with one space in
@@ -31,23 +34,26 @@ class Tokenizer:
     """One vocabulary. `eot` is the id of end-of-text, which stands before and after every document.
 
     `bytes` has exactly 256 ids: id = byte, and end-of-text is byte 0, which text never contains (see data.py).
+    `ids-N` is for token files of which only the size N of the vocabulary is known: its text is the numbers, such as
+    "464 3290", and 0 stands in for end-of-text.
     """
 
     def __init__(self, name: str, encoding: tiktoken.Encoding | None = None):
         self.name = name
         self.encoding = encoding
-        self.vocab_size = encoding.n_vocab if encoding else 256
+        self.numbers = bool(NUMBERS.fullmatch(name))
+        self.vocab_size = encoding.n_vocab if encoding else int(name[4:]) if self.numbers else 256
         self.eot = encoding.eot_token if encoding else 0
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     @classmethod
     def load(cls, name: str, folder: str | Path | None = None) -> "Tokenizer":
-        """`bytes`, a tiktoken name, or `bpe` from the ranks in `folder`.
+        """`bytes`, `ids-N`, a tiktoken name, or `bpe` from the ranks in `folder`.
 
         Raises UserError for an unknown name, ranks that are missing or broken, and an encoding that tiktoken can
         neither find in its cache nor download.
         """
-        if name == "bytes":
+        if name == "bytes" or NUMBERS.fullmatch(name):
             return cls(name)
         if name == "bpe":
             return _bpe(_read_ranks(Path(folder) / RANKS_FILE))
@@ -61,13 +67,24 @@ class Tokenizer:
             (Path(folder) / RANKS_FILE).write_bytes(b"".join(lines))
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Ids of valid UTF-8 `text`, without end-of-text; special tokens are never read out of text."""
+        """Ids of valid UTF-8 `text`, without end-of-text; special tokens are never read out of text.
+
+        Raises UserError for text that is not numbers below N, of `ids-N`.
+        """
+        if self.numbers:
+            wrong = next((word for word in text.split() if not word.isdigit() or int(word) >= self.vocab_size), None)
+            if wrong is not None:
+                raise UserError(f"{wrong.decode()!r} is not a token id below {self.vocab_size}: this model was trained "
+                                "on token files without a known tokenizer, its text is numbers")  # fmt: skip
+            return np.array([int(word) for word in text.split()], self.dtype)
         if self.encoding is None:
             return np.frombuffer(text, np.uint8).astype(self.dtype)
         return self.encoding.encode_to_numpy(text.decode(), disallowed_special=()).astype(self.dtype)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for; end-of-text and ids beyond the vocabulary stand for none."""
+        if self.numbers:
+            return b" ".join(b"%d" % i for i in ids)
         table = self._token_bytes
         return b"".join(table[i] for i in map(int, ids) if i < len(table))
 
@@ -119,7 +136,7 @@ def model_vocab(tokenizer: Tokenizer, vocab_size: int | None) -> int:
 def check(name: str, vocab_size: int | None = None) -> None:
     """Raise UserError unless there is such a tokenizer, naming the nearest one, and its vocabulary is possible."""
     known = ["bytes", "bpe", *tiktoken.list_encoding_names()]
-    if name not in known:
+    if name not in known and not NUMBERS.fullmatch(name):
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
         raise UserError(f"--tokenizer {name}: unknown; did you mean {' or '.join(close)}?")
     if name == "bpe" and vocab_size is not None and vocab_size < 257:

@@ -328,6 +328,18 @@ def test_damaged_shards_are_named(corpus, tmp_path, monkeypatch, file, whole):
     prepare((str(corpus),), **options)
 
 
+def test_skipped_lines_are_in_the_record(corpus, tmp_path):
+    """--skip-bad reads the rest and says how many lines it left out, the second time as well; without it the tokens
+    that are then in the cache are refused like the file."""
+    with open(corpus / "part-1.jsonl", "a") as file:
+        file.write("\n{broken\n" + json.dumps({"text": words(1000, 200)}) + "\nnull\n")
+    for _ in range(2):
+        with pytest.raises(UserError, match="--skip-bad goes on without such"):
+            prepare((str(corpus),), cache=tmp_path / "cache")
+        found = prepare((str(corpus),), cache=tmp_path / "cache", skip_bad=True)
+        assert found.skipped_records == 2 and found.documents + found.val_documents == 101
+
+
 # Windows
 
 

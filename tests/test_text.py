@@ -150,7 +150,7 @@ def test_packed_files_may_have_many_frames_but_not_half_a_one(tmp_path, suffix):
 def test_zst_without_its_library_names_the_command(tmp_path, monkeypatch):
     """Without it the error is the install command."""
     monkeypatch.setitem(sys.modules, "compression", None)
-    monkeypatch.setitem(sys.modules, "backports", None)
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
     path = write(tmp_path / "a.txt.zst", "never read")
     with pytest.raises(UserError, match=r"a\.txt\.zst: \.zst needs a library: pip install backports\.zstd"):
         read(path, folder=tmp_path / "flat")
@@ -197,8 +197,8 @@ def test_what_holds_no_text_is_named(tmp_path):
             find_files([str(tmp_path / item)])
     with pytest.raises(UserError, match=r"empty\.txt: no text in it"):
         read(write(tmp_path / "empty.txt", "\ufeff"), folder=tmp_path / "flat")
-    with pytest.raises(UserError, match=r"model\.bin: neither text nor a known format"):
-        read(write(tmp_path / "model.bin", bytes(100)), folder=tmp_path / "flat2")
+    with pytest.raises(UserError, match=r"model\.gguf: neither text nor a known format"):
+        read(write(tmp_path / "model.gguf", bytes(100)), folder=tmp_path / "flat2")
     assert documents(read(tmp_path / "folder/readme.md", folder=tmp_path / "flat3")) == [b"text"]
 
 
@@ -345,3 +345,89 @@ def test_progress_is_told_a_few_times_and_at_the_end():
     stage = Stage("hashing", 1000, lambda *args: told.append(args))
     list(stage.map(lambda i: stage.add(1), range(1000)))
     assert told[-1] == ("hashing", 1000, 1000) and 1 <= len(told) < 20
+
+
+# Parquet, and lines and rows that are no documents
+
+
+def parquet(path: Path, rows: int = 1024, **columns) -> Path:
+    """A parquet file written by pyarrow, with row groups of `rows` rows."""
+    arrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(arrow.table(columns), path, row_group_size=rows, compression="zstd")
+    return path
+
+
+@pytest.mark.parametrize("rows", [1, 7, 5000])
+def test_parquet_holds_documents(tmp_path, rows):
+    """The column `text` of a FineWeb-like file, whatever its row groups and the other columns, gives the documents of
+    the same texts as .jsonl lines, in a folder as well."""
+    texts = [words(200, seed=i) + "\r\n中 🙂\0" for i in range(2500)]
+    parquet(tmp_path / "p/00.parquet", rows, text=texts[:1100], id=list(range(1100)), score=[0.5] * 1100)
+    parquet(tmp_path / "p/01.parquet", rows, dump=["x"] * 1400, text=texts[1100:])
+    write(tmp_path / "all.jsonl", jsonl(texts))
+    a = read(tmp_path / "p", folder=tmp_path / "a")
+    b = read(tmp_path / "all.jsonl", folder=tmp_path / "b")
+    assert documents(a) == documents(b) and (a.hashes == b.hashes).all() and a.skipped == b.skipped == 2500
+    assert [file.format for file in find_files([str(tmp_path / "p")])] == [".parquet"] * 2
+
+
+def test_parquet_as_others_store_text(tmp_path):
+    """large_string columns and dictionary-encoded strings are text too; progress ends at the size of the file."""
+    arrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    texts = ["one", "two", "one"]
+    for name, kind in {"large": arrow.large_string(), "dictionary": arrow.string()}.items():
+        column = arrow.array(texts, kind)
+        column = column.dictionary_encode() if name == "dictionary" else column
+        path, told = parquet(tmp_path / f"{name}.parquet", text=column), []
+        stage = Stage("reading", path.stat().st_size, lambda *now, told=told: told.append(now))
+        text = read_text(find_files([str(path)]), tmp_path / name, stage)
+        assert documents(text) == [b"one", b"two", b"one"]
+        assert told[-1] == ("reading", path.stat().st_size, path.stat().st_size)
+
+
+def test_parquet_without_text_lists_its_columns(tmp_path):
+    """No column `text`, one of numbers, or a file that is no parquet: one line with what is there."""
+    for name, columns, said in [
+        ("a", {"content": ["x"], "url": ["y"]}, r"a\.parquet: no column `text`; it has content, url"),
+        ("b", {"text": [1, 2]}, r"b\.parquet: column `text` is int64, not string"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            read(parquet(tmp_path / f"{name}.parquet", **columns), folder=tmp_path / name)
+    whole = parquet(tmp_path / "c.parquet", text=["x" * 1000] * 100).read_bytes()
+    for i, damaged in enumerate((b"", b"PAR1", whole[:-10], whole[100:])):
+        with pytest.raises(UserError, match=r"c\.parquet: damaged") as error:
+            read(write(tmp_path / "c.parquet", damaged), folder=tmp_path / f"c{i}")
+        assert "\n" not in str(error.value)
+
+
+def test_parquet_without_its_library_names_the_command(tmp_path, monkeypatch):
+    """Without pyarrow the error is the install command."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = write(tmp_path / "a.parquet", "never read")
+    with pytest.raises(UserError, match=r"a\.parquet: \.parquet needs a library: pip install pyarrow"):
+        read(path, folder=tmp_path / "flat")
+
+
+def test_bad_lines_are_refused_or_counted(tmp_path):
+    """A line that is not JSON, has no text or another type for it is named by file and number; with skip_bad all such
+    are counted and the rest is read, across files and parts."""
+    good, bad = '{"text": "good"}\n', ["{not json\n", "[1]\n", '{"content": "x"}\n', '{"text": 3}\n', '"text"\n']
+    for i, line in enumerate(bad):
+        path = write(tmp_path / f"{i}.jsonl", good * 2 + "\n" + line + good)
+        what = "not JSON" if i == 0 else 'no string "text" in it'
+        with pytest.raises(UserError, match=rf"{i}\.jsonl, line 4: {what}.*; --skip-bad goes on without such"):
+            read(path, folder=tmp_path / f"flat{i}")
+    text = read_text(find_files([str(tmp_path)]), tmp_path / "flat", Stage("reading"), skip_bad=True)
+    assert documents(text) == [b"good"] * 15 and text.bad == 5
+
+
+def test_null_rows_of_parquet_are_bad(tmp_path):
+    """A null is named by its row, or counted."""
+    path = parquet(tmp_path / "a.parquet", rows=2, text=["a", "b", None, "c", None])
+    with pytest.raises(UserError, match=r"a\.parquet, row 3: null is no text; --skip-bad"):
+        read(path, folder=tmp_path / "flat")
+    text = read_text(find_files([str(path)]), tmp_path / "flat2", Stage("reading"), skip_bad=True)
+    assert documents(text) == [b"a", b"b", b"c"] and text.bad == 2

@@ -1,0 +1,160 @@
+"""GPT-2's weights as `transformers` keeps them: which of its tensors is which of ours, and how a run starts from them.
+
+Its linear layers are stored transposed (in x out, "Conv1D"); queries, keys and values are packed as ours are. Weights
+are read from safetensors alone: pytorch_model.bin is a pickle, which can run any program.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nanochin.config import Config, UserError
+from nanochin.model import GPT
+
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
+GPT2_VOCAB = 50257
+PLACES = {"embed": "transformer.wte", "positions": "transformer.wpe", "head": "lm_head"}
+PARTS = {"attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "norm1": "ln_2",
+         "feed_forward.up": "mlp.c_fc", "feed_forward.down": "mlp.c_proj"}  # fmt: skip
+
+
+def gpt2_name(name: str, layers: int) -> tuple[str, bool]:
+    """GPT-2's name for our parameter `name`, and whether it is stored transposed.
+
+    Our norms are named for the block that they end: the next block's first norm, or the final one, is our norm2.
+    """
+    module, _, kind = name.rpartition(".")  # kind: weight or bias
+    if module in PLACES:
+        return f"{PLACES[module]}.{kind}", False
+    if module == "norm":
+        return f"transformer.h.0.ln_1.{kind}", False
+    _, block, part = module.split(".", 2)
+    if part == "norm2":
+        last = int(block) + 1 == layers
+        return f"transformer.ln_f.{kind}" if last else f"transformer.h.{int(block) + 1}.ln_1.{kind}", False
+    return f"transformer.h.{block}.{PARTS[part]}.{kind}", kind == "weight" and part != "norm1"
+
+
+def initial_options(config: Config) -> Config:
+    """`config` with the shape of the weights that --init-from names.
+
+    Raises UserError for weights that are no GPT-2, for options that ask for another shape than theirs, and where it is
+    not said how to go on: the rules and laws that fill in length and learning rate are for training from scratch.
+    """
+    what, sizes = f"--init-from {config.init_from}", {name: shape for name, shape, _ in _tensors(config.init_from)}
+    try:
+        (V, C), (T, _) = sizes["transformer.wte.weight"], sizes["transformer.wpe.weight"]
+        F = sizes["transformer.h.0.mlp.c_fc.weight"][1]
+    except (KeyError, ValueError, IndexError):
+        raise UserError(f"{what}: these are not GPT-2's weights (no wte, wpe or h.0.mlp.c_fc)") from None
+    layers = sum(name.endswith("ln_1.weight") for name in sizes)
+    told = _told(config.init_from, C)
+    theirs = {"model": f"{C}x{layers}", "head_size": told.pop("head_size", config.head_size or 64), "ffn": F,
+              "vocab_size": V, "norm": "layernorm", "positions": "learned", "bias": True, "qk_norm": False,
+              "tied": "lm_head.weight" not in sizes, "activation": "gelu_tanh"} | told  # fmt: skip
+    for f in dataclasses.fields(Config):
+        given = getattr(config, f.name)
+        if f.name in theirs and given not in (f.default, theirs[f.name]):
+            raise UserError(f"--{f.name.replace('_', '-')} {given}: {what} has {theirs[f.name]}; leave the option out")
+    if (config.seq_len or T) > T:
+        raise UserError(f"--seq-len {config.seq_len}: {what} has learned {T} positions; give that or less")
+    if config.tokenizer == "bpe":
+        raise UserError(f"--tokenizer bpe: is trained anew, its ids mean nothing to {what}")
+    if config.lr is None or not (config.tokens or config.budget):
+        raise UserError(f"{what}: say how to go on, with --tokens and --lr (3e-5 is usual for GPT-2)")
+    tokenizer = config.tokenizer or ("gpt2" if V == GPT2_VOCAB else f"ids-{V}")
+    return dataclasses.replace(config, **theirs, seq_len=config.seq_len or T, tokenizer=tokenizer)
+
+
+@torch.no_grad()
+def load_initial(path: str, model: GPT) -> None:
+    """Fill a model of the shape that `initial_options` found. Raises UserError for a tensor too few or too many."""
+    ours = {}
+    for name, parameter in model.named_parameters():
+        theirs, transposed = gpt2_name(name, model.shape.layers)
+        ours[theirs] = parameter, transposed
+    for name, shape, read in _tensors(path):
+        if name == "lm_head.weight" and model.shape.tied:
+            continue
+        if name not in ours:
+            raise UserError(f"--init-from {path}: tensor {name} has no place in this model")
+        parameter, transposed = ours.pop(name)
+        tensor = read().T if transposed else read()
+        if name == "transformer.wpe.weight":
+            tensor = tensor[: len(parameter)]  # a shorter --seq-len
+        if tensor.shape != parameter.shape:
+            raise UserError(f"--init-from {path}: tensor {name} is {shape}, where {list(parameter.shape)} is wanted")
+        parameter.copy_(tensor)
+    if ours:
+        raise UserError(f"--init-from {path}: tensor {next(iter(ours))} is missing")
+
+
+def initial_sha(path: str) -> str:
+    """SHA-256 of the weights' files: part of the identity of a run that starts from them."""
+    sha = hashlib.sha256()
+    for file in _files(path):
+        with open(file, "rb") as stream:
+            sha.update(hashlib.file_digest(stream, "sha256").digest())
+    return sha.hexdigest()
+
+
+def _told(path: str, width: int) -> dict:
+    """What config.json says beyond the sizes of the tensors; it may be absent beside a .safetensors file."""
+    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path).with_name("config.json")
+    if not file.exists():
+        return {}
+    try:
+        told = json.loads(file.read_text())
+        heads, activation = told.get("n_head", 12), told.get("activation_function", "gelu_new")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{file}: not the configuration of a model ({error})") from None
+    if told.get("model_type") != "gpt2":
+        raise UserError(f"{file}: model_type {told.get('model_type')}, only gpt2 can be imported")
+    ours = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False}  # fmt: skip
+    for key, value in ours.items():
+        if told.get(key, value) != value:
+            raise UserError(f"{file}: {key} {told[key]}, our model has {value}")
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{file}: activation_function {activation}, our model has {' '.join(ACTIVATIONS)}")
+    return {"head_size": width // heads, "activation": ACTIVATIONS[activation],
+            "tied": told.get("tie_word_embeddings", True)}  # fmt: skip
+
+
+def _files(path: str) -> list[Path]:
+    """The .safetensors files of a checkpoint folder, or the one that was named."""
+    if Path(path).is_file():
+        if Path(path).suffix != ".safetensors":
+            raise UserError(f"--init-from {path}: not .safetensors; a pickle is not read, it can run any program")
+        return [Path(path)]
+    files = sorted(Path(path).glob("model*.safetensors"))
+    if not files:
+        reason = "no such file or folder" if not Path(path).exists() else "no model.safetensors in this folder"
+        if list(Path(path).glob("pytorch_model*.bin")):
+            reason += " (pytorch_model.bin is a pickle, which can run any program: save it again as safetensors)"
+        raise UserError(f"--init-from {path}: {reason}")
+    return files
+
+
+def _tensors(path: str) -> Iterator[tuple[str, list[int], object]]:
+    """(name, shape, function that reads it) of every parameter; names as GPT2LMHeadModel has them."""
+    for file in _files(path):
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                    if name.endswith((".attn.bias", ".attn.masked_bias")):
+                        continue  # the causal mask, which older versions saved
+                    full = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+                    yield full, tensors.get_slice(name).get_shape(), lambda t=tensors, n=name: _float(t.get_tensor(n))
+        except SafetensorError as error:
+            raise UserError(f"{file}: damaged ({error})") from None
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32)

@@ -1,0 +1,112 @@
+"""Data sets of the Hugging Face hub: hf:OWNER/NAME[:CONFIG], streamed once into a .jsonl file of the cache.
+
+From there on they are a corpus like any other, fingerprint and resuming included, and no network is needed again.
+The `datasets` library (optional) reads them; since version 4 it runs no code of theirs. No torch here.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from nanochin.config import UserError, need
+from nanochin.text import Progress, Stage
+from nanochin.tokenizer import BPE_VOCAB, Tokenizer, train_bpe
+
+PREFIX = "hf:"
+SAMPLE = 1 << 22  # bytes on which a throwaway BPE is trained, to count the tokens of one that is not there yet
+AT_ONCE = 256  # documents that a thread counts
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to stream: as many whole documents of the split `train` as make `max_tokens` with that tokenizer."""
+
+    what: str  # as the user named it
+    dataset: str
+    config: str | None
+    max_tokens: float
+    tokenizer: str
+    vocab_size: int | None
+
+    @property
+    def place(self) -> str:
+        """0b1c2d3e4f5a/fineweb-edu-sample-10BT.jsonl"""
+        name = re.sub(r"[^\w-]+", "-", "-".join(filter(None, [Path(self.dataset).name, self.config])))
+        asked = json.dumps([self.dataset, self.config, self.max_tokens, self.tokenizer, self.vocab_size])
+        return f"{hashlib.sha256(asked.encode()).hexdigest()[:12]}/{name}.jsonl"
+
+
+def parse(item: str, option: str, max_tokens: float | None, tokenizer: str, vocab_size: int | None) -> Source:
+    """Raises UserError for a form that is not hf:OWNER/NAME[:CONFIG], and without --max-tokens."""
+    dataset, _, config = item.removeprefix(PREFIX).partition(":")
+    if not re.fullmatch(r"[^\s:]*[^\s:/]", dataset):
+        raise UserError(f"{option} {item}: expected hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
+    if max_tokens is None:
+        raise UserError(f"{option} {item}: say how much of it to read, such as --max-tokens 1e8")
+    return Source(f"{option} {item}", dataset, config or None, max_tokens, tokenizer, vocab_size)
+
+
+def stream(source: Source, path: Path, progress: Progress | None) -> None:
+    """Write the documents of `source` to `path`, one {"text": ...} a line; the file appears when it is whole.
+
+    A row without a string is written as {"text": null}, which the reader of .jsonl refuses or skips. Raises UserError
+    if the library is missing, or the data set cannot be had or has no column `text`.
+    """
+    tokenizer, texts = _counter(source, _texts(source))
+    stage = Stage("streaming", int(source.max_tokens), progress)
+    aside, total = path.with_suffix(".tmp"), 1  # end-of-text at the start
+
+    def count(documents: list[str | None]) -> list[tuple[str | None, int]]:
+        return [(text, len(tokenizer.encode((text or "").encode("utf-8", "ignore"))) + 1) for text in documents]
+
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            batches = iter(lambda: list(islice(texts, AT_ONCE)), [])
+            for text, tokens in chain.from_iterable(stage.map(count, batches)):
+                total += tokens
+                if total > source.max_tokens:
+                    break
+                file.write(json.dumps({"text": text}) + "\n")
+                stage.add(tokens)
+            file.flush()
+            os.fsync(file.fileno())
+        if not aside.stat().st_size:
+            raise UserError(f"{source.what}: its first document alone exceeds --max-tokens {source.max_tokens:g}")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _texts(source: Source) -> Iterator[str | None]:
+    """The documents, from the network as they are asked for."""
+    datasets = need("datasets", source.what)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told once, below
+    try:
+        for row in datasets.load_dataset(source.dataset, source.config, split="train", streaming=True):
+            if "text" not in row:
+                raise UserError(f"{source.what}: no column `text`; it has {', '.join(row)}")
+            yield row["text"] if isinstance(row["text"], str) else None
+    except UserError:
+        raise
+    except Exception as error:  # of the network, the hub, the format: each library underneath has its own
+        message = " ".join(str(error).split())[:300]
+        raise UserError(f"{source.what}: {type(error).__name__}: {message}") from error
+
+
+def _counter(source: Source, texts: Iterator[str | None]) -> tuple[Tokenizer, Iterator[str | None]]:
+    """What counts tokens, and the texts again. Our own BPE, trained only when all the text is there, is stood in for
+    by one trained on the first 4 MB, so that the number of tokens is then only about right."""
+    if source.tokenizer != "bpe":
+        return Tokenizer.load(source.tokenizer), texts
+    sample, size = [], 0
+    for text in texts:
+        sample.append(text)
+        size += len(text or "")
+        if size >= SAMPLE:
+            break
+    return train_bpe(filter(None, sample), source.vocab_size or BPE_VOCAB), chain(sample, texts)
