@@ -76,6 +76,8 @@ def head(
     and dweight (V, C) in float32; empty unless `train`."""
     h, weight, targets = h.contiguous(), weight.contiguous(), targets.contiguous()
     M, V = len(h), len(weight)
+    if targets.shape != (M,):
+        raise ValueError(f"targets of shape {tuple(targets.shape)} for {M} rows")
     _, _, dh, dweight = _outputs(h, weight, targets, ignore_index, z_loss, train)
     losses = h.new_empty(M, dtype=torch.float32)
     config = _config(V)

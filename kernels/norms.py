@@ -92,20 +92,20 @@ def _backward(G, GTotal, X, W, Stats, DX, Partial, M, C,
 # One operator for the four functions
 
 
-def _config(C: int, elements: int) -> dict:
-    """Whole rows, as many as make `elements`: 4096 of them are 32 a thread forward (4 warps), 16 backward (8), which
-    keeps everything in registers up to C = 2048 and more (bench/results/kernels_aot.md)."""
+def _config(C: int) -> dict:
+    """Whole rows, as many as make 4096 numbers: 32 a thread forward (4 warps) and 16 backward (8), which keeps all of
+    them in registers (bench/results/kernels_aot.md). Wider rows take more warps."""
     block = triton.next_power_of_2(C)
-    return {"ROWS": min(32, max(1, elements // block)), "BLOCK": block}
+    return {"ROWS": min(32, max(1, 4096 // block)), "BLOCK": block}
 
 
 def _forward_config(C: int) -> dict:
-    config = _config(C, 4096)
+    config = _config(C)
     return config | {"num_warps": 4 if config["BLOCK"] <= 4096 else 8 if config["BLOCK"] <= 8192 else 16}
 
 
 def _backward_config(C: int) -> dict:
-    config = _config(C, 4096)
+    config = _config(C)
     return config | {"num_warps": 8 if config["BLOCK"] <= 4096 else 16}
 
 
@@ -123,6 +123,10 @@ def norm(
     M, C = x.numel() // x.shape[-1], x.shape[-1]
     if C > MAX_WIDTH:
         raise ValueError(f"a norm over {C} numbers: at most {MAX_WIDTH} fit one program")
+    if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
+        raise ValueError(f"a residual of {residual.dtype} {tuple(residual.shape)} beside {x.dtype} {tuple(x.shape)}")
+    if any(p is not None and p.shape != (C,) for p in (weight, bias)):
+        raise ValueError(f"a norm over {C} numbers needs as many weights, not {tuple(weight.shape)}")
     normed, total, stats = _norm_outputs(x, residual, weight, bias, eps, centred)
     config = _forward_config(C)
     _forward[(triton.cdiv(M, config["ROWS"]),)](

@@ -88,6 +88,12 @@ def test_targets_that_are_no_tokens():
         assert linear_cross_entropy(h, weight, torch.tensor([1, 2, 3, wrong], device=DEVICE)).isnan()
 
 
+def test_too_few_targets_are_refused():
+    """One target a row."""
+    with pytest.raises(ValueError, match="3 rows"):
+        linear_cross_entropy(torch.ones(3, 8, device=DEVICE), torch.ones(5, 8, device=DEVICE), torch.zeros(2))
+
+
 def test_another_ignore_index():
     """Any index may be the ignored one; the mean is over the others."""
     h, weight = randn(6, 8).float().to(DEVICE), randn(11, 8).float().to(DEVICE)

@@ -117,7 +117,13 @@ def test_opcheck(centred):
     torch.library.opcheck(norms.norm, (x, None, weight, None, 1e-5, centred))
 
 
-def test_too_wide_is_refused():
-    """A row that no program can hold is named."""
+def test_bad_shapes_are_refused():
+    """A row that no program can hold, and tensors that do not fit together, instead of reading foreign memory."""
+    x, ones = torch.zeros(2, 8, device=DEVICE), torch.ones(8, device=DEVICE)
     with pytest.raises(ValueError, match="32769"):
         norms.rms_norm(torch.zeros(1, 32769, device=DEVICE), torch.ones(32769, device=DEVICE))
+    for residual in (x[:1], x.half()):
+        with pytest.raises(ValueError, match="residual"):
+            norms.add_rms_norm(x, residual, ones)
+    with pytest.raises(ValueError, match="weights"):
+        norms.layer_norm(x, ones[:4], None)

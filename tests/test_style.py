@@ -37,7 +37,9 @@ def test_files_can_be_read_in_one_sitting(path):
     assert len(path.read_text().splitlines()) <= (300 if path.name == "model.py" else 600)
 
 
-@pytest.mark.parametrize("module", ["config", "flops", "ladder", "laws", "data", "text", "tokenizer"])
+@pytest.mark.parametrize(
+    "module", ["config", "flops", "ladder", "laws", "data", "text", "tokenizer", "tokenfiles", "hub"]
+)
 def test_modules_that_plan_do_not_import_torch(module):
     """Options, counts, plans and data can be used without loading torch."""
     code = f"import sys, nanochin.{module}; sys.exit('torch' in sys.modules)"
