@@ -123,7 +123,7 @@ def train(config: Config, quiet: bool = False) -> dict:
     if config.branch_from and not (Path(config.out) / name).exists():
         find_branch(config, record)  # before there is a folder that a corrected command would not fit
 
-    with progress, runs.open_run(config.out, name, record) as run:
+    with progress, runs.open_run(config.out, name, record) as run, kernels.use(config.kernels):
         if run.summary is not None:
             progress.say(f"{run.folder} is finished: loss {run.summary['loss']:.4f}")
             return run.summary
@@ -330,7 +330,7 @@ def describe(job: Job) -> dict:
                    "format": corpus.format},
         "device": device_name(job.device),
         "threads": torch.get_num_threads(),
-        "kernels": kernels.backend(job.device),
+        "kernels": kernels.backend(job.device, job.config.kernels),
         "versions": runs.versions(),
     }  # fmt: skip
 
@@ -442,7 +442,7 @@ def predicted(job: Job) -> float | None:
 
 def show_plan(job: Job, run: runs.Run, micro_batch: int, team_size: int, peak_source: str) -> None:
     config, plan, corpus, why = job.config, job.plan, job.corpus, job.plan.why
-    backend, why_backend = kernels.backend(job.device)
+    backend, why_backend = kernels.backend(job.device, config.kernels)
     params = plan.params
     text = f"{count(corpus.train_bytes)}B in {corpus.documents} documents, {count(corpus.val_bytes)}B held out"
     if corpus.format != "text":

@@ -63,8 +63,10 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def backend(device: torch.device) -> tuple[str, str]:
+def backend(device: torch.device, asked: str = "auto") -> tuple[str, str]:
     """(name, why) of what computes the operations on this device: "triton", "interpreter" or "fallback"."""
+    if asked != "auto":
+        return asked, "as asked"
     if not has_triton():
         return "fallback", "PyTorch operations: triton is not installed (it has no build for this platform)"
     if interpreting():
@@ -103,7 +105,11 @@ def flop_formulas() -> dict:
 
 @contextmanager
 def use(name: str):
-    """Compute every operation by "reference", "fallback" or "triton" inside the block, whatever the device."""
+    """Compute every operation by "reference", "fallback" or "triton" inside the block, whatever the device; by what
+    suits the device ("auto") as outside of it."""
+    if name == "auto":
+        yield
+        return
     before = {op: globals()[op] for op in OPERATIONS}
     if name == "triton":
         inside = _triton_operations()

@@ -136,6 +136,8 @@ class Config:
     # Execution: how, not what.
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps", result=False)
     dtype: str = opt("auto", "compute dtype (weights stay float32)", choices=("auto", "float32", "bfloat16"))
+    kernels: str = opt("auto", "auto: Triton's on a GPU that they suit; fallback: PyTorch operations, to compare",
+                       choices=("auto", "fallback"), result=False)  # fmt: skip
     compile: str = opt("auto", "torch.compile; auto: on a GPU only", choices=("auto", "true", "false"), result=False)
     micro_batch: int | None = opt(
         None, "sequences per forward pass; default: as many as fit", low=1, high=10**6, result=False

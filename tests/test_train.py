@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import kernels
 import train
 from nanochin import checkpoint, runs
 from nanochin.config import Config, RunError, UserError, make_shape
@@ -144,6 +145,19 @@ def test_threads_share_a_batch(tiny, four_threads):
     runs = [run(tiny(out=f"{tiny().out}{i}", threads=threads, **usual)) for i, threads in enumerate((2, 2, 1))]
     assert same(weights(runs[0][1]), weights(runs[1][1])) and not same(weights(runs[0][1]), weights(runs[2][1]))
     assert losses(runs[0][2]) == losses(runs[1][2]) == pytest.approx(losses(runs[2][2]), rel=1e-5)
+
+
+def test_kernels_can_be_left_out(tiny, monkeypatch):
+    """--kernels fallback computes by PyTorch operations whatever suits the device, and the record says so."""
+
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(kernels, "attention", broken)
+    with pytest.raises(ZeroDivisionError):
+        run(tiny())
+    _, folder, _ = run(tiny(name="plain", kernels="fallback"))
+    assert json.loads((folder / "config.json").read_text())["kernels"] == ["fallback", "as asked"]
 
 
 def test_clipping(monkeypatch):
