@@ -1,5 +1,6 @@
 """Causal attention in Triton, interpreted where there is no GPU, against the mathematics in float64."""
 
+import math
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ attention = kernels.attention
 HERE = kernels.target_of(DEVICE)
 
 # (B, T, heads, head size): one token, padded heads, ends of sequences within a block
-SIZES = [(1, 1, 1, 8), (2, 7, 3, 24), (1, 100, 2, 64), (2, 129, 1, 32), (1, 300, 1, 128)]
+SIZES = [(1, 1, 1, 8), (2, 7, 3, 24), (1, 100, 2, 64), (2, 129, 1, 40), (1, 300, 1, 128)]
 POINTERS = [(size, dtype, "sm_80") for size in SIZES for dtype in (torch.float32, torch.float16)]
 DESCRIPTORS = [(size, torch.float16, "sm_90") for size in SIZES[2:]] + [((2, 21, 2, 24), torch.float16, "sm_90")]
 LARGE = [(3, 1000, 2, 64), (2, 1024, 12, 64), (1, 1000, 3, 128), (1, 4096, 2, 128), (1, 4096, 2, 40), (2, 777, 5, 96)]
@@ -93,6 +94,29 @@ def test_batch_and_heads_do_not_meet():
             spoilt, spoilt_grad = run(qkv, seed)
         assert torch.equal(spoilt[0], out[0]) and torch.equal(spoilt_grad[0], grad[0])
         assert spoilt[1:].isnan().all()
+
+
+@pytest.mark.parametrize("target", ["sm_80", HERE] if CUDA else ["sm_80", "sm_90"])
+def test_nothing_is_written_past_the_end(target, monkeypatch):
+    """Behind every new tensor lies a margin that keeps its numbers, at a length and head size that end within tiles."""
+    margins = []
+
+    def guarded(size, **options):
+        whole = torch.full((math.prod(size) + 8192,), 7.0, **options)
+        margins.append(whole[math.prod(size) :])
+        return whole[: math.prod(size)].view(size)
+
+    def new_empty(x, *size, dtype=None, **others):  # with others it is Triton's interpreter that asks
+        return guarded(size, dtype=dtype or x.dtype, device=x.device) if not others else plain(x, *size, **others)
+
+    plain = torch.Tensor.new_empty
+    monkeypatch.setattr(kernels, "target_of", lambda device: target)
+    qkv = randn(1, 70, 3 * 2 * 24).to(DEVICE, torch.float16).requires_grad_()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", new_empty)
+        patch.setattr(torch, "empty_like", lambda x: guarded(x.shape, dtype=x.dtype, device=x.device))
+        attention(qkv, 2).sum().backward()
+    assert len(margins) == 4 and all((margin == 7).all() for margin in margins)  # o, lse, delta, dqkv
 
 
 def test_any_strides():
