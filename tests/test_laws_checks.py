@@ -106,7 +106,6 @@ def test_hold_out_of_the_largest_budget():
     alone = fit_parametric(N[:40], D[:40], loss[:40]).law
     assert held.predicted == pytest.approx(alone.loss(N[40:], D[40:]), rel=1e-9)
     assert held.observed == pytest.approx(loss[40:])
-    assert (held.low < held.predicted).all() and (held.predicted < held.high).all()
     assert held.reach == pytest.approx(BUDGETS[-1] / BUDGETS[-2])
     assert held.error == pytest.approx(np.median(np.abs(np.log(held.predicted / loss[40:]))))
     ((C, measured, predicted, (low, high)),) = held.optima
@@ -123,6 +122,15 @@ def test_hold_out_without_noise_predicts_exactly():
     held = hold_out(*noisy_grid(0.0), budgets=3, replicates=0)
     assert held.predicted == pytest.approx(held.observed, rel=1e-9)
     assert math.isnan(held.low[0]) and held.bootstrap is None
+
+
+def test_prediction_intervals_cover_what_is_observed():
+    """Over 12 made-up sweeps about 95% of the held-out losses lie inside."""
+    inside = []
+    for seed in range(12):
+        held = hold_out(*noisy_grid(0.003, seed), replicates=100, seed=seed)
+        inside += [*((held.low < held.observed) & (held.observed < held.high))]
+    assert 0.86 < np.mean(inside) < 0.995
 
 
 @pytest.mark.parametrize(

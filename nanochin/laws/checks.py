@@ -8,7 +8,7 @@ from nanochin.laws.bootstrap import LEVELS, Bootstrap, bootstrap, resample
 from nanochin.laws.isoflop import FINE, Curve, IsoflopFit, akima, group_budgets, line, replicate_optima
 from nanochin.laws.law import NotIdentified
 from nanochin.laws.parametric import ParametricFit, fit_parametric
-from nanochin.laws.surface import Surface, projected_starts
+from nanochin.laws.surface import BATCH, Surface, projected_starts
 
 MIN_CURVATURE = 4  # three budgets always lie on a parabola
 
@@ -74,8 +74,8 @@ class HoldOut:
     bootstrap: Bootstrap | None
     rows: np.ndarray  # (m,) indices held out
     predicted: np.ndarray  # (m,) loss
-    low: np.ndarray  # (m,) 95% interval of the law's prediction; nan without bootstrap
-    high: np.ndarray
+    low: np.ndarray  # (m,) 95% interval for what is observed: the law's and the scatter of the rows that were fitted;
+    high: np.ndarray  # nan without bootstrap
     observed: np.ndarray
     bias: float  # median of log predicted - log observed
     error: float  # median of its absolute value
@@ -112,8 +112,7 @@ def hold_out(N, D, loss, C=None, *, budgets: int = 1, budget=None, above: float 
     if replicates:
         runs = None if runs is None else np.asarray(runs)[rest]
         sure = bootstrap(fit, runs=runs, replicates=replicates, seed=seed, verify=50)
-        wide = _column(sure.law)
-        low, high = np.percentile(wide.loss(N[rows], D[rows]), (2.5, 97.5), axis=0)
+        low, high = _prediction_interval(fit, sure, N[rows], D[rows], np.random.default_rng(seed))
     miss = np.log(predicted / loss[rows])
     optima = _held_optima(fit, sure, N, D, loss, nominal, rows)
     return HoldOut(fit, sure, rows, predicted, low, high, loss[rows], float(np.median(miss)),
@@ -121,10 +120,18 @@ def hold_out(N, D, loss, C=None, *, budgets: int = 1, budget=None, above: float 
                    float(C[rows].max() / C[rest].max()), optima)  # fmt: skip
 
 
-def _column(law):
-    """A law of replicates (K,) as (K, 1), to be asked about many runs at once."""
+def _prediction_interval(fit: ParametricFit, sure: Bootstrap, N, D, rng) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high (m,): each replicate's law, times the scatter of a random row of the fit."""
     names = ("E", "A", "B", "alpha", "beta")
-    return replace(law, **{name: getattr(law, name)[:, None] for name in names})
+    law = replace(
+        sure.law, **{name: getattr(sure.law, name)[:, None] for name in names}
+    )  # (K, 1), for many rows at once
+    K, parts = len(sure.law.E), []
+    for at in np.array_split(np.arange(len(N)), -(-len(N) * K // BATCH)):
+        scatter = np.exp(-rng.choice(fit.residuals, (K, len(at))))
+        parts.append(np.percentile(law.loss(N[at], D[at]) * scatter, (2.5, 97.5), axis=0))
+    low, high = np.concatenate(parts, 1)
+    return low, high
 
 
 def _held_optima(fit, sure, N, D, loss, nominal, rows) -> tuple:
