@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = sorted(p for folder in (".", "nanochin", "nanochin/laws", "kernels", "bench") for p in (ROOT / folder).glob("*.py"))
+SOURCES = sorted(
+    p for folder in (".", "nanochin", "nanochin/laws", "kernels", "bench") for p in (ROOT / folder).glob("*.py")
+)
 
 
 def imports(path: Path) -> set[str]:
