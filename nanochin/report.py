@@ -237,7 +237,7 @@ def _sensitivity(checks: Checks) -> list[str]:
     without = [(f"without the {k} highest" if k else "all", fit) for k, fit in checks.leave_out]
     fits("Without the runs of highest loss", without)
     fits("With another δ, below which residuals count as squares and above it as distances",
-         [(f"δ = {flops(fit.delta)}", fit) for fit in checks.deltas])  # fmt: skip
+         [(f"δ = {flops(delta)}", fit) for delta, fit in checks.deltas])  # fmt: skip
     fits("With another objective or form", checks.variants)
     if not isinstance(form := checks.kaplan_form, NotIdentified):
         formula = ("((N<sub>c</sub>/N)<sup>α<sub>N</sub>/α<sub>D</sub></sup> + D<sub>c</sub>/D)"

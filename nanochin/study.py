@@ -263,7 +263,7 @@ class Checks:
     """Each a result of nanochin.laws, or the NotIdentified in its place."""
 
     leave_out: list  # (k, ParametricFit | None)
-    deltas: list  # ParametricFit
+    deltas: list  # (delta, ParametricFit | None)
     profile: tuple  # (E, objective over its minimum)
     by_compute: list  # dicts
     variants: list  # (words, ParametricFit | NotIdentified)

@@ -51,12 +51,21 @@ def test_leaving_out_too_many_is_no_fit():
 
 def test_delta_sensitivity():
     """One fit a delta; without noise they all agree."""
-    fits = delta_sensitivity(fit_parametric(*noisy_grid(0.0)))
-    assert [f.delta for f in fits] == [1e-6, 1e-4, 1e-3, 1e-2, 1e-1, math.inf]
-    for fit in fits:
-        assert fit.law.beta == pytest.approx(BESIROGLU.beta, rel=1e-7)
-    a = [f.law.a for f in delta_sensitivity(fit_parametric(*chinchilla()))]
+    table = delta_sensitivity(fit_parametric(*noisy_grid(0.0)))
+    assert [delta for delta, _ in table] == [1e-6, 1e-4, 1e-3, 1e-2, 1e-1, math.inf]
+    for delta, fit in table:
+        assert fit.delta == delta and fit.law.beta == pytest.approx(BESIROGLU.beta, rel=1e-7)
+    a = [f.law.a for _, f in delta_sensitivity(fit_parametric(*chinchilla()))]
     assert a == pytest.approx([0.5126, 0.5126, 0.5139, 0.5184, 0.5298, 0.5298], abs=6e-5)
+
+
+def test_delta_of_few_and_noisy_rows():
+    """Where a small delta gives no optimum the table says None, as it did for the twelve runs of a tiny sweep."""
+    N = [1986, 2840, 4836, 1986, 2840, 4836, 7216, 2840, 3790, 7216, 10320, 14820]
+    D = [60800, 43520, 26304, 182592, 130048, 79104, 54400, 433920, 330304, 180864, 116480, 84096]
+    loss = [2.826, 2.839, 2.881, 2.661, 2.671, 2.613, 2.650, 2.514, 2.408, 2.406, 2.389, 2.423]
+    table = dict(delta_sensitivity(fit_parametric(N, D, loss)))
+    assert table[1e-6] is None and table[1e-3].delta == 1e-3
 
 
 def test_profile_of_e():

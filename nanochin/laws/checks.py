@@ -23,18 +23,20 @@ def refit(fit: ParametricFit, rows=slice(None), **changes) -> ParametricFit:
 def leave_out_highest(fit: ParametricFit, counts=(0, 1, 3, 5, 8, 15)) -> list[tuple[int, ParametricFit | None]]:
     """(k, the same fit without the k rows of highest loss, or None where that is not identified)."""
     order = np.argsort(fit.loss, kind="stable")
-    table = []
-    for k in counts:
-        try:
-            table.append((k, refit(fit, np.sort(order[: max(0, fit.n - k)]))))
-        except NotIdentified:
-            table.append((k, None))
-    return table
+    return [(k, _refit_or_none(fit, np.sort(order[: max(0, fit.n - k)]))) for k in counts]
 
 
-def delta_sensitivity(fit: ParametricFit, deltas=(1e-6, 1e-4, 1e-3, 1e-2, 1e-1, np.inf)) -> list[ParametricFit]:
-    """The same fit with other deltas."""
-    return [refit(fit, delta=delta, allow_bound=True) for delta in deltas]
+def delta_sensitivity(fit: ParametricFit, deltas=(1e-6, 1e-4, 1e-3, 1e-2, 1e-1, np.inf)) -> list:
+    """[(delta, the same fit with it, or None where that is not identified)]: towards delta = 0 few and noisy rows leave
+    an objective with as many corners as rows, on which no start may converge."""
+    return [(delta, _refit_or_none(fit, delta=delta, allow_bound=True)) for delta in deltas]
+
+
+def _refit_or_none(*args, **changes) -> ParametricFit | None:
+    try:
+        return refit(*args, **changes)
+    except NotIdentified:
+        return None
 
 
 def profile_e(fit: ParametricFit, points: int = 41) -> tuple[np.ndarray, np.ndarray]:
