@@ -45,7 +45,7 @@ OTHER = {  # for every option another value than a tiny run has
     "z_loss": 1e-4, "schedule": "wsd", "cycle": 1.5, "final_lr": 0.2, "cooldown": 0.5, "seed": 1, "dtype": "bfloat16",
     "compile": "false", "micro_batch": 1, "threads": 2, "name": "x", "branch_from": "a@1", "log_every": 7,
     "eval_every": 9, "save_every": 5.0, "save_steps": (3,), "keep": 3, "sample_tokens": 5,
-    "skip_bad": True,
+    "skip_bad": True, "kernels": "fallback",
 }  # fmt: skip
 # Paths, tested above or in the tests of their modules; or not to be had here.
 PLACES = {"data", "val", "cache", "out", "law", "device", "val_bytes", "max_tokens", "init_from", "loggers"}
