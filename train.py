@@ -64,7 +64,15 @@ class Job:
     why_dtype: str
 
 
-def resolve(config: Config, progress: Progress) -> Job:
+def read_corpus(config: Config, progress: Progress) -> Corpus:
+    """The text of a run, tokenised; runs of one sweep share it."""
+    data = config.data or DEFAULTS[pick_device(config.device).type]["data"]
+    with progress:
+        return prepare(data, val=config.val, tokenizer=config.tokenizer, vocab_size=config.vocab_size,
+                       val_bytes=config.val_bytes, cache=config.cache, progress=progress)  # fmt: skip
+
+
+def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) -> Job:
     """Fill in what the options left open: device, text, shape, tokens, batch, learning rate, dtype."""
     check(config)
     device = pick_device(config.device)
@@ -76,10 +84,7 @@ def resolve(config: Config, progress: Progress) -> Job:
     seq_len = config.seq_len or defaults["seq_len"]
     budget = config.budget or (None if config.model or config.tokens else defaults["budget"])
 
-    with progress:
-        corpus = prepare(
-            config.data or defaults["data"], val=config.val, tokenizer=config.tokenizer, vocab_size=config.vocab_size,
-            val_bytes=config.val_bytes, cache=config.cache, progress=progress)  # fmt: skip
+    corpus = corpus or read_corpus(config, progress)
 
     # Shape, tokens, batch and learning rate: rules and sources in nanochin/ladder.py.
     law = laws.load_law(config.law, config.law_approach) if config.law else laws.BESIROGLU
@@ -104,14 +109,15 @@ def resolve(config: Config, progress: Progress) -> Job:
     return Job(config, plan, law, corpus, Windows(corpus.train, seq_len, config.seed), device, dtype, why_dtype)
 
 
-def train(config: Config, quiet: bool = False) -> dict:
-    """Train, finish or merely report the run that `config` describes; returns its summary, a row of runs.csv.
+def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> dict:
+    """Train, finish or merely report the run that `config` describes; returns its summary, a row of runs.csv. `corpus`
+    is its text if that has been read already.
 
     Raises UserError for what the user can put right and RunError for what went wrong on the way (disk full, loss not
     a number, a signal). Checkpoints are kept in either case, and the same call goes on from the newest.
     """
     progress = Progress(quiet)
-    job = resolve(config, progress)
+    job = resolve(config, progress, corpus)
     config, plan, corpus, windows, device = job.config, job.plan, job.corpus, job.windows, job.device
     record = describe(job)
     name = config.name or runs.run_name(corpus.name, record["identity"])
