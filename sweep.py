@@ -45,6 +45,8 @@ class SweepOptions:
     only: tuple[str, ...] = opt((), "runs to train now, such as budget=1e12 or model=48x2 seed=0")
     retry_failed: bool = opt(False, "try failed runs again")
     workers: int | None = opt(None, "runs at once; default: one a CPU core, or 4 a GPU", low=1, high=1000)
+    data: tuple[str, ...] | None = opt(None, "the text, as train.py reads it; default: that of the sweep file")
+    val: tuple[str, ...] | None = opt(None, "validation text; default: that of the sweep file")
     out: str = opt("sweeps-out", "folder of all sweeps")
     results: str = opt("results", "folder of rows that were kept: <results>/<sweep>/runs.csv counts as done")
 
@@ -65,7 +67,7 @@ def main() -> int:
 
 
 def run(options: SweepOptions) -> int:
-    sweep = grid.read_sweep(options.sweep)
+    sweep = grid.read_sweep(options.sweep, data=options.data, val=options.val)
     if options.dry_run and sweep.grid.corpus_tokens:
         vocab, tokens = expected_vocab(sweep), sweep.grid.corpus_tokens
         print(grid_table(sweep, grid.plan_cells(sweep, vocab, tokens), tokens, options))
@@ -95,6 +97,8 @@ def run(options: SweepOptions) -> int:
 def read_corpus(sweep: Sweep) -> Corpus:
     """The text, tokenised once before the workers start."""
     base = sweep.base
+    if base.data is None:
+        raise UserError(f"{sweep.path}: names no text; give --data, as to train.py")
     with Progress() as progress:
         return prepare(base.data, val=base.val, tokenizer=base.tokenizer, vocab_size=base.vocab_size,
                        val_bytes=base.val_bytes, cache=base.cache, progress=progress)  # fmt: skip

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -105,8 +106,9 @@ class Cell:
 # The file
 
 
-def read_sweep(path: str | Path) -> Sweep:
-    """Raises UserError, one line with the file and the key, for what is no sweep file."""
+def read_sweep(path: str | Path, **overrides) -> Sweep:
+    """The sweep of a file; `overrides` (unless None) stand in for options of train.py in it. Raises UserError, one line
+    with the file and the key, for what is no sweep file."""
     try:
         table = tomllib.loads(Path(path).read_text())
     except OSError as error:
@@ -114,6 +116,7 @@ def read_sweep(path: str | Path) -> Sweep:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not TOML: {error}") from None
     table = {key.replace("-", "_"): value for key, value in table.items()}
+    table |= {key: list(value) for key, value in overrides.items() if value is not None}
     own, many = {f.name for f in fields(Grid)}, _tuples(Grid) | _tuples(Config)
     known = own | {f.name for f in fields(Config)}
     for key, value in table.items():
@@ -161,7 +164,6 @@ def _check(grid: Grid, base: Config, path) -> None:
             raise UserError(f"{path}: {message}")
 
     need(grid.kind is not None, f"kind: missing; one of {', '.join(KINDS)}")
-    need(base.data is not None, 'data: missing; such as ["python"]')
     need(base.seq_len is not None, "seq_len: missing; a sweep is the same on every device, so it has no default")
     need(bool(grid.budgets), "budgets: missing; training FLOPs, such as [1e11, 1e12]")
     need(not grid.centre or len(grid.centre) == len(grid.budgets), "centre: one number for each of budgets")
@@ -249,7 +251,10 @@ def _variants(sweep: Sweep):
                                    for i, values in enumerate(axes.values()) for value in values[1:]]  # fmt: skip
     for values in chosen:
         point = dict(zip(axes, values, strict=True))
-        label = "".join(f"-{key}{_short(value)}" for key, value in point.items() if len(axes[key]) > 1)
+        told = {key: value for key, value in point.items() if len(axes[key]) > 1}
+        if sweep.grid.vary == "one":  # the others are as they were
+            told = {key: value for key, value in told.items() if value != axes[key][0]}
+        label = "".join(f"-{key}={_short(value)}" for key, value in told.items())
         options = {key: value for key, value in point.items() if key in sweep.lists}
         yield dataclasses.replace(sweep.base, **options), {key: point[key] for key in TIMES}, label
 
@@ -420,4 +425,4 @@ _PLANNERS = {"isoflop": _isoflop, "horizons": _horizons, "trunk": _trunk, "grid"
 
 def _short(value) -> str:
     """1e12 -> '1e12', 0.01 -> '0.01', 'gelu' -> 'gelu', for names of folders."""
-    return f"{value:g}".replace("e+", "e") if isinstance(value, int | float) else str(value)
+    return re.sub(r"e[+]?(-?)0*", r"e\1", f"{value:g}") if isinstance(value, int | float) else str(value)

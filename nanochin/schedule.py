@@ -57,7 +57,7 @@ class Book:
             if (folder / "summary.json").exists():
                 return End(self.row(cell, read_json(folder / "summary.json")))
         elif row := self.kept.get(cell.name):
-            return self._from_results(cell, row)
+            return self._from_results(cell, row, facts)
         if (folder / "failed.json").exists():
             return End(reason=read_json(folder / "failed.json")["reason"])
         return None
@@ -71,12 +71,12 @@ class Book:
                 raise UserError(f"{folder} holds a run with {key} = {theirs.get(key)}, the sweep now asks for {value}: "
                                 "give the sweep file another name, or delete that folder")  # fmt: skip
 
-    def _from_results(self, cell: Cell, row: dict) -> End | None:
-        if row.get("status") != "finished":
-            return None
+    def _from_results(self, cell: Cell, row: dict, facts: dict) -> End | None:
+        if row.get("status") != "finished" or any(row.get(key) != sha for key, sha in facts.items()):
+            return None  # nothing, or of another text: that of `python` is another with every version of Python
         if row.get("cell") != self.digest(cell):
-            raise UserError(f"{self.results / 'runs.csv'}: {cell.name} was run with other options or on other text "
-                            "than the sweep now has: give its file another name, or pass --results none")  # fmt: skip
+            raise UserError(f"{self.results / 'runs.csv'}: {cell.name} was run with other options than the sweep file "
+                            "now has: give the file another name, or pass --results none")  # fmt: skip
         log, ours = self.results / "runs" / cell.name / "log.jsonl", self.of(cell) / "log.jsonl"
         if log.exists() and not ours.exists():  # its training curve
             with writing(ours):
@@ -173,8 +173,8 @@ class Schedule:
         with self.changed:
             while not (self.closed or self.error):
                 for cell in sorted(filter(self._ready, self.cells), key=self.seconds, reverse=True):
-                    if cell.name in self.busy and (end := self.book.look(cell, self.facts)):
-                        self._end(cell, end)  # the other process has finished it
+                    if end := self.book.look(cell, self.facts):  # another sweep on this folder was faster
+                        self._end(cell, end)
                         continue
                     self.running[cell.name] = time.monotonic()
                     return cell
@@ -202,7 +202,7 @@ class Schedule:
                     case "busy":
                         self.busy[cell.name] = time.monotonic() + BUSY_SECONDS
                     case "stop":
-                        self.error = self.error or UserError(answer["reason"])
+                        self.error = self.error or (RunError if answer["code"] == 1 else UserError)(answer["reason"])
                     case "died":
                         self.deaths[cell.name] = self.deaths.get(cell.name, 0) + 1
                         if self.deaths[cell.name] == DEATHS:

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 from typing import IO
@@ -49,9 +50,12 @@ def work(device: str) -> None:
     while line := jobs.get():
         options = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(line).items()}
         config = Config(**options)
-        text = {f.name: options[f.name] for f in dataclasses.fields(Config) if f.name in TEXT}
-        _say(answers, _attempt(lambda config=config, text=text:
-                               train.train(config, quiet=True, corpus=corpus(Config(**text)))))  # fmt: skip
+        text = Config(**{key: value for key, value in options.items() if key in TEXT})
+        started = time.process_time()
+        answer = _attempt(lambda config=config, text=text: train.train(config, quiet=True, corpus=corpus(text)))
+        spent = time.process_time() - started
+        print(f"worker {os.getpid()}: {config.name} {answer['end']}, {spent:.2f} s of CPU", file=sys.stderr)
+        _say(answers, answer)
 
 
 TEXT = ("data", "val", "val_bytes", "tokenizer", "vocab_size", "max_tokens", "skip_bad", "cache", "device")
@@ -69,7 +73,7 @@ def _attempt(run) -> dict:
         if getattr(error, "code", 1) > 128:  # a signal: saved, and there is nobody to answer
             sys.exit(error.code)
         for_record = isinstance(error, RunError) and not isinstance(error, DiskError)
-        return {"end": "failed" if for_record else "stop", "reason": str(error)}
+        return {"end": "failed" if for_record else "stop", "reason": str(error), "code": error.code}
     except Exception as error:  # whatever is wrong with one run, the others go on
         traceback.print_exc()
         return {"end": "failed", "reason": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
@@ -123,7 +127,7 @@ class Worker:
         try:
             self.process.stdin.write(json.dumps(dataclasses.asdict(config)) + "\n")
             self.process.stdin.flush()
-        except OSError:
+        except (OSError, ValueError):  # a broken pipe, or one that `close` has closed
             raise WorkerDied(self.process.wait()) from None
         return self._answer()
 
