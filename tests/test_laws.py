@@ -2,9 +2,23 @@ import json
 import math
 
 import pytest
+from chinchilla import isoflop_grid
 
 from nanochin.config import UserError
-from nanochin.laws import BESIROGLU, HOFFMANN, Law, PowerLaw, load_law
+from nanochin.laws import (
+    BESIROGLU,
+    HOFFMANN,
+    Law,
+    NotIdentified,
+    PowerLaw,
+    bootstrap,
+    fit_envelope,
+    fit_isoflop,
+    fit_parametric,
+    laws_json,
+    load_law,
+    save_laws,
+)
 
 ODD = Law("odd", E=0.7, A=33.0, B=910.0, alpha=0.21, beta=0.44)
 POWER = PowerLaw("power", k_N=0.09, a=0.49, k_D=1.9, b=0.51)
@@ -140,3 +154,48 @@ def test_unreadable_laws_are_named(tmp_path):
 def test_fixed_e_of_zero_is_allowed(tmp_path):
     """A fit may end with E = 0; its optimum is defined all the same."""
     assert load_law(write(tmp_path, changed("approach3", E=0))).E == 0
+
+
+def test_fits_arrive_in_a_laws_json_and_come_back(tmp_path):
+    """All three approaches through the file: the same optima to the last bit, exactly the keys that are promised."""
+    N, D, loss = isoflop_grid(BESIROGLU, [1e18, 1e19, 1e20, 1e21], [0.2, 0.4, 0.7, 1, 1.5, 2.5, 5])
+    three, two = fit_parametric(N, D, loss), fit_isoflop(N, D, loss)
+    run = [i for i in range(12) for _ in range(30)]
+    curve_n = [1e7 * 2 ** (i / 2) for i in run]
+    curve_d = [n * 1.3**k for n, k in zip(curve_n, list(range(30)) * 12, strict=True)]
+    one = fit_envelope(run, curve_n, curve_d, [BESIROGLU.loss(n, d) for n, d in zip(curve_n, curve_d, strict=True)])
+    jsons = [fit.to_json(bootstrap(fit, replicates=50)) for fit in (one, two, three)]
+    meta = {"params_convention": "total", "flops_convention": "6nd", "tokenizer": "bytes"}
+    path = tmp_path / "laws.json"
+    save_laws(path, laws_json(*jsons, meta))
+    for approach, fit in enumerate((one, two, three), 1):
+        assert load_law(path, approach).optimal(3e19) == fit.law.optimal(3e19)
+    laws = json.loads(path.read_text())
+    assert set(laws) == {"approach1", "approach2", "approach3", "meta"}
+    assert laws["meta"] == meta | {"reasons": {}}
+    for key in ("approach1", "approach2"):
+        assert {"a", "b", "k_N", "k_D", "a_ci", "b_ci"} <= set(laws[key])
+    budget = laws["approach2"]["budgets"][0]
+    assert {"flops", "params_opt", "tokens_opt", "loss_opt", "bracketed", "n_runs"} <= set(budget)
+    assert (budget["bracketed"], budget["n_runs"]) == (True, 7)
+    assert {"E", "A", "B", "alpha", "beta", "a", "b", "G", "delta", "objective", "n", "ci", "starts_agreeing"} <= set(
+        laws["approach3"]
+    )
+    assert set(laws["approach3"]["ci"]) == {"E", "A", "B", "alpha", "beta", "a", "b", "G"}
+    assert [p.name for p in tmp_path.iterdir()] == ["laws.json"]
+
+
+def test_what_is_not_identified_is_null_with_its_reason(tmp_path):
+    """One budget: approaches 2 and 3 raise, and what they raise becomes the reason that load_law repeats."""
+    N, D, loss = isoflop_grid(BESIROGLU, [1e18], [0.2, 0.4, 0.7, 1, 1.5, 2.5, 5])
+    refused = [NotIdentified("no training curves")]
+    for fit in (fit_isoflop, fit_parametric):
+        with pytest.raises(NotIdentified) as error:
+            fit(N, D, loss)
+        refused.append(error.value)
+    laws = laws_json(*refused, {"params_convention": "total"})
+    assert [laws[f"approach{i}"] for i in (1, 2, 3)] == [None] * 3
+    save_laws(tmp_path / "laws.json", laws)
+    for approach, says in ((1, "no training curves"), (2, "2 budgets"), (3, "one budget")):
+        with pytest.raises(UserError, match=says):
+            load_law(tmp_path / "laws.json", approach)

@@ -1,4 +1,4 @@
-"""Scaling laws: what a fit says about a budget.
+"""What a fit says about a budget, and the file that carries it.
 
     L(N, D) = E + A / N^alpha + B / D^beta          Approach 3 of Hoffmann et al. 2022 (Eq. 2): `Law`
     N_opt = k_N C^a,  D_opt = k_D C^b               Approaches 1 and 2: `PowerLaw`
@@ -9,6 +9,7 @@ the tokenizer and the corpus that they were fitted on; only a, b and (roughly) D
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,9 +17,15 @@ from nanochin.config import UserError
 from nanochin.flops import CONVENTIONS, PARAM_CONVENTIONS
 
 
+class NotIdentified(UserError):
+    """The data cannot support this fit; the message, one line, says what they lack."""
+
+
 @dataclass(frozen=True)
 class Law:
-    """L(N, D) = E + A / N^alpha + B / D^beta, with N counted as `params_convention` says."""
+    """L(N, D) = E + A / N^alpha + B / D^beta, with N counted as `params_convention` says.
+
+    Constants may be arrays (bootstrap replicates): every method then answers for all of them at once."""
 
     name: str
     E: float
@@ -65,7 +72,7 @@ class Law:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """N_opt = k_N C^a and D_opt = k_D C^b; it knows the optimum, but no loss."""
+    """N_opt = k_N C^a and D_opt = k_D C^b; it knows the optimum, but no loss. Constants may be arrays, as in `Law`."""
 
     name: str
     k_N: float  # noqa: N815
@@ -75,6 +82,9 @@ class PowerLaw:
     params_convention: str = "total"
     flops_convention: str = "physical"
     meta: dict = field(default_factory=dict, compare=False)
+
+    def constants(self) -> dict[str, float]:
+        return {name: float(getattr(self, name)) for name in ("a", "b", "k_N", "k_D")}
 
     def optimal(self, C: float) -> tuple[float, float]:
         """(N, D) of least loss for C training FLOPs, counted as `flops_convention` says."""
@@ -87,16 +97,6 @@ class PowerLaw:
     def params_for(self, D: float) -> float:
         """The N for which D tokens are optimal."""
         return self.optimal((D / self.k_D) ** (1 / self.b))[0]
-
-
-# Besiroglu et al. 2024 (arXiv 2404.10102), the refit of Chinchilla's own runs: the default law.
-BESIROGLU = Law("Besiroglu et al. 2024", E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658,
-                meta={"source": "arXiv 2404.10102"})  # fmt: skip
-
-# Hoffmann et al. 2022, Approach 3, with the digits that its LaTeX source holds. The printed 1.69, 406.4, 410.7,
-# 0.34, 0.28 are rounded so hard that they move the optimum of Gopher's budget from 40B to 32B parameters.
-HOFFMANN = Law("Hoffmann et al. 2022", E=math.exp(0.5267228), A=math.exp(6.0073404), B=math.exp(6.0179186),
-               alpha=0.33917084, beta=0.2849083, meta={"source": "arXiv 2203.15556"})  # fmt: skip
 
 
 def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
@@ -145,3 +145,23 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
     if not all(0 < n < math.inf for n in extremes):
         raise UserError(f"--law {path}: the constants of {key} are too extreme to plan with: {constants}")
     return law
+
+
+def laws_json(approach1, approach2, approach3, meta: dict) -> dict:
+    """The contents of laws.json. Each approach is the dict of a fit's `to_json(bootstrap)` or the NotIdentified that
+    it raised: that becomes null, with the reason under meta.reasons."""
+    laws, reasons = {}, {}
+    for key, value in (("approach1", approach1), ("approach2", approach2), ("approach3", approach3)):
+        refused = isinstance(value, Exception)
+        laws[key] = None if refused else value
+        if refused:
+            reasons[key] = str(value)
+    return laws | {"meta": meta | {"reasons": reasons}}
+
+
+def save_laws(path: str | Path, laws: dict) -> None:
+    """Write laws.json at full precision, at once: a reader sees the old file or the new one, never a part."""
+    path = Path(path)
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(json.dumps(laws, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)

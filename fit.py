@@ -1,0 +1,204 @@
+"""Fit the scaling law of a set of runs: three approaches, their intervals, and what a budget should buy.
+
+    python fit.py runs.csv                       any table with params, tokens and loss; or .jsonl, or a sweep's folder
+    python fit.py runs.csv --drop 5 --budget 1e18 1e21 5.76e23
+
+The answer comes on the terminal; laws.json (for `train.py --law`), the figures and report.html go to --out.
+"""
+
+import io
+import json
+import shlex
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from nanochin import laws
+from nanochin.config import UserError, opt, parse, run_command
+from nanochin.console import count
+from nanochin.flops import CONVENTIONS, PARAM_CONVENTIONS, format_columns
+from nanochin.laws import Law
+from nanochin.rows import (
+    Rows,
+    best_tuning,
+    parse_columns,
+    read_curves,
+    read_logs,
+    read_rows,
+    require_usable,
+)
+from nanochin.runs import versions, write_file, writing
+from nanochin.study import Approach, Checks, Settings, Study, check, findings, study_runs
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    path: str = opt(None, "runs.csv, .jsonl, or the folder of a sweep or of runs", positional=True)
+    out: str | None = opt(None, "folder of laws.json, figures and report; default: fit-NAME beside the runs")
+
+    # What to read.
+    columns: str | None = opt(None, "columns of other names, such as params=N,tokens=D")
+    curves: str | None = opt(None, "table of training curves for Approach 1: run, params, tokens, loss")
+    skip_bad: bool = opt(False, "leave out lines that cannot be used, and count them")
+    drop: int = opt(0, "leave out this many runs of highest loss", low=0)
+    params: str = opt("total", "how N is counted", choices=PARAM_CONVENTIONS)
+    flops: str | None = opt(None, "how C is counted; default: the column flops, else 6nd", choices=tuple(CONVENTIONS))
+
+    # How to fit.
+    delta: float = opt(1e-3, "delta of the Huber loss on log-loss residuals", above=0)
+    fixed_e: float | None = opt(None, "irreducible loss E, if it is known", low=0)
+    bootstrap: int = opt(4000, "resamples for the intervals; 0 = none", low=0, high=10**6)
+    cluster: str = opt("auto", "what is resampled; auto: runs, if rows name them", choices=("auto", "run", "row"))
+    seed: int = opt(0, "seed of the resampling", low=0)
+
+    # What to ask.
+    budget: tuple[float, ...] = opt((), "training FLOPs to allocate; default: around those of the runs", above=0)
+    target_loss: float | None = opt(None, "what does this loss cost?", above=0)
+    inference_tokens: float | None = opt(None, "tokens that the model will serve", above=0)
+    unique_tokens: float | None = opt(None, "tokens of text that there are", above=0)
+    figures: str = opt("all", "all: SVG, and PNG if matplotlib is there", choices=("all", "svg", "none"))
+
+
+def main() -> None:
+    options = parse(FitOptions, prog="fit.py", description=__doc__)
+    rows, curves = read(options)
+    settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
+    study = study_runs(rows, curves, settings)
+    budgets = options.budget or around(study)
+    print(answer(study, budgets), flush=True)
+
+    checks = check(study)
+    print("\n" + "\n".join(f"{'  ' if good else '! '}{text}" for good, text in findings(study, checks)), flush=True)
+    print("\n" + write(study, checks, budgets, options))
+
+
+def read(options: FitOptions) -> tuple[Rows, Rows | None]:
+    """The runs and, where there are any, their training curves. Raises UserError for what cannot be used."""
+    path, columns = Path(options.path), parse_columns(options.columns)
+    rows = best_tuning(read_rows(path, columns, options.skip_bad))
+    require_usable(rows)
+    if options.curves:
+        return rows, read_curves(options.curves, columns, options.skip_bad)
+    return rows, read_logs(path if path.is_dir() else path.parent, rows)
+
+
+def around(study: Study) -> tuple[float, ...]:
+    """Powers of ten from the smallest to a hundred times the largest run, at most seven."""
+    first = int(np.ceil(np.log10(study.C.min())))
+    last = int(np.ceil(np.log10(study.C.max()))) + 2
+    step = -(-(last - first + 1) // 7)
+    return tuple(float(f"1e{power}") for power in range(last, first - 1, -step))[::-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the terminal
+
+
+def answer(study: Study, budgets: tuple[float, ...]) -> str:
+    N, D, C = study.N, study.D, study.C
+    lines = [f"{study.rows.source}: {len(N)} runs, N {count(N.min())} to {count(N.max())}, D {count(D.min())} to "
+             f"{count(D.max())}, C {C.min():.3g} to {C.max():.3g} FLOPs ({study.convention})", ""]  # fmt: skip
+    table = [["", "a", "95%", "b", "95%"]]
+    for number, found in study.results.items():
+        if isinstance(found, Approach):
+            table.append([f"approach {number}", *exponents(found)])
+            if number == 2 and isinstance(study.akima, Approach):
+                table.append(["  by Akima, seed noise", *exponents(study.akima)])
+        else:
+            table.append([f"approach {number}", "-", "", "-", ""])
+    lines += [format_columns(table), ""]
+    best = study.best
+    if isinstance(best.law, Law):
+        law = best.law
+        lines.append(f"L(N, D) = {law.E:.6g} + {law.A:.6g} / N^{law.alpha:.6g} + {law.B:.6g} / D^{law.beta:.6g}")
+        if best.sure is not None:
+            ends = {name: best.interval(name) for name in ("E", "A", "B", "alpha", "beta")}
+            lines.append("95%: " + ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in ends.items()))
+    else:
+        lines.append(f"N = {best.law.k_N:.6g} C^{best.law.a:.6g}, D = {best.law.k_D:.6g} C^{best.law.b:.6g}")
+    table = [[f"what to train ({study.flops_convention})", "N", "95%", "D", "95%", "D/N", "95%", "loss", "95%"]]
+    for C in budgets:
+        at = best.optimum(C)
+        loss = ["", ""] if np.isnan(at.loss[0]) else [f"{at.loss[0]:.4f}", between(at.loss[1], "{:.3f}".format)]
+        table.append([f"{C:g} FLOPs", count(at.N[0]), between(at.N[1], count), count(at.D[0]), between(at.D[1], count),
+                      f"{at.ratio[0]:.3g}", between(at.ratio[1]), *loss])  # fmt: skip
+    return "\n".join([*lines, "", format_columns([[cell + " " for cell in row] for row in table])])
+
+
+def exponents(approach: Approach) -> list[str]:
+    law = approach.law
+    return [f"  {law.a:.4f}", between(approach.interval("a")), f"  {law.b:.4f}", between(approach.interval("b"))]
+
+
+def between(ends: tuple[float, float], show="{:.3g}".format) -> str:
+    return f"[{show(ends[0])}, {show(ends[1])}]" if np.isfinite(ends[0]) else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In files
+
+
+def write(study: Study, checks: Checks, budgets: tuple[float, ...], options: FitOptions) -> str:
+    """laws.json, figures, report.html: each whole or as it was before; nothing else in the folder is touched."""
+    from nanochin import figures, plot, report  # after the answer
+
+    path = Path(options.path)
+    out = Path(options.out) if options.out else path / "fit" if path.is_dir() else path.parent / f"fit-{path.stem}"
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    built = versions()
+    meta = describe(study, options) | {"command": command(), "git": built["git"]}
+    found = [study.results[n] for n in (1, 2, 3)]
+    found = [a.fit.to_json(a.sure) if isinstance(a, Approach) else a for a in found]
+    content = json.dumps(laws.laws_json(*found, meta), indent=1, allow_nan=False) + "\n"
+    write_file(out / "laws.json", content.encode())
+
+    drawn, said = figures.draw(study, checks), []
+    if options.figures != "none":
+        for figure in drawn:
+            write_file(out / f"{figure.name}.svg", plot.to_svg(figure).encode())
+        said.append(f"{len(drawn)} figures in SVG")
+    provenance = report.Provenance(
+        command=command(),
+        commit=built["git"] or "not in git",
+        versions=f"python {built['python']}, numpy {built['numpy']}",
+    )
+    questions = report.Questions(budgets, options.inference_tokens, options.unique_tokens, options.target_loss)
+    write_file(out / "report.html", report.render(study, checks, drawn, questions, provenance).encode())
+    if options.figures == "all":
+        try:
+            for figure in drawn:
+                image = io.BytesIO()
+                plot.to_png(figure, image)
+                write_file(out / f"{figure.name}.png", image.getvalue())
+            said.append("and PNG")
+        except UserError as error:
+            said.append(f"({error})")
+    return f"{out}: laws.json, report.html" + (", " + " ".join(said) if said else "")
+
+
+def describe(study: Study, options: FitOptions) -> dict:
+    """`meta` of laws.json: what was counted, in which way, on what."""
+
+    def only(name: str) -> str | None:
+        used = study.rows.labels[name].used() if name in study.rows.labels else []
+        return used[0] if len(used) == 1 else ", ".join(used) or None
+
+    sure = study.best.sure
+    return {
+        "source": study.rows.source, "sha256": study.rows.sha256, "params_convention": options.params,
+        "flops_convention": study.flops_convention,
+        **{name: only(name) for name in ("tokenizer", "data_sha", "val_sha")},
+        "n_runs": len(study.N), "dropped": study.rows.dropped, "bootstrap": options.bootstrap,
+        "cluster": None if sure is None else sure.unit, "level": 95, "seed": options.seed,
+    }  # fmt: skip
+
+
+def command() -> str:
+    return shlex.join(["python", "fit.py", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    run_command(main, "fit.py")

@@ -1,0 +1,368 @@
+"""The figures of a study, in the manner of Hoffmann et al. 2022, as data for nanochin.plot.
+
+draw(study, checks) -> [Figure, ...]            those that the data support
+
+curves     training curves, their envelope, and whose it is (the paper's Figure 2)
+isoflop    a parabola for each budget, as they are and laid over one another (Figure 3)
+optimum    N and D against C, by every approach (Figures 1 and 3)
+surface    contours of L(N, D) with the frontier, and tokens per parameter (Figure 4)
+residuals  what the law leaves unexplained
+hold-out   the largest budget, predicted from the others
+certainty  the exponent a by every way of finding it, and the profile of E
+"""
+
+import numpy as np
+
+from nanochin.console import count
+from nanochin.laws import (
+    BESIROGLU,
+    HOFFMANN,
+    HOFFMANN_1,
+    HOFFMANN_2,
+    KAPLAN,
+    HoldOut,
+    KaplanProcedure,
+    Law,
+    NotIdentified,
+    compute_for_loss,
+)
+from nanochin.plot import SCALE, Axis, Band, Figure, Line, Note, Panel, Points, number
+from nanochin.study import Approach, Checks, Study
+
+COLOUR = {1: "green", 2: "orange", 3: "blue"}
+MODELS = (  # Hoffmann et al. 2022, Table 1: parameters, tokens; where their names stand in a plot of N and in others
+    ("LaMDA", 137e9, 168e9, "left", "left"), ("GPT-3", 175e9, 300e9, "below", "above left"),
+    ("Gopher", 280e9, 300e9, "left", "above"), ("MT-NLG", 530e9, 270e9, "right", "right"),
+    ("Chinchilla", 70e9, 1.4e12, "below", "above left"),
+)  # fmt: skip
+SIDES = {"left": ("end", (-7, 3)), "right": ("start", (7, 4)), "below": ("start", (5, 13)), "above": ("start", (3, -6)),
+         "above left": ("end", (-3, -6))}  # fmt: skip
+MOST = 2500  # points in one panel; of more, evenly spaced ones are drawn
+
+
+def draw(study: Study, checks: Checks) -> list[Figure]:
+    figures = (curves(study), isoflop(study), optimum(study), surface(study), residuals(study, checks),
+               hold_out(study, checks), certainty(study, checks))  # fmt: skip
+    return [figure for figure in figures if figure]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def curves(study: Study) -> Figure | None:
+    first = study.results[1]
+    if isinstance(first, NotIdentified):
+        return None
+    fit, own, marks, low = first.fit, first.fit.curves, [], np.inf
+    sizes = np.array([N for _, _, N in own.values()])
+    different = np.unique(sizes)
+    named = set(different[np.linspace(0, len(different) - 1, min(5, len(different))).round().astype(int)])
+    for (run, (C, L, N)), colour in sorted(zip(own.items(), shade(sizes), strict=True), key=lambda pair: pair[0][1][2]):
+        every = _evenly(len(C), 160)
+        label = f"N = {count(N)}" if N in named else ""
+        named.discard(N)
+        name = study.curves.labels["run"].values[int(run)]
+        marks.append(Line(C[every], L[every], colour, label, width=1.0, hover=f"{name}: N = {count(N)}"))
+        low = min(low, L.min())
+    every = _evenly(len(fit.flops), 400)
+    marks.append(Line(fit.flops[every], fit.loss[every], "ink", "envelope", width=2.2))
+    high = np.quantile(np.concatenate([L for _, L, _ in own.values()]), 0.98)
+    loss = Panel(f"Training curves ({study.convention})", _flops_axis(study), Axis(LOSS, True, low * 0.98, high), marks)
+
+    x = np.array([fit.flops[0], fit.flops[-1]])
+    changes = np.flatnonzero(np.diff(fit.winner, prepend=-1, append=-1))  # a run that wins is drawn as one stroke
+    strokes = np.full((3, len(changes) - 1), np.nan)
+    strokes[0], strokes[1] = fit.flops[changes[:-1]], fit.flops[changes[1:] - 1]
+    winners = Line(strokes.T.ravel(), np.repeat(fit.params[changes[:-1]], 3), "ink", "winner", width=3)
+    size = Panel(f"Size of the winner ({study.convention})", _flops_axis(study), _params_axis(study),
+                 (*_with_band(first, x, 0), winners))  # fmt: skip
+    text = (
+        f"At each of {len(fit.flops)} FLOP counts the run with the lowest smoothed loss wins; {fit.late_share:.0%} of "
+        "the winners are in the last 15% of their run. A minimum over noisy runs is biased low."
+    )
+    return Figure("curves", "Approach 1: the envelope of the training curves", (loss, size), text)
+
+
+def isoflop(study: Study) -> Figure | None:
+    second = study.results[2]
+    if isinstance(second, NotIdentified):
+        return None
+    fit, marks, flat = second.fit, [], []
+    colours = shade(np.array([budget.flops for budget in fit.budgets]))
+    for budget, colour in zip(fit.budgets, colours, strict=True):
+        rows = budget.rows
+        hover = [_run(study, i) for i in rows]
+        marks.append(Points(fit.N[rows], fit.loss[rows], colour, number(budget.flops, powers=True), hover, 2.8))
+        if not np.isfinite(budget.parabola[0]):
+            continue
+        x = np.linspace(np.log(fit.N[rows].min()), np.log(fit.N[rows].max()), 60)
+        y = np.polyval(budget.parabola, x)
+        marks.append(Line(np.exp(x), y, colour, dash="" if budget.bracketed else "dot", width=1.3))
+        if budget.bracketed:
+            N, above = fit.N[rows] / budget.params_opt, fit.loss[rows] - budget.loss_opt
+            flat += [Line(np.exp(x) / budget.params_opt, y - budget.loss_opt, colour, width=1.0),
+                     Points(N, above, colour, "", hover, 2.6)]  # fmt: skip
+    found = [budget for budget in fit.budgets if budget.bracketed]
+    ends = [second.interval(lambda law, C=budget.flops: law.optimal(C)[0]) for budget in found]
+    ends = None if second.sure is None else tuple(np.array(ends).T)
+    hover = [f"C = {budget.flops:.3g}: N_opt = {count(budget.params_opt)}, D_opt = {count(budget.tokens_opt)}, "
+             f"loss {budget.loss_opt:.4f}" for budget in found]  # fmt: skip
+    vertices = Points([b.params_opt for b in found], [b.loss_opt for b in found], "ink", "minimum, with the law's 95%",
+                      hover, 3.4, "diamond", x_range=ends)  # fmt: skip
+    losses = Panel(f"IsoFLOP curves ({study.convention})", _params_axis(study), Axis(LOSS), (*marks, vertices))
+    above = Panel("The same, laid over one another", Axis("parameters over those of the minimum", log=True),
+                  Axis("loss above the minimum, nats"), tuple(flat))  # fmt: skip
+    refused = [f"{budget.flops:.2g} FLOPs: {budget.reason}" for budget in fit.budgets if not budget.bracketed]
+    text = "Dotted curves have no minimum inside the sizes that were tried and count for nothing" if refused else ""
+    text += f" ({'; '.join(refused)})." if refused else ""
+    return Figure("isoflop", "Approach 2: isoFLOP curves", (losses, above), text)
+
+
+def optimum(study: Study) -> Figure:
+    x = _reach(study)
+    size = _optimum_panel(study, x, 0, "Optimal size", _params_axis(study))
+    tokens = _optimum_panel(study, x, 1, "Optimal tokens", Axis("tokens D", log=True))
+    text = (
+        f"Bands are 95% intervals. The runs lie between {study.C.min():.2g} and {study.C.max():.2g} FLOPs; all beyond "
+        "is extrapolated. The laws of others belong to their own tokenizers and corpora: compare the slopes."
+    )
+    return Figure("optimum", "What a budget should buy", (size, tokens), text)
+
+
+def _optimum_panel(study: Study, x: np.ndarray, which: int, title: str, axis: Axis) -> Panel:
+    marks = [*_others(x, which), Line(x, KAPLAN.optimal(x)[which], "red", "Kaplan 2020 (non-embedding)", "dash")]
+    for approach in study.approaches:
+        marks += _with_band(approach, x, which)
+    minima = ((study.akima, "ring", 5, "minima by Akima"), (study.results[2], "diamond", 3, "minima by parabola"))
+    for approach, shape, size, label in minima:
+        if isinstance(approach, Approach):
+            found = [budget for budget in approach.fit.budgets if budget.bracketed]
+            C, y = [b.flops for b in found], [(b.params_opt, b.tokens_opt)[which] for b in found]
+            hover = [f"{label}: {count(value)} at {flops:.3g} FLOPs" for flops, value in zip(C, y, strict=True)]
+            marks.append(Points(C, y, "orange", label, hover, size, shape))
+    lines = np.concatenate([mark.y for mark in marks if isinstance(mark, Line)])
+    marks += _models(x, which)
+    axis = Axis(axis.label, True, lines.min() / 1.5, lines.max() * 1.5)  # bands are cut off where they are wild
+    return Panel(f"{title} ({study.convention})", _flops_axis(study, x), axis, tuple(marks))
+
+
+def surface(study: Study) -> Figure:
+    x = _reach(study)
+    marks = [*_others(x, 2)]
+    for approach in study.approaches:
+        marks += _with_band(approach, x, 2)
+    marks += _models(x, 2)
+    ratio = Panel(
+        f"Tokens per parameter ({study.convention})", _flops_axis(study, x), Axis("D / N", log=True), tuple(marks)
+    )
+    third = study.results[3]
+    if isinstance(third, NotIdentified):
+        return Figure("surface", "Tokens per parameter", (ratio,))
+    text = "Contours of L(N, D), labelled in nats; on the frontier each meets the line of least 6ND."
+    return Figure("surface", "Approach 3: the fitted loss", (_contours(study, third.law), ratio), text)
+
+
+def _contours(study: Study, law: Law) -> Panel:
+    """L(N, D) over the runs, which have the colour of their own loss."""
+    N, D, L = study.N, study.D, study.L
+    sizes = np.geomspace(N.min() / 1.6, N.max() * 1.6, 120)
+    low, high = D.min() / 1.6, D.max() * 1.6
+    left, right = np.log(L.min() - law.E), np.log(L.max() - law.E)
+    levels = law.E + np.exp(np.linspace(left, right, 11)[1:-1])  # even in log(L - E)
+    marks, names = [], []
+    for level, colour in zip(levels, reversed(SCALE), strict=True):
+        rest = level - law.E - law.A * sizes**-law.alpha  # what is left for B / D^beta: the contour in closed form
+        tokens = (law.B / np.where(rest > 0, rest, np.nan)) ** (1 / law.beta)
+        tokens[(tokens < low) | (tokens > high)] = np.nan
+        marks.append(Line(tokens, sizes, colour, width=1.6, hover=f"loss {level:.3f}"))
+        best_N, best_D = law.optimal(compute_for_loss(law, level))
+        names.append(Note(best_D, best_N, f"{level:.3g}", colour, "start", (7, 13)))
+    keep = _evenly(len(N), MOST)
+    nearest = np.abs(np.log(np.maximum(L[keep, None] - law.E, 1e-9)) - np.log(levels - law.E)).argmin(1)
+    colours = [SCALE[8 - k] for k in nearest]
+    marks.append(Points(D[keep], N[keep], colours, "runs, coloured by their loss", [_run(study, i) for i in keep], 2.6))
+    best_N, best_D = law.optimal(6 * np.geomspace(low * sizes[0], high * sizes[-1], 60))
+    marks.append(Line(best_D, best_N, "ink", "frontier", width=2.4))
+    count_of = f"N {study.settings.params}"
+    return Panel(f"Loss by the law ({count_of})", Axis("tokens D", True, low, high),
+                 Axis(f"parameters {count_of}", True, sizes[0], sizes[-1]), (*marks, *names))  # fmt: skip
+
+
+def residuals(study: Study, checks: Checks) -> Figure | None:
+    third = study.results[3]
+    if isinstance(third, NotIdentified):
+        return None
+    left, keep, colours = 100 * third.fit.residuals, _evenly(len(study.N), MOST), shade(study.N)
+    hover, colours = [f"{_run(study, i)}: {left[i]:+.2f}%" for i in keep], [colours[i] for i in keep]
+    limit = 1.15 * float(np.quantile(np.abs(left), 0.99))
+    axis = Axis("predicted over observed loss, %", False, -limit, limit)
+
+    def cloud(values: np.ndarray) -> list:
+        none = np.empty(0)
+        return [Line(np.array([values.min(), values.max()]), np.zeros(2), "grey", width=1),
+                Points(values[keep], left[keep], colours, "", hover, 2.8),
+                Points(none, none, SCALE[0], f"N = {count(study.N.min())}"),
+                Points(none, none, SCALE[8], f"N = {count(study.N.max())}")]  # fmt: skip
+
+    steps = []
+    for part in checks.by_compute:
+        ends, middle, sd = np.array([part["flops_low"], part["flops_high"]]), 100 * part["median"], 100 * part["sd"]
+        hover_part = f"{part['n']} runs: median {middle:+.2f}%, robust sd {sd:.2f}%"
+        steps += [Band(ends, np.full(2, middle - sd), np.full(2, middle + sd), "blue", "robust sd"),
+                  Line(ends, np.full(2, middle), "blue", "median", width=2, hover=hover_part)]  # fmt: skip
+    C, ratio = 6 * study.N * study.D, study.D / study.N
+    count_of = f"N {study.settings.params}"
+    by_compute = Panel(
+        f"Residuals by compute ({count_of})", Axis("6 N D, FLOPs", True, powers=True), axis, (*steps, *cloud(C))
+    )
+    by_ratio = Panel(
+        f"Residuals by D / N ({count_of})", Axis("tokens per parameter D / N", True), axis, tuple(cloud(ratio))
+    )
+    beyond = int(np.sum(np.abs(left) > limit))
+    return Figure("residuals", "What the law leaves unexplained", (by_compute, by_ratio),
+                  f"{beyond} of {len(left)} points lie beyond the frame." if beyond else "")  # fmt: skip
+
+
+def hold_out(study: Study, checks: Checks) -> Figure | None:
+    held = checks.hold_out
+    if not isinstance(held, HoldOut):
+        return None
+    N, L = study.N[held.rows], study.L[held.rows]
+    sure = (held.low, held.high) if np.isfinite(held.low).all() else None
+    hover = [f"{_run(study, i)}: predicted {p:.4f}" for i, p in zip(held.rows, held.predicted, strict=True)]
+    size = [Points(N, held.predicted, "blue", "predicted, 95%", hover, 4, "ring", y_range=sure),
+            Points(N, L, "red", "observed, not fitted", hover, 3.2)]  # fmt: skip
+    ends = np.array([min(L.min(), held.predicted.min()), max(L.max(), held.predicted.max())])
+    for C, measured, predicted, _ in held.optima:
+        size += [Line(np.full(2, measured), ends, "red", "measured minimum", "dot",
+                      hover=f"{count(measured)} at {C:.3g}"),
+                 Line(np.full(2, predicted), ends, "blue", "predicted minimum", "dash",
+                      hover=f"{count(predicted)} at {C:.3g}")]  # fmt: skip
+    fit, keep = held.fit, _evenly(held.fit.n, MOST)
+    inside, everything = fit.law.loss(fit.N, fit.D), np.concatenate([study.L, held.predicted])
+    diagonal = np.array([everything.min(), everything.max()])
+    words = [f"observed {a:.4f}, by the law {b:.4f}" for a, b in zip(fit.loss[keep], inside[keep], strict=True)]
+    scatter = (Line(diagonal, diagonal, "grey", "equal", width=1),
+               Points(fit.loss[keep], inside[keep], "grey", "fitted", words, 2.2),
+               Points(L, held.predicted, "red", "held out", hover, 3.4))  # fmt: skip
+    panels = (
+        Panel(f"The largest budget, predicted ({study.convention})", _params_axis(study), Axis(LOSS), tuple(size)),
+        Panel("Predicted against observed", Axis(f"observed {LOSS}", True), Axis(f"predicted {LOSS}", True), scatter),
+    )
+    return Figure("hold-out", "Does it extrapolate?", panels)
+
+
+def certainty(study: Study, checks: Checks) -> Figure:
+    """The forest of exponents, ours above those of others, and how firmly E is held."""
+    none = (np.nan, np.nan)
+    found = [(f"Approach {approach.number}", approach.law.a, approach.interval("a"), COLOUR[approach.number])
+             for approach in study.approaches]  # fmt: skip
+    if isinstance(study.akima, Approach):
+        found.append(("Approach 2 by Akima", study.akima.law.a, study.akima.interval("a"), "orange"))
+    found += [(f"3, {words}", fit.law.a, none, "sky") for words, fit in checks.variants
+              if not isinstance(fit, NotIdentified)]  # fmt: skip
+    if isinstance(checks.kaplan, KaplanProcedure):
+        found.append(("Kaplan's procedure", checks.kaplan.a, none, "red"))
+    found += [("Hoffmann 1 (80%)", HOFFMANN_1.a, (0.488, 0.502), "grey"),
+              ("Hoffmann 2 (80%)", HOFFMANN_2.a, (0.462, 0.534), "grey"),
+              ("Hoffmann 3 (80%)", HOFFMANN.a, (0.454, 0.455), "grey"),
+              ("Besiroglu", BESIROGLU.a, none, "grey"), ("Kaplan 2020", KAPLAN.a, none, "grey")]  # fmt: skip
+    ticks = [(float(len(found) - i), name) for i, (name, *_) in enumerate(found)]
+    marks = [Line(np.array([0.5, 0.5]), np.array([0.0, len(found) + 1]), "grey", dash="dot", width=1)]
+    for (y, _), (name, a, (low, high), colour) in zip(ticks, found, strict=True):
+        hover = f"{name}: a = {a:.4f}" + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "")
+        marks.append(Points([a], [y], colour, "", [hover], 4, x_range=([low], [high])))
+    names = Axis("", False, 0.4, len(found) + 0.6, ticks)
+    panels = [Panel("Exponent a of N = k C^a, with 95% intervals", Axis("a"), names, tuple(marks))]
+    if len(checks.profile[0]):
+        panels.append(_profile(study.results[3], *checks.profile))
+    return Figure("certainty", "How sure", tuple(panels))
+
+
+def _profile(third: Approach, E: np.ndarray, objective: np.ndarray) -> Panel:
+    order = np.argsort(np.append(E, third.law.E))
+    E = np.append(E, third.law.E)[order]
+    rise, (low, high) = np.append(objective / third.fit.objective, 1.0)[order], third.interval("E")
+    marks = [Line(E, rise, "blue", "best objective", width=2),
+             Points([third.law.E], [1.0], "blue", f"E = {third.law.E:.4g}", [f"E = {third.law.E:.6g}"], 4)]  # fmt: skip
+    if np.isfinite(low):
+        marks.insert(0, Band(np.array([low, high]), np.zeros(2), np.full(2, 9.0), "blue", "95% by bootstrap"))
+    near = E[rise < 1.6]
+    return Panel("How firmly E is held", Axis("E held fixed, nats", False, near.min(), max(near.max(), high)),
+                 Axis("objective over its minimum", False, 0.97, 1.6), tuple(marks))  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts
+
+LOSS = "loss, nats per token"
+
+
+def _flops_axis(study: Study, x=None) -> Axis:
+    label = "6ND" if study.flops_convention == "6nd" else study.flops_convention
+    low, high = (None, None) if x is None else (x[0], x[-1])
+    return Axis(f"training FLOPs C ({label})", True, low, high, powers=True)
+
+
+def _params_axis(study: Study) -> Axis:
+    return Axis(f"parameters N ({study.settings.params})", log=True)
+
+
+def _reach(study: Study) -> np.ndarray:
+    """FLOPs from the smallest run to three decades beyond the largest, or to the models that everybody knows."""
+    high = 1e25 if study.C.max() > 1e19 else 1e3 * study.C.max()
+    return np.exp(np.linspace(np.log(study.C.min()), np.log(high), 49))
+
+
+def _with_band(approach: Approach, x: np.ndarray, which: int) -> list:
+    """The line of N (0), D (1) or D/N (2) against C, and its 95% band."""
+    lines = []
+    for own in np.atleast_1d(approach.budget(x)):
+
+        def quantity(law, own=own):
+            N, D = law.optimal(own)
+            return (N, D, D / N)[which]
+
+        lines.append((quantity(approach.law), *approach.interval(quantity)))
+    y, low, high = np.array(lines).T
+    colour, dash = COLOUR[approach.number], {1: "dash", 2: "dot", 3: ""}[approach.number]
+    band = [] if np.isnan(low).any() else [Band(x, low, high, colour)]
+    return [*band, Line(x, y, colour, f"Approach {approach.number}", dash, 2.2)]
+
+
+def _models(x: np.ndarray, which: int) -> list:
+    """Models that everybody knows, where the figure reaches them."""
+    marks = []
+    for name, N, D, *sides in MODELS:
+        if x[-1] >= 6 * N * D:
+            anchor, shift = SIDES[sides[which > 0]]
+            C, y = 6 * N * D, (N, D, D / N)[which]
+            marks.append(Points([C], [y], "ink", "known models", [f"{name}: {count(N)} on {count(D)}"], 3.4, "cross"))
+            marks.append(Note(C, y, name, "ink", anchor, shift))
+    return marks
+
+
+def _others(x: np.ndarray, which: int) -> list:
+    """What the laws of others say that N (0), D (1) or D/N (2) should be."""
+    marks = []
+    for law, colour, dash, label in ((HOFFMANN, "purple", "dash", "Hoffmann 2022, Approach 3"),
+                                     (BESIROGLU, "grey", "dot", "Besiroglu 2024")):  # fmt: skip
+        N, D = law.optimal(x)
+        marks.append(Line(x, (N, D, D / N)[which], colour, label, dash))
+    return marks
+
+
+def shade(values: np.ndarray) -> list[str]:
+    """A colour for each, dark to bright with their logarithm."""
+    log = np.log(values)
+    at = (log - log.min()) / max(np.ptp(log), 1e-9)
+    return [SCALE[min(int(9 * v), 8)] for v in at]
+
+
+def _evenly(n: int, most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
+
+
+def _run(study: Study, i: int) -> str:
+    name = f"{study.rows.labels['run'][i]}: " if "run" in study.rows.labels else ""
+    return f"{name}N {count(study.N[i])}, D {count(study.D[i])}, C {study.C[i]:.3g}, loss {study.L[i]:.4f}"

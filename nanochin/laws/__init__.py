@@ -1,0 +1,67 @@
+"""Scaling laws: from runs (N, D, loss) to what a budget C should buy. numpy only; every function takes plain arrays.
+
+    N parameters, D training tokens, C training FLOPs, L validation loss in nats per token; each a float array (n,)
+
+    law.py         Law, PowerLaw, laws.json          what a fit gives and a planner uses
+    published.py   HOFFMANN, BESIROGLU, KAPLAN ...    laws of others, to stand beside ours
+    envelope.py    fit_envelope(run, N, D, loss)      Approach 1: lower envelope of the training curves
+    isoflop.py     fit_isoflop(N, D, loss)            Approach 2: the minimum of each budget's curve
+    parametric.py  fit_parametric(N, D, loss)         Approach 3: L = E + A / N^alpha + B / D^beta
+    surface.py  newton.py                             its objective and optimiser, thousands of problems at once
+    bootstrap.py   bootstrap(fit, runs=...)           intervals for all of them, by resampling runs
+    checks.py      hold_out, leave_out_highest ...    what would change the answer, and how far it may be trusted
+    allocation.py  target loss, inference, few data   what to train, beyond Eq. 4
+
+    >>> fit = fit_parametric(N, D, loss)
+    >>> fit.law.optimal(1e21)                          # (N, D)
+    >>> sure = bootstrap(fit, runs=run)                # resamples whole runs
+    >>> sure.interval("alpha"), sure.interval(lambda law: law.optimal(1e21)[0], level=80)
+
+What the data cannot support is refused: NotIdentified, one line that says why.
+"""
+
+from nanochin.laws.allocation import (
+    DataConstrained,
+    OffOptimum,
+    compute_for_loss,
+    inference_optimal,
+    off_optimum,
+)
+from nanochin.laws.bootstrap import LEVELS, Bootstrap, bootstrap, bootstrap_seed_noise
+from nanochin.laws.checks import (
+    Curvature,
+    HoldOut,
+    KaplanProcedure,
+    delta_sensitivity,
+    frontier_curvature,
+    hold_out,
+    kaplan_procedure,
+    leave_out_highest,
+    profile_e,
+    refit,
+    residuals_by_compute,
+)
+from nanochin.laws.envelope import EnvelopeFit, fit_envelope
+from nanochin.laws.isoflop import Budget, IsoflopFit, fit_isoflop, group_budgets
+from nanochin.laws.law import Law, NotIdentified, PowerLaw, laws_json, load_law, save_laws
+from nanochin.laws.parametric import KaplanForm, ParametricFit, fit_kaplan_form, fit_parametric
+from nanochin.laws.published import (
+    BESIROGLU,
+    HOFFMANN,
+    HOFFMANN_1,
+    HOFFMANN_2,
+    KAPLAN,
+    MUENNIGHOFF,
+    PUBLISHED,
+    TABLE_3,
+)
+
+__all__ = [
+    "BESIROGLU", "HOFFMANN", "HOFFMANN_1", "HOFFMANN_2", "KAPLAN", "LEVELS", "MUENNIGHOFF", "PUBLISHED", "TABLE_3",
+    "Bootstrap", "Budget", "Curvature", "DataConstrained", "EnvelopeFit", "HoldOut", "IsoflopFit", "KaplanForm",
+    "KaplanProcedure", "Law", "NotIdentified", "OffOptimum", "ParametricFit", "PowerLaw", "bootstrap",
+    "bootstrap_seed_noise", "compute_for_loss", "delta_sensitivity", "fit_envelope", "fit_isoflop",
+    "fit_kaplan_form", "fit_parametric", "frontier_curvature", "group_budgets", "hold_out", "inference_optimal",
+    "kaplan_procedure", "laws_json", "leave_out_highest", "load_law", "off_optimum", "profile_e", "refit",
+    "residuals_by_compute", "save_laws",
+]  # fmt: skip

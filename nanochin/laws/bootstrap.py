@@ -1,0 +1,167 @@
+"""Intervals for all three approaches: resample the independent units (runs, not rows), fit again, take percentiles.
+
+A replicate is a vector of counts: how often each run was drawn. Counts are weights on the same rows, so nothing is
+copied and a whole batch of replicates is optimised at once. Rows of one run (checkpoints, repeated evaluations) are
+not independent: resampling rows then gives intervals that are several times too narrow.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nanochin.laws.envelope import EnvelopeFit, refit_envelope
+from nanochin.laws.isoflop import IsoflopFit, refit_isoflop, seed_noise
+from nanochin.laws.law import Law, NotIdentified, PowerLaw
+from nanochin.laws.newton import Optimum
+from nanochin.laws.parametric import AGREE, ParametricFit
+from nanochin.laws.surface import BATCH, Surface, projected_starts
+
+LEVELS = (80, 95)  # percent
+FEW = 10  # independent runs; with fewer, percentiles are warned about
+CONSTANTS = {Law: ("E", "A", "B", "alpha", "beta", "a", "b", "G"), PowerLaw: ("k_N", "a", "k_D", "b")}
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Laws of all replicates. Those without an optimum (`failed`) are left out of every interval."""
+
+    law: Law | PowerLaw  # its constants are arrays (replicates - failed,)
+    unit: str  # what was resampled: "run", "row" or "seed noise"
+    units: int  # how many of them
+    replicates: int  # asked for
+    failed: int  # without an optimum (Approach 2: fewer than 2 bracketed budgets); left out
+    at_bound: int  # ended with a constant at its bound (kept: E = 0 belongs in the interval of E)
+    checked: int  # replicates that were optimised again from other starts,
+    worse: int  # of which these had ended above what the other starts found (they were replaced by it)
+    gradient_norm: float  # the largest of all replicates (Approach 3), as ParametricFit.gradient_norm
+    warnings: tuple[str, ...]  # sentences for the report: rows that repeat a run, few units, failed replicates
+
+    def interval(self, quantity: str | Callable, level: float = 95) -> tuple[float, float]:
+        """Percentile interval of an attribute of the law ("alpha", "a", "G", "k_N") or of any function of it:
+        interval(lambda law: law.optimal(1e21)[0], 80)."""
+        values = quantity(self.law) if callable(quantity) else getattr(self.law, quantity)
+        low, high = np.percentile(values, (50 - level / 2, 50 + level / 2))
+        return float(low), float(high)
+
+    def intervals(self, budgets=()) -> dict[str, dict[int, tuple[float, float]]]:
+        """{quantity: {80: (low, high), 95: ...}} of every constant, and of N_opt, D_opt and the ratio D/N (and
+        loss_opt, for Approach 3) at each of `budgets`, named such as "N_opt(1e+21)"."""
+        quantities: dict = {name: name for name in CONSTANTS[type(self.law)]}
+        for C in budgets:
+            N, D = self.law.optimal(C)
+            values = {"N_opt": N, "D_opt": D, "D/N": D / N}
+            if isinstance(self.law, Law):
+                values["loss_opt"] = self.law.loss(N, D)
+            quantities |= {f"{name}({C:g})": lambda _, v=v: v for name, v in values.items()}
+        return {name: {level: self.interval(q, level) for level in LEVELS} for name, q in quantities.items()}
+
+
+def bootstrap(fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: int = 200) -> Bootstrap:
+    """Resample runs with replacement and fit each replicate to convergence. `fit` is a ParametricFit, IsoflopFit or
+    EnvelopeFit; `runs` (n,) are the ids that rows share (default: each row is a run of its own; an envelope knows its
+    runs). Of Approach 3, `verify` replicates are optimised again from other starts.
+    Raises NotIdentified with fewer than 3 units or if most replicates fail."""
+    if isinstance(fit, EnvelopeFit):
+        runs = fit.runs
+    elif runs is None:
+        runs = np.arange(len(fit.N))
+    units, batches = resample(runs, replicates, seed)
+    rows = len(runs)
+    warnings = []
+    if rows > units:
+        warnings.append(f"{rows} rows belong to {units} runs: whole runs were resampled")
+    if units < FEW:
+        warnings.append(f"only {units} independent runs: percentile intervals of so few are too narrow")
+    if isinstance(fit, ParametricFit):
+        constants, facts = _refit_parametric(fit, batches, min(verify, replicates))
+    elif isinstance(fit, IsoflopFit):
+        constants, facts = refit_isoflop(fit, batches), {}
+    else:
+        constants, facts = refit_envelope(fit, batches), {}
+    unit = "run" if rows > units or isinstance(fit, EnvelopeFit) else "row"
+    return _collect(fit, constants, unit, units, replicates, facts, warnings)
+
+
+def resample(runs, replicates: int, seed: int) -> tuple[int, Callable[[int], Iterator[np.ndarray]]]:
+    """How many runs there are among the ids `runs` (n,), and a function of a batch size that yields weights (k, n):
+    how often the run of each row was drawn. Raises NotIdentified with fewer than 3 runs."""
+    ids, run_of_row = np.unique(np.asarray(runs), return_inverse=True)
+    m = len(ids)
+    if m < 3:
+        raise NotIdentified(f"bootstrap: {m} independent runs, but it needs at least 3")
+
+    def batches(size: int) -> Iterator[np.ndarray]:
+        rng = np.random.default_rng(seed)
+        for start in range(0, replicates, size):
+            counts = rng.multinomial(m, np.full(m, 1 / m), min(size, replicates - start))
+            yield counts[:, run_of_row].astype(np.float64)
+
+    return m, batches
+
+
+def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, dict]:
+    """Each replicate by Newton steps from the fit's own optimum. The first `verify` of them (they are exchangeable)
+    again from a start far from it, and any that did not converge from starts of its own."""
+    surface = Surface.of(fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=fit.fixed_e, tied=fit.tied,
+                         weights=fit.weights)  # fmt: skip
+    warm, far = surface.z(fit.law), projected_starts(surface, 12)[-1:]
+    optima, facts = [], {"at_bound": 0, "checked": 0, "worse": 0, "gradient_norm": 0.0}
+    for weights in batches(max(1, BATCH // fit.n)):
+        weights *= fit.weights
+        found = surface.minimise(np.tile(warm, (len(weights), 1)), weights)
+        checked = min(len(weights), verify - facts["checked"])
+        for start in far if checked else ():
+            again = surface.minimise(np.tile(start, (checked, 1)), weights[:checked], cold=True)
+            lower = again.converged & (again.objective < found.objective[:checked] * (1 - AGREE))
+            facts["worse"] += int((lower & found.converged[:checked]).sum())
+            for k in np.flatnonzero(lower):
+                _replace(found, k, again, k)
+        facts["checked"] += checked
+        for k in np.flatnonzero(~found.converged):
+            again = surface.minimise(projected_starts(surface, 12, weights[k]), weights[k], cold=True)
+            if again.converged.any():
+                best = np.argmin(np.where(again.converged, again.objective, np.inf))
+                _replace(found, k, again, best)
+        good = found.converged
+        facts["at_bound"] += int(surface.at_bound(found.theta[good]).any(1).sum())
+        if good.any():
+            facts["gradient_norm"] = max(facts["gradient_norm"], float(found.gradient_norm[good].max()))
+        optima.append(np.where(good[:, None], found.theta, np.nan))
+    law = surface.law(np.concatenate(optima), "")
+    return {k: getattr(law, k) for k in ("E", "A", "B", "alpha", "beta")}, facts
+
+
+def _replace(found: Optimum, k: int, other: Optimum, at: int) -> None:
+    """Put optimum `at` of `other` in the place of optimum k."""
+    for name in ("theta", "objective", "converged", "gradient_norm"):
+        getattr(found, name)[k] = getattr(other, name)[at]
+
+
+def bootstrap_seed_noise(
+    fit: IsoflopFit, *, noise: float | None = None, replicates: int = 1000, seed: int = 0
+) -> Bootstrap:
+    """The noise-and-interpolate interval of Porian et al. 2024 for an IsoflopFit: Gaussian noise of sd `noise` on log
+    loss (default: the fit's own `noise`), all minima anew by the fit's method, budgets weighted by how sure their
+    minimum is. Raises NotIdentified if the noise is unknown or most replicates fail."""
+    noise = fit.noise if noise is None else noise
+    if not noise >= 0:
+        raise NotIdentified("seed noise: unknown, since no budget has more than 3 runs; name it")
+    constants = seed_noise(fit, noise, replicates, np.random.default_rng(seed))
+    return _collect(fit, constants, "seed noise", len(fit.N), replicates, {}, [])
+
+
+def _collect(fit, constants: dict, unit: str, units: int, replicates: int, facts: dict, warnings: list) -> Bootstrap:
+    good = np.isfinite(np.stack(list(constants.values()))).all(0)
+    failed = int((~good).sum())
+    if failed > replicates / 2:
+        raise NotIdentified(f"bootstrap: {failed} of {replicates} replicates have no optimum")
+    if failed:
+        warnings.append(f"{failed} of {replicates} replicates have no optimum and are left out of the intervals")
+    if facts.get("worse"):
+        warnings.append(f"{facts['worse']} of {facts['checked']} replicates checked had missed their optimum")
+    if facts.get("at_bound"):
+        warnings.append(f"{facts['at_bound']} of {replicates} replicates end with a constant at its bound")
+    law = replace(fit.law, **{k: v[good] for k, v in constants.items()})
+    defaults = {"at_bound": 0, "checked": 0, "worse": 0, "gradient_norm": 0.0}
+    return Bootstrap(law, unit, units, replicates, failed, warnings=tuple(warnings), **defaults | facts)

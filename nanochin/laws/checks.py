@@ -1,0 +1,244 @@
+"""What would change the answer, and how far it may be trusted."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nanochin.laws.bootstrap import LEVELS, Bootstrap, bootstrap, resample
+from nanochin.laws.isoflop import FINE, Curve, IsoflopFit, akima, group_budgets, line, replicate_optima
+from nanochin.laws.law import NotIdentified
+from nanochin.laws.parametric import ParametricFit, fit_parametric
+from nanochin.laws.surface import BATCH, Surface, projected_starts
+
+MIN_CURVATURE = 4  # three budgets always lie on a parabola
+
+
+def refit(fit: ParametricFit, rows=slice(None), **changes) -> ParametricFit:
+    """The same fit on some of its rows, or with another delta, space, E or tied."""
+    options = {"delta": fit.delta, "space": fit.space, "E": fit.fixed_e, "tied": fit.tied, "name": fit.law.name,
+               "params_convention": fit.law.params_convention}  # fmt: skip
+    return fit_parametric(fit.N[rows], fit.D[rows], fit.loss[rows], weights=fit.weights[rows], **options | changes)
+
+
+def leave_out_highest(fit: ParametricFit, counts=(0, 1, 3, 5, 8, 15)) -> list[tuple[int, ParametricFit | None]]:
+    """(k, the same fit without the k rows of highest loss, or None where that is not identified)."""
+    order = np.argsort(fit.loss, kind="stable")
+    table = []
+    for k in counts:
+        try:
+            table.append((k, refit(fit, np.sort(order[: max(0, fit.n - k)]))))
+        except NotIdentified:
+            table.append((k, None))
+    return table
+
+
+def delta_sensitivity(fit: ParametricFit, deltas=(1e-6, 1e-4, 1e-3, 1e-2, 1e-1, np.inf)) -> list[ParametricFit]:
+    """The same fit with other deltas."""
+    return [refit(fit, delta=delta, allow_bound=True) for delta in deltas]
+
+
+def profile_e(fit: ParametricFit, points: int = 41) -> tuple[np.ndarray, np.ndarray]:
+    """(E (points,), objective (points,)): everything else optimised with E held fixed, from 0 to the lowest loss. How
+    flat this is tells how well E is known; nan where no optimum was found."""
+    grid = np.linspace(0, fit.loss.min() * (1 - 1e-3), points)
+    surface = Surface.of(fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=None, tied=fit.tied,
+                         weights=fit.weights)  # fmt: skip
+    starts = [surface.z(fit.law), *projected_starts(surface, 12)[3::4]]
+    best = np.full(points, np.inf)
+    for start in starts:
+        found = surface.profile(start, grid)
+        best = np.where(found.converged, np.minimum(best, found.objective), best)
+    return grid, np.where(np.isfinite(best), best, np.nan)
+
+
+def residuals_by_compute(fit: ParametricFit, bins: int = 3) -> list[dict]:
+    """For each quantile bin of C = 6 N D: flops_low, flops_high, n, median (bias of log predicted - log observed) and
+    sd (robust: 1.4826 MAD)."""
+    C = 6 * fit.N * fit.D
+    table = []
+    for rows in np.array_split(np.argsort(C, kind="stable"), bins):
+        if not len(rows):
+            continue
+        r = fit.residuals[rows]
+        middle = float(np.median(r))
+        table.append({"flops_low": float(C[rows].min()), "flops_high": float(C[rows].max()), "n": len(rows),
+                      "median": middle, "sd": float(1.4826 * np.median(np.abs(r - middle)))})  # fmt: skip
+    return table
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """The law fitted without the largest budget(s), asked about them."""
+
+    fit: ParametricFit  # on the rest
+    bootstrap: Bootstrap | None
+    rows: np.ndarray  # (m,) indices held out
+    predicted: np.ndarray  # (m,) loss
+    low: np.ndarray  # (m,) 95% interval for what is observed: the law's and the scatter of the rows that were fitted;
+    high: np.ndarray  # nan without bootstrap
+    observed: np.ndarray
+    bias: float  # median of log predicted - log observed
+    error: float  # median of its absolute value
+    in_sample_error: float  # the same on the rows that were fitted
+    reach: float  # largest C held out over largest C fitted
+    # For each held-out budget with a bracketed minimum: (C, N_opt measured, N_opt predicted, (low, high) of it).
+    optima: tuple[tuple[float, float, float, tuple[float, float]], ...]
+
+
+def hold_out(N, D, loss, C=None, *, budgets: int = 1, budget=None, above: float | None = None, runs=None,
+             replicates: int = 1000, seed: int = 0, **options) -> HoldOut:  # fmt: skip
+    """Hold out the `budgets` largest budgets (a column, or clustered C), or every row with C > `above`; `options` go to
+    fit_parametric. replicates=0: no intervals. Raises NotIdentified if the rest cannot be fitted."""
+    N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
+    C = 6 * N * D if C is None else np.asarray(C, np.float64)
+    nominal = group_budgets(C) if budget is None else np.asarray(budget, np.float64)
+    if above is None:
+        known = np.unique(nominal[np.isfinite(nominal)])
+        if len(known) <= budgets:
+            raise NotIdentified(f"hold-out: {len(known)} budgets, too few to hold out {budgets}")
+        held = C[nominal >= known[-budgets]].min() <= C
+    else:
+        held = above < C
+    if not held.any():
+        raise NotIdentified("hold-out: no run is above the limit")
+    rows, rest = np.flatnonzero(held), np.flatnonzero(~held)
+    try:
+        fit = fit_parametric(N[rest], D[rest], loss[rest], **options)
+    except NotIdentified as error:
+        raise NotIdentified(f"hold-out: without {len(rows)} runs, {error}") from None
+    predicted = fit.law.loss(N[rows], D[rows])
+    low = high = np.full(len(rows), np.nan)
+    sure = None
+    if replicates:
+        runs = None if runs is None else np.asarray(runs)[rest]
+        sure = bootstrap(fit, runs=runs, replicates=replicates, seed=seed, verify=50)
+        low, high = _prediction_interval(fit, sure, N[rows], D[rows], np.random.default_rng(seed))
+    miss = np.log(predicted / loss[rows])
+    optima = _held_optima(fit, sure, N, D, loss, nominal, rows)
+    return HoldOut(fit, sure, rows, predicted, low, high, loss[rows], float(np.median(miss)),
+                   float(np.median(np.abs(miss))), float(np.median(np.abs(fit.residuals))),
+                   float(C[rows].max() / C[rest].max()), optima)  # fmt: skip
+
+
+def _prediction_interval(fit: ParametricFit, sure: Bootstrap, N, D, rng) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high (m,): each replicate's law, times the scatter of a random row of the fit."""
+    names = ("E", "A", "B", "alpha", "beta")
+    law = replace(
+        sure.law, **{name: getattr(sure.law, name)[:, None] for name in names}
+    )  # (K, 1), for many rows at once
+    K, parts = len(sure.law.E), []
+    for at in np.array_split(np.arange(len(N)), -(-len(N) * K // BATCH)):
+        scatter = np.exp(-rng.choice(fit.residuals, (K, len(at))))
+        parts.append(np.percentile(law.loss(N[at], D[at]) * scatter, (2.5, 97.5), axis=0))
+    low, high = np.concatenate(parts, 1)
+    return low, high
+
+
+def _held_optima(fit, sure, N, D, loss, nominal, rows) -> tuple:
+    """Measured against predicted N_opt at each budget held out whose minimum is bracketed."""
+    optima = []
+    for c in np.unique(nominal[rows][np.isfinite(nominal[rows])]):
+        at = rows[nominal[rows] == c]
+        curve = Curve.of(N[at], D[at])
+        if len(curve.sizes) < 3:
+            continue
+        u, _, reason = curve.minimum(loss[at][None])
+        if reason[0] == 0:
+            # The law is asked in its own currency, 6 N D, at the minimum.
+            flops = 6 * float(np.exp(u[0] + curve.mean) * curve.tokens(u)[0])
+            span = (np.nan, np.nan) if sure is None else sure.interval(lambda law, f=flops: law.optimal(f)[0])
+            optima.append((float(c), float(np.exp(u[0] + curve.mean)), float(fit.law.optimal(flops)[0]), span))
+    return tuple(optima)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """log N_opt = c + a log C + q (log C)^2: q < 0 is the concave frontier of the paper's Appendix E."""
+
+    quadratic: float
+    intervals: dict[int, tuple[float, float]]  # {80: ..., 95: ...}
+    slopes: tuple[float, ...]  # local exponent a in the first, middle and last third of the budgets
+    significant: bool  # the 95% interval excludes 0
+
+
+def frontier_curvature(fit: IsoflopFit, *, runs=None, replicates: int = 1000, seed: int = 0) -> Curvature:
+    """Quadratic term of the frontier, its interval from resampled runs (ids `runs` (n,) if rows share them). Raises
+    NotIdentified below 4 bracketed budgets."""
+    good = [b for b in fit.budgets if b.bracketed]
+    if len(good) < MIN_CURVATURE:
+        raise NotIdentified(f"curvature needs {MIN_CURVATURE} budgets with a bracketed minimum, but has {len(good)}")
+    log_c, log_n = np.log([b.flops for b in good]), np.log([b.params_opt for b in good])
+    quadratic = float(_quadratic(log_c, log_n[None], np.ones((1, len(good))))[0])
+    thirds = np.array_split(np.arange(len(good)), 3)
+    # Neighbouring thirds share a budget, so that each has at least two.
+    parts = [np.arange(max(0, t[0] - (len(t) < 2)), max(t[-1] + 1, 2)) for t in thirds]
+    slopes = tuple(float(line(log_c[p], log_n[p])[1]) for p in parts)
+    _, batches = resample(np.arange(len(fit.N)) if runs is None else runs, replicates, seed)
+    replicas = replicate_optima(replace(fit, budgets=tuple(good)), batches)[0]
+    there = np.isfinite(replicas)
+    values = _quadratic(log_c, np.log(np.where(there, replicas, 1)), there.astype(float))[there.sum(1) >= MIN_CURVATURE]
+    if len(values) < replicates / 2:
+        raise NotIdentified(f"curvature: {replicates - len(values)} of {replicates} replicates have too few optima")
+    intervals = {v: tuple(float(x) for x in np.percentile(values, (50 - v / 2, 50 + v / 2))) for v in LEVELS}
+    low, high = intervals[95]
+    return Curvature(quadratic, intervals, slopes, not low <= 0 <= high)
+
+
+def _quadratic(x, y, weights) -> np.ndarray:
+    """(K,) quadratic coefficient of y (K, m) on x (m,) with weights (K, m)."""
+    u = x - x.mean()
+    basis = np.stack([np.ones_like(u), u, u * u], 1)
+    normal = np.einsum("km,mi,mj->kij", weights, basis, basis) + 1e-12 * np.eye(3)
+    return np.linalg.solve(normal, ((weights * y) @ basis)[:, :, None])[:, 2, 0]
+
+
+@dataclass(frozen=True)
+class KaplanProcedure:
+    """The exponent that the procedure of Kaplan et al. gives on these runs, and on the same grid without noise."""
+
+    a: float
+    simulated: float  # with the losses replaced by the fitted law's
+    flops: np.ndarray  # C_kaplan of the points that were used
+    params: np.ndarray  # N_opt (non-embedding) there
+
+
+def kaplan_procedure(params_non_embedding, D, loss, law_loss, *, budget=None) -> KaplanProcedure:
+    """At equal C_kaplan = 6 N_non_embedding D interpolate each size's loss, take the minimum over sizes, regress
+    log N on log C. `law_loss` (n,) is the fitted law's loss of every row; `budget` (n,) groups the rows, and there is
+    one C_kaplan a budget, the geometric mean of its rows'. Raises NotIdentified if fewer than 2 of them have a
+    bracketed minimum."""
+    N, D, loss, law_loss = (np.asarray(v, np.float64) for v in (params_non_embedding, D, loss, law_loss))
+    C = 6 * N * D
+    nominal = group_budgets(C) if budget is None else np.asarray(budget, np.float64)
+    known = np.unique(nominal[np.isfinite(nominal)])
+    levels = np.array([np.log(C[nominal == c]).mean() for c in known])
+    params, simulated = (_kaplan_optima(N, C, values, levels) for values in (loss, law_loss))
+    both = np.isfinite(params) & np.isfinite(simulated)
+    if both.sum() < 2:
+        raise NotIdentified(f"Kaplan's procedure needs 2 budgets whose minimum over sizes is bracketed at equal "
+                            f"C_kaplan, but has {both.sum()} of {len(levels)}")  # fmt: skip
+    (_, a), (_, b) = (line(levels[both], np.log(v[both])) for v in (params, simulated))
+    return KaplanProcedure(float(a), float(b), np.exp(levels[both]), params[both])
+
+
+def _kaplan_optima(N, C, loss, levels) -> np.ndarray:
+    """N of least loss at each log C_kaplan of `levels`, nan where it is not bracketed. Each size with at least two
+    runs gives its loss by interpolation in logs (never beyond its runs); the minimum over sizes is the spline's."""
+    sizes = [np.flatnonzero(n == N) for n in np.unique(N)]
+    sizes = [rows for rows in sizes if len(np.unique(C[rows])) >= 2]
+    params = np.full(len(levels), np.nan)
+    for i, level in enumerate(levels):
+        x, y = [], []
+        for rows in sizes:
+            rows = rows[np.argsort(C[rows], kind="stable")]
+            log_c = np.log(C[rows])
+            if log_c[0] <= level <= log_c[-1]:
+                x.append(np.log(N[rows[0]]))
+                y.append(np.interp(level, log_c, np.log(loss[rows])))
+        if len(x) < 3:
+            continue
+        fine = np.interp(np.arange((len(x) - 1) * FINE + 1) / FINE, np.arange(len(x)), x)
+        best = int(akima(np.array(x), np.array([y]), fine)[0].argmin())
+        if 0 < best < len(fine) - 1:
+            params[i] = np.exp(fine[best])
+    return params

@@ -1,0 +1,151 @@
+"""Approach 1: the lower envelope of all training curves.
+
+At each FLOP count the run with the lowest loss wins; its size, and the tokens it had seen by then, are read as the
+optimum for that compute. Where the smallest or the largest size that got so far wins, a still smaller or larger one
+might have done better: such points are shown, but not fitted. The minimum of noisy curves prefers lucky noise, so the
+envelope lies a little low; and a loss in the middle of a decaying schedule is too high, which is why the paper looks at
+whether winners are near the end of their run.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanochin.laws.isoflop import line
+from nanochin.laws.law import NotIdentified, PowerLaw
+
+LATE = 0.85  # from here on a run is in its last 15%
+
+
+@dataclass(frozen=True)
+class EnvelopeFit:
+    """Who wins at each FLOP count, and the power laws through the winners."""
+
+    law: PowerLaw
+    flops: np.ndarray  # (points,) log-spaced
+    params: np.ndarray  # N of the run with the lowest smoothed loss there
+    tokens: np.ndarray  # its tokens at that moment
+    loss: np.ndarray  # its smoothed loss
+    winner: np.ndarray  # its index into `runs`
+    bracketed: np.ndarray  # (points,) bool: smaller and larger sizes were there to be beaten; only these are fitted
+    runs: np.ndarray  # distinct run ids, sorted
+    late_share: float  # share of the bracketed winners that are in the last 15% of their run's FLOPs
+    curves: dict  # run id -> (flops, smoothed loss, N), for the figure
+    table: np.ndarray  # (runs, points) smoothed log loss, inf where a run has none
+    log_tokens: np.ndarray  # (runs, points)
+    sizes: np.ndarray  # (runs,) N
+
+    def to_json(self, bootstrap=None) -> dict:
+        """The object `approach1` of laws.json; `bootstrap` adds a_ci, b_ci."""
+        out = self.law.constants()
+        if bootstrap is not None:
+            out |= {"a_ci": list(bootstrap.interval("a")), "b_ci": list(bootstrap.interval("b"))}
+        return out | {"points": int(self.bracketed.sum()), "late_share": self.late_share, "n_curves": len(self.runs),
+                      "n_winners": len(np.unique(self.winner[self.bracketed]))}  # fmt: skip
+
+
+def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 10, name: str = "Approach 1",
+                 params_convention: str = "total", flops_convention: str = "6nd") -> EnvelopeFit:  # fmt: skip
+    """Rows are moments of training: `run` (n,) ids, N of the run, D tokens so far, the loss then, C FLOPs so far
+    (6 N D by default). Each curve is smoothed by a Gaussian of `smooth` logged points and interpolated (log loss in
+    log C); at `points` log-spaced C covered by at least two sizes the lowest run wins (Hoffmann et al. 2022, 3.1).
+
+    Raises NotIdentified with fewer than 3 sizes, or if fewer than 2 of them ever win with smaller and larger ones
+    present."""
+    N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
+    C = 6 * N * D if C is None else np.asarray(C, np.float64)
+    runs, run_of_row = np.unique(np.asarray(run), return_inverse=True)
+    curves = []  # (log C, log D, smoothed loss, N) of each run
+    for i in range(len(runs)):
+        rows = np.flatnonzero(run_of_row == i)
+        rows = rows[np.argsort(C[rows], kind="stable")]
+        rows = rows[np.append(np.diff(C[rows]) > 0, True)]  # of two rows at one C the later stands
+        curves.append((np.log(C[rows]), np.log(D[rows]), gaussian_smooth(loss[rows], smooth), N[rows[0]]))
+    sizes = np.array([n for *_, n in curves])
+    different = len(np.unique(np.round(np.log(sizes), 6)))
+    if different < 3:
+        raise NotIdentified(f"Approach 1 needs training curves of at least 3 model sizes, but has {different}")
+    low, high = _shared_range(curves, sizes)
+    log_c = np.linspace(low, high, points)
+    table = np.full((len(runs), points), np.inf)
+    log_tokens = np.empty((len(runs), points))
+    for i, (c, d, smoothed, _) in enumerate(curves):
+        table[i] = np.interp(log_c, c, np.log(smoothed), left=np.inf, right=np.inf)
+        log_tokens[i] = np.interp(log_c, c, d)
+    table[:, _sizes_covering(table, sizes) < 2] = np.inf
+    covered = np.isfinite(table).any(0)
+    log_c, table, log_tokens = log_c[covered], table[:, covered], log_tokens[:, covered]
+    winner, at = table.argmin(0), np.arange(len(log_c))
+    there = np.where(np.isfinite(table), sizes[:, None], np.nan)
+    bracketed = (np.nanmin(there, 0) < sizes[winner]) & (sizes[winner] < np.nanmax(there, 0))
+    won = np.unique(sizes[winner][bracketed])
+    if len(won) < 2:
+        raise NotIdentified(f"Approach 1: {len(won)} of {different} sizes ever have the lowest loss while smaller and "
+                            "larger ones are trained as far; it needs 2")  # fmt: skip
+    x = log_c[bracketed]
+    k_N, a = line(x, np.log(sizes[winner])[bracketed])
+    k_D, b = line(x, log_tokens[winner, at][bracketed])
+    law = PowerLaw(name, float(np.exp(k_N)), float(a), float(np.exp(k_D)), float(b),
+                   params_convention=params_convention, flops_convention=flops_convention)  # fmt: skip
+    ends = np.array([c[-1] for c, *_ in curves])
+    late = float((log_c >= ends[winner] + np.log(LATE))[bracketed].mean())
+    shown = {str(r): (np.exp(c), smoothed, n) for r, (c, _, smoothed, n) in zip(runs, curves, strict=True)}
+    return EnvelopeFit(law, np.exp(log_c), sizes[winner], np.exp(log_tokens[winner, at]), np.exp(table[winner, at]),
+                       winner, bracketed, runs, late, shown, table, log_tokens, sizes)  # fmt: skip
+
+
+def gaussian_smooth(values, window: int) -> np.ndarray:
+    """Gaussian smoothing of evenly logged values; `window` points hold 4 standard deviations. At the ends the part of
+    the window that exists is what counts, and is fitted by a line, so that a falling curve is not bent there."""
+    if window < 2 or len(values) < 3:
+        return values
+    reach = window // 2
+    offset = np.arange(-reach, reach + 1)
+    kernel = np.exp(-0.5 * (offset / (window / 4)) ** 2)
+    index = np.arange(len(values))[:, None] + offset
+    inside = (index >= 0) & (index < len(values))
+    intercept, _ = line(np.broadcast_to(offset.astype(float), index.shape), values[np.clip(index, 0, len(values) - 1)],
+                        kernel * inside)  # fmt: skip
+    return intercept
+
+
+def _shared_range(curves, sizes) -> tuple[float, float]:
+    """Smallest and largest log C at which at least two sizes have a curve."""
+    edges = np.unique([c[i] for c, *_ in curves for i in (0, -1)])
+    middle = (edges[1:] + edges[:-1]) / 2
+    covers = np.array([[c[0] <= m <= c[-1] for m in middle] for c, *_ in curves])
+    shared = np.array([len(np.unique(sizes[column])) >= 2 for column in covers.T])
+    if not shared.any():
+        raise NotIdentified("Approach 1: no FLOP count is covered by the training curves of two sizes")
+    return edges[:-1][shared][0], edges[1:][shared][-1]
+
+
+def _sizes_covering(table, sizes) -> np.ndarray:
+    """(points,) how many different sizes have a loss there."""
+    finite = np.isfinite(table)
+    return sum(finite[sizes == size].any(0).astype(int) for size in np.unique(sizes))
+
+
+def refit_envelope(fit: EnvelopeFit, batches) -> dict[str, np.ndarray]:
+    """Constants (replicates,) of the power laws when runs are drawn anew; `batches(size)` yields how often (k, runs).
+    The envelope only asks whether a run was drawn at all; nan where fewer than 2 sizes win."""
+    log_c, log_n = np.log(fit.flops), np.log(fit.sizes)
+    order = fit.table.argsort(0, kind="stable")  # best run first at each point
+    finite = np.isfinite(np.take_along_axis(fit.table, order, 0))
+    at = np.arange(len(log_c))
+    fits = []
+    for drawn in batches(64):
+        shape = (len(drawn), len(log_c))
+        winner, smallest, largest = np.zeros(shape, int), np.full(shape, np.inf), np.full(shape, -np.inf)
+        for runs, exists in zip(order[::-1], finite[::-1], strict=True):  # worst first: the best present run stays
+            present = (drawn[:, runs] > 0) & exists
+            winner = np.where(present, runs, winner)
+            smallest = np.where(present, np.minimum(smallest, log_n[runs]), smallest)
+            largest = np.where(present, np.maximum(largest, log_n[runs]), largest)
+        n, d = log_n[winner], fit.log_tokens[winner, at]
+        used = (smallest < n) & (n < largest)
+        several = np.where(used, n, -np.inf).max(1) > np.where(used, n, np.inf).min(1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            (k_N, a), (k_D, b) = (line(np.broadcast_to(log_c, shape), v, used) for v in (n, d))
+            fits.append(np.where(several, np.stack([np.exp(k_N), a, np.exp(k_D), b]), np.nan))
+    return dict(zip(("k_N", "a", "k_D", "b"), np.concatenate(fits, 1), strict=True))

@@ -1,0 +1,92 @@
+"""Newton's method on many small problems at once: thousands of bootstrap replicates in one batch of numpy calls.
+
+The objective is a sum of Huber functions, so its Hessian jumps where a residual crosses delta and may be indefinite
+away from the optimum. Each problem therefore has a damping mu of its own: 0 is the exact Newton step; as mu grows, the
+Hessian is blended towards the one of iteratively reweighted least squares, which lies above the objective, and its
+diagonal is raised. A step that does not descend is never taken, and a problem counts as converged only if an exact
+Newton step promises less than `TOLERANCE` of the objective.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+TOLERANCE = 1e-13  # of the objective, still to be gained by the next step
+FLOOR = 1e-30  # of the summed weights: what rounding leaves of the objective of noise-free data
+MAX_STEPS = 200
+
+# (theta (K, p), mu (K,), rows (K,): which problems) -> objective (K,), gradient (K, p), Hessian (K, p, p)
+Evaluate = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
+
+
+@dataclass
+class Optimum:
+    """Of K problems."""
+
+    theta: np.ndarray  # (K, p)
+    objective: np.ndarray  # (K,)
+    converged: np.ndarray  # (K,) bool
+    steps: np.ndarray  # (K,)
+    gradient_norm: np.ndarray | None = None  # (K,), see Surface.gradient_norm
+
+
+def minimise(evaluate: Evaluate, theta, lower, upper, weight, tolerance: float = TOLERANCE, damping=0.0) -> Optimum:
+    """Minimise K problems of p unknowns from theta (K, p), each within lower <= theta <= upper, (p,) or (K, p); weight
+    (K,) is what the objective's terms weigh in sum. A coordinate with lower == upper is held fixed."""
+    theta = np.clip(theta, lower, upper)
+    K = len(theta)
+    lower, upper = np.broadcast_to(lower, theta.shape), np.broadcast_to(upper, theta.shape)
+    mu = np.full(K, float(damping))
+    result = Optimum(theta.copy(), np.full(K, np.inf), np.zeros(K, bool), np.zeros(K, int))
+    rows = np.arange(K)  # problems that still move; all arrays below are theirs
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        F, g, H = evaluate(theta, mu, rows)
+        for taken in range(MAX_STEPS + 1):
+            step, gain = _step(theta, g, H, mu, lower, upper)
+            # An exact Newton step with nothing left to gain. `gain` is negative for an indefinite Hessian.
+            rounding = FLOOR * weight[rows]
+            done = (mu == 0) & (gain >= 0) & (gain <= tolerance * F + rounding) | (rounding >= F)
+            result.converged[rows[done]] = True
+            done |= taken == MAX_STEPS
+            if done.any():
+                at, left = rows[done], ~done
+                result.theta[at], result.objective[at], result.steps[at] = theta[done], F[done], taken
+                rows, theta, F, g, H, mu = (v[left] for v in (rows, theta, F, g, H, mu))
+                lower, upper = lower[left], upper[left]
+                step, gain = step[left], gain[left]
+                if not len(rows):
+                    break
+            trial = np.clip(theta + step, lower, upper)
+            softer = np.where(mu > 1e-3, mu / 10, 0.0)
+            F_new, g_new, H_new = evaluate(trial, softer, rows)
+            # The last digits of two nearly equal sums say nothing.
+            better = (F_new <= F * (1 + 1e-15)) & (gain >= 0) & np.isfinite(g_new).all(1)
+            theta = np.where(better[:, None], trial, theta)
+            F, g = np.where(better, F_new, F), np.where(better[:, None], g_new, g)
+            H, mu = np.where(better[:, None, None], H_new, H), np.where(better, softer, np.maximum(4 * mu, 0.02))
+            if not better.all():
+                worse = ~better
+                H[worse] = evaluate(theta[worse], mu[worse], rows[worse])[2]
+    return result
+
+
+def _step(theta, g, H, mu, lower, upper) -> tuple[np.ndarray, np.ndarray]:
+    """Damped Newton step (K, p) on the coordinates that are not held by a bound, and what it promises to gain (K,)."""
+    p = theta.shape[1]
+    free = ~(((theta <= lower) & (g >= 0)) | ((theta >= upper) & (g <= 0)) | (lower == upper))
+    g = g * free
+    H = H * (free[:, :, None] & free[:, None, :])
+    diagonal = np.einsum("kii->ki", H)  # a view
+    # Raised a little even at mu = 0 (by rounding's size), so that a flat direction stays solvable.
+    diagonal += (mu[:, None] + 1e-14) * np.abs(diagonal) + ~free + 1e-300
+    bad = ~np.isfinite(H).all((1, 2))
+    if bad.any():
+        H[bad], g[bad] = np.eye(p), 0
+    try:
+        step = -np.linalg.solve(H, g[:, :, None])[:, :, 0]
+    except np.linalg.LinAlgError:  # one of them is singular to the last bit
+        step = -np.linalg.solve(H + 1e-9 * np.abs(H).max((1, 2))[:, None, None] * np.eye(p), g[:, :, None])[:, :, 0]
+    gain = -np.einsum("ki,ki->k", g, step)
+    gain[bad] = -1
+    return step, gain

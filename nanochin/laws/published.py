@@ -1,0 +1,59 @@
+"""Laws of others, to stand beside ours. Their constants belong to other tokenizers and corpora; compare exponents."""
+
+import math
+
+from nanochin.laws.law import Law, PowerLaw
+
+# Besiroglu et al. 2024 (arXiv 2404.10102), the refit of Chinchilla's own runs: the default law.
+BESIROGLU = Law("Besiroglu et al. 2024", E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658,
+                meta={"source": "arXiv 2404.10102"})  # fmt: skip
+
+# Hoffmann et al. 2022, Approach 3, with the digits that its LaTeX source holds. The printed 1.69, 406.4, 410.7,
+# 0.34, 0.28 are rounded so hard that they move the optimum of Gopher's budget from 40B to 32B parameters.
+HOFFMANN = Law("Hoffmann et al. 2022", E=math.exp(0.5267228), A=math.exp(6.0073404), B=math.exp(6.0179186),
+               alpha=0.33917084, beta=0.2849083, meta={"source": "arXiv 2203.15556"})  # fmt: skip
+
+# Tables 3 and A3 of Hoffmann et al. 2022: parameters, then FLOPs and tokens of the compute-optimal run according to
+# Approaches 1, 2 and 3. As printed, but for Approach 3 at 175B: the paper has 1.26e24, a tenth of 6 N D.
+TABLE_3 = (
+    (0.4e9, 1.92e19, 8.0e9, 1.84e19, 7.7e9, 2.21e19, 9.2e9),
+    (1e9, 1.21e20, 20.2e9, 1.20e20, 20.0e9, 1.62e20, 27.1e9),
+    (10e9, 1.23e22, 205.1e9, 1.32e22, 219.5e9, 2.46e22, 410.1e9),
+    (67e9, 5.76e23, 1.5e12, 6.88e23, 1.7e12, 1.71e24, 4.1e12),
+    (175e9, 3.85e24, 3.7e12, 4.54e24, 4.3e12, 1.26e25, 12.0e12),
+    (280e9, 9.90e24, 5.9e12, 1.18e25, 7.1e12, 3.52e25, 20.1e12),
+    (520e9, 3.43e25, 11.0e12, 4.19e25, 13.4e12, 1.36e26, 43.5e12),
+    (1e12, 1.27e26, 21.2e12, 1.59e26, 26.5e12, 5.65e26, 94.1e12),
+    (10e12, 1.30e28, 216.2e12, 1.75e28, 292.0e12, 8.55e28, 1425.5e12),
+)
+
+
+def _line(x: list[float], y: list[float]) -> tuple[float, float]:
+    """(k, slope) of y = k x^slope, least squares in logs."""
+    x, y = [math.log(v) for v in x], [math.log(v) for v in y]
+    mx, my = sum(x) / len(x), sum(y) / len(y)
+    slope = sum((u - mx) * (v - my) for u, v in zip(x, y, strict=True)) / sum((u - mx) ** 2 for u in x)
+    return math.exp(my - slope * mx), slope
+
+
+def _from_table_3(name: str, column: int) -> PowerLaw:
+    """The paper prints exponents to two digits and no constants: both are read off its table of predictions."""
+    C, N, D = ([row[i] for row in TABLE_3] for i in (column, 0, column + 1))
+    (k_N, a), (k_D, b) = _line(C, N), _line(C, D)
+    return PowerLaw(name, k_N, a, k_D, b, flops_convention="6nd", meta={"source": "arXiv 2203.15556, Tables 3 and A3"})
+
+
+HOFFMANN_1 = _from_table_3("Hoffmann et al. 2022, Approach 1", 1)
+HOFFMANN_2 = _from_table_3("Hoffmann et al. 2022, Approach 2", 3)
+
+# Kaplan et al. 2020 (arXiv 2001.08361): N = 1.3e9 C^0.73 with C in PF-days (8.64e19 FLOPs), 6 N D of non-embedding N.
+_k = 1.3e9 / 8.64e19**0.73
+KAPLAN = PowerLaw("Kaplan et al. 2020", k_N=_k, a=0.73, k_D=1 / (6 * _k), b=0.27, params_convention="non_embedding",
+                  flops_convention="kaplan", meta={"source": "arXiv 2001.08361"})  # fmt: skip
+
+# Muennighoff et al. 2023 (arXiv 2305.16264), fitted on C4 with alpha = beta: the law under their data-constrained one
+# (allocation.DataConstrained).
+MUENNIGHOFF = Law("Muennighoff et al. 2023", E=math.exp(0.6254804), A=math.exp(6.255414), B=math.exp(7.3049974),
+                  alpha=0.3526596, beta=0.3526596, meta={"source": "arXiv 2305.16264"})  # fmt: skip
+
+PUBLISHED = (HOFFMANN_1, HOFFMANN_2, HOFFMANN, BESIROGLU, KAPLAN, MUENNIGHOFF)

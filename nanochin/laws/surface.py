@@ -1,0 +1,257 @@
+"""The objective of Approach 3 as a surface over its constants: value, gradient and Hessian of K problems at once.
+
+    sum_i w_i Huber_delta(r_i),   r_i = log(u1 + u2 + E) - log L_i,   u1 = A N_i^-alpha,   u2 = B D_i^-beta
+
+log N and log D are centred: otherwise A trades off against alpha, and B against beta, and every optimiser crawls.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from nanochin.laws.law import Law, NotIdentified
+from nanochin.laws.newton import Optimum, minimise
+
+MIN_ROWS, MIN_SIZES = 6, 3
+EXPONENTS = (1e-3, 4.0)  # bounds of alpha and beta
+SCALE = 40.0  # bound of |log u1| and |log u2| at the mean of log N and log D
+BLOCK = 24_576  # numbers in an intermediate array: 192 KiB, so that those in use stay in cache and off the page tables
+BATCH = 2**22  # numbers in the weights of a batch of replicates: 32 MiB
+NARROW = np.log(1.3)  # runs whose budgets or ratios D/N all lie within this factor count as one
+FLAT = 1e-4  # gradient norm of an optimum, at most
+EPS = np.finfo(float).eps
+
+# The unknowns: log u1 at the centre (it holds A), alpha, log u2 at the centre (it holds B), beta, E.
+NAMES = ("A", "alpha", "B", "beta", "E")
+
+
+@dataclass(frozen=True)
+class Surface:
+    """The rows, and what is minimised over them. Weights are (n,), or (K, n) for K replicates."""
+
+    N: np.ndarray  # (n,)
+    D: np.ndarray
+    loss: np.ndarray
+    weights: np.ndarray
+    delta: float
+    space: str  # "log" or "linear": of the residuals
+    target: np.ndarray  # (n,) log loss or loss
+    centre: tuple[float, float]  # means of log N and log D
+    bases: tuple[np.ndarray, ...]  # columns of x = log N - mean and y = log D - mean, see `_block`
+    free: np.ndarray  # (5, p): the unknowns z that are optimised give theta = free z; alpha = beta leaves p = 4
+    lower: np.ndarray  # (p,)
+    upper: np.ndarray
+
+    @classmethod
+    def of(cls, N, D, loss, *, delta: float, space: str, E: float | None, tied: bool, weights=None) -> "Surface":
+        """Raises NotIdentified for rows that cannot hold the law, ValueError for what is not a positive number."""
+        N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
+        weights = np.ones(len(N)) if weights is None else np.asarray(weights, np.float64)
+        for label, v in (("N", N), ("D", D), ("loss", loss)):
+            if v.shape != N.shape or not (np.isfinite(v) & (v > 0)).all():
+                raise ValueError(f"{label}: needs one finite number above 0 a row")
+        if space not in ("log", "linear") or not delta > 0:
+            raise ValueError(f"space {space!r}, delta {delta}: must be log or linear, and above 0")
+        if len(N) < MIN_ROWS:
+            raise NotIdentified(f"Approach 3 needs at least {MIN_ROWS} usable rows, but has {len(N)}")
+        for what, v in (("model sizes", N), ("token counts", D)):
+            distinct = len(np.unique(np.round(np.log(v), 6)))
+            if distinct < MIN_SIZES:
+                raise NotIdentified(f"Approach 3 needs at least {MIN_SIZES} different {what}, but has {distinct}")
+        x, y = np.log(N), np.log(D)
+        centre = (float(x.mean()), float(y.mean()))
+        x, y, one = x - centre[0], y - centre[1], np.ones(len(N))
+        for what, v in (("one budget (6 N D)", x + y), ("one ratio D/N", y - x)):
+            if np.ptp(v) < NARROW:
+                raise NotIdentified(f"Approach 3 cannot tell N from D: all runs are at {what}, within "
+                                    f"{np.exp(np.ptp(v)):.3g}x")  # fmt: skip
+        spread = np.linalg.svd(np.stack([x, y]), compute_uv=False)
+        if spread[1] < 1e-3 * spread[0]:
+            raise NotIdentified("Approach 3 cannot tell N from D: all runs lie on one line in log N and log D")
+        columns = ((one, -x, x * x), (one, -y, y * y), (one, -x, -y, x * y), (one, -x), (one, -y))
+        bases = tuple(np.stack(c, 1) for c in columns)
+        low, high = EXPONENTS
+        lower = np.array([-SCALE, low, -SCALE, low, 0 if E is None else E])
+        upper = np.array([SCALE, high, SCALE, high, loss.max() if E is None else E])
+        free = np.eye(5)
+        if tied:
+            free = np.delete(free, 3, 1)
+            free[3, 1] = 1
+        unknowns = [0, 1, 2, 4] if tied else slice(None)
+        return cls(N, D, loss, weights, delta, space, np.log(loss) if space == "log" else loss, centre, bases, free,
+                   lower[unknowns], upper[unknowns])  # fmt: skip
+
+    def law(self, z, name: str, params_convention: str = "total") -> Law:
+        """The law at z (p,), or the law of K replicates at z (K, p)."""
+        u1, alpha, u2, beta, E = np.moveaxis(np.asarray(z) @ self.free.T, -1, 0)
+        A, B = np.exp(u1 + alpha * self.centre[0]), np.exp(u2 + beta * self.centre[1])
+        constants = [v if np.ndim(v) else float(v) for v in (E, A, B, alpha, beta)]
+        return Law(name, *constants, params_convention=params_convention)
+
+    def z(self, law: Law) -> np.ndarray:
+        """(p,), the inverse of `law`."""
+        theta = [np.log(law.A) - law.alpha * self.centre[0], law.alpha, np.log(law.B) - law.beta * self.centre[1],
+                 law.beta, law.E]  # fmt: skip
+        return np.array(theta)[[0, 1, 2, 4] if self.free.shape[1] == 4 else slice(None)]
+
+    def at_bound(self, z) -> np.ndarray:
+        """(K, 5) bool, in the order of NAMES: constants that stand at a bound, a fixed E excepted."""
+        near = ((z <= self.lower + 1e-9) | (z >= self.upper - 1e-9)) & (self.lower < self.upper)
+        return near @ self.free.T > 0
+
+    def minimise(self, z, weights=None, *, cold: bool = False) -> Optimum:
+        """From K starts z (K, p), with weights (n,) or (K, n). `cold` starts, which are far from the optimum, are
+        first brought near by larger deltas: the objective is smoother there."""
+        return self._minimise(z, self.weights if weights is None else weights, self.lower, self.upper, cold)
+
+    def profile(self, z, E) -> Optimum:
+        """From z (p,), the optimum with each E (K,) held fixed."""
+        lower, upper = (np.tile(v, (len(E), 1)) for v in (self.lower, self.upper))
+        lower[:, -1] = upper[:, -1] = E
+        return self._minimise(np.tile(z, (len(E), 1)), self.weights, lower, upper, cold=True)
+
+    def _minimise(self, z, weights, lower, upper, cold: bool) -> Optimum:
+        def objective(delta: float):
+            return lambda z, mu, rows: self(z, mu, weights, delta, rows)
+
+        total = np.broadcast_to(weights.sum(-1), len(z))
+        for delta in self._larger_deltas() if cold else ():
+            z = minimise(objective(delta), z, lower, upper, total, tolerance=1e-2, damping=0.1).theta
+        found = minimise(objective(self.delta), z, lower, upper, total)
+        # Nothing left to gain, but all terms pull one way: a plateau where a term of the law has vanished.
+        norm = self.gradient_norm(found.theta, weights, (found.theta <= lower) | (found.theta >= upper))
+        return replace(found, converged=found.converged & (norm < FLAT), gradient_norm=norm)
+
+    def _larger_deltas(self) -> list[float]:
+        typical = 1.0 if self.space == "log" else float(np.median(self.loss))  # what a relative residual is worth
+        return [d * typical for d in (3e-3, 1e-4, 1e-5, 1e-6) if d * typical > 2 * self.delta]
+
+    def _blocks(self, K: int) -> list[slice]:
+        size = max(1, BLOCK // len(self.N))
+        return [slice(k, k + size) for k in range(0, K, size)]
+
+    def __call__(self, z, mu, weights, delta: float, rows=None):
+        """Of K problems z (K, p) with weights (n,) or weights[rows]: objective (K,), gradient (K, p) and Hessian
+        (K, p, p), the last blended by mu (K,) towards the one of reweighted least squares (see newton.py)."""
+        rows = np.arange(len(z)) if rows is None else rows
+        F, g, H = np.empty(len(z)), np.empty((len(z), 5)), np.empty((len(z), 5, 5))
+        theta = z @ self.free.T
+        for k in self._blocks(len(z)):
+            F[k] = self._block(theta[k], mu[k], weights if weights.ndim == 1 else weights[rows[k]], delta, g[k], H[k])
+        if self.free.shape[1] == 5:
+            return F, g, H
+        return F, g @ self.free, self.free.T @ H @ self.free
+
+    def _block(self, theta, mu, weights, delta: float, g, H) -> np.ndarray:
+        """Objective (K,) at theta (K, 5); writes the gradient to g and the Hessian to H.
+
+        The gradient of log(u1 + u2 + E) is (p1, -x p1, p2, -y p2, f) with p = u / (u1 + u2 + E), f = 1 / (u1 + u2 + E);
+        its Hessian is blockdiag(p1 [1 -x; -x x^2], p2 [1 -y; -y y^2], 0) minus the outer product of the gradient.
+        For linear residuals p = u and f = 1, and that outer product is absent."""
+        r, p1, p2, f = self._residuals(theta)  # each (K, n)
+        squares_n, squares_d, products, linear_n, linear_d = self.bases
+        psi = np.clip(r, -delta, delta)  # Huber'; Huber = psi (r - psi / 2)
+        s = weights * psi
+        F = np.einsum("kn,kn->k", s, r) - 0.5 * np.einsum("kn,kn->k", s, psi)
+        s1, s2 = s * p1, s * p2
+        g[:, 0:2], g[:, 2:4], g[:, 4] = s1 @ linear_n, s2 @ linear_d, np.einsum("kn,kn->k", s, f)
+        q = weights * (psi == r)  # weights times Huber''
+        blend = mu > 0
+        if blend.any():
+            t = (mu / (1 + mu))[blend, None]
+            w = weights[blend] if weights.ndim == 2 else weights
+            q[blend] = (1 - t) * q[blend] + t * w * np.minimum(1, delta / np.maximum(np.abs(r[blend]), 1e-300))
+            for v in (s, s1, s2):  # of these only the second derivatives of the law are still to come
+                v[blend] *= 1 - t
+        if self.space == "log":
+            q -= s
+        q1, q2 = q * p1, q * p2
+        H[:, 0:2, 0:2] = ((q1 * p1 + s1) @ squares_n)[:, [0, 1, 1, 2]].reshape(-1, 2, 2)
+        H[:, 2:4, 2:4] = ((q2 * p2 + s2) @ squares_d)[:, [0, 1, 1, 2]].reshape(-1, 2, 2)
+        H[:, 0:2, 2:4] = ((q1 * p2) @ products)[:, [0, 2, 1, 3]].reshape(-1, 2, 2)
+        H[:, 0:2, 4], H[:, 2:4, 4] = (q1 * f) @ linear_n, (q2 * f) @ linear_d
+        H[:, 4, 4] = np.einsum("kn,kn,kn->k", q, f, f)
+        H[:, 2:4, 0:2] = H[:, 0:2, 2:4].transpose(0, 2, 1)
+        H[:, 4, 0:4] = H[:, 0:4, 4]
+        return F
+
+    def _residuals(self, theta):
+        """r, p1, p2, f of `_block`."""
+        u1 = theta[:, 0:2] @ self.bases[3].T
+        u2 = theta[:, 2:4] @ self.bases[4].T
+        np.exp(u1, out=u1)
+        np.exp(u2, out=u2)
+        total = u1 + u2
+        total += theta[:, 4:5]
+        if self.space == "linear":
+            total -= self.target
+            return total, u1, u2, np.ones_like(u1)
+        f = 1 / total
+        u1 *= f
+        u2 *= f
+        np.log(total, out=total)
+        total -= self.target
+        return total, u1, u2, f
+
+    def gradient_norm(self, z, weights, held) -> np.ndarray:
+        """(K,): the largest component of the gradient over the sum of the sizes of its terms, `held` coordinates
+        (K, p) left out. It has no units: 0 is an exact optimum, 1 a point where all terms pull the same way."""
+        linear_n, linear_d = self.bases[3:]
+        # Of noise-free rows the residuals hold nothing but rounding.
+        rounding = 1e8 * EPS * np.abs(self.target).max()
+        g, size = np.empty((2, len(z), 5))
+        for k in self._blocks(len(z)):
+            r, p1, p2, f = self._residuals(z[k] @ self.free.T)
+            w = weights if weights.ndim == 1 else weights[k]
+            s = w * np.clip(r, -self.delta, self.delta)
+            for out, v, n, d in (
+                (g, s, linear_n, linear_d),
+                (size, np.abs(s) + rounding * w, *np.abs([linear_n, linear_d])),
+            ):
+                out[k, 0:2], out[k, 2:4], out[k, 4] = (v * p1) @ n, (v * p2) @ d, np.einsum("kn,kn->k", v, f)
+        return np.where(held, 0, np.abs(g @ self.free) / (size @ self.free)).max(1)
+
+
+def projected_starts(surface: Surface, count: int, weights=None) -> np.ndarray:
+    """(count, p) starts by variable projection: for given exponents E, A and B are a linear least-squares problem
+    (weights 1 / L^2 imitate log residuals). A grid of (alpha, beta) is solved whole; the best cells are
+    the starts, no two of them neighbours, so that it means something if they agree on one optimum."""
+    weights = surface.weights if weights is None else weights
+    pick = slice(None, None, max(1, len(surface.N) // 2000))  # starts need no more rows than that
+    x, y, L = surface.bases[3][pick, 1], surface.bases[4][pick, 1], surface.loss[pick]
+    w = weights[pick] / L**2
+    exponents = np.geomspace(0.03, 2.0, 24)
+    v1, v2 = np.exp(np.outer(exponents, x)), np.exp(np.outer(exponents, y))  # (24, n); x and y are negated columns
+    alpha, beta = (v.ravel() for v in np.meshgrid(exponents, exponents, indexing="ij"))
+    i, j = (v.ravel() for v in np.indices((24, 24)))
+    normal, right = np.empty((576, 3, 3)), np.empty((576, 3))
+    normal[:, 0, 0], normal[:, 1, 1] = ((v1 * v1) @ w)[i], ((v2 * v2) @ w)[j]
+    normal[:, 0, 1] = normal[:, 1, 0] = ((v1 * w) @ v2.T).ravel()
+    normal[:, 0, 2] = normal[:, 2, 0] = (v1 @ w)[i]
+    normal[:, 1, 2] = normal[:, 2, 1] = (v2 @ w)[j]
+    normal[:, 2, 2] = w.sum()
+    right[:, 0], right[:, 1], right[:, 2] = (v1 @ (w * L))[i], (v2 @ (w * L))[j], w @ L
+    fixed = surface.lower[-1] == surface.upper[-1]
+    best = np.full((576, 3), np.nan)
+    left = np.ones(576, bool)
+    # E as it comes, where it is inside its bounds; else at the bound nearest to zero.
+    for E in (surface.lower[-1],) if fixed else (None, 0.0):
+        k = 3 if E is None else 2
+        ridge = 1e-12 * np.einsum("kii->ki", normal)[:, :k, None] * np.eye(k)
+        solved = np.linalg.solve(normal[:, :k, :k] + ridge, (right[:, :k] - (E or 0) * normal[:, :k, 2])[:, :, None])
+        solved = np.concatenate([solved[:, :, 0], np.full((576, 3 - k), E or 0)], 1)
+        usable = left & (solved[:, :2] > 1e-12).all(1) & (solved[:, 2] >= 0)
+        best[usable], left = solved[usable], left & ~usable
+    cells = np.flatnonzero(~left)
+    theta = np.stack([np.log(best[cells, 0]), alpha[cells], np.log(best[cells, 1]), beta[cells], best[cells, 2]], 1)
+    if surface.free.shape[1] == 4:
+        tied = alpha[cells] == beta[cells]
+        theta, cells = theta[tied][:, [0, 1, 2, 4]], cells[tied]
+    misfit = np.abs(best[cells, 0:1] * v1[i[cells]] + best[cells, 1:2] * v2[j[cells]] + best[cells, 2:3] - L) @ (w * L)
+    chosen = []
+    for cell in np.argsort(misfit, kind="stable"):
+        if all(max(abs(i[cells[cell]] - i[cells[c]]), abs(j[cells[cell]] - j[cells[c]])) > 1 for c in chosen):
+            chosen.append(cell)
+        if len(chosen) == count:
+            break
+    return theta[chosen]

@@ -1,0 +1,397 @@
+"""The report: one HTML file without anything from outside, which answers first and proves afterwards.
+
+    render(study, checks, figures, questions, provenance) -> str
+
+What is the law, what should a budget buy, how sure are we; then the figures, then what would change the answer. It
+follows the reader's light or dark screen and is as good on a phone (report.css). Every number has its 95% interval
+where there is one. A few lines of script (report.js) answer "my budget" from a table of optima that is embedded.
+"""
+
+import html
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from nanochin import laws
+from nanochin.console import count
+from nanochin.figures import Figure
+from nanochin.laws import TABLE_3, DataConstrained, Law, NotIdentified
+from nanochin.plot import STYLE, panel_svg, variables
+from nanochin.study import Answer, Approach, Checks, Study, attempt, findings
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What was asked beside the law; None: examples are given."""
+
+    budgets: tuple[float, ...]
+    inference_tokens: float | None = None
+    unique_tokens: float | None = None
+    target_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a stranger needs to have these numbers again."""
+
+    command: str
+    commit: str
+    versions: str
+
+
+def render(study: Study, checks: Checks, figures: list[Figure], questions: Questions, provenance: Provenance) -> str:
+    """The report as a text."""
+    name = html.escape("/".join(Path(study.rows.source).parts[-2:]))
+    answers = [study.best.optimum(C) for C in questions.budgets]
+    forest = "".join(_panels(figure) for figure in figures if figure.name == "certainty")
+    body = [
+        _header(study, checks, name),
+        f'<div class="first">{_section("The law", _law(study))}',
+        f"{_section('What to train', _answers(study, answers))}</div>",
+        _section("How sure", _findings(study, checks), _approaches(study), forest),
+        *(_section(figure.title, _panels(figure)) for figure in figures if figure.name != "certainty"),
+        _section("What would change the answer", *_sensitivity(checks)),
+        _section("Other questions", *_other_questions(study, questions)),
+        f"<footer><h2>Where these numbers come from</h2>{_provenance(study, provenance)}</footer>",
+    ]
+    dark = f"@media(prefers-color-scheme:dark){{:root{{{variables(1)}}}}}"
+    css = f":root{{{variables(0)}}}{dark}{STYLE}\n{(HERE / 'report.css').read_text()}"
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+        f'<meta name="color-scheme" content="light dark"><title>Scaling law of {name}</title><style>{css}</style>'
+    )
+    data = f'<script type="application/json" id="law">{_table_of_optima(study)}</script>'
+    script = f"{data}\n<script>{(HERE / 'report.js').read_text()}</script>"
+    return (f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>' + "\n".join(body)
+            + f"</main>\n{script}</body></html>\n")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{html.escape(title)}</h2>{''.join(parts)}</section>"
+
+
+def _panels(figure: Figure) -> str:
+    panels = "".join(panel_svg(panel, f"{figure.name}{i}") for i, panel in enumerate(figure.panels))
+    caption = f"<figcaption>{html.escape(figure.caption)}</figcaption>" if figure.caption else ""
+    return f'<figure><div class="panels">{panels}</div>{caption}</figure>'
+
+
+def table(head: list[str], rows: list[list[str]], mark: int | None = None) -> str:
+    """Cells are HTML; row `mark` is the one that matters."""
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr{' class=mark' * (i == mark)}>{line}</tr>" for i, line in enumerate(lines))
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def digits(value: float, figures: int) -> str:
+    """Significant digits, without an exponent where people can read them."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if 1e-4 <= abs(value) < 1e7:
+        return f"{value:.{max(0, figures - 1 - math.floor(math.log10(abs(value))))}f}"
+    return f"{value:.{figures - 1}e}"
+
+
+def flops(C: float) -> str:
+    """1e18 -> 10<sup>18</sup>, 5.76e23 -> 5.76×10<sup>23</sup>"""
+    if not math.isfinite(C):
+        return "∞"
+    mantissa, power = f"{C:.2e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".")
+    return ("" if mantissa == "1" else f"{mantissa}×") + f"10<sup>{int(power)}</sup>"
+
+
+def three(value: float) -> str:
+    return digits(value, 3)
+
+
+def four(value: float) -> str:
+    return digits(value, 4)
+
+
+def ci(value: float, ends: tuple[float, float], show=three) -> str:
+    """A number, and its interval in small print."""
+    interval = f' <span class="ci">{show(ends[0])} – {show(ends[1])}</span>' if not math.isnan(ends[0]) else ""
+    return show(value) + interval
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The first screen
+
+
+def _header(study: Study, checks: Checks, name: str) -> str:
+    N, D, C, law = study.N, study.D, study.C, study.best.law
+    title = f"Parameters grow as C<sup>{law.a:.2f}</sup>, tokens as C<sup>{law.b:.2f}</sup>"
+    what = (
+        f"{len(N)} runs of {name}: {count(N.min())} to {count(N.max())} parameters, {count(D.min())} to "
+        f"{count(D.max())} tokens, {flops(C.min())} to {flops(C.max())} FLOPs. Counted as: {study.convention}."
+    )
+    low, high = study.best.interval("a")
+    sure = [] if math.isnan(low) else [f"With 95% confidence the first exponent is between {low:.3f} and {high:.3f}."]
+    if isinstance(held := checks.hold_out, laws.HoldOut):
+        sure.append(
+            f"Fitted without the {len(held.rows)} largest runs, the law predicts them to {100 * held.error:.2g}%."
+        )
+    doubts = sum(not good for good, _ in findings(study, checks))
+    sure.append(f"The checks below raise {doubts or 'no'} doubt{'s' * (doubts != 1)}.")
+    return (f'<header><p class="eyebrow">nanochin · scaling law</p><h1>{title}</h1><p class="lead">{what}</p>'
+            f'<p class="lead">{" ".join(sure)}</p></header>')  # fmt: skip
+
+
+MEANING = {
+    "E": ("E", "loss of an endless model on endless text, nats"), "A": ("A", "size term"), "B": ("B", "data term"),
+    "alpha": ("α", "exponent of size"), "beta": ("β", "exponent of data"),
+    "a": ("a", "optimal parameters ∝ C<sup>a</sup>"), "b": ("b", "optimal tokens ∝ C<sup>b</sup>"),
+    "G": ("G", "N = G (C/6)<sup>a</sup>, D = (C/6)<sup>b</sup> / G"),
+    "k_N": ("k<sub>N</sub>", "N = k<sub>N</sub> C<sup>a</sup>"),
+    "k_D": ("k<sub>D</sub>", "D = k<sub>D</sub> C<sup>b</sup>"),
+}  # fmt: skip
+
+
+def _law(study: Study) -> str:
+    best, law = study.best, study.best.law
+    if isinstance(law, Law):
+        terms = ((law.A, "N", law.alpha), (law.B, "D", law.beta))
+        formula = f"L(N, D) = {four(law.E)}" + "".join(
+            f" + <span class=frac><span>{four(scale)}</span><span>{x}<sup>{power:.4f}</sup></span></span>"
+            for scale, x, power in terms)  # fmt: skip
+        names = ("E", "A", "B", "alpha", "beta", "a", "b", "G")
+    else:
+        formula = f"N = {four(law.k_N)} C<sup>{law.a:.4f}</sup>, D = {four(law.k_D)} C<sup>{law.b:.4f}</sup>"
+        names = ("a", "b", "k_N", "k_D")
+    rows = []
+    for name in names:
+        symbol, meaning = MEANING[name]
+        low, high = best.interval(name)
+        interval = "–" if math.isnan(low) else f'<span class="ci">{four(low)} – {four(high)}</span>'
+        rows.append([f"<i>{symbol}</i>", digits(getattr(law, name), 6), interval, f"<small>{meaning}</small>"])
+    return f'<p class="formula">{formula}</p>' + table(["", f"approach {best.number}", "95% interval", ""], rows)
+
+
+def _answers(study: Study, answers: list[Answer]) -> str:
+    """The box for one's own budget, and the optimum of some."""
+    usual = max((answer.C for answer in answers if answer.C / study.C.max() <= 1.01), default=answers[0].C)
+    ask = ('<p class="ask"><label>My budget <input id="budget" inputmode="decimal" autocomplete="off" '
+           f'value="{usual:.3g}"> FLOPs</label></p><p id="answer" class="answer"></p>')  # fmt: skip
+    knows_loss = not math.isnan(answers[0].loss[0])
+    rows = []
+    for answer in answers:
+        inside = 0.99 * study.C.min() <= answer.C <= 1.01 * study.C.max()
+        name = flops(answer.C) + ("" if inside else ' <span class="beyond">beyond the runs</span>')
+        row = [name, ci(*answer.N, count), ci(*answer.D, count), ci(*answer.ratio), ci(*answer.loss, four)]
+        rows.append(row if knows_loss else row[:-1])
+    head = ["C, FLOPs", "parameters N", "tokens D", "D / N", "loss, nats"]
+    return ask + table(head if knows_loss else head[:-1], rows)
+
+
+def _findings(study: Study, checks: Checks) -> str:
+    """Doubts first."""
+    said = sorted(findings(study, checks), key=lambda finding: finding[0])
+    items = (f'<li class="{"good" if good else "bad"}">{html.escape(text)}</li>' for good, text in said)
+    return f'<ul class="findings">{"".join(items)}</ul>'
+
+
+def _approaches(study: Study) -> str:
+    C = float(study.C.max())
+    names = {1: "1, envelope of curves", 2: "2, isoFLOP parabolas", 3: "3, parametric loss"}
+    found = [(names[approach.number], approach) for approach in study.approaches]
+    if isinstance(study.akima, Approach):
+        found.append(("2, by Akima and seed noise", study.akima))
+    rows = []
+    for name, approach in sorted(found, key=lambda pair: pair[1].number):
+        law, at = approach.law, approach.optimum(C)
+        rows.append([name, ci(law.a, approach.interval("a")), ci(law.b, approach.interval("b")), f"{law.a + law.b:.3f}",
+                     ci(*at.N, count), ci(*at.D, count), ci(*at.ratio)])  # fmt: skip
+    return table(["approach", "a", "b", "a + b", f"N at {flops(C)}", "D there", "D / N there"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What would change the answer
+
+
+def _sensitivity(checks: Checks) -> list[str]:
+    head = ["", "E", "A", "B", "α", "β", "a", "objective"]
+    parts = []
+
+    def fits(title: str, rows: list) -> None:
+        if rows:
+            parts.append(f"<h3>{title}</h3>" + table(head, [_constants(*row) for row in rows]))
+
+    without = [(f"without the {k} highest" if k else "all", fit) for k, fit in checks.leave_out]
+    fits("Without the runs of highest loss", without)
+    fits("With another δ, below which residuals count as squares and above it as distances",
+         [(f"δ = {flops(fit.delta)}", fit) for fit in checks.deltas])  # fmt: skip
+    fits("With another objective or form", checks.variants)
+    if not isinstance(form := checks.kaplan_form, NotIdentified):
+        formula = ("((N<sub>c</sub>/N)<sup>α<sub>N</sub>/α<sub>D</sub></sup> + D<sub>c</sub>/D)"
+                   "<sup>α<sub>D</sub></sup>")  # fmt: skip
+        values = (f"N<sub>c</sub> {form.N_c:.4g}, D<sub>c</sub> {form.D_c:.4g}, α<sub>N</sub> {form.alpha_N:.4f}, "
+                  f"α<sub>D</sub> {form.alpha_D:.4f}, objective {form.objective:.6g}")  # fmt: skip
+        parts.append(f"<p>The form of Kaplan et al. 2020, {formula}, knows no E: {values}.</p>")
+    if checks.by_compute:
+        rows = [[f"{flops(part['flops_low'])} to {flops(part['flops_high'])}", str(part["n"]),
+                 f"{100 * part['median']:+.2f}%", f"{100 * part['sd']:.2f}%"]
+                for part in checks.by_compute]  # fmt: skip
+        parts.append("<h3>Residuals by compute</h3>" + table(["6ND", "runs", "median", "robust sd"], rows))
+    if checks.counts:
+        rows = [
+            [convention.replace("_", " "), *(_exponent(fit) for fit in both)] for convention, *both in checks.counts
+        ]
+        parts.append("<h3>Counting the parameters in another way</h3>"
+                     + table(["N counts", "a, approach 3", "a, approach 2"], rows))  # fmt: skip
+    if not isinstance(checks.kaplan, NotIdentified):
+        parts.append(f"<p>Kaplan's procedure on these runs gives a = {checks.kaplan.a:.3f}; with the losses of our law "
+                     f"in their place it gives {checks.kaplan.simulated:.3f}.</p>")  # fmt: skip
+    return parts or ["<p>Approach 3 gives no law for these runs, so there is nothing to vary.</p>"]
+
+
+def _exponent(fit) -> str:
+    return "–" if isinstance(fit, NotIdentified) else f"{fit.law.a:.4f}"
+
+
+def _constants(words: str, fit) -> list[str]:
+    """A row of a table of parametric fits; of one that failed, why."""
+    if fit is None or isinstance(fit, NotIdentified):
+        return [words, f"<em>{html.escape(str(fit or 'not identified'))}</em>", *[""] * 6]
+    law = fit.law
+    return [words, *(digits(value, 5) for value in (law.E, law.A, law.B, law.alpha, law.beta, law.a)),
+            digits(fit.objective, 6)]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other questions
+
+
+def _other_questions(study: Study, questions: Questions) -> list[str]:
+    best, law = study.best, study.best.law
+    if not isinstance(law, Law):
+        return ["<p>These need a law that knows the loss, that is Approach 3.</p>"]
+    inside = [C for C in questions.budgets if C / study.C.max() <= 1.01]
+    C = float(best.budget(inside[-1] if inside else questions.budgets[0]))
+    N, D = law.optimal(C)
+    loss = law.loss(N, D)
+    start = (f"<p>By Approach 3, where not said otherwise for 6ND = {flops(C)}, whose optimum is N = {count(N)}, "
+             f"D = {count(D)} with loss {loss:.4f}.</p>")  # fmt: skip
+    targets = [questions.target_loss] if questions.target_loss else [
+        law.E + share * (loss - law.E) for share in (1, 0.9, 0.8, 0.5)]  # fmt: skip
+    served = [questions.inference_tokens] if questions.inference_tokens else [0, D, 10 * D, 100 * D]
+    unique = [questions.unique_tokens] if questions.unique_tokens else [D, D / 4, D / 16, D / 64]
+    return [start, _other_sizes(best, C, N), _targets(best, targets), _inference(best, N, D, loss, served),
+            _few_data(law, C, unique), _paper_table(law)]  # fmt: skip
+
+
+def _cells(best: Approach, quantity: Callable, shows: tuple) -> list[str]:
+    """What a function of the law gives, each with its interval, or why there is nothing to give."""
+    found = attempt(quantity, best.law)
+    if isinstance(found, NotIdentified):
+        return [f"<em>{html.escape(str(found))}</em>", *[""] * (len(shows) - 1)]
+    ends = zip(*best.spread(quantity), strict=True)
+    return [ci(value, pair, show) for value, pair, show in zip(found, ends, shows, strict=True)]
+
+
+def _other_sizes(best: Approach, C: float, N: float) -> str:
+    def off(law, factor):
+        at = laws.off_optimum(law, C, factor * N)
+        return at.extra_loss, 100 * (at.compute_factor - 1)
+
+    rows = []
+    for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8):
+        cells = _cells(best, partial(off, factor=factor), ("{:.4f}".format, "{:.1f}%".format))
+        rows.append([f"{factor:g}", count(factor * N), count(C / (6 * factor * N)), *cells])
+    head = ["N over the optimal", "N", "D", "loss above the best", "compute wasted"]
+    return "<h3>A model of another size</h3>" + table(head, rows, mark=3)
+
+
+def _targets(best: Approach, targets: list[float]) -> str:
+    def need(law, target):
+        C = laws.compute_for_loss(law, target)
+        return C, *law.optimal(C)
+
+    rows = [[f"{loss:.4f}", *_cells(best, partial(need, target=loss), (flops, count, count))] for loss in targets]
+    return "<h3>To reach a loss</h3>" + table(["loss", "least 6ND", "N", "D"], rows)
+
+
+def _inference(best: Approach, N: float, D: float, loss: float, served: list[float]) -> str:
+    def plan(law, tokens):
+        n, d = laws.inference_optimal(law, loss, tokens)
+        return n, d, d / n
+
+    rows = []
+    for tokens in served:
+        n, d, _ = plan(best.law, tokens)
+        saved = 1 - (6 * n * d + 2 * n * tokens) / (6 * N * D + 2 * N * tokens)
+        rows.append([count(tokens), *_cells(best, partial(plan, tokens=tokens), (count, count, three)),
+                     f"{100 * max(saved, 0):.1f}%"])  # fmt: skip
+    text = ("<h3>If the model will be used much</h3><p>The same loss for the least compute of training and inference "
+            "together (Sardana and Frankle 2023).</p>")  # fmt: skip
+    return text + table(["tokens served", "N", "D", "D / N", "compute saved"], rows)
+
+
+def _few_data(law: Law, C: float, unique: list[float]) -> str:
+    limited, rows = DataConstrained(law), []
+    for tokens in unique:
+        found = attempt(limited.optimal, C, tokens)
+        if isinstance(found, NotIdentified):
+            rows.append([count(tokens), f"<em>{html.escape(str(found))}</em>", "", "", ""])
+            continue
+        n, d = found
+        rows.append([count(tokens), count(n), count(d), three(max(d / tokens, 1)), f"{limited.loss(n, d, tokens):.4f}"])
+    text = ("<h3>If there is little text</h3><p>Repeated tokens count for less and less. How fast is taken from "
+            "Muennighoff et al. 2023, who fitted it on C4; hence no intervals.</p>")  # fmt: skip
+    return text + table(["unique tokens", "N", "D", "epochs", "loss"], rows)
+
+
+def _paper_table(law: Law) -> str:
+    rows = []
+    for n, *cells in TABLE_3:
+        own = law.tokens_for(n)
+        pairs = [*zip(cells[::2], cells[1::2], strict=True), (6 * n * own, own)]
+        rows.append([count(n), *(f"{flops(C)} · {count(D)}" for C, D in pairs)])
+    text = "<h3>Beside the paper's Tables 3 and A3</h3><p>FLOPs and tokens for which a size is optimal.</p>"
+    return text + table(["N", "Approach 1", "Approach 2", "Approach 3", "here, Approach 3"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end
+
+
+def _provenance(study: Study, provenance: Provenance) -> str:
+    sure = study.best.sure
+    how = (
+        "not at all"
+        if sure is None
+        else f"{sure.units} {sure.unit}s, {sure.replicates} times, seed {study.settings.seed}"
+    )
+    facts = {
+        "command": provenance.command, "commit": provenance.commit, "data": study.rows.source,
+        "SHA-256 of the data": study.rows.sha256, "counted as": study.convention, "objective":
+        f"sum of Huber losses of log-loss residuals, δ = {study.settings.delta:g}", "resampled": how,
+        "intervals": "95%, percentiles of the resamples", "versions": provenance.versions,
+    }  # fmt: skip
+    return "<dl>" + "".join(f"<dt>{k}</dt><dd><code>{html.escape(v)}</code></dd>" for k, v in facts.items()) + "</dl>"
+
+
+def _table_of_optima(study: Study) -> str:
+    """JSON: columns over a log grid of C, from a tenth of the smallest run to ten million times the largest."""
+    grid = np.geomspace(study.C.min() / 10, study.C.max() * 1e7, 61)
+    answers, columns = [study.best.optimum(float(C)) for C in grid], {"C": list(grid)}
+    for name in ("N", "D", "ratio", "loss"):
+        values, ends = zip(*(getattr(answer, name) for answer in answers), strict=True)
+        if not math.isnan(values[0]):
+            columns[name] = values
+        if not math.isnan(ends[0][0]):
+            columns[name + "_low"], columns[name + "_high"] = zip(*ends, strict=True)
+    short = {name: [float(f"{value:.6g}") for value in values] for name, values in columns.items()}
+    return json.dumps({"columns": short, "low": float(study.C.min()), "high": float(study.C.max())}, allow_nan=False)

@@ -1,0 +1,407 @@
+"""Rows of runs: any table with params, tokens and loss, read into plain numpy columns.
+
+    rows = read_rows("runs.csv")            also .jsonl, a sweep's folder, a folder of runs
+    rows["params"], rows["tokens"]          float64 (n,); nan where an optional cell is blank
+    rows.labels["run"]                      codes (n,) and the names they stand for
+
+A cell that cannot be used is an error that names its line, column and value, or a line counted (`skip_bad`): a law
+fitted on what was left of a damaged table would look as sure of itself as any other. Files stream through Python's
+csv reader into arrays of doubles, so a million rows need tens of megabytes, and counts beyond int64 are plain floats.
+"""
+
+import csv
+import difflib
+import hashlib
+import json
+import math
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from nanochin.config import UserError
+from nanochin.runs import read_log
+
+NEEDED = ("params", "tokens", "loss")
+OPTIONAL = ("params_non_embedding", "params_with_head", "flops", "flops_causal", "flops_appendix_f", "flops_table_a4",
+            "flops_6nd", "flops_kaplan", "budget", "horizon", "width", "layers", "unique_tokens")  # fmt: skip
+LABELS = ("run", "status", "kind", "trunk", "tokenizer", "vocab_size", "seq_len", "data_sha", "val_sha", "seed",
+          "schedule", "lr", "batch_tokens", "beta2")  # fmt: skip
+COLUMNS = NEEDED + OPTIONAL + LABELS
+TUNING = ("lr", "batch_tokens", "beta2")
+SAME = ("kind", "trunk", "tokenizer", "vocab_size", "seq_len", "data_sha", "val_sha", "seed", "schedule")
+ALIASES = {  # what others call them: for "did you mean", never taken silently
+    "params": ("n", "n_params", "num_params", "parameters", "model_size", "non_embedding_params"),
+    "tokens": ("d", "n_tokens", "num_tokens", "train_tokens", "training_tokens", "data"),
+    "loss": ("l", "val_loss", "final_loss", "eval_loss", "test_loss"),
+    "run": ("run_id", "run_name", "name", "id"),
+}
+
+MIN_ROWS, MIN_SIZES = 6, 3  # five constants and a row to contradict them; three sizes to bend a curve
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A column of words: row i holds values[codes[i]]."""
+
+    codes: np.ndarray  # int64 (n,)
+    values: tuple[str, ...]
+
+    def __getitem__(self, i: int) -> str:
+        return self.values[self.codes[i]]
+
+    def used(self) -> list[str]:
+        """The values that occur, blank ones left out."""
+        return [self.values[code] for code in np.unique(self.codes) if self.values[code]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n runs (or, for curves, points of runs) as columns, where they came from, and what was left out."""
+
+    source: str
+    sha256: str
+    numbers: dict[str, np.ndarray]
+    labels: dict[str, Labels]
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+
+    def __len__(self) -> int:
+        return len(self.numbers["params"])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.numbers[name]
+
+    def get(self, name: str) -> np.ndarray | None:
+        return self.numbers.get(name)
+
+    def complete(self, name: str) -> np.ndarray | None:
+        """The column if it is there and no cell of it is blank."""
+        column = self.numbers.get(name)
+        return None if column is None or np.isnan(column).any() else column
+
+    def keep(self, mask: np.ndarray, reason: str) -> "Rows":
+        """The rows where `mask` holds; the others are counted under `reason`."""
+        lost = int(len(mask) - np.count_nonzero(mask))
+        if not lost:
+            return self
+        numbers = {name: column[mask] for name, column in self.numbers.items()}
+        labels = {name: Labels(column.codes[mask], column.values) for name, column in self.labels.items()}
+        return replace(self, numbers=numbers, labels=labels, dropped={**self.dropped, reason: lost})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a path to rows
+
+
+def read_rows(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> Rows:
+    """The runs of a CSV or JSONL file, or of a folder: its runs.csv, else the summary.json of every run in it.
+
+    `columns` maps our names to the file's. Failed runs are left out and counted. Raises UserError, one line with
+    file, line, column and value, for anything that cannot be used; with `skip_bad` bad lines are counted instead.
+    """
+    path, columns = Path(path), columns or {}
+    if path.is_dir() and not (path / "runs.csv").exists():
+        return _read_summaries(path, columns, skip_bad)
+    return _read_file(path / "runs.csv" if path.is_dir() else path, NEEDED, columns, skip_bad)
+
+
+def read_curves(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> Rows:
+    """Training curves, many rows a run (`run`, `params`, `tokens`, `loss`), ordered by run and tokens."""
+    return _by_run(_read_file(Path(path), (*NEEDED, "run"), columns or {}, skip_bad))
+
+
+def read_logs(folder: str | Path, rows: Rows) -> Rows | None:
+    """Training curves of the runs in `rows`, from the log.jsonl of their folders in `folder` or `folder`/runs; None
+    if there are none. N and the FLOPs of a token are those of `rows`."""
+    folders = {log.parent.name: log.parent for pattern in ("*/log.jsonl", "runs/*/log.jsonl")
+               for log in sorted(Path(folder).glob(pattern))}  # fmt: skip
+    of_run = [name for name in rows.numbers if name.startswith("params")]  # N, however it is counted
+    per_token = {name: rows[name] / rows["tokens"] for name in rows.numbers if name.startswith("flops")}
+    numbers = {name: array("d") for name in ("tokens", "loss", *of_run, *per_token)}
+    codes, used = array("q"), []
+    for i in range(len(rows) if "run" in rows.labels else 0):
+        name = rows.labels["run"][i]
+        if name not in folders:
+            continue
+        points = [row for row in read_log(folders[name]) if row.get("loss") and row.get("tokens")]
+        for column, cells in numbers.items():
+            if column in of_run:
+                cells.extend([rows[column][i]] * len(points))
+            elif column in per_token:
+                cells.extend(per_token[column][i] * row["tokens"] for row in points)
+            else:
+                cells.extend(row[column] for row in points)
+        codes.extend([len(used)] * len(points))
+        used.append(name)
+    if not codes:
+        return None
+    columns = {name: np.array(column) for name, column in numbers.items()}
+    return _by_run(Rows(str(folder), "", columns, {"run": Labels(np.array(codes), tuple(used))}))
+
+
+def _by_run(points: Rows) -> Rows:
+    order = np.lexsort((points["tokens"], points.labels["run"].codes))
+    numbers = {name: column[order] for name, column in points.numbers.items()}
+    labels = {name: Labels(column.codes[order], column.values) for name, column in points.labels.items()}
+    return replace(points, numbers=numbers, labels=labels)
+
+
+def parse_columns(text: str | None) -> dict[str, str]:
+    """'params=N,tokens=D' -> {'params': 'N', 'tokens': 'D'}. Raises UserError for names that are not ours."""
+    found = {}
+    for pair in text.split(",") if text else []:
+        ours, equals, theirs = (part.strip() for part in pair.partition("="))
+        if not (equals and ours and theirs):
+            raise UserError(f"--columns {text}: expected pairs such as params=N,tokens=D, not {pair!r}")
+        if ours not in COLUMNS:
+            close = difflib.get_close_matches(ours, COLUMNS, n=1)
+            raise UserError(f"--columns {text}: {ours!r} is no column of ours"
+                            + (f"; did you mean {close[0]}?" if close else f" ({', '.join(COLUMNS)})"))  # fmt: skip
+        if ours in found:
+            raise UserError(f"--columns {text}: {ours} is given twice")
+        found[ours] = theirs
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which rows count
+
+
+def best_tuning(rows: Rows) -> Rows:
+    """Of rows that differ only in learning rate, batch or beta2, those at the best of these settings.
+
+    Tokens may differ by 1%, since a run ends on a whole step of its batch. Rows that differ in seed, schedule,
+    corpus or anything else in `SAME` are different runs.
+    """
+    varied = [rows.labels[name].codes for name in TUNING if name in rows.labels]
+    if not varied or not len(rows):
+        return rows
+    same = [rows.labels[name].codes for name in SAME if name in rows.labels]
+    if "horizon" in rows.numbers:  # the length of the cosine over that of the run: 1, or more where it overshoots
+        same.append(np.round(np.nan_to_num(rows["horizon"] / rows["tokens"]), 2))
+    tuning, alike = _number_rows(varied), _number_rows([*same, rows["params"]])
+
+    order = np.lexsort((rows["tokens"], alike))
+    tokens, new = rows["tokens"][order], np.ones(len(rows), bool)
+    new[1:] = (np.diff(alike[order]) != 0) | (tokens[1:] > 1.01 * tokens[:-1])
+    run = np.empty(len(rows), int)
+    run[order] = np.cumsum(new) - 1  # rows of one number are one run in several tunings
+
+    by_loss = np.lexsort((rows["loss"], run))
+    best = by_loss[np.unique(run[by_loss], return_index=True)[1]]  # the row of least loss of each run
+    return rows.keep(tuning == tuning[best][run], "worse tunings of a run")
+
+
+def _number_rows(columns: list[np.ndarray]) -> np.ndarray:
+    """(n,) a number for each row, equal where all columns are equal."""
+    return np.unique(np.stack(columns), axis=1, return_inverse=True)[1].reshape(-1)
+
+
+def require_usable(rows: Rows) -> None:
+    """Raises UserError where no law can be told from the rows: too few, too few sizes, one budget only, losses that
+    cannot be compared."""
+    left_out = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items())
+    who = f"{rows.source} (left out: {left_out})" if left_out else rows.source
+    if len(rows) < MIN_ROWS:
+        raise UserError(f"{who}: {len(rows)} usable runs; a law of five constants needs at least {MIN_ROWS}")
+    for name, what in (("params", "model sizes"), ("tokens", "numbers of tokens")):
+        different = len(np.unique(rows[name]))
+        if different < MIN_SIZES:
+            found = f"all runs have the same {name}" if different == 1 else f"only {different} different {what}"
+            raise UserError(f"{who}: {found}; a law needs at least {MIN_SIZES} different {what}")
+    C = 6 * rows["params"] * rows["tokens"]
+    if C.max() < 1.1 * C.min():
+        raise UserError(f"{who}: all runs are at one budget, 6ND = {C.mean():.3g}; a law needs runs at two or more")
+    for name in ("tokenizer", "vocab_size", "val_sha"):
+        if name in rows.labels and len(used := rows.labels[name].used()) > 1:
+            raise UserError(f"{who}: {len(used)} different {name} ({used[0][:12]}, {used[1][:12]}), so that their "
+                            "losses cannot be compared; fit each by itself")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files. A table is an iterator: its header first, then (place in words, cells) of each row.
+
+Table = Iterator
+
+
+def _read_file(path: Path, needed: tuple[str, ...], columns: dict[str, str], skip_bad: bool) -> Rows:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1 << 16)
+            file.seek(0)
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+        if not start:
+            raise UserError(f"{path}: empty; it needs a header line with {','.join(needed)}, then one line a run")
+        if b"\0" in start or start[:2] in (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b"):
+            raise UserError(f"{path}: not text in UTF-8; expected CSV or JSON lines with {', '.join(needed)}")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            table = _jsonl(path, file) if start.startswith(b"{") else _csv(path, file, needed, columns)
+            return _collect(str(path), sha256, table, needed, columns, skip_bad)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not text in UTF-8 (byte {error.object[error.start]:#x}); convert it") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+
+
+def _csv(path: Path, file: TextIO, needed: tuple[str, ...], columns: dict[str, str]) -> Table:
+    """Between the cells stands a comma, semicolon, tab or bar, whichever makes most of the header."""
+    first = next(line for line in file if line.strip())
+    wanted = {columns.get(name, name) for name in COLUMNS}
+
+    def found(delimiter: str) -> tuple[int, int]:
+        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter))]
+        return len(wanted.intersection(names)), len(names)
+
+    file.seek(0)
+    reader = csv.reader(file, delimiter=max(",;\t|", key=found), strict=True)
+    try:
+        header = [name.strip() for name in next(cells for cells in reader if cells)]
+        if not any(math.isnan(_number(name)) for name in header):
+            raise UserError(f"{path}: its first line is numbers; put a header above it, such as {','.join(needed)}")
+        yield header
+        for cells in reader:
+            if any(cells):
+                yield f"line {reader.line_num}", cells
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: not CSV: {error}") from None
+
+
+def _jsonl(path: Path, file: TextIO) -> Table:
+    def objects() -> Iterator[tuple[str, dict]]:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"line {number}", _json_object(path, f"line {number}", line)
+
+    return _table_of_objects(objects())
+
+
+def _table_of_objects(objects: Iterator[tuple[str, dict]]) -> Table:
+    """The first object says which columns there are; what is optional may also begin later."""
+    place, first = next(objects)
+    header = [*first, *(name for name in (*OPTIONAL, *LABELS) if name not in first)]
+    yield header
+    for where, item in chain([(place, first)], objects):
+        yield where, ["" if item.get(name) is None else str(item[name]) for name in header]
+
+
+def _json_object(path: Path, place: str, text: str) -> dict:
+    try:
+        item = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: {place}: not JSON: {error}") from None
+    if not isinstance(item, dict):
+        raise UserError(f'{path}: {place}: expected an object such as {{"params": 1e6, ...}}, not {text[:40]!r}')
+    return item
+
+
+def _read_summaries(folder: Path, columns: dict[str, str], skip_bad: bool) -> Rows:
+    """The finished runs in `folder` or `folder`/runs."""
+    paths = [path for pattern in ("*/summary.json", "runs/*/summary.json") for path in sorted(folder.glob(pattern))]
+    if not paths:
+        raise UserError(f"{folder}: no runs.csv in it and no run with a summary.json, neither there nor in runs/")
+    try:
+        texts = [path.read_text(encoding="utf-8") for path in paths]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder}: a summary.json cannot be read: {error}") from None
+    sha256 = hashlib.sha256("".join(texts).encode()).hexdigest()
+    objects = ((str(path.relative_to(folder)), _json_object(path, "all of it", text))
+               for path, text in zip(paths, texts, strict=True))  # fmt: skip
+    return _collect(str(folder), sha256, _table_of_objects(objects), NEEDED, columns, skip_bad)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+def _collect(source: str, sha256: str, table: Table, needed: tuple[str, ...], columns: dict[str, str],
+             skip_bad: bool) -> Rows:  # fmt: skip
+    """Stream a table into columns, leaving out (and counting) failed runs and, with `skip_bad`, bad lines."""
+    header = next(table)
+    spots = _find_columns(source, header, needed, columns)
+    numeric = {name: i for name, i in spots.items() if name not in LABELS}
+    worded = {name: i for name, i in spots.items() if name in LABELS}
+    numbers = [array("d") for _ in numeric]
+    codes, words = [array("q") for _ in worded], [{} for _ in worded]
+    status, width, dropped = spots.get("status"), len(header), Counter()
+
+    for place, cells in table:
+        if status is not None and len(cells) == width and cells[status].strip().lower() == "failed":
+            dropped["failed"] += 1
+            continue
+        try:
+            values = [float(cells[i]) for i in numeric.values()]
+            good = len(cells) == width and all(0 < value < math.inf for value in values)
+        except (ValueError, IndexError):
+            good = False
+        if not good:  # slowly now: a blank is welcome where a column is optional
+            problem, values = _look(cells, width, numeric, needed)
+            if problem and not skip_bad:
+                raise UserError(f"{source}: {place}: {problem}; put it right, or pass --skip-bad to leave it out")
+            if problem:
+                dropped["not usable"] += 1
+                continue
+        for column, value in zip(numbers, values, strict=True):
+            column.append(value)
+        for column, known, i in zip(codes, words, worded.values(), strict=True):
+            column.append(known.setdefault(cells[i].strip(), len(known)))
+
+    filled = {name: np.array(column) for name, column in zip(numeric, numbers, strict=True)}
+    filled = {name: column for name, column in filled.items() if name in needed or not np.isnan(column).all()}
+    labels = {name: Labels(np.array(column), tuple(known))
+              for name, column, known in zip(worded, codes, words, strict=True) if any(known)}  # fmt: skip
+    return Rows(source, sha256, filled, labels, dict(dropped))
+
+
+def _look(cells: list[str], width: int, numeric: dict[str, int], needed: tuple[str, ...]) -> tuple[str, list[float]]:
+    """What is wrong with a row, in words ("" if nothing is), and its numbers, nan for blank."""
+    if len(cells) != width:
+        return f"{len(cells)} cells where the header has {width}", []
+    values = []
+    for name, i in numeric.items():
+        text = cells[i].strip()
+        value = _number(text)
+        if name not in needed and text.lower() in ("", "nan", "none", "null"):
+            value = math.nan
+        elif not 0 < value < math.inf:
+            return f"{name} is {repr(text)[:40] if text else 'blank'}, not a finite number above 0", []
+        values.append(value)
+    return "", values
+
+
+def _find_columns(source: str, header: list[str], needed: tuple[str, ...], columns: dict[str, str]) -> dict[str, int]:
+    """Where each of our columns stands. Raises UserError for one that is missing, or there twice."""
+    spots = {}
+    for name in COLUMNS:
+        theirs = columns.get(name, name)
+        times = header.count(theirs)
+        if times > 1:
+            raise UserError(f"{source}: the header names {theirs!r} {times} times; keep one of these columns")
+        if times:
+            spots[name] = header.index(theirs)
+        elif name in columns:
+            raise UserError(f"{source}: no column {theirs!r} for --columns {name}={theirs}; it has {_listed(header)}")
+        elif name in needed:
+            lower = {there.lower(): there for there in header}
+            near = [lower[there] for there in lower if there in ALIASES[name]]
+            near += [lower[there] for there in difflib.get_close_matches(name, lower, n=1)]
+            what_to_do = f"did you mean --columns {name}={near[0]}?" if near else f"name it with --columns {name}=..."
+            raise UserError(f"{source}: no column {name!r} among {_listed(header)}; {what_to_do}")
+    return spots
+
+
+def _number(text: str) -> float:
+    """nan for what is not a number; any size of integer becomes a float."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _listed(header: list[str]) -> str:
+    return ", ".join(header[:12]) + (", ..." if len(header) > 12 else "")

@@ -1,0 +1,388 @@
+"""All that one set of runs has to say: the three approaches with their intervals, and the checks upon them.
+
+    study = study_runs(rows)                 the answer: three laws, how sure each is
+    checks = check(study)                    what would change it, and how far it may be trusted
+    study.best.optimum(1e18)                 what to train, with intervals
+
+What the data cannot support is the NotIdentified that says so, in the place of a result.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from nanochin import laws
+from nanochin.config import UserError
+from nanochin.laws import Bootstrap, Law, NotIdentified, PowerLaw
+from nanochin.rows import Rows
+
+COUNTS = {"total": "params", "non_embedding": "params_non_embedding", "with_head": "params_with_head"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to fit; the options of fit.py that are not about files."""
+
+    params: str = "total"  # parameter convention of N
+    flops: str | None = None  # FLOP convention of C; None: what the rows have
+    delta: float = 1e-3
+    fixed_e: float | None = None
+    drop: int = 0  # rows of highest loss left out
+    bootstrap: int = 4000
+    cluster: str = "auto"  # the unit that is resampled: run, row; auto is run where there is such a column
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What to train with C FLOPs; each is (value, (low, high) at 95%), nan where unknown."""
+
+    C: float
+    N: tuple
+    D: tuple
+    ratio: tuple  # D / N
+    loss: tuple
+
+
+@dataclass(frozen=True)
+class Approach:
+    """One of the three: its fit, how sure it is, and the FLOPs in which it counts a budget."""
+
+    number: int
+    fit: object  # EnvelopeFit, IsoflopFit or ParametricFit
+    sure: Bootstrap | None
+    cost: "Cost"
+
+    @property
+    def law(self) -> Law | PowerLaw:
+        return self.fit.law
+
+    def budget(self, C):
+        """C as the law counts it: Eq. 4 knows 6ND only."""
+        return self.cost.as_6nd(self.law, C) if isinstance(self.law, Law) else C
+
+    def interval(self, quantity: str | Callable, level: float = 95) -> tuple[float, float]:
+        return (np.nan, np.nan) if self.sure is None else self.sure.interval(quantity, level)
+
+    def spread(self, quantity: Callable, replicates: int = 200) -> tuple:
+        """As `interval`, of a function that wants a law of single numbers and gives several: (lows, highs) by every
+        k-th replicate. Where it is not identified its value counts as infinite."""
+        width = len(quantity(self.law))
+        if self.sure is None:
+            return [np.nan] * width, [np.nan] * width
+        every, names = self.sure.law, [f.name for f in fields(Law) if np.ndim(getattr(self.sure.law, f.name)) == 1]
+        values = []
+        for i in np.unique(np.linspace(0, len(every.a) - 1, replicates).astype(int)):
+            found = attempt(quantity, replace(every, **{name: float(getattr(every, name)[i]) for name in names}))
+            values.append([np.inf] * width if isinstance(found, NotIdentified) else found)
+        return tuple(np.percentile(values, (2.5, 97.5), axis=0, method="nearest").tolist())
+
+    def optimum(self, C: float) -> Answer:
+        """The compute-optimal run for C FLOPs, in the convention of the study."""
+        own = float(self.budget(C))
+
+        def with_interval(quantity: Callable) -> tuple:
+            return float(quantity(self.law)), self.interval(quantity)
+
+        def loss(law):
+            return law.loss(*law.optimal(own)) if isinstance(law, Law) else np.nan * law.a
+
+        knows_loss = isinstance(self.law, Law)
+        return Answer(
+            C,
+            with_interval(lambda law: law.optimal(own)[0]),
+            with_interval(lambda law: law.optimal(own)[1]),
+            with_interval(lambda law: law.optimal(own)[1] / law.optimal(own)[0]),
+            with_interval(loss) if knows_loss else (np.nan, (np.nan, np.nan)),
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a token costs in the study's FLOP convention over 6 N, as the runs had it: interpolated in log N, the
+    same as at the smallest and the largest size beyond them."""
+
+    log_n: np.ndarray
+    log_ratio: np.ndarray
+
+    @classmethod
+    def of(cls, N: np.ndarray, D: np.ndarray, C: np.ndarray) -> "Cost":
+        sizes, which = np.unique(N, return_inverse=True)
+        ratio = np.log(C / (6 * N * D))
+        return cls(np.log(sizes), np.array([np.median(ratio[which == i]) for i in range(len(sizes))]))
+
+    @property
+    def is_6nd(self) -> bool:
+        return bool(np.all(np.abs(self.log_ratio) < 1e-3))
+
+    def __call__(self, N, D):
+        """FLOPs of a run."""
+        return 6 * N * D * np.exp(np.interp(np.log(N), self.log_n, self.log_ratio))
+
+    def as_6nd(self, law: Law, C):
+        """The 6ND whose optimum really costs C."""
+        if self.is_6nd:
+            return C
+        grid = np.exp(np.linspace(np.log(np.min(C)) - 7, np.log(np.max(C)) + 7, 2000))
+        real = np.maximum.accumulate(self(*law.optimal(grid)))
+        return np.exp(np.interp(np.log(C), np.log(real), np.log(grid)))
+
+
+@dataclass(frozen=True)
+class Study:
+    rows: Rows
+    curves: Rows | None
+    settings: Settings
+    N: np.ndarray  # (n,) the runs that were fitted
+    D: np.ndarray
+    L: np.ndarray
+    C: np.ndarray  # in flops_convention
+    unit: np.ndarray | None  # (n,) what is resampled together; None: every row by itself
+    flops_convention: str
+    results: dict[int, Approach | NotIdentified]
+    akima: Approach | NotIdentified  # Approach 2 by interpolation, with its seed-noise interval
+
+    @property
+    def approaches(self) -> list[Approach]:
+        """Those that the data support."""
+        return [found for found in self.results.values() if isinstance(found, Approach)]
+
+    @property
+    def best(self) -> Approach:
+        """The one that answers: 3, else 2, else 1."""
+        return self.approaches[-1]
+
+    @property
+    def cost(self) -> Cost:
+        return self.best.cost
+
+    @property
+    def convention(self) -> str:
+        """For titles and footers."""
+        return f"N {self.settings.params}, C {'6ND' if self.flops_convention == '6nd' else self.flops_convention}"
+
+
+def attempt(function: Callable, *args, **kwargs):
+    """The result, or the NotIdentified that says why there is none."""
+    try:
+        return function(*args, **kwargs)
+    except NotIdentified as error:
+        return error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The answer
+
+
+def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None = None) -> Study:
+    """Fit what can be fitted. Raises UserError if no approach can."""
+    settings = settings or Settings()
+    if settings.drop:
+        rows = rows.keep(np.argsort(np.argsort(-rows["loss"], kind="stable")) >= settings.drop, "of highest loss")
+    N, D, L = _params(rows, settings.params), rows["tokens"], rows["loss"]
+    C, flops_convention = _flops(rows, N, settings.flops)
+    unit = _unit(rows, settings.cluster)
+    cost = Cost.of(N, D, C)
+    labels = {"params_convention": settings.params, "flops_convention": flops_convention}
+
+    def approach(number: int, fit, resample=True) -> Approach | NotIdentified:
+        if isinstance(fit, NotIdentified):
+            return fit
+        given = {} if number == 1 else {"runs": unit}
+        wanted = resample and settings.bootstrap
+        sure = wanted and attempt(laws.bootstrap, fit, replicates=settings.bootstrap, seed=settings.seed, **given)
+        return Approach(number, fit, sure if isinstance(sure, Bootstrap) else None, cost)
+
+    if curves is None:
+        envelope = NotIdentified("no training curves: give --curves, or a folder of runs with their log.jsonl")
+    else:
+        run, n = curves.labels["run"].codes, _params(curves, settings.params)
+        spent = cost(n, curves["tokens"])
+        envelope = attempt(laws.fit_envelope, run, n, curves["tokens"], curves["loss"], spent, **labels)
+    budget = rows.get("budget")
+    parabola = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, **labels)
+    akima = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, method="akima", **labels)
+    parametric = attempt(laws.fit_parametric, N, D, L, delta=settings.delta, E=settings.fixed_e,
+                         params_convention=settings.params)  # fmt: skip
+    results = {1: approach(1, envelope), 2: approach(2, parabola), 3: approach(3, parametric)}
+    if not any(isinstance(found, Approach) for found in results.values()):
+        reasons = "; ".join(f"approach {number}: {found}" for number, found in results.items())
+        raise UserError(f"{rows.source}: no law can be told from these runs: {reasons}")
+    if not isinstance(akima, NotIdentified):
+        noise = settings.bootstrap and attempt(laws.bootstrap_seed_noise, akima, seed=settings.seed)
+        akima = Approach(2, akima, noise if isinstance(noise, Bootstrap) else None, cost)
+    return Study(rows, curves, settings, N, D, L, C, unit, flops_convention, results, akima)
+
+
+def _params(rows: Rows, convention: str) -> np.ndarray:
+    return _column(rows, COUNTS[convention], f"--params {convention}")
+
+
+def _flops(rows: Rows, N: np.ndarray, convention: str | None) -> tuple[np.ndarray, str]:
+    """(C, its convention): what is asked for, else the column flops, else 6ND."""
+    six = 6 * N * rows["tokens"]
+    if convention is None and (C := rows.complete("flops")) is not None:
+        return C, "6nd" if np.allclose(C, six, rtol=1e-3) else "physical"
+    if convention in (None, "6nd"):
+        return six, "6nd"
+    return _column(
+        rows, "flops" if convention == "physical" else f"flops_{convention}", f"--flops {convention}"
+    ), convention
+
+
+def _column(rows: Rows, name: str, option: str) -> np.ndarray:
+    if (column := rows.complete(name)) is None:
+        raise UserError(f"{option}: {rows.source} lacks {name} for some or all of its runs")
+    return column
+
+
+def _unit(rows: Rows, cluster: str) -> np.ndarray | None:
+    """(n,) what is resampled together: cooldowns of one trunk, else rows of one run, else each row by itself."""
+    if cluster == "row" or (cluster == "auto" and "run" not in rows.labels):
+        return None
+    if "run" not in rows.labels:
+        raise UserError(f"--cluster run: {rows.source} has no column run")
+    run = rows.labels["run"]
+    if "trunk" not in rows.labels:
+        return run.codes
+    trunk = rows.labels["trunk"]
+    names = np.array([trunk[i] or run[i] for i in range(len(rows))])
+    return np.unique(names, return_inverse=True)[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Each a result of nanochin.laws, or the NotIdentified in its place."""
+
+    leave_out: list  # (k, ParametricFit | None)
+    deltas: list  # ParametricFit
+    profile: tuple  # (E, objective)
+    by_compute: list  # dicts
+    variants: list  # (words, ParametricFit | NotIdentified)
+    counts: list  # (convention, ParametricFit, IsoflopFit), either may be NotIdentified
+    hold_out: object
+    curvature: object
+    kaplan: object  # KaplanProcedure
+    kaplan_form: object
+
+
+def check(study: Study) -> Checks:
+    """All checks. Those of Approach 3 are empty where it has no fit."""
+    N, D, L = study.N, study.D, study.L
+    budget = study.rows.get("budget")
+    replicates, seed = min(1000, study.settings.bootstrap), study.settings.seed
+    third, second = study.results[3], study.results[2]
+    form = attempt(laws.fit_kaplan_form, N, D, L, delta=study.settings.delta)
+    held = attempt(laws.hold_out, N, D, L, study.C, budget=budget, budgets=_budgets_to_hold_out(study.C, budget),
+                   runs=study.unit, replicates=replicates, seed=seed, delta=study.settings.delta,
+                   E=study.settings.fixed_e)  # fmt: skip
+    curvature = NotIdentified("it takes Approach 2 and a bootstrap")
+    if isinstance(second, Approach) and replicates:
+        curvature = attempt(laws.frontier_curvature, second.fit, replicates=replicates, seed=seed)
+    if isinstance(third, NotIdentified):
+        return Checks([], [], (np.empty(0), np.empty(0)), [], [], _by_count(study), held, curvature, third, form)
+
+    delta = study.settings.delta
+    least = float(L.min())
+    variants = [
+        ("least squares", attempt(laws.fit_parametric, N, D, L, delta=np.inf)),
+        ("Huber on the loss itself", attempt(laws.fit_parametric, N, D, L, delta=delta, space="linear")),
+        ("alpha = beta", attempt(laws.fit_parametric, N, D, L, delta=delta, tied=True)),
+        (f"E fixed 2% below, at {0.98 * third.law.E:.4g}",
+         attempt(laws.fit_parametric, N, D, L, delta=delta, E=min(0.98 * third.law.E, 0.99 * least))),
+    ]  # fmt: skip
+    kaplan = NotIdentified("the rows have no params_non_embedding")
+    if (non_embedding := study.rows.complete("params_non_embedding")) is not None:
+        kaplan = attempt(laws.kaplan_procedure, non_embedding, D, L, third.law.loss(N, D), budget=budget)
+    return Checks(
+        leave_out=laws.leave_out_highest(third.fit),
+        deltas=laws.delta_sensitivity(third.fit, (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)),
+        profile=laws.profile_e(third.fit, 61),
+        by_compute=laws.residuals_by_compute(third.fit),
+        variants=variants,
+        counts=_by_count(study),
+        hold_out=held,
+        curvature=curvature,
+        kaplan=kaplan,
+        kaplan_form=form,
+    )
+
+
+def _budgets_to_hold_out(C: np.ndarray, budget: np.ndarray | None, least: int = 5) -> int:
+    """How many of the largest budgets it takes to have `least` runs."""
+    runs = np.unique(laws.group_budgets(C) if budget is None else budget[~np.isnan(budget)], return_counts=True)[1]
+    return 1 + int(np.searchsorted(np.cumsum(runs[::-1]), least))
+
+
+def _by_count(study: Study) -> list:
+    """Approaches 3 and 2 with N counted in every way for which there is a column (C as it is)."""
+    found = []
+    for convention, name in COUNTS.items():
+        if (N := study.rows.complete(name)) is not None:
+            parametric = attempt(laws.fit_parametric, N, study.D, study.L, delta=study.settings.delta)
+            isoflop = attempt(laws.fit_isoflop, N, study.D, study.L, study.C, budget=study.rows.get("budget"))
+            found.append((convention, parametric, isoflop))
+    return found if len(found) > 1 else []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+
+
+def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
+    """What one should know before believing the law: (reassuring or not, a sentence)."""
+    said = []
+
+    def say(good: bool, text: str) -> None:
+        said.append((good, text))
+
+    for number, found in study.results.items():
+        if isinstance(found, NotIdentified) and (number != 1 or study.curves is not None):
+            say(False, f"Approach {number} gives no law: {found}.")
+    third = study.results[3]
+    if isinstance(third, Approach):
+        fit, sure = third.fit, third.sure
+        say(2 * fit.starts_agreeing >= fit.starts,
+            f"{fit.starts_agreeing} of {fit.starts} starts end in the same optimum, where the gradient is "
+            f"{fit.gradient_norm:.0e} of its terms.")  # fmt: skip
+        if sure is not None:
+            say(sure.worse == 0 and sure.failed == 0,
+                f"{sure.replicates} resamples of {sure.units} {sure.unit}s, each fitted to its optimum; {sure.checked} "
+                f"fitted again from other starts, {sure.worse} of them to a better one.")  # fmt: skip
+            low, high = third.interval("E")
+            if high - low > 0.25 * third.law.E:
+                say(False, f"E is hardly known: 95% interval {low:.2f} to {high:.2f} nats. It is not the entropy of "
+                    "the text.")  # fmt: skip
+    exponents = {approach.number: (approach.law.a, approach.interval("a")) for approach in study.approaches}
+    if len(exponents) > 1:
+        ends = [ends for _, ends in exponents.values() if np.isfinite(ends[0])]
+        apart = len(ends) > 1 and max(low for low, _ in ends) > min(high for _, high in ends)
+        values = ", ".join(f"{a:.3f}" for a, _ in exponents.values())
+        say(not apart, f"Approaches {', '.join(map(str, exponents))} give a = {values}: their 95% intervals "
+            f"{'do not all overlap' if apart else 'overlap'}.")  # fmt: skip
+    held = checks.hold_out
+    if isinstance(held, laws.HoldOut):
+        say(held.error < 3 * max(held.in_sample_error, 1e-3),
+            f"Fitted without the {len(held.rows)} largest runs and asked about them, the law is off by "
+            f"{100 * held.error:.2f}% (median; {100 * held.bias:+.2f}% on balance), inside by "
+            f"{100 * held.in_sample_error:.2f}%; they lie {held.reach:.2g} times beyond the rest.")  # fmt: skip
+    if isinstance(checks.curvature, laws.Curvature):
+        low, high = checks.curvature.intervals[95]
+        bends = f"bends {'down' if checks.curvature.quadratic < 0 else 'up'}, more than chance would make it"
+        say(not checks.curvature.significant,
+            f"In log-log the frontier {bends if checks.curvature.significant else 'is straight'}: quadratic term "
+            f"{checks.curvature.quadratic:+.3f} [{low:+.3f}, {high:+.3f}].")  # fmt: skip
+    for approach in study.approaches:
+        for warning in approach.sure.warnings if approach.sure is not None else ():
+            say(False, f"Approach {approach.number}: {warning}")
+    unique = study.rows.get("unique_tokens")
+    if unique is not None and (again := int(np.sum(study.D / unique > 1.001))):
+        say(False, f"{again} runs read their text more than once; the law assumes fresh text.")
+    for reason, lost in study.rows.dropped.items():
+        say(reason != "not usable", f"Left out: {lost} {reason}.")
+    return said

@@ -1,0 +1,183 @@
+import math
+
+import numpy as np
+import pytest
+
+from nanochin.laws import (
+    BESIROGLU,
+    HOFFMANN,
+    HOFFMANN_1,
+    HOFFMANN_2,
+    KAPLAN,
+    MUENNIGHOFF,
+    PUBLISHED,
+    TABLE_3,
+    DataConstrained,
+    Law,
+    NotIdentified,
+    compute_for_loss,
+    inference_optimal,
+    off_optimum,
+)
+
+ODD = Law("odd", E=0.7, A=33.0, B=910.0, alpha=0.21, beta=0.44)
+LAWS = pytest.mark.parametrize("law", [BESIROGLU, HOFFMANN, ODD], ids=lambda law: law.name)
+
+
+@LAWS
+@pytest.mark.parametrize("C", [3e15, 1e21, 5.76e23])
+def test_compute_for_loss_inverts_the_frontier(law, C):
+    """The optimum of C reaches a loss; that loss asks for C."""
+    assert compute_for_loss(law, law.loss(*law.optimal(C))) == pytest.approx(C, rel=1e-9)
+
+
+def test_no_compute_reaches_the_irreducible_loss():
+    """At E and below the answer is a refusal that names E."""
+    for ask in (lambda: compute_for_loss(BESIROGLU, 1.8172), lambda: inference_optimal(BESIROGLU, 1.5, 1e12)):
+        with pytest.raises(NotIdentified, match="E is 1.8172"):
+            ask()
+
+
+def test_cost_of_being_off_the_optimum():
+    """At N_opt nothing is lost; four times larger loses what the published constants say (0.21 at 1e18)."""
+    N, D = BESIROGLU.optimal(1e18)
+    at = off_optimum(BESIROGLU, 1e18, N)
+    assert (at.extra_loss, at.compute_factor) == pytest.approx((0, 1), abs=1e-9)
+    for C, gap in ((1e16, 0.48), (1e17, 0.32), (1e18, 0.21), (1e19, 0.14)):
+        assert off_optimum(BESIROGLU, C, 4 * BESIROGLU.optimal(C)[0]).extra_loss == pytest.approx(gap, abs=0.006)
+    far = off_optimum(BESIROGLU, 1e18, 4 * N)
+    assert pytest.approx(D / 4) == far.D
+    assert far.loss == pytest.approx(BESIROGLU.loss(4 * N, D / 4))
+    # The optimum of that many times less compute is as good.
+    assert BESIROGLU.loss(*BESIROGLU.optimal(1e18 / far.compute_factor)) == pytest.approx(far.loss, rel=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inference
+
+
+@LAWS
+def test_no_inference_is_equation_4(law):
+    """With 0 tokens to serve the cheapest way to a loss is the compute-optimal one."""
+    for C in (1e18, 1e23):
+        assert inference_optimal(law, law.loss(*law.optimal(C)), 0) == pytest.approx(law.optimal(C), rel=1e-9)
+
+
+@LAWS
+@pytest.mark.parametrize("tokens", [1e9, 1e12, 1e15])
+def test_inference_optimum_is_the_cheapest(law, tokens):
+    """Against a scan over N of the whole cost 6 N D + 2 N D_inf along the curve of equal loss."""
+    loss = law.loss(*law.optimal(1e21))
+    N, D = inference_optimal(law, loss, tokens)
+    assert law.loss(N, D) == pytest.approx(loss, rel=1e-12)
+
+    def cost(n):
+        d = (law.B / (loss - law.E - law.A * n**-law.alpha)) ** (1 / law.beta)
+        return 6 * n * d + 2 * n * tokens
+
+    smallest = (law.A / (loss - law.E)) ** (1 / law.alpha)
+    scan = smallest * np.exp(np.geomspace(1e-3, 6, 20_000))
+    best = scan[np.argmin(cost(scan))]
+    assert pytest.approx(best, rel=2e-3) == N
+    assert cost(N) <= cost(scan).min() * (1 + 1e-12)
+
+
+def test_more_inference_means_smaller_and_longer():
+    """N falls and D rises without end as more tokens are to be served."""
+    loss = BESIROGLU.loss(*BESIROGLU.optimal(1e22))
+    answers = [inference_optimal(BESIROGLU, loss, t) for t in (0, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14)]
+    assert all(a[0] > b[0] and a[1] < b[1] for a, b in zip(answers, answers[1:], strict=False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Few unique tokens
+
+
+def test_published_losses_of_repeated_data():
+    """The two losses that the authors' own code asserts, to the last digit."""
+    law = DataConstrained()
+    assert law.loss(6.34e9, 242e9, 25e9) == pytest.approx(2.2256440889984477, rel=1e-14)
+    assert law.loss(8.67e9, 178e9, 25e9) == pytest.approx(2.2269634075087867, rel=1e-14)
+
+
+def test_published_allocation_of_repeated_data():
+    """1e22 FLOPs and 25B unique tokens: the published grid search, repeated, ends where it did; ours is finer."""
+    law, C, U = DataConstrained(), 1e22, 25e9
+    N0, D0 = law.law.optimal(C)
+    factors = np.linspace(1.0001, 3, 500)
+    grid = [(N0 * f, D0 / f) for f in factors] + [(N0 / f, D0 * f) for f in factors]
+    N, D = min(grid, key=lambda pair: law.loss(*pair, U))
+    assert pytest.approx(7_022_364_735.9, rel=1e-6) == N
+    assert pytest.approx(237_336_955_477.55, rel=1e-6) == D
+    n, d = law.optimal(C, U)
+    assert law.loss(n, d, U) <= law.loss(N, D, U)
+    assert d == pytest.approx(D, rel=2e-3)
+    assert 6 * n * d == pytest.approx(C, rel=1e-12)
+    assert d / U == pytest.approx(9.4935, abs=0.02)
+
+
+def test_enough_unique_tokens_change_nothing():
+    """With as many unique tokens as the optimum wants, both law and optimum are the plain ones."""
+    law = DataConstrained()
+    N, D = MUENNIGHOFF.optimal(1e21)
+    assert law.optimal(1e21, 2 * D) == (N, D)
+    assert law.loss(N, D, 2 * D) == pytest.approx(MUENNIGHOFF.loss(N, D), rel=1e-12)
+
+
+def test_repeats_lose_their_worth():
+    """Few repeats are nearly as good as new tokens, many are worth nothing; the optimum then takes more tokens and
+    fewer parameters than Eq. 4."""
+    law, (N, D) = DataConstrained(), MUENNIGHOFF.optimal(1e22)
+    losses = [law.loss(N, D, D / epochs) for epochs in (1, 2, 4, 16, 64)]
+    assert losses == sorted(losses)
+    assert losses[2] - losses[0] < 0.02 < losses[4] - losses[0]
+    n, d = law.optimal(1e22, D / 10)
+    assert n < N and d > D
+    by_scan = min((law.loss(1e22 / 6 / x, x, D / 10), x) for x in D * np.geomspace(0.3, 10, 5000))[1]
+    assert d == pytest.approx(by_scan, rel=2e-3)
+
+
+def test_more_compute_than_the_data_can_use_is_refused():
+    """A billion tokens and 1e26 FLOPs: the loss no longer depends on the allocation."""
+    with pytest.raises(NotIdentified, match="more than 1e\\+09 unique tokens can use"):
+        DataConstrained().optimal(1e26, 1e9)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Published laws
+
+
+def test_table_3_is_reproduced_by_the_laws_read_off_it():
+    """Approaches 1 and 2: exponents as printed (0.50, 0.49), every row within a few percent; 6 N D is about C."""
+    assert (round(HOFFMANN_1.a, 2), round(HOFFMANN_2.a, 2)) == (0.50, 0.49)
+    assert (round(HOFFMANN_1.b, 2), round(HOFFMANN_2.b, 2)) == (0.50, 0.51)
+    for N, *columns in TABLE_3:
+        for law, C, D in ((HOFFMANN_1, *columns[:2]), (HOFFMANN_2, *columns[2:4])):
+            assert law.optimal(C) == pytest.approx((N, D), rel=0.06)
+        for C, D in zip(columns[::2], columns[1::2], strict=True):
+            assert pytest.approx(C, rel=0.08) == 6 * N * D
+
+
+def test_known_budgets():
+    """Gopher's budget: 67B parameters by Approach 1, 40B by Approach 3; GPT-3's size wants 3.7T, 4.3T tokens."""
+    assert HOFFMANN_1.optimal(5.76e23)[0] == pytest.approx(67e9, rel=0.03)
+    assert HOFFMANN.optimal(5.76e23)[0] == pytest.approx(40e9, rel=0.02)
+    assert HOFFMANN_1.tokens_for(175e9) == pytest.approx(3.7e12, rel=0.03)
+    assert HOFFMANN_2.tokens_for(175e9) == pytest.approx(4.3e12, rel=0.05)
+    assert MUENNIGHOFF.optimal(1e20)[1] / MUENNIGHOFF.optimal(1e20)[0] == pytest.approx(19.6, abs=0.05)
+
+
+def test_kaplan():
+    """10x compute: 5.4x parameters, 1.9x tokens; one PF-day wants 1.3e9 parameters; and C is 6 N D."""
+    (n1, d1), (n10, d10) = KAPLAN.optimal(8.64e19), KAPLAN.optimal(8.64e20)
+    assert n1 == pytest.approx(1.3e9, rel=1e-9)
+    assert (n10 / n1, d10 / d1) == pytest.approx((10**0.73, 10**0.27), rel=1e-9)
+    assert 6 * n10 * d10 == pytest.approx(8.64e20, rel=1e-9)
+
+
+def test_all_published_laws_can_be_planned_with():
+    """Each gives a positive finite optimum and inverts it."""
+    for law in PUBLISHED:
+        N, D = law.optimal(1e20)
+        assert 0 < N < math.inf and 0 < D < math.inf
+        assert law.tokens_for(N) == pytest.approx(D, rel=1e-6)

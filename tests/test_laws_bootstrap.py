@@ -1,0 +1,208 @@
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from chinchilla import chinchilla, isoflop_grid
+
+from nanochin.laws import BESIROGLU, NotIdentified, bootstrap, bootstrap_seed_noise, fit_isoflop, fit_parametric
+from nanochin.laws.surface import Surface, projected_starts
+
+BUDGETS, RATIOS = np.geomspace(1e17, 1e21, 6), np.geomspace(1 / 6, 6, 8)
+
+
+def noisy_grid(noise: float, seed: int = 0):
+    N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, RATIOS)
+    return N, D, loss * np.exp(noise * np.random.default_rng(seed).standard_normal(len(loss)))
+
+
+def test_intervals_on_chinchilla():
+    """95% intervals of Besiroglu et al., from 4000 resamples of 240 rows: each end within 0.005, of E within 0.01."""
+    fit = fit_parametric(*chinchilla())
+    sure = bootstrap(fit)
+    for name, interval, within in (("alpha", (0.317, 0.372), 0.005), ("beta", (0.333, 0.414), 0.005),
+                                   ("E", (1.770, 1.869), 0.01), ("a", (0.481, 0.557), 0.005)):  # fmt: skip
+        assert sure.interval(name) == pytest.approx(interval, abs=within), name
+    assert sure.interval("a", 80) == pytest.approx((0.492, 0.541), abs=0.005)
+    # Two published standard deviations: another's replicates, and Epoch's.
+    for name, sd in (("alpha", 0.0148), ("beta", 0.0202), ("E", 0.0252), ("A", 117.7)):
+        assert getattr(sure.law, name).std() == pytest.approx(sd, rel=0.05), name
+    assert (sure.replicates, sure.units, sure.unit, sure.failed, sure.at_bound) == (4000, 240, "row", 0, 0)
+    assert (sure.checked, sure.worse) == (200, 0)
+    assert sure.gradient_norm < 1e-5
+
+
+def test_a_second_start_confirms_each_replicate():
+    """200 replicates again, each from three starts of its own by variable projection: none ends lower."""
+    N, D, loss = noisy_grid(0.01)
+    fit = fit_parametric(N, D, loss)
+    sure = bootstrap(fit, replicates=200, verify=0)
+    surface = Surface.of(N, D, loss, delta=1e-3, space="log", E=None, tied=False)
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(len(N), np.full(len(N), 1 / len(N)), 200).astype(float)
+    theta = np.stack([surface.z(type(fit.law)("", *row)) for row in zip(
+        *(getattr(sure.law, k) for k in ("E", "A", "B", "alpha", "beta")), strict=True)])  # fmt: skip
+    warm = surface(theta, np.zeros(200), weights, 1e-3)[0]
+    for k in range(200):
+        again = surface.minimise(projected_starts(surface, 3, weights[k]), weights[k], cold=True)
+        assert again.converged.any()
+        assert again.objective[again.converged].min() >= warm[k] * (1 - 1e-9)
+
+
+def test_a_replicate_is_a_fit_of_the_drawn_rows():
+    """The first replicate equals the fit of its own rows, repeated as often as they were drawn."""
+    N, D, loss = noisy_grid(0.005)
+    law = bootstrap(fit_parametric(N, D, loss), replicates=3, verify=0).law
+    counts = np.random.default_rng(0).multinomial(len(N), np.full(len(N), 1 / len(N)), 3)
+    for k in range(3):
+        rows = np.repeat(np.arange(len(N)), counts[k])
+        alone = fit_parametric(N[rows], D[rows], loss[rows]).law
+        assert law.alpha[k] == pytest.approx(alone.alpha, rel=1e-6)
+        assert law.B[k] == pytest.approx(alone.B, rel=1e-5)
+
+
+def test_whole_runs_are_resampled():
+    """Checkpoints of a run share its luck: by rows the interval is far too narrow, and by runs it says so."""
+    rng = np.random.default_rng(1)
+    N, D, run = [], [], []
+    for i, n in enumerate(np.tile(np.geomspace(1e7, 1e9, 10), 3)):
+        tokens = n * np.geomspace(4, 40, 12) * (1 + i // 10)
+        N, D, run = [*N, *[n] * 12], [*D, *tokens], [*run, *[f"run {i}"] * 12]
+    N, D, run = np.array(N), np.array(D), np.array(run)
+    luck = 0.02 * rng.standard_normal(30)[np.unique(run, return_inverse=True)[1]]
+    fit = fit_parametric(N, D, BESIROGLU.loss(N, D) * np.exp(luck), delta=math.inf)
+    by_row, by_run = bootstrap(fit, replicates=400), bootstrap(fit, runs=run, replicates=400)
+    width = [high - low for low, high in (by_row.interval("alpha"), by_run.interval("alpha"))]
+    assert width[1] > 2 * width[0]
+    assert (by_run.unit, by_run.units) == ("run", 30)
+    assert "360 rows belong to 30 runs" in by_run.warnings[0]
+    assert by_row.warnings == ()
+
+
+def test_intervals_cover_the_truth():
+    """Of 60 made-up sweeps the 80% interval of a holds the true a about 80% of the time."""
+    hits = 0
+    for seed in range(60):
+        fit = fit_parametric(*noisy_grid(0.004, seed), allow_bound=True)
+        low, high = bootstrap(fit, replicates=200, seed=seed, verify=0).interval("a", 80)
+        hits += low <= BESIROGLU.a <= high
+    assert 36 <= hits <= 57  # of 48 expected; an interval of half or twice the width would leave this range
+
+
+def test_any_quantity_has_an_interval():
+    """Functions of the law, and the table of all quantities; a, b and the optimum follow from the same replicates."""
+    sure = bootstrap(fit_parametric(*noisy_grid(0.005)), replicates=100)
+    table = sure.intervals([1e22])
+    assert set(table) == {"E", "A", "B", "alpha", "beta", "a", "b", "G", "N_opt(1e+22)", "D_opt(1e+22)", "D/N(1e+22)",
+                          "loss_opt(1e+22)"}  # fmt: skip
+    low, high = table["N_opt(1e+22)"][80]
+    by_hand = sorted(sure.law.G[k] * (1e22 / 6) ** sure.law.a[k] for k in range(100))
+    assert by_hand[9] <= low <= by_hand[11] and by_hand[88] <= high <= by_hand[90]
+    assert sure.interval(lambda law: law.optimal(1e22)[0], 80) == (low, high)
+    for quantity in table.values():
+        assert quantity[95][0] <= quantity[80][0] < quantity[80][1] <= quantity[95][1]
+    assert table["a"][95][0] == pytest.approx(1 - table["b"][95][1], abs=1e-12)
+
+
+def test_options_of_the_fit_hold_in_every_replicate():
+    """Tied exponents stay tied, a fixed E stays fixed, least squares of the loss runs as well."""
+    N, D, loss = noisy_grid(0.005)
+    tied = bootstrap(fit_parametric(N, D, loss, tied=True), replicates=50).law
+    assert (tied.alpha == tied.beta).all() and tied.alpha.std() > 0
+    fixed = bootstrap(fit_parametric(N, D, loss, E=1.7), replicates=50).law
+    assert (fixed.E == 1.7).all()
+    linear = bootstrap(fit_parametric(N, D, loss, space="linear", delta=math.inf), replicates=50)
+    assert linear.failed == 0 and linear.law.alpha.std() > 0
+
+
+def test_few_runs_are_refused_or_warned_about():
+    """Two runs are none to resample; seven are, with a warning."""
+    fit = fit_parametric(*noisy_grid(0.01))
+    with pytest.raises(NotIdentified, match="2 independent runs"):
+        bootstrap(fit, runs=np.arange(48) % 2)
+    sure = bootstrap(fit, runs=np.arange(48) % 7, replicates=50)
+    assert any("only 7 independent runs" in w for w in sure.warnings)
+
+
+def test_memory_is_bounded():
+    """1e5 rows: replicates come in batches, so that 40 of them do not need 40 rows x 1e5 x dozens of arrays."""
+    rng = np.random.default_rng(0)
+    N, D = np.exp(rng.uniform(14, 22, 100_000)), np.exp(rng.uniform(18, 26, 100_000))
+    fit = fit_parametric(N, D, BESIROGLU.loss(N, D) * np.exp(0.01 * rng.standard_normal(100_000)), delta=0.1)
+    tracemalloc.start()
+    sure = bootstrap(fit, replicates=40, verify=0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 250e6
+    assert sure.law.alpha.std() < 0.01
+
+
+def test_runs_of_approach_2():
+    """Vertices of resampled runs: the interval holds the true exponent, and one of the replicates is checked."""
+    N, D, loss = noisy_grid(0.003, seed=2)
+    fit = fit_isoflop(N, D, loss)
+    sure = bootstrap(fit, replicates=300)
+    low, high = sure.interval("a")
+    assert low < BESIROGLU.a < high and 0.005 < high - low < 0.2
+    drawn = np.random.default_rng(0).multinomial(48, np.full(48, 1 / 48), 300)[0]
+    vertices = []
+    for i in range(6):
+        rows = np.repeat(np.arange(8 * i, 8 * i + 8), drawn[8 * i : 8 * i + 8])
+        p, q, _ = np.polyfit(np.log(N[rows]), loss[rows], 2)
+        vertices.append(-q / (2 * p))
+    assert sure.law.a[0] == pytest.approx(np.polyfit(np.log(BUDGETS), vertices, 1)[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["parabola", "akima"])
+def test_seed_noise(method):
+    """No noise, no interval; more noise, a wider one that holds the truth; a spline is noisier than a parabola."""
+    N, D, loss = noisy_grid(0.0)
+    fit = fit_isoflop(N, D, loss, method=method)
+    none = bootstrap_seed_noise(fit, noise=0.0, replicates=50)
+    assert none.law.a == pytest.approx(fit.law.a, abs=1e-9)
+    widths = []
+    for noise in (0.0005, 0.002):
+        low, high = bootstrap_seed_noise(fit, noise=noise).interval("a")
+        assert low < BESIROGLU.a < high
+        widths.append(high - low)
+    assert widths[1] > 2 * widths[0]
+    assert bootstrap_seed_noise(fit, noise=0.0005).unit == "seed noise"
+
+
+def test_seed_noise_is_what_repeats_would_show():
+    """The spread of a over 200 sweeps with different seeds agrees with the interval from one of them."""
+    slopes = [fit_isoflop(*noisy_grid(0.001, seed)).law.a for seed in range(200)]
+    fit = fit_isoflop(*noisy_grid(0.001, 1000))
+    assert fit.noise == pytest.approx(0.001, rel=0.4)
+    sure = bootstrap_seed_noise(fit, noise=0.001)
+    assert sure.law.a.std() == pytest.approx(np.std(slopes), rel=0.2)
+
+
+def test_the_wrong_way_collapses_the_interval():
+    """Minimising the mean at default tolerances stops near its start in every resample: the interval is several
+    times narrower than that of the optima, and does not hold the true a."""
+    pytest.importorskip("scipy")
+    from bench.fit import made_up, wrong_way
+
+    mean, _, converged = wrong_way(*made_up(240), resamples=40)
+    assert mean["high"] - mean["low"] < 0.3 * (converged["high"] - converged["low"])
+    assert not mean["low"] <= BESIROGLU.a <= mean["high"]
+    assert converged["low"] <= BESIROGLU.a <= converged["high"]
+
+
+def test_the_peer_that_is_timed_minimises_the_same_objective():
+    """bench.fit's scipy objective: its gradient is the derivative, its value at our optimum is ours."""
+    pytest.importorskip("scipy")
+    from bench.fit import grid_of_starts, huber_and_gradient, made_up
+
+    N, D, loss = made_up(60)
+    fit = fit_parametric(N, D, loss)
+    rows = (np.log(N), np.log(D), np.log(loss), np.ones(60))
+    law = fit.law
+    at = np.array([math.log(law.A), math.log(law.B), math.log(law.E), law.alpha, law.beta])
+    assert huber_and_gradient(at, *rows)[0] == pytest.approx(fit.objective, rel=1e-9)
+    off = at * 1.01
+    for i, step in enumerate(np.eye(5) * 1e-6):
+        slope = (huber_and_gradient(off + step, *rows)[0] - huber_and_gradient(off - step, *rows)[0]) / 2e-6
+        assert huber_and_gradient(off, *rows)[1][i] == pytest.approx(slope, rel=1e-4)
+    assert len(set(grid_of_starts())) == 4500

@@ -1,0 +1,172 @@
+import math
+
+import numpy as np
+import pytest
+from chinchilla import chinchilla, isoflop_grid
+
+from nanochin.laws import BESIROGLU, Law, NotIdentified, fit_isoflop, group_budgets
+from nanochin.laws.isoflop import akima
+
+TIED = Law("tied", E=1.8, A=480.0, B=1500.0, alpha=0.35, beta=0.35)
+ROUNDED = Law("as printed", E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
+SKEWED = Law("skewed", E=1.7, A=400.0, B=400.0, alpha=0.465, beta=0.155)
+BUDGETS = np.geomspace(1e17, 1e21, 5)
+
+
+def window(width: float, sizes: int = 15) -> np.ndarray:
+    return np.geomspace(1 / width, width, sizes)
+
+
+def test_equal_exponents_make_the_parabola_exact():
+    """With alpha = beta and centred grids the curve is symmetric: exponents and constants to rounding."""
+    for width in (2, 8, 100):
+        law = fit_isoflop(*isoflop_grid(TIED, BUDGETS, window(width))).law
+        assert law.a == pytest.approx(0.5, abs=1e-9)
+        assert law.b == pytest.approx(0.5, abs=1e-9)
+        assert law.optimal(1e24) == pytest.approx(TIED.optimal(1e24), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "law, errors",
+    [  # error of D extrapolated to 1e24, as Czech et al. 2026 print it, for windows of +-2x, 4x, 8x, 16x
+        (ROUNDED, (-0.003, -0.013, -0.029, -0.051)),
+        (SKEWED, (-0.017, -0.065, -0.139, -0.231)),
+    ],
+)
+def test_bias_of_the_parabola(law, errors):
+    """Unequal exponents shift the vertex by a constant factor: slopes right, constants wrong by what is published."""
+    for width, error in zip((2, 4, 8, 16), errors, strict=True):
+        found = fit_isoflop(*isoflop_grid(law, BUDGETS, window(width))).law
+        assert found.a == pytest.approx(law.a, abs=1e-9)
+        assert found.b == pytest.approx(law.b, abs=1e-9)
+        assert found.optimal(1e24)[1] / law.optimal(1e24)[1] - 1 == pytest.approx(error, abs=0.004)
+
+
+def test_a_drifting_grid_moves_the_exponent_of_the_parabola_not_of_the_spline():
+    """Centres that drift by 3x over the budgets: the parabola's a is off, the interpolating estimator's is not."""
+    grid = isoflop_grid(SKEWED, BUDGETS, window(16, 41), drift=3)
+    parabola, spline = fit_isoflop(*grid).law, fit_isoflop(*grid, method="akima").law
+    assert abs(parabola.a - SKEWED.a) > 0.005
+    assert spline.a == pytest.approx(SKEWED.a, abs=1e-3)
+    assert spline.optimal(1e24)[0] == pytest.approx(SKEWED.optimal(1e24)[0], rel=0.02)
+
+
+def test_vertices_by_hand():
+    """Against numpy's own polynomial fit of one noisy budget, D by C / 6N; the window and its centre are reported."""
+    rng = np.random.default_rng(0)
+    N, D, loss = isoflop_grid(BESIROGLU, [1e18, 1e20], window(5, 7), drift=1.5)
+    loss = loss + 0.01 * rng.standard_normal(14)
+    for budget, rows in zip(fit_isoflop(N, D, loss).budgets, (slice(0, 7), slice(7, 14)), strict=True):
+        p, q, r = np.polyfit(np.log(N[rows]), loss[rows], 2)
+        assert budget.bracketed and budget.reason == "" and budget.n_runs == 7
+        assert budget.parabola == pytest.approx((p, q, r), rel=1e-6)
+        assert budget.params_opt == pytest.approx(math.exp(-q / (2 * p)), rel=1e-8)
+        assert budget.loss_opt == pytest.approx(r - q * q / (4 * p), rel=1e-9)
+        assert budget.tokens_opt == pytest.approx(budget.flops / (6 * budget.params_opt), rel=1e-9)
+        assert budget.width == pytest.approx(25)
+        assert budget.off_centre == pytest.approx(budget.params_opt / math.sqrt(N[rows][0] * N[rows][-1]))
+
+
+def test_exponents_need_not_add_to_one():
+    """FLOPs that are not 6 N D (attention, logits): a and b are fitted apart and their sum is information."""
+    N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(4))
+    C = (6 * N * D) ** 1.1
+    law = fit_isoflop(N, D, loss, C, budget=np.repeat(BUDGETS**1.1, 15)).law
+    assert law.a + law.b == pytest.approx(1 / 1.1, rel=1e-9)
+
+
+def test_minima_at_the_edge_are_refused():
+    """A grid that stops before its minimum has none; the others still make a law, and the reason is given."""
+    N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(8, 9))
+    kept = ~((BESIROGLU.optimal(1e21)[0] > N) & (6 * N * D > 9e20))
+    for method in ("parabola", "akima"):
+        fit = fit_isoflop(N[kept], D[kept], loss[kept], method=method)
+        last = fit.budgets[-1]
+        assert not last.bracketed
+        assert "beyond the smallest or largest size" in last.reason
+        assert math.isnan(last.params_opt) and math.isnan(last.tokens_opt)
+        assert [b.bracketed for b in fit.budgets[:4]] == [True] * 4
+        assert fit.law.a == pytest.approx(BESIROGLU.a, abs=1e-3)
+        assert fit.to_json()["budgets"][-1]["params_opt"] is None
+
+
+def test_no_bracketed_minimum_raises():
+    """Runs that are all too large: no optimum is made up, each budget says why."""
+    N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, np.geomspace(4, 60, 7))
+    with pytest.raises(NotIdentified) as error:
+        fit_isoflop(N, D, loss)
+    assert "0 of 5" in str(error.value) and "1e+17 FLOPs" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_concave_curves_are_refused():
+    """Noise may turn a curve over: its vertex would be a maximum."""
+    N, D, loss = isoflop_grid(TIED, BUDGETS, window(4))
+    last = N * D * 6 > 9e20
+    fit = fit_isoflop(N, D, np.where(last, 6 - loss, loss))
+    assert fit.budgets[-1].reason == "its curve is concave"
+
+
+@pytest.mark.parametrize(
+    "rows, says",
+    [(5, "at least 6 usable rows, but has 5"), (15, "at least 2 budgets with a bracketed minimum, but has 1 of 1")],
+)
+def test_too_little_is_refused(rows, says):
+    """Five rows; one budget."""
+    N, D, loss = isoflop_grid(TIED, BUDGETS, window(4))
+    with pytest.raises(NotIdentified, match=says):
+        fit_isoflop(N[:rows], D[:rows], loss[:rows])
+    with pytest.raises(NotIdentified, match="3 different model sizes, but has 2"):
+        fit_isoflop(np.where(np.arange(75) % 2, 1e7, 1e8), D, loss)
+
+
+def test_budgets_are_found_in_the_column_of_flops():
+    """Clusters of nearly equal C, jittered by 3% as whole batches do; runs in between belong to none."""
+    rng = np.random.default_rng(0)
+    budgets = np.repeat([1e15, 1.3e15, 1e16], 7)
+    C = np.append(budgets * np.exp(rng.uniform(-0.03, 0.03, 21)), [3e15, 5e15, 7e17])
+    shuffled = rng.permutation(24)
+    nominal = np.empty(24)
+    nominal[shuffled] = group_budgets(C[shuffled])
+    assert np.isnan(nominal[21:]).all()
+    for i in range(3):
+        rows = slice(7 * i, 7 * i + 7)
+        assert nominal[rows] == pytest.approx(np.exp(np.log(C[rows]).mean()), rel=1e-12)
+    assert len(np.unique(group_budgets(C[:21], tolerance=0.5))) == 2
+
+
+def test_rows_of_no_budget_are_named():
+    """They are left out of the fit and listed."""
+    N, D, loss = isoflop_grid(TIED, BUDGETS, window(4))
+    fit = fit_isoflop(np.append(N, 1e8), np.append(D, 7e11), np.append(loss, 2.5))
+    assert fit.left_out.tolist() == [75]
+    assert len(fit.budgets) == 5
+
+
+def test_spline_against_scipy():
+    """Akima's spline is scipy's, through uneven points."""
+    interpolate = pytest.importorskip("scipy.interpolate")
+    rng = np.random.default_rng(0)
+    x = np.cumsum(rng.uniform(0.2, 2, 9))
+    y = rng.standard_normal((4, 9))
+    at = np.linspace(x[0], x[-1], 200)
+    assert akima(x, y, at) == pytest.approx(interpolate.Akima1DInterpolator(x, y, axis=1)(at), abs=1e-12)
+
+
+def test_spline_passes_through_lines_and_points():
+    """A line stays a line; at the knots the values come back; two points suffice."""
+    x, at = np.array([0.0, 1.0, 3.0, 3.5, 7.0]), np.linspace(0, 7, 29)
+    assert akima(x, 2 * x[None] - 1, at)[0] == pytest.approx(2 * at - 1, abs=1e-12)
+    y = np.array([[3.0, 1.0, 4.0, 1.0, 5.0]])
+    assert akima(x, y, x)[0] == pytest.approx(y[0], abs=1e-12)
+    assert akima(x[:2], y[:, :2], np.array([0.25]))[0] == pytest.approx(2.5)
+
+
+def test_chinchilla_by_parabolas():
+    """The digitised runs cluster at the paper's budgets, and give its a = 0.49 within what it prints (0.462, 0.534)."""
+    fit = fit_isoflop(*chinchilla())
+    assert 0.462 < fit.law.a < 0.534
+    near = [
+        min(abs(math.log(b.flops / c)) for b in fit.budgets) for c in (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21)
+    ]
+    assert max(near) < 0.12

@@ -1,0 +1,262 @@
+"""Figures and the report: whole, self-contained, and with the numbers of laws.json."""
+
+import io
+import json
+import re
+import sys
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from made_up_sweep import sweep, write_sweep
+
+from nanochin import figures, laws, plot, report
+from nanochin.config import UserError
+from nanochin.plot import COLOURS, Axis, Band, Figure, Line, Note, Panel, Points
+from nanochin.rows import Labels, read_logs, read_rows
+from nanochin.study import Settings, check, study_runs
+
+VOID = {"meta", "input", "br"}  # never closed
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(study, checks, figures, report) of a sweep with curves, whose first run has a name made of markup."""
+    folder = write_sweep(tmp_path_factory.mktemp("report") / 'a<b>&"c', sweep(physical=0.5))
+    rows = read_rows(folder)
+    curves = read_logs(folder, rows)
+    names = rows.labels["run"]
+    rows.labels["run"] = Labels(names.codes, ('<i>"&evil</i>', *names.values[1:]))
+    study = study_runs(rows, curves, Settings(bootstrap=200))
+    checks = check(study)
+    drawn = figures.draw(study, checks)
+    asked = report.Questions((1e12, 1e13, 1e15))
+    return study, checks, drawn, report.render(study, checks, drawn, asked, report.Provenance("a < b", "c0ffee", "1"))
+
+
+class Page(HTMLParser):
+    """Collects tags and text; fails at the first tag that is closed without having been opened."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tags, self.ids, self.text = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.ids += [value for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.text.append(data)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+
+
+def test_html_is_well_formed_and_needs_nothing_from_outside(made):
+    """Every tag is closed, no id is there twice, and nothing is loaded: no link, image, font or script of others."""
+    page = Page(made[3])
+    assert page.open == [] and len(page.ids) == len(set(page.ids))
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "img", "iframe", "object", "a", "use"), tag
+        assert not {"src", "href", "xlink:href", "srcset"} & attributes.keys()
+    assert not re.search(r"@import|https?://|url\((?!#)", made[3])
+
+
+def test_names_are_text_and_never_markup(made):
+    """A run, a path or a command with angle brackets is shown as it is."""
+    assert '<i>"&evil' not in made[3] and "&lt;i&gt;&quot;&amp;evil" in made[3]
+    assert 'a<b>&"c' not in made[3] and "a&lt;b&gt;&amp;&quot;c/runs.csv" in made[3] and "a &lt; b" in made[3]
+
+
+def test_the_numbers_are_those_of_the_laws(made):
+    """Constants to six digits and intervals to four as in laws.json; the exponents of all approaches to three."""
+    study, _, _, page = made
+    text = " ".join(Page(page).text)
+    third = study.results[3].fit.to_json(study.results[3].sure)
+    for name in ("E", "A", "B", "alpha", "beta", "a", "b", "G"):
+        assert _is_shown(third[name], 6, text), name
+        low, high = third["ci"][name]
+        assert _is_shown(low, 4, text) and _is_shown(high, 4, text), name
+    for number, digits in ((1, 3), (2, 3), (3, 6)):
+        approach = study.results[number]
+        found = approach.fit.to_json(approach.sure)
+        low, high = found["ci"]["a"] if number == 3 else found["a_ci"]
+        assert _is_shown(found["a"], digits, text) and _is_shown(low, 3, text) and _is_shown(high, 3, text), number
+
+
+def _is_shown(value: float, digits: int, text: str) -> bool:
+    """Some number of the text is this one, rounded to so many significant digits."""
+    shown = (float(word) for word in re.findall(r"(?<![\d.])\d+\.?\d*(?:e[+-]?\d+)?", text))
+    return any(abs(number - value) <= 0.5000001 * 10 ** (np.floor(np.log10(value)) + 1 - digits) for number in shown)
+
+
+def test_provenance_is_there(made):
+    """Command, commit, hash of the data and counting convention."""
+    study, _, _, page = made
+    for fact in ("c0ffee", study.rows.sha256, "N total, C physical"):
+        assert fact in page
+
+
+def test_the_embedded_table_is_the_law(made):
+    """Straight lines in log-log between the embedded optima, which is what the script draws, meet the law's own
+    optimum within a thousandth, at budgets between the rows of the table."""
+    study, _, _, page = made
+    data = json.loads(re.search(r'id="law">(.*?)</script>', page).group(1))
+    columns, best = data["columns"], study.best
+    x = np.log(columns["C"])
+    assert (np.diff(x) > 0).all() and data["high"] == study.C.max()
+    for C in (3.3e12, 7.7e13, 1.1e16):
+        N, D = best.law.optimal(best.budget(C))
+        for name, value in (("N", N), ("D", D), ("ratio", D / N)):
+            assert np.exp(np.interp(np.log(C), x, np.log(columns[name]))) == pytest.approx(value, rel=2e-3)
+            low, high = (np.interp(np.log(C), x, np.log(columns[f"{name}_{end}"])) for end in ("low", "high"))
+            assert np.exp(low) < value < np.exp(high)
+
+
+def test_doubts_come_first(made):
+    """Of the findings, those that should worry the reader stand above those that should not."""
+    items = re.findall(r'<li class="(good|bad)">', made[3])
+    assert items == sorted(items) and len(items) >= 5
+
+
+def test_a_report_of_approach_2_alone(made):
+    """Where Approach 3 has no law, the report and every figure that is left do without it."""
+    study, checks, _, _ = made
+    refused = laws.NotIdentified("E is at its bound: <not> identified")
+    without = replace(study, results={**study.results, 3: refused})
+    some = replace(checks, leave_out=[], deltas=[], profile=(np.empty(0), np.empty(0)), by_compute=[], variants=[])
+    drawn = figures.draw(without, some)
+    page = report.render(without, some, drawn, report.Questions((1e12, 1e13)), report.Provenance("a", "b", "c"))
+    assert Page(page).open == [] and "E is at its bound: &lt;not&gt; identified" in page
+    assert {figure.name for figure in drawn} == {"curves", "isoflop", "optimum", "surface", "hold-out", "certainty"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
+
+
+def test_svg_files_parse_and_name_every_run(made):
+    """Each figure is XML of its own; every run is a point with its name on it, and every curve a line."""
+    study, _, drawn, _ = made
+    assert [figure.name for figure in drawn] == [
+        "curves", "isoflop", "optimum", "surface", "residuals", "hold-out", "certainty"]  # fmt: skip
+    titles = {}
+    for figure in drawn:
+        root = ET.fromstring(plot.to_svg(figure))
+        assert root.tag == "{http://www.w3.org/2000/svg}svg" and not {"href", "src"} & set(root.attrib)
+        titles[figure.name] = [element.text or "" for element in root.iter("{http://www.w3.org/2000/svg}title")]
+    for name in ("isoflop", "surface", "residuals"):
+        for i in range(len(study.N)):
+            assert any(title.startswith(f"{study.rows.labels['run'][i]}: N ") for title in titles[name]), (name, i)
+    assert sum(": N = " in title for title in titles["curves"]) == len(study.N)
+
+
+def test_points_stand_where_their_values_are():
+    """px of a point by hand: decades are even on a log axis, up is more."""
+    marks = (Points([1e3, 1e4, 1e6], [1.0, 2.0, 4.0], hover=("p", "q", "r")),)
+    panel = Panel("t", Axis("x", True, 1e2, 1e7), Axis("y", False, 0, 5), marks)
+    circles = re.findall(r'<circle class="mark blue" cx="([\d.]+)" cy="([\d.]+)"', plot.panel_svg(panel, "t0"))
+    x, y = np.array(circles, float).T
+    _, _, (left, right, top, bottom) = plot.scales(panel)
+    np.testing.assert_allclose(x, [left + share * (right - left) for share in (0.2, 0.4, 0.8)], atol=0.06)
+    np.testing.assert_allclose(y, [bottom - share * (bottom - top) for share in (0.2, 0.4, 0.8)], atol=0.06)
+
+
+@pytest.mark.parametrize(
+    "low, high, log",
+    [(1, 1, True), (1, 1, False), (0, 0, False), (2.1, 2.9, True), (2.1, 2.1001, True), (1e12, 6.4e13, True),
+     (1e18, 1e25, True), (5, 5e9, True), (-0.3, 0.7, False), (1e-6, 1e-2, True), (0.13, 88, True), (1e5, 3e5, False)],
+)  # fmt: skip
+def test_ticks(low, high, log):
+    """Any range gets 2 to 9 ticks in rising order, inside the axis, whose texts say their values."""
+    marks = [Points(np.array([low, high]), np.array([low, high]))]
+    scale = plot.scale_of(Axis("x", log), marks, vertical=False, room=6)
+    at = [value for value, _ in scale.ticks]
+    assert scale.low < scale.high and at == sorted(at)
+    assert all(scale.low <= value <= scale.high for value in at)
+    if high > low:
+        assert 2 <= len(at) <= 9, scale.ticks
+    for value, text in scale.ticks:
+        assert _value(text) == pytest.approx(value, rel=1e-3, abs=1e-9 + 0.005 * abs(high - low))
+
+
+def _value(text: str) -> float:
+    """3M, 2.5, 10^18 or 3×10^-4 as a number."""
+    text = text.replace("\N{MINUS SIGN}", "-")
+    if "^" in text:
+        mantissa, _, power = text.rpartition("10^")
+        return float(mantissa.rstrip("×") or 1) * 10.0 ** int(power)
+    suffix = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1])
+    return float(text[:-1]) * suffix if suffix else float(text)
+
+
+def test_odd_marks_are_drawn():
+    """Empty points, gaps in lines, infinite ends, one category: no mark breaks a figure, in SVG or as PNG."""
+    nan, none = np.nan, np.empty(0)
+    marks = (Points(none, none, "red", "none"), Line(np.array([1, nan, 3, 4]), np.array([1, 2, nan, 4])),
+             Band(np.array([1, 2]), np.array([0.5, nan]), np.array([2, np.inf])), Note(2, 2, "a < b & c", "grey"),
+             Points([1, 2], [1, nan], ["q0", "q8"], "two", ["<p>", "q"], shape="ring", x_range=([0, nan], [2, 3])),
+             Points([1.5], [1.5], shape="diamond"), Points([1.5], [1.2], shape="cross"))  # fmt: skip
+    figure = Figure("odd", "Odd & <even>", (Panel("C^a <x>", Axis("x"), Axis("y & z", True), marks),))
+    root = ET.fromstring(plot.to_svg(figure))
+    assert "a < b & c" in "".join(root.itertext()) and "nan" not in plot.to_svg(figure)
+    line = next(e for e in root.iter("{http://www.w3.org/2000/svg}path") if e.get("class") == "line blue ")
+    assert line.get("d").count("M") == 2 and line.get("d").count("L") == 0  # two points, neither with a neighbour
+    pytest.importorskip("matplotlib")
+    plot.to_png(figure, io.BytesIO())
+
+
+def test_png(made):
+    """matplotlib draws every figure: a PNG in the proportions of the SVG, and not an empty one."""
+    pytest.importorskip("matplotlib")
+    figure = next(figure for figure in made[2] if figure.name == "optimum")
+    file = io.BytesIO()
+    plot.to_png(figure, file)
+    content = file.getvalue()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 30_000
+    width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
+    box = ET.fromstring(plot.to_svg(figure)).get("viewBox").split()
+    assert width / height == pytest.approx(float(box[2]) / float(box[3]), rel=0.01)
+
+
+def test_png_without_matplotlib(made, monkeypatch):
+    """Where matplotlib is not installed the line says what to install."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
+    with pytest.raises(UserError, match="pip install matplotlib"):
+        plot.to_png(made[2][0], io.BytesIO())
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_colours_can_be_seen(scheme):
+    """Every colour stands out from the page by at least 2 to 1 in luminance as WCAG has it, words by 4.5 to 1."""
+    values = {**COLOURS, **plot._PAGE}
+    paper = _luminance(values["paper"][scheme])
+
+    def contrast(name: str) -> float:
+        a, b = sorted((_luminance(values[name][scheme]), paper))
+        return (b + 0.05) / (a + 0.05)
+
+    for name in COLOURS:
+        assert contrast(name) >= 2, name
+    assert contrast("ink") > 10 and contrast("soft") >= 4.5
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
