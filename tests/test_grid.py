@@ -4,6 +4,7 @@ import math
 from collections import Counter
 
 import pytest
+from conftest import ROOT
 
 from nanochin import grid
 from nanochin.config import UserError, make_shape
@@ -96,9 +97,7 @@ def test_overrides(tmp_path):
     assert grid.read_sweep(path, data=("a", "b"), val=None).base.data == ("a", "b")
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[1] / "sweeps").glob("*.toml")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
 def test_named_sweeps(path):
     """Every sweep in sweeps/ can be planned, and says what its hours assume; cells of one budget differ in size."""
     sweep = grid.read_sweep(path)

@@ -58,7 +58,7 @@ def test_other_deltas_on_chinchilla(delta, expected):
     """Known optima over five orders of magnitude of delta; every start finds them."""
     fit = fit_parametric(*chinchilla(), delta=delta)
     law = fit.law
-    assert (law.A, law.B) == pytest.approx(expected[:2], rel=3e-4)
+    assert pytest.approx(expected[:2], rel=3e-4) == (law.A, law.B)
     assert (law.E, law.alpha, law.beta) == pytest.approx(expected[2:], abs=6e-5)
     assert fit.starts_agreeing == fit.starts
 
