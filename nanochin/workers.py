@@ -32,7 +32,7 @@ GRACE = 20.0  # seconds that a worker without a sweep has to save its run
 
 
 def work(device: str) -> None:
-    """Say which device there is, then answer jobs until the input ends."""
+    """Say which device there is, then answer jobs until the input ends, which arrives as a SIGTERM from `_listen`."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever else prints
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -47,7 +47,8 @@ def work(device: str) -> None:
 
     corpus = functools.cache(lambda config: train.read_corpus(config, Progress(quiet=True)))
     _say(answers, {"device": pick_device(device).type, "gpus": torch.cuda.device_count()})
-    while line := jobs.get():
+    while True:
+        line = jobs.get()
         options = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(line).items()}
         config = Config(**options)
         text = Config(**{key: value for key, value in options.items() if key in TEXT})
@@ -90,7 +91,6 @@ def _listen(lines: IO[str], jobs: queue.SimpleQueue) -> None:
     """In a thread: pass jobs on. At the end of the input stop the run as a signal would, then the process for sure."""
     for line in lines:
         jobs.put(line)
-    jobs.put("")
     timer = threading.Timer(GRACE, os._exit, (1,))
     timer.daemon = True
     timer.start()

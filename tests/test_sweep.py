@@ -189,7 +189,7 @@ def test_dry_run_without_torch(sweeps, table):
     done = subprocess.run([sys.executable, "-c", code, str(sweeps.file)], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert all(f"{name} " in done.stdout for name in ("4e8-12x1-s0", "epochs", "physical", "kaplan", "D/N"))
+    assert all(name in done.stdout for name in ("4e8-12x1-s0", "epochs", "physical", "kaplan", "D/N"))
     assert not sweeps.out.exists()
 
 
@@ -370,3 +370,26 @@ def test_trunk(table, sweeps):
         "batch_tokens": int(rows[0]["batch_tokens"]), "warmup_tokens": float(rows[0]["warmup_tokens"])})  # fmt: skip
     scratch.run()
     assert scratch.rows()[0]["loss"] == rows[0]["loss"] and scratch.rows()[0]["tokens"] == rows[0]["tokens"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From text to law
+
+
+def test_smoke(tmp_path):
+    """sweeps/smoke.toml killed on its way and run again: every budget, perhaps with sizes added, and then the fit."""
+    folder = tmp_path / "sweep"
+    sweeps = Sweeps(folder, {}, "smoke")
+    shutil.copyfile(ROOT / "sweeps" / "smoke.toml", sweeps.file)
+    process = sweeps.start("--workers", "2")
+    sweeps.wait_for(process, lambda: len(list(sweeps.out.glob("runs/*/summary.json"))) > 2)
+    for pid in [process.pid, *children(process.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    said = sweeps.run()
+    rows = sweeps.rows()
+    assert len(rows) >= 11 and {row["status"] for row in rows} == {"finished"}
+    assert len(sweeps.trained()) <= len(rows)  # those killed are trained on, those finished are not trained again
+    laws = json.loads((sweeps.out / "laws.json").read_text())
+    assert laws["meta"]["n_runs"] == len(rows) and "laws.json, report.html" in said
+    assert "</html>" in (sweeps.out / "report.html").read_text()
