@@ -108,7 +108,7 @@ def expected_vocab(sweep: Sweep) -> int:
     """The vocabulary, as far as it can be known without the text."""
     if sweep.base.tokenizer == "bpe":
         return sweep.base.vocab_size or BPE_VOCAB
-    return model_vocab(Tokenizer.load(sweep.base.tokenizer), sweep.base.vocab_size)
+    return model_vocab(Tokenizer.load(sweep.base.tokenizer or "bytes"), sweep.base.vocab_size)
 
 
 def only(cells: list[Cell], options: SweepOptions) -> list[Cell]:
