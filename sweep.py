@@ -28,12 +28,13 @@ from nanochin.data import BPE_VOCAB, Corpus, prepare
 from nanochin.flops import CONVENTIONS, format_columns
 from nanochin.grid import Cell, Sweep
 from nanochin.runs import write_file, writing
-from nanochin.schedule import Book, Schedule
+from nanochin.schedule import Book, End, Schedule
 from nanochin.tokenizer import Tokenizer, model_vocab
 from nanochin.workers import work
 
 ROOT = Path(__file__).resolve().parent
 SECONDS_BETWEEN_LINES = 15.0  # of the progress view, elsewhere than on a terminal
+KEPT = (".csv", ".json", ".html", ".svg")
 PER_GPU = 4  # workers on a GPU, which a model of a few million parameters leaves idle; not measured yet
 
 
@@ -43,6 +44,7 @@ class SweepOptions:
     dry_run: bool = opt(False, "print the grid and what it costs; train nothing")
     status: bool = opt(False, "print how far the sweep is, on a terminal until it is through")
     only: tuple[str, ...] = opt((), "runs to train now, such as budget=1e12 or model=48x2 seed=0")
+    keep: bool = opt(False, "copy what is worth keeping to --results: rows, logs, laws, report; no checkpoints")
     retry_failed: bool = opt(False, "try failed runs again")
     workers: int | None = opt(None, "runs at once; default: one a CPU core, or 4 a GPU", low=1, high=1000)
     data: tuple[str, ...] | None = opt(None, "the text, as train.py reads it; default: that of the sweep file")
@@ -91,7 +93,10 @@ def run(options: SweepOptions) -> int:
     with open(folder / "workers.log", "a") as log:
         schedule = Schedule(book, facts, lambda cell: seconds(sweep, cell, cells), log, options.retry_failed)
         train_all(sweep, only(cells, options), vocab, schedule, options, len(corpus.train))
-    return finish(sweep, cells, vocab, schedule, options)
+    code = finish(sweep, cells, vocab, schedule, options)
+    if options.keep:
+        keep(folder, book.results)
+    return code
 
 
 def read_corpus(sweep: Sweep) -> Corpus:
@@ -211,7 +216,7 @@ def grid_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: S
 def train_all(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, options: SweepOptions,
               corpus_tokens: float) -> None:  # fmt: skip
     """Train what has no end yet, adding sizes where `extend` asks for them. Raises UserError for what stops it."""
-    plan = schedule.book.folder / "plan.csv"
+    folder = schedule.book.folder
     schedule.add(cells)
     view, threads = View(schedule), []
     try:
@@ -220,7 +225,8 @@ def train_all(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, o
                 while more := grid.extend(sweep, schedule.cells, losses(schedule), vocab):
                     view.say(f"no inner minimum yet: adding {', '.join(cell.name for cell in more)}")
                     schedule.add(more)
-            write_file(plan, to_csv(plan_rows(sweep, schedule.cells, corpus_tokens)))
+                with FileLock(folder / ".lock"):
+                    write_file(folder / "plan.csv", to_csv(plan_rows(sweep, schedule.cells, corpus_tokens)))
             if schedule.error:
                 raise schedule.error
             if schedule.done:
@@ -327,28 +333,31 @@ class View:
             self.live.stop()
 
 
+def settled(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict) -> tuple[list[Cell], dict[str, End]]:
+    """All cells, with those that were added, and the ends of those that have one, from the disk."""
+    known = list(cells)
+    while True:
+        ends = {cell.name: end for cell in known if (end := book.look(cell, facts))}
+        more = grid.extend(sweep, known, {name: end.loss for name, end in ends.items()}, vocab)
+        if not more:
+            return known, ends
+        known += more
+
+
 def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict) -> int:
     """`--status`: a line a run, from the disk alone; on a terminal again and again until all have an end."""
 
     def look() -> tuple[str, bool]:
-        known, ends = list(cells), {}
-        while True:
-            ends = {cell.name: book.look(cell, facts) for cell in known}
-            found = {name: end.loss for name, end in ends.items() if end}
-            more = grid.extend(sweep, known, found, vocab)
-            if not more:
-                break
-            known += more
+        known, ends = settled(sweep, cells, vocab, book, facts)
         lines = [["run", "", "loss"]]
         for cell in known:
-            end = ends[cell.name]
-            if end:
+            if end := ends.get(cell.name):
                 lines.append([cell.name, "failed" if end.reason else "finished", end.reason or f"{end.loss:.4f}"])
             else:
                 done, loss = book.progress(cell)
                 lines.append([cell.name, f"{done:.0%}" if loss else "waiting", f"{loss:.3f}" if loss else ""])
         runs = [cell for cell in known if not cell.is_trunk]
-        ended = sum(ends[cell.name] is not None for cell in runs)
+        ended = sum(cell.name in ends for cell in runs)
         return format_columns(lines) + f"\n\n{ended} of {len(runs)} runs done", ended == len(runs)
 
     text, done = look()
@@ -371,17 +380,15 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict)
 
 def finish(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, options: SweepOptions) -> int:
     """runs.csv, then the fit. Another sweep on the same folder may do so at the same time."""
-    folder = schedule.book.folder
-    ordered = [cell for cell in schedule.cells if not cell.is_trunk]
+    folder, known, ends = schedule.book.folder, schedule.cells, schedule.ends
     if options.only:  # what other calls have done belongs into the table too
-        ends = {cell.name: schedule.book.look(cell, schedule.facts) for cell in cells}
-        ordered = [cell for cell in cells if not cell.is_trunk]
-        schedule.ends = {name: end for name, end in ends.items() if end}
-    rows = [row_of(cell, schedule) for cell in ordered if cell.name in schedule.ends]
+        known, ends = settled(sweep, cells, vocab, schedule.book, schedule.facts)
+    ordered = [cell for cell in known if not cell.is_trunk]
+    rows = [row_of(cell, ends[cell.name]) for cell in ordered if cell.name in ends]
     for cell in ordered:
-        if (end := schedule.ends.get(cell.name)) and end.reason:
-            print(f"failed: {cell.name}: {end.reason}  (--retry-failed tries again)")
-    for line in edges(sweep, ordered, schedule):
+        if cell.name in ends and ends[cell.name].reason:
+            print(f"failed: {cell.name}: {ends[cell.name].reason}  (--retry-failed tries again)")
+    for line in edges(sweep, ordered, ends):
         print(line)
     if len(rows) < len(ordered):
         print(f"{len(rows)} of {len(ordered)} runs done; without --only the same command does the rest")
@@ -392,16 +399,15 @@ def finish(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, opti
         write_file(path, table)
         print(f"{path}: {len(rows)} runs")
         if sweep.grid.kind == "grid":
-            print(best_of_grid(ordered, schedule))
+            print(best_of_grid(ordered, ends))
         elif len(rows) == len(ordered) and not (same and (folder / "laws.json").exists()):
-            return fit(folder)
+            return fit(folder, sweep.grid.bootstrap)
         elif (folder / "report.html").exists():
             print(f"{folder}/report.html")
     return 0
 
 
-def row_of(cell: Cell, schedule: Schedule) -> dict:
-    end = schedule.ends[cell.name]
+def row_of(cell: Cell, end: End) -> dict:
     if end.row:
         return end.row
     params = cell.plan.params
@@ -415,9 +421,9 @@ def row_of(cell: Cell, schedule: Schedule) -> dict:
     }  # fmt: skip
 
 
-def edges(sweep: Sweep, cells: list[Cell], schedule: Schedule) -> list[str]:
+def edges(sweep: Sweep, cells: list[Cell], ends: dict[str, End]) -> list[str]:
     """A line for each budget whose least loss is at an edge of its sizes."""
-    found, lines = losses(schedule), []
+    found, lines = {name: end.loss for name, end in ends.items()}, []
     for budget, varied in dict.fromkeys((cell.budget, cell.varied) for cell in cells if sweep.grid.kind == "isoflop"):
         group = [cell for cell in cells if (cell.budget, cell.varied) == (budget, varied)]
         if len({cell.plan.shape for cell in group}) > 1 and (side := grid.open_side(group, found)):
@@ -426,24 +432,34 @@ def edges(sweep: Sweep, cells: list[Cell], schedule: Schedule) -> list[str]:
     return lines
 
 
-def best_of_grid(cells: list[Cell], schedule: Schedule) -> str:
+def best_of_grid(cells: list[Cell], ends: dict[str, End]) -> str:
     """The runs of each model, best first, with their distance from it."""
     lines = [["run", "loss", "above best"]]
     for group in dict.fromkeys((cell.plan.shape, cell.budget) for cell in cells):
-        ends = [(schedule.ends[cell.name].loss, cell.name) for cell in cells
-                if (cell.plan.shape, cell.budget) == group and cell.name in schedule.ends
-                and schedule.ends[cell.name].row]  # fmt: skip
-        lines += [[name, f"{loss:.4f}", f"{loss - min(ends)[0]:.4f}"] for loss, name in sorted(ends)]
+        found = [(ends[cell.name].loss, cell.name) for cell in cells
+                 if (cell.plan.shape, cell.budget) == group and cell.name in ends and ends[cell.name].row]  # fmt: skip
+        lines += [[name, f"{loss:.4f}", f"{loss - min(found)[0]:.4f}"] for loss, name in sorted(found)]
     return "\n" + format_columns(lines)
 
 
-def fit(folder: Path) -> int:
+def fit(folder: Path, bootstrap: int) -> int:
     """fit.py on the sweep's folder: laws.json, report.html and figures beside runs.csv."""
     program = ROOT / "fit.py"
     if not program.exists():
         return 0
-    code = subprocess.run([sys.executable, str(program), str(folder), "--out", str(folder)]).returncode
+    command = [sys.executable, str(program), str(folder), "--out", str(folder), f"--bootstrap={bootstrap}"]
+    code = subprocess.run(command).returncode
     return 0 if code == UserError.code else code  # it has said why these runs give no law; they are there all the same
+
+
+def keep(folder: Path, results: Path) -> None:
+    """Copy all but the checkpoints and what the runs' folders have beside their logs."""
+    for path in [*(path for path in folder.iterdir() if path.suffix in KEPT), *folder.glob("runs/*/log.jsonl")]:
+        there = results / path.relative_to(folder)
+        with writing(there):
+            there.parent.mkdir(parents=True, exist_ok=True)
+        write_file(there, path.read_bytes())
+    print(f"{results}: kept")
 
 
 def to_csv(rows: list[dict]) -> bytes:

@@ -55,6 +55,7 @@ class Grid:
     warmup_times: tuple[float, ...] = opt((1.0,), "multiples of the warm-up by rule", low=0)
     vary: str = opt("product", "lists: their product, or one at a time around the first value of the others",
                     choices=("product", "one"))  # fmt: skip
+    bootstrap: int = opt(4000, "resamples of the fit at the end", low=0)
     max_epochs: float | None = opt(None, "refuse a cell that sees its text more often", above=0)
     corpus_tokens: float | None = opt(None, "expected tokens of the text: --dry-run need not read it", above=0)
     throughput: float | None = opt(None, "FLOP/s (physical) of one worker, for planned hours", above=0)

@@ -329,11 +329,9 @@ def test_kept_results(peace, table, tmp_path):
     there. Of other options they are refused; of another text they count for nothing."""
     sweeps = Sweeps(tmp_path / "sweep", table)
     kept = tmp_path / "sweep" / "results" / "some"
-    kept.mkdir(parents=True)
-    shutil.copyfile(peace.out / "runs.csv", kept / "runs.csv")
-    for log in peace.out.glob("runs/*/log.jsonl"):
-        (kept / "runs" / log.parent.name).mkdir(parents=True)
-        shutil.copyfile(log, kept / "runs" / log.parent.name / "log.jsonl")
+    peace.run("--keep")
+    shutil.move(peace.folder / "results", sweeps.folder / "results")
+    assert sorted({path.name for path in kept.rglob("*") if path.is_file()}) == ["log.jsonl", "plan.csv", "runs.csv"]
     assert "starting workers" not in sweeps.run()
     assert (sweeps.out / "runs.csv").read_bytes() == (peace.out / "runs.csv").read_bytes()
     assert sweeps.curves() == peace.curves()
