@@ -58,7 +58,7 @@ def curves(study: Study) -> Figure | None:
     different = np.unique(sizes)
     named = set(different[np.linspace(0, len(different) - 1, min(5, len(different))).round().astype(int)])
     for (run, (C, L, N)), colour in sorted(zip(own.items(), shade(sizes), strict=True), key=lambda pair: pair[0][1][2]):
-        every = _evenly(len(C), 160)
+        every = _evenly(len(C), max(20, 16_000 // len(own)))
         label = f"N = {count(N)}" if N in named else ""
         named.discard(N)
         name = study.curves.labels["run"].values[int(run)]
@@ -90,7 +90,7 @@ def isoflop(study: Study) -> Figure | None:
     fit, marks, flat = second.fit, [], []
     colours = shade(np.array([budget.flops for budget in fit.budgets]))
     for budget, colour in zip(fit.budgets, colours, strict=True):
-        rows = budget.rows
+        rows = budget.rows[_evenly(budget.n_runs, max(20, MOST // len(fit.budgets)))]
         hover = [_run(study, i) for i in rows]
         marks.append(Points(fit.N[rows], fit.loss[rows], colour, number(budget.flops, powers=True), hover, 2.8))
         if not np.isfinite(budget.parabola[0]):
@@ -110,7 +110,7 @@ def isoflop(study: Study) -> Figure | None:
     vertices = Points([b.params_opt for b in found], [b.loss_opt for b in found], "ink", "minimum, with the law's 95%",
                       hover, 3.4, "diamond", x_range=ends)  # fmt: skip
     losses = Panel(f"IsoFLOP curves ({study.convention})", _params_axis(study), Axis(LOSS), (*marks, vertices))
-    above = Panel("The same, laid over one another", Axis("parameters over those of the minimum", log=True),
+    above = Panel(f"The same, laid over one another ({study.convention})", Axis("parameters over the minimum's", True),
                   Axis("loss above the minimum, nats"), tuple(flat))  # fmt: skip
     refused = [f"{budget.flops:.2g} FLOPs: {budget.reason}" for budget in fit.budgets if not budget.bracketed]
     text = "Dotted curves have no minimum inside the sizes that were tried and count for nothing" if refused else ""
@@ -123,8 +123,8 @@ def optimum(study: Study) -> Figure:
     size = _optimum_panel(study, x, 0, "Optimal size", _params_axis(study))
     tokens = _optimum_panel(study, x, 1, "Optimal tokens", Axis("tokens D", log=True))
     text = (
-        f"Bands are 95% intervals. The runs lie between {study.C.min():.2g} and {study.C.max():.2g} FLOPs; all beyond "
-        "is extrapolated. The laws of others belong to their own tokenizers and corpora: compare the slopes."
+        f"Bands are 95% intervals. All beyond {study.C.max():.2g} FLOPs, the largest run, is extrapolated. The laws of "
+        "others belong to their own tokenizers and corpora: compare the slopes."
     )
     return Figure("optimum", "What a budget should buy", (size, tokens), text)
 
@@ -245,9 +245,10 @@ def hold_out(study: Study, checks: Checks) -> Figure | None:
     scatter = (Line(diagonal, diagonal, "grey", "equal", width=1),
                Points(fit.loss[keep], inside[keep], "grey", "fitted", words, 2.2),
                Points(L, held.predicted, "red", "held out", hover, 3.4))  # fmt: skip
+    predicted, observed = Axis(f"predicted {LOSS}", True), Axis(f"observed {LOSS}", True)
     panels = (
         Panel(f"The largest budget, predicted ({study.convention})", _params_axis(study), Axis(LOSS), tuple(size)),
-        Panel("Predicted against observed", Axis(f"observed {LOSS}", True), Axis(f"predicted {LOSS}", True), scatter),
+        Panel(f"Predicted against observed (N {study.settings.params})", observed, predicted, scatter),
     )
     return Figure("hold-out", "Does it extrapolate?", panels)
 
@@ -273,23 +274,26 @@ def certainty(study: Study, checks: Checks) -> Figure:
         hover = f"{name}: a = {a:.4f}" + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "")
         marks.append(Points([a], [y], colour, "", [hover], 4, x_range=([low], [high])))
     names = Axis("", False, 0.4, len(found) + 0.6, ticks)
-    panels = [Panel("Exponent a of N = k C^a, with 95% intervals", Axis("a"), names, tuple(marks))]
+    title = f"Exponent a, with 95% intervals ({study.convention})"
+    panels = [Panel(title, Axis("a in N = k C^a"), names, tuple(marks))]
     if len(checks.profile[0]):
-        panels.append(_profile(study.results[3], *checks.profile))
+        panels.append(_profile(study, *checks.profile))
     return Figure("certainty", "How sure", tuple(panels))
 
 
-def _profile(third: Approach, E: np.ndarray, objective: np.ndarray) -> Panel:
+def _profile(study: Study, E: np.ndarray, rise: np.ndarray) -> Panel:
+    third = study.results[3]
     order = np.argsort(np.append(E, third.law.E))
     E = np.append(E, third.law.E)[order]
-    rise, (low, high) = np.append(objective / third.fit.objective, 1.0)[order], third.interval("E")
+    rise, (low, high) = np.append(rise, 1.0)[order], third.interval("E")
     marks = [Line(E, rise, "blue", "best objective", width=2),
              Points([third.law.E], [1.0], "blue", f"E = {third.law.E:.4g}", [f"E = {third.law.E:.6g}"], 4)]  # fmt: skip
     if np.isfinite(low):
         marks.insert(0, Band(np.array([low, high]), np.zeros(2), np.full(2, 9.0), "blue", "95% by bootstrap"))
     near = E[rise < 1.6]
-    return Panel("How firmly E is held", Axis("E held fixed, nats", False, near.min(), max(near.max(), high)),
-                 Axis("objective over its minimum", False, 0.97, 1.6), tuple(marks))  # fmt: skip
+    across = Axis("E held fixed, nats", False, near.min(), max(near.max(), high))
+    up = Axis("objective over its minimum", False, 0.97, 1.6)
+    return Panel(f"How firmly E is held (N {study.settings.params})", across, up, tuple(marks))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -399,7 +399,7 @@ def to_png(figure: Figure, path) -> None:
         axes = canvas.add_axes(place)  # the same place as in the SVG
         for scale, name, label in ((x, "x", panel.x.label), (y, "y", panel.y.label)):
             axes.set(**{f"{name}scale": "log" if scale.log else "linear", f"{name}lim": (scale.low, scale.high)})
-            getattr(axes, f"set_{name}label")(label, fontsize=8)
+            getattr(axes, f"set_{name}label")(_math(label), fontsize=8)
             getattr(axes, f"set_{name}ticks")([at for at, _ in scale.ticks], [_math(text) for _, text in scale.ticks])
         axes.minorticks_off()
         axes.tick_params(labelsize=7.5, length=2)

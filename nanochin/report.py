@@ -150,13 +150,13 @@ def _header(study: Study, checks: Checks, name: str) -> str:
             f'<p class="lead">{" ".join(sure)}</p></header>')  # fmt: skip
 
 
-MEANING = {
-    "E": ("E", "loss of an endless model on endless text, nats"), "A": ("A", "size term"), "B": ("B", "data term"),
-    "alpha": ("α", "exponent of size"), "beta": ("β", "exponent of data"),
-    "a": ("a", "optimal parameters ∝ C<sup>a</sup>"), "b": ("b", "optimal tokens ∝ C<sup>b</sup>"),
-    "G": ("G", "N = G (C/6)<sup>a</sup>, D = (C/6)<sup>b</sup> / G"),
-    "k_N": ("k<sub>N</sub>", "N = k<sub>N</sub> C<sup>a</sup>"),
-    "k_D": ("k<sub>D</sub>", "D = k<sub>D</sub> C<sup>b</sup>"),
+SYMBOL = {  # and what it means, on hover
+    "E": ("E", "loss of an endless model on endless text, nats"), "A": ("A", "scale of what the size costs"),
+    "B": ("B", "scale of what the data cost"),
+    "alpha": ("α", "exponent of the size"), "beta": ("β", "exponent of the data"),
+    "a": ("a", "optimal parameters grow as C^a"), "b": ("b", "optimal tokens grow as C^b"),
+    "G": ("G", "scale of the optimal parameters"), "k_N": ("k<sub>N</sub>", "scale of the optimal parameters"),
+    "k_D": ("k<sub>D</sub>", "scale of the optimal tokens"),
 }  # fmt: skip
 
 
@@ -167,17 +167,22 @@ def _law(study: Study) -> str:
         formula = f"L(N, D) = {four(law.E)}" + "".join(
             f" + <span class=frac><span>{four(scale)}</span><span>{x}<sup>{power:.4f}</sup></span></span>"
             for scale, x, power in terms)  # fmt: skip
+        frontier = "For 6ND = C the optimum is N = G (C/6)<sup>a</sup>, D = (C/6)<sup>b</sup> / G."
         names = ("E", "A", "B", "alpha", "beta", "a", "b", "G")
     else:
         formula = f"N = {four(law.k_N)} C<sup>{law.a:.4f}</sup>, D = {four(law.k_D)} C<sup>{law.b:.4f}</sup>"
+        frontier = "The optimum is N = k<sub>N</sub> C<sup>a</sup>, D = k<sub>D</sub> C<sup>b</sup>."
         names = ("a", "b", "k_N", "k_D")
     rows = []
     for name in names:
-        symbol, meaning = MEANING[name]
-        low, high = best.interval(name)
-        interval = "–" if math.isnan(low) else f'<span class="ci">{four(low)} – {four(high)}</span>'
-        rows.append([f"<i>{symbol}</i>", digits(getattr(law, name), 6), interval, f"<small>{meaning}</small>"])
-    return f'<p class="formula">{formula}</p>' + table(["", f"approach {best.number}", "95% interval", ""], rows)
+        symbol, meaning = SYMBOL[name]
+        ends = [best.interval(name, level) for level in (80, 95)]
+        intervals = [
+            "–" if math.isnan(low) else f'<span class="ci">{four(low)} – {four(high)}</span>' for low, high in ends
+        ]
+        rows.append([f'<i title="{meaning}">{symbol}</i>', digits(getattr(law, name), 6), *intervals])
+    values = table(["", f"approach {best.number}", "80% interval", "95% interval"], rows)
+    return f'<p class="formula">{formula}</p>{values}<p><small>{frontier}</small></p>'
 
 
 def _answers(study: Study, answers: list[Answer]) -> str:

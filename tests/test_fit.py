@@ -13,9 +13,10 @@ from made_up_sweep import BUDGETS, LAW, loss, optimal, sweep, write_sweep
 
 import fit
 from nanochin import laws
+from nanochin import study as study_module
 from nanochin.config import UserError, run_command
 from nanochin.rows import best_tuning, read_rows
-from nanochin.study import Approach, Cost, Settings, check, study_runs
+from nanochin.study import Approach, Cost, Settings, check, findings, study_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data" / "chinchilla_svg_extracted.csv"
@@ -322,3 +323,14 @@ def test_besiroglu_data(run, tmp_path):
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=2e-5), name
     assert read(tmp_path)["meta"]["flops_convention"] == "6nd" and "5 of highest loss" in out
+
+
+def test_checks_of_many_runs_are_made_on_some(monkeypatch):
+    """Beyond MOST_CHECKED runs a sample is checked, its hold-out names rows of the whole, and the findings say so."""
+    monkeypatch.setattr(study_module, "MOST_CHECKED", 24)
+    study = study_runs(_as_rows(sweep(noise=0.001)), settings=Settings(bootstrap=40))
+    checks = check(study)
+    held = checks.hold_out
+    assert checks.runs == 24 and any("24 of the 28 runs" in text for _, text in findings(study, checks))
+    np.testing.assert_array_equal(held.observed, study.L[held.rows])
+    assert len(study.rows) == 28 and "not checked" not in study.rows.dropped

@@ -102,10 +102,11 @@ def resample(runs, replicates: int, seed: int) -> tuple[int, Callable[[int], Ite
 
 def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, dict]:
     """Each replicate by Newton steps from the fit's own optimum. The first `verify` of them (they are exchangeable)
-    again from a start far from it, and any that did not converge from starts of its own."""
+    again from a start far from it, and those that did not converge from three others."""
     surface = Surface.of(fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=fit.fixed_e, tied=fit.tied,
                          weights=fit.weights)  # fmt: skip
-    warm, far = surface.z(fit.law), projected_starts(surface, 12)[-1:]
+    starts = projected_starts(surface, 12)
+    warm, far, elsewhere = surface.z(fit.law), starts[-1:], starts[::4]
     optima, facts = [], {"at_bound": 0, "checked": 0, "worse": 0, "gradient_norm": 0.0}
     for weights in batches(max(1, BATCH // fit.n)):
         weights *= fit.weights
@@ -118,11 +119,12 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
             for k in np.flatnonzero(lower):
                 _replace(found, k, again, k)
         facts["checked"] += checked
-        for k in np.flatnonzero(~found.converged):
-            again = surface.minimise(projected_starts(surface, 12, weights[k]), weights[k], cold=True)
-            if again.converged.any():
-                best = np.argmin(np.where(again.converged, again.objective, np.inf))
-                _replace(found, k, again, best)
+        for start in elsewhere:
+            lost = np.flatnonzero(~found.converged)
+            if len(lost):
+                again = surface.minimise(np.tile(start, (len(lost), 1)), weights[lost], cold=True)
+                for at in np.flatnonzero(again.converged):
+                    _replace(found, lost[at], again, at)
         good = found.converged
         facts["at_bound"] += int(surface.at_bound(found.theta[good]).any(1).sum())
         if good.any():
