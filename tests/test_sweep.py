@@ -386,7 +386,7 @@ def test_smoke(tmp_path):
     process.communicate()
     said = sweeps.run()
     rows = sweeps.rows()
-    assert len(rows) >= 11 and {row["status"] for row in rows} == {"finished"}
+    assert len(rows) >= 12 and {row["status"] for row in rows} == {"finished"}
     assert len(sweeps.trained()) <= len(rows)  # those killed are trained on, those finished are not trained again
     laws = json.loads((sweeps.out / "laws.json").read_text())
     assert laws["meta"]["n_runs"] == len(rows) and "laws.json, report.html" in said
