@@ -54,7 +54,10 @@ class Sweeps:
     def run(self, *argv: str, code: int = 0, **options) -> str:
         """Run it to its end -> its output; of a failure, stderr."""
         process = self.start("--workers", "2", *argv, **options)
-        out, err = process.communicate(timeout=PATIENCE)
+        try:
+            out, err = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
         assert process.returncode == code, (out, err, self.log())
         return err if code else out
 
