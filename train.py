@@ -32,7 +32,7 @@ import kernels
 from nanochin import checkpoint, gpt2, ladder, laws, loggers, runs
 from nanochin.config import FLOP_CONVENTIONS, Config, RunError, UserError, check, make_shape, parse, parse_model
 from nanochin.console import Progress, clock, count, table
-from nanochin.data import Corpus, Windows, prepare
+from nanochin.data import Corpus, Windows, prepare_for
 from nanochin.device import Team, check_memory, device_name, keep_freed_memory, peak_of, pick_device, pick_dtype
 from nanochin.evaluate import evaluate
 from nanochin.model import GPT
@@ -64,7 +64,14 @@ class Job:
     why_dtype: str
 
 
-def resolve(config: Config, progress: Progress) -> Job:
+def read_corpus(config: Config, progress: Progress) -> Corpus:
+    """The text of a run, tokenised; runs of one sweep share it."""
+    data = config.data or DEFAULTS[pick_device(config.device).type]["data"]
+    with progress:
+        return prepare_for(config, data, progress)
+
+
+def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) -> Job:
     """Fill in what the options left open: device, text, shape, tokens, batch, learning rate, dtype."""
     check(config)
     loggers.check(config.loggers)
@@ -79,11 +86,7 @@ def resolve(config: Config, progress: Progress) -> Job:
     seq_len = config.seq_len or defaults["seq_len"]
     budget = config.budget or (None if config.model or config.tokens else defaults["budget"])
 
-    with progress:
-        corpus = prepare(
-            config.data or defaults["data"], val=config.val, tokenizer=config.tokenizer, vocab_size=config.vocab_size,
-            val_bytes=config.val_bytes, max_tokens=config.max_tokens, skip_bad=config.skip_bad, cache=config.cache,
-            progress=progress)  # fmt: skip
+    corpus = corpus or read_corpus(config, progress)
 
     # Shape, tokens, batch and learning rate: rules and sources in nanochin/ladder.py.
     law = laws.load_law(config.law, config.law_approach) if config.law else laws.BESIROGLU
@@ -109,14 +112,15 @@ def resolve(config: Config, progress: Progress) -> Job:
     return Job(config, plan, law, corpus, Windows(corpus.train, seq_len, config.seed), device, dtype, why_dtype)
 
 
-def train(config: Config, quiet: bool = False) -> dict:
-    """Train, finish or merely report the run that `config` describes; returns its summary, a row of runs.csv.
+def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> dict:
+    """Train, finish or merely report the run that `config` describes; returns its summary, a row of runs.csv. `corpus`
+    is its text if that has been read already.
 
     Raises UserError for what the user can put right and RunError for what went wrong on the way (disk full, loss not
     a number, a signal). Checkpoints are kept in either case, and the same call goes on from the newest.
     """
     progress = Progress(quiet)
-    job = resolve(config, progress)
+    job = resolve(config, progress, corpus)
     config, plan, corpus, windows, device = job.config, job.plan, job.corpus, job.windows, job.device
     record = describe(job)
     name = config.name or runs.run_name(corpus.name, record["identity"])

@@ -29,7 +29,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from nanochin import hub
-from nanochin.config import UserError
+from nanochin.config import Config, UserError
 from nanochin.text import (
     MAX_HELD_OUT,
     File,
@@ -133,6 +133,13 @@ def prepare(data: tuple[str, ...], *, val: tuple[str, ...] | None = None, tokeni
             raise UserError(f"--data: {corpus.skipped_records} lines or rows of it have no text; --skip-bad goes on "
                             "without such")  # fmt: skip
         return corpus
+
+
+def prepare_for(config: Config, data: tuple[str, ...], progress: Progress | None = None) -> Corpus:
+    """`prepare` as the options of a run say."""
+    return prepare(data, val=config.val, tokenizer=config.tokenizer, vocab_size=config.vocab_size,
+                   val_bytes=config.val_bytes, max_tokens=config.max_tokens, skip_bad=config.skip_bad,
+                   cache=config.cache, progress=progress)  # fmt: skip
 
 
 def load(folder: str | Path) -> Corpus:

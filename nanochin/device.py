@@ -1,6 +1,7 @@
 """What a run computes on: the device, its compute dtype, its peak, whether a model fits its memory."""
 
 import ctypes
+import functools
 import os
 import sys
 import threading
@@ -93,6 +94,7 @@ def device_name(device: torch.device) -> str:
     return device.type
 
 
+@functools.cache
 def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
     """(peak FLOP/s or None, where it is from). GPUs: the table in flops.py. CPU: a short matrix product, measured."""
     if device.type == "cpu":

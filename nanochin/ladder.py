@@ -189,7 +189,7 @@ def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> 
             return min(_ladder(make), key=lambda s: abs(math.log(_count(s, law) / optimum))), tokens
 
         case True, False, False:
-            able = _affordable(make, budget, convention, batch_tokens)
+            able = affordable(make, budget, convention, batch_tokens)
             off, why["model"] = _by_law(law, able)
             shape = min(able, key=off)
             by_size = sorted(able, key=lambda s: _count(s, law))
@@ -211,7 +211,7 @@ def _by_law(law: Law | PowerLaw, able: dict[Shape, float]) -> tuple[Callable[[Sh
     return off_optimum, f"nearest to the optimum {among}"
 
 
-def _affordable(make: Make, budget: float, convention: str, batch_tokens: int | None) -> dict[Shape, float]:
+def affordable(make: Make, budget: float, convention: str, batch_tokens: int | None) -> dict[Shape, float]:
     """The ladder's shapes that can spend the budget, and on how many tokens each does."""
     price = {shape: flops_per_token(shape, convention) for shape in _ladder(make)}
     able = {s: budget / each for s, each in price.items() if budget / each >= _least_tokens(s, batch_tokens)}
@@ -284,15 +284,17 @@ def _up(value: float) -> str:
 # The isoFLOP grid
 
 
-def isoflop(make: Make, budget: float, *, sizes: int = 7, spread: float = 4.0, **options) -> list[Plan]:
+def isoflop(make: Make, budget: float, *, sizes: int = 7, spread: float = 4.0, centre: float | None = None,
+            **options) -> list[Plan]:  # fmt: skip
     """Plans for one budget: up to `sizes` shapes of the ladder, evenly spaced in log N from 1/`spread` to `spread`
-    times the law's choice, smallest first. Shapes that cannot spend the budget are left out; `options` go to `plan`."""
-    best = plan(make, budget=budget, **options)
-    able = _affordable(make, budget, options.get("convention", "physical"), options.get("batch_tokens"))
+    times `centre`, or the law's choice, smallest first. Shapes that cannot spend the budget are left out; `options` go
+    to `plan`."""
+    centre = centre or plan(make, budget=budget, **options).params.total
+    able = affordable(make, budget, options.get("convention", "physical"), options.get("batch_tokens"))
     size = {shape: math.log(count_params(shape).total) for shape in able}
     ratios = [2 * i / (sizes - 1) - 1 for i in range(sizes)] if sizes > 1 else [0.0]
     chosen = set()
-    for target in (size[best.shape] + ratio * math.log(spread) for ratio in ratios):
+    for target in (math.log(centre) + ratio * math.log(spread) for ratio in ratios):
         chosen.add(min(able, key=lambda s: abs(size[s] - target)))
     models = [(s.width, s.layers) for s in sorted(chosen, key=size.get)]
     return [plan(make, budget=budget, model=model, **options) for model in models]

@@ -22,6 +22,14 @@ from filelock import FileLock, Timeout
 from nanochin.config import Config, RunError, UserError
 
 
+class BusyError(UserError):
+    """Another process is training this run."""
+
+
+class DiskError(RunError):
+    """The disk refused to take a file."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """The folder of a run. `loggers` are pairs (function that takes a row, function that ends it)."""
@@ -66,9 +74,9 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{folder}: another process is training this run; wait for it or choose --name") from None
+        raise BusyError(f"{folder}: another process is training this run; wait for it or choose --name") from None
     except OSError as error:
-        raise RunError(f"{folder}: cannot write: {error.strerror}") from None
+        raise DiskError(f"{folder}: cannot write: {error.strerror}") from None
     with lock:  # the lock counts: this releases the acquisition above too, on every way out
         lock.release()
         if (folder / "config.json").exists():
@@ -189,4 +197,4 @@ class writing:  # noqa: N801  (reads as a word: `with writing(path):`)
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, OSError):
-            raise RunError(f"{self.path}: cannot write: {error.strerror or error}{self.remark}") from None
+            raise DiskError(f"{self.path}: cannot write: {error.strerror or error}{self.remark}") from None

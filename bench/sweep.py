@@ -1,0 +1,91 @@
+"""A sweep's wall time against a plain loop of train.py processes on the same runs, and where the time goes.
+
+    python -m bench.sweep sweeps/mini.toml              in a folder of its own; what is there already is not redone
+    python -m bench.sweep sweeps/mini.toml --loop 3     time three runs of the loop and scale by FLOPs and steps
+
+The loop is what one would write in a shell: one `train.py` after the other, with torch's own number of threads (or
+`--loop-threads`), each paying for start-up, imports and opening the corpus.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochin import grid
+from nanochin.config import UserError, opt, parse, run_command
+from nanochin.schedule import read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    sweep: str = opt("sweeps/mini.toml", "the sweep", positional=True)
+    out: str = opt("build/bench-sweep", "folder of the runs; give a new one for a new measurement")
+    loop: int = opt(0, "runs of the loop to time, spread over the sweep; 0 = all", low=0)
+    loop_threads: int | None = opt(None, "threads of each process of the loop; default: torch's choice", low=1)
+    workers: int | None = opt(None, "workers of the sweep", low=1)
+
+
+def main() -> None:
+    options = parse(BenchOptions, prog="python -m bench.sweep", description=__doc__)
+    out = Path(options.out)
+    if (out / "sweep").exists():
+        raise UserError(f"--out {out}: has runs of an earlier measurement; give a new folder")
+    seconds = time_sweep(options, out)
+    table = read_rows(out / "sweep" / Path(options.sweep).stem / "runs.csv")
+    rows = [row for row in table.values() if row["status"] == "finished"]
+    training = sum(float(row["seconds"]) for row in rows)
+    workers = int(json.loads((out / "workers.json").read_text()))
+    outside = 1 - training / (workers * seconds)
+
+    chosen = rows if not options.loop else rows[:: max(1, len(rows) // options.loop)][: options.loop]
+    timed = time_loop(options, out, chosen)
+    done = sum(float(row["flops"]) for row in chosen) / sum(float(row["flops"]) for row in rows)
+    loop = timed / done
+    print(
+        f"sweep: {seconds:.1f} s for {len(rows)} runs with {workers} workers; outside training steps {outside:.1%} "
+        f"of {workers} x {seconds:.1f} s (start-up, evaluation, checkpoints, waiting for the last run, the fit)"
+    )
+    print(
+        f"loop of train.py: {timed:.1f} s for {len(chosen)} runs"
+        + (f", by their share of the FLOPs {loop:.1f} s for all" if done < 1 else "")
+    )
+    print(f"the sweep takes {seconds / loop:.2f} of the loop's time")
+
+
+def time_sweep(options: BenchOptions, out: Path) -> float:
+    command = [sys.executable, str(ROOT / "sweep.py"), options.sweep, "--out", str(out / "sweep"), "--results", "none"]
+    if options.workers:
+        command += ["--workers", str(options.workers)]
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise UserError(f"the sweep failed: {done.stderr.strip() or done.stdout.strip()}")
+    said = next(line for line in done.stdout.splitlines() if " workers on " in line)
+    (out / "workers.json").write_text(said.split()[0])
+    return seconds
+
+
+def time_loop(options: BenchOptions, out: Path, rows: list[dict]) -> float:
+    """train.py once a run, with the options of its row."""
+    base = grid.read_sweep(options.sweep).base
+    start = time.perf_counter()
+    for row in rows:
+        command = [sys.executable, str(ROOT / "train.py"), "--data", *base.data, f"--val-bytes={base.val_bytes}",
+                   f"--cache={base.cache}", f"--seq-len={row['seq_len']}", f"--model={row['width']}x{row['layers']}",
+                   f"--tokens={row['tokens']}", f"--batch-tokens={row['batch_tokens']}", f"--lr={row['lr']}",
+                   f"--seed={row['seed']}", f"--device={base.device}", f"--out={out / 'loop'}",
+                   f"--name={row['run']}", "--sample-tokens=0"]  # fmt: skip
+        if options.loop_threads:
+            command.append(f"--threads={options.loop_threads}")
+        subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    run_command(main, "python -m bench.sweep")

@@ -1,0 +1,475 @@
+"""Many runs from one file, and the law that they give: budgets in, laws.json and report.html out.
+
+    python sweep.py sweeps/mini.toml              plan, train what is missing, fit; again: nothing is done twice
+    python sweep.py sweeps/mini.toml --dry-run    the grid: shapes, tokens, epochs, FLOPs, hours
+    python sweep.py sweeps/mini.toml --status     how far it is
+
+sweeps-out/<name>/plan.csv, runs.csv, runs/, laws.json, report.html and figures. Kill it at any moment: the same command
+completes it, with the same rows. Rows in results/<name>/runs.csv count as done.
+"""
+
+import csv
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from nanochin import grid
+from nanochin.config import UserError, opt, parse
+from nanochin.console import Progress, clock, count
+from nanochin.data import BPE_VOCAB, Corpus, prepare_for
+from nanochin.flops import CONVENTIONS, format_columns
+from nanochin.grid import Cell, Sweep
+from nanochin.runs import write_file, writing
+from nanochin.schedule import Book, End, Schedule
+from nanochin.tokenizer import Tokenizer, model_vocab
+from nanochin.workers import work
+
+ROOT = Path(__file__).resolve().parent
+SECONDS_BETWEEN_LINES = 15.0  # of the progress view, elsewhere than on a terminal
+KEPT = (".csv", ".json", ".html", ".svg")
+PER_GPU = 4  # workers on a GPU, which a model of a few million parameters leaves idle; not measured yet
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    sweep: str = opt(None, "the sweep: a TOML file", positional=True)
+    dry_run: bool = opt(False, "print the grid and what it costs; train nothing")
+    status: bool = opt(False, "print how far the sweep is, on a terminal until it is through")
+    only: tuple[str, ...] = opt((), "runs to train now, such as budget=1e12 or model=48x2 seed=0")
+    keep: bool = opt(False, "copy what is worth keeping to --results: rows, logs, laws, report; no checkpoints")
+    retry_failed: bool = opt(False, "try failed runs again")
+    workers: int | None = opt(None, "runs at once; default: one a CPU core, or 4 a GPU", low=1, high=1000)
+    data: tuple[str, ...] | None = opt(None, "the text, as train.py reads it; default: that of the sweep file")
+    val: tuple[str, ...] | None = opt(None, "validation text; default: that of the sweep file")
+    out: str = opt("sweeps-out", "folder of all sweeps")
+    results: str = opt("results", "folder of rows that were kept: <results>/<sweep>/runs.csv counts as done")
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2])
+        return 0
+    options = parse(SweepOptions, prog="sweep.py", description=__doc__)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        return run(options)
+    except UserError as error:
+        print(f"sweep.py: {error}", file=sys.stderr)
+        return error.code
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+def run(options: SweepOptions) -> int:
+    sweep = grid.read_sweep(options.sweep, data=options.data, val=options.val)
+    if options.dry_run and sweep.grid.corpus_tokens:
+        vocab, tokens = expected_vocab(sweep), sweep.grid.corpus_tokens
+        print(grid_table(sweep, grid.plan_cells(sweep, vocab, tokens), tokens, options))
+        return 0
+
+    corpus = read_corpus(sweep)
+    vocab = model_vocab(corpus.tokenizer, sweep.base.vocab_size)
+    cells = grid.plan_cells(sweep, vocab, len(corpus.train))
+    if options.dry_run:
+        print(grid_table(sweep, cells, len(corpus.train), options))
+        return 0
+
+    folder = Path(options.out) / sweep.name
+    facts = {"data_sha": corpus.data_sha, "val_sha": corpus.val_sha}
+    book = Book(folder, Path(options.results) / sweep.name, lambda cell: cell.digest(**facts))
+    if options.status:
+        return follow(sweep, cells, vocab, book, facts)
+
+    with writing(folder):
+        (folder / "runs").mkdir(parents=True, exist_ok=True)
+    with open(folder / "workers.log", "a") as log:
+        schedule = Schedule(book, facts, lambda cell: seconds(sweep, cell, cells), log, options.retry_failed)
+        train_all(sweep, only(cells, options), vocab, schedule, options, len(corpus.train))
+    code = finish(sweep, cells, vocab, schedule, options)
+    if options.keep:
+        keep(folder, book.results)
+    return code
+
+
+def read_corpus(sweep: Sweep) -> Corpus:
+    """The text, tokenised once before the workers start."""
+    base = sweep.base
+    if base.data is None:
+        raise UserError(f"{sweep.path}: names no text; give --data, as to train.py")
+    with Progress() as progress:
+        return prepare_for(base, base.data, progress)
+
+
+def expected_vocab(sweep: Sweep) -> int:
+    """The vocabulary, as far as it can be known without the text."""
+    if sweep.base.tokenizer == "bpe":
+        return sweep.base.vocab_size or BPE_VOCAB
+    return model_vocab(Tokenizer.load(sweep.base.tokenizer or "bytes"), sweep.base.vocab_size)
+
+
+def only(cells: list[Cell], options: SweepOptions) -> list[Cell]:
+    """The cells that `--only` chooses, and the trunks that they need."""
+    chosen = cells
+    for item in options.only:
+        key, equals, wanted = item.partition("=")
+        if not equals or not (key in ("budget", "name") or hasattr(cells[0].config, key)):
+            raise UserError(f"--only {item}: expected an option of the runs, such as budget=1e12 or model=48x2")
+        chosen = [cell for cell in chosen if _matches(_attribute(cell, key), wanted)]
+    if not chosen:
+        raise UserError(f"--only {' '.join(options.only)}: no run is like that; --dry-run lists them")
+    needed = {cell.name for cell in chosen} | {cell.trunk for cell in chosen}
+    return [cell for cell in cells if cell.name in needed]
+
+
+def _attribute(cell: Cell, key: str):
+    return cell.budget if key == "budget" else getattr(cell.config, key)
+
+
+def _matches(value, wanted: str) -> bool:
+    try:
+        return float(value) == float(wanted)
+    except (TypeError, ValueError):
+        return str(value) == wanted
+
+
+def seconds(sweep: Sweep, cell: Cell, cells: list[Cell]) -> float:
+    """How long a cell takes a worker, roughly; a trunk with the longest cooldown that waits for it."""
+    steps = cell.plan.steps - cell.step
+    own = cell.spent / (sweep.grid.throughput or 2e10) + steps * sweep.grid.step_seconds
+    waiting = (seconds(sweep, other, []) for other in cells if other.trunk == cell.name)
+    return own + max(waiting, default=0.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+def plan_rows(sweep: Sweep, cells: list[Cell], corpus_tokens: float) -> list[dict]:
+    """The rows of plan.csv."""
+    rows = []
+    for cell in cells:
+        plan, params = cell.plan, cell.plan.params
+        hours = seconds(sweep, cell, []) / 3600 if sweep.grid.throughput else None
+        rows.append({
+            "run": cell.name, "kind": "trunk" if cell.is_trunk else cell.kind, "budget": cell.budget,
+            "trunk": cell.trunk, "model": str(plan.shape), "params": params.total,
+            "params_non_embedding": params.non_embedding, "params_with_head": params.with_head,
+            "tokens": plan.tokens, "tokens_per_param": plan.tokens / params.total,
+            "epochs": plan.tokens / corpus_tokens, "steps": plan.steps, "batch_tokens": plan.batch_tokens,
+            "lr": plan.lr, "warmup_tokens": plan.warmup_tokens, "beta2": plan.beta2, "seed": cell.config.seed,
+            "flops_spent": cell.spent, **{f"flops_{key}": plan.flops[key] for key in CONVENTIONS}, "hours": hours,
+        })  # fmt: skip
+    return rows
+
+
+def grid_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: SweepOptions) -> str:
+    """What `--dry-run` prints: a line a cell, then the sums."""
+    short = {"params": "N total", "params_non_embedding": "blocks", "params_with_head": "with head",
+             "tokens": "tokens", "tokens_per_param": "D/N", "epochs": "epochs", "steps": "steps",
+             "batch_tokens": "batch", "lr": "lr", "flops_spent": "spent",
+             **{f"flops_{key}": key for key in CONVENTIONS}, "hours": "hours"}  # fmt: skip
+    counts = {"params", "params_non_embedding", "params_with_head", "tokens"}
+    chosen = only(cells, options)
+    rows = plan_rows(sweep, chosen, corpus_tokens)
+    if not sweep.grid.throughput:
+        del short["hours"]
+
+    def cell_text(row: dict, key: str) -> str:
+        if key.startswith("flops"):
+            return f"{row[key]:.2e}"
+        return count(row[key]) if key in counts else f"{row[key]:.3g}" if key != "steps" else str(row[key])
+
+    lines = [["run", *short.values()]]
+    lines += [[row["run"], *(cell_text(row, key) for key in short)] for row in rows]
+    spent = sum(cell.spent for cell in chosen)
+    alone = sum(cell.plan.flops["physical"] for cell in chosen if not cell.is_trunk)
+    said = [f"{sweep.name}: {sum(not cell.is_trunk for cell in chosen)} runs, {spent:.3g} FLOPs (physical)"]
+    if any(cell.is_trunk for cell in chosen):
+        said.append(f"in {sum(cell.is_trunk for cell in chosen)} trunks with their cooldowns; each run from scratch "
+                    f"would be {alone:.3g}, {alone / spent:.2f} times as many")  # fmt: skip
+    if sweep.grid.throughput:
+        hours = sum(seconds(sweep, cell, []) for cell in chosen) / 3600
+        shared = f", {hours / options.workers:.3g} with {options.workers}" if options.workers else ""
+        said.append(f"{hours:.3g} hours of one worker{shared}, at {sweep.grid.throughput:g} FLOP/s and "
+                    f"{sweep.grid.step_seconds:g} s a step ({sweep.grid.assumes or 'assumed'})")  # fmt: skip
+    if corpus_tokens:
+        most = max(row["epochs"] for row in rows)
+        said.append(f"text of {count(corpus_tokens)} tokens, seen at most {most:.2g} times")
+    if sweep.grid.extend:
+        said.append(f"up to {sweep.grid.extend_limit} more sizes for a budget whose minimum is at an edge")
+    return format_columns(lines) + "\n\n" + "\n".join(said)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training
+
+
+def train_all(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, options: SweepOptions,
+              corpus_tokens: float) -> None:  # fmt: skip
+    """Train what has no end yet, adding sizes where `extend` asks for them. Raises UserError for what stops it."""
+    folder = schedule.book.folder
+    schedule.add(cells)
+    view, threads = View(schedule), []
+    try:
+        while True:
+            if not options.only:
+                while more := grid.extend(sweep, schedule.cells, losses(schedule), vocab):
+                    view.say(f"no inner minimum yet: adding {', '.join(cell.name for cell in more)}")
+                    schedule.add(more)
+                with FileLock(folder / ".lock"):
+                    write_file(folder / "plan.csv", to_csv(plan_rows(sweep, schedule.cells, corpus_tokens)))
+            if schedule.error:
+                raise schedule.error
+            if schedule.done:
+                break
+            if not threads:
+                threads = start(sweep, schedule, options, view)
+            before = len(schedule.ends)
+            while len(schedule.ends) == before and not schedule.error and not schedule.done:
+                with schedule.changed:
+                    schedule.changed.wait(0.5)
+                view.show()
+    finally:
+        view.close()
+        schedule.stop()
+        for thread in threads:
+            thread.join()
+
+
+def start(sweep: Sweep, schedule: Schedule, options: SweepOptions, view: "View") -> list[threading.Thread]:
+    """A thread and a worker for each slot."""
+    view.say("starting workers")
+    device = sweep.base.device
+    first = schedule.first_worker(device)
+    on_gpu = first.hello["device"] == "cuda"
+    gpus = first.hello["gpus"] if on_gpu else 0
+    number = options.workers or (PER_GPU * gpus if on_gpu else 1 if first.hello["device"] == "mps" else cores())
+    number = max(1, min(number, sum(map(schedule.is_open, schedule.cells)) + 2))  # an extension may come
+    view.say(f"{number} workers on {f'{gpus} GPUs' if gpus else first.hello['device']}")
+    threads = [threading.Thread(target=schedule.slot, args=(i, device, gpus, None if i or gpus else first), daemon=True)
+               for i in range(number)]  # fmt: skip
+    if gpus:  # it has not been told which GPU is its own
+        first.close()
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def losses(schedule: Schedule) -> dict[str, float | None]:
+    return {name: end.loss for name, end in dict(schedule.ends).items()}
+
+
+class View:
+    """Runs done and running with loss and time left, FLOPs spent: live on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, schedule: Schedule):
+        self.schedule, self.began, self.last = schedule, time.monotonic(), time.monotonic()
+        self.at_first = self.spent()[0]
+        self.live = None
+        if sys.stdout.isatty():
+            from rich.live import Live
+
+            self.live = Live(refresh_per_second=4)
+            self.live.start()
+
+    def spent(self) -> tuple[float, float]:
+        """FLOPs spent, and in all; a run in progress counts by the share of it that is done."""
+        total = spent = 0.0
+        for cell in self.schedule.cells:
+            total += cell.spent
+            if not self.schedule.is_open(cell):
+                spent += cell.spent
+            elif cell.name in self.schedule.running:
+                spent += cell.spent * self.schedule.book.progress(cell)[0]
+        return spent, total
+
+    def say(self, text: str) -> None:
+        if self.live:
+            self.live.console.print(text)
+        else:
+            print(text, flush=True)
+
+    def text(self) -> str:
+        schedule = self.schedule
+        spent, total = self.spent()
+        elapsed = time.monotonic() - self.began
+        rate = (spent - self.at_first) / elapsed if elapsed > 0 else 0.0
+        left = f"{clock((total - spent) / rate)} left" if rate > 0 else "time left not known yet"
+        runs = [cell for cell in schedule.cells if not cell.is_trunk]
+        failed = sum(bool(end.reason) for end in dict(schedule.ends).values())
+        lines = [f"{sum(cell.name in schedule.ends for cell in runs)} of {len(runs)} runs done"
+                 + (f" ({failed} failed)" if failed else "")
+                 + f", {spent:.3g} of {total:.3g} FLOPs, {clock(elapsed)}, {left}"]  # fmt: skip
+        for cell in schedule.cells:
+            if since := schedule.running.get(cell.name):
+                done, loss = schedule.book.progress(cell)
+                eta = f"ETA {clock((time.monotonic() - since) * (1 - done) / done)}" if done else ""
+                lines.append(f"  {cell.name} {done:4.0%} {f'loss {loss:.3f}' if loss else ''} {eta}".rstrip())
+        return "\n".join(lines)
+
+    def show(self) -> None:
+        if self.live:
+            self.live.update(self.text())
+        elif time.monotonic() - self.last > SECONDS_BETWEEN_LINES:
+            self.last = time.monotonic()
+            print(self.text().replace("\n ", ";"), flush=True)
+
+    def close(self) -> None:
+        if self.live:
+            self.live.update("")
+            self.live.stop()
+
+
+def settled(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict) -> tuple[list[Cell], dict[str, End]]:
+    """All cells, with those that were added, and the ends of those that have one, from the disk."""
+    known = list(cells)
+    while True:
+        ends = {cell.name: end for cell in known if (end := book.look(cell, facts))}
+        more = grid.extend(sweep, known, {name: end.loss for name, end in ends.items()}, vocab)
+        if not more:
+            return known, ends
+        known += more
+
+
+def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict) -> int:
+    """`--status`: a line a run, from the disk alone; on a terminal again and again until all have an end."""
+
+    def look() -> tuple[str, bool]:
+        known, ends = settled(sweep, cells, vocab, book, facts)
+        lines = [["run", "", "loss"]]
+        for cell in known:
+            if end := ends.get(cell.name):
+                lines.append([cell.name, "failed" if end.reason else "finished", end.reason or f"{end.loss:.4f}"])
+            else:
+                done, loss = book.progress(cell)
+                lines.append([cell.name, f"{done:.0%}" if loss else "waiting", f"{loss:.3f}" if loss else ""])
+        runs = [cell for cell in known if not cell.is_trunk]
+        ended = sum(cell.name in ends for cell in runs)
+        return format_columns(lines) + f"\n\n{ended} of {len(runs)} runs done", ended == len(runs)
+
+    text, done = look()
+    if not sys.stdout.isatty():
+        print(text)
+        return 0
+    from rich.live import Live
+
+    with Live(text, refresh_per_second=1) as live:
+        while not done:
+            time.sleep(2)
+            text, done = look()
+            live.update(text)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end
+
+
+def finish(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, options: SweepOptions) -> int:
+    """runs.csv, then the fit. Another sweep on the same folder may do so at the same time."""
+    folder, known, ends = schedule.book.folder, schedule.cells, schedule.ends
+    if options.only:  # what other calls have done belongs into the table too
+        known, ends = settled(sweep, cells, vocab, schedule.book, schedule.facts)
+    ordered = [cell for cell in known if not cell.is_trunk]
+    rows = [row_of(cell, ends[cell.name]) for cell in ordered if cell.name in ends]
+    for cell in ordered:
+        if cell.name in ends and ends[cell.name].reason:
+            print(f"failed: {cell.name}: {ends[cell.name].reason}  (--retry-failed tries again)")
+    for line in edges(sweep, ordered, ends):
+        print(line)
+    if len(rows) < len(ordered):
+        print(f"{len(rows)} of {len(ordered)} runs done; without --only the same command does the rest")
+    with FileLock(folder / ".lock"):
+        table = to_csv(rows)
+        path = folder / "runs.csv"
+        same = path.exists() and path.read_bytes() == table
+        write_file(path, table)
+        print(f"{path}: {len(rows)} runs")
+        if sweep.grid.kind == "grid":
+            print(best_of_grid(ordered, ends))
+        elif len(rows) == len(ordered) and not (same and (folder / "laws.json").exists()):
+            return fit(folder, sweep.grid.bootstrap)
+        elif (folder / "report.html").exists():
+            print(f"{folder}/report.html")
+    return 0
+
+
+def row_of(cell: Cell, end: End) -> dict:
+    if end.row:
+        return end.row
+    params = cell.plan.params
+    return {
+        "run": cell.name, "name": cell.name, "status": "failed", "params": params.total,
+        "params_non_embedding": params.non_embedding, "params_with_head": params.with_head,
+        "tokens": cell.plan.tokens, "flops": cell.plan.flops["physical"], "budget": cell.budget, "kind": cell.kind,
+        "trunk": cell.trunk, "width": cell.plan.shape.width, "layers": cell.plan.shape.layers,
+        "seed": cell.config.seed, "lr": cell.plan.lr, "batch_tokens": cell.plan.batch_tokens,
+        "reason": end.reason,
+    }  # fmt: skip
+
+
+def edges(sweep: Sweep, cells: list[Cell], ends: dict[str, End]) -> list[str]:
+    """A line for each budget whose least loss is at an edge of its sizes."""
+    found, lines = {name: end.loss for name, end in ends.items()}, []
+    for budget, varied in dict.fromkeys((cell.budget, cell.varied) for cell in cells if sweep.grid.kind == "isoflop"):
+        group = [cell for cell in cells if (cell.budget, cell.varied) == (budget, varied)]
+        if len({cell.plan.shape for cell in group}) > 1 and (side := grid.open_side(group, found)):
+            size = "largest" if side > 0 else "smallest"
+            lines.append(f"{budget:g} FLOPs{varied}: the least loss is at the {size} size; it has no inner minimum")
+    return lines
+
+
+def best_of_grid(cells: list[Cell], ends: dict[str, End]) -> str:
+    """The runs of each model, best first, with their distance from it."""
+    lines = [["run", "loss", "above best"]]
+    for group in dict.fromkeys((cell.plan.shape, cell.budget) for cell in cells):
+        found = [(ends[cell.name].loss, cell.name) for cell in cells
+                 if (cell.plan.shape, cell.budget) == group and cell.name in ends and ends[cell.name].row]  # fmt: skip
+        lines += [[name, f"{loss:.4f}", f"{loss - min(found)[0]:.4f}"] for loss, name in sorted(found)]
+    return "\n" + format_columns(lines)
+
+
+def fit(folder: Path, bootstrap: int) -> int:
+    """fit.py on the sweep's folder: laws.json, report.html and figures beside runs.csv."""
+    program = ROOT / "fit.py"
+    if not program.exists():
+        return 0
+    command = [sys.executable, str(program), str(folder), "--out", str(folder), f"--bootstrap={bootstrap}"]
+    code = subprocess.run(command).returncode
+    return 0 if code == UserError.code else code  # it has said why these runs give no law; they are there all the same
+
+
+def keep(folder: Path, results: Path) -> None:
+    """Copy all but the checkpoints and what the runs' folders have beside their logs."""
+    for path in [*(path for path in folder.iterdir() if path.suffix in KEPT), *folder.glob("runs/*/log.jsonl")]:
+        there = results / path.relative_to(folder)
+        with writing(there):
+            there.parent.mkdir(parents=True, exist_ok=True)
+        write_file(there, path.read_bytes())
+    print(f"{results}: kept")
+
+
+def to_csv(rows: list[dict]) -> bytes:
+    """A table whose columns are those of all rows, in order of appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
+    return text.getvalue().encode()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,396 @@
+"""sweep.py with real processes: killed, refused, side by side, with failing runs; rows must come out the same."""
+
+import csv
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_grid import toml
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+
+PATIENCE = 120  # seconds until a process that does nothing is an error
+RUNS = 4
+TIMED = ("seconds",)
+
+
+@pytest.fixture(scope="module")
+def table(text, cache) -> dict:
+    """A sweep file of four runs of about a second, that save as often as they can."""
+    return {"kind": "isoflop", "data": [str(text)], "val_bytes": 4096, "cache": str(cache), "seq_len": 32,
+            "budgets": [4e8, 8e8], "models": ["12x1", "16x1"], "batch_tokens": 64, "device": "cpu",
+            "dtype": "float32", "save_every": 0.2}  # fmt: skip
+
+
+class Sweeps:
+    """A folder with a sweep file, and the command on it."""
+
+    def __init__(self, folder: Path, table: dict, name: str = "some"):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.name, self.file = folder, name, folder / f"{name}.toml"
+        self.write(table)
+
+    def write(self, table: dict) -> None:
+        self.file.write_text(toml(table))
+
+    @property
+    def out(self) -> Path:
+        return self.folder / "out" / self.name
+
+    def start(self, *argv: str, **options) -> subprocess.Popen:
+        command = [sys.executable, str(ROOT / "sweep.py"), str(self.file), "--out", str(self.folder / "out"),
+                   "--results", str(self.folder / "results"), *argv]  # fmt: skip
+        return subprocess.Popen(command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                **options)  # fmt: skip
+
+    def run(self, *argv: str, code: int = 0, **options) -> str:
+        """Run it to its end -> its output; of a failure, stderr."""
+        process = self.start("--workers", "2", *argv, **options)
+        try:
+            out, err = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+        assert process.returncode == code, (out, err, self.log())
+        return err if code else out
+
+    def log(self) -> str:
+        path = self.out / "workers.log"
+        return path.read_text() if path.exists() else ""
+
+    def trained(self) -> list[str]:
+        """The runs that a worker really trained: what is only looked at takes no CPU."""
+        words = [line.split() for line in self.log().splitlines() if line.startswith("worker ")]
+        return [word[2] for word in words if word[3] == "finished," and float(word[4]) > 0.1]
+
+    def rows(self) -> list[dict]:
+        with open(self.out / "runs.csv", newline="") as file:
+            return [{k: v for k, v in row.items() if k not in TIMED} for row in csv.DictReader(file)]
+
+    def curves(self) -> dict[str, list[dict]]:
+        """The logs of all runs, without times."""
+        timed = ("tokens_per_s", "mfu")
+        return {path.parent.name: [{k: v for k, v in json.loads(line).items() if k not in timed}
+                                   for line in path.read_text().splitlines()]
+                for path in sorted(self.out.glob("runs/*/log.jsonl"))}  # fmt: skip
+
+    def wait_for(self, process: subprocess.Popen, moment) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not moment():
+            assert process.poll() is None, (process.communicate(), self.log())
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    def steps(self) -> int:
+        """How many lines all logs have."""
+        return sum(len(path.read_text().splitlines()) for path in self.out.glob("runs/*/log.jsonl"))
+
+
+@pytest.fixture
+def sweeps(tmp_path, table) -> Sweeps:
+    return Sweeps(tmp_path / "sweep", table)
+
+
+@pytest.fixture(scope="module")
+def peace(table, tmp_path_factory) -> Sweeps:
+    """The same sweep, left in peace."""
+    sweeps = Sweeps(tmp_path_factory.mktemp("peace") / "sweep", table)
+    sweeps.said = sweeps.run()
+    return sweeps
+
+
+def children(pid: int) -> list[int]:
+    """The child processes of a process (Linux)."""
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    if not found.exists():
+        pytest.skip("child processes are listed on Linux only")
+    return [
+        int(word) for task in Path(f"/proc/{pid}/task").iterdir() for word in (task / "children").read_text().split()
+    ]
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_until_gone(pids: list[int], patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while not all(map(gone, pids)):
+        assert time.monotonic() < deadline, f"still there: {[pid for pid in pids if not gone(pid)]}"
+        time.sleep(0.02)
+
+
+def same(sweeps: Sweeps, peace: Sweeps) -> None:
+    assert sweeps.rows() == peace.rows()
+    assert sweeps.curves() == peace.curves()
+    assert not list(sweeps.out.rglob("*.tmp"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Left in peace
+
+
+def test_rows(peace, table):
+    """A row a run in the order of the plan, each spending its budget, as its own folder has it."""
+    rows = peace.rows()
+    assert [row["run"] for row in rows] == ["4e8-12x1-s0", "4e8-16x1-s0", "8e8-12x1-s0", "8e8-16x1-s0"]
+    for row in rows:
+        summary = json.loads((peace.out / "runs" / row["run"] / "summary.json").read_text())
+        assert row["status"] == "finished" and row["kind"] == "isoflop" and row["trunk"] == ""
+        assert float(row["loss"]) == summary["loss"] and float(row["flops"]) == summary["flops"]
+        assert float(row["flops"]) / float(row["budget"]) == pytest.approx(1, abs=0.01)
+        assert float(row["flops_spent"]) == float(row["flops"])
+    with open(peace.out / "plan.csv", newline="") as file:
+        plan = list(csv.DictReader(file))
+    assert [(row["run"], row["params"], row["tokens"]) for row in plan] == [
+        (row["run"], row["params"], row["tokens"]) for row in rows]  # fmt: skip
+
+
+def test_again(peace):
+    """On a finished sweep the command starts no worker, trains nothing and leaves the rows as they are."""
+    before, log = (peace.out / "runs.csv").read_bytes(), peace.log()
+    assert sorted(peace.trained()) == sorted(row["run"] for row in peace.rows())
+    said = peace.run()
+    assert "starting workers" not in said and (peace.out / "runs.csv").read_bytes() == before and peace.log() == log
+
+
+def test_same_as_train(peace, table, command, tmp_path):
+    """A run of the sweep is the run that train.py makes of the same options, to the bit."""
+    row = peace.rows()[0]
+    done = command("train.py", "--data", *table["data"], f"--cache={table['cache']}", "--val-bytes=4096",
+                   "--seq-len=32", f"--model={row['width']}x{row['layers']}", f"--tokens={row['tokens']}",
+                   "--batch-tokens=64", "--threads=1", "--device=cpu", "--dtype=float32", f"--out={tmp_path}",
+                   "--name=alone", "--sample-tokens=0")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alone = json.loads((tmp_path / "alone" / "summary.json").read_text())
+    assert {key: str(alone[key]) for key in ("loss", "val_bpb", "lr", "flops", "beta2")} == {
+        key: row[key] for key in ("loss", "val_bpb", "lr", "flops", "beta2")}  # fmt: skip
+
+
+def test_status(peace, sweeps):
+    """--status tells of each run what the disk knows, and trains nothing."""
+    said = peace.run("--status")
+    assert said.count("finished") == RUNS and f"{RUNS} of {RUNS} runs done" in said
+    said = sweeps.run("--status")
+    assert said.count("waiting") == RUNS and not sweeps.out.exists()
+
+
+def test_dry_run_without_torch(sweeps, table):
+    """--dry-run prints the grid without importing torch, and leaves nothing behind."""
+    code = ("import sys, sweep; sys.argv[1:] = [sys.argv[1], '--dry-run']; code = sweep.main(); "
+            "sys.exit(code or 'torch' in sys.modules)")  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, str(sweeps.file)], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("4e8-12x1-s0", "epochs", "physical", "kaplan", "D/N"))
+    assert not sweeps.out.exists()
+
+
+def test_only(peace, sweeps, table):
+    """--only trains the runs that are asked for; without it the rest follows, and the rows are the same."""
+    said = sweeps.run("--only", "budget=8e8", "model=16x1")
+    assert [row["run"] for row in sweeps.rows()] == ["8e8-16x1-s0"] and f"1 of {RUNS} runs done" in said
+    assert "no run is like that" in sweeps.run("--only", "budget=7", code=2)
+    assert "expected an option of the runs" in sweeps.run("--only", "colour=7", code=2)
+    sweeps.run()
+    same(sweeps, peace)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed
+
+
+def test_sweep_killed(peace, sweeps):
+    """kill -9 of the sweep alone: its workers save and end by themselves within seconds, and the same command
+    completes it with the same rows."""
+    process = sweeps.start("--workers", "2")
+    sweeps.wait_for(process, lambda: sweeps.steps() > 20)
+    workers = children(process.pid)
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    wait_until_gone(workers, 15)
+    assert not (sweeps.out / "runs.csv").exists()
+    sweeps.run()
+    same(sweeps, peace)
+
+
+def test_worker_killed(peace, sweeps):
+    """kill -9 of both workers, one after the other: the sweep starts new ones and ends as if nothing had been."""
+    process = sweeps.start("--workers", "2")
+    for lines in (20, 150):
+        sweeps.wait_for(process, lambda lines=lines: sweeps.steps() > lines and children(process.pid))
+        os.kill(children(process.pid)[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, (out, err)
+    same(sweeps, peace)
+
+
+def test_all_killed_again_and_again(peace, sweeps):
+    """kill -9 of sweep and workers at once, three times: the rows of a sweep left in peace."""
+    for lines in (5, 100, 300):
+        process = sweeps.start("--workers", "2")
+        sweeps.wait_for(process, lambda lines=lines: sweeps.steps() > lines)
+        victims = [process.pid, *children(process.pid)]
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        wait_until_gone(victims, 5)
+    sweeps.run()
+    same(sweeps, peace)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signalled(peace, sweeps, number, code):
+    """SIGTERM and SIGINT save what is running and end all processes; the same command goes on from there."""
+    process = sweeps.start("--workers", "2")
+    sweeps.wait_for(process, lambda: sweeps.steps() > 20)
+    workers = children(process.pid)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == code and "Traceback" not in err
+    assert all(map(gone, workers))
+    sweeps.run()
+    same(sweeps, peace)
+
+
+def test_two_sweeps(peace, sweeps):
+    """Two sweeps on one folder share the runs: both end well, each run was trained once, the rows are the same."""
+    processes = [sweeps.start("--workers", "1") for _ in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, (out, err, sweeps.log())
+    assert sorted(sweeps.trained()) == sorted(row["run"] for row in peace.rows())
+    same(sweeps, peace)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Failed and refused
+
+
+def test_failed_runs(sweeps, table):
+    """A run that diverges is recorded with its reason, the others go on; it is tried again only when asked."""
+    keys = {"kind": "grid", "budgets": [4e8], "models": ["12x1"], "lr": [0.01, 9e5, 0.02]}
+    sweeps.write(table | keys)
+    said = sweeps.run()
+    rows = sweeps.rows()
+    assert [row["status"] for row in rows] == ["finished", "failed", "finished"]
+    assert "the run diverged" in rows[1]["reason"] and rows[1]["loss"] == "" and "failed: 4e8-12x1-lr=900000" in said
+    log = sweeps.log()
+    assert "--retry-failed" in sweeps.run() and sweeps.log() == log
+    sweeps.run("--retry-failed")
+    assert sweeps.log().count(" failed, ") == log.count(" failed, ") + 1 and sweeps.rows() == rows
+
+
+def test_changed_sweep_file(peace, table, tmp_path):
+    """Another option for runs that exist is refused by name and value; more budgets are welcome."""
+    sweeps = Sweeps(tmp_path / "sweep", table | {"beta1": 0.8})
+    shutil.copytree(peace.out, sweeps.out)
+    line = sweeps.run(code=2)
+    assert "beta1 = 0.9, the sweep now asks for 0.8" in line and line.count("\n") == 1 and "4e8-12x1-s0" in line
+    sweeps.write(table | {"budgets": [4e8]})
+    sweeps.run()
+    assert [row["run"] for row in sweeps.rows()] == [row["run"] for row in peace.rows()[:2]]
+
+
+def test_changed_corpus(peace, table, tmp_path):
+    """Other text under the same name is refused."""
+    text = tmp_path / "other.txt"
+    text.write_text(Path(table["data"][0]).read_text() + "One more sentence.")
+    sweeps = Sweeps(tmp_path / "sweep", table | {"data": [str(text)]})
+    shutil.copytree(peace.out, sweeps.out)
+    line = sweeps.run(code=2)
+    assert "data_sha = " in line and "the sweep now asks for" in line and line.count("\n") == 1
+
+
+def test_full_disk(peace, sweeps):
+    """A disk that takes no checkpoint stops the sweep in one line with exit code 1; nothing counts as failed, and with
+    room again the same command completes it."""
+
+    def small():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384))
+
+    line = sweeps.run(code=1, preexec_fn=small)
+    assert "cannot write" in line and line.count("\n") == 1
+    assert not list(sweeps.out.rglob("failed.json"))
+    sweeps.run()
+    same(sweeps, peace)
+
+
+def test_kept_results(peace, table, tmp_path):
+    """Rows and logs in results/ count as done: no worker is started, the rows are the same to the byte, the curves are
+    there. Of other options they are refused; of another text they count for nothing."""
+    sweeps = Sweeps(tmp_path / "sweep", table)
+    kept = tmp_path / "sweep" / "results" / "some"
+    peace.run("--keep")
+    shutil.move(peace.folder / "results", sweeps.folder / "results")
+    assert sorted({path.name for path in kept.rglob("*") if path.is_file()}) == ["log.jsonl", "plan.csv", "runs.csv"]
+    assert "starting workers" not in sweeps.run()
+    assert (sweeps.out / "runs.csv").read_bytes() == (peace.out / "runs.csv").read_bytes()
+    assert sweeps.curves() == peace.curves()
+    shutil.rmtree(sweeps.folder / "out")
+    sweeps.write(table | {"beta1": 0.8})
+    assert "was run with other options" in sweeps.run(code=2)
+    sweeps.write(table | {"val_bytes": 8192})
+    assert "waiting" in sweeps.run("--status")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trunks
+
+
+def test_trunk(table, sweeps):
+    """Cooldowns from a trunk: killed on the way, rows know their trunk, spend their own part only, and are the run that
+    the schedule gives from scratch, to the bit."""
+    keys = {"kind": "trunk", "centre": [5e3, 7e3], "models": ["12x1"], "horizons": 3, "span": 4}
+    sweeps.write(table | keys)
+    process = sweeps.start("--workers", "2")
+    sweeps.wait_for(process, lambda: sweeps.steps() > 100)
+    for pid in [process.pid, *children(process.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    sweeps.run()
+    rows = sweeps.rows()
+    assert len(rows) == 3 and {row["trunk"] for row in rows} == {"trunk-12x1-s0"}
+    assert {row["kind"] for row in rows} == {"trunk"} and {row["schedule"] for row in rows} == {"wsd"}
+    assert all(0.15 < float(row["flops_spent"]) / float(row["flops"]) < 0.25 for row in rows)
+    assert sweeps.trained().count("trunk-12x1-s0") == 1
+
+    scratch = Sweeps(sweeps.folder / "scratch", table | {
+        "kind": "grid", "budgets": [float(rows[0]["flops"])], "models": ["12x1"], "schedule": "wsd",
+        "batch_tokens": int(rows[0]["batch_tokens"]), "warmup_tokens": float(rows[0]["warmup_tokens"])})  # fmt: skip
+    scratch.run()
+    assert scratch.rows()[0]["loss"] == rows[0]["loss"] and scratch.rows()[0]["tokens"] == rows[0]["tokens"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From text to law
+
+
+def test_smoke(tmp_path):
+    """sweeps/smoke.toml killed on its way and run again: every budget, perhaps with sizes added, and then the fit."""
+    folder = tmp_path / "sweep"
+    sweeps = Sweeps(folder, {}, "smoke")
+    shutil.copyfile(ROOT / "sweeps" / "smoke.toml", sweeps.file)
+    process = sweeps.start("--workers", "2")
+    sweeps.wait_for(process, lambda: len(list(sweeps.out.glob("runs/*/summary.json"))) > 2)
+    for pid in [process.pid, *children(process.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    said = sweeps.run()
+    rows = sweeps.rows()
+    assert len(rows) >= 12 and {row["status"] for row in rows} == {"finished"}
+    assert len(sweeps.trained()) <= len(rows)  # those killed are trained on, those finished are not trained again
+    laws = json.loads((sweeps.out / "laws.json").read_text())
+    assert laws["meta"]["n_runs"] == len(rows) and "laws.json, report.html" in said
+    assert "</html>" in (sweeps.out / "report.html").read_text()
