@@ -236,6 +236,7 @@ def test_worker_killed(peace, sweeps):
     same(sweeps, peace)
 
 
+@pytest.mark.slow
 def test_all_killed_again_and_again(peace, sweeps):
     """kill -9 of sweep and workers at once, three times: the rows of a sweep left in peace."""
     for lines in (5, 100, 300):
@@ -250,7 +251,9 @@ def test_all_killed_again_and_again(peace, sweeps):
     same(sweeps, peace)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_signalled(peace, sweeps, number, code):
     """SIGTERM and SIGINT save what is running and end all processes; the same command goes on from there."""
     process = sweeps.start("--workers", "2")
