@@ -100,14 +100,14 @@ def answer(study: Study, budgets: tuple[float, ...]) -> str:
     N, D, C = study.N, study.D, study.C
     lines = [f"{study.rows.source}: {len(N)} runs, N {count(N.min())} to {count(N.max())}, D {count(D.min())} to "
              f"{count(D.max())}, C {C.min():.3g} to {C.max():.3g} FLOPs ({study.convention})", ""]  # fmt: skip
-    table = [["", "a", "95%", "b", "95%"]]
+    table = [["", "a", "95%", "b", "95%", "a + b"]]
     for number, found in study.results.items():
         if isinstance(found, Approach):
             table.append([f"approach {number}", *exponents(found)])
             if number == 2 and isinstance(study.akima, Approach):
                 table.append(["  by Akima, seed noise", *exponents(study.akima)])
         else:
-            table.append([f"approach {number}", "-", "", "-", ""])
+            table.append([f"approach {number}", "-", "", "-", "", ""])
     lines += [format_columns(table), ""]
     best = study.best
     if isinstance(best.law, Law):
@@ -129,7 +129,8 @@ def answer(study: Study, budgets: tuple[float, ...]) -> str:
 
 def exponents(approach: Approach) -> list[str]:
     law = approach.law
-    return [f"  {law.a:.4f}", between(approach.interval("a")), f"  {law.b:.4f}", between(approach.interval("b"))]
+    return [f"  {law.a:.4f}", between(approach.interval("a")), f"  {law.b:.4f}", between(approach.interval("b")),
+            f"  {law.a + law.b:.4f}"]  # fmt: skip
 
 
 def between(ends: tuple[float, float], show="{:.3g}".format) -> str:
@@ -153,20 +154,20 @@ def write(study: Study, checks: Checks, budgets: tuple[float, ...], options: Fit
     found = [study.results[n] for n in (1, 2, 3)]
     found = [a.fit.to_json(a.sure) if isinstance(a, Approach) else a for a in found]
     content = json.dumps(laws.laws_json(*found, meta), indent=1, allow_nan=False) + "\n"
-    write_file(out / "laws.json", content.encode())
 
     drawn, said = figures.draw(study, checks), []
-    if options.figures != "none":
-        for figure in drawn:
-            write_file(out / f"{figure.name}.svg", plot.to_svg(figure).encode())
-        said.append(f"{len(drawn)} figures in SVG")
     provenance = report.Provenance(
         command=command(),
         commit=built["git"] or "not in git",
         versions=f"python {built['python']}, numpy {built['numpy']}",
     )
     questions = report.Questions(budgets, options.inference_tokens, options.unique_tokens, options.target_loss)
-    write_file(out / "report.html", report.render(study, checks, drawn, questions, provenance).encode())
+    page = report.render(study, checks, drawn, questions, provenance)
+    svg = {f"{figure.name}.svg": plot.to_svg(figure) for figure in drawn if options.figures != "none"}
+    for name, text in {"laws.json": content, **svg, "report.html": page}.items():  # all made before one is written
+        write_file(out / name, text.encode())
+    if svg:
+        said.append(f"{len(svg)} figures in SVG")
     if options.figures == "all":
         try:
             for figure in drawn:

@@ -314,7 +314,9 @@ def _params_axis(study: Study) -> Axis:
 
 def _reach(study: Study) -> np.ndarray:
     """FLOPs from the smallest run to three decades beyond the largest, or to the models that everybody knows."""
-    high = 1e25 if study.C.max() > 1e19 else 1e3 * study.C.max()
+    high = 1e3 * study.C.max()
+    if study.C.max() > 1e19:
+        high = max(1e25, 10 * study.C.max())
     return np.exp(np.linspace(np.log(study.C.min()), np.log(high), 49))
 
 

@@ -126,9 +126,9 @@ def read_logs(folder: str | Path, rows: Rows) -> Rows | None:
     codes, used = array("q"), []
     for i in range(len(rows) if "run" in rows.labels else 0):
         name = rows.labels["run"][i]
-        if name not in folders:
+        if name not in folders or name in used:  # several rows may be of one run, which has one curve
             continue
-        points = [row for row in read_log(folders[name]) if row.get("loss") and row.get("tokens")]
+        points = [row for row in read_log(folders[name]) if _is_point(row)]
         for column, cells in numbers.items():
             if column in of_run:
                 cells.extend([rows[column][i]] * len(points))
@@ -142,6 +142,12 @@ def read_logs(folder: str | Path, rows: Rows) -> Rows | None:
         return None
     columns = {name: np.array(column) for name, column in numbers.items()}
     return _by_run(Rows(str(folder), "", columns, {"run": Labels(np.array(codes), tuple(used))}))
+
+
+def _is_point(row: dict) -> bool:
+    """Whether a line of a log is a point of a training curve: tokens and loss, both finite and above 0."""
+    values = [row.get("tokens"), row.get("loss")]
+    return all(isinstance(value, int | float) and 0 < value < math.inf for value in values)
 
 
 def _by_run(points: Rows) -> Rows:
@@ -214,7 +220,10 @@ def require_usable(rows: Rows) -> None:
         if different < MIN_SIZES:
             found = f"all runs have the same {name}" if different == 1 else f"only {different} different {what}"
             raise UserError(f"{who}: {found}; a law needs at least {MIN_SIZES} different {what}")
-    C = 6 * rows["params"] * rows["tokens"]
+    with np.errstate(over="ignore"):
+        C = 6 * rows["params"] * rows["tokens"]
+    if not np.isfinite(C).all():
+        raise UserError(f"{who}: 6 x params x tokens overflows for a run; are these columns what they are called?")
     if C.max() < 1.1 * C.min():
         raise UserError(f"{who}: all runs are at one budget, 6ND = {C.mean():.3g}; a law needs runs at two or more")
     for name in ("tokenizer", "vocab_size", "val_sha"):
@@ -258,9 +267,11 @@ def _csv(path: Path, file: TextIO, needed: tuple[str, ...], columns: dict[str, s
         names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter))]
         return len(wanted.intersection(names)), len(names)
 
-    file.seek(0)
-    reader = csv.reader(file, delimiter=max(",;\t|", key=found), strict=True)
+    reader = None
     try:
+        delimiter = max(",;\t|", key=found)
+        file.seek(0)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
         header = [name.strip() for name in next(cells for cells in reader if cells)]
         if not any(math.isnan(_number(name)) for name in header):
             raise UserError(f"{path}: its first line is numbers; put a header above it, such as {','.join(needed)}")
@@ -269,7 +280,7 @@ def _csv(path: Path, file: TextIO, needed: tuple[str, ...], columns: dict[str, s
             if any(cells):
                 yield f"line {reader.line_num}", cells
     except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num}: not CSV: {error}") from None
+        raise UserError(f"{path}: line {reader.line_num if reader else 1}: not CSV: {error}") from None
 
 
 def _jsonl(path: Path, file: TextIO) -> Table:
@@ -293,7 +304,7 @@ def _table_of_objects(objects: Iterator[tuple[str, dict]]) -> Table:
 def _json_object(path: Path, place: str, text: str) -> dict:
     try:
         item = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {place}: not JSON: {error}") from None
     if not isinstance(item, dict):
         raise UserError(f'{path}: {place}: expected an object such as {{"params": 1e6, ...}}, not {text[:40]!r}')

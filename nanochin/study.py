@@ -18,6 +18,7 @@ from nanochin.laws import Bootstrap, Law, NotIdentified, PowerLaw
 from nanochin.rows import Rows
 
 MOST_CHECKED = 2000
+FEWEST = 20  # resamples, of which percentiles are taken
 COUNTS = {"total": "params", "non_embedding": "params_non_embedding", "with_head": "params_with_head"}
 
 
@@ -54,6 +55,7 @@ class Approach:
     fit: object  # EnvelopeFit, IsoflopFit or ParametricFit
     sure: Bootstrap | None
     cost: "Cost"
+    why: str = ""  # there are no intervals, though some were asked for
 
     @property
     def law(self) -> Law | PowerLaw:
@@ -179,21 +181,28 @@ def attempt(function: Callable, *args, **kwargs):
 def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None = None) -> Study:
     """Fit what can be fitted. Raises UserError if no approach can."""
     settings = settings or Settings()
+    if 0 < settings.bootstrap < FEWEST:
+        raise UserError(f"--bootstrap {settings.bootstrap}: too few for an interval; give 0, or {FEWEST} and more")
     if settings.drop:
         rows = rows.keep(np.argsort(np.argsort(-rows["loss"], kind="stable")) >= settings.drop, "of highest loss")
     N, D, L = _params(rows, settings.params), rows["tokens"], rows["loss"]
-    C, flops_convention = _flops(rows, N, settings.flops)
+    C, flops_convention = _flops(rows, settings.flops)
+    if settings.fixed_e is not None and settings.fixed_e >= L.min():
+        raise UserError(f"--fixed-e {settings.fixed_e:g}: {rows.source} has a loss of {L.min():g}, below it; E is the "
+                        "loss that no model beats")  # fmt: skip
     unit = _unit(rows, settings.cluster)
     cost = Cost.of(N, D, C)
     labels = {"params_convention": settings.params, "flops_convention": flops_convention}
 
-    def approach(number: int, fit, resample=True) -> Approach | NotIdentified:
+    def approach(number: int, fit) -> Approach | NotIdentified:
         if isinstance(fit, NotIdentified):
             return fit
         given = {} if number == 1 else {"runs": unit}
-        wanted = resample and settings.bootstrap
-        sure = wanted and attempt(laws.bootstrap, fit, replicates=settings.bootstrap, seed=settings.seed, **given)
-        return Approach(number, fit, sure if isinstance(sure, Bootstrap) else None, cost)
+        sure = settings.bootstrap and attempt(
+            laws.bootstrap, fit, replicates=settings.bootstrap, seed=settings.seed, **given
+        )
+        why = str(sure) if isinstance(sure, NotIdentified) else ""
+        return Approach(number, fit, sure if isinstance(sure, Bootstrap) else None, cost, why)
 
     if curves is None:
         envelope = NotIdentified("no training curves: give --curves, or a folder of runs with their log.jsonl")
@@ -222,9 +231,9 @@ def _params(rows: Rows, convention: str) -> np.ndarray:
     return _column(rows, COUNTS[convention], f"--params {convention}")
 
 
-def _flops(rows: Rows, N: np.ndarray, convention: str | None) -> tuple[np.ndarray, str]:
+def _flops(rows: Rows, convention: str | None) -> tuple[np.ndarray, str]:
     """(C, its convention): what is asked for, else the column flops, else 6ND."""
-    six = 6 * N * rows["tokens"]
+    six = 6 * rows["params"] * rows["tokens"]  # 6ND counts all parameters, however the law counts N
     if convention is None and (C := rows.complete("flops")) is not None:
         return C, "6nd" if np.allclose(C, six, rtol=1e-3) else "physical"
     if convention in (None, "6nd"):
@@ -246,11 +255,9 @@ def _unit(rows: Rows, cluster: str) -> np.ndarray | None:
         return None
     if "run" not in rows.labels:
         raise UserError(f"--cluster run: {rows.source} has no column run")
-    run = rows.labels["run"]
-    if "trunk" not in rows.labels:
-        return run.codes
-    trunk = rows.labels["trunk"]
-    names = np.array([trunk[i] or run[i] for i in range(len(rows))])
+    run, trunk = rows.labels["run"], rows.labels.get("trunk")
+    # A row without a name is a run of its own; its stand-in is no name that a file could hold.
+    names = np.array([(trunk and trunk[i]) or run[i] or f"\n{i}" for i in range(len(rows))])
     return np.unique(names, return_inverse=True)[1]
 
 
@@ -297,7 +304,7 @@ def check(study: Study) -> Checks:
                    E=study.settings.fixed_e)  # fmt: skip
     curvature = NotIdentified("it takes Approach 2 and a bootstrap")
     if isinstance(second, Approach) and replicates:
-        curvature = attempt(laws.frontier_curvature, second.fit, replicates=replicates, seed=seed)
+        curvature = attempt(laws.frontier_curvature, second.fit, runs=study.unit, replicates=replicates, seed=seed)
     if isinstance(third, NotIdentified):
         return Checks(
             [], [], (np.empty(0), np.empty(0)), [], [], _by_count(study), held, curvature, third, form, len(N)
@@ -305,10 +312,11 @@ def check(study: Study) -> Checks:
 
     delta = study.settings.delta
     least = float(L.min())
+    own = {"E": study.settings.fixed_e}
     variants = [
-        ("least squares", attempt(laws.fit_parametric, N, D, L, delta=np.inf)),
-        ("Huber on the loss itself", attempt(laws.fit_parametric, N, D, L, delta=delta, space="linear")),
-        ("alpha = beta", attempt(laws.fit_parametric, N, D, L, delta=delta, tied=True)),
+        ("least squares", attempt(laws.fit_parametric, N, D, L, delta=np.inf, **own)),
+        ("Huber on the loss itself", attempt(laws.fit_parametric, N, D, L, delta=delta, space="linear", **own)),
+        ("alpha = beta", attempt(laws.fit_parametric, N, D, L, delta=delta, tied=True, **own)),
         (f"E fixed 2% below, at {0.98 * third.law.E:.4g}",
          attempt(laws.fit_parametric, N, D, L, delta=delta, E=min(0.98 * third.law.E, 0.99 * least))),
     ]  # fmt: skip
@@ -342,7 +350,8 @@ def _by_count(study: Study) -> list:
     found = []
     for convention, name in COUNTS.items():
         if (N := study.rows.complete(name)) is not None:
-            parametric = attempt(laws.fit_parametric, N, study.D, study.L, delta=study.settings.delta)
+            parametric = attempt(laws.fit_parametric, N, study.D, study.L, delta=study.settings.delta,
+                                 E=study.settings.fixed_e)  # fmt: skip
             isoflop = attempt(laws.fit_isoflop, N, study.D, study.L, study.C, budget=study.rows.get("budget"))
             found.append((convention, parametric, isoflop))
     return found if len(found) > 1 else []
@@ -381,8 +390,8 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
         ends = [ends for _, ends in exponents.values() if np.isfinite(ends[0])]
         apart = len(ends) > 1 and max(low for low, _ in ends) > min(high for _, high in ends)
         values = ", ".join(f"{a:.3f}" for a, _ in exponents.values())
-        say(not apart, f"Approaches {', '.join(map(str, exponents))} give a = {values}: their 95% intervals "
-            f"{'do not all overlap' if apart else 'overlap'}.")  # fmt: skip
+        compared = f": their 95% intervals {'do not all overlap' if apart else 'overlap'}" if len(ends) > 1 else ""
+        say(not apart, f"Approaches {', '.join(map(str, exponents))} give a = {values}{compared}.")
     held = checks.hold_out
     if isinstance(held, laws.HoldOut):
         say(held.error < 3 * max(held.in_sample_error, 1e-3),
@@ -395,8 +404,14 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
         say(not checks.curvature.significant,
             f"In log-log the frontier {bends if checks.curvature.significant else 'is straight'}: quadratic term "
             f"{checks.curvature.quadratic:+.3f} [{low:+.3f}, {high:+.3f}].")  # fmt: skip
+    refused = {"Hold-out": held, "Curvature": checks.curvature, "Kaplan's form": checks.kaplan_form}
+    for what, reason in refused.items():
+        if study.settings.bootstrap and isinstance(reason, NotIdentified):
+            say(False, f"{what} could not be checked: {reason}.")
     for approach in study.approaches:
         sure = approach.sure
+        if approach.why:
+            say(False, f"Approach {approach.number} has no intervals: {approach.why}.")
         warnings = () if sure is None else sure.warnings
         minor = len(warnings) == 1 and 0 < sure.failed < 0.02 * sure.replicates  # a few replicates without optimum
         for warning in warnings:
