@@ -78,6 +78,8 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
     if config.init_from:
         config = gpt2.initial_options(config)
     device = pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where Triton launches its kernels
     if config.threads:
         torch.set_num_threads(config.threads)
     if device.type == "cpu":

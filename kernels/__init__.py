@@ -7,7 +7,6 @@ for the length of a `with` block (tests, FLOP counting).
 """
 
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -70,7 +69,7 @@ def backend(device: torch.device, asked: str = "auto") -> tuple[str, str]:
     if not has_triton():
         return "fallback", "PyTorch operations: triton is not installed (it has no build for this platform)"
     if interpreting():
-        return "interpreter", "Triton kernels, interpreted because TRITON_INTERPRET is set: slow, for tests"
+        return "interpreter", "Triton kernels, interpreted because TRITON_INTERPRET is set: slow, for tests; not bf16"
     if device.type != "cuda":
         return "fallback", f"PyTorch operations: Triton kernels need a CUDA device, this is {device.type}"
     if torch.version.hip:
@@ -81,7 +80,7 @@ def backend(device: torch.device, asked: str = "auto") -> tuple[str, str]:
             "fallback",
             f"PyTorch operations: our Triton kernels need sm_80 (A100) or later, this is sm_{major}{minor}",
         )
-    return "triton", f"Triton {importlib.metadata.version('triton')} kernels on sm_{major}{minor}"
+    return "triton", f"Triton {importlib.import_module('triton').__version__} kernels on sm_{major}{minor}"
 
 
 def flop_formulas() -> dict:
@@ -150,23 +149,19 @@ def _runs_triton(x: Tensor, *_, **__) -> bool:
     if x.dtype == torch.float64:
         return False
     if _INTERPRETING:
-        return True
-    if x.device.type != "cuda":
-        return False
-    index = x.device.index
-    if index not in _capable:
-        _capable[index] = backend(x.device)[0] == "triton"
-    return _capable[index]
+        return x.dtype != torch.bfloat16  # which Triton interprets as integers
+    return x.device.type == "cuda" and _CAPABLE[x.device.index]
 
 
 def _runs_triton_attention(qkv: Tensor, n_heads: int) -> bool:
     return _runs_triton(qkv) and qkv.shape[-1] <= 3 * n_heads * 128  # the largest head that its tiles hold
 
 
-_capable: dict[int, bool] = {}  # by device index
 _INTERPRETING = interpreting()
+_CAPABLE: list[bool] = []  # by device index; known before torch.compile looks, which would compile again for a change
 
 if has_triton() and (_INTERPRETING or torch.cuda.is_available()):
+    _CAPABLE += [backend(torch.device("cuda", i))[0] == "triton" for i in range(torch.cuda.device_count())]
     for _name, _ours in _triton_operations().items():
         _suits = _runs_triton_attention if _name == "attention" else _runs_triton
         globals()[_name] = _choosing(_ours, getattr(fallback, _name), _suits)

@@ -214,8 +214,9 @@ class Tile(NamedTuple):
     stages: int  # of the software pipeline
 
 
-# By target and head size (64 serves the smaller ones too), for _forward, _backward_q and _backward_kv. None of them
-# spills registers: bench/results/kernels_aot.md. At D = 64 two blocks fit on a multiprocessor, at D = 128 one.
+# By target and head size (64 serves the smaller ones too), for _forward, _backward_q and _backward_kv. None spills
+# registers on sm_80 and sm_90 (bench/results/kernels_aot.md), where two blocks of the first two fit on a multiprocessor
+# at D = 64, one at D = 128.
 TILES = {
     ("sm_90", 64): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 3)),
     ("sm_90", 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),

@@ -83,8 +83,8 @@ def head(
     config = _config(V)
     # A row of V = 50,257 would start at odd addresses, which slows both the kernel and the matrix products.
     stride = triton.cdiv(V, 64) * 64
-    chunks = triton.cdiv(M * stride * h.element_size(), CHUNK_BYTES)
-    rows = triton.cdiv(M, chunks)  # all chunks alike
+    chunks = max(1, triton.cdiv(M * stride * h.element_size(), CHUNK_BYTES))
+    rows = max(1, triton.cdiv(M, chunks))  # all chunks alike
     buffer = h.new_empty((rows, stride))
     for start in range(0, M, rows):
         chunk = slice(start, start + rows)

@@ -32,7 +32,8 @@ def _forward(X, Table, Y, M, T, H,
     inside = (rows < M)[:, None] & (cols < HALF)[None, :]
     if ROTATE:
         at = (rows % T)[:, None] * D + cols[None, :]
-        cos, sin = tl.load(Table + at, mask=inside), tl.load(Table + at + HALF, mask=inside)
+        cos = tl.load(Table + at, mask=inside, other=0.0)
+        sin = tl.load(Table + at + HALF, mask=inside, other=0.0)
     for i in tl.static_range(HEADS):
         head = tl.program_id(0) % groups * HEADS + i
         here = inside & (head < H)
@@ -60,7 +61,8 @@ def _backward(G, X, Table, DX, M, T, H,
     inside = (rows < M)[:, None] & (cols < HALF)[None, :]
     if ROTATE:
         at = (rows % T)[:, None] * D + cols[None, :]
-        cos, sin = tl.load(Table + at, mask=inside), tl.load(Table + at + HALF, mask=inside)
+        cos = tl.load(Table + at, mask=inside, other=0.0)
+        sin = tl.load(Table + at + HALF, mask=inside, other=0.0)
     for i in tl.static_range(HEADS):
         head = tl.program_id(0) % groups * HEADS + i
         here = inside & (head < H)

@@ -14,7 +14,7 @@ activation(gate) * up; one without a gate is the case up = 1: a matrix of zeros 
 
 import json
 import os
-import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def export(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
 
     Raises UserError for options that no architecture expresses and for a folder that holds something.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     convert = architecture(model.shape)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not an empty folder; name a new one")
@@ -54,10 +54,11 @@ def export(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
     end = None if tokenizer.numbers else tokenizer.eot
     ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
     config |= ends | {"vocab_size": model.shape.vocab_size, "tie_word_embeddings": model.shape.tied, "dtype": "float32"}
-    aside = folder.with_name(folder.name + ".tmp")
     with writing(folder):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(folder), tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as around:
+        aside = Path(around, "export")
+        aside.mkdir()
         save_file({name: t.contiguous().clone() for name, t in tensors.items()}, aside / "model.safetensors",
                   metadata={"format": "pt"})  # fmt: skip
         files = {"config.json": config, "generation_config.json": ends}

@@ -121,7 +121,9 @@ def _told(path: str, width: int) -> dict:
     for key, value in ours.items():
         if told.get(key, value) != value:
             raise UserError(f"{file}: {key} {told[key]}, our model has {value}")
-    if activation not in ACTIVATIONS:
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise UserError(f"{file}: n_head {heads!r} does not divide the width {width}")
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UserError(f"{file}: activation_function {activation}, our model has {' '.join(ACTIVATIONS)}")
     return {"head_size": width // heads, "activation": ACTIVATIONS[activation],
             "tied": told.get("tie_word_embeddings", True)}  # fmt: skip

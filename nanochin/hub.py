@@ -5,6 +5,7 @@ The `datasets` library (optional) reads them; since version 4 it runs no code of
 """
 
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -85,6 +86,7 @@ def stream(source: Source, path: Path, progress: Progress | None) -> None:
 def _texts(source: Source) -> Iterator[str | None]:
     """The documents, from the network as they are asked for."""
     datasets = need("datasets", source.what)
+    importlib.import_module("huggingface_hub").logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told once, below
     try:
         for row in datasets.load_dataset(source.dataset, source.config, split="train", streaming=True):

@@ -107,11 +107,13 @@ def _megatron(path: str, idx: str) -> np.ndarray:
     sizes = lengths.astype(np.int64) * kind.itemsize
     if sizes.sum() != os.path.getsize(path):
         disagree(f"its sequences are {sizes.sum()} bytes long, {path} {os.path.getsize(path)}")
+    if (lengths < 0).any():
+        disagree(f"sequence {int(np.argmax(lengths < 0))} has a length below 0")
     wrong = np.flatnonzero(offsets != np.cumsum(sizes) - sizes)
     if len(wrong):
         disagree(f"sequence {wrong[0]} starts at byte {offsets[wrong[0]]}, not where the one before it ends")
-    if documents and bounds[-1] != sequences:
-        disagree(f"its documents end with sequence {bounds[-1]}, of {sequences}")
+    if documents and (bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any()):
+        disagree(f"its documents go from sequence {bounds[0]} to {bounds[-1]}, not in order from 0 to {sequences}")
     return np.memmap(path, kind, mode="r").view(np.ndarray)
 
 

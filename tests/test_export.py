@@ -126,7 +126,9 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
     export.export(make(), IDS, tmp_path / "empty")
     files = {p.name for p in (tmp_path / "empty").iterdir()}
     assert files == {"config.json", "generation_config.json", "model.safetensors"}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full"]
+    (tmp_path / "new.tmp").mkdir()
+    export.export(make(), IDS, tmp_path / "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full", "new", "new.tmp"]
 
 
 def test_tied_matrix_is_written_once(tmp_path):

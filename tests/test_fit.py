@@ -132,7 +132,7 @@ def test_approach_2_can_answer_alone(tmp_path, run):
 def test_without_bootstrap(run, made_up, tmp_path):
     """--bootstrap=0 gives the same law, no interval anywhere and a report."""
     out = run(made_up, "--bootstrap=0", "--figures=none", "--out", tmp_path)
-    assert "[" not in out.split("starts end")[0]
+    assert "[" not in out.split("starts end")[0] and "interval" not in out
     assert "ci" not in read(tmp_path)["approach3"] or not read(tmp_path)["approach3"]["ci"]
     assert 'class="ci"' not in (tmp_path / "report.html").read_text().split("<script")[0]
 
@@ -154,6 +154,52 @@ def test_curves_come_from_logs_or_from_a_table(run, made_up, tmp_path):
     assert from_logs["a"] == pytest.approx(from_table["a"], rel=1e-9)
     alone = read(tmp_path / "fit-alone")
     assert alone["approach1"] is None and "curves" in alone["meta"]["reasons"]["approach1"]
+
+
+def test_curves_are_of_runs_and_of_numbers(run, made_up, tmp_path):
+    """A run has one curve however many rows it has, and points of a log that are no loss are left out."""
+    clean = write_sweep(tmp_path / "clean", sweep(physical=0.5))
+    log = sorted((clean / "runs").glob("*/log.jsonl"))[5]
+    log.write_text('{"step": 1, "tokens": 900, "loss": NaN}\n{"step": 1, "tokens": 9, "loss": "x"}\n' + log.read_text())
+    rows = (clean / "runs.csv").read_text().splitlines()
+    (clean / "runs.csv").write_text("\n".join([*rows, *rows[1:]]))
+    run(made_up, *QUICK, "--out", tmp_path / "a")
+    run(clean, *QUICK, "--out", tmp_path / "b")
+    one, other = (read(tmp_path / name)["approach1"] for name in "ab")
+    assert other["n_curves"] == one["n_curves"] and other["a_ci"] == one["a_ci"]
+
+
+def test_a_run_without_a_name_is_one_of_its_own():
+    """Blank names do not make one run of many rows."""
+    rows = sweep(noise=0.002)
+    for row in rows[::2]:
+        row["run"] = ""
+    assert len(set(study_runs(_as_rows(rows), settings=Settings(bootstrap=0)).unit)) == len(rows)
+
+
+def test_6nd_counts_all_parameters(run, made_up, tmp_path):
+    """--params non_embedding --flops 6nd is the column flops_6nd, by hand 6 x params x tokens."""
+    study = study_runs(_as_rows(sweep()), settings=Settings(params="non_embedding", flops="6nd", bootstrap=0))
+    np.testing.assert_allclose(study.C, [row["flops_6nd"] for row in sweep()], rtol=1e-12)
+
+
+def test_no_interval_without_its_reason(run, made_up, tmp_path, monkeypatch):
+    """An approach whose bootstrap is refused says why."""
+
+    def refused(fit, **_):
+        raise laws.NotIdentified("bootstrap: as the test says")
+
+    monkeypatch.setattr(laws, "bootstrap", refused)
+    out = run(made_up, *QUICK, "--seed=5", "--out", tmp_path)
+    assert "! Approach 3 has no intervals: bootstrap: as the test says." in out
+
+
+def test_figures_of_very_large_runs(run, tmp_path):
+    """Beyond 1e25 FLOPs, and beyond int64, the figures go on to the right."""
+    scale = {"params": 10**13, "tokens": 10**13, "flops": 1e26, "flops_6nd": 10**26, "budget": 1e26}
+    big = [row | {name: row[name] * factor for name, factor in scale.items()} for row in sweep()]
+    write_sweep(tmp_path, big, curves=False)
+    assert "6 figures in SVG" in run(tmp_path, "--bootstrap=0", "--figures=svg")
 
 
 def test_every_count_of_parameters(run, made_up, tmp_path):
@@ -219,6 +265,7 @@ def test_checks_of_a_clean_sweep():
     "argv, says",
     [((), "required"), (("missing.csv",), "No such file"), (("missing.csv", "--delta=0"), "--delta"),
      (("missing.csv", "--figure=png"), "did you mean --figures"), (("missing.csv", "--columns=N=params"), "--columns"),
+     (("missing.csv", "--bootstrap=-1"), "--bootstrap"),
      (("missing.csv", "--budget=abc"), "--budget"), (("missing.csv", "--params=all"), "--params")],
 )  # fmt: skip
 def test_bad_options(run, tmp_path, monkeypatch, argv, says):
@@ -226,6 +273,13 @@ def test_bad_options(run, tmp_path, monkeypatch, argv, says):
     monkeypatch.chdir(tmp_path)
     assert says in run(*argv, code=2)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option, says", [("--fixed-e=9", "below it"), ("--bootstrap=3", "too few")])
+def test_options_that_the_runs_contradict(run, made_up, tmp_path, option, says):
+    """An E above the lowest loss and a bootstrap of three are refused before anything is written."""
+    assert says in run(made_up, "--figures=none", option, "--out", tmp_path / "out", code=2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_curves(run, made_up, tmp_path):

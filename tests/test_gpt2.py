@@ -148,6 +148,8 @@ def change(folder: Path, **told) -> None:
         ({"tokens": None}, {}, "say how to go on, with --tokens and --lr"),
         ({"lr": None, "budget": 1e15}, {}, "say how to go on, with --tokens and --lr"),
         ({}, {"model_type": "llama"}, "model_type llama, only gpt2 can be imported"),
+        ({}, {"n_head": 3}, "n_head 3 does not divide the width 32"),
+        ({}, {"n_head": None}, "n_head None does not divide the width 32"),
         ({}, {"activation_function": "tanh"}, "activation_function tanh, our model has gelu_new"),
         ({}, {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06, our model has 1e-05"),
         ({}, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),

@@ -134,9 +134,10 @@ def test_a_line_of_another_length(tmp_path, cells):
      (b"params,tokens,loss,note\n1,2,3,caf\xe9\n", "UTF-8"), (b"params,tokens,loss\n", "0 usable"),
      (b"1e6,2e7,3.5\n2e6,2e7,3.4\n", "header"), (b'params,tokens,loss\n1,2,"3\n4,5,6\n', "not CSV"),
      (b"just a sentence\nand another\n", "no column"), (b'{"params": 1, "tokens": 2, "loss": 3}\n{oops\n', "line 2"),
+     (b"params" * 50_000, "not CSV"), (b'{"params": ' + b"[" * 100_000, "not JSON"),
      (b'{"params": 1, "tokens": 2}\n', "'loss'"), (b'{"params": 1, "tokens": 2, "loss": [3]}\n', "line 1")],
     ids=["nothing", "white space", "bytes", "gzip", "UTF-16", "latin-1", "no rows", "no header", "open quote",
-         "prose", "broken JSON", "JSON without loss", "JSON with a list"],
+         "prose", "broken JSON", "one long line", "deep JSON", "JSON without loss", "JSON with a list"],
 )  # fmt: skip
 def test_files_that_are_no_table(tmp_path, content, says):
     """What is not a table of runs is said to be so in one line that names the file."""
@@ -157,8 +158,9 @@ def test_missing_file_and_empty_folder(tmp_path):
     [(lambda rows: rows[:5], "5 usable runs"), (lambda rows: [[1e6, *r[1:]] for r in rows], "same params"),
      (lambda rows: [[1e6 * (1 + i % 2), *r[1:]] for i, r in enumerate(rows)], "only 2 different model sizes"),
      (lambda rows: [[r[0], 1e14 / r[0], r[2]] for r in rows], "one budget"),
-     (lambda rows: [[r[0], 1e9, r[2]] for r in rows], "same tokens")],
-    ids=["few", "one size", "two sizes", "one budget", "one number of tokens"],
+     (lambda rows: [[r[0], 1e9, r[2]] for r in rows], "same tokens"),
+     (lambda rows: [[r[0] * 1e200, r[1] * 1e200, r[2]] for r in rows], "overflows")],
+    ids=["few", "one size", "two sizes", "one budget", "one number of tokens", "overflow"],
 )  # fmt: skip
 def test_runs_that_tell_no_law(tmp_path, change, says):
     """Too few runs or sizes, one size, one budget: the line says which."""

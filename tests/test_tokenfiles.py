@@ -312,7 +312,7 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "offsets": (megatron(folder / "o.bin", ids, offsets=np.array([0, 20, 99, 140]).astype("<i8").tobytes()),
                     "sequence 2 starts at byte 99, not where the one before it ends"),
         "documents": (megatron(folder / "d.bin", ids, bounds=np.array([0, 1, 2, 3, 9]).astype("<i8").tobytes()),
-                      "its documents end with sequence 9, of 4"),
+                      "its documents go from sequence 0 to 9, not in order from 0 to 4"),
     }  # fmt: skip
 
 

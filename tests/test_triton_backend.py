@@ -170,8 +170,8 @@ print(kernels.backend(torch.device("cpu"))[0], kernels.rms_norm(torch.ones(2, 4)
 
 
 def test_interpreting_on_request():
-    """TRITON_INTERPRET=1 makes the model run on interpreted kernels, but for float64 and for heads beyond 128, which
-    PyTorch operations compute."""
+    """TRITON_INTERPRET=1 makes the model run on interpreted kernels, but for float64, bf16 and heads beyond 128,
+    which PyTorch operations compute."""
     pytest.importorskip("triton")
     code = """
 import kernels, torch
@@ -188,8 +188,9 @@ def computed_by_triton(function, *args):
     print(any(ran))
 computed_by_triton(kernels.rms_norm, torch.ones(2, 4), torch.ones(4))
 computed_by_triton(kernels.rms_norm, torch.ones(2, 4).double(), torch.ones(4))
+computed_by_triton(kernels.rms_norm, torch.ones(2, 4).bfloat16(), torch.ones(4))
 computed_by_triton(kernels.attention, torch.ones(1, 2, 3 * 128), 1)
 computed_by_triton(kernels.attention, torch.ones(1, 2, 3 * 130), 1)
 computed_by_triton(kernels.rotary, torch.ones(1, 2, 3 * 16), 2, 100.0)
 """
-    assert python(code, TRITON_INTERPRET="1") == ["True", "False", "True", "False", "True"]
+    assert python(code, TRITON_INTERPRET="1") == ["True", "False", "False", "True", "False", "True"]
