@@ -126,6 +126,14 @@ def test_hold_out_of_the_largest_budget():
     assert hold_out(N, D, loss, budgets=2, replicates=0).rows.tolist() == list(range(32, 48))
 
 
+def test_hold_out_by_a_column_in_another_unit():
+    """Budgets numbered downwards: the largest by C are held out all the same, and their C is the runs'."""
+    N, D, loss = noisy_grid(0.003)
+    held = hold_out(N, D, loss, budget=-np.repeat(np.arange(6), 8), replicates=0)
+    assert held.rows.tolist() == list(range(40, 48))
+    assert held.optima[0][0] == pytest.approx(1e21, rel=1e-9)
+
+
 def test_hold_out_without_noise_predicts_exactly():
     """The law extrapolates to data that obeys it."""
     held = hold_out(*noisy_grid(0.0), budgets=3, replicates=0)

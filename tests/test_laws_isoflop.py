@@ -75,6 +75,29 @@ def test_exponents_need_not_add_to_one():
     assert law.a + law.b == pytest.approx(1 / 1.1, rel=1e-9)
 
 
+@pytest.mark.parametrize("unit", [1e-18, -3.7, 1.0])
+def test_a_column_of_budgets_only_groups(unit):
+    """Budgets in units of 1e18 FLOPs, or numbered downwards: the law is in the unit of C, as without the column."""
+    N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(4))
+    alone, grouped = fit_isoflop(N, D, loss), fit_isoflop(N, D, loss, budget=np.repeat(BUDGETS * unit, 15))
+    assert grouped.law.optimal(1e22) == pytest.approx(alone.law.optimal(1e22), rel=1e-9)
+    for budget, C in zip(grouped.budgets, BUDGETS, strict=True):
+        assert budget.flops == pytest.approx(C, rel=1e-9)
+        assert 6 * budget.params_opt * budget.tokens_opt == pytest.approx(C, rel=1e-6)
+
+
+def test_budgets_in_another_convention_than_c():
+    """Runs at equal physical FLOPs, 2 to 3 times 6 N D, asked for a law in 6 N D: at its optimum 6 N D is C, as nearly
+    as the mean of a group is its C at the vertex."""
+    N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(4))
+    physical = 1.3 * (1 + (1e8 / N) ** 0.1)
+    D = D / physical
+    law = fit_isoflop(N, D, BESIROGLU.loss(N, D), budget=np.repeat(BUDGETS, 15)).law
+    for C in (1e17, 1e19, 1e21):
+        n, d = law.optimal(C)
+        assert 6 * n * d == pytest.approx(C, rel=0.03)
+
+
 def test_minima_at_the_edge_are_refused():
     """A grid that stops before its minimum has none; the others still make a law, and the reason is given."""
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(8, 9))

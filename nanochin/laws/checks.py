@@ -89,16 +89,17 @@ class HoldOut:
 
 def hold_out(N, D, loss, C=None, *, budgets: int = 1, budget=None, above: float | None = None, runs=None,
              replicates: int = 1000, seed: int = 0, **options) -> HoldOut:  # fmt: skip
-    """Hold out the `budgets` largest budgets (a column, or clustered C), or every row with C > `above`; `options` go to
-    fit_parametric. replicates=0: no intervals. Raises NotIdentified if the rest cannot be fitted."""
+    """Hold out the `budgets` largest budgets (groups of the column `budget`, or of clustered C) and rows of no budget
+    that are as large, or every row with C > `above`; `options` go to fit_parametric. replicates=0: no intervals. Raises NotIdentified if the rest cannot be fitted."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
-    nominal = group_budgets(C) if budget is None else np.asarray(budget, np.float64)
+    nominal = group_budgets(C, budget=budget)
     if above is None:
         known = np.unique(nominal[np.isfinite(nominal)])
         if len(known) <= budgets:
             raise NotIdentified(f"hold-out: {len(known)} budgets, too few to hold out {budgets}")
-        held = C[nominal >= known[-budgets]].min() <= C
+        held = nominal >= known[-budgets]
+        held |= np.isnan(nominal) & (C[held].min() <= C)
     else:
         held = above < C
     if not held.any():
@@ -211,9 +212,8 @@ def kaplan_procedure(params_non_embedding, D, loss, law_loss, *, budget=None) ->
     bracketed minimum."""
     N, D, loss, law_loss = (np.asarray(v, np.float64) for v in (params_non_embedding, D, loss, law_loss))
     C = 6 * N * D
-    nominal = group_budgets(C) if budget is None else np.asarray(budget, np.float64)
-    known = np.unique(nominal[np.isfinite(nominal)])
-    levels = np.array([np.log(C[nominal == c]).mean() for c in known])
+    nominal = group_budgets(C, budget=budget)
+    levels = np.log(np.unique(nominal[np.isfinite(nominal)]))
     params, simulated = (_kaplan_optima(N, C, values, levels) for values in (loss, law_loss))
     both = np.isfinite(params) & np.isfinite(simulated)
     if both.sum() < 2:

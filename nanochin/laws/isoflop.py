@@ -21,7 +21,7 @@ FINE = 25  # points of the spline in each gap between two sizes
 class Budget:
     """One isoFLOP curve."""
 
-    flops: float  # geometric mean of its runs' C, or the nominal budget that was given
+    flops: float  # geometric mean of its runs' C
     rows: np.ndarray  # indices into the arrays that were fitted, sorted by N
     bracketed: bool  # convex, and its minimum inside the sampled sizes; if not, there is no optimum:
     reason: str  # why not, else ""
@@ -67,12 +67,20 @@ def _null(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def group_budgets(C, tolerance: float = 0.1) -> np.ndarray:
-    """(n,) nominal budget of each row, the geometric mean of its group, or nan for rows of no group. A group is a
+def group_budgets(C, tolerance: float = 0.1, *, budget=None) -> np.ndarray:
+    """(n,) nominal budget of each row, the geometric mean of its group's C, or nan for rows of no group.
+
+    Equal numbers in the column `budget` (n,) are a group, whatever they count (nan: none). Without it, a group is a
     window in log C, `tolerance` wide; the fullest is taken first, and those with fewer than 3 rows, or less than a
     third of the fullest, are none: they are what lies between the budgets."""
     log_c = np.log(np.asarray(C, np.float64))
     nominal = np.full(len(log_c), np.nan)
+    if budget is not None:
+        budget = np.asarray(budget, np.float64)
+        for label in np.unique(budget[np.isfinite(budget)]):
+            rows = budget == label
+            nominal[rows] = math.exp(log_c[rows].mean())
+        return nominal
     left = np.argsort(log_c, kind="stable")
     least = 3.0
     for _ in range(MAX_BUDGETS):
@@ -93,7 +101,8 @@ def fit_isoflop(N, D, loss, C=None, *, budget=None, tolerance: float = 0.1, meth
                 flops_convention: str = "6nd") -> IsoflopFit:  # fmt: skip
     """Minimum of each budget's curve, then log N and log D against log C by least squares.
 
-    C defaults to 6 N D; `budget` (n,) groups the rows (nan: none), else C is clustered. method "parabola": vertex of a
+    C defaults to 6 N D, and the laws are in its unit. The column `budget` (n,) only groups the rows (nan: none); without
+    it C is clustered. method "parabola": vertex of a
     quadratic in log N (the paper); "akima": minimum of the interpolating spline (Porian et al. 2024). Rows of one size
     in a budget count as one at their mean loss for the spline.
     Raises NotIdentified with fewer than 6 rows, fewer than 3 sizes, or fewer than 2 budgets with bracketed minimum."""
@@ -105,7 +114,7 @@ def fit_isoflop(N, D, loss, C=None, *, budget=None, tolerance: float = 0.1, meth
         raise NotIdentified(f"Approach 2 needs at least {MIN_ROWS} usable rows, but has {len(N)}")
     if _sizes(N) < MIN_SIZES:
         raise NotIdentified(f"Approach 2 needs at least {MIN_SIZES} different model sizes, but has {_sizes(N)}")
-    nominal = group_budgets(C, tolerance) if budget is None else np.asarray(budget, np.float64)
+    nominal = group_budgets(C, tolerance, budget=budget)
     groups = [np.flatnonzero(nominal == c) for c in np.unique(nominal[np.isfinite(nominal)])]
     groups = [rows[np.argsort(N[rows], kind="stable")] for rows in groups if len(rows) >= 3]
     left_out = np.setdiff1d(np.arange(len(N)), np.concatenate([np.empty(0, int), *groups]))
