@@ -49,6 +49,20 @@ def test_a_second_start_confirms_each_replicate():
         assert again.objective[again.converged].min() >= warm[k] * (1 - 1e-9)
 
 
+def test_a_missed_optimum_has_all_replicates_checked():
+    """24 noisy runs, on whose resamples the surface has several minima: as soon as one of the sample had missed its
+    optimum all replicates are optimised again, and each is accounted for."""
+    N, D, loss = isoflop_grid(BESIROGLU, np.geomspace(1e17, 1e19, 4), np.geomspace(1 / 4, 4, 6))
+    loss = loss * np.exp(0.02 * np.random.default_rng(1).standard_normal(24))
+    fit = fit_parametric(N, D, loss, allow_bound=True)
+    sure = bootstrap(fit, replicates=300, verify=60)
+    assert sure.worse > 0
+    assert sure.checked + sure.unconfirmed + sure.failed == 300
+    assert any("all were checked" in w for w in sure.warnings)
+    whole = bootstrap(fit, replicates=300, verify=300)
+    assert (whole.law.alpha == sure.law.alpha).all() and whole.worse == sure.worse
+
+
 def test_a_replicate_is_a_fit_of_the_drawn_rows():
     """The first replicate equals the fit of its own rows, repeated as often as they were drawn."""
     N, D, loss = noisy_grid(0.005)

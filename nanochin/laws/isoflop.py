@@ -101,10 +101,10 @@ def fit_isoflop(N, D, loss, C=None, *, budget=None, tolerance: float = 0.1, meth
                 flops_convention: str = "6nd") -> IsoflopFit:  # fmt: skip
     """Minimum of each budget's curve, then log N and log D against log C by least squares.
 
-    C defaults to 6 N D, and the laws are in its unit. The column `budget` (n,) only groups the rows (nan: none); without
-    it C is clustered. method "parabola": vertex of a
-    quadratic in log N (the paper); "akima": minimum of the interpolating spline (Porian et al. 2024). Rows of one size
-    in a budget count as one at their mean loss for the spline.
+    C defaults to 6 N D, and the laws are in its unit. The column `budget` (n,) only groups the rows (nan: none);
+    without it C is clustered. method "parabola": vertex of a quadratic in log N (the paper); "akima": minimum of the
+    interpolating spline (Porian et al. 2024). Rows of one size in a budget count as one at their mean loss for the
+    spline.
     Raises NotIdentified with fewer than 6 rows, fewer than 3 sizes, or fewer than 2 budgets with bracketed minimum."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
