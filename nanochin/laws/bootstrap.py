@@ -167,8 +167,8 @@ def bootstrap_seed_noise(
     fit: IsoflopFit, *, noise: float | None = None, replicates: int = 1000, seed: int = 0
 ) -> Bootstrap:
     """The noise-and-interpolate interval of Porian et al. 2024 for an IsoflopFit: Gaussian noise of sd `noise` on log
-    loss (default: the fit's own `noise`), all minima anew by the fit's method, budgets weighted by how sure their
-    minimum is. Raises NotIdentified if the noise is unknown or most replicates fail."""
+    loss (default: the fit's own `noise`), all minima anew by the fit's method, budgets of equal weight as in
+    the fit. Raises NotIdentified if the noise is unknown or most replicates fail."""
     noise = fit.noise if noise is None else noise
     if not noise >= 0:
         raise NotIdentified("seed noise: unknown, since no budget has more than 3 runs; name it")
