@@ -64,7 +64,8 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: fl
 
     delta=math.inf is least squares; `E` fixes the irreducible loss; `tied` forces alpha = beta.
     Raises NotIdentified: fewer than 6 rows, fewer than 3 sizes or token counts, E or an exponent at its bound (unless
-    `allow_bound`, which leaves that to `at_bound`), no start that converges."""
+    `allow_bound`, which leaves that to `at_bound`), a fixed E not below the lowest loss, no start that converges, no
+    two starts that agree on the lowest optimum."""
     surface = Surface.of(N, D, loss, delta=delta, space=space, E=E, tied=tied, weights=weights)
     z = projected_starts(surface, starts)
     if not len(z):
@@ -74,6 +75,9 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: fl
     if not found.converged[best]:
         raise NotIdentified(f"Approach 3: none of {len(z)} starts converged")
     agreeing = found.converged & agree(found.objective, found.objective[best], surface.weights.sum())
+    if agreeing.sum() < 2 <= len(found.theta):
+        raise NotIdentified(f"Approach 3: only 1 of {len(found.theta)} starts ends in the lowest optimum: it is not "
+                            f"confirmed; add runs")  # fmt: skip
     z = found.theta[best : best + 1]
     bounds = tuple(n for n, at in zip(NAMES, surface.at_bound(z)[0], strict=True) if at)
     if bounds and not allow_bound:
