@@ -196,11 +196,11 @@ def test_seed_noise_holds_its_own_estimate():
 
 
 def test_seed_noise_in_bounded_memory():
-    """200 draws of 1500 runs: splines come in batches."""
+    """400 draws of 1500 runs: splines come in batches."""
     N, D, loss = isoflop_grid(BESIROGLU, [1e18, 1e20], np.geomspace(1 / 6, 6, 750))
     fit = fit_isoflop(N, D, loss, method="akima")
     tracemalloc.start()
-    bootstrap_seed_noise(fit, noise=1e-4, replicates=200)
+    bootstrap_seed_noise(fit, noise=1e-4, replicates=400)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 250e6
