@@ -49,6 +49,20 @@ def test_a_second_start_confirms_each_replicate():
         assert again.objective[again.converged].min() >= warm[k] * (1 - 1e-9)
 
 
+def test_a_missed_optimum_has_all_replicates_checked():
+    """24 noisy runs, on whose resamples the surface has several minima: as soon as one of the sample had missed its
+    optimum all replicates are optimised again, and each is accounted for."""
+    N, D, loss = isoflop_grid(BESIROGLU, np.geomspace(1e17, 1e19, 4), np.geomspace(1 / 4, 4, 6))
+    loss = loss * np.exp(0.02 * np.random.default_rng(1).standard_normal(24))
+    fit = fit_parametric(N, D, loss, allow_bound=True)
+    sure = bootstrap(fit, replicates=300, verify=60)
+    assert sure.worse > 0
+    assert sure.checked + sure.unconfirmed + sure.failed == 300
+    assert any("all were checked" in w for w in sure.warnings)
+    whole = bootstrap(fit, replicates=300, verify=300)
+    assert whole.law.alpha == pytest.approx(sure.law.alpha, rel=1e-5) and whole.worse == sure.worse
+
+
 def test_a_replicate_is_a_fit_of_the_drawn_rows():
     """The first replicate equals the fit of its own rows, repeated as often as they were drawn."""
     N, D, loss = noisy_grid(0.005)
@@ -167,6 +181,29 @@ def test_seed_noise(method):
         widths.append(high - low)
     assert widths[1] > 2 * widths[0]
     assert bootstrap_seed_noise(fit, noise=0.0005).unit == "seed noise"
+
+
+def test_seed_noise_holds_its_own_estimate():
+    """Budgets of unequal certainty on a bent frontier: the interval is the unweighted estimate's own."""
+    N, D, loss = [], [], []
+    for i, C in enumerate(BUDGETS):
+        best, width = 1e7 * 10 ** (0.5 * i + 0.03 * i * i), 16 if i < 3 else 3
+        n = best * np.geomspace(1 / width, width, 9)
+        N, D, loss = [*N, *n], [*D, *C / (6 * n)], [*loss, *(3 + 0.03 * np.log(n / best) ** 2)]
+    fit = fit_isoflop(*(np.array(v) for v in (N, D, loss)))
+    low, high = bootstrap_seed_noise(fit, noise=0.0005).interval("a")
+    assert low < fit.law.a < high
+
+
+def test_seed_noise_in_bounded_memory():
+    """400 draws of 1500 runs: splines come in batches."""
+    N, D, loss = isoflop_grid(BESIROGLU, [1e18, 1e20], np.geomspace(1 / 6, 6, 750))
+    fit = fit_isoflop(N, D, loss, method="akima")
+    tracemalloc.start()
+    bootstrap_seed_noise(fit, noise=1e-4, replicates=400)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 250e6
 
 
 def test_seed_noise_is_what_repeats_would_show():

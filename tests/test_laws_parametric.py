@@ -242,6 +242,46 @@ def test_e_at_its_bound_is_refused():
     assert fit.at_bound == ("E",)
 
 
+@pytest.mark.parametrize("factor", [0.999, 1.0, 2.0])
+def test_a_fixed_e_is_below_the_lowest_loss(factor):
+    """No law with E above a loss can reach it: one line that names both."""
+    N, D, loss = random_runs(BESIROGLU, 30, 5, noise=0.01)
+    if factor < 1:
+        assert fit_parametric(N, D, loss, E=0.9 * loss.min()).law.E == 0.9 * loss.min()
+        return
+    with pytest.raises(NotIdentified, match="E is fixed at .* below the lowest loss") as error:
+        fit_parametric(N, D, loss, E=factor * loss.min())
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e-200])
+@pytest.mark.parametrize("space", ["log", "linear"])
+def test_losses_beyond_all_measure_are_refused(scale, space):
+    """Their squares leave the range of floats: said in one line, whether one row or all."""
+    N, D, loss = random_runs(BESIROGLU, 30, 5, noise=0.01)
+    for rows in (slice(None), slice(3, 4)):
+        huge = loss.copy()
+        huge[rows] *= scale
+        with pytest.raises(NotIdentified, match="no nats per token"):
+            fit_parametric(N, D, huge, space=space)
+
+
+def test_an_optimum_that_one_start_alone_reaches_is_refused(monkeypatch):
+    """Twelve starts of which eleven end higher are no agreement; a single start has nothing to agree with."""
+    N, D, loss = random_runs(BESIROGLU, 30, 5, noise=0.01)
+    true = Surface.minimise
+
+    def torn(self, z, weights=None, *, cold=False):
+        found = true(self, z, weights, cold=cold)
+        found.objective[1:] *= 1 + 1e-6
+        return found
+
+    monkeypatch.setattr(Surface, "minimise", torn)
+    with pytest.raises(NotIdentified, match="only 1 of 12 starts"):
+        fit_parametric(N, D, loss)
+    assert fit_parametric(N, D, loss, starts=1).starts_agreeing == 1
+
+
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_numbers_that_are_none_are_refused(bad):
     """They are the caller's to drop."""

@@ -14,7 +14,7 @@ from nanochin.laws.envelope import EnvelopeFit, refit_envelope
 from nanochin.laws.isoflop import IsoflopFit, refit_isoflop, seed_noise
 from nanochin.laws.law import Law, NotIdentified, PowerLaw
 from nanochin.laws.newton import Optimum
-from nanochin.laws.parametric import AGREE, ParametricFit
+from nanochin.laws.parametric import ParametricFit, agree
 from nanochin.laws.surface import BATCH, Surface, projected_starts
 
 LEVELS = (80, 95)  # percent
@@ -32,8 +32,9 @@ class Bootstrap:
     replicates: int  # asked for
     failed: int  # without an optimum (Approach 2: fewer than 2 bracketed budgets); left out
     at_bound: int  # ended with a constant at its bound (kept: E = 0 belongs in the interval of E)
-    checked: int  # replicates that were optimised again from other starts,
-    worse: int  # of which these had ended above what the other starts found (they were replaced by it)
+    checked: int  # replicates that were optimised again from other starts, of which one reached the same or a lower
+    worse: int  # optimum: these had ended above it and were replaced; one of them, and all replicates are checked
+    unconfirmed: int  # optimised again too, but none of the other starts reached their optimum: not among `checked`
     gradient_norm: float  # the largest of all replicates (Approach 3), as ParametricFit.gradient_norm
     warnings: tuple[str, ...]  # sentences for the report: rows that repeat a run, few units, failed replicates
 
@@ -60,7 +61,8 @@ class Bootstrap:
 def bootstrap(fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: int = 200) -> Bootstrap:
     """Resample runs with replacement and fit each replicate to convergence. `fit` is a ParametricFit, IsoflopFit or
     EnvelopeFit; `runs` (n,) are the ids that rows share (default: each row is a run of its own; an envelope knows its
-    runs). Of Approach 3, `verify` replicates are optimised again from other starts.
+    runs). Of Approach 3, `verify` replicates are optimised again from other starts, and
+    all of them if that finds a better optimum of any.
     Raises NotIdentified with fewer than 3 units or if most replicates fail."""
     if isinstance(fit, EnvelopeFit):
         runs = fit.runs
@@ -102,36 +104,57 @@ def resample(runs, replicates: int, seed: int) -> tuple[int, Callable[[int], Ite
 
 def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, dict]:
     """Each replicate by Newton steps from the fit's own optimum. The first `verify` of them (they are exchangeable)
-    again from a start far from it, and those that did not converge from three others."""
+    again from four starts far from it and from each other; if that mends a single one, then all the others too."""
     surface = Surface.of(fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=fit.fixed_e, tied=fit.tied,
                          weights=fit.weights)  # fmt: skip
     starts = projected_starts(surface, 12)
-    warm, far, elsewhere = surface.z(fit.law), starts[-1:], starts[::4]
-    optima, facts = [], {"at_bound": 0, "checked": 0, "worse": 0, "gradient_norm": 0.0}
-    for weights in batches(max(1, BATCH // fit.n)):
+    warm, others = surface.z(fit.law), [starts[-1], *starts[::4]]
+    size = max(1, BATCH // fit.n)
+    facts = {"at_bound": 0, "checked": 0, "worse": 0, "unconfirmed": 0, "gradient_norm": 0.0}
+    optima, sampled = [], []  # of each batch, and how many of it are in the sample
+
+    def again(found: Optimum, weights, rows) -> None:
+        worse, confirmed = _again(surface, found, weights, rows, others)
+        facts["worse"] += int(worse.sum())
+        facts["checked"] += int(confirmed.sum())
+        facts["unconfirmed"] += int((found.converged[rows] & ~confirmed).sum())
+
+    for weights in batches(size):
         weights *= fit.weights
         found = surface.minimise(np.tile(warm, (len(weights), 1)), weights)
-        checked = min(len(weights), verify - facts["checked"])
-        for start in far if checked else ():
-            again = surface.minimise(np.tile(start, (checked, 1)), weights[:checked], cold=True)
-            lower = again.converged & (again.objective < found.objective[:checked] * (1 - AGREE))
-            facts["worse"] += int((lower & found.converged[:checked]).sum())
-            for k in np.flatnonzero(lower):
-                _replace(found, k, again, k)
-        facts["checked"] += checked
-        for start in elsewhere:
-            lost = np.flatnonzero(~found.converged)
-            if len(lost):
-                again = surface.minimise(np.tile(start, (len(lost), 1)), weights[lost], cold=True)
-                for at in np.flatnonzero(again.converged):
-                    _replace(found, lost[at], again, at)
+        sampled.append(min(len(weights), verify - sum(sampled)))
+        again(found, weights, np.arange(sampled[-1]))
+        _again(surface, found, weights, np.flatnonzero(~found.converged), others)
+        optima.append(found)
+    if facts["worse"]:
+        for weights, found, first in zip(batches(size), optima, sampled, strict=True):
+            again(found, weights * fit.weights, np.arange(first, len(weights)))
+    for found in optima:
         good = found.converged
         facts["at_bound"] += int(surface.at_bound(found.theta[good]).any(1).sum())
-        if good.any():
-            facts["gradient_norm"] = max(facts["gradient_norm"], float(found.gradient_norm[good].max()))
-        optima.append(np.where(good[:, None], found.theta, np.nan))
-    law = surface.law(np.concatenate(optima), "")
+        facts["gradient_norm"] = max(facts["gradient_norm"], float(found.gradient_norm[good].max(initial=0)))
+    theta = np.concatenate([np.where(found.converged[:, None], found.theta, np.nan) for found in optima])
+    law = surface.law(theta, "")
     return {k: getattr(law, k) for k in ("E", "A", "B", "alpha", "beta")}, facts
+
+
+def _again(surface: Surface, found: Optimum, weights, rows, starts) -> tuple[np.ndarray, np.ndarray]:
+    """Minimise the problems `rows` from each of `starts` as well and put the lowest optima into `found`. Returns, of
+    each, whether it had converged above that (worse), and whether one of `starts` ended there (confirmed)."""
+    if not len(rows):
+        return np.zeros(0, bool), np.zeros(0, bool)
+    total = weights[rows].sum(1)
+    first = np.where(found.converged[rows], found.objective[rows], np.inf)
+    best, lowest = first.copy(), np.full(len(rows), np.inf)  # of all, and of `starts`
+    for start in starts:
+        other = surface.minimise(np.tile(start, (len(rows), 1)), weights[rows], cold=True)
+        objective = np.where(other.converged, other.objective, np.inf)
+        lowest = np.minimum(lowest, objective)
+        for k in np.flatnonzero(~agree(best, objective, total)):
+            _replace(found, rows[k], other, k)
+            best[k] = objective[k]
+    there = np.isfinite(best)
+    return np.isfinite(first) & ~agree(first, best, total), there & agree(lowest, best, total)
 
 
 def _replace(found: Optimum, k: int, other: Optimum, at: int) -> None:
@@ -144,8 +167,8 @@ def bootstrap_seed_noise(
     fit: IsoflopFit, *, noise: float | None = None, replicates: int = 1000, seed: int = 0
 ) -> Bootstrap:
     """The noise-and-interpolate interval of Porian et al. 2024 for an IsoflopFit: Gaussian noise of sd `noise` on log
-    loss (default: the fit's own `noise`), all minima anew by the fit's method, budgets weighted by how sure their
-    minimum is. Raises NotIdentified if the noise is unknown or most replicates fail."""
+    loss (default: the fit's own `noise`), all minima anew by the fit's method, budgets of equal weight as in
+    the fit. Raises NotIdentified if the noise is unknown or most replicates fail."""
     noise = fit.noise if noise is None else noise
     if not noise >= 0:
         raise NotIdentified("seed noise: unknown, since no budget has more than 3 runs; name it")
@@ -161,9 +184,12 @@ def _collect(fit, constants: dict, unit: str, units: int, replicates: int, facts
     if failed:
         warnings.append(f"{failed} of {replicates} replicates have no optimum and are left out of the intervals")
     if facts.get("worse"):
-        warnings.append(f"{facts['worse']} of {facts['checked']} replicates checked had missed their optimum")
+        warnings.append(f"{facts['worse']} of {facts['checked']} replicates checked had missed their optimum and were "
+                        f"replaced; all were checked")  # fmt: skip
+    if facts.get("unconfirmed"):
+        warnings.append(f"{facts['unconfirmed']} replicates end in an optimum that no other start reached")
     if facts.get("at_bound"):
         warnings.append(f"{facts['at_bound']} of {replicates} replicates end with a constant at its bound")
     law = replace(fit.law, **{k: v[good] for k, v in constants.items()})
-    defaults = {"at_bound": 0, "checked": 0, "worse": 0, "gradient_norm": 0.0}
+    defaults = {"at_bound": 0, "checked": 0, "worse": 0, "unconfirmed": 0, "gradient_norm": 0.0}
     return Bootstrap(law, unit, units, replicates, failed, warnings=tuple(warnings), **defaults | facts)

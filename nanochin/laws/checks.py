@@ -90,7 +90,8 @@ class HoldOut:
 def hold_out(N, D, loss, C=None, *, budgets: int = 1, budget=None, above: float | None = None, runs=None,
              replicates: int = 1000, seed: int = 0, **options) -> HoldOut:  # fmt: skip
     """Hold out the `budgets` largest budgets (groups of the column `budget`, or of clustered C) and rows of no budget
-    that are as large, or every row with C > `above`; `options` go to fit_parametric. replicates=0: no intervals. Raises NotIdentified if the rest cannot be fitted."""
+    that are as large, or every row with C > `above`; `options` go to fit_parametric. replicates=0: no intervals.
+    Raises NotIdentified if the rest cannot be fitted."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
     nominal = group_budgets(C, budget=budget)

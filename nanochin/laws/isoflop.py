@@ -101,10 +101,10 @@ def fit_isoflop(N, D, loss, C=None, *, budget=None, tolerance: float = 0.1, meth
                 flops_convention: str = "6nd") -> IsoflopFit:  # fmt: skip
     """Minimum of each budget's curve, then log N and log D against log C by least squares.
 
-    C defaults to 6 N D, and the laws are in its unit. The column `budget` (n,) only groups the rows (nan: none); without
-    it C is clustered. method "parabola": vertex of a
-    quadratic in log N (the paper); "akima": minimum of the interpolating spline (Porian et al. 2024). Rows of one size
-    in a budget count as one at their mean loss for the spline.
+    C defaults to 6 N D, and the laws are in its unit. The column `budget` (n,) only groups the rows (nan: none);
+    without it C is clustered. method "parabola": vertex of a quadratic in log N (the paper); "akima": minimum of the
+    interpolating spline (Porian et al. 2024). Rows of one size in a budget count as one at their mean loss for the
+    spline.
     Raises NotIdentified with fewer than 6 rows, fewer than 3 sizes, or fewer than 2 budgets with bracketed minimum."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
@@ -300,22 +300,17 @@ def replicate_optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
 
 
 def seed_noise(fit: IsoflopFit, noise: float, replicates: int, rng) -> dict[str, np.ndarray]:
-    """Constants (replicates,) with Gaussian noise on log loss; budgets weigh as 1 / variance of their log minimum and
-    are dropped if less than half of their draws are bracketed (Porian et al. 2024)."""
-    N, D = [], []
-    for b in fit.budgets:
-        draws = fit.loss[b.rows] * np.exp(noise * rng.standard_normal((replicates, len(b.rows))))
-        n, d = _replicates(fit, b, loss=draws, method=fit.method)
-        keep = np.isfinite(n).mean() >= 0.5
-        N.append(n if keep else np.full(replicates, np.nan))
-        D.append(d if keep else np.full(replicates, np.nan))
-    N, D = np.stack(N, 1), np.stack(D, 1)
-    share = np.isfinite(N).mean(0)
-    sd = np.array([np.log(n[np.isfinite(n)]).std() if np.isfinite(n).any() else np.inf for n in N.T])
-    # No surer than the grid of the spline, and less sure the more draws were lost.
-    gaps = [math.log(b.width) / max(1, FINE * (b.n_runs - 1)) for b in fit.budgets]
-    sd = np.maximum(sd, gaps) / np.maximum(share, 1e-9)
-    return _lines([b.flops for b in fit.budgets], N, D, 1 / sd**2)
+    """Constants (replicates,) with Gaussian noise on log loss (Porian et al. 2024). Each replicate is fitted like the
+    point estimate, through the budgets that it uses, all of the same weight, less those that are not bracketed in
+    this draw. (Porian et al. weigh by 1 / variance: the interval would be that of another estimate.)"""
+    budgets = [b for b in fit.budgets if b.bracketed]
+    size, optima = max(1, 2**22 // (FINE * len(fit.N))), []
+    for start in range(0, replicates, size):
+        draws = fit.loss * np.exp(noise * rng.standard_normal((min(size, replicates - start), len(fit.N))))
+        pairs = [_replicates(fit, b, loss=draws[:, b.rows], method=fit.method) for b in budgets]
+        optima.append(tuple(np.stack(v, 1) for v in zip(*pairs, strict=True)))
+    N, D = (np.concatenate(v) for v in zip(*optima, strict=True))
+    return _lines([b.flops for b in budgets], N, D)
 
 
 def _replicates(fit: IsoflopFit, budget: Budget, *, loss=None, weights=None, method: str = "parabola"):
@@ -330,10 +325,10 @@ def _replicates(fit: IsoflopFit, budget: Budget, *, loss=None, weights=None, met
     return np.where(good, np.exp(u + curve.mean), np.nan), np.where(good, curve.tokens(u), np.nan)
 
 
-def _lines(flops, N, D, weights=1.0) -> dict[str, np.ndarray]:
+def _lines(flops, N, D) -> dict[str, np.ndarray]:
     """Power laws through (K, budgets) optima, those that are nan left out."""
     good = np.isfinite(N)
-    w = good * weights
+    w = good.astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):
         log_c = np.broadcast_to(np.log(flops), N.shape)
         fits = [line(log_c, np.log(np.where(good, v, 1)), w) for v in (N, D)]

@@ -64,7 +64,8 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: fl
 
     delta=math.inf is least squares; `E` fixes the irreducible loss; `tied` forces alpha = beta.
     Raises NotIdentified: fewer than 6 rows, fewer than 3 sizes or token counts, E or an exponent at its bound (unless
-    `allow_bound`, which leaves that to `at_bound`), no start that converges."""
+    `allow_bound`, which leaves that to `at_bound`), a fixed E not below the lowest loss, no start that converges, no
+    two starts that agree on the lowest optimum."""
     surface = Surface.of(N, D, loss, delta=delta, space=space, E=E, tied=tied, weights=weights)
     z = projected_starts(surface, starts)
     if not len(z):
@@ -73,10 +74,10 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: fl
     best = int(np.argmin(np.where(found.converged, found.objective, np.inf)))
     if not found.converged[best]:
         raise NotIdentified(f"Approach 3: none of {len(z)} starts converged")
-    # Noise-free rows leave an objective of rounding errors only, in which all starts agree.
-    agreeing = found.converged & (
-        found.objective <= found.objective[best] * (1 + AGREE) + 1e-24 * surface.weights.sum()
-    )
+    agreeing = found.converged & agree(found.objective, found.objective[best], surface.weights.sum())
+    if agreeing.sum() < 2 <= len(found.theta):
+        raise NotIdentified(f"Approach 3: only 1 of {len(found.theta)} starts ends in the lowest optimum: it is not "
+                            f"confirmed; add runs")  # fmt: skip
     z = found.theta[best : best + 1]
     bounds = tuple(n for n, at in zip(NAMES, surface.at_bound(z)[0], strict=True) if at)
     if bounds and not allow_bound:
@@ -86,6 +87,12 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: fl
     return ParametricFit(law, float(found.objective[best]), delta, space, len(found.theta), int(agreeing.sum()),
                          float(found.gradient_norm[best]), bounds, E, tied, surface.N, surface.D, surface.loss,
                          surface.weights, residuals)  # fmt: skip
+
+
+def agree(objective, best, weight):
+    """Whether `objective` is no higher than `best`; `weight` is that of their rows in sum. Noise-free rows leave an
+    objective of rounding errors only, in which all starts agree."""
+    return objective <= best * (1 + AGREE) + 1e-24 * weight
 
 
 def _explain(bounds: tuple[str, ...]) -> str:
@@ -156,6 +163,6 @@ def fit_kaplan_form(N, D, loss, *, delta: float = 1e-3) -> KaplanForm:
     log_n, log_d = surface.centre
     with np.errstate(over="ignore"):
         N_c, D_c = np.exp(a / k + log_n), np.exp(b + log_d)
-    agreeing = found.converged & (found.objective <= found.objective[best] * (1 + AGREE) + 1e-24 * len(x))
+    agreeing = found.converged & agree(found.objective, found.objective[best], len(x))
     return KaplanForm(float(N_c), float(D_c), float(c * k), float(c), float(found.objective[best]), delta,
                       len(starts), int(agreeing.sum()))  # fmt: skip

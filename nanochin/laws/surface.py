@@ -52,6 +52,11 @@ class Surface:
                 raise ValueError(f"{label}: needs one finite number above 0 a row")
         if space not in ("log", "linear") or not delta > 0:
             raise ValueError(f"space {space!r}, delta {delta}: must be log or linear, and above 0")
+        if loss.size and not np.exp(-SCALE) < loss.min() <= loss.max() < np.exp(SCALE):
+            raise NotIdentified(f"Approach 3: losses from {loss.min():.3g} to {loss.max():.3g} are no nats per token")
+        if E is not None and not 0 <= E < loss.min(initial=np.inf):
+            raise NotIdentified(f"Approach 3: E is fixed at {E:g}, but must be at least 0 and below the lowest loss, "
+                                f"{loss.min(initial=np.inf):.6g}")  # fmt: skip
         if len(N) < MIN_ROWS:
             raise NotIdentified(f"Approach 3 needs at least {MIN_ROWS} usable rows, but has {len(N)}")
         for what, v in (("model sizes", N), ("token counts", D)):
