@@ -140,6 +140,8 @@ def scale_of(axis: Axis, marks: Sequence, vertical: bool, room: int) -> Scale:
         low, high = low - margin, high + margin
     low = axis.low if axis.low is not None else low
     high = axis.high if axis.high is not None else high
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one point, but for rounding
+        low, high = low - 0.05 * (abs(low) or 1), high + 0.05 * (abs(high) or 1)
     ticks = axis.ticks if axis.ticks is not None else _ticks(low, high, axis.log, room, axis.powers)
     return Scale(low, high, axis.log, [(at, text) for at, text in ticks if low <= at <= high])
 

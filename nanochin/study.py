@@ -341,7 +341,8 @@ def check(study: Study) -> Checks:
 
 def _budgets_to_hold_out(C: np.ndarray, budget: np.ndarray | None, least: int = 5) -> int:
     """How many of the largest budgets it takes to have `least` runs."""
-    runs = np.unique(laws.group_budgets(C) if budget is None else budget[~np.isnan(budget)], return_counts=True)[1]
+    groups = laws.group_budgets(C, budget=budget)
+    runs = np.unique(groups[~np.isnan(groups)], return_counts=True)[1]
     return 1 + int(np.searchsorted(np.cumsum(runs[::-1]), least))
 
 
