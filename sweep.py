@@ -443,10 +443,7 @@ def best_of_grid(cells: list[Cell], ends: dict[str, End]) -> str:
 
 def fit(folder: Path, bootstrap: int) -> int:
     """fit.py on the sweep's folder: laws.json, report.html and figures beside runs.csv."""
-    program = ROOT / "fit.py"
-    if not program.exists():
-        return 0
-    command = [sys.executable, str(program), str(folder), "--out", str(folder), f"--bootstrap={bootstrap}"]
+    command = [sys.executable, str(ROOT / "fit.py"), str(folder), "--out", str(folder), f"--bootstrap={bootstrap}"]
     code = subprocess.run(command).returncode
     return 0 if code == UserError.code else code  # it has said why these runs give no law; they are there all the same
 

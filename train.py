@@ -10,7 +10,6 @@ The same command goes on from where a killed run stopped, and ends in the same b
 """
 
 import dataclasses
-import functools
 import math
 import os
 import signal
@@ -30,7 +29,7 @@ from torch import Tensor
 
 import kernels
 from nanochin import checkpoint, gpt2, ladder, laws, loggers, runs
-from nanochin.config import FLOP_CONVENTIONS, Config, RunError, UserError, check, make_shape, parse, parse_model
+from nanochin.config import FLOP_CONVENTIONS, Config, RunError, UserError, check, parse, parse_model, shape_maker
 from nanochin.console import Progress, clock, count, table
 from nanochin.data import Corpus, Windows, prepare_for
 from nanochin.device import Team, check_memory, device_name, keep_freed_memory, peak_of, pick_device, pick_dtype
@@ -92,10 +91,7 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
 
     # Shape, tokens, batch and learning rate: rules and sources in nanochin/ladder.py.
     law = laws.load_law(config.law, config.law_approach) if config.law else laws.BESIROGLU
-    make = functools.partial(
-        make_shape, vocab_size=model_vocab(corpus.tokenizer, config.vocab_size), seq_len=seq_len,
-        head_size=config.head_size, ffn=config.ffn, norm=config.norm, positions=config.positions,
-        activation=config.activation, bias=config.bias, tied=config.tied, qk_norm=config.qk_norm)  # fmt: skip
+    make = shape_maker(config, model_vocab(corpus.tokenizer, config.vocab_size), seq_len)
     plan = ladder.plan(
         make, budget=budget, model=config.model and parse_model(config.model), tokens=config.tokens, law=law,
         convention=config.flops, batch_tokens=config.batch_tokens, lr=config.lr, warmup_tokens=config.warmup_tokens,

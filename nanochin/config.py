@@ -8,6 +8,7 @@ named, so `--help`, the error for a misspelt option and config.json cannot disag
 
 import argparse
 import difflib
+import functools
 import importlib
 import math
 import os
@@ -15,6 +16,7 @@ import sys
 import tomllib
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
@@ -205,6 +207,14 @@ def make_shape(width: int, layers: int, *, vocab_size: int, seq_len: int, head_s
     if ffn is None:
         ffn = 4 * width if options.get("activation") != "swiglu" else 8 * math.ceil(width / 3)
     return Shape(width, layers, vocab_size, seq_len, head_size, ffn, **options)
+
+
+def shape_maker(config: Config, vocab_size: int, seq_len: int) -> Callable[[int, int], Shape]:
+    """make(width, layers): `make_shape` with all else as `config` says."""
+    return functools.partial(
+        make_shape, vocab_size=vocab_size, seq_len=seq_len, head_size=config.head_size, ffn=config.ffn,
+        norm=config.norm, positions=config.positions, activation=config.activation, bias=config.bias,
+        tied=config.tied, qk_norm=config.qk_norm)  # fmt: skip
 
 
 def default_head_size(width: int) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 from nanochin import ladder
-from nanochin.config import Config, Shape, UserError, make_shape, opt, parse, parse_model
+from nanochin.config import Config, Shape, UserError, opt, parse, parse_model, shape_maker
 from nanochin.flops import count_params, flops_per_token
 from nanochin.laws import BESIROGLU, load_law
 
@@ -266,10 +266,7 @@ class _Builder:
     def __init__(self, sweep: Sweep, vocab_size: int, base: Config, times: dict[str, float], label: str):
         self.sweep, self.grid, self.base, self.times, self.label = sweep, sweep.grid, base, times, label
         self.law = load_law(base.law, base.law_approach) if base.law else BESIROGLU
-        self.make = functools.partial(
-            make_shape, vocab_size=vocab_size, seq_len=base.seq_len, head_size=base.head_size, ffn=base.ffn,
-            norm=base.norm, positions=base.positions, activation=base.activation, bias=base.bias, tied=base.tied,
-            qk_norm=base.qk_norm)  # fmt: skip
+        self.make = shape_maker(base, vocab_size, base.seq_len)
 
     # Sizes
 

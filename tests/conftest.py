@@ -5,6 +5,7 @@ import functools
 import random
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -64,26 +65,28 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture
-def one_thread():
-    """torch on one thread: what is tiny waits for a second one more than it gains, and bits depend on the number."""
+@contextmanager
+def threads(count: int):
     import torch  # not for the tests that do without
 
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread():
+    """torch on one thread: what is tiny waits for a second one more than it gains, and bits depend on the number."""
+    with threads(1):
+        yield
 
 
 @pytest.fixture
 def four_threads():
     """torch believes in four threads, whatever this machine has, for the length of a test."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
+    with threads(4):
+        yield
 
 
 @pytest.fixture
