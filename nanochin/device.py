@@ -50,8 +50,8 @@ class Team:
 
     def __init__(self, device: torch.device, batch_tokens: int):
         threads = torch.get_num_threads()
-        # A share is at least 1024 tokens (smaller products waste a core); cores left over work inside the operations.
-        self.size = max(1, min(threads, batch_tokens // 1024)) if device.type == "cpu" else 1
+        # A share is at least 512 tokens (smaller products waste a core); cores left over work inside the operations.
+        self.size = max(1, min(threads, batch_tokens // 512)) if device.type == "cpu" else 1
         self.map = map
         if self.size > 1:
             started = threading.Barrier(self.size)

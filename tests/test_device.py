@@ -11,8 +11,8 @@ from nanochin.device import Team
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("tokens, size", [(0, 1), (1023, 1), (2047, 1), (2048, 2), (3072, 3), (4095, 3), (10**6, 4)])
-def test_a_share_is_at_least_1024_tokens(tokens, size, four_threads):
+@pytest.mark.parametrize("tokens, size", [(0, 1), (511, 1), (1023, 1), (1024, 2), (1536, 3), (2047, 3), (10**6, 4)])
+def test_a_share_is_at_least_512_tokens(tokens, size, four_threads):
     """As many members as the batch has shares for, and no more than there are threads."""
     assert Team(CPU, tokens).size == size
     assert Team(torch.device("cuda"), tokens).size == 1
@@ -20,7 +20,7 @@ def test_a_share_is_at_least_1024_tokens(tokens, size, four_threads):
 
 def test_members_divide_the_threads(four_threads):
     """Two members of four threads use two each in their operations; ours keep all four."""
-    team = Team(CPU, 2048)
+    team = Team(CPU, 1024)
     meet = threading.Barrier(2)  # each member takes one
 
     def threads(_):

@@ -123,7 +123,7 @@ def test_micro_batch_changes_nothing(tiny, monkeypatch):
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 6])
 def test_accumulated_gradient_is_that_of_the_batch(micro_batch, members, four_threads, monkeypatch):
     """The gradient that reaches the optimizer is the one of the mean over the whole batch, whoever shares it out."""
-    team = Team(torch.device("cpu"), 1024 * members)
+    team = Team(torch.device("cpu"), 512 * members)
     assert team.size == members
     model = GPT(make_shape(16, 2, vocab_size=31, seq_len=8))
     batch = torch.randint(31, (6, 9), generator=torch.Generator().manual_seed(0))
@@ -351,7 +351,7 @@ def test_what_is_shown(tiny, capsys):
     summary = train.train(config)
     out = capsys.readouterr().out
     plan = train.resolve(config, Progress(quiet=True)).plan
-    for said in ("made-up", "16x1", f"{plan.lr:.3g}", "Step Law", f"{plan.flops['physical']:.3e}", "float32",
+    for said in ("made-up", "16x1", f"{plan.lr:.3g}", "0.03 D^0.69", f"{plan.flops['physical']:.3e}", "float32",
                  f"validation loss {summary['loss']:.4f} nats per token, {summary['val_bpb']:.4f} bits per byte",
                  "a sample", f"{Path(config.out) / summary['name']}   (python -m nanochin.sample"):  # fmt: skip
         assert said in out
