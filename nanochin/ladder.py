@@ -63,9 +63,9 @@ class Plan:
 
 
 def rule_batch(tokens: float) -> float:
-    """1) Batch in tokens: 0.03 D^0.69. At 0.45, 1.4 and 5.6 million tokens of bytes the best batches were 256, about 500
-    and 1024 tokens, a quarter of Step Law's 0.58 D^0.571 (LOG.md); at 1e10 to 1e11, where that was fitted (Li et al.
-    2025, 2503.04715), the two agree within 20%."""
+    """1) Batch in tokens: 0.03 D^0.69. At 0.45, 1.4 and 5.6 million tokens of bytes the best batches were 256, about
+    500 and 1024 tokens, a quarter of Step Law's 0.58 D^0.571 (LOG.md); at 1e10 to 1e11, where that was fitted (Li et
+    al. 2025, 2503.04715), the two agree within 20%."""
     return 0.03 * tokens**0.69
 
 
