@@ -43,7 +43,7 @@ class SweepOptions:
     sweep: str = opt(None, "the sweep: a TOML file", positional=True)
     dry_run: bool = opt(False, "print the grid and what it costs; train nothing")
     status: bool = opt(False, "print how far the sweep is, on a terminal until it is through")
-    only: tuple[str, ...] = opt((), "runs to train now, such as budget=1e12 or model=48x2 seed=0")
+    only: tuple[str, ...] = opt((), "runs to train now, such as budget=1e12 or model=48x2 model=64x2")
     keep: bool = opt(False, "copy what is worth keeping to --results: rows, logs, laws, report; no checkpoints")
     retry_failed: bool = opt(False, "try failed runs again")
     workers: int | None = opt(None, "runs at once; default: one a CPU core, or 4 a GPU", low=1, high=1000)
@@ -116,13 +116,16 @@ def expected_vocab(sweep: Sweep) -> int:
 
 
 def only(cells: list[Cell], options: SweepOptions) -> list[Cell]:
-    """The cells that `--only` chooses, and the trunks that they need."""
-    chosen = cells
+    """The cells that `--only` chooses, and the trunks that they need. A key given twice means either value."""
+    wanted: dict[str, list[str]] = {}
     for item in options.only:
-        key, equals, wanted = item.partition("=")
+        key, equals, value = item.partition("=")
         if not equals or not (key in ("budget", "name") or hasattr(cells[0].config, key)):
             raise UserError(f"--only {item}: expected an option of the runs, such as budget=1e12 or model=48x2")
-        chosen = [cell for cell in chosen if _matches(_attribute(cell, key), wanted)]
+        wanted.setdefault(key, []).append(value)
+    chosen = [cell for cell in cells
+              if all(any(_matches(_attribute(cell, key), value) for value in values)
+                     for key, values in wanted.items())]  # fmt: skip
     if not chosen:
         raise UserError(f"--only {' '.join(options.only)}: no run is like that; --dry-run lists them")
     needed = {cell.name for cell in chosen} | {cell.trunk for cell in chosen}

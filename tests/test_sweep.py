@@ -200,6 +200,8 @@ def test_only(peace, sweeps, table):
     """--only trains the runs that are asked for; without it the rest follows, and the rows are the same."""
     said = sweeps.run("--only", "budget=8e8", "model=16x1")
     assert [row["run"] for row in sweeps.rows()] == ["8e8-16x1-s0"] and f"1 of {RUNS} runs done" in said
+    either = sweeps.run("--only", "budget=8e8", "model=16x1", "model=12x1", "--dry-run")
+    assert "8e8-16x1-s0" in either and "8e8-12x1-s0" in either and either.count("\n8e8-") == 2
     assert "no run is like that" in sweeps.run("--only", "budget=7", code=2)
     assert "expected an option of the runs" in sweeps.run("--only", "colour=7", code=2)
     sweeps.run()
