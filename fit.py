@@ -7,7 +7,6 @@ The answer comes on the terminal; laws.json (for `train.py --law`), the figures 
 """
 
 import io
-import json
 import shlex
 import sys
 from dataclasses import dataclass, fields
@@ -153,7 +152,7 @@ def write(study: Study, checks: Checks, budgets: tuple[float, ...], options: Fit
     meta = describe(study, options) | {"command": command(), "git": built["git"]}
     found = [study.results[n] for n in (1, 2, 3)]
     found = [a.fit.to_json(a.sure) if isinstance(a, Approach) else a for a in found]
-    content = json.dumps(laws.laws_json(*found, meta), indent=1, allow_nan=False) + "\n"
+    content = laws.laws_text(laws.laws_json(*found, meta))
 
     drawn, said = figures.draw(study, checks), []
     provenance = report.Provenance(
@@ -191,7 +190,7 @@ def describe(study: Study, options: FitOptions) -> dict:
     return {
         "source": study.rows.source, "sha256": study.rows.sha256, "params_convention": options.params,
         "flops_convention": study.flops_convention,
-        **{name: only(name) for name in ("tokenizer", "data_sha", "val_sha")},
+        **{name: only(name) for name in ("tokenizer", "seq_len", "data_sha", "val_sha")},
         "n_runs": len(study.N), "dropped": study.rows.dropped, "bootstrap": options.bootstrap,
         "cluster": None if sure is None else sure.unit, "level": 95, "seed": options.seed,
     }  # fmt: skip

@@ -333,6 +333,7 @@ def describe(job: Job) -> dict:
         "device": device_name(job.device),
         "threads": torch.get_num_threads(),
         "kernels": kernels.backend(job.device, job.config.kernels),
+        "predicted": predicted(job),  # before it is known what comes out
         "versions": runs.versions(),
     }  # fmt: skip
 
@@ -423,7 +424,7 @@ def summarise(job: Job, record: dict, name: str, loss: float, bpb: float | None,
         "val_sha": corpus.val_sha, "unique_tokens": unique, "epochs": epochs(job), "seed": config.seed,
         "schedule": config.schedule, "horizon": config.cycle * plan.tokens, "lr": config.lr,
         "batch_tokens": plan.batch_tokens, "beta2": config.beta2, "warmup_tokens": plan.warmup_tokens,
-        "predicted_loss": predicted(job), "seconds": seconds, "device": record["device"], "threads": record["threads"],
+        **predicted(job), "seconds": seconds, "device": record["device"], "threads": record["threads"],
     }  # fmt: skip
 
 
@@ -431,11 +432,16 @@ def epochs(job: Job) -> float:
     return job.plan.tokens / (job.windows.per_epoch * job.config.seq_len)
 
 
-def predicted(job: Job) -> float | None:
-    """The law's loss for this run, if the law was fitted on this tokenizer and corpus; otherwise it says nothing."""
-    meta = job.law.meta
-    same = meta.get("tokenizer") == job.corpus.tokenizer.name and meta.get("data_sha") == job.corpus.data_sha
-    return job.plan.predicted_loss if same else None
+def predicted(job: Job) -> dict:
+    """What the law says of this run's loss, with a 95% interval where its file carries one; nothing (None) if it was
+    fitted on another tokenizer, text, or context."""
+    meta, plan, corpus = job.law.meta, job.plan, job.corpus
+    same = meta.get("seq_len") in (None, str(job.config.seq_len)) and meta.get("val_sha") in (None, corpus.val_sha)
+    same = same and (meta.get("tokenizer"), meta.get("data_sha")) == (corpus.tokenizer.name, corpus.data_sha)
+    loss = plan.predicted_loss if same else None
+    ends = loss and job.law.forecast(getattr(plan.params, job.law.params_convention), plan.tokens)
+    low, high = ends or (None, None)
+    return {"predicted_loss": loss, "predicted_low": low, "predicted_high": high}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,6 +453,7 @@ def show_plan(job: Job, run: runs.Run, micro_batch: int, team_size: int, peak_so
     backend, why_backend = kernels.backend(job.device, config.kernels)
     params = plan.params
     text = f"{count(corpus.train_bytes)}B in {corpus.documents} documents, {count(corpus.val_bytes)}B held out"
+    forecast = predicted(job)
     if corpus.format != "text":
         text = f"token files ({corpus.format}), {count(len(corpus.val))} tokens for validation"
     at_once = f"{min(micro_batch, math.ceil(plan.batch_tokens / config.seq_len / team_size))} sequences"
@@ -459,6 +466,8 @@ def show_plan(job: Job, run: runs.Run, micro_batch: int, team_size: int, peak_so
         ("N parameters", count(params.total), f"total; {count(params.non_embedding)} without embedding and head, "
          f"{count(params.with_head)} with head"),
         ("D tokens", count(plan.tokens), why.get("tokens", "as asked")),
+        *([("loss", f"{forecast['predicted_loss']:.4f}", f"predicted by {job.law.name}{by_interval(forecast)}")]
+          if forecast["predicted_loss"] else []),
         ("D / N", f"{plan.tokens / params.total:.1f}", f"tokens per parameter; {epochs(job):.2f} epochs of the text"),
         ("C FLOPs", f"{plan.flops['physical']:.3e}", f"physical; 6ND is {plan.flops['6nd']:.3e}"),
         ("steps", f"{plan.steps}", f"{config.schedule}, to {config.final_lr:g} of the peak rate"),
@@ -484,10 +493,16 @@ def show_plan(job: Job, run: runs.Run, micro_batch: int, team_size: int, peak_so
         print(f"note: the weights are GPT-2's, from {config.init_from}")
 
 
+def by_interval(forecast: dict) -> str:
+    low, high = forecast["predicted_low"], forecast["predicted_high"]
+    return f" (95%: {low:.4f} to {high:.4f})" if low else ""
+
+
 def show_result(job: Job, run: runs.Run, model: GPT) -> None:
     summary, tokenizer = run.summary, job.corpus.tokenizer
     bpb = f"{summary['val_bpb']:.4f} bits per byte" if summary["val_bpb"] else "bits per byte unknown"
-    law = f", the law predicted {summary['predicted_loss']:.4f}" if summary["predicted_loss"] else ""
+    law = summary["predicted_loss"]
+    law = f", the law predicted {law:.4f}{by_interval(summary)}" if law else ""
     print(
         f"\nvalidation loss {summary['loss']:.4f} nats per token, {bpb}{law}; {clock(summary['seconds'])} of training"
     )

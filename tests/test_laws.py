@@ -1,6 +1,8 @@
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from chinchilla import isoflop_grid
 
@@ -21,6 +23,7 @@ from nanochin.laws import (
 )
 
 ODD = Law("odd", E=0.7, A=33.0, B=910.0, alpha=0.21, beta=0.44)
+META = {"params_convention": "total", "flops_convention": "6nd", "tokenizer": "bytes"}
 POWER = PowerLaw("power", k_N=0.09, a=0.49, k_D=1.9, b=0.51)
 
 
@@ -165,14 +168,13 @@ def test_fits_arrive_in_a_laws_json_and_come_back(tmp_path):
     curve_d = [n * 1.3**k for n, k in zip(curve_n, list(range(30)) * 12, strict=True)]
     one = fit_envelope(run, curve_n, curve_d, [BESIROGLU.loss(n, d) for n, d in zip(curve_n, curve_d, strict=True)])
     jsons = [fit.to_json(bootstrap(fit, replicates=50)) for fit in (one, two, three)]
-    meta = {"params_convention": "total", "flops_convention": "6nd", "tokenizer": "bytes"}
     path = tmp_path / "laws.json"
-    save_laws(path, laws_json(*jsons, meta))
+    save_laws(path, laws_json(*jsons, META))
     for approach, fit in enumerate((one, two, three), 1):
         assert load_law(path, approach).optimal(3e19) == fit.law.optimal(3e19)
     laws = json.loads(path.read_text())
     assert set(laws) == {"approach1", "approach2", "approach3", "meta"}
-    assert laws["meta"] == meta | {"reasons": {}}
+    assert laws["meta"] == META | {"reasons": {}}
     for key in ("approach1", "approach2"):
         assert {"a", "b", "k_N", "k_D", "a_ci", "b_ci"} <= set(laws[key])
     budget = laws["approach2"]["budgets"][0]
@@ -183,6 +185,40 @@ def test_fits_arrive_in_a_laws_json_and_come_back(tmp_path):
     )
     assert set(laws["approach3"]["ci"]) == {"E", "A", "B", "alpha", "beta", "a", "b", "G"}
     assert [p.name for p in tmp_path.iterdir()] == ["laws.json"]
+
+
+def test_forecast():
+    """By hand: a sure law leaves the scatter of single runs, 1.96 standard deviations either way; runs without scatter
+    leave the percentiles of the replicates; a law without them says nothing."""
+    law = Law("made up", 1.0, 400.0, 900.0, 0.33, 0.37)
+    loss = law.loss(1e6, 2e7)
+    sure = replace(law, replicates=replace(law, E=np.ones(50)), noise=0.01)
+    assert sure.forecast(1e6, 2e7) == pytest.approx((loss * np.exp(-0.0196), loss * np.exp(0.0196)), rel=1e-3)
+    assert sure.forecast(1e6, 2e7, 80) == pytest.approx((loss * np.exp(-0.01282), loss * np.exp(0.01282)), rel=1e-3)
+    spread = replace(law, replicates=replace(law, E=np.linspace(0, 2, 1001)), noise=0.0)
+    assert spread.forecast(1e6, 2e7) == pytest.approx((loss - 0.95, loss + 0.95), rel=1e-3)
+    assert law.forecast(1e6, 2e7) is None
+
+
+def test_forecast_holds_what_it_promises(tmp_path):
+    """Of 60 noisy sweeps, fitted and written to laws.json, 95% intervals of a run at five times the largest budget hold
+    that run in about 57, and those of 80% in about 48."""
+    rng, inside = np.random.default_rng(0), {80: 0, 95: 0}
+    N, D, exact = isoflop_grid(BESIROGLU, [1e18, 1e19, 1e20, 1e21], [0.2, 0.4, 0.7, 1, 1.5, 2.5, 5])
+    n, d = BESIROGLU.optimal(5e21)
+    for _ in range(60):
+        noisy = np.array(exact) * np.exp(0.003 * rng.standard_normal(len(exact)))
+        fit = fit_parametric(N, D, noisy, delta=math.inf)
+        save_laws(
+            tmp_path / "laws.json", laws_json(None, None, fit.to_json(bootstrap(fit, replicates=100, verify=0)), META)
+        )
+        law = load_law(tmp_path / "laws.json")
+        assert law.noise == pytest.approx(0.003, rel=0.5)
+        reached = BESIROGLU.loss(n, d) * np.exp(0.003 * rng.standard_normal())
+        for level in inside:
+            low, high = law.forecast(n, d, level)
+            inside[level] += low < reached < high
+    assert 50 <= inside[95] and 38 <= inside[80] <= 56
 
 
 def test_what_is_not_identified_is_null_with_its_reason(tmp_path):

@@ -359,6 +359,33 @@ def test_what_is_shown(tiny, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_law_predicts_the_runs_of_its_own_text_only(tiny, tmp_path, capsys):
+    """The loss and interval that a laws.json gives stand in config.json from the start, in what is shown and in the
+    summary, the law's by hand; a law of another text, tokenizer or context says nothing."""
+    first = train.train(tiny(name="first"), quiet=True)
+    constants = {"E": 1.0, "A": 20.0, "B": 30.0, "alpha": 0.4, "beta": 0.4}
+    scatter = {"replicates": {name: [value] * 9 for name, value in constants.items()}, "noise": 0.02}
+    meta = {"params_convention": "total", **{key: first[key] for key in ("tokenizer", "data_sha", "val_sha")}}
+    law = tmp_path / "laws.json"
+
+    def train_by(name: str, **changed) -> tuple[dict, dict]:
+        law.write_text(json.dumps({"approach3": constants | scatter, "meta": meta | changed}))
+        summary, folder, _ = run(tiny(law=str(law), name=name))
+        return summary, runs.read_json(folder / "config.json")["predicted"]
+
+    loss = 1 + 20 * first["params"] ** -0.4 + 30 * first["tokens"] ** -0.4
+    want = pytest.approx([loss, loss * math.exp(-0.0392), loss * math.exp(0.0392)], rel=1e-3)
+    keys = ("predicted_loss", "predicted_low", "predicted_high")
+    for seq_len in (str(tiny().seq_len), None):
+        summary, recorded = train_by(f"predicted-{seq_len}", seq_len=seq_len)
+        assert [summary[key] for key in keys] == want and [recorded[key] for key in keys] == want
+    train.train(tiny(law=str(law), name="shown"))
+    assert capsys.readouterr().out.count(f"(95%: {summary['predicted_low']:.4f} to ") == 2
+    for other in ({"tokenizer": "bpe"}, {"data_sha": "0"}, {"val_sha": "0"}, {"seq_len": "7"}):
+        summary, recorded = train_by(next(iter(other)), **other)
+        assert [summary[key] for key in keys] == [recorded[key] for key in keys] == [None] * 3
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation and sampling
 

@@ -6,7 +6,7 @@ not independent: resampling rows then gives intervals that are several times too
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -44,6 +44,14 @@ class Bootstrap:
         values = quantity(self.law) if callable(quantity) else getattr(self.law, quantity)
         low, high = np.percentile(values, (50 - level / 2, 50 + level / 2))
         return float(low), float(high)
+
+    def sample(self, count: int) -> dict[str, list[float]]:
+        """{constant: values} of up to `count` replicates, evenly chosen, to eight digits."""
+        every = len(self.law.a)
+        chosen = np.unique(np.linspace(0, every - 1, count).astype(int))
+        own = {f.name for f in fields(self.law)}
+        values = {name: getattr(self.law, name) for name in CONSTANTS[type(self.law)] if name in own}
+        return {name: [float(f"{x:.8g}") for x in np.broadcast_to(v, every)[chosen]] for name, v in values.items()}
 
     def intervals(self, budgets=()) -> dict[str, dict[int, tuple[float, float]]]:
         """{quantity: {80: (low, high), 95: ...}} of every constant, and of N_opt, D_opt and the ratio D/N (and

@@ -10,8 +10,12 @@ the tokenizer and the corpus that they were fitted on; only a, b and (roughly) D
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
 
 from nanochin.config import UserError
 from nanochin.flops import CONVENTIONS, PARAM_CONVENTIONS
@@ -35,10 +39,22 @@ class Law:
     beta: float
     params_convention: str = "total"
     meta: dict = field(default_factory=dict, compare=False)
+    replicates: "Law | None" = field(default=None, compare=False, repr=False)  # of resampled runs, constants (k,)
+    noise: float | None = field(default=None, compare=False)  # standard deviation of a run's log loss about the law
 
     def loss(self, N: float, D: float) -> float:
         """Predicted loss in nats per token."""
         return self.E + self.A * N**-self.alpha + self.B * D**-self.beta
+
+    def forecast(self, N: float, D: float, level: float = 95) -> tuple[float, float] | None:
+        """Where the loss of one more run will lie: percentiles over the replicates (how sure the law is) and a normal
+        scatter of the log loss about each (how far off single runs are). None for a law without them."""
+        if self.replicates is None or self.noise is None:
+            return None
+        scatter = [NormalDist().inv_cdf((i + 0.5) / 200) for i in range(200)]
+        log_loss = np.log(self.replicates.loss(N, D))[:, None] + self.noise * np.array(scatter)
+        low, high = np.exp(np.percentile(log_loss, (50 - level / 2, 50 + level / 2)))
+        return float(low), float(high)
 
     # Minimising L under C = 6 N D gives alpha A N^-alpha = beta B D^-beta, hence Eq. 4 of the paper:
     # N_opt = G (C/6)^a, D_opt = (C/6)^b / G.
@@ -133,7 +149,7 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
     params = convention("params_convention", PARAM_CONVENTIONS)
     if approach == 3:
         constants = {c: constant(c) for c in ("E", "A", "B", "alpha", "beta")}
-        law = Law(name, **constants, params_convention=params, meta=meta)
+        law = Law(name, **constants, params_convention=params, meta=meta, **_scatter(laws[key]))
     else:
         flops = convention("flops_convention", CONVENTIONS)
         constants = {c: constant(c) for c in ("k_N", "a", "k_D", "b")}
@@ -145,6 +161,18 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
     if not all(0 < n < math.inf for n in extremes):
         raise UserError(f"--law {path}: the constants of {key} are too extreme to plan with: {constants}")
     return law
+
+
+def _scatter(fit: dict) -> dict:
+    """`replicates` and `noise` of a laws.json, where it has them as they should be."""
+    found, noise = fit.get("replicates"), fit.get("noise")
+    try:
+        constants = {name: np.array(found[name], float) for name in ("E", "A", "B", "alpha", "beta")}
+        replicates = Law("replicates", **constants)
+        usable = np.isfinite(np.stack(list(constants.values()))).all() and 0 <= noise < math.inf
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return {"replicates": replicates, "noise": float(noise)} if usable else {}
 
 
 def laws_json(approach1, approach2, approach3, meta: dict) -> dict:
@@ -159,9 +187,15 @@ def laws_json(approach1, approach2, approach3, meta: dict) -> dict:
     return laws | {"meta": meta | {"reasons": reasons}}
 
 
+def laws_text(laws: dict) -> str:
+    """laws.json at full precision, a list of numbers on one line."""
+    text = json.dumps(laws, indent=1, allow_nan=False) + "\n"
+    return re.sub(r"\[\s+([^][{}\"]+?)\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
+
+
 def save_laws(path: str | Path, laws: dict) -> None:
-    """Write laws.json at full precision, at once: a reader sees the old file or the new one, never a part."""
+    """Write laws.json at once: a reader sees the old file or the new one, never a part."""
     path = Path(path)
     part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps(laws, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    part.write_text(laws_text(laws), encoding="utf-8")
     os.replace(part, path)

@@ -54,7 +54,14 @@ class ParametricFit:
             quantities = ("E", "A", "B", "alpha", "beta", "a", "b", "G")
             out["ci"] = {q: list(bootstrap.interval(q, 95)) for q in quantities}
             out["ci80"] = {q: list(bootstrap.interval(q, 80)) for q in quantities}
+            out |= {"replicates": bootstrap.sample(200), "noise": self.noise}  # for Law.forecast
         return out
+
+    @property
+    def noise(self) -> float | None:
+        """Standard deviation of a run's log loss about the law; None where there are no more runs than constants."""
+        free = self.n - (5 - self.tied - (self.fixed_e is not None))
+        return math.sqrt(np.sum(self.residuals**2) / free) if free > 0 else None
 
 
 def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: float | None = None, tied: bool = False,
