@@ -22,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from nanochin import grid
-from nanochin.config import UserError, opt, parse
+from nanochin.config import UserError, opt, parse, run_command
 from nanochin.console import Progress, clock, count
 from nanochin.data import BPE_VOCAB, Corpus, prepare_for
 from nanochin.flops import CONVENTIONS, format_columns
@@ -59,13 +59,7 @@ def main() -> int:
         return 0
     options = parse(SweepOptions, prog="sweep.py", description=__doc__)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        return run(options)
-    except UserError as error:
-        print(f"sweep.py: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    return run(options)
 
 
 def run(options: SweepOptions) -> int:
@@ -472,4 +466,4 @@ def to_csv(rows: list[dict]) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, "sweep.py")

@@ -12,6 +12,7 @@ import functools
 import importlib
 import math
 import os
+import signal
 import sys
 import tomllib
 import types
@@ -257,13 +258,17 @@ def parse(cls, argv: list[str] | None = None, *, prog: str, description: str, fi
 
 
 def run_command(main, prog: str) -> None:
-    """Run a command's `main`: a UserError becomes one line on stderr and its exit code; `| head` ends it quietly."""
+    """Run a command's `main` and exit with the code that it returns (None: 0). A UserError becomes one line on stderr
+    and its exit code; Ctrl-C and `| head` end it quietly."""
     try:
-        main()
+        code = main()
         sys.stdout.flush()
+        sys.exit(code)
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(128 + 13)  # as if by SIGPIPE
