@@ -43,18 +43,14 @@ class ParametricFit:
         return len(self.N)
 
     def to_json(self, bootstrap=None) -> dict:
-        """The object `approach3` of laws.json; `bootstrap` (a Bootstrap of this fit) adds `ci`."""
+        """The object `approach3` of laws.json; `bootstrap` (a Bootstrap of this fit) adds its to_json()."""
         law = self.law
         out = {k: float(getattr(law, k)) for k in ("E", "A", "B", "alpha", "beta", "a", "b", "G")}
         out |= {"delta": None if math.isinf(self.delta) else self.delta, "space": self.space,
                 "objective": self.objective, "n": self.n, "starts": self.starts,
                 "starts_agreeing": self.starts_agreeing, "gradient_norm": self.gradient_norm,
                 "at_bound": list(self.at_bound), "fixed_E": self.fixed_e, "tied": self.tied}  # fmt: skip
-        if bootstrap is not None:
-            quantities = ("E", "A", "B", "alpha", "beta", "a", "b", "G")
-            out["ci"] = {q: list(bootstrap.interval(q, 95)) for q in quantities}
-            out["ci80"] = {q: list(bootstrap.interval(q, 80)) for q in quantities}
-        return out
+        return out if bootstrap is None else out | bootstrap.to_json()
 
 
 def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: float | None = None, tied: bool = False,
