@@ -7,6 +7,7 @@ The answer comes on the terminal; laws.json (for `train.py --law`), the figures 
 """
 
 import io
+import json
 import shlex
 import sys
 from dataclasses import dataclass, fields
@@ -15,12 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from nanochin import laws
+from nanochin.answers import SHOWN, Answer, Answers, Questions, answer, optimum
 from nanochin.config import UserError, opt, parse, run_command
-from nanochin.console import count
+from nanochin.console import Progress, count
 from nanochin.flops import CONVENTIONS, PARAM_CONVENTIONS, format_columns
-from nanochin.laws import Law
+from nanochin.laws import Law, NotIdentified
 from nanochin.rows import (
     Rows,
+    all_or_no_flops,
     best_tuning,
     parse_columns,
     read_curves,
@@ -29,7 +32,9 @@ from nanochin.rows import (
     require_usable,
 )
 from nanochin.runs import versions, write_file, writing
-from nanochin.study import Approach, Checks, Settings, Study, check, findings, study_runs
+from nanochin.study import Approach, Checks, Settings, Study, check, findings, resamples, study_runs
+
+MOMENTS = 3e6  # rows x resamples below which it takes no longer than a moment, and progress is not shown
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class FitOptions:
     # How to fit.
     delta: float = opt(1e-3, "delta of the Huber loss on log-loss residuals", above=0)
     fixed_e: float | None = opt(None, "irreducible loss E, if it is known", low=0)
-    bootstrap: int = opt(4000, "resamples for the intervals; 0 = none", low=0, high=10**6)
+    bootstrap: int | None = opt(None, "resamples for the intervals, 0 = none; default: 4000, fewer of very many rows",
+                                low=0, high=10**6)  # fmt: skip
     cluster: str = opt("auto", "what is resampled; auto: runs, if rows name them", choices=("auto", "run", "row"))
     seed: int = opt(0, "seed of the resampling", low=0)
 
@@ -64,19 +70,29 @@ def main() -> None:
     options = parse(FitOptions, prog="fit.py", description=__doc__)
     rows, curves = read(options)
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
-    study = study_runs(rows, curves, settings)
-    budgets = options.budget or around(study)
-    print(answer(study, budgets), flush=True)
+    replicates, note = resamples(len(rows), options.bootstrap)
+    with Progress(quiet=len(rows) * replicates < MOMENTS) as progress:
+        if note:
+            progress.say(note)
+        study = study_runs(rows, curves, settings, progress)
+    questions = Questions(options.budget or around(study), options.target_loss, options.inference_tokens,
+                          options.unique_tokens)  # fmt: skip
+    answers = answer(study.best, questions)
+    print(first_screen(study, answers), flush=True)
 
-    checks = check(study)
+    with Progress(quiet=len(rows) * replicates < MOMENTS) as progress:
+        checks = check(study, progress)
     print("\n" + "\n".join(f"{'  ' if good else '! '}{text}" for good, text in findings(study, checks)), flush=True)
-    print("\n" + write(study, checks, budgets, options))
+    print("\n" + write(study, checks, questions, answers, options))
 
 
 def read(options: FitOptions) -> tuple[Rows, Rows | None]:
     """The runs and, where there are any, their training curves. Raises UserError for what cannot be used."""
     path, columns = Path(options.path), parse_columns(options.columns)
-    rows = best_tuning(read_rows(path, columns, options.skip_bad))
+    rows = read_rows(path, columns, options.skip_bad)
+    if options.flops in (None, "physical"):
+        rows = all_or_no_flops(rows, options.skip_bad)
+    rows = best_tuning(rows)
     require_usable(rows)
     if options.curves:
         return rows, read_curves(options.curves, columns, options.skip_bad)
@@ -95,7 +111,7 @@ def around(study: Study) -> tuple[float, ...]:
 # On the terminal
 
 
-def answer(study: Study, budgets: tuple[float, ...]) -> str:
+def first_screen(study: Study, answers: Answers) -> str:
     N, D, C = study.N, study.D, study.C
     lines = [f"{study.rows.source}: {len(N)} runs, N {count(N.min())} to {count(N.max())}, D {count(D.min())} to "
              f"{count(D.max())}, C {C.min():.3g} to {C.max():.3g} FLOPs ({study.convention})", ""]  # fmt: skip
@@ -117,13 +133,33 @@ def answer(study: Study, budgets: tuple[float, ...]) -> str:
             lines.append("95%: " + ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in ends.items()))
     else:
         lines.append(f"N = {best.law.k_N:.6g} C^{best.law.a:.6g}, D = {best.law.k_D:.6g} C^{best.law.b:.6g}")
-    table = [[f"what to train ({study.flops_convention})", "N", "95%", "D", "95%", "D/N", "95%", "loss", "95%"]]
-    for C in budgets:
-        at = best.optimum(C)
-        loss = ["", ""] if np.isnan(at.loss[0]) else [f"{at.loss[0]:.4f}", between(at.loss[1], "{:.3f}".format)]
-        table.append([f"{C:g} FLOPs", count(at.N[0]), between(at.N[1], count), count(at.D[0]), between(at.D[1], count),
-                      f"{at.ratio[0]:.3g}", between(at.ratio[1]), *loss])  # fmt: skip
-    return "\n".join([*lines, "", format_columns([[cell + " " for cell in row] for row in table])])
+    for title, found in (
+        (f"what to train ({study.flops_name})", answers.optima),
+        ("to reach a loss", answers.to_reach),
+        ("as good as the optimum of C, but cheapest when it has served", answers.to_serve),
+        ("when there is only so much text, which is then repeated", answers.with_text),
+    ):
+        lines += ["", *asked(title, found)] if found else []
+    return "\n".join(lines)
+
+
+def asked(title: str, answers: list[Answer]) -> list[str]:
+    """The lines of a table: what was asked, what was found with its 95% interval, or why there is nothing."""
+    given, reasons = answers[0].asked, {one.why: None for one in answers if one.why}
+    found = next((one.found for one in answers if one.found), {})
+    sure = [name for name, estimate in found.items() if estimate.intervals]
+    table = [[SHOWN[name][0] for name in given]]
+    for name in found:
+        table[0] += [SHOWN[name][0]] + ["95%"] * (name in sure)
+    for one in answers:
+        row = [SHOWN[name][1](value) for name, value in one.asked.items()]
+        for name in found:
+            estimate, show = one.found.get(name), SHOWN[name][1]
+            row.append(show(estimate.value) if estimate else "-")
+            if name in sure:
+                row.append(between(estimate.ends, show) if estimate else "")
+        table.append(row)
+    return [title, format_columns([[cell + " " for cell in row] for row in table]), *(f"-: {why}" for why in reasons)]
 
 
 def exponents(approach: Approach) -> list[str]:
@@ -140,8 +176,9 @@ def between(ends: tuple[float, float], show="{:.3g}".format) -> str:
 # In files
 
 
-def write(study: Study, checks: Checks, budgets: tuple[float, ...], options: FitOptions) -> str:
-    """laws.json, figures, report.html: each whole or as it was before; nothing else in the folder is touched."""
+def write(study: Study, checks: Checks, questions: Questions, answers: Answers, options: FitOptions) -> str:
+    """laws.json, figures, report.html: each whole or as it was before. Figures that an earlier fit wrote here and this
+    one does not are deleted; nothing else in the folder is touched."""
     from nanochin import figures, plot, report  # after the answer
 
     path = Path(options.path)
@@ -149,34 +186,61 @@ def write(study: Study, checks: Checks, budgets: tuple[float, ...], options: Fit
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     built = versions()
-    meta = describe(study, options) | {"command": command(), "git": built["git"]}
-    found = [study.results[n] for n in (1, 2, 3)]
-    found = [a.fit.to_json(a.sure) if isinstance(a, Approach) else a for a in found]
-    content = laws.laws_text(laws.laws_json(*found, meta))
-
-    drawn, said = figures.draw(study, checks), []
     provenance = report.Provenance(
         command=command(),
         commit=built["git"] or "not in git",
         versions=f"python {built['python']}, numpy {built['numpy']}",
     )
-    questions = report.Questions(budgets, options.inference_tokens, options.unique_tokens, options.target_loss)
-    page = report.render(study, checks, drawn, questions, provenance)
-    svg = {f"{figure.name}.svg": plot.to_svg(figure) for figure in drawn if options.figures != "none"}
-    for name, text in {"laws.json": content, **svg, "report.html": page}.items():  # all made before one is written
-        write_file(out / name, text.encode())
-    if svg:
-        said.append(f"{len(svg)} figures in SVG")
+    drawn, said = figures.draw(study, checks), []
+    files = (
+        {} if options.figures == "none" else {f"{figure.name}.svg": plot.to_svg(figure).encode() for figure in drawn}
+    )
+    if files:
+        said.append(f"{len(files)} figures in SVG")
     if options.figures == "all":
         try:
             for figure in drawn:
                 image = io.BytesIO()
                 plot.to_png(figure, image)
-                write_file(out / f"{figure.name}.png", image.getvalue())
+                files[f"{figure.name}.png"] = image.getvalue()
             said.append("and PNG")
         except UserError as error:
             said.append(f"({error})")
+    files["report.html"] = report.render(study, checks, drawn, questions, answers, provenance).encode()
+    meta = describe(study, options) | {"command": command(), "git": built["git"], "files": sorted(files)}
+    files["laws.json"] = laws.laws_text(contents(study, questions, answers, meta)).encode()
+
+    stale = set(files_of_earlier_fit(out)) - set(files)
+    for name, content in files.items():  # all made before one is written; laws.json, which lists them, is the last
+        write_file(out / name, content)
+    for name in stale:
+        (out / name).unlink(missing_ok=True)
     return f"{out}: laws.json, report.html" + (", " + " ".join(said) if said else "")
+
+
+def files_of_earlier_fit(out: Path) -> list[str]:
+    """The figures that the laws.json in `out` says were written beside it."""
+    try:
+        listed = json.loads((out / "laws.json").read_text(encoding="utf-8"))["meta"]["files"]
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, of an older version, or not ours
+        return []
+    return [name for name in listed if isinstance(name, str) and Path(name).name == name
+            and Path(name).suffix in (".svg", ".png")]  # fmt: skip
+
+
+def contents(study: Study, questions: Questions, answers: Answers, meta: dict) -> dict:
+    """laws.json: each approach with its intervals and its optima of the budgets that were asked, then the answers."""
+
+    def as_json(found) -> dict | NotIdentified:
+        if isinstance(found, NotIdentified):
+            return found
+        optima = answers.optima if found is study.best else [optimum(found, C) for C in questions.budgets]
+        return found.fit.to_json(found.sure) | {"optima": [one.to_json() for one in optima]}
+
+    everything = laws.laws_json(*(as_json(study.results[number]) for number in (1, 2, 3)), meta)
+    if isinstance(study.akima, Approach):
+        everything["approach2_akima"] = as_json(study.akima)
+    return everything | {"answers": {"approach": study.best.number} | answers.to_json()}
 
 
 def describe(study: Study, options: FitOptions) -> dict:
@@ -189,9 +253,9 @@ def describe(study: Study, options: FitOptions) -> dict:
     sure = study.best.sure
     return {
         "source": study.rows.source, "sha256": study.rows.sha256, "params_convention": options.params,
-        "flops_convention": study.flops_convention,
+        "flops_convention": study.flops_convention, "flops_name": study.flops_name,
         **{name: only(name) for name in ("tokenizer", "seq_len", "data_sha", "val_sha")},
-        "n_runs": len(study.N), "dropped": study.rows.dropped, "bootstrap": options.bootstrap,
+        "n_runs": len(study.N), "dropped": study.rows.dropped, "bootstrap": study.settings.bootstrap,
         "cluster": None if sure is None else sure.unit, "level": 95, "seed": options.seed,
     }  # fmt: skip
 

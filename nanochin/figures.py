@@ -260,8 +260,8 @@ def certainty(study: Study, checks: Checks) -> Figure:
              for approach in study.approaches]  # fmt: skip
     if isinstance(study.akima, Approach):
         found.append(("Approach 2 by Akima", study.akima.law.a, study.akima.interval("a"), "orange"))
-    found += [(f"3, {words}", fit.law.a, none, "sky") for words, fit in checks.variants
-              if not isinstance(fit, NotIdentified)]  # fmt: skip
+    found += [(f"3, {other.change}", other.fit.law.a, other.sure.interval("a") if other.sure else none, "sky")
+              for other in checks.variants if not isinstance(other.fit, NotIdentified)]  # fmt: skip
     if isinstance(checks.kaplan, KaplanProcedure):
         found.append(("Kaplan's procedure", checks.kaplan.a, none, "red"))
     found += [("Hoffmann 1 (80%)", HOFFMANN_1.a, (0.488, 0.502), "grey"),
@@ -303,9 +303,8 @@ LOSS = "loss, nats per token"
 
 
 def _flops_axis(study: Study, x=None) -> Axis:
-    label = "6ND" if study.flops_convention == "6nd" else study.flops_convention
     low, high = (None, None) if x is None else (x[0], x[-1])
-    return Axis(f"training FLOPs C ({label})", True, low, high, powers=True)
+    return Axis(f"training FLOPs C ({study.flops_name})", True, low, high, powers=True)
 
 
 def _params_axis(study: Study) -> Axis:

@@ -27,8 +27,8 @@ function answer() {
   const C = Number(typed.replace(/\s*[x\u00d7*]\s*10\^?/, "e"));
   if (!(C > 0)) return out.textContent = "A number of FLOPs, such as 1e18.";
   if (C < columns.C[0] || C > columns.C.at(-1)) return out.textContent = "Too far from these runs to say.";
-  let text = `${part("N", C, count)} parameters on ${part("D", C, count)} tokens, `
-    + `${part("ratio", C, v => v.toPrecision(3))} tokens per parameter`;
+  let text = `${part("params", C, count)} parameters on ${part("tokens", C, count)} tokens, `
+    + `${part("tokens_per_param", C, v => v.toPrecision(3))} tokens per parameter`;
   if ("loss" in columns) text += `, loss ${part("loss", C, v => v.toFixed(3))}`;
   if (C > 1.01 * law.high) text += ` <span class="beyond">${count(C / law.high)} times beyond the largest run</span>`;
   if (C < 0.99 * law.low) text += ` <span class="beyond">below the smallest run</span>`;

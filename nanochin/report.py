@@ -1,6 +1,6 @@
 """The report: one HTML file without anything from outside, which answers first and proves afterwards.
 
-    render(study, checks, figures, questions, provenance) -> str
+    render(study, checks, figures, questions, answers, provenance) -> str
 
 What is the law, what should a budget buy, how sure are we; then the figures, then what would change the answer. It
 follows the reader's light or dark screen and is as good on a phone (report.css). Every number has its 95% interval
@@ -18,23 +18,25 @@ from pathlib import Path
 import numpy as np
 
 from nanochin import laws
+from nanochin.answers import (
+    SHOWN,
+    Answer,
+    Answers,
+    Estimate,
+    Questions,
+    estimates,
+    optimum,
+    to_reach,
+    to_serve,
+    with_text,
+)
 from nanochin.console import count
 from nanochin.figures import Figure
-from nanochin.laws import TABLE_3, DataConstrained, Law, NotIdentified
+from nanochin.laws import TABLE_3, Law, NotIdentified, Refit
 from nanochin.plot import STYLE, panel_svg, variables
-from nanochin.study import Answer, Approach, Checks, Study, attempt, findings
+from nanochin.study import Approach, Checks, Study, findings
 
 HERE = Path(__file__).parent
-
-
-@dataclass(frozen=True)
-class Questions:
-    """What was asked beside the law; None: examples are given."""
-
-    budgets: tuple[float, ...]
-    inference_tokens: float | None = None
-    unique_tokens: float | None = None
-    target_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,19 +48,19 @@ class Provenance:
     versions: str
 
 
-def render(study: Study, checks: Checks, figures: list[Figure], questions: Questions, provenance: Provenance) -> str:
+def render(study: Study, checks: Checks, figures: list[Figure], questions: Questions, answers: Answers,
+           provenance: Provenance) -> str:  # fmt: skip
     """The report as a text."""
     name = html.escape("/".join(Path(study.rows.source).parts[-2:]))
-    answers = [study.best.optimum(C) for C in questions.budgets]
     forest = "".join(_panels(figure) for figure in figures if figure.name == "certainty")
     body = [
         _header(study, checks, name),
         f'<div class="first">{_section("The law", _law(study))}',
-        f"{_section('What to train', _answers(study, answers))}</div>",
+        f"{_section('What to train', _answers(study, answers.optima))}</div>",
         _section("How sure", _findings(study, checks), _approaches(study), forest),
         *(_section(figure.title, _panels(figure)) for figure in figures if figure.name != "certainty"),
         _section("What would change the answer", *_sensitivity(checks)),
-        _section("Other questions", *_other_questions(study, questions)),
+        _section("Other questions", *_other_questions(study, questions, answers)),
         f"<footer><h2>Where these numbers come from</h2>{_provenance(study, provenance)}</footer>",
     ]
     dark = f"@media(prefers-color-scheme:dark){{:root{{{variables(1)}}}}}"
@@ -121,10 +123,20 @@ def four(value: float) -> str:
     return digits(value, 4)
 
 
-def ci(value: float, ends: tuple[float, float], show=three) -> str:
+def with_ends(value: float, ends: tuple[float, float], show=three) -> str:
     """A number, and its interval in small print."""
-    interval = f' <span class="ci">{show(ends[0])} – {show(ends[1])}</span>' if not math.isnan(ends[0]) else ""
-    return show(value) + interval
+    low, high = ends
+    return show(value) + ("" if math.isnan(low) else f' <span class="ci">{show(low)} – {show(high)}</span>')
+
+
+def ci(estimate: Estimate, show) -> str:
+    """The same with its 95% interval."""
+    return with_ends(estimate.value, estimate.ends, show)
+
+
+SHOW = {name: show for name, (_, show) in SHOWN.items()} | {
+    "flops": flops, "flops_6nd": flops, "target_loss": "{:.4f}".format, "tokens_per_param": three, "epochs": three,
+}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,18 +199,17 @@ def _law(study: Study) -> str:
 
 def _answers(study: Study, answers: list[Answer]) -> str:
     """The box for one's own budget, and the optimum of some."""
-    usual = max((answer.C for answer in answers if answer.C / study.C.max() <= 1.01), default=answers[0].C)
+    budgets = [answer.asked["flops"] for answer in answers]
+    usual = max((C for C in budgets if C / study.C.max() <= 1.01), default=budgets[0])
     ask = ('<p class="ask"><label>My budget <input id="budget" inputmode="decimal" autocomplete="off" '
            f'value="{usual:.3g}"> FLOPs</label></p><p id="answer" class="answer"></p>')  # fmt: skip
-    knows_loss = not math.isnan(answers[0].loss[0])
     rows = []
-    for answer in answers:
-        inside = 0.99 * study.C.min() <= answer.C <= 1.01 * study.C.max()
-        name = flops(answer.C) + ("" if inside else ' <span class="beyond">beyond the runs</span>')
-        row = [name, ci(*answer.N, count), ci(*answer.D, count), ci(*answer.ratio), ci(*answer.loss, four)]
-        rows.append(row if knows_loss else row[:-1])
+    for C, answer in zip(budgets, answers, strict=True):
+        inside = 0.99 * study.C.min() <= C <= 1.01 * study.C.max()
+        name = flops(C) + ("" if inside else ' <span class="beyond">beyond the runs</span>')
+        rows.append([name, *(ci(estimate, SHOW[quantity]) for quantity, estimate in answer.found.items())])
     head = ["C, FLOPs", "parameters N", "tokens D", "D / N", "loss, nats"]
-    return ask + table(head if knows_loss else head[:-1], rows)
+    return ask + table(head[: len(rows[0])], rows)
 
 
 def _findings(study: Study, checks: Checks) -> str:
@@ -216,9 +227,10 @@ def _approaches(study: Study) -> str:
         found.append(("2, by Akima and seed noise", study.akima))
     rows = []
     for name, approach in sorted(found, key=lambda pair: pair[1].number):
-        law, at = approach.law, approach.optimum(C)
-        rows.append([name, ci(law.a, approach.interval("a")), ci(law.b, approach.interval("b")), f"{law.a + law.b:.3f}",
-                     ci(*at.N, count), ci(*at.D, count), ci(*at.ratio)])  # fmt: skip
+        law, at = approach.law, optimum(approach, C).found
+        there = (ci(at[name], SHOW[name]) for name in ("params", "tokens", "tokens_per_param"))
+        rows.append([name, with_ends(law.a, approach.interval("a")), with_ends(law.b, approach.interval("b")),
+                     f"{law.a + law.b:.3f}", *there])  # fmt: skip
     return table(["approach", "a", "b", "a + b", f"N at {flops(C)}", "D there", "D / N there"], rows)
 
 
@@ -230,15 +242,15 @@ def _sensitivity(checks: Checks) -> list[str]:
     head = ["", "E", "A", "B", "α", "β", "a", "objective"]
     parts = []
 
-    def fits(title: str, rows: list) -> None:
-        if rows:
-            parts.append(f"<h3>{title}</h3>" + table(head, [_constants(*row) for row in rows]))
+    def fits(title: str, refits: list[Refit], words: Callable[[object], str]) -> None:
+        if refits:
+            rows = [_constants(words(refit.change), refit) for refit in refits]
+            parts.append(f'<h3>{title}</h3><div class="dense">{table(head, rows)}</div>')
 
-    without = [(f"without the {k} highest" if k else "all", fit) for k, fit in checks.leave_out]
-    fits("Without the runs of highest loss", without)
-    fits("With another δ, below which residuals count as squares and above it as distances",
-         [(f"δ = {flops(delta)}", fit) for delta, fit in checks.deltas])  # fmt: skip
-    fits("With another objective or form", checks.variants)
+    fits("Without the runs of highest loss", checks.leave_out, lambda k: f"without the {k} highest" if k else "all")
+    fits("With another δ, below which residuals count as squares and above it as distances", checks.deltas,
+         lambda delta: f"δ = {flops(delta)}")  # fmt: skip
+    fits("With another objective or form", checks.variants, str)
     if not isinstance(form := checks.kaplan_form, NotIdentified):
         formula = ("((N<sub>c</sub>/N)<sup>α<sub>N</sub>/α<sub>D</sub></sup> + D<sub>c</sub>/D)"
                    "<sup>α<sub>D</sub></sup>")  # fmt: skip
@@ -266,96 +278,74 @@ def _exponent(fit) -> str:
     return "–" if isinstance(fit, NotIdentified) else f"{fit.law.a:.4f}"
 
 
-def _constants(words: str, fit) -> list[str]:
-    """A row of a table of parametric fits; of one that failed, why."""
-    if fit is None or isinstance(fit, NotIdentified):
-        return [words, f"<em>{html.escape(str(fit or 'not identified'))}</em>", *[""] * 6]
-    law = fit.law
-    return [words, *(digits(value, 5) for value in (law.E, law.A, law.B, law.alpha, law.beta, law.a)),
-            digits(fit.objective, 6)]  # fmt: skip
+def _constants(words: str, refit: Refit) -> list[str]:
+    """A row of a table of parametric fits, with 95% intervals; of one that failed, why."""
+    fit, sure = refit.fit, refit.sure
+    if isinstance(fit, NotIdentified):
+        return [words, f"<em>{html.escape(str(fit))}</em>", *[""] * 6]
+
+    def value(name: str) -> str:
+        ends = sure.interval(name) if sure and name not in ("A", "B") else (math.nan, math.nan)
+        return with_ends(getattr(fit.law, name), ends, partial(digits, figures=5 if math.isnan(ends[0]) else 4))
+
+    return [words, *(value(name) for name in ("E", "A", "B", "alpha", "beta", "a")), digits(fit.objective, 6)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Other questions
 
 
-def _other_questions(study: Study, questions: Questions) -> list[str]:
+def _other_questions(study: Study, questions: Questions, answers: Answers) -> list[str]:
+    """The answers to what was asked; of what was not, examples at the largest budget inside the runs."""
     best, law = study.best, study.best.law
     if not isinstance(law, Law):
         return ["<p>These need a law that knows the loss, that is Approach 3.</p>"]
     inside = [C for C in questions.budgets if C / study.C.max() <= 1.01]
-    C = float(best.budget(inside[-1] if inside else questions.budgets[0]))
-    N, D = law.optimal(C)
+    C = inside[-1] if inside else questions.budgets[0]
+    own = float(best.budget(C))
+    N, D = law.optimal(own)
     loss = law.loss(N, D)
-    start = (f"<p>By Approach 3, where not said otherwise for 6ND = {flops(C)}, whose optimum is N = {count(N)}, "
+    targets = [law.E + share * (loss - law.E) for share in (1, 0.9, 0.8, 0.5)]
+    start = (f"<p>By Approach 3, where not said otherwise for {flops(C)} FLOPs, whose optimum is N = {count(N)}, "
              f"D = {count(D)} with loss {loss:.4f}.</p>")  # fmt: skip
-    targets = [questions.target_loss] if questions.target_loss else [
-        law.E + share * (loss - law.E) for share in (1, 0.9, 0.8, 0.5)]  # fmt: skip
-    served = [questions.inference_tokens] if questions.inference_tokens else [0, D, 10 * D, 100 * D]
-    unique = [questions.unique_tokens] if questions.unique_tokens else [D, D / 4, D / 16, D / 64]
-    return [start, _other_sizes(best, C, N), _targets(best, targets), _inference(best, N, D, loss, served),
-            _few_data(law, C, unique), _paper_table(law)]  # fmt: skip
+    return [
+        start,
+        _other_sizes(best, own, N),
+        "<h3>To reach a loss</h3>",
+        _answer_table(answers.to_reach or [to_reach(best, target) for target in targets]),
+        "<h3>If the model will be used much</h3><p>As good as the optimum, for the least compute of training and "
+        "inference together (Sardana and Frankle 2023).</p>",
+        _answer_table(answers.to_serve or [to_serve(best, C, served) for served in (0, D, 10 * D, 100 * D)]),
+        "<h3>If there is little text</h3><p>Repeated tokens count for less and less. How fast is taken from "
+        "Muennighoff et al. 2023, who fitted it on C4; hence no intervals.</p>",
+        _answer_table(answers.with_text or [with_text(best, C, unique) for unique in (D, D / 4, D / 16, D / 64)]),
+        _paper_table(law),
+    ]
 
 
-def _cells(best: Approach, quantity: Callable, shows: tuple) -> list[str]:
-    """What a function of the law gives, each with its interval, or why there is nothing to give."""
-    found = attempt(quantity, best.law)
-    if isinstance(found, NotIdentified):
-        return [f"<em>{html.escape(str(found))}</em>", *[""] * (len(shows) - 1)]
-    ends = zip(*best.spread(quantity), strict=True)
-    return [ci(value, pair, show) for value, pair, show in zip(found, ends, shows, strict=True)]
+def _answer_table(answers: list[Answer]) -> str:
+    """A row for each answer, or why there is none."""
+    given, found = answers[0].asked, next((one.found for one in answers if one.found), {})
+    rows = []
+    for one in answers:
+        cells = [ci(one.found[name], SHOW[name]) for name in found if one.found]
+        cells = cells or [f"<em>{html.escape(one.why)}</em>", *[""] * (len(found) - 1)]
+        rows.append([*(SHOW[name](value) for name, value in one.asked.items()), *cells])
+    return table([SHOWN[name][0] for name in (*given, *found)] + [""] * (not found), rows)
 
 
 def _other_sizes(best: Approach, C: float, N: float) -> str:
     def off(law, factor):
         at = laws.off_optimum(law, C, factor * N)
-        return at.extra_loss, 100 * (at.compute_factor - 1)
+        return at.extra_loss, at.compute_factor - 1
 
     rows = []
     for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8):
-        cells = _cells(best, partial(off, factor=factor), ("{:.4f}".format, "{:.1f}%".format))
+        found = zip(estimates(best, partial(off, factor=factor)), ("{:.4f}".format, "{:.1%}".format), strict=True)
+        cells = [ci(estimate, show) for estimate, show in found]
         rows.append([f"{factor:g}", count(factor * N), count(C / (6 * factor * N)), *cells])
     head = ["N over the optimal", "N", "D", "loss above the best", "compute wasted"]
     return "<h3>A model of another size</h3>" + table(head, rows, mark=3)
-
-
-def _targets(best: Approach, targets: list[float]) -> str:
-    def need(law, target):
-        C = laws.compute_for_loss(law, target)
-        return C, *law.optimal(C)
-
-    rows = [[f"{loss:.4f}", *_cells(best, partial(need, target=loss), (flops, count, count))] for loss in targets]
-    return "<h3>To reach a loss</h3>" + table(["loss", "least 6ND", "N", "D"], rows)
-
-
-def _inference(best: Approach, N: float, D: float, loss: float, served: list[float]) -> str:
-    def plan(law, tokens):
-        n, d = laws.inference_optimal(law, loss, tokens)
-        return n, d, d / n
-
-    rows = []
-    for tokens in served:
-        n, d, _ = plan(best.law, tokens)
-        saved = 1 - (6 * n * d + 2 * n * tokens) / (6 * N * D + 2 * N * tokens)
-        rows.append([count(tokens), *_cells(best, partial(plan, tokens=tokens), (count, count, three)),
-                     f"{100 * max(saved, 0):.1f}%"])  # fmt: skip
-    text = ("<h3>If the model will be used much</h3><p>The same loss for the least compute of training and inference "
-            "together (Sardana and Frankle 2023).</p>")  # fmt: skip
-    return text + table(["tokens served", "N", "D", "D / N", "compute saved"], rows)
-
-
-def _few_data(law: Law, C: float, unique: list[float]) -> str:
-    limited, rows = DataConstrained(law), []
-    for tokens in unique:
-        found = attempt(limited.optimal, C, tokens)
-        if isinstance(found, NotIdentified):
-            rows.append([count(tokens), f"<em>{html.escape(str(found))}</em>", "", "", ""])
-            continue
-        n, d = found
-        rows.append([count(tokens), count(n), count(d), three(max(d / tokens, 1)), f"{limited.loss(n, d, tokens):.4f}"])
-    text = ("<h3>If there is little text</h3><p>Repeated tokens count for less and less. How fast is taken from "
-            "Muennighoff et al. 2023, who fitted it on C4; hence no intervals.</p>")  # fmt: skip
-    return text + table(["unique tokens", "N", "D", "epochs", "loss"], rows)
 
 
 def _paper_table(law: Law) -> str:
@@ -391,12 +381,10 @@ def _provenance(study: Study, provenance: Provenance) -> str:
 def _table_of_optima(study: Study) -> str:
     """JSON: columns over a log grid of C, from a tenth of the smallest run to ten million times the largest."""
     grid = np.geomspace(study.C.min() / 10, study.C.max() * 1e7, 61)
-    answers, columns = [study.best.optimum(float(C)) for C in grid], {"C": list(grid)}
-    for name in ("N", "D", "ratio", "loss"):
-        values, ends = zip(*(getattr(answer, name) for answer in answers), strict=True)
-        if not math.isnan(values[0]):
-            columns[name] = values
-        if not math.isnan(ends[0][0]):
-            columns[name + "_low"], columns[name + "_high"] = zip(*ends, strict=True)
+    found, columns = [optimum(study.best, float(C)).found for C in grid], {"C": list(grid)}
+    for name in found[0]:
+        columns[name] = [at[name].value for at in found]
+        if found[0][name].intervals:
+            columns[name + "_low"], columns[name + "_high"] = zip(*(at[name].ends for at in found), strict=True)
     short = {name: [float(f"{value:.6g}") for value in values] for name, values in columns.items()}
     return json.dumps({"columns": short, "low": float(study.C.min()), "high": float(study.C.max())}, allow_nan=False)

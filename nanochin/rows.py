@@ -18,7 +18,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TextIO
 
@@ -42,6 +42,7 @@ ALIASES = {  # what others call them: for "did you mean", never taken silently
     "run": ("run_id", "run_name", "name", "id"),
 }
 
+LOOK_AHEAD = 1000  # JSON objects whose keys are the columns: the first may be a run that failed and has no loss
 MIN_ROWS, MIN_SIZES = 6, 3  # five constants and a row to contradict them; three sizes to bend a curve
 
 
@@ -69,6 +70,7 @@ class Rows:
     numbers: dict[str, np.ndarray]
     labels: dict[str, Labels]
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
+    blanks: dict[str, str] = field(default_factory=dict)  # column with a blank cell -> the place of the first
 
     def __len__(self) -> int:
         return len(self.numbers["params"])
@@ -111,8 +113,9 @@ def read_rows(path: str | Path, columns: dict[str, str] | None = None, skip_bad:
 
 
 def read_curves(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> Rows:
-    """Training curves, many rows a run (`run`, `params`, `tokens`, `loss`), ordered by run and tokens."""
-    return _by_run(_read_file(Path(path), (*NEEDED, "run"), columns or {}, skip_bad))
+    """Training curves, many rows a run (`run`, `params`, `tokens`, `loss`), ordered by run and tokens. `columns` are
+    those of the runs: where this table lacks one of them, its own plain name is read."""
+    return _by_run(_read_file(Path(path), (*NEEDED, "run"), columns or {}, skip_bad, lenient=True))
 
 
 def read_logs(folder: str | Path, rows: Rows) -> Rows | None:
@@ -170,12 +173,27 @@ def parse_columns(text: str | None) -> dict[str, str]:
                             + (f"; did you mean {close[0]}?" if close else f" ({', '.join(COLUMNS)})"))  # fmt: skip
         if ours in found:
             raise UserError(f"--columns {text}: {ours} is given twice")
+        if theirs in found.values():
+            other = next(name for name, taken in found.items() if taken == theirs)
+            raise UserError(f"--columns {text}: {other} and {ours} cannot both be the column {theirs!r}")
         found[ours] = theirs
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which rows count
+
+
+def all_or_no_flops(rows: Rows, skip_bad: bool = False) -> Rows:
+    """FLOPs that some rows have and others lack would be two ways of counting: the rows that lack them are left out
+    (`skip_bad`), or refused."""
+    flops = rows.get("flops")
+    if flops is None or not (blank := np.isnan(flops)).any():
+        return rows
+    if skip_bad:
+        return rows.keep(~blank, "without flops")
+    raise UserError(f"{rows.source}: {rows.blanks.get('flops', 'a row')}: flops is blank, and other rows have it; fill "
+                    "it in, pass --skip-bad to leave such rows out, or --flops=6nd")  # fmt: skip
 
 
 def best_tuning(rows: Rows) -> Rows:
@@ -193,8 +211,11 @@ def best_tuning(rows: Rows) -> Rows:
     tuning, alike = _number_rows(varied), _number_rows([*same, rows["params"]])
 
     order = np.lexsort((rows["tokens"], alike))
-    tokens, new = rows["tokens"][order], np.ones(len(rows), bool)
-    new[1:] = (np.diff(alike[order]) != 0) | (tokens[1:] > 1.01 * tokens[:-1])
+    new, least, group = np.empty(len(rows), bool), 0.0, None
+    for i, (tokens, like) in enumerate(zip(rows["tokens"][order].tolist(), alike[order].tolist(), strict=True)):
+        new[i] = like != group or tokens > 1.01 * least  # than the fewest of its group, not than its neighbour
+        if new[i]:
+            least, group = tokens, like
     run = np.empty(len(rows), int)
     run[order] = np.cumsum(new) - 1  # rows of one number are one run in several tunings
 
@@ -205,7 +226,11 @@ def best_tuning(rows: Rows) -> Rows:
 
 def _number_rows(columns: list[np.ndarray]) -> np.ndarray:
     """(n,) a number for each row, equal where all columns are equal."""
-    return np.unique(np.stack(columns), axis=1, return_inverse=True)[1].reshape(-1)
+    number = np.zeros(len(columns[0]), int)
+    for column in columns:
+        codes = np.unique(column, return_inverse=True)[1]
+        number = np.unique(number * (codes.max() + 1) + codes, return_inverse=True)[1]
+    return number
 
 
 def require_usable(rows: Rows) -> None:
@@ -238,7 +263,9 @@ def require_usable(rows: Rows) -> None:
 Table = Iterator
 
 
-def _read_file(path: Path, needed: tuple[str, ...], columns: dict[str, str], skip_bad: bool) -> Rows:
+def _read_file(path: Path, needed: tuple[str, ...], columns: dict[str, str], skip_bad: bool,
+               lenient: bool = False) -> Rows:  # fmt: skip
+    """`lenient`: of `columns` only those count that are there."""
     try:
         with open(path, "rb") as file:
             start = file.read(1 << 16)
@@ -251,7 +278,10 @@ def _read_file(path: Path, needed: tuple[str, ...], columns: dict[str, str], ski
             raise UserError(f"{path}: not text in UTF-8; expected CSV or JSON lines with {', '.join(needed)}")
         with open(path, encoding="utf-8-sig", newline="") as file:
             table = _jsonl(path, file) if start.startswith(b"{") else _csv(path, file, needed, columns)
-            return _collect(str(path), sha256, table, needed, columns, skip_bad)
+            header = next(table)
+            if lenient:
+                columns = {ours: theirs for ours, theirs in columns.items() if theirs in header}
+            return _collect(str(path), sha256, header, table, needed, columns, skip_bad)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not text in UTF-8 (byte {error.object[error.start]:#x}); convert it") from None
     except OSError as error:
@@ -261,7 +291,7 @@ def _read_file(path: Path, needed: tuple[str, ...], columns: dict[str, str], ski
 def _csv(path: Path, file: TextIO, needed: tuple[str, ...], columns: dict[str, str]) -> Table:
     """Between the cells stands a comma, semicolon, tab or bar, whichever makes most of the header."""
     first = next(line for line in file if line.strip())
-    wanted = {columns.get(name, name) for name in COLUMNS}
+    wanted = {*COLUMNS, *columns.values()}
 
     def found(delimiter: str) -> tuple[int, int]:
         names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter))]
@@ -293,12 +323,13 @@ def _jsonl(path: Path, file: TextIO) -> Table:
 
 
 def _table_of_objects(objects: Iterator[tuple[str, dict]]) -> Table:
-    """The first object says which columns there are; what is optional may also begin later."""
-    place, first = next(objects)
-    header = [*first, *(name for name in (*OPTIONAL, *LABELS) if name not in first)]
+    """The first objects say which columns there are; what is optional may also begin later."""
+    first = list(islice(objects, LOOK_AHEAD))
+    header = list(dict.fromkeys(chain.from_iterable(item for _, item in first)))
+    header += [name for name in (*OPTIONAL, *LABELS) if name not in header]
     yield header
-    for where, item in chain([(place, first)], objects):
-        yield where, ["" if item.get(name) is None else str(item[name]) for name in header]
+    for place, item in chain(first, objects):
+        yield place, ["" if item.get(name) is None else str(item[name]) for name in header]
 
 
 def _json_object(path: Path, place: str, text: str) -> dict:
@@ -323,23 +354,23 @@ def _read_summaries(folder: Path, columns: dict[str, str], skip_bad: bool) -> Ro
     sha256 = hashlib.sha256("".join(texts).encode()).hexdigest()
     objects = ((str(path.relative_to(folder)), _json_object(path, "all of it", text))
                for path, text in zip(paths, texts, strict=True))  # fmt: skip
-    return _collect(str(folder), sha256, _table_of_objects(objects), NEEDED, columns, skip_bad)
+    table = _table_of_objects(objects)
+    return _collect(str(folder), sha256, next(table), table, NEEDED, columns, skip_bad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells
 
 
-def _collect(source: str, sha256: str, table: Table, needed: tuple[str, ...], columns: dict[str, str],
-             skip_bad: bool) -> Rows:  # fmt: skip
+def _collect(source: str, sha256: str, header: list[str], table: Table, needed: tuple[str, ...],
+             columns: dict[str, str], skip_bad: bool) -> Rows:  # fmt: skip
     """Stream a table into columns, leaving out (and counting) failed runs and, with `skip_bad`, bad lines."""
-    header = next(table)
     spots = _find_columns(source, header, needed, columns)
     numeric = {name: i for name, i in spots.items() if name not in LABELS}
     worded = {name: i for name, i in spots.items() if name in LABELS}
     numbers = [array("d") for _ in numeric]
     codes, words = [array("q") for _ in worded], [{} for _ in worded]
-    status, width, dropped = spots.get("status"), len(header), Counter()
+    status, width, dropped, blanks = spots.get("status"), len(header), Counter(), {}
 
     for place, cells in table:
         if status is not None and len(cells) == width and cells[status].strip().lower() == "failed":
@@ -357,6 +388,9 @@ def _collect(source: str, sha256: str, table: Table, needed: tuple[str, ...], co
             if problem:
                 dropped["not usable"] += 1
                 continue
+            for name, value in zip(numeric, values, strict=True):
+                if math.isnan(value):
+                    blanks.setdefault(name, place)
         for column, value in zip(numbers, values, strict=True):
             column.append(value)
         for column, known, i in zip(codes, words, worded.values(), strict=True):
@@ -366,7 +400,7 @@ def _collect(source: str, sha256: str, table: Table, needed: tuple[str, ...], co
     filled = {name: column for name, column in filled.items() if name in needed or not np.isnan(column).all()}
     labels = {name: Labels(np.array(column), tuple(known))
               for name, column, known in zip(worded, codes, words, strict=True) if any(known)}  # fmt: skip
-    return Rows(source, sha256, filled, labels, dict(dropped))
+    return Rows(source, sha256, filled, labels, dict(dropped), blanks)
 
 
 def _look(cells: list[str], width: int, numeric: dict[str, int], needed: tuple[str, ...]) -> tuple[str, list[float]]:
@@ -395,6 +429,10 @@ def _find_columns(source: str, header: list[str], needed: tuple[str, ...], colum
             raise UserError(f"{source}: the header names {theirs!r} {times} times; keep one of these columns")
         if times:
             spots[name] = header.index(theirs)
+            if name in needed and (same := [other for other in needed if spots.get(other) == spots[name]])[1:]:
+                raise UserError(
+                    f"{source}: {same[0]} and {same[1]} cannot both be the column {theirs!r}; see --columns"
+                )
         elif name in columns:
             raise UserError(f"{source}: no column {theirs!r} for --columns {name}={theirs}; it has {_listed(header)}")
         elif name in needed:

@@ -2,23 +2,26 @@
 
     study = study_runs(rows)                 the answer: three laws, how sure each is
     checks = check(study)                    what would change it, and how far it may be trusted
-    study.best.optimum(1e18)                 what to train, with intervals
+    optimum(study.best, 1e18)                what to train, with intervals (nanochin/answers.py)
 
 What the data cannot support is the NotIdentified that says so, in the place of a result.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from nanochin import laws
 from nanochin.config import UserError
-from nanochin.laws import Bootstrap, Law, NotIdentified, PowerLaw
-from nanochin.rows import Rows
+from nanochin.laws import Bootstrap, Law, NotIdentified, PowerLaw, Refit
+from nanochin.rows import Rows, all_or_no_flops
 
-MOST_CHECKED = 2000
-FEWEST = 20  # resamples, of which percentiles are taken
+MOST_CHECKED = 2000  # runs: of more, a sample is checked
+USUAL, LEAST, FEWEST = 4000, 200, 20  # resamples: for a few thousand rows, for any number, that may be asked for
+WORK = 2e7  # rows x resamples that are done unasked, some 20 seconds
+SENSITIVITY = 200  # resamples of each refit among the checks
 COUNTS = {"total": "params", "non_embedding": "params_non_embedding", "with_head": "params_with_head"}
 
 
@@ -31,20 +34,9 @@ class Settings:
     delta: float = 1e-3
     fixed_e: float | None = None
     drop: int = 0  # rows of highest loss left out
-    bootstrap: int = 4000
+    bootstrap: int | None = None  # resamples; None: as many as the number of rows allows, see `resamples`
     cluster: str = "auto"  # the unit that is resampled: run, row; auto is run where there is such a column
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What to train with C FLOPs; each is (value, (low, high) at 95%), nan where unknown."""
-
-    C: float
-    N: tuple
-    D: tuple
-    ratio: tuple  # D / N
-    loss: tuple
 
 
 @dataclass(frozen=True)
@@ -68,38 +60,6 @@ class Approach:
     def interval(self, quantity: str | Callable, level: float = 95) -> tuple[float, float]:
         return (np.nan, np.nan) if self.sure is None else self.sure.interval(quantity, level)
 
-    def spread(self, quantity: Callable, replicates: int = 200) -> tuple:
-        """As `interval`, of a function that wants a law of single numbers and gives several: (lows, highs) by every
-        k-th replicate. Where it is not identified its value counts as infinite."""
-        width = len(quantity(self.law))
-        if self.sure is None:
-            return [np.nan] * width, [np.nan] * width
-        every, names = self.sure.law, [f.name for f in fields(Law) if np.ndim(getattr(self.sure.law, f.name)) == 1]
-        values = []
-        for i in np.unique(np.linspace(0, len(every.a) - 1, replicates).astype(int)):
-            found = attempt(quantity, replace(every, **{name: float(getattr(every, name)[i]) for name in names}))
-            values.append([np.inf] * width if isinstance(found, NotIdentified) else found)
-        return tuple(np.percentile(values, (2.5, 97.5), axis=0, method="nearest").tolist())
-
-    def optimum(self, C: float) -> Answer:
-        """The compute-optimal run for C FLOPs, in the convention of the study."""
-        own = float(self.budget(C))
-
-        def with_interval(quantity: Callable) -> tuple:
-            return float(quantity(self.law)), self.interval(quantity)
-
-        def loss(law):
-            return law.loss(*law.optimal(own)) if isinstance(law, Law) else np.nan * law.a
-
-        knows_loss = isinstance(self.law, Law)
-        return Answer(
-            C,
-            with_interval(lambda law: law.optimal(own)[0]),
-            with_interval(lambda law: law.optimal(own)[1]),
-            with_interval(lambda law: law.optimal(own)[1] / law.optimal(own)[0]),
-            with_interval(loss) if knows_loss else (np.nan, (np.nan, np.nan)),
-        )
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -111,9 +71,11 @@ class Cost:
 
     @classmethod
     def of(cls, N: np.ndarray, D: np.ndarray, C: np.ndarray) -> "Cost":
-        sizes, which = np.unique(N, return_inverse=True)
         ratio = np.log(C / (6 * N * D))
-        return cls(np.log(sizes), np.array([np.median(ratio[which == i]) for i in range(len(sizes))]))
+        order = np.lexsort((ratio, N))  # within a size by ratio: its median stands in the middle
+        sizes, first, runs = np.unique(N[order], return_index=True, return_counts=True)
+        low, high = (ratio[order[first + middle]] for middle in ((runs - 1) // 2, runs // 2))
+        return cls(np.log(sizes), (low + high) / 2)
 
     @property
     def is_6nd(self) -> bool:
@@ -143,8 +105,10 @@ class Study:
     C: np.ndarray  # in flops_convention
     unit: np.ndarray | None  # (n,) what is resampled together; None: every row by itself
     flops_convention: str
+    flops_name: str  # how titles call it
     results: dict[int, Approach | NotIdentified]
     akima: Approach | NotIdentified  # Approach 2 by interpolation, with its seed-noise interval
+    note: str = ""  # that there are fewer resamples than usual
 
     @property
     def approaches(self) -> list[Approach]:
@@ -163,7 +127,7 @@ class Study:
     @property
     def convention(self) -> str:
         """For titles and footers."""
-        return f"N {self.settings.params}, C {'6ND' if self.flops_convention == '6nd' else self.flops_convention}"
+        return f"N {self.settings.params}, C {self.flops_name}"
 
 
 def attempt(function: Callable, *args, **kwargs):
@@ -178,29 +142,47 @@ def attempt(function: Callable, *args, **kwargs):
 # The answer
 
 
-def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None = None) -> Study:
-    """Fit what can be fitted. Raises UserError if no approach can."""
+def resamples(n: int, asked: int | None) -> tuple[int, str]:
+    """How many resamples of n rows: those asked for, else the usual number or as many as WORK allows, and a sentence
+    that says so where there are fewer."""
+    if asked is not None:
+        return asked, ""
+    chosen = int(np.clip(WORK / n, LEAST, USUAL))
+    note = f"{n:,} rows are many: {chosen} resamples instead of {USUAL}; --bootstrap={USUAL} insists"
+    return chosen, note if chosen < USUAL else ""
+
+
+def silent(stage: str, done: float, total: float) -> None:
+    """Progress that nobody wants to see."""
+
+
+def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None = None,
+               progress: Callable[[str, float, float], None] = silent) -> Study:  # fmt: skip
+    """Fit what can be fitted; `progress` is told (stage, done, total). Raises UserError if no approach can."""
     settings = settings or Settings()
+    replicates, note = resamples(len(rows), settings.bootstrap)
+    settings = replace(settings, bootstrap=replicates)
     if 0 < settings.bootstrap < FEWEST:
         raise UserError(f"--bootstrap {settings.bootstrap}: too few for an interval; give 0, or {FEWEST} and more")
     if settings.drop:
         rows = rows.keep(np.argsort(np.argsort(-rows["loss"], kind="stable")) >= settings.drop, "of highest loss")
     N, D, L = _params(rows, settings.params), rows["tokens"], rows["loss"]
-    C, flops_convention = _flops(rows, settings.flops)
+    C, flops_convention, flops_name = _flops(rows, settings.flops)
     if settings.fixed_e is not None and settings.fixed_e >= L.min():
         raise UserError(f"--fixed-e {settings.fixed_e:g}: {rows.source} has a loss of {L.min():g}, below it; E is the "
                         "loss that no model beats")  # fmt: skip
     unit = _unit(rows, settings.cluster)
     cost = Cost.of(N, D, C)
     labels = {"params_convention": settings.params, "flops_convention": flops_convention}
+    verify = int(np.clip(WORK / 10 / len(N), 10, 200))
 
     def approach(number: int, fit) -> Approach | NotIdentified:
         if isinstance(fit, NotIdentified):
             return fit
         given = {} if number == 1 else {"runs": unit}
-        sure = settings.bootstrap and attempt(
-            laws.bootstrap, fit, replicates=settings.bootstrap, seed=settings.seed, **given
-        )
+        told = partial(progress, f"resampling for approach {number}")
+        sure = settings.bootstrap and attempt(laws.bootstrap, fit, replicates=settings.bootstrap, seed=settings.seed,
+                                              verify=verify, progress=told, **given)  # fmt: skip
         why = str(sure) if isinstance(sure, NotIdentified) else ""
         return Approach(number, fit, sure if isinstance(sure, Bootstrap) else None, cost, why)
 
@@ -210,9 +192,11 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
         run, n = curves.labels["run"].codes, _params(curves, settings.params)
         spent = cost(n, curves["tokens"])
         envelope = attempt(laws.fit_envelope, run, n, curves["tokens"], curves["loss"], spent, **labels)
-    budget = rows.get("budget")
+    budget = laws.group_budgets(C, budget=rows.get("budget"))
     parabola = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, **labels)
-    akima = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, method="akima", **labels)
+    akima = NotIdentified(f"more than {MOST_CHECKED} runs: a spline through all of them would follow their noise")
+    if len(N) <= MOST_CHECKED:
+        akima = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, method="akima", **labels)
     parametric = attempt(laws.fit_parametric, N, D, L, delta=settings.delta, E=settings.fixed_e,
                          params_convention=settings.params)  # fmt: skip
     results = {1: approach(1, envelope), 2: approach(2, parabola), 3: approach(3, parametric)}
@@ -224,28 +208,32 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
             laws.bootstrap_seed_noise, akima, replicates=min(1000, settings.bootstrap), seed=settings.seed
         )
         akima = Approach(2, akima, noise if isinstance(noise, Bootstrap) else None, cost)
-    return Study(rows, curves, settings, N, D, L, C, unit, flops_convention, results, akima)
+    return Study(rows, curves, settings, N, D, L, C, unit, flops_convention, flops_name, results, akima, note)
 
 
 def _params(rows: Rows, convention: str) -> np.ndarray:
     return _column(rows, COUNTS[convention], f"--params {convention}")
 
 
-def _flops(rows: Rows, convention: str | None) -> tuple[np.ndarray, str]:
-    """(C, its convention): what is asked for, else the column flops, else 6ND."""
+def _flops(rows: Rows, convention: str | None) -> tuple[np.ndarray, str, str]:
+    """(C, its convention, its name): what is asked for, else the column flops, else 6ND. In a table of others that
+    column counts what they say; a plan takes it for physical."""
     six = 6 * rows["params"] * rows["tokens"]  # 6ND counts all parameters, however the law counts N
-    if convention is None and (C := rows.complete("flops")) is not None:
-        return C, "6nd" if np.allclose(C, six, rtol=1e-3) else "physical"
+    if convention is None and "flops" in rows.numbers:
+        C = all_or_no_flops(rows)["flops"]
+        ours = any(name.startswith("flops_") for name in rows.numbers)
+        named = ("physical", "physical" if ours else "as in the column flops")
+        return C, *(("6nd", "6ND") if np.allclose(C, six, rtol=1e-3) else named)
     if convention in (None, "6nd"):
-        return six, "6nd"
-    return _column(
-        rows, "flops" if convention == "physical" else f"flops_{convention}", f"--flops {convention}"
-    ), convention
+        return six, "6nd", "6ND"
+    name = "flops" if convention == "physical" else f"flops_{convention}"
+    return _column(rows, name, f"--flops {convention}"), convention, convention
 
 
 def _column(rows: Rows, name: str, option: str) -> np.ndarray:
     if (column := rows.complete(name)) is None:
-        raise UserError(f"{option}: {rows.source} lacks {name} for some or all of its runs")
+        where = f"is blank at {rows.blanks[name]}" if name in rows.blanks else "is not there"
+        raise UserError(f"{option}: {rows.source} lacks {name}: the column {where}")
     return column
 
 
@@ -269,11 +257,11 @@ def _unit(rows: Rows, cluster: str) -> np.ndarray | None:
 class Checks:
     """Each a result of nanochin.laws, or the NotIdentified in its place."""
 
-    leave_out: list  # (k, ParametricFit | None)
-    deltas: list  # (delta, ParametricFit | None)
+    leave_out: list[Refit]  # without the k runs of highest loss
+    deltas: list[Refit]
     profile: tuple  # (E, objective over its minimum)
     by_compute: list  # dicts
-    variants: list  # (words, ParametricFit | NotIdentified)
+    variants: list[Refit]  # what is other, in words
     counts: list  # (convention, ParametricFit, IsoflopFit), either may be NotIdentified
     hold_out: object
     curvature: object
@@ -282,14 +270,14 @@ class Checks:
     runs: int  # on how many runs the checks were made
 
 
-def check(study: Study) -> Checks:
+def check(study: Study, progress: Callable[[str, float, float], None] = silent) -> Checks:
     """All checks. Those of Approach 3 are empty where it has no fit. Of more than MOST_CHECKED runs a sample is
     checked: it is some fifty fits, and they show tendencies."""
     if (n := len(study.N)) > MOST_CHECKED:
         chosen = np.sort(np.random.default_rng(study.settings.seed).choice(n, MOST_CHECKED, replace=False))
         rows = study.rows.keep(np.isin(np.arange(n), chosen), "not checked")
         some = study_runs(rows, settings=replace(study.settings, bootstrap=0, drop=0))
-        checks = check(replace(some, settings=study.settings))
+        checks = check(replace(some, settings=study.settings), progress)
         if isinstance(checks.hold_out, laws.HoldOut):
             checks = replace(checks, hold_out=replace(checks.hold_out, rows=chosen[checks.hold_out.rows]))
         return checks
@@ -298,6 +286,8 @@ def check(study: Study) -> Checks:
     budget = study.rows.get("budget")
     replicates, seed = min(1000, study.settings.bootstrap), study.settings.seed
     third, second = study.results[3], study.results[2]
+    step = partial(progress, "checks")
+    step(0, 5)
     form = attempt(laws.fit_kaplan_form, N, D, L, delta=study.settings.delta)
     held = attempt(laws.hold_out, N, D, L, study.C, budget=budget, budgets=_budgets_to_hold_out(study.C, budget),
                    runs=study.unit, replicates=replicates, seed=seed, delta=study.settings.delta,
@@ -305,28 +295,40 @@ def check(study: Study) -> Checks:
     curvature = NotIdentified("it takes Approach 2 and a bootstrap")
     if isinstance(second, Approach) and replicates:
         curvature = attempt(laws.frontier_curvature, second.fit, runs=study.unit, replicates=replicates, seed=seed)
+    step(1, 5)
     if isinstance(third, NotIdentified):
         return Checks(
             [], [], (np.empty(0), np.empty(0)), [], [], _by_count(study), held, curvature, third, form, len(N)
         )
 
     delta = study.settings.delta
-    least = float(L.min())
-    own = {"E": study.settings.fixed_e}
-    variants = [
-        ("least squares", attempt(laws.fit_parametric, N, D, L, delta=np.inf, **own)),
-        ("Huber on the loss itself", attempt(laws.fit_parametric, N, D, L, delta=delta, space="linear", **own)),
-        ("alpha = beta", attempt(laws.fit_parametric, N, D, L, delta=delta, tied=True, **own)),
-        (f"E fixed 2% below, at {0.98 * third.law.E:.4g}",
-         attempt(laws.fit_parametric, N, D, L, delta=delta, E=min(0.98 * third.law.E, 0.99 * least))),
-    ]  # fmt: skip
+    again = {"runs": study.unit, "replicates": min(SENSITIVITY, study.settings.bootstrap), "seed": seed}
+
+    def unchanged(name) -> Refit:
+        return Refit(name, third.fit, third.sure) if third.sure else Refit.attempt(name, lambda: third.fit, **again)
+
+    leave_out = [unchanged(0), *laws.leave_out_highest(third.fit, (1, 3, 5, 8, 15), **again)]
+    step(2, 5)
+    others = [other for other in (1e-6, 1e-4, 1e-3, 1e-2, 1e-1) if other != delta]
+    deltas = sorted([unchanged(delta), *laws.delta_sensitivity(third.fit, others, **again)], key=lambda r: r.change)
+    step(3, 5)
+    lower = min(0.98 * third.law.E, 0.99 * float(L.min()))
+    changes = {
+        "least squares": {"delta": np.inf}, "Huber on the loss itself": {"space": "linear"},
+        "alpha = beta": {"tied": True},
+        f"E fixed below, at {lower:.4g}": {"E": lower},
+    }  # fmt: skip
+    variants = [Refit.attempt(words, partial(laws.refit, third.fit, **change), **again)
+                for words, change in changes.items()]  # fmt: skip
+    step(4, 5)
     kaplan = NotIdentified("the rows have no params_non_embedding")
     if (non_embedding := study.rows.complete("params_non_embedding")) is not None:
         kaplan = attempt(laws.kaplan_procedure, non_embedding, D, L, third.law.loss(N, D), budget=budget)
     E, objective = laws.profile_e(third.fit, 61)
+    step(5, 5)
     return Checks(
-        leave_out=laws.leave_out_highest(third.fit),
-        deltas=laws.delta_sensitivity(third.fit, (1e-6, 1e-4, 1e-3, 1e-2, 1e-1)),
+        leave_out=leave_out,
+        deltas=deltas,
         profile=(E, objective / third.fit.objective),
         by_compute=laws.residuals_by_compute(third.fit),
         variants=variants,
@@ -380,8 +382,9 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
             f"{fit.gradient_norm:.0e} of its terms.")  # fmt: skip
         if sure is not None:
             say(sure.worse == 0 and sure.failed == 0,
-                f"{sure.replicates} resamples of {sure.units} {sure.unit}s, each fitted to its optimum; {sure.checked} "
-                f"fitted again from other starts, {sure.worse} of them to a better one.")  # fmt: skip
+                f"{sure.replicates} resamples of {sure.units} {sure.unit}s; at {sure.verified} of their optima the "
+                f"gradient is at most {sure.gradient_norm:.0e} of its terms and the Hessian positive definite; "
+                f"{sure.checked} fitted again from other starts, {sure.worse} of them to a better one.")  # fmt: skip
             low, high = third.interval("E")
             if high - low > 0.25 * third.law.E:
                 say(False, f"E is hardly known: 95% interval {low:.2f} to {high:.2f} nats. It is not the entropy of "
@@ -417,6 +420,13 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
         minor = len(warnings) == 1 and 0 < sure.failed < 0.02 * sure.replicates  # a few replicates without optimum
         for warning in warnings:
             say(minor, f"Approach {approach.number}: {warning}.")
+    if study.settings.cluster == "row" and "run" in study.rows.labels:
+        n, runs = len(study.N), len(np.unique(_unit(study.rows, "run")))
+        if runs < n:
+            say(False, f"{n} rows belong to {runs} runs, but --cluster=row draws each by itself, as if rows of one run "
+                "did not share its luck: the intervals are too narrow.")  # fmt: skip
+    if study.note:
+        say(True, f"{study.note}.")
     unique = study.rows.get("unique_tokens")
     if unique is not None and (again := int(np.sum(study.D / unique > 1.001))):
         say(False, f"{again} runs read their text more than once; the law assumes fresh text.")

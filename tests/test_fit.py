@@ -14,6 +14,7 @@ from made_up_sweep import BUDGETS, LAW, loss, optimal, sweep, write_sweep
 import fit
 from nanochin import laws
 from nanochin import study as study_module
+from nanochin.answers import optimum
 from nanochin.config import UserError, run_command
 from nanochin.rows import best_tuning, read_rows
 from nanochin.study import Approach, Cost, Settings, check, findings, study_runs
@@ -26,7 +27,7 @@ QUICK = ("--bootstrap=100", "--figures=none")
 REMEMBERED = {}
 
 
-def remember(study):
+def remember(study, progress=study_module.silent):
     """`check`, once for the same rows and settings: what is written is of interest here, not how often."""
     key = (study.rows.sha256, len(study.N), study.settings, study.curves is None)
     if key not in REMEMBERED:
@@ -254,7 +255,7 @@ def test_checks_of_a_clean_sweep():
     np.testing.assert_allclose(checks.hold_out.predicted, study.L[checks.hold_out.rows], rtol=1e-6)
     assert checks.hold_out.reach == pytest.approx(BUDGETS[-1] / BUDGETS[-2], rel=1e-3)
     assert all(isinstance(found, Approach) for found in (study.results[2], study.results[3]))
-    assert study.best.optimum(1e13).loss[0] == pytest.approx(loss(*optimal(1e13)), rel=1e-6)
+    assert optimum(study.best, 1e13).found["loss"].value == pytest.approx(loss(*optimal(1e13)), rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 from chinchilla import chinchilla, isoflop_grid
 
 from nanochin.laws import BESIROGLU, NotIdentified, bootstrap, bootstrap_seed_noise, fit_isoflop, fit_parametric
+from nanochin.laws.bootstrap import resample
 from nanochin.laws.surface import Surface, projected_starts
 
 BUDGETS, RATIOS = np.geomspace(1e17, 1e21, 6), np.geomspace(1 / 6, 6, 8)
@@ -28,7 +29,7 @@ def test_intervals_on_chinchilla():
     for name, sd in (("alpha", 0.0148), ("beta", 0.0202), ("E", 0.0252), ("A", 117.7)):
         assert getattr(sure.law, name).std() == pytest.approx(sd, rel=0.05), name
     assert (sure.replicates, sure.units, sure.unit, sure.failed, sure.at_bound) == (4000, 240, "row", 0, 0)
-    assert (sure.checked, sure.worse) == (200, 0)
+    assert (sure.checked, sure.worse, sure.verified) == (200, 0, 4000)
     assert sure.gradient_norm < 1e-5
 
 
@@ -47,6 +48,46 @@ def test_a_second_start_confirms_each_replicate():
         again = surface.minimise(projected_starts(surface, 3, weights[k]), weights[k], cold=True)
         assert again.converged.any()
         assert again.objective[again.converged].min() >= warm[k] * (1 - 1e-9)
+
+
+def test_every_replicate_is_verified():
+    """At each replicate's law the gradient, by differences of a Huber sum written out here, is nothing beside its
+    terms, and the Hessian is positive definite; the surface tells a saddle from a minimum by the same numbers."""
+    N, D, loss = noisy_grid(0.004)
+    sure = bootstrap(fit_parametric(N, D, loss), replicates=40, verify=0)
+    assert sure.verified == 40 - sure.failed == sure.to_json()["bootstrap"]["verified"] == 40
+    counts = np.random.default_rng(0).multinomial(48, np.full(48, 1 / 48), 40)
+
+    def terms(theta, w):  # (48,) of the sum; theta: log A, alpha, log B, beta, E, as the surface has them at its centre
+        x, y = np.log(N) - np.log(N).mean(), np.log(D) - np.log(D).mean()
+        r = np.log(np.exp(theta[0] - theta[1] * x) + np.exp(theta[2] - theta[3] * y) + theta[4]) - np.log(loss)
+        return w * np.where(np.abs(r) < 1e-3, r * r / 2, 1e-3 * (np.abs(r) - 5e-4))
+
+    surface = Surface.of(N, D, loss, delta=1e-3, space="log", E=None, tied=False)
+    names = ("E", "A", "B", "alpha", "beta")
+    laws = [type(sure.law)("", *row) for row in zip(*(getattr(sure.law, k) for k in names), strict=True)]
+    rng, h, saddles = np.random.default_rng(1), 1e-6, 0
+    for w, law in zip(counts, laws, strict=True):
+        at = surface.z(law)
+        slopes = np.array([(terms(at + h * e, w) - terms(at - h * e, w)) / (2 * h) for e in np.eye(5)])
+        assert (np.abs(slopes.sum(1)) < 1e-3 * np.abs(slopes).sum(1)).all()
+        for z in (at, at + 0.3 * rng.standard_normal(5) * [1, 0.2, 1, 0.2, 0.3]):
+            H = np.array([[sum(a * b * terms(z + 1e-6 * (a * e + b * f), w).sum() for a in (1, -1) for b in (1, -1))
+                           for f in np.eye(5)] for e in np.eye(5)]) / 4e-12  # fmt: skip
+            lowest = np.linalg.eigvalsh(H / np.sqrt(np.outer(*[np.abs(np.diag(H))] * 2))).min()
+            saddles += lowest < -1e-3
+            if abs(lowest) > 1e-3:
+                said = surface.curves_up(z[None], w[None].astype(float), np.zeros((1, 5), bool))[0]
+                assert said == (lowest > 0)
+    assert saddles > 5
+
+
+def test_progress_of_resampling():
+    """It is told after each batch, and the last time that all are done."""
+    told = []
+    _, batches = resample(np.arange(9), 100, 0, lambda done, of: told.append((done, of)))
+    assert sum(len(weights) for weights in batches(30)) == 100
+    assert told == [(30, 100), (60, 100), (90, 100), (100, 100)]
 
 
 def test_a_missed_optimum_has_all_replicates_checked():

@@ -13,7 +13,9 @@ import pytest
 from made_up_sweep import sweep, write_sweep
 
 from nanochin import figures, laws, plot, report
+from nanochin.answers import Questions, answer
 from nanochin.config import UserError
+from nanochin.console import count
 from nanochin.plot import COLOURS, Axis, Band, Figure, Line, Note, Panel, Points
 from nanochin.rows import Labels, read_logs, read_rows
 from nanochin.study import Settings, check, study_runs
@@ -32,8 +34,12 @@ def made(tmp_path_factory):
     study = study_runs(rows, curves, Settings(bootstrap=200))
     checks = check(study)
     drawn = figures.draw(study, checks)
-    asked = report.Questions((1e12, 1e13, 1e15))
-    return study, checks, drawn, report.render(study, checks, drawn, asked, report.Provenance("a < b", "c0ffee", "1"))
+    return study, checks, drawn, render(study, checks, drawn, Questions((1e12, 1e13, 1e15)))
+
+
+def render(study, checks, drawn, asked) -> str:
+    answers = answer(study.best, asked)
+    return report.render(study, checks, drawn, asked, answers, report.Provenance("a < b", "c0ffee", "1"))
 
 
 class Page(HTMLParser):
@@ -121,7 +127,7 @@ def test_the_embedded_table_is_the_law(made):
     assert (np.diff(x) > 0).all() and data["high"] == study.C.max()
     for C in (3.3e12, 7.7e13, 1.1e16):
         N, D = best.law.optimal(best.budget(C))
-        for name, value in (("N", N), ("D", D), ("ratio", D / N)):
+        for name, value in (("params", N), ("tokens", D), ("tokens_per_param", D / N)):
             assert np.exp(np.interp(np.log(C), x, np.log(columns[name]))) == pytest.approx(value, rel=2e-3)
             low, high = (np.interp(np.log(C), x, np.log(columns[f"{name}_{end}"])) for end in ("low", "high"))
             assert np.exp(low) < value < np.exp(high)
@@ -140,9 +146,36 @@ def test_a_report_of_approach_2_alone(made):
     without = replace(study, results={**study.results, 3: refused})
     some = replace(checks, leave_out=[], deltas=[], profile=(np.empty(0), np.empty(0)), by_compute=[], variants=[])
     drawn = figures.draw(without, some)
-    page = report.render(without, some, drawn, report.Questions((1e12, 1e13)), report.Provenance("a", "b", "c"))
+    page = render(without, some, drawn, Questions((1e12, 1e13)))
     assert Page(page).open == [] and "E is at its bound: &lt;not&gt; identified" in page
     assert {figure.name for figure in drawn} == {"curves", "isoflop", "optimum", "surface", "hold-out", "certainty"}
+
+
+def test_answers_are_those_that_were_asked(made):
+    """Questions beside the law: the report shows the same numbers as `answer` gives, one row a budget, and examples
+    where nothing was asked; a loss below E is answered by why there is no answer."""
+    study, checks, drawn, page = made
+    asked = Questions((2e12, 3e13), target_loss=1.0, inference_tokens=7e9)
+    answers = answer(study.best, asked)
+    text = " ".join(Page(render(study, checks, drawn, asked)).text)
+    assert "irreducible loss E" in text and "irreducible loss E" not in " ".join(Page(page).text)
+    for one in answers.to_serve:
+        for name in ("params", "tokens"):
+            assert count(one.found[name].value) in text
+    assert text.count("7B") >= 2 and "tokens served" in " ".join(Page(page).text)
+
+
+def test_refits_have_their_intervals(made):
+    """The tables of what would change the answer give E, alpha, beta and a of each refit with its 95% interval."""
+    _, checks, _, page = made
+    text = " ".join(Page(page).text)
+    refits = [*checks.leave_out, *checks.deltas, *checks.variants]
+    fitted = [other for other in refits if isinstance(other.fit, laws.ParametricFit)]
+    assert len(fitted) >= 12
+    for other in fitted:
+        for name in ("alpha", "a"):
+            low, high = other.sure.interval(name)
+            assert _is_shown(low, 4, text) and _is_shown(high, 4, text), (other.change, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

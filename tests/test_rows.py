@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanochin.config import UserError
-from nanochin.rows import best_tuning, parse_columns, read_curves, read_logs, read_rows, require_usable
+from nanochin.rows import all_or_no_flops, best_tuning, parse_columns, read_curves, read_logs, read_rows, require_usable
 
 HEADER = ["params", "tokens", "loss"]
 ROWS = [[10_000 * (i + 1), 10**6 * (7 * i % 10 + 1), 4 - 0.1 * i] for i in range(8)]
@@ -56,6 +56,33 @@ def test_jsonl(tmp_path):
     assert rows.complete("flops") is None
 
 
+def test_jsonl_that_begins_with_failures(tmp_path):
+    """Runs that failed before they had a loss may come first: the columns are those of the lines that follow."""
+    lines = [{"run": f"r{i}", "params": 5, "tokens": 5, "status": "failed"} for i in range(3)]
+    lines += [{"run": "x", "status": "finished", **dict(zip(HEADER, row, strict=True))} for row in ROWS]
+    path = tmp_path / "runs.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    rows = read_rows(path)
+    assert rows["loss"].tolist() == [row[2] for row in ROWS] and rows.dropped == {"failed": 3}
+    del lines[5]["loss"]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert "line 6: loss is blank" in refused(path)
+
+
+def test_flops_of_some_rows_only(tmp_path):
+    """A blank among FLOPs is named by its line, or its row is left out and counted; blanks alone are no column."""
+    rows = [[*row, 7e9 * i + 1e9] for i, row in enumerate(ROWS)]
+    rows[5][3] = ""
+    table = read_rows(write(tmp_path / "a.csv", rows, [*HEADER, "flops"]))
+    with pytest.raises(UserError, match="a.csv: line 7: flops is blank.*--skip-bad.*--flops=6nd"):
+        all_or_no_flops(table)
+    some = all_or_no_flops(table, skip_bad=True)
+    assert some["flops"].tolist() == [7e9 * i + 1e9 for i in (0, 1, 2, 3, 4, 6, 7)]
+    assert some.dropped == {"without flops": 1}
+    none = read_rows(write(tmp_path / "b.csv", [[*row, ""] for row in ROWS], [*HEADER, "flops"]))
+    assert all_or_no_flops(none) is none and none.get("flops") is None
+
+
 def test_integers_beyond_int64(tmp_path):
     """Counts that would wrap in 64 bits are read as the floats that they are, from CSV and from JSON."""
     big = 2**63 + 12_345
@@ -79,6 +106,17 @@ def test_columns_that_cannot_be_mapped(text):
     """A mapping that says nothing, or names no column of ours, is refused by its text."""
     with pytest.raises(UserError, match="--columns"):
         parse_columns(text)
+
+
+def test_one_column_is_not_two(tmp_path):
+    """N and D from one column would be a law of one thing: refused, naming both, in the option and where a plain name
+    is the other one. A count that is N and also stands for itself is welcome."""
+    with pytest.raises(UserError, match="params and tokens cannot both be the column 'N'"):
+        parse_columns("params=N, tokens=N")
+    path = write(tmp_path / "runs.csv", [[*row, row[0]] for row in ROWS], [*HEADER, "params_non_embedding"])
+    assert "params and tokens cannot both be the column 'tokens'" in refused(path, columns={"params": "tokens"})
+    rows = read_rows(path, {"params": "params_non_embedding"})
+    assert rows["params"].tolist() == rows["params_non_embedding"].tolist()
 
 
 @pytest.mark.parametrize(
@@ -197,6 +235,16 @@ def test_best_of_several_tunings(tmp_path):
     assert found.dropped == {"worse tunings of a run": 2}
 
 
+def test_tunings_do_not_chain(tmp_path):
+    """Three runs of 1000, 1009 and 1018 tokens: the last is 1.8% longer than the first, hence a run of its own, though
+    each is within 1% of its neighbour; whatever the order of the rows."""
+    header = [*HEADER, "lr"]
+    rows = [[10, 1000, 3.0, 0.01], [10, 1009, 2.9, 0.02], [10, 1018, 2.8, 0.03], [20, 1018, 2.7, 0.01]]
+    for order in ((0, 1, 2, 3), (2, 3, 0, 1)):
+        found = best_tuning(read_rows(write(tmp_path / "runs.csv", [rows[i] for i in order], header)))
+        assert sorted(found["loss"]) == [2.7, 2.8, 2.9]
+
+
 def test_overshooting_schedules_are_no_tuning(tmp_path):
     """Two cosines of different length over the same tokens are two runs, whatever their learning rates."""
     rows = [[1000, 50_000, 3.0, 0.01, 50_000], [1000, 50_000, 2.9, 0.02, 100_000]]
@@ -233,6 +281,19 @@ def test_a_file_of_curves(tmp_path):
     assert (np.diff(run.codes) >= 0).all()
     with pytest.raises(UserError, match="'run'"):
         read_curves(write(tmp_path / "b.csv"))
+
+
+def test_curves_by_their_own_names_or_by_those_of_the_runs(tmp_path):
+    """--columns are of the runs; a table of curves is read whether it has those names, the plain ones or some of
+    each, with any delimiter."""
+    rows = [[f"r{i % 3}", 100 * (i % 3 + 1), 1000 * (30 - i), 3 + i / 9] for i in range(30)]
+    columns = {"params": "N", "tokens": "D", "loss": "val"}
+    plain = read_curves(write(tmp_path / "a.csv", rows, ["run", *HEADER], ";"), columns)
+    for i, header in enumerate((["run", "N", "D", "val"], ["run", "N", "tokens", "loss"])):
+        other = read_curves(write(tmp_path / f"{i}.csv", rows, header), columns)
+        assert all(other[name].tolist() == plain[name].tolist() for name in HEADER)
+    with pytest.raises(UserError, match="no column 'D' for --columns"):
+        read_rows(tmp_path / "a.csv", {"tokens": "D"})
 
 
 def test_a_great_file_streams(tmp_path):

@@ -32,6 +32,7 @@ from nanochin.laws.checks import (
     Curvature,
     HoldOut,
     KaplanProcedure,
+    Refit,
     delta_sensitivity,
     frontier_curvature,
     hold_out,
@@ -59,7 +60,7 @@ from nanochin.laws.published import (
 __all__ = [
     "BESIROGLU", "HOFFMANN", "HOFFMANN_1", "HOFFMANN_2", "KAPLAN", "LEVELS", "MUENNIGHOFF", "PUBLISHED", "TABLE_3",
     "Bootstrap", "Budget", "Curvature", "DataConstrained", "EnvelopeFit", "HoldOut", "IsoflopFit", "KaplanForm",
-    "KaplanProcedure", "Law", "NotIdentified", "OffOptimum", "ParametricFit", "PowerLaw", "bootstrap",
+    "KaplanProcedure", "Law", "NotIdentified", "OffOptimum", "ParametricFit", "PowerLaw", "Refit", "bootstrap",
     "bootstrap_seed_noise", "compute_for_loss", "delta_sensitivity", "fit_envelope", "fit_isoflop",
     "fit_kaplan_form", "fit_parametric", "frontier_curvature", "group_budgets", "hold_out", "inference_optimal",
     "kaplan_procedure", "laws_json", "laws_text", "leave_out_highest", "load_law", "off_optimum", "profile_e", "refit",

@@ -18,7 +18,9 @@ from nanochin.laws.parametric import ParametricFit, agree
 from nanochin.laws.surface import BATCH, Surface, projected_starts
 
 LEVELS = (80, 95)  # percent
+NO_FACTS = {"at_bound": 0, "checked": 0, "worse": 0, "unconfirmed": 0, "gradient_norm": 0.0, "verified": 0}
 FEW = 10  # independent runs; with fewer, percentiles are warned about
+Progress = Callable[[int, int], None]
 CONSTANTS = {Law: ("E", "A", "B", "alpha", "beta", "a", "b", "G"), PowerLaw: ("k_N", "a", "k_D", "b")}
 
 
@@ -36,6 +38,7 @@ class Bootstrap:
     worse: int  # optimum: these had ended above it and were replaced; one of them, and all replicates are checked
     unconfirmed: int  # optimised again too, but none of the other starts reached their optimum: not among `checked`
     gradient_norm: float  # the largest of all replicates (Approach 3), as ParametricFit.gradient_norm
+    verified: int  # of Approach 3: at their optimum the gradient is FLAT or less and the Hessian positive definite
     warnings: tuple[str, ...]  # sentences for the report: rows that repeat a run, few units, failed replicates
 
     def interval(self, quantity: str | Callable, level: float = 95) -> tuple[float, float]:
@@ -65,18 +68,31 @@ class Bootstrap:
             quantities |= {f"{name}({C:g})": lambda _, v=v: v for name, v in values.items()}
         return {name: {level: self.interval(q, level) for level in LEVELS} for name, q in quantities.items()}
 
+    def to_json(self) -> dict:
+        """What laws.json says of the constants beside their values: `ci` (95%), `ci80`, and how these were found."""
+        found = self.intervals()
+        counts = ("unit", "units", "replicates", "failed", "at_bound", "verified", "checked", "worse", "unconfirmed",
+                  "gradient_norm")  # fmt: skip
+        return {
+            "ci": {name: list(at[95]) for name, at in found.items()},
+            "ci80": {name: list(at[80]) for name, at in found.items()},
+            "bootstrap": {name: getattr(self, name) for name in counts},
+        }
 
-def bootstrap(fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: int = 200) -> Bootstrap:
+
+def bootstrap(fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: int = 200,
+              progress: Progress | None = None) -> Bootstrap:  # fmt: skip
     """Resample runs with replacement and fit each replicate to convergence. `fit` is a ParametricFit, IsoflopFit or
     EnvelopeFit; `runs` (n,) are the ids that rows share (default: each row is a run of its own; an envelope knows its
-    runs). Of Approach 3, `verify` replicates are optimised again from other starts, and
-    all of them if that finds a better optimum of any.
+    runs). Of Approach 3 every replicate's optimum is verified by its gradient and Hessian, and `verify` replicates are
+    optimised again from other starts, all of them if that finds a better optimum of any (0: no second starts at all).
+    `progress` is called with (replicates done, replicates) after each batch.
     Raises NotIdentified with fewer than 3 units or if most replicates fail."""
     if isinstance(fit, EnvelopeFit):
         runs = fit.runs
     elif runs is None:
         runs = np.arange(len(fit.N))
-    units, batches = resample(runs, replicates, seed)
+    units, batches = resample(runs, replicates, seed, progress)
     rows = len(runs)
     warnings = []
     if rows > units:
@@ -93,7 +109,9 @@ def bootstrap(fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: 
     return _collect(fit, constants, unit, units, replicates, facts, warnings)
 
 
-def resample(runs, replicates: int, seed: int) -> tuple[int, Callable[[int], Iterator[np.ndarray]]]:
+def resample(
+    runs, replicates: int, seed: int, progress: Progress | None = None
+) -> tuple[int, Callable[[int], Iterator[np.ndarray]]]:
     """How many runs there are among the ids `runs` (n,), and a function of a batch size that yields weights (k, n):
     how often the run of each row was drawn. Raises NotIdentified with fewer than 3 runs."""
     ids, run_of_row = np.unique(np.asarray(runs), return_inverse=True)
@@ -106,19 +124,22 @@ def resample(runs, replicates: int, seed: int) -> tuple[int, Callable[[int], Ite
         for start in range(0, replicates, size):
             counts = rng.multinomial(m, np.full(m, 1 / m), min(size, replicates - start))
             yield counts[:, run_of_row].astype(np.float64)
+            if progress:
+                progress(start + len(counts), replicates)
 
     return m, batches
 
 
 def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, dict]:
-    """Each replicate by Newton steps from the fit's own optimum. The first `verify` of them (they are exchangeable)
-    again from four starts far from it and from each other; if that mends a single one, then all the others too."""
+    """Each replicate by Newton steps from the fit's own optimum. The first `verify` of them (they are exchangeable),
+    and those that fail, again from four starts far from it and from each other; if that mends a single one, then all
+    the others too."""
     surface = Surface.of(fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=fit.fixed_e, tied=fit.tied,
                          weights=fit.weights)  # fmt: skip
     starts = projected_starts(surface, 12)
     warm, others = surface.z(fit.law), [starts[-1], *starts[::4]]
     size = max(1, BATCH // fit.n)
-    facts = {"at_bound": 0, "checked": 0, "worse": 0, "unconfirmed": 0, "gradient_norm": 0.0}
+    facts = dict(NO_FACTS)
     optima, sampled = [], []  # of each batch, and how many of it are in the sample
 
     def again(found: Optimum, weights, rows) -> None:
@@ -132,13 +153,15 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
         found = surface.minimise(np.tile(warm, (len(weights), 1)), weights)
         sampled.append(min(len(weights), verify - sum(sampled)))
         again(found, weights, np.arange(sampled[-1]))
-        _again(surface, found, weights, np.flatnonzero(~found.converged), others)
+        if verify:
+            _again(surface, found, weights, np.flatnonzero(~found.converged), others)
         optima.append(found)
     if facts["worse"]:
         for weights, found, first in zip(batches(size), optima, sampled, strict=True):
             again(found, weights * fit.weights, np.arange(first, len(weights)))
     for found in optima:
-        good = found.converged
+        good = found.converged  # which says that gradient and Hessian are those of an optimum
+        facts["verified"] += int(good.sum())
         facts["at_bound"] += int(surface.at_bound(found.theta[good]).any(1).sum())
         facts["gradient_norm"] = max(facts["gradient_norm"], float(found.gradient_norm[good].max(initial=0)))
     theta = np.concatenate([np.where(found.converged[:, None], found.theta, np.nan) for found in optima])
@@ -199,5 +222,4 @@ def _collect(fit, constants: dict, unit: str, units: int, replicates: int, facts
     if facts.get("at_bound"):
         warnings.append(f"{facts['at_bound']} of {replicates} replicates end with a constant at its bound")
     law = replace(fit.law, **{k: v[good] for k, v in constants.items()})
-    defaults = {"at_bound": 0, "checked": 0, "worse": 0, "unconfirmed": 0, "gradient_norm": 0.0}
-    return Bootstrap(law, unit, units, replicates, failed, warnings=tuple(warnings), **defaults | facts)
+    return Bootstrap(law, unit, units, replicates, failed, warnings=tuple(warnings), **NO_FACTS | facts)

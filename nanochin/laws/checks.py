@@ -1,6 +1,8 @@
 """What would change the answer, and how far it may be trusted."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -20,23 +22,43 @@ def refit(fit: ParametricFit, rows=slice(None), **changes) -> ParametricFit:
     return fit_parametric(fit.N[rows], fit.D[rows], fit.loss[rows], weights=fit.weights[rows], **options | changes)
 
 
-def leave_out_highest(fit: ParametricFit, counts=(0, 1, 3, 5, 8, 15)) -> list[tuple[int, ParametricFit | None]]:
-    """(k, the same fit without the k rows of highest loss, or None where that is not identified)."""
-    order = np.argsort(fit.loss, kind="stable")
-    return [(k, _refit_or_none(fit, np.sort(order[: max(0, fit.n - k)]))) for k in counts]
+@dataclass(frozen=True)
+class Refit:
+    """The same runs fitted in another way."""
+
+    change: object  # what is other: k, delta, or words
+    fit: ParametricFit | NotIdentified
+    sure: Bootstrap | None = None
+
+    @classmethod
+    def attempt(cls, change, make: Callable[[], ParametricFit], runs=None, replicates: int = 0, seed: int = 0):
+        """`make`, and where its fit is identified `replicates` (0: none) resamples of it; `runs` as in bootstrap."""
+        try:
+            fit = make()
+        except NotIdentified as error:
+            return cls(change, error)
+        try:
+            sure = bootstrap(fit, runs=runs, replicates=replicates, seed=seed, verify=0) if replicates else None
+        except NotIdentified:
+            sure = None
+        return cls(change, fit, sure)
 
 
-def delta_sensitivity(fit: ParametricFit, deltas=(1e-6, 1e-4, 1e-3, 1e-2, 1e-1, np.inf)) -> list:
-    """[(delta, the same fit with it, or None where that is not identified)]: towards delta = 0 few and noisy rows leave
-    an objective with as many corners as rows, on which no start may converge."""
-    return [(delta, _refit_or_none(fit, delta=delta, allow_bound=True)) for delta in deltas]
+def leave_out_highest(fit: ParametricFit, counts=(0, 1, 3, 5, 8, 15), *, runs=None, **resampling) -> list[Refit]:
+    """For each k of `counts` the same fit without the k rows of highest loss. `runs` (n,), replicates and seed as in
+    bootstrap; no intervals without replicates."""
+    order, found = np.argsort(fit.loss, kind="stable"), []
+    for k in counts:
+        rows = np.sort(order[: max(0, fit.n - k)])
+        own = None if runs is None else runs[rows]
+        found.append(Refit.attempt(k, partial(refit, fit, rows), own, **resampling))
+    return found
 
 
-def _refit_or_none(*args, **changes) -> ParametricFit | None:
-    try:
-        return refit(*args, **changes)
-    except NotIdentified:
-        return None
+def delta_sensitivity(fit: ParametricFit, deltas=(1e-6, 1e-4, 1e-3, 1e-2, 1e-1, np.inf), **resampling) -> list[Refit]:
+    """The same fit with each of `deltas`; runs, replicates and seed as in bootstrap. Towards delta = 0 few and noisy
+    rows leave an objective with as many corners as rows, on which no start may converge."""
+    return [Refit.attempt(delta, partial(refit, fit, delta=delta, allow_bound=True), **resampling) for delta in deltas]
 
 
 def profile_e(fit: ParametricFit, points: int = 41) -> tuple[np.ndarray, np.ndarray]:

@@ -36,10 +36,10 @@ class EnvelopeFit:
     sizes: np.ndarray  # (runs,) N
 
     def to_json(self, bootstrap=None) -> dict:
-        """The object `approach1` of laws.json; `bootstrap` adds a_ci, b_ci."""
+        """The object `approach1` of laws.json; `bootstrap` adds a_ci, b_ci and its to_json()."""
         out = self.law.constants()
         if bootstrap is not None:
-            out |= {"a_ci": list(bootstrap.interval("a")), "b_ci": list(bootstrap.interval("b"))}
+            out |= {"a_ci": list(bootstrap.interval("a")), "b_ci": list(bootstrap.interval("b"))} | bootstrap.to_json()
         return out | {"points": int(self.bracketed.sum()), "late_share": self.late_share, "n_curves": len(self.runs),
                       "n_winners": len(np.unique(self.winner[self.bracketed]))}  # fmt: skip
 

@@ -52,10 +52,10 @@ class IsoflopFit:
     C: np.ndarray
 
     def to_json(self, bootstrap=None) -> dict:
-        """The object `approach2` of laws.json; `bootstrap` adds a_ci, b_ci."""
+        """The object `approach2` of laws.json; `bootstrap` adds a_ci, b_ci and its to_json()."""
         out = self.law.constants() | {"method": self.method, "noise": _null(self.noise)}
         if bootstrap is not None:
-            out |= {"a_ci": list(bootstrap.interval("a")), "b_ci": list(bootstrap.interval("b"))}
+            out |= {"a_ci": list(bootstrap.interval("a")), "b_ci": list(bootstrap.interval("b"))} | bootstrap.to_json()
         out["budgets"] = [
             {"flops": b.flops, "params_opt": _null(b.params_opt), "tokens_opt": _null(b.tokens_opt),
              "loss_opt": _null(b.loss_opt), "bracketed": b.bracketed, "n_runs": b.n_runs, "reason": b.reason,
@@ -65,6 +65,13 @@ class IsoflopFit:
 
 def _null(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
+
+
+def equal_rows(values) -> list[np.ndarray]:
+    """The indices of the rows that share a finite value, by rising value: one sort, however many values there are."""
+    order = np.argsort(values, kind="stable")
+    order = order[np.isfinite(values[order])]
+    return np.split(order, np.flatnonzero(np.diff(values[order])) + 1) if len(order) else []
 
 
 def group_budgets(C, tolerance: float = 0.1, *, budget=None) -> np.ndarray:
@@ -77,8 +84,7 @@ def group_budgets(C, tolerance: float = 0.1, *, budget=None) -> np.ndarray:
     nominal = np.full(len(log_c), np.nan)
     if budget is not None:
         budget = np.asarray(budget, np.float64)
-        for label in np.unique(budget[np.isfinite(budget)]):
-            rows = budget == label
+        for rows in equal_rows(budget):
             nominal[rows] = math.exp(log_c[rows].mean())
         return nominal
     left = np.argsort(log_c, kind="stable")
@@ -115,8 +121,7 @@ def fit_isoflop(N, D, loss, C=None, *, budget=None, tolerance: float = 0.1, meth
     if _sizes(N) < MIN_SIZES:
         raise NotIdentified(f"Approach 2 needs at least {MIN_SIZES} different model sizes, but has {_sizes(N)}")
     nominal = group_budgets(C, tolerance, budget=budget)
-    groups = [np.flatnonzero(nominal == c) for c in np.unique(nominal[np.isfinite(nominal)])]
-    groups = [rows[np.argsort(N[rows], kind="stable")] for rows in groups if len(rows) >= 3]
+    groups = [rows[np.argsort(N[rows], kind="stable")] for rows in equal_rows(nominal) if len(rows) >= 3]
     left_out = np.setdiff1d(np.arange(len(N)), np.concatenate([np.empty(0, int), *groups]))
     budgets = tuple(_budget(rows, N, D, loss, float(nominal[rows[0]]), method) for rows in groups)
     good = [b for b in budgets if b.bracketed]
@@ -197,6 +202,10 @@ class Curve:
         sizes, log_d = (np.bincount(size_of_row, v) / count for v in (x, np.log(D)))
         return cls(x, float(x.mean()), sizes, size_of_row, log_d)
 
+    def by_size(self, values) -> np.ndarray:
+        """(K, s): values (K, m) of the rows, summed over those of each size."""
+        return np.add.reduceat(values, np.searchsorted(self.size_of_row, np.arange(len(self.sizes))), axis=1)
+
     def tokens(self, u) -> np.ndarray:
         """D at ln N = u + mean, between the sizes linear in logs: N D hardly varies along an isoFLOP curve."""
         return np.exp(np.interp(u + self.mean, self.sizes, self.log_d))
@@ -209,10 +218,7 @@ class Curve:
             return tuple(np.linalg.lstsq(basis, loss.T, rcond=None)[0])
         normal = np.einsum("km,mi,mj->kij", weights, basis, basis, optimize=True)
         right = (weights * loss) @ basis
-        drawn = np.zeros((len(weights), len(self.sizes)), bool)
-        for row, size in enumerate(self.size_of_row):
-            drawn[:, size] |= weights[:, row] > 0
-        enough = drawn.sum(1) >= MIN_SIZES
+        enough = (self.by_size(weights) > 0).sum(1) >= MIN_SIZES
         normal[~enough] = np.eye(3)
         out = np.linalg.solve(normal, right[:, :, None])[:, :, 0]
         out[~enough] = np.nan
@@ -238,9 +244,7 @@ class Curve:
         if weights is not None:
             raise ValueError("resampling leaves gaps in the spline: use the noise bootstrap")
         s = len(self.sizes)
-        log_loss = np.zeros((len(loss), s))
-        np.add.at(log_loss.T, self.size_of_row, np.log(loss).T)
-        log_loss /= np.bincount(self.size_of_row)
+        log_loss = self.by_size(np.log(loss)) / np.bincount(self.size_of_row)
         fine = np.interp(np.arange((s - 1) * FINE + 1) / FINE, np.arange(s), self.sizes)
         curve = akima(self.sizes, log_loss, fine)
         best = curve.argmin(1)

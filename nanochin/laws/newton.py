@@ -14,7 +14,7 @@ import numpy as np
 
 TOLERANCE = 1e-13  # of the objective, still to be gained by the next step
 FLOOR = 1e-30  # of the summed weights: what rounding leaves of the objective of noise-free data
-MAX_STEPS = 200
+MAX_STEPS = 300
 
 # (theta (K, p), mu (K,), rows (K,): which problems) -> objective (K,), gradient (K, p), Hessian (K, p, p)
 Evaluate = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
@@ -31,9 +31,11 @@ class Optimum:
     gradient_norm: np.ndarray | None = None  # (K,), see Surface.gradient_norm
 
 
-def minimise(evaluate: Evaluate, theta, lower, upper, weight, tolerance: float = TOLERANCE, damping=0.0) -> Optimum:
+def minimise(evaluate: Evaluate, theta, lower, upper, weight, tolerance: float = TOLERANCE, damping=0.0,
+             most: int = MAX_STEPS) -> Optimum:  # fmt: skip
     """Minimise K problems of p unknowns from theta (K, p), each within lower <= theta <= upper, (p,) or (K, p); weight
-    (K,) is what the objective's terms weigh in sum. A coordinate with lower == upper is held fixed."""
+    (K,) is what the objective's terms weigh in sum. A coordinate with lower == upper is held fixed. After `most` steps
+    a problem is given up."""
     theta = np.clip(theta, lower, upper)
     K = len(theta)
     lower, upper = np.broadcast_to(lower, theta.shape), np.broadcast_to(upper, theta.shape)
@@ -42,13 +44,13 @@ def minimise(evaluate: Evaluate, theta, lower, upper, weight, tolerance: float =
     rows = np.arange(K)  # problems that still move; all arrays below are theirs
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         F, g, H = evaluate(theta, mu, rows)
-        for taken in range(MAX_STEPS + 1):
+        for taken in range(most + 1):
             step, gain = _step(theta, g, H, mu, lower, upper)
             # An exact Newton step with nothing left to gain. `gain` is negative for an indefinite Hessian.
             rounding = FLOOR * weight[rows]
             done = (mu == 0) & (gain >= 0) & (gain <= tolerance * F + rounding) | (rounding >= F)
             result.converged[rows[done]] = True
-            done |= taken == MAX_STEPS
+            done |= taken == most
             if done.any():
                 at, left = rows[done], ~done
                 result.theta[at], result.objective[at], result.steps[at] = theta[done], F[done], taken

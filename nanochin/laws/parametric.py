@@ -43,7 +43,7 @@ class ParametricFit:
         return len(self.N)
 
     def to_json(self, bootstrap=None) -> dict:
-        """The object `approach3` of laws.json; `bootstrap` (a Bootstrap of this fit) adds `ci`."""
+        """The object `approach3` of laws.json; `bootstrap` (a Bootstrap of this fit) adds its to_json()."""
         law = self.law
         out = {k: float(getattr(law, k)) for k in ("E", "A", "B", "alpha", "beta", "a", "b", "G")}
         out |= {"delta": None if math.isinf(self.delta) else self.delta, "space": self.space,
@@ -51,10 +51,7 @@ class ParametricFit:
                 "starts_agreeing": self.starts_agreeing, "gradient_norm": self.gradient_norm,
                 "at_bound": list(self.at_bound), "fixed_E": self.fixed_e, "tied": self.tied}  # fmt: skip
         if bootstrap is not None:
-            quantities = ("E", "A", "B", "alpha", "beta", "a", "b", "G")
-            out["ci"] = {q: list(bootstrap.interval(q, 95)) for q in quantities}
-            out["ci80"] = {q: list(bootstrap.interval(q, 80)) for q in quantities}
-            out |= {"replicates": bootstrap.sample(200), "noise": self.noise}  # for Law.forecast
+            out |= bootstrap.to_json() | {"noise": self.noise, "replicates": bootstrap.sample(200)}  # for Law.forecast
         return out
 
     @property

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from nanochin.laws.law import Law, NotIdentified
-from nanochin.laws.newton import Optimum, minimise
+from nanochin.laws.newton import TOLERANCE, Optimum, minimise
 
 MIN_ROWS, MIN_SIZES = 6, 3
 EXPONENTS = (1e-3, 4.0)  # bounds of alpha and beta
@@ -18,7 +18,9 @@ SCALE = 40.0  # bound of |log u1| and |log u2| at the mean of log N and log D
 BLOCK = 24_576  # numbers in an intermediate array: 192 KiB, so that those in use stay in cache and off the page tables
 BATCH = 2**22  # numbers in the weights of a batch of replicates: 32 MiB
 NARROW = np.log(1.3)  # runs whose budgets or ratios D/N all lie within this factor count as one
+CORNERS = 5e-5  # a delta on log loss below which Newton's method needs to be led
 FLAT = 1e-4  # gradient norm of an optimum, at most
+ROUNDING = 1e-12  # eigenvalues of a Hessian whose diagonal is 1 that may as well be 0
 EPS = np.finfo(float).eps
 
 # The unknowns: log u1 at the centre (it holds A), alpha, log u2 at the centre (it holds B), beta, E.
@@ -120,16 +122,24 @@ class Surface:
             return lambda z, mu, rows: self(z, mu, weights, delta, rows)
 
         total = np.broadcast_to(weights.sum(-1), len(z))
-        for delta in self._larger_deltas() if cold else ():
-            z = minimise(objective(delta), z, lower, upper, total, tolerance=1e-2, damping=0.1).theta
+        for delta, tolerance in self._larger_deltas(cold):
+            z = minimise(objective(delta), z, lower, upper, total, tolerance, damping=0.1, most=50).theta
         found = minimise(objective(self.delta), z, lower, upper, total)
-        # Nothing left to gain, but all terms pull one way: a plateau where a term of the law has vanished.
-        norm = self.gradient_norm(found.theta, weights, (found.theta <= lower) | (found.theta >= upper))
-        return replace(found, converged=found.converged & (norm < FLAT), gradient_norm=norm)
+        # Nothing left to gain is not enough. Where a term of the law has vanished there is a plateau, on which all
+        # terms of the gradient pull one way; and where the Hessian is not positive definite there is a saddle.
+        held = (found.theta <= lower) | (found.theta >= upper)
+        norm = self.gradient_norm(found.theta, weights, held)
+        proven = (norm < FLAT) & self.curves_up(found.theta, weights, held)
+        return replace(found, converged=found.converged & proven, gradient_norm=norm)
 
-    def _larger_deltas(self) -> list[float]:
+    def _larger_deltas(self, cold: bool) -> list[tuple[float, float]]:
+        """(delta, tolerance) of what is minimised first. With a small delta nearly every row is a corner, among which
+        Newton's steps wander: there it is lowered by thirds, each optimum found before the next."""
         typical = 1.0 if self.space == "log" else float(np.median(self.loss))  # what a relative residual is worth
-        return [d * typical for d in (3e-3, 1e-4, 1e-5, 1e-6) if d * typical > 2 * self.delta]
+        path = [(3e-3, 1e-2)] if cold else []
+        if self.delta < CORNERS * typical:
+            path += [(3.0**-k, TOLERANCE) for k in range(6, 13)]  # 1.4e-3 to 1.9e-6
+        return [(d * typical, tolerance) for d, tolerance in path if d * typical > 2 * self.delta]
 
     def _blocks(self, K: int) -> list[slice]:
         size = max(1, BLOCK // len(self.N))
@@ -215,6 +225,16 @@ class Surface:
             ):
                 out[k, 0:2], out[k, 2:4], out[k, 4] = (v * p1) @ n, (v * p2) @ d, np.einsum("kn,kn->k", v, f)
         return np.where(held, 0, np.abs(g @ self.free) / (size @ self.free)).max(1)
+
+    def curves_up(self, z, weights, held) -> np.ndarray:
+        """(K,) bool: whether the Hessian at z (K, p) is positive definite, `held` coordinates (K, p) left out."""
+        H = self(z, np.zeros(len(z)), weights, self.delta)[2]
+        free = ~held
+        H = np.where(free[:, :, None] & free[:, None, :], H, np.eye(z.shape[1]))
+        scale = np.sqrt(np.maximum(np.einsum("kii->ki", H), 1e-300))  # its diagonal becomes 1: no units
+        H = H / (scale[:, :, None] * scale[:, None, :])
+        finite = np.isfinite(H).all((1, 2))
+        return finite & (np.linalg.eigvalsh(np.where(finite[:, None, None], H, 0)).min(1) > ROUNDING)
 
 
 def projected_starts(surface: Surface, count: int, weights=None) -> np.ndarray:

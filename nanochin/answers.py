@@ -1,0 +1,179 @@
+"""What to train: the questions that one may ask of a fitted law, answered once for terminal, laws.json and report.
+
+answers = answer(study.best, Questions((1e20, 1e21), target_loss=2.1))
+answers.optima[1].found["params"].value, answers.optima[1].found["params"].intervals[95]
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from nanochin import laws
+from nanochin.console import count
+from nanochin.laws import LEVELS, DataConstrained, Law, NotIdentified
+from nanochin.study import Approach, attempt
+
+SHOWN = {  # quantity: what heads its column, and how it is printed
+    "flops": ("C", "{:g} FLOPs".format), "target_loss": ("loss", "{:g}".format),
+    "inference_tokens": ("tokens served", count), "unique_tokens": ("unique tokens", count),
+    "flops_6nd": ("least 6ND", "{:.3g}".format), "params": ("N", count), "tokens": ("D", count),
+    "tokens_per_param": ("D/N", "{:.3g}".format), "epochs": ("epochs", "{:.3g}".format),
+    "loss": ("loss", "{:.4f}".format), "compute_saved": ("compute saved", "{:.1%}".format),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What is asked; None: not asked."""
+
+    budgets: tuple[float, ...]  # training FLOPs as the study counts them
+    target_loss: float | None = None
+    inference_tokens: float | None = None
+    unique_tokens: float | None = None
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, and its intervals {80: (low, high), 95: ...}, or {} where there are none."""
+
+    value: float
+    intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Of the 95% interval; nan where there is none."""
+        return self.intervals.get(95, (math.nan, math.nan))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """To one question. Quantities have the names of SHOWN."""
+
+    asked: dict[str, float]
+    found: dict[str, Estimate]  # empty where the law knows no answer:
+    why: str = ""
+
+    def to_json(self) -> dict:
+        out = dict(self.asked) | {name: _finite(estimate.value) for name, estimate in self.found.items()}
+        for key, level in (("ci", 95), ("ci80", 80)):
+            ends = {name: e.intervals[level] for name, e in self.found.items() if level in e.intervals}
+            if ends:
+                out[key] = {name: [_finite(end) for end in both] for name, both in ends.items()}
+        return out | ({"reason": self.why} if self.why else {})
+
+
+@dataclass(frozen=True)
+class Answers:
+    """To all that was asked; the lists of what was not are empty."""
+
+    optima: list[Answer]
+    to_reach: list[Answer]
+    to_serve: list[Answer]
+    with_text: list[Answer]
+
+    def to_json(self) -> dict:
+        """The object `answers` of laws.json."""
+        return {name: [one.to_json() for one in found] for name, found in vars(self).items() if found}
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def answer(best: Approach, questions: Questions) -> Answers:
+    """Optima of the budgets, and what else was asked: of every budget where it needs one."""
+    target, served, unique = questions.target_loss, questions.inference_tokens, questions.unique_tokens
+    return Answers(
+        optima=[optimum(best, C) for C in questions.budgets],
+        to_reach=[] if target is None else [to_reach(best, target)],
+        to_serve=[] if served is None else [to_serve(best, C, served) for C in questions.budgets],
+        with_text=[] if unique is None else [with_text(best, C, unique) for C in questions.budgets],
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The questions
+
+
+def optimum(approach: Approach, C: float) -> Answer:
+    """The compute-optimal run for C FLOPs, in the convention of the study."""
+    own = float(approach.budget(C))
+
+    def estimate(quantity: Callable) -> Estimate:
+        sure = approach.sure
+        ends = {} if sure is None else {level: sure.interval(quantity, level) for level in LEVELS}
+        return Estimate(float(quantity(approach.law)), ends)
+
+    found = {
+        "params": estimate(lambda law: law.optimal(own)[0]),
+        "tokens": estimate(lambda law: law.optimal(own)[1]),
+        "tokens_per_param": estimate(lambda law: law.optimal(own)[1] / law.optimal(own)[0]),
+    }
+    if isinstance(approach.law, Law):
+        found["loss"] = estimate(lambda law: law.loss(*law.optimal(own)))
+    return Answer({"flops": C}, found)
+
+
+def to_reach(approach: Approach, loss: float) -> Answer:
+    """What a loss costs at least, and the run that reaches it."""
+
+    def need(law: Law) -> tuple:
+        C = laws.compute_for_loss(law, loss)
+        return C, *law.optimal(C)
+
+    return _answer(approach, {"target_loss": loss}, need, ("flops_6nd", "params", "tokens"))
+
+
+def to_serve(approach: Approach, C: float, tokens: float) -> Answer:
+    """The run that is as good as the optimum of C, for the least compute of training it and serving `tokens` with it
+    together (Sardana and Frankle 2023), and the share of that compute which it saves."""
+    own = float(approach.budget(C))
+
+    def plan(law: Law) -> tuple:
+        N, D = law.optimal(own)
+        n, d = laws.inference_optimal(law, law.loss(N, D), tokens)
+        return n, d, d / n, max(0.0, 1 - (6 * n * d + 2 * n * tokens) / (6 * N * D + 2 * N * tokens))
+
+    names = ("params", "tokens", "tokens_per_param", "compute_saved")
+    return _answer(approach, {"flops": C, "inference_tokens": tokens}, plan, names)
+
+
+def with_text(approach: Approach, C: float, unique: float) -> Answer:
+    """The best run for C when only `unique` tokens exist. How fast repetition loses its worth is that of Muennighoff
+    et al. 2023, who fitted it on C4; hence no intervals."""
+    own = float(approach.budget(C))
+
+    def plan(law: Law) -> tuple:
+        limited = DataConstrained(law)
+        n, d = limited.optimal(own, unique)
+        return n, d, max(d / unique, 1.0), limited.loss(n, d, unique)
+
+    names = ("params", "tokens", "epochs", "loss")
+    return _answer(replace(approach, sure=None), {"flops": C, "unique_tokens": unique}, plan, names)
+
+
+def _answer(approach: Approach, asked: dict, quantities: Callable, names: tuple) -> Answer:
+    if not isinstance(approach.law, Law):
+        return Answer(asked, {}, "this needs a law that knows the loss, that is Approach 3")
+    found = attempt(quantities, approach.law)
+    if isinstance(found, NotIdentified):
+        return Answer(asked, {}, str(found))
+    return Answer(asked, dict(zip(names, estimates(approach, quantities), strict=True)))
+
+
+def estimates(approach: Approach, quantities: Callable, replicates: int = 200) -> list[Estimate]:
+    """Of a function of a law of single numbers that gives several: its values, with intervals by every k-th replicate.
+    Where it is not identified its value counts as infinite."""
+    values, sure = quantities(approach.law), approach.sure
+    if sure is None:
+        return [Estimate(float(value)) for value in values]
+    every, drawn = sure.law, []
+    names = [name for name, column in vars(every).items() if np.ndim(column) == 1]
+    for i in np.unique(np.linspace(0, len(every.a) - 1, replicates).astype(int)):
+        found = attempt(quantities, replace(every, **{name: float(getattr(every, name)[i]) for name in names}))
+        drawn.append([math.inf] * len(values) if isinstance(found, NotIdentified) else found)
+    ends = {level: np.percentile(drawn, (50 - level / 2, 50 + level / 2), axis=0, method="nearest") for level in LEVELS}
+    return [Estimate(float(value), {level: (float(low[j]), float(high[j])) for level, (low, high) in ends.items()})
+            for j, value in enumerate(values)]  # fmt: skip
