@@ -7,6 +7,7 @@
 What the data cannot support is the NotIdentified that says so, in the place of a result.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -148,7 +149,9 @@ def resamples(n: int, asked: int | None) -> tuple[int, str]:
     if asked is not None:
         return asked, ""
     chosen = int(np.clip(WORK / n, LEAST, USUAL))
-    note = f"{n:,} rows are many: {chosen} resamples instead of {USUAL}; --bootstrap={USUAL} insists"
+    minutes = math.ceil(n * chosen / WORK)
+    note = (f"{n:,} rows are many: {chosen} resamples instead of {USUAL}, about {minutes} minute{'s' * (minutes > 1)}; "
+            f"--bootstrap={USUAL} insists")  # fmt: skip
     return chosen, note if chosen < USUAL else ""
 
 
