@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -245,7 +246,7 @@ def main() -> None:
         from bench.train_throughput import cpu_name
 
         source = "240 made-up runs" if options.runs is None else f"{len(N)} rows of {Path(options.runs).name}"
-        shown = " ".join(Path(a).name if a == options.runs else a for a in sys.argv[1:])
+        shown = shlex.join(Path(a).name if a == options.runs else a for a in sys.argv[1:])
         about = {"command": f"python -m bench.fit {shown}".strip(), "source": source, "cpu": cpu_name(), "threads": 1,
                  "date": time.strftime("%Y-%m-%d"), "python": sys.version.split()[0], "numpy": np.__version__,
                  "scipy": scipy.__version__}  # fmt: skip
