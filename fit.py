@@ -34,6 +34,7 @@ from nanochin.rows import (
 from nanochin.runs import versions, write_file, writing
 from nanochin.study import Approach, Checks, Settings, Study, check, findings, resamples, study_runs
 
+GREAT_FILE = 10_000_000  # bytes that take some seconds to read
 MOMENTS = 3e6  # rows x resamples below which it takes no longer than a moment, and progress is not shown
 
 
@@ -89,6 +90,8 @@ def main() -> None:
 def read(options: FitOptions) -> tuple[Rows, Rows | None]:
     """The runs and, where there are any, their training curves. Raises UserError for what cannot be used."""
     path, columns = Path(options.path), parse_columns(options.columns)
+    if path.is_file() and (size := path.stat().st_size) > GREAT_FILE:
+        print(f"reading {path}, {size / 1e6:.0f} MB", flush=True)
     rows = read_rows(path, columns, options.skip_bad)
     if options.flops in (None, "physical"):
         rows = all_or_no_flops(rows, options.skip_bad)
@@ -222,10 +225,9 @@ def files_of_earlier_fit(out: Path) -> list[str]:
     """The figures that the laws.json in `out` says were written beside it."""
     try:
         listed = json.loads((out / "laws.json").read_text(encoding="utf-8"))["meta"]["files"]
+        return [name for name in listed if Path(name).name == name and Path(name).suffix in (".svg", ".png")]
     except (OSError, ValueError, KeyError, TypeError):  # none yet, of an older version, or not ours
         return []
-    return [name for name in listed if isinstance(name, str) and Path(name).name == name
-            and Path(name).suffix in (".svg", ".png")]  # fmt: skip
 
 
 def contents(study: Study, questions: Questions, answers: Answers, meta: dict) -> dict:

@@ -1,4 +1,5 @@
-"""Speed of Approach 3 against what people use, side by side in one run on one thread; CPU seconds throughout.
+"""Speed of Approach 3 against what people use, side by side in one run on one thread, in CPU seconds; and how long
+the whole command takes, against what is promised.
 
     python -m bench.fit                                    240 made-up runs like Chinchilla's
     python -m bench.fit --runs chinchilla.csv --json bench/results/fit_cpu.json
@@ -13,8 +14,11 @@ import itertools
 import json
 import math
 import os
+import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -29,6 +33,7 @@ from nanochin.laws import BESIROGLU, HOFFMANN, bootstrap, fit_parametric
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 DELTA = 1e-3
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,8 @@ class Options:
     starts: int = opt(4500, "how many of the grid's 4500 starts L-BFGS-B is timed on, evenly spread; scaled up", low=1)
     resamples: int = opt(100, "how many of the 4000 resamples BFGS is timed on; scaled up", low=1)
     rounds: int = opt(5, "repetitions of what takes less than a second", low=1)
+    command_rounds: int = opt(3, "repetitions of the whole command, of which the fastest counts", low=1)
+    remark: str = opt("", "what else one should know about this run, such as: beside other work")
     wrong_way: bool = opt(False, "instead: how an optimiser that stops too early makes the interval collapse")
     json: str | None = opt(None, "write the results to this file, and a table beside it (.md)")
 
@@ -166,6 +173,45 @@ def peak_memory(rows: int) -> float:
     return peak / 1e6
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+COMMANDS = (  # what, options of fit.py, whether the answer on the terminal ends it, seconds promised
+    ("point estimates, until the answer", ("--bootstrap=0", "--figures=none"), True, 1),
+    ("4000 bootstraps, until the answer", ("--bootstrap=4000", "--figures=none"), True, 3),
+    ("everything, SVG and PNG figures included", (), False, 8),
+)
+
+
+def time_commands(N, D, loss, rounds: int) -> list[dict]:
+    """Seconds by the clock from the start of Python to the answer on the terminal or to the end of the command, the
+    best of `rounds`; CPU seconds of the whole command."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "runs.csv"
+        header = "params,tokens,loss"
+        np.savetxt(path, np.stack([N, D, loss], 1), fmt="%.17g", delimiter=",", header=header, comments="")
+        for what, options, until_answer, target in COMMANDS:
+            argv = [sys.executable, "fit.py", str(path), f"--out={folder}/out", *options]
+            best = {"seconds": math.inf}
+            for _ in range(rounds):
+                start = time.perf_counter()
+                with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE) as process:
+                    process.stdout.readline()  # the answer comes in one piece
+                    answered = time.perf_counter() - start
+                    process.stdout.read()
+                    ended = time.perf_counter() - start
+                    _, status, used = os.wait4(process.pid, 0)
+                    process.returncode = os.waitstatus_to_exitcode(status)
+                if process.returncode:
+                    raise UserError(f"{' '.join(argv)}: exit code {process.returncode}")
+                seconds, cpu = answered if until_answer else ended, used.ru_utime + used.ru_stime
+                if seconds < best["seconds"]:
+                    best = {"seconds": seconds, "cpu_seconds": cpu}
+            rows.append({"what": what, "options": " ".join(options), "target": target} | best)
+    return rows
+
+
 def main() -> None:
     options = parse(Options, prog="python -m bench.fit", description=__doc__)
     if any(os.environ.get(name) != value for name, value in ONE_THREAD.items()):
@@ -180,6 +226,7 @@ def main() -> None:
         return print(format_columns(lines))
     rows = compare(N, D, loss, options)
     memory = {n: peak_memory(n) for n in (1000, 100_000)}
+    commands = time_commands(N, D, loss, options.command_rounds)
     lines = [["what", "CPU s", "ratio", "objective", "remarks"]]
     for row in rows:
         ratio = f"{row['ratio']:.0f}x" if row["ratio"] else "1"
@@ -187,6 +234,11 @@ def main() -> None:
         lines.append([f"{row['what']}: {row['who']}", f"{row['seconds']:.3g}", ratio, objective, row["note"]])
     text = format_columns(lines)
     text += "\n" + "\n".join(f"{n} rows, a fit and 20 bootstraps: {mb:.0f} MB" for n, mb in memory.items())
+    table = [[f"python fit.py, {len(N)} rows", "by the clock, s", "target, s", "CPU s of it all"]]
+    for row in commands:
+        numbers = (f"{row['seconds']:.2f}", str(row["target"]), f"{row['cpu_seconds']:.2f}")
+        table.append([row["what"], *numbers])
+    text += "\n\n" + format_columns(table)
     print(text)
     if options.json:
         import scipy
@@ -194,15 +246,16 @@ def main() -> None:
         from bench.train_throughput import cpu_name
 
         source = "240 made-up runs" if options.runs is None else f"{len(N)} rows of {Path(options.runs).name}"
-        shown = " ".join(Path(a).name if a == options.runs else a for a in sys.argv[1:])
+        shown = shlex.join(Path(a).name if a == options.runs else a for a in sys.argv[1:])
         about = {"command": f"python -m bench.fit {shown}".strip(), "source": source, "cpu": cpu_name(), "threads": 1,
                  "date": time.strftime("%Y-%m-%d"), "python": sys.version.split()[0], "numpy": np.__version__,
                  "scipy": scipy.__version__}  # fmt: skip
         kept = asdict(options) | {"runs": options.runs and Path(options.runs).name}
-        result = about | {"options": kept, "rows": rows, "memory_mb": memory}
+        result = about | {"options": kept, "rows": rows, "memory_mb": memory, "commands": commands}
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
         note = (f"{source}; {about['cpu']}, one thread, numpy {about['numpy']}, scipy {about['scipy']}, "
-                f"{about['date']}; CPU seconds, ratios to nanochin in the same run")  # fmt: skip
+                f"{about['date']}; CPU seconds, ratios to nanochin in the same run"
+                + f"; {options.remark}" * bool(options.remark))  # fmt: skip
         Path(options.json).with_suffix(".md").write_text(f"`{about['command']}`\n\n{note}\n\n```\n{text}\n```\n")
 
 

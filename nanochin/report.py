@@ -34,7 +34,7 @@ from nanochin.console import count
 from nanochin.figures import Figure
 from nanochin.laws import TABLE_3, Law, NotIdentified, Refit
 from nanochin.plot import STYLE, panel_svg, variables
-from nanochin.study import Approach, Checks, Study, findings
+from nanochin.study import SENSITIVITY, Approach, Checks, Study, findings
 
 HERE = Path(__file__).parent
 
@@ -90,9 +90,12 @@ def _panels(figure: Figure) -> str:
 
 
 def table(head: list[str], rows: list[list[str]], mark: int | None = None) -> str:
-    """Cells are HTML; row `mark` is the one that matters."""
+    """Cells are HTML, the last of a short row as wide as what is missing; row `mark` is the one that matters."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    lines = []
+    for row in rows:
+        wide = f' colspan="{len(head) - len(row) + 1}"' if len(row) < len(head) else ""
+        lines.append("".join(f"<td>{cell}</td>" for cell in row[:-1]) + f"<td{wide}>{row[-1]}</td>")
     body = "".join(f"<tr{' class=mark' * (i == mark)}>{line}</tr>" for i, line in enumerate(lines))
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -123,15 +126,15 @@ def four(value: float) -> str:
     return digits(value, 4)
 
 
-def with_ends(value: float, ends: tuple[float, float], show=three) -> str:
-    """A number, and its interval in small print."""
+def between(ends: tuple[float, float], show=three) -> str:
+    """An interval in small print, "" where there is none."""
     low, high = ends
-    return show(value) + ("" if math.isnan(low) else f' <span class="ci">{show(low)} – {show(high)}</span>')
+    return "" if math.isnan(low) else f' <span class="ci">{show(low)} – {show(high)}</span>'
 
 
 def ci(estimate: Estimate, show) -> str:
-    """The same with its 95% interval."""
-    return with_ends(estimate.value, estimate.ends, show)
+    """A number and its 95% interval."""
+    return show(estimate.value) + between(estimate.ends, show)
 
 
 SHOW = {name: show for name, (_, show) in SHOWN.items()} | {
@@ -229,8 +232,8 @@ def _approaches(study: Study) -> str:
     for name, approach in sorted(found, key=lambda pair: pair[1].number):
         law, at = approach.law, optimum(approach, C).found
         there = (ci(at[name], SHOW[name]) for name in ("params", "tokens", "tokens_per_param"))
-        rows.append([name, with_ends(law.a, approach.interval("a")), with_ends(law.b, approach.interval("b")),
-                     f"{law.a + law.b:.3f}", *there])  # fmt: skip
+        exponents = (three(getattr(law, x)) + between(approach.interval(x)) for x in "ab")
+        rows.append([name, *exponents, f"{law.a + law.b:.3f}", *there])
     return table(["approach", "a", "b", "a + b", f"N at {flops(C)}", "D there", "D / N there"], rows)
 
 
@@ -239,7 +242,7 @@ def _approaches(study: Study) -> str:
 
 
 def _sensitivity(checks: Checks) -> list[str]:
-    head = ["", "E", "A", "B", "α", "β", "a", "objective"]
+    head = ["", "a", "α", "β", "E", "A", "B", "objective"]
     parts = []
 
     def fits(title: str, refits: list[Refit], words: Callable[[object], str]) -> None:
@@ -251,6 +254,8 @@ def _sensitivity(checks: Checks) -> list[str]:
     fits("With another δ, below which residuals count as squares and above it as distances", checks.deltas,
          lambda delta: f"δ = {flops(delta)}")  # fmt: skip
     fits("With another objective or form", checks.variants, str)
+    if any(refit.sure for refit in checks.variants):
+        parts.append(f"<p><small>95% intervals by {SENSITIVITY} resamples of each fit.</small></p>")
     if not isinstance(form := checks.kaplan_form, NotIdentified):
         formula = ("((N<sub>c</sub>/N)<sup>α<sub>N</sub>/α<sub>D</sub></sup> + D<sub>c</sub>/D)"
                    "<sup>α<sub>D</sub></sup>")  # fmt: skip
@@ -282,13 +287,14 @@ def _constants(words: str, refit: Refit) -> list[str]:
     """A row of a table of parametric fits, with 95% intervals; of one that failed, why."""
     fit, sure = refit.fit, refit.sure
     if isinstance(fit, NotIdentified):
-        return [words, f"<em>{html.escape(str(fit))}</em>", *[""] * 6]
+        return [words, f"<em>{html.escape(str(fit))}</em>"]
 
     def value(name: str) -> str:
-        ends = sure.interval(name) if sure and name not in ("A", "B") else (math.nan, math.nan)
-        return with_ends(getattr(fit.law, name), ends, partial(digits, figures=5 if math.isnan(ends[0]) else 4))
+        low, high = sure.interval(name) if sure and name not in ("A", "B") else (math.nan, math.nan)
+        ends = (low, high) if low < high else (math.nan, math.nan)  # what is held fixed has none
+        return digits(getattr(fit.law, name), 5) + between(ends, four)
 
-    return [words, *(value(name) for name in ("E", "A", "B", "alpha", "beta", "a")), digits(fit.objective, 6)]
+    return [words, *(value(name) for name in ("a", "alpha", "beta", "E", "A", "B")), digits(fit.objective, 6)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -329,7 +335,7 @@ def _answer_table(answers: list[Answer]) -> str:
     rows = []
     for one in answers:
         cells = [ci(one.found[name], SHOW[name]) for name in found if one.found]
-        cells = cells or [f"<em>{html.escape(one.why)}</em>", *[""] * (len(found) - 1)]
+        cells = cells or [f"<em>{html.escape(one.why)}</em>"]
         rows.append([*(SHOW[name](value) for name, value in one.asked.items()), *cells])
     return table([SHOWN[name][0] for name in (*given, *found)] + [""] * (not found), rows)
 

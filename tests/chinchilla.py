@@ -16,6 +16,13 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "chinchilla_s
 COLUMNS = {"Model Size": "params", "Training FLOP": "flops", "loss": "loss"}  # as the public file calls them
 
 
+def chinchilla_csv(folder: Path) -> Path:
+    """All 245 runs as a table that fit.py reads, written to `folder`."""
+    path = folder / "chinchilla.csv"
+    np.savetxt(path, np.stack(chinchilla(245), 1), fmt="%.17g", delimiter=",", header="params,tokens,loss", comments="")
+    return path
+
+
 def chinchilla(rows: int = 240) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """N, D = C / 6N and loss of the runs; 240 leaves out the five of highest loss, as Besiroglu et al. do."""
     path = Path(os.environ.get("NANOCHIN_CHINCHILLA_CSV", SHARED))

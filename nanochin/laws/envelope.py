@@ -130,22 +130,28 @@ def refit_envelope(fit: EnvelopeFit, batches) -> dict[str, np.ndarray]:
     """Constants (replicates,) of the power laws when runs are drawn anew; `batches(size)` yields how often (k, runs).
     The envelope only asks whether a run was drawn at all; nan where fewer than 2 sizes win."""
     log_c, log_n = np.log(fit.flops), np.log(fit.sizes)
-    order = fit.table.argsort(0, kind="stable")  # best run first at each point
-    finite = np.isfinite(np.take_along_axis(fit.table, order, 0))
-    at = np.arange(len(log_c))
-    fits = []
+    there, at, fits = np.isfinite(fit.table), np.arange(len(log_c)), []
+    keys = (fit.table, log_n[:, None], -log_n[:, None])  # lowest loss, smallest and largest size first
+    ranks = [np.where(there, key, np.inf).argsort(0, kind="stable") for key in keys]
     for drawn in batches(64):
-        shape = (len(drawn), len(log_c))
-        winner, smallest, largest = np.zeros(shape, int), np.full(shape, np.inf), np.full(shape, -np.inf)
-        for runs, exists in zip(order[::-1], finite[::-1], strict=True):  # worst first: the best present run stays
-            present = (drawn[:, runs] > 0) & exists
-            winner = np.where(present, runs, winner)
-            smallest = np.where(present, np.minimum(smallest, log_n[runs]), smallest)
-            largest = np.where(present, np.maximum(largest, log_n[runs]), largest)
+        winner, smallest, largest = (_first_present(rank, there, drawn > 0) for rank in ranks)  # each (k, points)
         n, d = log_n[winner], fit.log_tokens[winner, at]
-        used = (smallest < n) & (n < largest)
+        used = (log_n[smallest] < n) & (n < log_n[largest])
         several = np.where(used, n, -np.inf).max(1) > np.where(used, n, np.inf).min(1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            (k_N, a), (k_D, b) = (line(np.broadcast_to(log_c, shape), v, used) for v in (n, d))
+            (k_N, a), (k_D, b) = (line(np.broadcast_to(log_c, n.shape), v, used) for v in (n, d))
             fits.append(np.where(several, np.stack([np.exp(k_N), a, np.exp(k_D), b]), np.nan))
     return dict(zip(("k_N", "a", "k_D", "b"), np.concatenate(fits, 1), strict=True))
+
+
+def _first_present(rank, there, drawn) -> np.ndarray:
+    """(k, points): at each point the run that comes first in `rank` (runs, points) of those that have a loss `there`
+    (runs, points) and were `drawn` (k, runs), or 0 where there is none; those that do not have one are last in rank."""
+    first = np.full((len(drawn), rank.shape[1]), -1)
+    left = there.sum(0)  # candidates of each point
+    for i, runs in enumerate(rank):
+        waiting = (first < 0) & (i < left)
+        if not waiting.any():  # soon: of each rank five in eight runs are drawn
+            break
+        first = np.where(waiting & drawn[:, runs], runs, first)
+    return np.maximum(first, 0)
