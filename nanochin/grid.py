@@ -310,11 +310,10 @@ class _Builder:
             convention=self.base.flops)  # fmt: skip
         try:
             plan = make(**given)
+            given["lr"] = plan.lr * self.times["lr_times"]  # not that of another batch: the multiples vary one by one
             if self.times["batch_times"] != 1 and "batch_tokens" not in fixed:
                 sequences = max(1, round(plan.batch_tokens * self.times["batch_times"] / shape.seq_len))
                 given["batch_tokens"] = sequences * shape.seq_len
-                plan = make(**given)
-            given["lr"] = plan.lr * self.times["lr_times"]
             if "warmup_tokens" not in fixed:
                 given["warmup_tokens"] = plan.warmup_tokens * self.times["warmup_times"]
             return make(**given)

@@ -180,7 +180,7 @@ def test_one_at_a_time(read):
     found = cells(read(kind="grid", models=["16x1"], budgets=[1e11], vary="one", lr_times=[1.0, 0.5, 2.0],
                        batch_times=[1.0, 0.5], warmup_times=[1.0, 0.0]))  # fmt: skip
     base = found[0]
-    assert base.config.lr == pytest.approx(0.006 * math.sqrt(64 / 16), rel=1e-12)
+    assert base.config.lr == pytest.approx(0.011 * math.sqrt(base.config.batch_tokens) / 16, rel=1e-12)
     ratio = [(c.config.lr / base.config.lr, round(c.config.batch_tokens / base.config.batch_tokens, 1),
               round(c.config.warmup_tokens / base.config.warmup_tokens, 1)) for c in found]  # fmt: skip
     assert ratio == [(1, 1, 1), (0.5, 1, 1), (2, 1, 1), (1, 0.5, 1), (1, 1, 0)]
