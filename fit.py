@@ -33,6 +33,7 @@ from nanochin.rows import (
 )
 from nanochin.runs import versions, write_file, writing
 from nanochin.study import Approach, Checks, Settings, Study, check, findings, resamples, study_runs
+from nanochin.trials import Trial, read_trial
 
 GREAT_FILE = 10_000_000  # bytes that take some seconds to read
 MOMENTS = 3e6  # rows x resamples below which it takes no longer than a moment, and progress is not shown
@@ -64,11 +65,14 @@ class FitOptions:
     target_loss: float | None = opt(None, "what does this loss cost?", above=0)
     inference_tokens: float | None = opt(None, "tokens that the model will serve", above=0)
     unique_tokens: float | None = opt(None, "tokens of text that there are", above=0)
+    trials: tuple[str, ...] = opt((), "runs that train.py --law made after these were fitted: shown beside what the "
+                                  "law had predicted of them, not fitted")  # fmt: skip
     figures: str = opt("all", "all: SVG, and PNG if matplotlib is there", choices=("all", "svg", "none"))
 
 
 def main() -> None:
     options = parse(FitOptions, prog="fit.py", description=__doc__)
+    trials = [read_trial(folder) for folder in options.trials]
     rows, curves = read(options)
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
     replicates, note = resamples(len(rows), options.bootstrap)
@@ -84,7 +88,9 @@ def main() -> None:
     with Progress(quiet=len(rows) * replicates < MOMENTS) as progress:
         checks = check(study, progress)
     print("\n" + "\n".join(f"{'  ' if good else '! '}{text}" for good, text in findings(study, checks)), flush=True)
-    print("\n" + write(study, checks, questions, answers, options))
+    if trials:
+        print("\nPredicted first, trained then:\n" + "\n".join(f"  {trial}" for trial in trials))
+    print("\n" + write(study, checks, questions, answers, trials, options))
 
 
 def read(options: FitOptions) -> tuple[Rows, Rows | None]:
@@ -179,7 +185,8 @@ def between(ends: tuple[float, float], show="{:.3g}".format) -> str:
 # In files
 
 
-def write(study: Study, checks: Checks, questions: Questions, answers: Answers, options: FitOptions) -> str:
+def write(study: Study, checks: Checks, questions: Questions, answers: Answers, trials: list[Trial],
+          options: FitOptions) -> str:  # fmt: skip
     """laws.json, figures, report.html: each whole or as it was before. Figures that an earlier fit wrote here and this
     one does not are deleted; nothing else in the folder is touched."""
     from nanochin import figures, plot, report  # after the answer
@@ -209,9 +216,9 @@ def write(study: Study, checks: Checks, questions: Questions, answers: Answers, 
             said.append("and PNG")
         except UserError as error:
             said.append(f"({error})")
-    files["report.html"] = report.render(study, checks, drawn, questions, answers, provenance).encode()
+    files["report.html"] = report.render(study, checks, drawn, questions, answers, trials, provenance).encode()
     meta = describe(study, options) | {"command": command(), "git": built["git"], "files": sorted(files)}
-    files["laws.json"] = laws.laws_text(contents(study, questions, answers, meta)).encode()
+    files["laws.json"] = laws.laws_text(contents(study, questions, answers, trials, meta)).encode()
 
     stale = set(files_of_earlier_fit(out)) - set(files)
     for name, content in files.items():  # all made before one is written; laws.json, which lists them, is the last
@@ -230,7 +237,7 @@ def files_of_earlier_fit(out: Path) -> list[str]:
         return []
 
 
-def contents(study: Study, questions: Questions, answers: Answers, meta: dict) -> dict:
+def contents(study: Study, questions: Questions, answers: Answers, trials: list[Trial], meta: dict) -> dict:
     """laws.json: each approach with its intervals and its optima of the budgets that were asked, then the answers."""
 
     def as_json(found) -> dict | NotIdentified:
@@ -242,7 +249,8 @@ def contents(study: Study, questions: Questions, answers: Answers, meta: dict) -
     everything = laws.laws_json(*(as_json(study.results[number]) for number in (1, 2, 3)), meta)
     if isinstance(study.akima, Approach):
         everything["approach2_akima"] = as_json(study.akima)
-    return everything | {"answers": {"approach": study.best.number} | answers.to_json()}
+    everything["answers"] = {"approach": study.best.number} | answers.to_json()
+    return everything | ({"trials": [trial.to_json() for trial in trials]} if trials else {})
 
 
 def describe(study: Study, options: FitOptions) -> dict:

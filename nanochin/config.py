@@ -263,7 +263,7 @@ def run_command(main, prog: str) -> None:
     try:
         code = main()
         sys.stdout.flush()
-        sys.exit(code)
+        sys.exit(code or 0)
     except UserError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         sys.exit(error.code)

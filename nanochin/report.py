@@ -35,6 +35,7 @@ from nanochin.figures import Figure
 from nanochin.laws import TABLE_3, Law, NotIdentified, Refit
 from nanochin.plot import STYLE, panel_svg, variables
 from nanochin.study import SENSITIVITY, Approach, Checks, Study, findings
+from nanochin.trials import Trial
 
 HERE = Path(__file__).parent
 
@@ -49,7 +50,7 @@ class Provenance:
 
 
 def render(study: Study, checks: Checks, figures: list[Figure], questions: Questions, answers: Answers,
-           provenance: Provenance) -> str:  # fmt: skip
+           trials: list[Trial], provenance: Provenance) -> str:  # fmt: skip
     """The report as a text."""
     name = html.escape("/".join(Path(study.rows.source).parts[-2:]))
     forest = "".join(_panels(figure) for figure in figures if figure.name == "certainty")
@@ -58,6 +59,7 @@ def render(study: Study, checks: Checks, figures: list[Figure], questions: Quest
         f'<div class="first">{_section("The law", _law(study))}',
         f"{_section('What to train', _answers(study, answers.optima))}</div>",
         _section("How sure", _findings(study, checks), _approaches(study), forest),
+        *([_section("Predicted first, trained then", _trials(trials))] if trials else []),
         *(_section(figure.title, _panels(figure)) for figure in figures if figure.name != "certainty"),
         _section("What would change the answer", *_sensitivity(checks)),
         _section("Other questions", *_other_questions(study, questions, answers)),
@@ -327,6 +329,16 @@ def _other_questions(study: Study, questions: Questions, answers: Answers) -> li
         _answer_table(answers.with_text or [with_text(best, C, unique) for unique in (D, D / 4, D / 16, D / 64)]),
         _paper_table(law),
     ]
+
+
+def _trials(trials: list[Trial]) -> str:
+    """Runs beside what the law had said of them."""
+    rows = [[html.escape(one.run), flops(one.flops), count(one.params), count(one.tokens),
+             ci(one.predicted, (one.low, one.high), four), four(one.loss), f"{100 * one.off:+.2f}%",
+             "inside" if one.inside else "<strong>outside</strong>"] for one in trials]  # fmt: skip
+    words = ("<p>Runs that are no part of the fit. The law's forecast of each, an interval of 95% for a single run, "
+             "was written into its config.json before its first step.</p>")  # fmt: skip
+    return words + table(["run", "C", "N", "D", "predicted", "reached", "off by", ""], rows)
 
 
 def _answer_table(answers: list[Answer]) -> str:

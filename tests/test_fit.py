@@ -548,3 +548,23 @@ def test_checks_of_many_runs_are_made_on_some(monkeypatch):
     assert checks.runs == 24 and any("24 of the 28 runs" in text for _, text in findings(study, checks))
     np.testing.assert_array_equal(held.observed, study.L[held.rows])
     assert len(study.rows) == 28 and "not checked" not in study.rows.dropped
+
+
+def test_trials(made_up, run, tmp_path):
+    """Runs that were predicted first are shown beside the fit, on the terminal, in laws.json and in the report, and
+    change nothing of it."""
+    made = tmp_path / "big"
+    made.mkdir()
+    (made / "summary.json").write_text(json.dumps({"name": "big", "params": 1e5, "tokens": 2e6, "flops": 1.2e12,
+                                                   "loss": 2.5}))  # fmt: skip
+    predicted = {"predicted_loss": 2.48, "predicted_low": 2.4, "predicted_high": 2.6}
+    (made / "config.json").write_text(json.dumps({"predicted": predicted}))
+    run(made_up, "--out", tmp_path / "without", *QUICK)
+    said = run(made_up, "--out", tmp_path / "with", "--trials", made, *QUICK)
+    line = "big, 1.2e+12 FLOPs: predicted 2.4800 (95%: 2.4000 to 2.6000), reached 2.5000, +0.81%, inside"
+    assert line in said
+    assert "+0.81%" in (tmp_path / "with" / "report.html").read_text()
+    without, found = (json.loads((tmp_path / name / "laws.json").read_text()) for name in ("without", "with"))
+    assert found.pop("trials")[0]["inside"] is True
+    assert {**found, "meta": None} == {**without, "meta": None}
+    assert "no finished run" in run(made_up, "--trials", tmp_path / "nothing", code=2)

@@ -39,7 +39,7 @@ def made(tmp_path_factory):
 
 def render(study, checks, drawn, asked) -> str:
     answers = answer(study.best, asked)
-    return report.render(study, checks, drawn, asked, answers, report.Provenance("a < b", "c0ffee", "1"))
+    return report.render(study, checks, drawn, asked, answers, [], report.Provenance("a < b", "c0ffee", "1"))
 
 
 class Page(HTMLParser):

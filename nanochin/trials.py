@@ -1,0 +1,56 @@
+"""Runs whose loss a law had predicted before they were trained: the only test of a law that nothing can bend."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nanochin.config import UserError
+from nanochin.runs import read_json
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of `train.py --law`. Losses in nats per token; low and high end the predicted 95% interval."""
+
+    run: str
+    params: float
+    tokens: float
+    flops: float  # physical
+    predicted: float
+    low: float
+    high: float
+    loss: float  # that was reached
+
+    @property
+    def off(self) -> float:
+        """The loss that was reached over the predicted one, less 1."""
+        return self.loss / self.predicted - 1
+
+    @property
+    def inside(self) -> bool:
+        return self.low <= self.loss <= self.high
+
+    def __str__(self) -> str:
+        return (f"{self.run}, {self.flops:.3g} FLOPs: predicted {self.predicted:.4f} (95%: {self.low:.4f} to "
+                f"{self.high:.4f}), reached {self.loss:.4f}, {100 * self.off:+.2f}%, "
+                f"{'inside' if self.inside else 'OUTSIDE'}")  # fmt: skip
+
+    def to_json(self) -> dict:
+        return asdict(self) | {"off": self.off, "inside": self.inside}
+
+
+def read_trial(folder: str | Path) -> Trial:
+    """The trial that a finished run was; the prediction is the one that stands in its config.json from the start.
+
+    Raises UserError for a folder that holds no finished run, or one of which no law had said anything."""
+    folder = Path(folder)
+    try:
+        row, before = read_json(folder / "summary.json"), read_json(folder / "config.json").get("predicted") or {}
+    except OSError as error:
+        raise UserError(f"--trials {folder}: no finished run there ({error.strerror})") from None
+    found = {key: before.get(f"predicted_{key}") for key in ("loss", "low", "high")}
+    if not all(isinstance(value, float) and math.isfinite(value) for value in found.values()):
+        raise UserError(f"--trials {folder}: no law predicted its loss with an interval; train it with --law "
+                        "laws.json, of a fit on the same text")  # fmt: skip
+    return Trial(row["name"], row["params"], row["tokens"], row["flops"], found["loss"], found["low"], found["high"],
+                 row["loss"])  # fmt: skip
