@@ -1,0 +1,438 @@
+"""The whole training step on one GPU beside nanoGPT's, in one call of under nine minutes.
+
+    python -m bench.gpu --nanogpt ~/nanoGPT    writes bench/results/gpu_<device>.json and .md
+    python -m bench.gpu --dry-run              the same code on tiny shapes on a CPU: its times mean nothing
+
+Four parts, the most valuable first: every size, ours in each kind of step and nanoGPT's model and step compiled with
+either kernel for attention, each in a process of its own that takes turns with the others; where the time of our step
+goes, beside what the device's measured matrix product and copy would need; our step with one kernel after the other
+given to torch; the sizes of a sweep, alone and several on one device. What fails is a row with its error's text; what
+is not timed by the deadline says so. All processes of a size start at once, so their seconds to the first step are
+those of a busy host.
+
+A step is STEP_TOKENS tokens, accumulated over micro-batches as large as fit. MFU is against the published dense
+peak; "nanoGPT's count" is 6 N + 12 L C T a token with N = all parameters but position embeddings, "physical" what runs
+(nanochin/flops.py), attention in full in both.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.common import Worker
+from nanochin import flops
+from nanochin.config import UserError, make_shape, opt, parse, run_command
+from nanochin.console import count
+
+RESULTS = Path(__file__).resolve().parent / "results"
+STEP_TOKENS = 65_536  # of a step, accumulated where memory does not hold them at once; beyond, no kernel gets faster
+# width, layers, head size, vocabulary, context
+SIZES = {
+    "124M": (768, 12, 64, 50304, 1024),
+    "50M": (640, 8, 64, 16384, 1024),
+    "10M": (320, 6, 64, 8192, 512),
+    "350M": (1024, 24, 64, 50304, 1024),
+}
+LADDER = [(64, 2), (128, 3), (192, 3), (256, 4), (384, 6), (512, 8), (640, 10), (768, 12)]  # at V 8192, T 512
+PACKED = [(64, 2), (128, 3), (256, 4), (512, 8)]
+LADDER_TOKENS = 32_768
+# Where each part has to end, as a share of the minutes.
+SHARES = {"sizes": 0.72, "ablation": 0.86, "ladder": 1.0}
+# On an H100: nanoGPT's count of the peak, ours over nanoGPT's best, our memory over nanoGPT's at the same micro-batch.
+TARGETS = {"124M": 0.47, "350M": 0.47, "50M": 0.40, "10M": 0.30}
+FASTER, LEANER = 1.3, 0.5
+
+
+@dataclass(frozen=True)
+class Options:
+    nanogpt: str | None = opt(None, "a checkout of karpathy/nanoGPT to time in turns with ours")
+    minutes: float = opt(8.5, "what is not timed by then is left out, with a note", above=0)
+    sizes: tuple[str, ...] = opt(tuple(SIZES), f"which of {', '.join(SIZES)}")
+    parts: tuple[str, ...] = opt(tuple(SHARES), f"which of {', '.join(SHARES)}")
+    out: str = opt(str(RESULTS), "folder of the JSON and the table")
+    dry_run: bool = opt(False, "tiny shapes on the CPU: whether this command works, no more")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts share. Times are on time.monotonic()."""
+
+    options: Options
+    start: float
+    sizes: dict[str, tuple[int, ...]]
+    ceilings: dict[str, float]  # FLOP/s of a product, bytes/s of a copy, as measured
+    peak: float | None  # FLOP/s, published
+    device: str  # its name
+
+    def left(self, part: str) -> float:
+        return self.start + 60 * self.options.minutes * SHARES[part] - time.monotonic()
+
+    def worker(self, **spec) -> Worker:
+        dry = self.options.dry_run
+        spec |= {"dry": dry, "dtype": "float32" if dry else "bfloat16", "began": time.time()}
+        return Worker("bench.gpu_worker", spec)
+
+    def seconds(self, seconds: float) -> float:
+        return 0.01 if self.options.dry_run else seconds
+
+
+def hear(worker: Worker, timeout: float) -> dict:
+    """Its answer, or {"error": text}, after which it has ended."""
+    try:
+        answer = worker.hear(timeout)
+    except (UserError, TimeoutError) as error:
+        worker.close(0)
+        answer = {"error": f"{type(error).__name__}: {error}"}
+    return answer
+
+
+def ask(worker: Worker, timeout: float, do: str, **arguments) -> dict:
+    worker.tell({"do": do, **arguments})
+    return hear(worker, timeout)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def run_size(bench: Bench, name: str) -> tuple[list[dict], dict]:
+    """(a row for each variant, the split of our step's time)."""
+    size = bench.sizes[name]
+    *_, T = size
+    sequences = max(2, STEP_TOKENS // T) if not bench.options.dry_run else 4
+    most = sequences if not bench.options.dry_run else 2
+    variants = [{"who": "nanochin", "kind": kind} for kind in ("graph", "eager", "compile")]
+    if bench.options.nanogpt:
+        path = str(Path(bench.options.nanogpt).resolve())
+        theirs = {"who": "nanoGPT", "kind": "compile", "nanogpt": path}
+        variants += [theirs | {"sdpa": sdpa} for sdpa in ("flash", "cudnn")]
+    rows = [{"size": name} | variant for variant in variants]
+    for row in rows:
+        row.pop("nanogpt", None)
+    if bench.left("sizes") < bench.seconds(20):
+        return [row | {"error": "not timed: out of time"} for row in rows], {}
+
+    workers = [bench.worker(role="variant", shape=size, sequences=sequences, most=most, others=len(variants) - 1,
+                            **variant) for variant in variants]  # fmt: skip
+    for worker in workers:
+        worker.tell({"do": "warm"})
+    for worker, row in zip(workers, rows, strict=True):
+        row |= hear(worker, max(1.0, bench.left("sizes") - bench.seconds(30)))  # which it takes to time the others
+    turns = [[] for _ in rows]
+    for _ in range(1 if bench.options.dry_run else 2):
+        for worker, row, got in zip(workers, rows, turns, strict=True):
+            if "error" not in row and bench.left("sizes") > 0:
+                answer = ask(worker, 60, "turn", seconds=bench.seconds(1.0))
+                row |= {key: value for key, value in answer.items() if key != "seconds"}
+                got += answer.get("seconds", [])
+    for row, seconds in zip(rows, turns, strict=True):
+        finish_row(bench, row, seconds, size, sequences * T)
+    split = more_of_ours(bench, name, rows, workers) if bench.left("sizes") > bench.seconds(5) else {}
+    for worker in workers:
+        worker.close(20)
+    compare(rows)
+    return rows, split
+
+
+def finish_row(bench: Bench, row: dict, seconds: list[float], size: tuple[int, ...], tokens: int) -> None:
+    """Speed, MFU and compile seconds of the blocks of steps that were timed."""
+    if not seconds:
+        row.setdefault("error", "not timed: out of time")
+        return
+    width, layers, head, vocab, T = size
+    shape = make_shape(width, layers, vocab_size=vocab, seq_len=T, head_size=head)
+    median = statistics.median(seconds)
+    speed = tokens / median
+    nanogpt_count = 6 * flops.count_params(shape).total + 12 * layers * width * T
+    row |= {"ms": 1e3 * median, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds), "tokens_per_s": speed,
+            "mfu_nanogpt_count": bench.peak and nanogpt_count * speed / bench.peak,
+            "mfu_physical": bench.peak and flops.flops_per_token(shape) * speed / bench.peak,
+            "compile_seconds": max(0.0, row["first_steps_seconds"] - 5 * median)}  # fmt: skip
+
+
+def more_of_ours(bench: Bench, name: str, rows: list[dict], workers: list[Worker]) -> dict:
+    """The memory of our eager step at nanoGPT's micro-batch, into its row; returns where its time goes."""
+    index = next(i for i, row in enumerate(rows) if (row["who"], row["kind"]) == ("nanochin", "eager"))
+    row, worker = rows[index], workers[index]
+    if "error" in row:
+        return {}
+    theirs = [r["micro_batch"] for r in rows if r["who"] == "nanoGPT" and "error" not in r]
+    if theirs:
+        answer = ask(worker, 60, "memory_at", micro_batch=min(theirs))
+        row["peak_bytes_at_theirs"] = answer.get("peak_bytes")
+        if "error" in answer:
+            row["note"] = answer["error"]
+    answer = ask(worker, 60, "profile")
+    if "error" in answer:
+        return {"size": name, **answer}
+    graph = next((r["ms"] for r in rows if r["kind"] == "graph" and "ms" in r), None)
+    busy = sum(answer["split_ms"].values())
+    return {"size": name, "split_ms": answer["split_ms"], "floor_ms": floor(bench, name),
+            "gap_eager_ms": answer["wall_ms"] - busy, "gap_graph_ms": graph and graph - busy}  # fmt: skip
+
+
+def compare(rows: list[dict]) -> None:
+    """Ours over nanoGPT's fastest variant, in speed, and in memory at the same micro-batch."""
+    theirs = [row for row in rows if row["who"] == "nanoGPT" and "tokens_per_s" in row]
+    if not theirs:
+        return
+    best = max(theirs, key=lambda row: row["tokens_per_s"])
+    lean = min(theirs, key=lambda row: row["micro_batch"])
+    for row in rows:
+        if row["who"] == "nanochin" and "tokens_per_s" in row:
+            row["times_nanogpt"] = row["tokens_per_s"] / best["tokens_per_s"]
+        if row.get("peak_bytes_at_theirs"):
+            row["memory_over_nanogpt"] = row["peak_bytes_at_theirs"] / lean["peak_bytes"]
+
+
+PARTS_OF_LEDGER = {
+    "matmul": ("qkv", "output projection", "feed-forward", "logits"),
+    "attention": ("attention scores", "softmax", "attention values"),
+    "norm, rotary, activation": ("rotary, qk-norm", "activation", "norms, residuals", "biases"),
+    "loss": ("loss",),
+}
+
+
+def floor(bench: Bench, name: str) -> dict[str, float]:
+    """Milliseconds that a step needs at least, by the ledger and at the measured ceilings. The optimizer reads weight,
+    gradient and two moments and writes all but the gradient: 28 bytes a parameter."""
+    width, layers, head, vocab, T = bench.sizes[name]
+    shape = make_shape(width, layers, vocab_size=vocab, seq_len=T, head_size=head)
+    known = flops.find_device(bench.device)
+    vector = known.float32 if known else bench.ceilings["flops"] / 1e12 / 15  # TFLOP/s without matrix units
+    device = flops.Device("", None, bench.ceilings["flops"] / 1e12, None, vector, bench.ceilings["bytes"] / 1e9)
+    sequences = STEP_TOKENS // T if not bench.options.dry_run else 4
+    floors = {row.operation: 1e3 * flops.floor_seconds(row, sequences, device, "bfloat16")
+              for row in flops.ledger(shape)}  # fmt: skip
+    found = {part: sum(floors.get(row, 0.0) for row in rows) for part, rows in PARTS_OF_LEDGER.items()}
+    found["optimizer"] = 1e3 * 28 * flops.count_params(shape).total / bench.ceilings["bytes"]
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ablation, ladder
+
+
+def run_ablation(bench: Bench) -> list[dict]:
+    """Rows of our graph step with kernels given to torch; times_ours is its time over that of our own step."""
+    name = next(iter(bench.sizes))
+    *_, T = size = bench.sizes[name]
+    dry = bench.options.dry_run
+    sequences, most = (4, 2) if dry else (STEP_TOKENS // T, STEP_TOKENS // 2 // T)  # torch's loss takes more memory
+    if bench.left("ablation") < bench.seconds(25):
+        return [{"error": "not timed: out of time"}]
+    worker = bench.worker(role="ablation", shape=size, sequences=sequences, most=most)
+    until = time.time() + bench.left("ablation") - bench.seconds(10)
+    answer = ask(worker, bench.left("ablation") + 15, "run", seconds=bench.seconds(1.0), until=until)
+    worker.close(20)
+    if "error" in answer:
+        return [{"size": name, **answer}]
+    rows = [{"size": name, **row} for row in answer["rows"]]
+    ours = [s for row in rows if row["by_torch"].startswith("nothing") for s in row.get("seconds", [])]
+    for row in rows:
+        if "error" not in row:
+            row["ms"] = 1e3 * statistics.median(row.pop("seconds"))
+            row["times_ours"] = row["ms"] / 1e3 / statistics.median(ours) if ours else None
+    return rows
+
+
+def run_ladder(bench: Bench) -> list[dict]:
+    """Rows of tokens/s of the ladder's sizes: eager and graph alone, several processes, several streams of one."""
+    dry = bench.options.dry_run
+    vocab, T = (64, 16) if dry else (8192, 512)
+    together = [1, 2] if dry else [1, 2, 4, 8]
+    alone, packed = ([(16, 1)], [(16, 1)]) if dry else (LADDER, PACKED)
+    if bench.left("ladder") < bench.seconds(15):
+        return [{"model": "all", "kind": "", "processes": 0, "streams": 0, "error": "not timed: out of time"}]
+    workers = [bench.worker(role="ladder", sequences=2 if dry else LADDER_TOKENS // T) for _ in range(max(together))]
+    plans = [(shape, kind, 1, 1) for shape in alone for kind in ("graph", "eager")]
+    plans += [(shape, "graph", n, 1) for shape in packed for n in together[1:]]
+    plans += [(shape, "graph", 1, n) for shape in packed for n in together[1:-1] or together[1:]]
+    rows = []
+    for (width, layers), kind, processes, streams in plans:
+        shape = make_shape(width, layers, vocab_size=vocab, seq_len=T)
+        row = {"model": str(shape), "kind": kind, "processes": processes, "streams": streams}
+        row |= run_together(bench, workers[:processes], [width, layers, shape.head_size, vocab, T], kind, streams)
+        if "tokens_per_s" in row:
+            row["flops_per_s"] = flops.flops_per_token(shape) * row["tokens_per_s"]
+            single = next(r for r in rows + [row] if r["model"] == row["model"] and r["kind"] == "graph")
+            row["times_alone"] = row["tokens_per_s"] / single["tokens_per_s"] if "tokens_per_s" in single else None
+        rows.append(row)
+    for worker in workers:
+        worker.close(20)
+    return rows
+
+
+def run_together(bench: Bench, workers: list[Worker], shape: list[int], kind: str, streams: int) -> dict:
+    """{"tokens_per_s": of all together} or {"error": text}."""
+    if bench.left("ladder") < bench.seconds(4):
+        return {"error": "not timed: out of time"}
+    answers = []
+    for do, arguments in (("prepare", {"shape": shape, "kind": kind, "runs": streams}),
+                          ("run", {"at": time.time(), "seconds": bench.seconds(0.8)})):  # fmt: skip
+        if do == "run":
+            arguments["at"] = time.time() + bench.seconds(0.2)
+        for worker in workers:
+            worker.tell({"do": do, **arguments})
+        answers = [hear(worker, max(1.0, bench.left("ladder"))) for worker in workers]
+        if errors := [answer["error"] for answer in answers if "error" in answer]:
+            return {"error": errors[0]}
+    return {"tokens_per_s": sum(answer["tokens"] / answer["seconds"] for answer in answers)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def table(heading: str, rows: list[list[str]]) -> list[str]:
+    names = heading.split(" | ")
+    return ["", f"| {heading} |", "|" + "---|" * len(names), *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def cell(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
+    return "" if value is None else f"{value * scale:.{digits}f}"
+
+
+def failed(row: dict) -> str:
+    return row["error"].replace("|", "/")
+
+
+def markdown(record: dict) -> str:
+    about = record["about"]
+    ceilings = about["ceilings"]
+    lines = [
+        f"# The training step on {about['device']}", "",
+        f"`{about['command']}`, {about['date']}, torch {about['versions']['torch']}, "
+        f"Triton {about['versions']['triton']}, {about['dtype']}, commit {about['versions']['git']}.",
+        f"Ceilings measured in this run: {ceilings['flops'] / 1e12:.0f} TFLOP/s (matrix product), "
+        f"{ceilings['bytes'] / 1e9:.0f} GB/s (copy). MFU against {count(about['peak'] or math.nan)}FLOP/s as "
+        "published, by nanoGPT's count (6 N + 12 L C T) and the physical one.",
+        f"Medians of blocks of steps of {STEP_TOKENS} tokens; x nanoGPT: our speed over its fastest variant's.",
+    ]  # fmt: skip
+    rows = []
+    for row in record.get("sizes", []):
+        who = f"{row['who']} {row['kind']}" + (f", {row['sdpa']}" if "sdpa" in row else "")
+        if "error" in row:
+            rows.append([row["size"], who, failed(row), *[""] * 8])
+            continue
+        rows.append([row["size"], who, count(row["tokens_per_s"]), cell(row["ms"]),
+                     cell(row["mfu_nanogpt_count"], 1, 100), cell(row["mfu_physical"], 1, 100),
+                     str(row["micro_batch"]), cell(row["peak_bytes"], 1, 2**-30), cell(row["compile_seconds"]),
+                     cell(row["ready_seconds"]), cell(row.get("times_nanogpt"), 2)])  # fmt: skip
+    if rows:
+        lines += ["", "## Sizes"]
+        lines += table("size | who | tokens/s | ms | MFU % nanoGPT's | MFU % physical | sequences at once | peak GiB | "
+                       "compile s | first steps after s | x nanoGPT", rows)  # fmt: skip
+        lines += ["", *targets(record["sizes"])]
+    if splits := [split for split in record.get("splits", []) if "split_ms" in split]:
+        lines += ["", "## Where our step's time goes, ms of the device; in brackets the floor"]
+        parts = list(splits[0]["split_ms"])
+        rows = [[split["size"], *(f"{cell(split['split_ms'][part], 2)} ({cell(split['floor_ms'].get(part), 2) or '-'})"
+                                  for part in parts), cell(split["gap_eager_ms"], 2), cell(split["gap_graph_ms"], 2)]
+                for split in splits]  # fmt: skip
+        lines += table(f"size | {' | '.join(parts)} | gaps, eager | gaps, graph", rows)
+    if record.get("ablation"):
+        rows = [[row.get("size", ""), row.get("by_torch", ""), failed(row) if "error" in row else cell(row["ms"], 2),
+                 cell(row.get("times_ours"), 3), cell(row.get("peak_bytes"), 1, 2**-30)]
+                for row in record["ablation"]]  # fmt: skip
+        lines += ["", "## Our step, with parts of it given to torch"]
+        lines += table("size | by torch | ms | x ours | peak GiB", rows)
+    if record.get("ladder"):
+        rows = [[row["model"], row["kind"], str(row["processes"]), str(row["streams"]),
+                 failed(row) if "error" in row else count(row["tokens_per_s"]),
+                 count(row["flops_per_s"]) if "flops_per_s" in row else "", cell(row.get("times_alone"), 2)]
+                for row in record["ladder"]]  # fmt: skip
+        lines += ["", f"## Sizes of a sweep, {LADDER_TOKENS} tokens a step, V 8192, T 512, all runs together"]
+        lines += table("model | step | processes | streams | tokens/s | FLOP/s | x one graph alone", rows)
+    return "\n".join(lines) + "\n"
+
+
+def targets(rows: list[dict]) -> list[str]:
+    """What the step is meant to reach on one H100, beside what it did."""
+    lines = []
+    for name in dict.fromkeys(row["size"] for row in rows):
+        ours = [row for row in rows if row["size"] == name and row["who"] == "nanochin" and "tokens_per_s" in row]
+        if name not in TARGETS or not ours:
+            continue
+        best = max(ours, key=lambda row: row["tokens_per_s"])
+        memory = next((row["memory_over_nanogpt"] for row in ours if row.get("memory_over_nanogpt")), None)
+        mfu = best["mfu_nanogpt_count"]
+        faster = cell(best.get("times_nanogpt"), 2) or "-"
+        lines.append(f"- {name}: fastest is {best['kind']}; MFU by nanoGPT's count {cell(mfu, 1, 100) or '-'}% (goal "
+                     f"{TARGETS[name]:.0%}), {faster}x nanoGPT (goal {FASTER}), memory {cell(memory, 2) or '-'}x "
+                     f"nanoGPT's at its micro-batch (goal {LEANER} at V 50k)")  # fmt: skip
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+def main() -> None:
+    options = parse(Options, prog="python -m bench.gpu", description=__doc__)
+    start = time.monotonic()
+    for given, known, flag in ((options.sizes, SIZES, "--sizes"), (options.parts, SHARES, "--parts")):
+        if unknown := set(given) - set(known):
+            raise UserError(f"{flag} {sorted(unknown)[0]}: choose from {', '.join(known)}")
+    if options.nanogpt and not (Path(options.nanogpt) / "model.py").exists():
+        raise UserError(f"--nanogpt {options.nanogpt}: no model.py there; name a checkout of karpathy/nanoGPT")
+    import torch
+
+    from bench import kernels as kernel_bench
+    from nanochin.runs import versions
+
+    if not options.dry_run and not torch.cuda.is_available():
+        raise UserError("there is no CUDA device here, so there is nothing to time (--dry-run runs the code)")
+    device = torch.device("cpu") if options.dry_run else torch.device("cuda", 0)
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(0) if cuda else "a CPU: these times mean nothing"
+    dtype = torch.bfloat16 if cuda else torch.float32
+    ceilings = kernel_bench.ceilings(kernel_bench.Bench(device, dtype, options.dry_run, math.inf, 0))
+    memory = torch.cuda.get_device_properties(0).total_memory if cuda else 0
+    if cuda:
+        torch.cuda.empty_cache()
+    sizes = {key: SIZES[key] for key in options.sizes} if cuda else {"tiny": (32, 1, 16, 64, 16)}
+    peak = flops.peak_flops(name, "bfloat16") if cuda else ceilings["flops"]
+    bench = Bench(options, start, sizes, ceilings, peak, name)
+    record = {"about": {
+        "command": " ".join(["python -m bench.gpu", *sys.argv[1:]]), "device": name, "date": time.strftime("%Y-%m-%d"),
+        "dtype": str(dtype).split(".")[1], "ceilings": ceilings, "peak": peak, "memory_bytes": memory,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(), "versions": versions(),
+        "cuda": torch.version.cuda}}  # fmt: skip
+
+    def keep() -> None:
+        """What is known so far."""
+        if cuda:
+            path = Path(options.out) / f"gpu_{name.replace(' ', '_')}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+            path.with_suffix(".md").write_text(markdown(record))
+
+    def say(what: str) -> None:
+        print(f"{time.monotonic() - start:4.0f} s  {what}", file=sys.stderr, flush=True)
+        keep()
+
+    if "sizes" in options.parts:
+        record |= {"sizes": [], "splits": []}
+        for size in bench.sizes:
+            rows, split = run_size(bench, size)
+            record["sizes"] += rows
+            record["splits"] += [split] if split else []
+            say(f"size {size}")
+    if "ablation" in options.parts:
+        record["ablation"] = run_ablation(bench)
+        say("ablation")
+    if "ladder" in options.parts:
+        record["ladder"] = run_ladder(bench)
+        say("ladder")
+    record["about"]["seconds"] = time.monotonic() - start
+    keep()
+    print(markdown(record))
+
+
+if __name__ == "__main__":
+    run_command(main, "python -m bench.gpu")
