@@ -1,6 +1,7 @@
 """What the benches of whole training steps share: workers that take turns, and nanoGPT's step."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import queue
 import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 
 from nanochin.config import Shape, UserError
@@ -65,6 +67,27 @@ def messages() -> Iterator[tuple[object, Callable[[object], None]]]:
         yield json.loads(line), lambda answer: print(json.dumps(answer), file=answers)
 
 
+def serve(spec: dict) -> None:
+    """In a worker: {"do": NAME, ...} calls a method of what `make(spec)` of the module spec["module"] returns, and is
+    answered with its result or {"error": text}. torch is loaded at once, the rest by the first message: until then the
+    worker has no context on a GPU, which takes half a GiB of it."""
+    import torch  # noqa: F401
+
+    worker = None
+    for message, answer in messages():
+        try:
+            if worker is None:
+                worker = importlib.import_module(spec["module"]).make(spec)
+            answer(getattr(worker, message.pop("do"))(**message))
+        except Exception as error:
+            traceback.print_exc()
+            answer({"error": error_text(error)})
+
+
+def error_text(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
 class NanoGPT:
     """The model and optimizer of a nanoGPT checkout; `step(batch)` trains on (n, T+1) tokens as its train.py does, in
     pieces of `micro_batch` sequences, and returns the loss of the last one, on the device."""
@@ -100,3 +123,7 @@ class NanoGPT:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
+
+
+if __name__ == "__main__":
+    serve(json.loads(sys.argv[2]))  # after --worker

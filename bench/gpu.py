@@ -7,8 +7,8 @@ Four parts, the most valuable first: every size, ours in each kind of step and n
 either kernel for attention, each in a process of its own that takes turns with the others; where the time of our step
 goes, beside what the device's measured matrix product and copy would need; our step with one kernel after the other
 given to torch; the sizes of a sweep, alone and several on one device. What fails is a row with its error's text; what
-is not timed by the deadline says so. All processes of a size start at once, so their seconds to the first step are
-those of a busy host.
+is not timed by the deadline says so. All processes load torch before anything is timed and those of a size compile at
+the same time, so their seconds until they are ready are those of a busy host.
 
 A step is STEP_TOKENS tokens, accumulated over micro-batches as large as fit. MFU is against the published dense
 peak; "nanoGPT's count" is 6 N + 12 L C T a token with N = all parameters but position embeddings, "physical" what runs
@@ -37,11 +37,14 @@ SIZES = {
     "10M": (320, 6, 64, 8192, 512),
     "350M": (1024, 24, 64, 50304, 1024),
 }
-LADDER = [(64, 2), (128, 3), (192, 3), (256, 4), (384, 6), (512, 8), (640, 10), (768, 12)]  # at V 8192, T 512
-PACKED = [(64, 2), (128, 3), (256, 4), (512, 8)]
-LADDER_TOKENS = 32_768
+LADDER = [(64, 2), (128, 3), (192, 3), (256, 4), (384, 6), (512, 8), (640, 10), (768, 12)]
+LADDER_SHAPE = 8192, 512  # V, T
+LADDER_TOKENS = 32_768  # a step
+PACKED = [(64, 2), (256, 4), (512, 8)]  # of the ladder, in so many processes or on so many streams at once
+PROCESSES, STREAMS = (2, 4, 8), (4,)
 # Where each part has to end, as a share of the minutes.
-SHARES = {"sizes": 0.72, "ablation": 0.86, "ladder": 1.0}
+SHARES = {"sizes": 0.72, "ablation": 0.85, "ladder": 1.0}
+LATE = "not timed: out of time"
 # On an H100: nanoGPT's count of the peak, ours over nanoGPT's best, our memory over nanoGPT's at the same micro-batch.
 TARGETS = {"124M": 0.47, "350M": 0.47, "50M": 0.40, "10M": 0.30}
 FASTER, LEANER = 1.3, 0.5
@@ -71,13 +74,23 @@ class Bench:
     def left(self, part: str) -> float:
         return self.start + 60 * self.options.minutes * SHARES[part] - time.monotonic()
 
+    def sequences(self, size: str) -> tuple[int, int]:
+        """Of a step, and at once at most."""
+        return (4, 2) if self.options.dry_run else 2 * (STEP_TOKENS // self.sizes[size][-1],)
+
     def worker(self, **spec) -> Worker:
         dry = self.options.dry_run
-        spec |= {"dry": dry, "dtype": "float32" if dry else "bfloat16", "began": time.time()}
-        return Worker("bench.gpu_worker", spec)
+        spec |= {"module": "bench.gpu_worker", "dry": dry, "dtype": "float32" if dry else "bfloat16"}
+        return Worker("bench.common", spec)
 
     def seconds(self, seconds: float) -> float:
         return 0.01 if self.options.dry_run else seconds
+
+
+def close(workers: list[Worker]) -> None:
+    """End them, so that the device's memory is free."""
+    for worker in workers:
+        worker.close(10)
 
 
 def hear(worker: Worker, timeout: float) -> dict:
@@ -99,25 +112,25 @@ def ask(worker: Worker, timeout: float, do: str, **arguments) -> dict:
 # Sizes
 
 
-def run_size(bench: Bench, name: str) -> tuple[list[dict], dict]:
-    """(a row for each variant, the split of our step's time)."""
-    size = bench.sizes[name]
-    *_, T = size
-    sequences = max(2, STEP_TOKENS // T) if not bench.options.dry_run else 4
-    most = sequences if not bench.options.dry_run else 2
+def start_size(bench: Bench, name: str) -> tuple[list[dict], list[Worker]]:
+    """A row and a worker for each variant; the workers load torch and wait."""
     variants = [{"who": "nanochin", "kind": kind} for kind in ("graph", "eager", "compile")]
     if bench.options.nanogpt:
-        path = str(Path(bench.options.nanogpt).resolve())
-        theirs = {"who": "nanoGPT", "kind": "compile", "nanogpt": path}
-        variants += [theirs | {"sdpa": sdpa} for sdpa in ("flash", "cudnn")]
-    rows = [{"size": name} | variant for variant in variants]
-    for row in rows:
-        row.pop("nanogpt", None)
-    if bench.left("sizes") < bench.seconds(20):
-        return [row | {"error": "not timed: out of time"} for row in rows], {}
+        variants += [{"who": "nanoGPT", "kind": "compile", "sdpa": sdpa} for sdpa in ("flash", "cudnn")]
+    sequences, most = bench.sequences(name)
+    spec = {"role": "variant", "shape": bench.sizes[name], "sequences": sequences, "most": most,
+            "others": len(variants) - 1, "nanogpt": bench.options.nanogpt}  # fmt: skip
+    return [{"size": name} | variant for variant in variants], [bench.worker(**spec, **v) for v in variants]
 
-    workers = [bench.worker(role="variant", shape=size, sequences=sequences, most=most, others=len(variants) - 1,
-                            **variant) for variant in variants]  # fmt: skip
+
+def run_size(bench: Bench, name: str, rows: list[dict], workers: list[Worker]) -> dict:
+    """Fills the rows; returns the split of our step's time."""
+    size = bench.sizes[name]
+    tokens = bench.sequences(name)[0] * size[-1]
+    if bench.left("sizes") < bench.seconds(20):
+        for row in rows:
+            row["error"] = LATE
+        return {}
     for worker in workers:
         worker.tell({"do": "warm"})
     for worker, row in zip(workers, rows, strict=True):
@@ -130,18 +143,16 @@ def run_size(bench: Bench, name: str) -> tuple[list[dict], dict]:
                 row |= {key: value for key, value in answer.items() if key != "seconds"}
                 got += answer.get("seconds", [])
     for row, seconds in zip(rows, turns, strict=True):
-        finish_row(bench, row, seconds, size, sequences * T)
+        finish_row(bench, row, seconds, size, tokens)
     split = more_of_ours(bench, name, rows, workers) if bench.left("sizes") > bench.seconds(5) else {}
-    for worker in workers:
-        worker.close(20)
     compare(rows)
-    return rows, split
+    return split
 
 
 def finish_row(bench: Bench, row: dict, seconds: list[float], size: tuple[int, ...], tokens: int) -> None:
     """Speed, MFU and compile seconds of the blocks of steps that were timed."""
     if not seconds:
-        row.setdefault("error", "not timed: out of time")
+        row.setdefault("error", LATE)
         return
     width, layers, head, vocab, T = size
     shape = make_shape(width, layers, vocab_size=vocab, seq_len=T, head_size=head)
@@ -205,7 +216,7 @@ def floor(bench: Bench, name: str) -> dict[str, float]:
     known = flops.find_device(bench.device)
     vector = known.float32 if known else bench.ceilings["flops"] / 1e12 / 15  # TFLOP/s without matrix units
     device = flops.Device("", None, bench.ceilings["flops"] / 1e12, None, vector, bench.ceilings["bytes"] / 1e9)
-    sequences = STEP_TOKENS // T if not bench.options.dry_run else 4
+    sequences, _ = bench.sequences(name)
     floors = {row.operation: 1e3 * flops.floor_seconds(row, sequences, device, "bfloat16")
               for row in flops.ledger(shape)}  # fmt: skip
     found = {part: sum(floors.get(row, 0.0) for row in rows) for part, rows in PARTS_OF_LEDGER.items()}
@@ -217,18 +228,20 @@ def floor(bench: Bench, name: str) -> dict[str, float]:
 # Ablation, ladder
 
 
-def run_ablation(bench: Bench) -> list[dict]:
-    """Rows of our graph step with kernels given to torch; times_ours is its time over that of our own step."""
+def start_ablation(bench: Bench) -> Worker:
     name = next(iter(bench.sizes))
-    *_, T = size = bench.sizes[name]
-    dry = bench.options.dry_run
-    sequences, most = (4, 2) if dry else (STEP_TOKENS // T, STEP_TOKENS // 2 // T)  # torch's loss takes more memory
-    if bench.left("ablation") < bench.seconds(25):
-        return [{"error": "not timed: out of time"}]
-    worker = bench.worker(role="ablation", shape=size, sequences=sequences, most=most)
-    until = time.time() + bench.left("ablation") - bench.seconds(10)
+    sequences, most = bench.sequences(name)
+    most = max(1, most // 2)  # torch's loss takes more memory
+    return bench.worker(role="ablation", shape=bench.sizes[name], sequences=sequences, most=most)
+
+
+def run_ablation(bench: Bench, worker: Worker) -> list[dict]:
+    """Rows of the first size's graph step with kernels given to torch; times_ours is its time over that of our own."""
+    name = next(iter(bench.sizes))
+    if bench.left("ablation") < bench.seconds(20):
+        return [{"size": name, "error": LATE}]
+    until = time.time() + bench.left("ablation") - bench.seconds(8)
     answer = ask(worker, bench.left("ablation") + 15, "run", seconds=bench.seconds(1.0), until=until)
-    worker.close(20)
     if "error" in answer:
         return [{"size": name, **answer}]
     rows = [{"size": name, **row} for row in answer["rows"]]
@@ -240,48 +253,50 @@ def run_ablation(bench: Bench) -> list[dict]:
     return rows
 
 
-def run_ladder(bench: Bench) -> list[dict]:
-    """Rows of tokens/s of the ladder's sizes: eager and graph alone, several processes, several streams of one."""
+def start_ladder(bench: Bench) -> list[Worker]:
     dry = bench.options.dry_run
-    vocab, T = (64, 16) if dry else (8192, 512)
-    together = [1, 2] if dry else [1, 2, 4, 8]
+    sequences, processes = (2, 2) if dry else (LADDER_TOKENS // LADDER_SHAPE[1], max(PROCESSES))
+    return [bench.worker(role="ladder", sequences=sequences) for _ in range(processes)]
+
+
+def run_ladder(bench: Bench, workers: list[Worker]) -> list[dict]:
+    """Rows of tokens/s of the ladder's sizes: by graph alone, in several processes, on several streams of one, and
+    eager."""
+    dry = bench.options.dry_run
+    vocab, T = (64, 16) if dry else LADDER_SHAPE
     alone, packed = ([(16, 1)], [(16, 1)]) if dry else (LADDER, PACKED)
-    if bench.left("ladder") < bench.seconds(15):
-        return [{"model": "all", "kind": "", "processes": 0, "streams": 0, "error": "not timed: out of time"}]
-    workers = [bench.worker(role="ladder", sequences=2 if dry else LADDER_TOKENS // T) for _ in range(max(together))]
-    plans = [(shape, kind, 1, 1) for shape in alone for kind in ("graph", "eager")]
-    plans += [(shape, "graph", n, 1) for shape in packed for n in together[1:]]
-    plans += [(shape, "graph", 1, n) for shape in packed for n in together[1:-1] or together[1:]]
+    plans = [(shape, "graph", 1, 1) for shape in alone]
+    plans += [(shape, "graph", n, 1) for shape in packed for n in PROCESSES if n <= len(workers)]
+    plans += [(shape, "graph", 1, n) for shape in packed for n in ((2,) if dry else STREAMS)]
+    plans += [(shape, "eager", 1, 1) for shape in packed]
     rows = []
     for (width, layers), kind, processes, streams in plans:
         shape = make_shape(width, layers, vocab_size=vocab, seq_len=T)
         row = {"model": str(shape), "kind": kind, "processes": processes, "streams": streams}
         row |= run_together(bench, workers[:processes], [width, layers, shape.head_size, vocab, T], kind, streams)
+        rows.append(row)
         if "tokens_per_s" in row:
             row["flops_per_s"] = flops.flops_per_token(shape) * row["tokens_per_s"]
-            single = next(r for r in rows + [row] if r["model"] == row["model"] and r["kind"] == "graph")
-            row["times_alone"] = row["tokens_per_s"] / single["tokens_per_s"] if "tokens_per_s" in single else None
-        rows.append(row)
-    for worker in workers:
-        worker.close(20)
+            alone_speed = next(r for r in rows if r["model"] == row["model"]).get("tokens_per_s")
+            row["times_alone"] = alone_speed and row["tokens_per_s"] / alone_speed
     return rows
 
 
 def run_together(bench: Bench, workers: list[Worker], shape: list[int], kind: str, streams: int) -> dict:
     """{"tokens_per_s": of all together} or {"error": text}."""
     if bench.left("ladder") < bench.seconds(4):
-        return {"error": "not timed: out of time"}
-    answers = []
-    for do, arguments in (("prepare", {"shape": shape, "kind": kind, "runs": streams}),
-                          ("run", {"at": time.time(), "seconds": bench.seconds(0.8)})):  # fmt: skip
-        if do == "run":
-            arguments["at"] = time.time() + bench.seconds(0.2)
+        return {"error": LATE}
+
+    def all_do(**message) -> list[dict]:
         for worker in workers:
-            worker.tell({"do": do, **arguments})
-        answers = [hear(worker, max(1.0, bench.left("ladder"))) for worker in workers]
-        if errors := [answer["error"] for answer in answers if "error" in answer]:
-            return {"error": errors[0]}
-    return {"tokens_per_s": sum(answer["tokens"] / answer["seconds"] for answer in answers)}
+            worker.tell(message)
+        return [hear(worker, max(1.0, bench.left("ladder"))) for worker in workers]
+
+    answers = all_do(do="prepare", shape=shape, kind=kind, runs=streams)
+    if not any("error" in answer for answer in answers):
+        answers = all_do(do="run", at=time.time() + bench.seconds(0.2), seconds=bench.seconds(0.8))
+    errors = [answer["error"] for answer in answers if "error" in answer]
+    return {"error": errors[0]} if errors else {"tokens_per_s": sum(a["tokens"] / a["seconds"] for a in answers)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,7 +341,7 @@ def markdown(record: dict) -> str:
     if rows:
         lines += ["", "## Sizes"]
         lines += table("size | who | tokens/s | ms | MFU % nanoGPT's | MFU % physical | sequences at once | peak GiB | "
-                       "compile s | first steps after s | x nanoGPT", rows)  # fmt: skip
+                       "compile s | ready after s | x nanoGPT", rows)  # fmt: skip
         lines += ["", *targets(record["sizes"])]
     if splits := [split for split in record.get("splits", []) if "split_ms" in split]:
         lines += ["", "## Where our step's time goes, ms of the device; in brackets the floor"]
@@ -346,7 +361,8 @@ def markdown(record: dict) -> str:
                  failed(row) if "error" in row else count(row["tokens_per_s"]),
                  count(row["flops_per_s"]) if "flops_per_s" in row else "", cell(row.get("times_alone"), 2)]
                 for row in record["ladder"]]  # fmt: skip
-        lines += ["", f"## Sizes of a sweep, {LADDER_TOKENS} tokens a step, V 8192, T 512, all runs together"]
+        vocab, T = LADDER_SHAPE
+        lines += ["", f"## Sizes of a sweep, {LADDER_TOKENS} tokens a step, V {vocab}, T {T}, all runs together"]
         lines += table("model | step | processes | streams | tokens/s | FLOP/s | x one graph alone", rows)
     return "\n".join(lines) + "\n"
 
@@ -398,6 +414,10 @@ def main() -> None:
     sizes = {key: SIZES[key] for key in options.sizes} if cuda else {"tiny": (32, 1, 16, 64, 16)}
     peak = flops.peak_flops(name, "bfloat16") if cuda else ceilings["flops"]
     bench = Bench(options, start, sizes, ceilings, peak, name)
+    # All processes load torch now, before anything is timed.
+    started = {size: start_size(bench, size) for size in bench.sizes if "sizes" in options.parts}
+    ablation = [start_ablation(bench)] if "ablation" in options.parts else []
+    ladder = start_ladder(bench) if "ladder" in options.parts else []
     record = {"about": {
         "command": " ".join(["python -m bench.gpu", *sys.argv[1:]]), "device": name, "date": time.strftime("%Y-%m-%d"),
         "dtype": str(dtype).split(".")[1], "ceilings": ceilings, "peak": peak, "memory_bytes": memory,
@@ -416,18 +436,21 @@ def main() -> None:
         print(f"{time.monotonic() - start:4.0f} s  {what}", file=sys.stderr, flush=True)
         keep()
 
-    if "sizes" in options.parts:
+    if started:
         record |= {"sizes": [], "splits": []}
-        for size in bench.sizes:
-            rows, split = run_size(bench, size)
-            record["sizes"] += rows
-            record["splits"] += [split] if split else []
-            say(f"size {size}")
-    if "ablation" in options.parts:
-        record["ablation"] = run_ablation(bench)
+    for size, (rows, workers) in started.items():
+        split = run_size(bench, size, rows, workers)
+        close(workers)
+        record["sizes"] += rows
+        record["splits"] += [split] if split else []
+        say(f"size {size}")
+    if ablation:
+        record["ablation"] = run_ablation(bench, *ablation)
+        close(ablation)
         say("ablation")
-    if "ladder" in options.parts:
-        record["ladder"] = run_ladder(bench)
+    if ladder:
+        record["ladder"] = run_ladder(bench, ladder)
+        close(ladder)
         say("ladder")
     record["about"]["seconds"] = time.monotonic() - start
     keep()

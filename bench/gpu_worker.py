@@ -1,15 +1,13 @@
 """The processes of bench.gpu: one variant of a training step each, or the ablation, or the sizes of a sweep.
 
-A worker is told {"do": NAME, ...} and answers with a dictionary, {"error": text} where it failed. What takes turns lets
-go of the device's memory after each, so that whoever is next can fill it.
+What a message asks for is a method of `Variant`, `Ablation` or `Ladder`; the dictionary that it returns is the answer.
+What takes turns lets go of the device's memory after each, so that whoever is next can fill it.
 """
 
 import functools
 import gc
-import json
 import random
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -22,12 +20,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import kernels
 import train
-from bench.common import NanoGPT, messages
+from bench.common import NanoGPT, error_text
 from kernels import fallback, reference
 from nanochin.config import Shape, make_shape
 from nanochin.model import GPT
 from nanochin.optim import Adam
-from nanochin.step import WARM_UP, TrainingStep
+from nanochin.step import WARM_UP, TrainingStep, out_of_memory
 
 GIB = 2**30
 SHARE = 0.85  # of the device's memory is what a micro-batch may take together with whatever else is there
@@ -35,25 +33,14 @@ LOAD = WARM_UP + 2  # steps until one is like any other: a graph's warm-up, its 
 RETRIES = 12  # of a first step that found the memory in another worker's hands
 
 
-def work(spec: dict) -> None:
-    spec["began"] += time.perf_counter() - time.time()  # when this process was asked for
+def make(spec: dict) -> "Variant | Ablation | Ladder":
     torch.manual_seed(0)
     if spec["dry"]:
         torch.set_num_threads(1)
         torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # it takes seconds
-    worker = None
-    for message, answer in messages():
-        try:
-            if worker is None:
-                worker = {"variant": Variant, "ablation": Ablation, "ladder": Ladder}[spec["role"]](spec)
-            answer(getattr(worker, message.pop("do"))(**message))
-        except Exception as error:
-            traceback.print_exc()
-            answer({"error": error_text(error)})
-
-
-def error_text(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    else:
+        torch.cuda.set_device(0)
+    return {"variant": Variant, "ablation": Ablation, "ladder": Ladder}[spec["role"]](spec)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,9 +170,11 @@ class Theirs:
 
     def probe(self, sequences: int) -> None:
         compiled, self.nanogpt.forward = self.nanogpt.forward, self.nanogpt.model
-        self.nanogpt.gradient(self.batch[:sequences])
-        self.nanogpt.forward = compiled
-        self.cut(self.micro_batch)
+        try:
+            self.nanogpt.gradient(self.batch[:sequences])
+        finally:
+            self.nanogpt.forward = compiled
+            self.cut(self.micro_batch)
 
 
 def largest_micro_batch(probe: Callable[[int], None], most: int, limit: float, device: torch.device) -> int:
@@ -209,11 +198,9 @@ class Variant:
     """spec: size as in bench.gpu, who (nanochin, nanoGPT), kind, sequences a step, most sequences at once, others."""
 
     def __init__(self, spec: dict):
-        self.began, self.device = spec["began"], device_of(spec)
+        self.told, self.device = time.perf_counter(), device_of(spec)
         dtype = getattr(torch, spec["dtype"])
         shape = shape_of(spec["shape"])
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         arguments = shape, spec["sequences"], spec["most"], self.device, dtype
         ours = spec["who"] == "nanochin"
         self.variant = Ours(spec["kind"], *arguments) if ours else Theirs(spec, *arguments)
@@ -234,14 +221,15 @@ class Variant:
                 self.variant.cut(self.wanted)
                 self._load()
                 break
-            except torch.OutOfMemoryError:
-                pass
+            except RuntimeError as error:  # a full device breaks off a recording with an error of its own
+                if not out_of_memory(error) and "captur" not in str(error):
+                    raise
             time.sleep(random.uniform(0.5, 2.0))
         else:
             raise RuntimeError("no memory for a step")
         now = time.perf_counter()
         self.let_go()
-        return {"micro_batch": self.wanted, "first_steps_seconds": now - start, "ready_seconds": now - self.began}
+        return {"micro_batch": self.wanted, "first_steps_seconds": now - start, "ready_seconds": now - self.told}
 
     def _fitting(self) -> int:
         if self.device.type != "cuda":
@@ -331,8 +319,6 @@ def profile(function: Callable[[], object], device: torch.device) -> dict[str, f
 class Ablation:
     def __init__(self, spec: dict):
         self.device = device_of(spec)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         self.most, dtype = spec["most"], getattr(torch, spec["dtype"])
         self.ours = Ours("graph", shape_of(spec["shape"]), spec["sequences"], self.most, self.device, dtype)
 
@@ -423,8 +409,6 @@ def replacements() -> dict[str, dict[str, Callable]]:
 class Ladder:
     def __init__(self, spec: dict):
         self.spec, self.device, self.steps = spec, device_of(spec), []
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
 
     def prepare(self, shape: list[int], kind: str, runs: int) -> dict:
         """`runs` models side by side in this process, each on a stream of its own."""
@@ -457,11 +441,3 @@ class Ladder:
         took = time.perf_counter() - start
         tokens = sum(ours.batch[:, 1:].numel() for ours, _ in self.steps)
         return {"tokens": number * tokens, "seconds": took}
-
-
-def main() -> None:
-    work(json.loads(sys.argv[sys.argv.index("--worker") + 1]))
-
-
-if __name__ == "__main__":
-    main()
