@@ -86,6 +86,11 @@ class Bench:
     def seconds(self, seconds: float) -> float:
         return 0.01 if self.options.dry_run else seconds
 
+    @property
+    def patience(self) -> float:
+        """Seconds that a worker may take to answer what takes few."""
+        return 600.0 if self.options.dry_run else 60.0
+
 
 def close(workers: list[Worker]) -> None:
     """End them, so that the device's memory is free."""
@@ -139,7 +144,7 @@ def run_size(bench: Bench, name: str, rows: list[dict], workers: list[Worker]) -
     for _ in range(1 if bench.options.dry_run else 2):
         for worker, row, got in zip(workers, rows, turns, strict=True):
             if "error" not in row and bench.left("sizes") > 0:
-                answer = ask(worker, 60, "turn", seconds=bench.seconds(1.0))
+                answer = ask(worker, bench.patience, "turn", seconds=bench.seconds(1.0))
                 row |= {key: value for key, value in answer.items() if key != "seconds"}
                 got += answer.get("seconds", [])
     for row, seconds in zip(rows, turns, strict=True):
@@ -173,11 +178,11 @@ def more_of_ours(bench: Bench, name: str, rows: list[dict], workers: list[Worker
         return {}
     theirs = [r["micro_batch"] for r in rows if r["who"] == "nanoGPT" and "error" not in r]
     if theirs:
-        answer = ask(worker, 60, "memory_at", micro_batch=min(theirs))
+        answer = ask(worker, bench.patience, "memory_at", micro_batch=min(theirs))
         row["peak_bytes_at_theirs"] = answer.get("peak_bytes")
         if "error" in answer:
             row["note"] = answer["error"]
-    answer = ask(worker, 60, "profile")
+    answer = ask(worker, bench.patience, "profile")
     if "error" in answer:
         return {"size": name, **answer}
     graph = next((r["ms"] for r in rows if r["kind"] == "graph" and "ms" in r), None)
@@ -343,6 +348,8 @@ def markdown(record: dict) -> str:
         lines += table("size | who | tokens/s | ms | MFU % nanoGPT's | MFU % physical | sequences at once | peak GiB | "
                        "compile s | ready after s | x nanoGPT", rows)  # fmt: skip
         lines += ["", *targets(record["sizes"])]
+    lines += [f"- {split['size']}, where its time goes: {failed(split)}" for split in record.get("splits", [])
+              if "error" in split]  # fmt: skip
     if splits := [split for split in record.get("splits", []) if "split_ms" in split]:
         lines += ["", "## Where our step's time goes, ms of the device; in brackets the floor"]
         parts = list(splits[0]["split_ms"])

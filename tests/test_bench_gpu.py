@@ -199,6 +199,26 @@ def test_ratios():
     gpu.compare(rows[:2])  # without a peer there is nothing to compare
 
 
+def test_gaps_and_memory(monkeypatch):
+    """A gap is the time of a step in which no kernel runs; our memory is taken at nanoGPT's smallest micro-batch."""
+    split = {"matmul": 20.0, "other": 4.0}
+    answers = {"profile": {"wall_ms": 60.0, "split_ms": split}, "memory_at": {"peak_bytes": 7}}
+    asked = []
+    monkeypatch.setattr(gpu, "ask", lambda worker, _, do, **more: asked.append((worker, do, more)) or answers[do])
+    rows = [
+        {"who": "nanochin", "kind": "graph", "ms": 30.0},
+        {"who": "nanochin", "kind": "eager", "ms": 60.0},
+        {"who": "nanoGPT", "kind": "compile", "micro_batch": 32},
+        {"who": "nanoGPT", "kind": "compile", "error": "x"},
+    ]
+    found = gpu.more_of_ours(bench(), "124M", rows, ["first", "second", "third", "fourth"])
+    assert asked == [("second", "memory_at", {"micro_batch": 32}), ("second", "profile", {})]
+    assert rows[1]["peak_bytes_at_theirs"] == 7 and found["split_ms"] == split
+    assert found["gap_eager_ms"] == 36.0 and found["gap_graph_ms"] == 6.0
+    answers["profile"] = {"error": "no profiler"}
+    assert gpu.more_of_ours(bench(), "124M", rows, 4 * ["any"]) == {"size": "124M", "error": "no profiler"}
+
+
 def test_out_of_time():
     """After the deadline nothing is asked of the workers, and every row says so."""
     late = bench(minutes=1e-6)
@@ -228,7 +248,7 @@ def test_the_table_of_failures():
               "splits": [{"size": "124M", "error": "e"}], "ablation": [{"error": "e"}],
               "ladder": [{"model": "64x2", "kind": "graph", "processes": 1, "streams": 1, "error": "e"}]}  # fmt: skip
     text = gpu.markdown(json.loads(json.dumps(record)))
-    assert "a / b" in text and text.count("| e |") == 2
+    assert "a / b" in text and text.count("| e |") == 2 and "where its time goes: e" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to time")
