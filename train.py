@@ -32,11 +32,21 @@ from nanochin import checkpoint, gpt2, ladder, laws, loggers, runs
 from nanochin.config import FLOP_CONVENTIONS, Config, RunError, UserError, check, parse, parse_model, shape_maker
 from nanochin.console import Progress, clock, count, table
 from nanochin.data import Corpus, Windows, prepare_for
-from nanochin.device import Team, check_memory, device_name, keep_freed_memory, peak_of, pick_device, pick_dtype
+from nanochin.device import (
+    Team,
+    check_memory,
+    device_name,
+    keep_freed_memory,
+    peak_of,
+    pick_device,
+    pick_dtype,
+    precision,
+)
 from nanochin.evaluate import evaluate
 from nanochin.model import GPT
 from nanochin.optim import Adam, default_final, lr_at
 from nanochin.sample import generate
+from nanochin.step import TrainingStep, pick_step
 from nanochin.tokenizer import model_vocab
 
 # What `python train.py` does with no option, by kind of device and never by a timing, so that the same command is
@@ -61,6 +71,8 @@ class Job:
     device: torch.device
     dtype: torch.dtype
     why_dtype: str
+    step: str  # eager, compile or graph
+    why_step: str
 
 
 def read_corpus(config: Config, progress: Progress) -> Corpus:
@@ -79,6 +91,7 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
     device = pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # where Triton launches its kernels
+        torch.set_float32_matmul_precision("highest")  # float32 means float32: no TF32
     if config.threads:
         torch.set_num_threads(config.threads)
     if device.type == "cpu":
@@ -107,7 +120,9 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
         final_lr=default_final(config.schedule) if config.final_lr is None else config.final_lr,
         log_every=config.log_every or max(1, plan.steps // 200))  # fmt: skip
     learning_rate(config, 0)  # raises for a warm-up longer than the schedule
-    return Job(config, plan, law, corpus, Windows(corpus.train, seq_len, config.seed), device, dtype, why_dtype)
+    windows = Windows(corpus.train, seq_len, config.seed)
+    step = pick_step(config.step, device, plan.params.total)
+    return Job(config, plan, law, corpus, windows, device, dtype, why_dtype, *step)
 
 
 def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> dict:
@@ -147,14 +162,14 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         run.cut_log(state["step"])
         run.loggers.extend(loggers.open_logger(name, run.folder, record, state["step"]) for name in config.loggers)
         peak, peak_source = peak_of(device, job.dtype)
-        forward = torch.compile(model) if wants_compile(config.compile, device) else model
-        team = Team(device, 0 if forward is not model else plan.batch_tokens)
+        train_on = TrainingStep(job.step, optimizer_step, model, optimizer, state["micro_batch"], config.clip,
+                                plan.batch_tokens, progress.say)  # fmt: skip
         if not quiet:
-            show_plan(job, run, state["micro_batch"], team.size, peak_source)
+            show_plan(job, run, train_on, peak_source)
 
         # The loop. `step` counts finished optimizer steps, and the data position follows from it alone. Losses and
         # norms stay on the device until they are logged, so that a GPU does not wait for the host.
-        step, micro_batch = state["step"], state["micro_batch"]
+        step = state["step"]
         recent = [torch.tensor(pair, device=device) for pair in state["recent"]]  # (loss, norm) of steps not yet logged
         sequences = plan.batch_tokens // config.seq_len
         watch, lap, last_save = Stopwatch(state["seconds"]), state["lap"], time.monotonic()
@@ -164,14 +179,9 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
                     with watch.paused():
                         log_evaluation(job, step, model, run)
 
-                batch = to_device(windows.batch(step * sequences, sequences), device)  # (sequences, T+1)
-                optimizer.lr = config.lr * learning_rate(config, step)
-                while True:
-                    try:
-                        recent.append(optimizer_step(forward, optimizer, batch, micro_batch, config.clip, team))
-                        break
-                    except torch.OutOfMemoryError:
-                        micro_batch = smaller(micro_batch, optimizer, job)  # the batch stays, cut into smaller pieces
+                # Gathered while a GPU is still at the step before: 4 to 8 ns a token on one core (LOG.md).
+                batch = torch.from_numpy(windows.batch(step * sequences, sequences))  # (sequences, T+1)
+                recent.append(train_on(batch, config.lr * learning_rate(config, step)))
                 step += 1
 
                 if step % config.log_every == 0 or step == plan.steps:
@@ -188,7 +198,8 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
                     with watch.paused():
                         pending = [pair.tolist() for pair in recent]
                         check_finite(pending, step, run)
-                        state = {"seconds": watch.seconds(), "lap": lap, "recent": pending, "micro_batch": micro_batch}
+                        state = {"seconds": watch.seconds(), "lap": lap, "recent": pending,
+                                 "micro_batch": train_on.micro_batch}  # fmt: skip
                         checkpoint.save(run.folder, step, model, optimizer, state)
                         checkpoint.prune(run.folder, config.keep, config.save_steps)
                         last_save = time.monotonic()
@@ -242,29 +253,10 @@ def learning_rate(config: Config, step: int) -> float:
         config.cycle, config.final_lr, config.cooldown)  # fmt: skip
 
 
-def wants_compile(choice: str, device: torch.device) -> bool:
-    """`auto` compiles on a GPU only: on a CPU 30 s of compiling do not come back within a run of minutes (LOG.md)."""
-    return choice == "true" or (choice == "auto" and device.type == "cuda" and kernels.has_triton())
-
-
 def first_micro_batch(job: Job) -> int:
     """Sequences a forward pass: 4096 tokens on a CPU (its cache), 64k on a GPU; halved when memory runs out."""
     tokens = 4096 if job.device.type == "cpu" else 65536
     return max(1, min(job.plan.batch_tokens, tokens) // job.config.seq_len)
-
-
-def smaller(micro_batch: int, optimizer: Adam, job: Job) -> int:
-    """Half the micro-batch, after a step that ran out of memory. Raises RunError when it is one sequence already."""
-    optimizer.zero_grad()
-    if micro_batch == 1:
-        raise RunError(f"one sequence of {job.config.seq_len} tokens through {job.plan.shape} does not fit "
-                       f"{job.device}: choose a smaller --model or --seq-len")  # fmt: skip
-    return micro_batch // 2
-
-
-def to_device(batch, device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(batch)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,6 +325,8 @@ def describe(job: Job) -> dict:
         "device": device_name(job.device),
         "threads": torch.get_num_threads(),
         "kernels": kernels.backend(job.device, job.config.kernels),
+        "step": [job.step, job.why_step],
+        "precision": precision(job.dtype),
         "predicted": predicted(job),  # before it is known what comes out
         "versions": runs.versions(),
     }  # fmt: skip
@@ -448,7 +442,7 @@ def predicted(job: Job) -> dict:
 # What is shown
 
 
-def show_plan(job: Job, run: runs.Run, micro_batch: int, team_size: int, peak_source: str) -> None:
+def show_plan(job: Job, run: runs.Run, train_on: TrainingStep, peak_source: str) -> None:
     config, plan, corpus, why = job.config, job.plan, job.corpus, job.plan.why
     backend, why_backend = kernels.backend(job.device, config.kernels)
     params = plan.params
@@ -456,9 +450,10 @@ def show_plan(job: Job, run: runs.Run, micro_batch: int, team_size: int, peak_so
     forecast = predicted(job)
     if corpus.format != "text":
         text = f"token files ({corpus.format}), {count(len(corpus.val))} tokens for validation"
-    at_once = f"{min(micro_batch, math.ceil(plan.batch_tokens / config.seq_len / team_size))} sequences"
-    if team_size > 1:
-        at_once += f" on each of {team_size} threads"
+    threads = train_on.team.size
+    at_once = f"{min(train_on.micro_batch, math.ceil(plan.batch_tokens / config.seq_len / threads))} sequences"
+    if threads > 1:
+        at_once += f" on each of {threads} threads"
     rows = [
         ("text", f"{corpus.name}", f"{text}; sha {corpus.data_sha[:12]}"),
         ("tokenizer", corpus.tokenizer.name, f"{plan.shape.vocab_size} tokens; {count(len(corpus.train))} to train on"),
@@ -480,6 +475,7 @@ def show_plan(job: Job, run: runs.Run, micro_batch: int, team_size: int, peak_so
         ("device", device_name(job.device), f"{torch.get_num_threads()} CPU threads; {peak_source}"),
         ("dtype", config.dtype, job.why_dtype),
         ("operations", backend, why_backend),
+        ("step", job.step, job.why_step),
         ("run", str(run.folder), "the same command goes on where it stopped"),
     ]  # fmt: skip
     table("nanochin", rows)

@@ -13,13 +13,13 @@ import math
 import os
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nanochin.config import UserError, make_shape, opt, parse, run_command
+from bench.common import NanoGPT, Worker, messages
+from nanochin.config import Shape, UserError, make_shape, opt, parse, run_command
 from nanochin.console import count
 from nanochin.flops import flops_per_token, format_columns
 
@@ -34,6 +34,11 @@ SHAPES = {
     "124M": (768, 12, 64, 50304, 1024, 32),
     "350M": (1024, 24, 64, 50304, 1024, 16),
 }
+
+
+def shape_of(name: str) -> Shape:
+    width, layers, head, vocab, T, _ = SHAPES[name]
+    return make_shape(width, layers, vocab_size=vocab, seq_len=T, head_size=head)
 
 
 @dataclass(frozen=True)
@@ -62,73 +67,50 @@ def work(spec: dict) -> None:
 
     torch.set_num_threads(spec["threads"])
     device = torch.device(spec["device"])
-    width, layers, head, vocab, T, sequences = SHAPES[spec["shape"]]
     torch.manual_seed(0)
-    batch = torch.randint(vocab, (sequences, T + 1), device=device)
-    step = (nanogpt_step if spec["nanogpt"] else our_step)(spec, batch, device)
-    for line in sys.stdin:
+    shape = shape_of(spec["shape"])
+    batch = torch.randint(shape.vocab_size, (SHAPES[spec["shape"]][-1], shape.seq_len + 1))
+    step = (nanogpt_step if spec["nanogpt"] else our_step)(spec, shape, batch, device)
+    for steps, answer in messages():
         seconds = []
-        for _ in range(int(line)):
+        for _ in range(steps):
             start = time.perf_counter()
             loss = step()
             seconds.append(time.perf_counter() - start)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated()
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak, "loss": loss}), flush=True)
+        answer({"seconds": seconds, "peak_bytes": peak, "loss": loss})
 
 
-def our_step(spec: dict, batch, device):
+def our_step(spec: dict, shape, batch, device):
     """train.py's own step."""
     import torch
 
-    from nanochin.device import Team, keep_freed_memory
+    from nanochin.device import keep_freed_memory
     from nanochin.model import GPT
     from nanochin.optim import Adam
+    from nanochin.step import TrainingStep
     from train import optimizer_step
 
     if device.type == "cpu":
         keep_freed_memory()
-
-    width, layers, head, vocab, T, _ = SHAPES[spec["shape"]]
-    shape = make_shape(width, layers, vocab_size=vocab, seq_len=T, head_size=head)
     model = GPT(shape, dtype=getattr(torch, spec["dtype"])).to(device)
     optimizer = Adam(model, "adamw", 1e-3, (0.9, 0.95), 0.1)
-    forward = torch.compile(model) if spec["compile"] else model
-    team = Team(device, 0 if spec["compile"] else len(batch) * T)
-    return lambda: optimizer_step(forward, optimizer, batch, len(batch), 1.0, team)[0].item()
+    kind = "compile" if spec["compile"] else "eager"
+    step = TrainingStep(kind, optimizer_step, model, optimizer, len(batch), 1.0, batch[:, 1:].numel())
+    return lambda: step(batch, 1e-3)[0].item()
 
 
-def nanogpt_step(spec: dict, batch, device):
-    """The model and optimizer of a nanoGPT checkout, stepped as its train.py does, but for the loss read each time."""
-    import contextlib
-    import io
-
+def nanogpt_step(spec: dict, shape, batch, device):
+    """The same of a nanoGPT checkout, with the loss read each time as ours."""
     import torch
 
-    sys.path.insert(0, spec["nanogpt"])
-    from model import GPT, GPTConfig  # the checkout's model.py
-
-    width, layers, head, vocab, T, _ = SHAPES[spec["shape"]]
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = GPT(GPTConfig(block_size=T, vocab_size=vocab, n_layer=layers, n_head=width // head, n_embd=width,
-                              dropout=0.0, bias=False)).to(device)  # fmt: skip
-        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
-    forward = torch.compile(model) if spec["compile"] else model
-    low = spec["dtype"] == "bfloat16"
-    cast = torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
-    x, y = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-
-    def step() -> float:
-        with cast:
-            _, loss = forward(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
+    theirs = NanoGPT(spec["nanogpt"], shape, device, getattr(torch, spec["dtype"]), len(batch))
+    if spec["compile"]:
+        theirs.forward = torch.compile(theirs.model)
+    batch = batch.to(device)
+    return lambda: theirs.step(batch).item()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,34 +134,22 @@ def variants(options: Options, device, fast_bf16: bool) -> list[dict]:
 
 def run_shape(name: str, specs: list[dict], rounds: int, steps: int) -> list[dict]:
     """Time every variant of a shape in turns; returns one row for each."""
-    command = [sys.executable, "-m", "bench.train_throughput", "--worker"]
-    workers = [subprocess.Popen([*command, json.dumps(spec | {"shape": name})], stdin=subprocess.PIPE,
-                                stdout=subprocess.PIPE, text=True) for spec in specs]  # fmt: skip
-
-    def ask(worker, count: int) -> dict:
-        print(count, file=worker.stdin, flush=True)
-        answer = worker.stdout.readline()
-        if not answer:
-            raise UserError(f"{name}: a variant ended early (see above)")
-        return json.loads(answer)
-
+    workers = [Worker("bench.train_throughput", spec | {"shape": name}) for spec in specs]
     for worker in workers:
-        ask(worker, 3)  # warm-up, compiling
+        worker.ask(3)  # warm-up, compiling
     answers = [[] for _ in workers]
     for _ in range(rounds):
         for worker, got in zip(workers, answers, strict=True):
-            got.append(ask(worker, steps))
+            got.append(worker.ask(steps))
     for worker in workers:
-        worker.stdin.close()
-        worker.wait()
+        worker.close()
 
-    width, layers, head, vocab, T, sequences = SHAPES[name]
-    shape = make_shape(width, layers, vocab_size=vocab, seq_len=T, head_size=head)
+    shape, sequences = shape_of(name), SHAPES[name][-1]
     rows = []
     for spec, got in zip(specs, answers, strict=True):
         seconds = [s for answer in got for s in answer["seconds"]]
         median = statistics.median(seconds)
-        speed = sequences * T / median
+        speed = sequences * shape.seq_len / median
         rows.append({"shape": name, "who": "nanoGPT" if spec["nanogpt"] else "nanochin", "dtype": spec["dtype"],
                      "compile": spec["compile"], "ms_median": 1e3 * median, "ms_min": 1e3 * min(seconds),
                      "tokens_per_s": speed, "flops_per_s": flops_per_token(shape) * speed,

@@ -103,19 +103,18 @@ def flop_formulas() -> dict:
 
 
 @contextmanager
-def use(name: str):
+def use(name: str, **instead):
     """Compute every operation by "reference", "fallback" or "triton" inside the block, whatever the device; by what
-    suits the device ("auto") as outside of it."""
-    if name == "auto":
-        yield
-        return
+    suits the device ("auto") as outside of it. Functions given by an operation's name take its place."""
     before = {op: globals()[op] for op in OPERATIONS}
-    if name == "triton":
+    if name == "auto":
+        inside = {}
+    elif name == "triton":
         inside = _triton_operations()
     else:
         module = importlib.import_module(f"kernels.{name}")
         inside = {op: getattr(module, op) for op in OPERATIONS}
-    globals().update(inside)
+    globals().update(inside | instead)
     try:
         yield
     finally:

@@ -141,7 +141,8 @@ class Config:
     dtype: str = opt("auto", "compute dtype (weights stay float32)", choices=("auto", "float32", "bfloat16"))
     kernels: str = opt("auto", "auto: Triton's on a GPU that they suit; fallback: PyTorch operations, to compare",
                        choices=("auto", "fallback"), result=False)  # fmt: skip
-    compile: str = opt("auto", "torch.compile; auto: on a GPU only", choices=("auto", "true", "false"), result=False)
+    step: str = opt("auto", "how a step runs: eager, compile (torch.compile) or graph (one CUDA graph); auto: as suits",
+                    choices=("auto", "eager", "compile", "graph"), result=False)  # fmt: skip
     micro_batch: int | None = opt(
         None, "sequences per forward pass; default: as many as fit", low=1, high=10**6, result=False
     )

@@ -83,6 +83,14 @@ def pick_dtype(name: str, device: torch.device, shape: Shape) -> tuple[torch.dty
     return torch.float32, f"no fast bf16 on this {device.type.upper()}"
 
 
+def precision(dtype: torch.dtype) -> dict:
+    """How numbers are multiplied and added, for the record, in torch's words: `highest` is float32 without TF32."""
+    return {"activations": str(dtype).split(".")[1], "weights": "float32",
+            "float32_matmul": torch.get_float32_matmul_precision(),
+            "bf16_reduced_precision_reduction": bool(
+                torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)}  # fmt: skip
+
+
 def has_fast_bf16() -> bool:
     """AMX or AVX512-bf16: without them a CPU emulates bf16, some 200 times slower than float32 (LOG.md)."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

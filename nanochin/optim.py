@@ -15,13 +15,15 @@ class Adam:
 
     `adamw` takes lr * weight_decay * w off the weight (Loshchilov & Hutter 2019), `adam` adds weight_decay * w to the
     gradient (L2); Hoffmann et al. 2022, section 4.1, compare the two. Matrices decay, vectors (norms, biases) do not.
-    `state[p]` holds step, exp_avg and exp_avg_sq of parameter p, as torch names them.
+    `state[p]` holds step, exp_avg and exp_avg_sq of parameter p, as torch names them. `lr` is a number, or a tensor on
+    the parameters' device for a step that is recorded once and repeated (step.py).
     """
 
     def __init__(self, model: nn.Module, kind: str, lr: float, betas: tuple[float, float], weight_decay: float):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.decoupled = {"adamw": True, "adam": False}[kind]
-        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.lr: float | Tensor = lr
+        self.betas, self.weight_decay = betas, weight_decay
         self.state = {p: {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                           "exp_avg_sq": torch.zeros_like(p)} for p in self.parameters}  # fmt: skip
 

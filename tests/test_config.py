@@ -46,7 +46,7 @@ def test_no_option_gives_the_defaults():
         (["--data=a.txt"], "data", ("a.txt",)),
         (["--save-steps", "10", "2e2"], "save_steps", (10, 200)),
         (["--model=256x4"], "model", "256x4"),
-        (["--compile=true"], "compile", "true"),
+        (["--step=compile"], "step", "compile"),
         (["--law-approach=1"], "law_approach", 1),
         (["--seed=1", "--seed=2"], "seed", 2),
         (["--final-lr=0"], "final_lr", 0.0),

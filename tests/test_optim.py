@@ -84,6 +84,25 @@ def test_steps_equal_those_of_torch(kind):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adam"])
+def test_the_rate_may_be_a_tensor(kind):
+    """Steps with the rates in a tensor that is overwritten are those with the same numbers, to the bit."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(7, 9), nn.GELU(), nn.Linear(9, 3))
+    other = copy.deepcopy(plain)
+    first, second = (Adam(model, kind, 0.0, (0.9, 0.95), 0.1) for model in (plain, other))
+    second.lr = torch.zeros((), dtype=torch.float64)
+    for rate in (0.01, 0.003, 0.07):
+        x = torch.randn(5, 7)
+        first.lr = rate
+        second.lr.fill_(rate)
+        for model, optimizer in ((plain, first), (other, second)):
+            model(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(p, q) for p, q in zip(plain.parameters(), other.parameters(), strict=True))
+
+
 def test_a_tied_matrix_is_updated_once():
     """The matrix that a model holds under two names is there once."""
     optimizer = Adam(Tiny(), "adamw", 1e-3, (0.9, 0.95), 0.1)

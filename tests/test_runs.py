@@ -43,7 +43,7 @@ OTHER = {  # for every option another value than a tiny run has
     "activation": "swiglu", "bias": True, "tied": False, "qk_norm": True, "optimizer": "adam", "lr": 0.02,
     "batch_tokens": 256, "warmup_tokens": 256.0, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.2, "clip": 0.5,
     "z_loss": 1e-4, "schedule": "wsd", "cycle": 1.5, "final_lr": 0.2, "cooldown": 0.5, "seed": 1, "dtype": "bfloat16",
-    "compile": "false", "micro_batch": 1, "threads": 2, "name": "x", "branch_from": "a@1", "log_every": 7,
+    "step": "eager", "micro_batch": 1, "threads": 2, "name": "x", "branch_from": "a@1", "log_every": 7,
     "eval_every": 9, "save_every": 5.0, "save_steps": (3,), "keep": 3, "sample_tokens": 5,
     "skip_bad": True, "kernels": "fallback",
 }  # fmt: skip

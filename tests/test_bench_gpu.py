@@ -1,0 +1,265 @@
+"""The bench of the whole step: its code on tiny shapes with a stand-in for nanoGPT, and what it computes from times."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+
+import kernels
+from bench import gpu, gpu_worker
+from bench.common import Worker
+from nanochin import flops
+from nanochin.config import UserError, make_shape
+from nanochin.model import GPT
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+REPLACED = ["nothing", "loss", "attention, flash", "attention, cuDNN", "norms", "rotary", "activation", "all, flash",
+            "all, cuDNN", "nothing again"]  # fmt: skip
+# What the bench uses of a nanoGPT checkout's model.py.
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class Descent:
+    def __init__(self, parameters):
+        self.parameters = list(parameters)
+    @torch.no_grad()
+    def step(self):
+        for p in self.parameters:
+            p -= 0.1 * p.grad
+    def zero_grad(self, set_to_none):
+        for p in self.parameters:
+            p.grad = None
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("number of parameters: few")
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+    def configure_optimizers(self, weight_decay, lr, betas, device_type):
+        return Descent(self.parameters())
+    def forward(self, x, y):
+        logits = self.embed(x) @ self.embed.weight.T
+        return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten())
+"""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The sections of `python -m bench.gpu --dry-run --nanogpt ...`: lists of the cells of each row, by heading."""
+    checkout = tmp_path_factory.mktemp("nanoGPT")
+    (checkout / "model.py").write_text(NANOGPT)
+    before = sorted((ROOT / "bench" / "results").iterdir())
+    argv = [sys.executable, "-m", "bench.gpu", "--dry-run", "--minutes=60", "--nanogpt", str(checkout)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted((ROOT / "bench" / "results").iterdir()) == before  # nothing written
+    assert "these times mean nothing" in done.stdout.splitlines()[0]
+    sections, rows = {}, []
+    for line in done.stdout.splitlines():
+        if line.startswith("## "):
+            rows = sections[line[3:].split(",")[0]] = []
+        elif line.startswith("| ") and not line.startswith("|---"):
+            rows.append([cell.strip() for cell in line.split("|")[1:-1]])
+    return sections
+
+
+def test_every_variant_is_timed(report):
+    """Ours in three kinds and nanoGPT's with both kernels for attention have a speed, ours a ratio to the latter."""
+    rows = {row[1]: row for row in report["Sizes"][1:]}
+    assert list(rows) == ["nanochin graph", "nanochin eager", "nanochin compile", "nanoGPT compile, flash",
+                          "nanoGPT compile, cudnn"]  # fmt: skip
+    for who, row in rows.items():
+        assert float(row[3]) > 0 and row[6] == "2" and float(row[9]) > 0, row
+        assert (float(row[10]) > 0) if who.startswith("nanochin") else row[10] == ""
+
+
+def test_time_is_split(report):
+    """Matrix products and attention have a time of their own, beside the floor by the measured ceilings."""
+    heading, row = report["Where our step's time goes"]
+    split = dict(zip(heading, row, strict=True))
+    for part in ("matmul", "attention", "optimizer"):
+        measured, least = split[part].rstrip(")").split(" (")
+        assert float(measured) > 0 and float(least) >= 0
+    assert float(split["gaps, eager"]) > float("-inf")
+
+
+def test_ablation(report):
+    """Every kernel of ours is given to torch in turn; what cannot run here is a row with the error's text."""
+    rows = {row[1]: row for row in report["Our step"][1:]}
+    assert list(rows) == REPLACED
+    for name, row in rows.items():
+        if "cuDNN" in name and not torch.cuda.is_available():
+            assert row[2].startswith("RuntimeError")
+        else:
+            assert float(row[2]) > 0 and float(row[3]) > 0
+
+
+def test_the_ladder_alone_and_packed(report):
+    """Sizes of a sweep alone, in two processes at once, and on two streams."""
+    rows = [row[1:4] for row in report["Sizes of a sweep"][1:]]
+    assert rows == [["graph", "1", "1"], ["graph", "2", "1"], ["graph", "1", "2"], ["eager", "1", "1"]]
+    assert all(float(row[6]) > 0 for row in report["Sizes of a sweep"][1:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts
+
+
+@pytest.mark.parametrize("name", [name for name in REPLACED if "cuDNN" not in name])
+def test_what_replaces_a_kernel_computes_the_same(name, monkeypatch):
+    """Loss and gradients with an operation given to torch are those of the reference."""
+    monkeypatch.setattr(torch, "compile", lambda function=None, **_: function or (lambda decorated: decorated))
+    instead = gpu_worker.replacements()[name]
+    model = GPT(make_shape(32, 2, vocab_size=61, seq_len=16, head_size=16)).double()
+    model.dtype = torch.float64
+    tokens = torch.randint(61, (2, 17), generator=torch.Generator().manual_seed(0))
+    found = []
+    for implementation, functions in (("reference", {}), ("reference", instead)):
+        with kernels.use(implementation, **functions):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs.double(), ours, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("limit, expected", [(1e9, 64), (740, 64), (739, 32), (230, 8), (50, 1)])
+def test_the_micro_batch_fits(monkeypatch, limit, expected):
+    """The largest power of two below a limit, from probes of a step that takes 100 bytes and 10 a sequence."""
+    probed = []
+
+    def peak(function, device):
+        function()
+        return 100 + 10 * probed[-1]
+
+    monkeypatch.setattr(gpu_worker, "peak_bytes", peak)
+    assert gpu_worker.largest_micro_batch(probed.append, 64, limit, torch.device("cpu")) == expected
+    assert max(probed) <= 8  # small ones, while others compile on the same device
+
+
+def bench(**options):
+    ceilings = {"flops": 600e12, "bytes": 3e12}
+    options = {"nanogpt": None, "minutes": 1.0, "dry_run": False} | options
+    return gpu.Bench(gpu.Options(**options), time.monotonic(), gpu.SIZES, ceilings, 989.4e12, "NVIDIA H100 80GB HBM3")
+
+
+def test_counts_by_hand():
+    """MFU of 124M at 500,000 tokens/s by nanoGPT's count: 6 (parameters of GPT-2 without positions and biases) plus
+    12 L C T, worked out here; the median and the compile time are of the blocks' seconds."""
+    tokens, row = gpu.STEP_TOKENS, {"first_steps_seconds": 30.0}
+    second = tokens / 500_000
+    gpu.finish_row(bench(), row, [second, 2 * second, 0.5 * second], gpu.SIZES["124M"], tokens)
+    params = 50304 * 768 + 12 * (12 * 768**2 + 2 * 768) + 768
+    assert row["tokens_per_s"] == pytest.approx(500_000)
+    expected = (6 * params + 12 * 12 * 768 * 1024) * 500_000 / 989.4e12
+    assert row["mfu_nanogpt_count"] == pytest.approx(expected) and expected == pytest.approx(0.432, rel=1e-3)
+    assert row["compile_seconds"] == pytest.approx(30 - 5 * second)
+    physical = flops.flops_per_token(make_shape(768, 12, vocab_size=50304, seq_len=1024))
+    assert row["mfu_physical"] == pytest.approx(physical * 500_000 / 989.4e12)
+
+
+def test_floor_by_hand():
+    """The floor of the products is their FLOPs at the measured rate; that of Adam 28 bytes a parameter."""
+    floor = gpu.floor(bench(), "124M")
+    products = 6 * gpu.STEP_TOKENS * (12 * 12 * 768**2 + 50304 * 768)
+    params = 50304 * 768 + 12 * (12 * 768**2 + 2 * 768) + 768
+    assert floor["matmul"] == pytest.approx(1e3 * products / 600e12, rel=0.02)  # some rows are bound by memory
+    assert floor["optimizer"] == pytest.approx(1e3 * 28 * params / 3e12)
+    assert all(value > 0 for value in floor.values())
+
+
+def test_ratios():
+    """Speed against the faster of nanoGPT's variants, memory against the one of the same micro-batch."""
+    rows = [
+        {"who": "nanochin", "kind": "eager", "tokens_per_s": 30.0, "peak_bytes_at_theirs": 4},
+        {"who": "nanochin", "kind": "graph", "error": "x"},
+        {"who": "nanoGPT", "kind": "compile", "tokens_per_s": 10.0, "micro_batch": 4, "peak_bytes": 10},
+        {"who": "nanoGPT", "kind": "compile", "tokens_per_s": 20.0, "micro_batch": 8, "peak_bytes": 18},
+    ]
+    gpu.compare(rows)
+    assert rows[0]["times_nanogpt"] == 1.5 and rows[0]["memory_over_nanogpt"] == 0.4
+    assert "times_nanogpt" not in rows[1] and "times_nanogpt" not in rows[2]
+    gpu.compare(rows[:2])  # without a peer there is nothing to compare
+
+
+def test_gaps_and_memory(monkeypatch):
+    """A gap is the time of a step in which no kernel runs; our memory is taken at nanoGPT's smallest micro-batch."""
+    split = {"matmul": 20.0, "other": 4.0}
+    answers = {"profile": {"wall_ms": 60.0, "split_ms": split}, "memory_at": {"peak_bytes": 7}}
+    asked = []
+    monkeypatch.setattr(gpu, "ask", lambda worker, _, do, **more: asked.append((worker, do, more)) or answers[do])
+    rows = [
+        {"who": "nanochin", "kind": "graph", "ms": 30.0},
+        {"who": "nanochin", "kind": "eager", "ms": 60.0},
+        {"who": "nanoGPT", "kind": "compile", "micro_batch": 32},
+        {"who": "nanoGPT", "kind": "compile", "error": "x"},
+    ]
+    found = gpu.more_of_ours(bench(), "124M", rows, ["first", "second", "third", "fourth"])
+    assert asked == [("second", "memory_at", {"micro_batch": 32}), ("second", "profile", {})]
+    assert rows[1]["peak_bytes_at_theirs"] == 7 and found["split_ms"] == split
+    assert found["gap_eager_ms"] == 36.0 and found["gap_graph_ms"] == 6.0
+    answers["profile"] = {"error": "no profiler"}
+    assert gpu.more_of_ours(bench(), "124M", rows, 4 * ["any"]) == {"size": "124M", "error": "no profiler"}
+
+
+def test_out_of_time():
+    """After the deadline nothing is asked of the workers, and every row says so."""
+    late = bench(minutes=1e-6)
+    rows = [{"size": "124M", "who": "nanochin", "kind": kind} for kind in ("graph", "eager")]
+    assert gpu.run_size(late, "124M", rows, [None, None]) == {}
+    for row in (*rows, *gpu.run_ablation(late, None), *gpu.run_ladder(late, 8 * [None])):
+        assert row["error"] == "not timed: out of time"
+    assert gpu.targets(rows) == []
+
+
+def test_a_worker_that_dies_or_hangs_is_an_error(tmp_path, monkeypatch):
+    """Its row gets the text, and the process is gone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dies.py").write_text("import sys; sys.exit(3)")
+    (tmp_path / "hangs.py").write_text("import time; time.sleep(60)")
+    dies, hangs = Worker("dies", {}), Worker("hangs", {})
+    assert "ended early with exit code 3" in gpu.hear(dies, 20)["error"]
+    assert "TimeoutError" in gpu.ask(hangs, 0.05, "turn")["error"] and hangs.process.poll() is not None
+    assert "error" in gpu.ask(hangs, 5, "turn")  # asked again, it is still an error
+
+
+def test_the_table_of_failures():
+    """A report of nothing but errors is a report."""
+    record = {"about": {"device": "x", "command": "c", "date": "d", "dtype": "bfloat16", "peak": None,
+                        "ceilings": {"flops": 1.0, "bytes": 1.0}, "versions": {"torch": "", "triton": "", "git": ""}},
+              "sizes": [{"size": "124M", "who": "nanochin", "kind": "graph", "error": "a | b"}],
+              "splits": [{"size": "124M", "error": "e"}], "ablation": [{"error": "e"}],
+              "ladder": [{"model": "64x2", "kind": "graph", "processes": 1, "streams": 1, "error": "e"}]}  # fmt: skip
+    text = gpu.markdown(json.loads(json.dumps(record)))
+    assert "a / b" in text and text.count("| e |") == 2 and "where its time goes: e" in text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to time")
+def test_without_a_gpu_there_is_nothing_to_time(monkeypatch):
+    """One line that says so."""
+    monkeypatch.setattr(sys, "argv", ["gpu", "--sizes", "10M"])
+    with pytest.raises(UserError, match="no CUDA device here"):
+        gpu.main()
+    monkeypatch.setattr(sys, "argv", ["gpu", "--parts", "sizes", "moon"])
+    with pytest.raises(UserError, match="--parts moon: choose from sizes, ablation, ladder"):
+        gpu.main()
+    monkeypatch.setattr(sys, "argv", ["gpu", "--nanogpt", "/nowhere"])
+    with pytest.raises(UserError, match="no model.py there"):
+        gpu.main()

@@ -1,0 +1,409 @@
+"""The three kinds of a training step. Where there is no GPU a stand-in for the CUDA graph calls the recorded function
+again on the same buffers and hands out the same tensor, which is all that a replay does."""
+
+import functools
+import gc
+import itertools
+import json
+import math
+import weakref
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+import train
+from nanochin import runs, step
+from nanochin.config import RunError, UserError, make_shape
+from nanochin.model import GPT
+from nanochin.optim import Adam
+from nanochin.step import CHOICES, WARM_UP, CudaGraph, TrainingStep, out_of_memory, pick_step
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+CUDA = torch.cuda.is_available()
+TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-3}  # of a loss: rounding, as it grows over some tens of steps
+
+
+class Replay:
+    """The stand-in for CudaGraph."""
+
+    def __init__(self, function, reserve):
+        self.function, self.output = function, None
+
+    def __call__(self):
+        pair = self.function()
+        self.output = pair if self.output is None else self.output.copy_(pair)
+        return self.output
+
+
+@pytest.fixture
+def kind(monkeypatch):
+    """`kind("graph")`: train.py steps that way on this CPU from here on; compiling without code generation."""
+
+    def choose(name):
+        monkeypatch.setattr(train, "pick_step", lambda *_: (name, "as the test says"))
+        monkeypatch.setattr(train, "TrainingStep", functools.partial(TrainingStep, record=Replay))
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    return choose
+
+
+def losses(config):
+    folder = Path(config.out) / train.train(config, quiet=True)["name"]
+    return [(row["loss"], row["grad_norm"]) for row in runs.read_log(folder) if "loss" in row]
+
+
+def made(kind="eager", function=train.optimizer_step, micro_batch=4, device=CPU, say=print, record=Replay, **options):
+    """(step, model) of width 16."""
+    model = GPT(make_shape(16, 1, vocab_size=31, seq_len=8, **options)).to(device)
+    optimizer = Adam(model, "adamw", 0.01, (0.9, 0.95), 0.1)
+    return TrainingStep(kind, function, model, optimizer, micro_batch, 1.0, 0, say, record), model
+
+
+def batches(count, sequences=6):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(31, (sequences, 9), generator=generator) for _ in range(count)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same losses
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", ["graph", "compile"])
+def test_kinds_agree(tiny, kind, name, dtype):
+    """Losses and gradient norms of 20 steps, four sequences cut into 3 and 1, are those of eager steps to rounding."""
+    usual = {"tokens": 20 * 128.0, "log_every": 1, "micro_batch": 3, "dtype": dtype}
+    expected = losses(tiny(out=tiny().out + "0", **usual))
+    kind(name)
+    got = losses(tiny(**usual))
+    assert len(got) == 20 and expected[-1][0] < expected[0][0] - 0.5
+    assert list(itertools.chain(*got)) == pytest.approx(list(itertools.chain(*expected)), rel=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", ["graph", "compile"])
+def test_resume_in_the_middle(tiny, kind, name, monkeypatch):
+    """A run that dies between two checkpoints and goes on logs what an undisturbed one of its kind logs."""
+    kind(name)
+    usual = {"tokens": 20 * 128.0, "log_every": 1, "save_steps": (9,)}
+    expected = losses(tiny(out=tiny().out + "0", **usual))
+    real, calls = train.optimizer_step, itertools.count(1)
+    monkeypatch.setattr(train, "optimizer_step", lambda *args: 1 / 0 if next(calls) == 14 else real(*args))
+    with pytest.raises(ZeroDivisionError):
+        losses(tiny(**usual))
+    monkeypatch.setattr(train, "optimizer_step", real)
+    assert losses(tiny(**usual)) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kinds_agree_on_a_gpu(dtype):
+    """Twenty steps, recorded by CUDA and compiled by torch, have the losses of eager ones to rounding."""
+    shape = make_shape(128, 2, vocab_size=1000, seq_len=64)
+    data = [torch.randint(1000, (6, 65), generator=torch.Generator().manual_seed(i % 4)) for i in range(20)]
+    found = {}
+    for name in step.KINDS:
+        model = GPT(shape, dtype=dtype).to("cuda")
+        optimizer = Adam(model, "adamw", 0.01, (0.9, 0.95), 0.1)
+        said = []
+        train_on = TrainingStep(name, train.optimizer_step, model, optimizer, 4, 1.0, 0, said.append)
+        found[name] = [train_on(batch, 0.003)[0] for batch in data]
+        assert said == [] and train_on.kind == name
+    for name in ("compile", "graph"):
+        got, want = (torch.stack(found[key]).tolist() for key in (name, "eager"))
+        assert got == pytest.approx(want, rel=1e-4 if dtype == torch.float32 else 1e-2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Buffers and rates
+
+
+@pytest.mark.parametrize("name", ["eager", "graph"])
+def test_nothing_is_shared_with_the_caller(name):
+    """A batch may be overwritten once the step has it, and what a step returned is not changed by the next."""
+    train_on, _ = made(name)
+    kept, _ = made(name)
+    want = [kept(batch.clone(), 0.01).tolist() for batch in batches(8)]
+    buffer, got = torch.empty(6, 9, dtype=torch.long), []
+    for batch in batches(8):
+        got.append(train_on(buffer.copy_(batch), 0.01))
+        buffer.zero_()
+    assert [pair.tolist() for pair in got] == want
+
+
+def test_a_recorded_step_sees_each_rate():
+    """The rate that a recorded step reads is a tensor that stays in its place and holds the rate of the step."""
+    rates, places = [], set()
+
+    def spy(model, optimizer, *rest):
+        rates.append(optimizer.lr.item())
+        places.add(optimizer.lr.data_ptr())
+        return train.optimizer_step(model, optimizer, *rest)
+
+    train_on, _ = made("graph", spy)
+    for rate, batch in zip((0.5, 0.25, 0.125, 0.0, 1.0), batches(5), strict=True):
+        train_on(batch, rate)
+    assert rates == [0.5, 0.25, 0.125, 0.0, 1.0] and len(places) == 1
+
+
+def test_a_batch_of_another_size_is_recorded_anew():
+    """A recording is of one shape; a smaller batch is neither broadcast into its buffer nor refused."""
+    train_on, model = made("graph")
+    kept, same = made("eager")
+    for batch in (*batches(3), *batches(2, sequences=1)):
+        pair, want = train_on(batch, 0.01), kept(batch, 0.01)
+        assert pair.tolist() == pytest.approx(want.tolist(), rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What goes wrong
+
+
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_out_of_memory_records_smaller_pieces(broken_off):
+    """Out of memory, also where a recording broken off by it ends in another error: half the micro-batch, recorded
+    anew, and the losses of the undisturbed run."""
+    calls, sizes, recordings = itertools.count(1), [], []
+
+    def short(model, optimizer, batch, micro_batch, *rest):
+        sizes.append(micro_batch)
+        if next(calls) in (5, 6):
+            model(batch[:1, :-1], batch[:1, 1:]).backward()  # it had begun
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                if broken_off:
+                    raise RuntimeError("the capture was invalidated")
+        return train.optimizer_step(model, optimizer, batch, micro_batch, *rest)
+
+    def record(function, reserve):
+        recordings.append(reserve)
+        return Replay(function, reserve)
+
+    train_on, _ = made("graph", short, record=record)
+    kept, _ = made("eager")
+    got, want = [[one(batch, 0.01)[0].item() for batch in batches(8)] for one in (train_on, kept)]
+    assert sizes == [4, 4, 4, 4, 4, 2, 1, 1, 1, 1] and len(recordings) == 3
+    assert recordings[0] > 0 and recordings[2] == 0  # one sequence at a time may fill the device
+    assert train_on.kind == "graph" and got == pytest.approx(want, rel=1e-5)
+
+
+def test_one_sequence_that_does_not_fit():
+    """Not even one sequence: a RunError that names the shape."""
+
+    def short(*_):
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(RunError, match="one sequence of 8 tokens through 16x1 does not fit cpu"):
+        made("graph", short)[0](batches(1)[0], 0.01)
+
+
+@pytest.mark.parametrize("name, call", [("graph", 1), ("graph", WARM_UP + 1), ("compile", 1)])
+def test_what_cannot_be_recorded_runs_eager(name, call, kind):
+    """A kind that fails in its first steps says so once and gives way to eager, which repeats that step."""
+    said, calls = [], itertools.count(1)
+
+    def broken(*args):
+        if next(calls) == call:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return train.optimizer_step(*args)
+
+    train_on, _ = made(name, broken, say=said.append)
+    kept, _ = made("eager")
+    got, want = [[one(batch, 0.01)[0].item() for batch in batches(6)] for one in (train_on, kept)]
+    assert train_on.kind == "eager" and got == pytest.approx(want, rel=1e-5)
+    assert said == [f"--step {name} failed, going on with eager: RuntimeError: operation not permitted when stream is "
+                    "capturing"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["eager", "graph"])
+def test_later_errors_are_not_hidden(name):
+    """An error after the first steps, or of an eager step, is raised as it is."""
+    calls, said = itertools.count(1), []
+    last = 1 if name == "eager" else WARM_UP + 2
+    train_on, _ = made(name, lambda *args: 1 / (last - next(calls)) and train.optimizer_step(*args), say=said.append)
+    with pytest.raises(ZeroDivisionError):
+        for batch in batches(9):
+            train_on(batch, 0.01)
+    assert said == [] and next(calls) == last + 1
+
+
+def test_memory_of_a_failed_attempt_is_free_before_the_next():
+    """What a step had allocated when it ran out of memory is gone when the smaller one begins."""
+    leftovers = []
+
+    def short(model, optimizer, batch, micro_batch, *rest):
+        assert all(tensor() is None for tensor in leftovers)
+        if micro_batch > 1:
+            activations = torch.zeros(10)
+            leftovers.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError(activations.shape)
+        return train.optimizer_step(model, optimizer, batch, micro_batch, *rest)
+
+    gc.disable()
+    try:
+        made("graph", short)[0](batches(1)[0], 0.01)
+    finally:
+        gc.enable()
+    assert len(leftovers) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No waiting: tensors on the meta device have no values, so that whatever would read one fails
+
+
+@pytest.mark.parametrize("implementation", ["fallback", "triton"])
+@pytest.mark.parametrize("name", ["eager", "graph"])
+@pytest.mark.parametrize("options", [
+    {"qk_norm": True},
+    {"norm": "layernorm", "positions": "learned", "activation": "swiglu", "bias": True, "tied": False},
+])  # fmt: skip
+def test_a_step_does_not_wait(implementation, name, options, monkeypatch):
+    """No operation of a step needs a value on the host, be it PyTorch's or, by their declarations, our kernels'."""
+    if implementation == "triton":
+        pytest.importorskip("triton")
+        from interpreted import load_all
+
+        load_all()
+    adam, updates = torch._fused_adamw_, []
+    if name == "graph":  # of the two Adams in torch this one has no declaration for meta tensors
+
+        def adam(*_, lr, **__):
+            assert lr.device.type == "meta"
+
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *args, **kw: updates.append(1) or adam(*args, **kw))
+    train_on, _ = made(name, device="meta", **options)
+    with kernels.use(implementation):
+        pairs = [train_on(batch, 0.01) for batch in batches(5)]
+    assert len(updates) >= 5 and all(pair.shape == (2,) and pair.device.type == "meta" for pair in pairs)
+
+
+@pytest.mark.parametrize("wait", ["item", "cpu", "nonzero"])
+def test_waiting_is_noticed(wait):
+    """The same check fails for a step that reads its loss."""
+
+    def waits(*args):
+        pair = train.optimizer_step(*args)
+        getattr(pair, wait)() if wait != "item" else pair[0].item()
+        return pair
+
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        made("eager", waits, device="meta")[0](batches(1)[0], 0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which kind
+
+
+def test_choices():
+    """A CPU steps eagerly, a GPU by graph, and each row of the table says whether that was measured."""
+    assert pick_step("auto", CPU, 10**6)[0] == "eager"
+    assert pick_step("auto", torch.device("cuda", 0), 10**9)[0] == "graph"
+    assert all(row.why.startswith(("measured", "assumed, not measured")) for row in CHOICES)
+    for device in ("cpu", "mps", "cuda"):  # every device has rows up to any size, in order
+        rows = [row for row in CHOICES if row.device == device]
+        assert rows[-1].params == math.inf and rows == sorted(rows, key=lambda row: row.params)
+        assert all(row.kind in step.KINDS for row in rows)
+    assert pick_step("compile", CPU, 1) == ("compile", "as asked")
+
+
+def test_impossible_choices(monkeypatch, refusal, tiny):
+    """A graph needs CUDA and compiling for CUDA needs triton: one line that says what to do."""
+    said = refusal("--step=graph", "--device=cpu", f"--data={tiny().data[0]}", f"--cache={tiny().cache}")
+    assert "--step graph: CUDA graphs need a CUDA device, this is cpu; use eager or compile" in said
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
+    with pytest.raises(UserError, match="needs triton, which is not installed; use graph"):
+        pick_step("compile", torch.device("cuda", 0), 1)
+
+
+def test_the_record_names_it(tiny, capsys):
+    """config.json and the plan on the screen say how steps run and how numbers are multiplied; the run is the same."""
+    config = tiny(step="eager")
+    folder = Path(config.out) / train.train(config)["name"]
+    record = json.loads((folder / "config.json").read_text())
+    assert record["step"] == ["eager", "as asked"] and "step" not in record["identity"]
+    assert record["precision"] == {"activations": "float32", "weights": "float32", "float32_matmul": "highest",
+                                   "bf16_reduced_precision_reduction": True}  # fmt: skip
+    assert any(line.split()[:2] == ["step", "eager"] for line in capsys.readouterr().out.splitlines())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CudaGraph's calls of torch.cuda
+
+
+@pytest.fixture
+def cuda_calls(monkeypatch):
+    """What is asked of torch.cuda, in order; the free memory is calls.free."""
+
+    class Calls(list):
+        free = 100
+
+    calls, here = Calls(), ["main"]
+
+    class Stream:
+        def __init__(self, name="side"):
+            self.name = name
+
+        def wait_stream(self, other):
+            calls.append(f"{self.name} waits for {other.name}")
+
+    @contextmanager
+    def stream(side):
+        here.append(side.name)
+        try:
+            yield
+        finally:
+            here.pop()
+
+    class Graph:
+        def replay(self):
+            calls.append(f"replay on {here[-1]}")
+
+    @contextmanager
+    def graph(_, stream):
+        calls.append(f"record on {stream.name}")
+        yield
+
+    current, memory = lambda: Stream(here[-1]), lambda: (calls.free, 200)
+    for name, value in (("Stream", Stream), ("stream", stream), ("CUDAGraph", Graph), ("graph", graph),
+                        ("current_stream", current), ("mem_get_info", memory)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+    calls.here = here
+    return calls
+
+
+def test_warm_up_record_replay(cuda_calls):
+    """Three real steps on a stream that waits for ours and ours for it, one recording, then replays on our stream."""
+
+    def function():
+        cuda_calls.append(f"step on {cuda_calls.here[-1]}")
+        return len(cuda_calls)
+
+    graph = CudaGraph(function, reserve=50)
+    outputs = [graph() for _ in range(5)]
+    warm = ["side waits for main", "step on side", "main waits for side"]
+    assert cuda_calls == [*3 * warm, "record on side", "step on side", "replay on main", "replay on main"]
+    assert outputs[3] == outputs[4] and len(set(outputs)) == 4
+
+
+def test_a_recording_leaves_room(cuda_calls):
+    """A recording that leaves less than the reserve counts as out of memory, before it has trained anything."""
+    graph = CudaGraph(lambda: 0, reserve=50)
+    for _ in range(3):
+        graph()
+    cuda_calls.free = 49
+    with pytest.raises(torch.OutOfMemoryError):
+        graph()
+    assert not any("replay" in call for call in cuda_calls) and cuda_calls.here == ["main"]
+
+
+def test_out_of_memory_behind_another_error():
+    """Found behind errors that followed it or were made of it, and nowhere else."""
+    memory, other = torch.OutOfMemoryError("full"), RuntimeError("other")
+    assert out_of_memory(memory) and not out_of_memory(other) and not out_of_memory(None)
+    other.__context__ = memory
+    assert out_of_memory(other)
