@@ -44,10 +44,9 @@ def read_trial(folder: str | Path) -> Trial:
 
     Raises UserError for a folder that holds no finished run, or one of which no law had said anything."""
     folder = Path(folder)
-    try:
-        row, before = read_json(folder / "summary.json"), read_json(folder / "config.json").get("predicted") or {}
-    except OSError as error:
-        raise UserError(f"--trials {folder}: no finished run there ({error.strerror})") from None
+    if not (folder / "summary.json").exists():
+        raise UserError(f"--trials {folder}: no finished run there")
+    row, before = read_json(folder / "summary.json"), read_json(folder / "config.json").get("predicted") or {}
     found = {key: before.get(f"predicted_{key}") for key in ("loss", "low", "high")}
     if not all(isinstance(value, float) and math.isfinite(value) for value in found.values()):
         raise UserError(f"--trials {folder}: no law predicted its loss with an interval; train it with --law "
