@@ -334,7 +334,7 @@ def _other_questions(study: Study, questions: Questions, answers: Answers) -> li
 def _trials(trials: list[Trial]) -> str:
     """Runs beside what the law had said of them."""
     rows = [[html.escape(one.run), flops(one.flops), count(one.params), count(one.tokens),
-             ci(one.predicted, (one.low, one.high), four), four(one.loss), f"{100 * one.off:+.2f}%",
+             four(one.predicted) + between((one.low, one.high), four), four(one.loss), f"{100 * one.off:+.2f}%",
              "inside" if one.inside else "<strong>outside</strong>"] for one in trials]  # fmt: skip
     words = ("<p>Runs that are no part of the fit. The law's forecast of each, an interval of 95% for a single run, "
              "was written into its config.json before its first step.</p>")  # fmt: skip
