@@ -418,7 +418,7 @@ def summarise(job: Job, record: dict, name: str, loss: float, bpb: float | None,
         "val_sha": corpus.val_sha, "unique_tokens": unique, "epochs": epochs(job), "seed": config.seed,
         "schedule": config.schedule, "horizon": config.cycle * plan.tokens, "lr": config.lr,
         "batch_tokens": plan.batch_tokens, "beta2": config.beta2, "warmup_tokens": plan.warmup_tokens,
-        **predicted(job), "seconds": seconds, "device": record["device"], "threads": record["threads"],
+        **record["predicted"], "seconds": seconds, "device": record["device"], "threads": record["threads"],
     }  # fmt: skip
 
 

@@ -172,7 +172,7 @@ def estimates(approach: Approach, quantities: Callable, replicates: int = 200) -
         return [Estimate(float(value)) for value in values]
     every, drawn = sure.law, []
     names = [name for name, column in vars(every).items() if np.ndim(column) == 1]
-    for i in np.unique(np.linspace(0, len(every.a) - 1, replicates).astype(int)):
+    for i in sure.evenly(replicates):
         found = attempt(quantities, replace(every, **{name: float(getattr(every, name)[i]) for name in names}))
         drawn.append([math.inf] * len(values) if isinstance(found, NotIdentified) else found)
     ends = {level: np.percentile(drawn, (50 - level / 2, 50 + level / 2), axis=0, method="nearest") for level in LEVELS}
