@@ -109,7 +109,7 @@ class Config:
 
     # Model: GPT as in Chinchilla by default; `--norm layernorm --positions learned --bias
     # --activation gelu_tanh` is GPT-2, `--activation swiglu --tied=false` is Llama.
-    head_size: int | None = opt(None, "head size; default: the largest even divisor of the width up to 64")
+    head_size: int | None = opt(None, "head size; default: by width, from 2 heads up to 32 wide to heads of 64 from 512 on")
     ffn: int | None = opt(None, "feed-forward width; default 4C (swiglu: 8C/3 rounded up to a multiple of 8)")
     norm: str = opt("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
     positions: str = opt("rotary", "positions", choices=("rotary", "learned"))
@@ -220,8 +220,11 @@ def shape_maker(config: Config, vocab_size: int, seq_len: int) -> Callable[[int,
 
 
 def default_head_size(width: int) -> int:
-    """The largest even divisor of the width up to 64; an odd width has none."""
-    sizes = [d for d in range(2, min(64, width) + 1, 2) if width % d == 0]
+    """The largest even divisor of the width up to a limit: width / 2 up to 32 wide, 16 up to 128, width / 8 up to 512, then
+    64. Measured from 16 to 128 wide, where one head of 64 or of the whole width costs 1% to 3% of the loss (LOG.md); from
+    512 on the paper's (Table A9); between them eight heads. An odd width has none."""
+    limit = min(64, max(min(16, width / 2), width / 8))
+    sizes = [d for d in range(2, max(2, int(limit)) + 1, 2) if width % d == 0]
     if not sizes:
         raise UserError(f"width {width}: must be even, so that heads can be rotated in pairs")
     return sizes[-1]

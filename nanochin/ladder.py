@@ -25,7 +25,7 @@ from nanochin.laws import BESIROGLU, Law, PowerLaw, load_law
 
 # (width, layers), from 2 thousand parameters (bytes) to 1 billion. Neighbours differ by less than 1.5x in
 # `with_head` whatever the vocabulary. Width over layers rises to the paper's 40-70; from 512x8 on these are the
-# rows of its Table A9. Widths are such that the head size is min(64, width), 96 and 160 excepted.
+# rows of its Table A9.
 LADDER = (
     (6, 1), (8, 1), (10, 1), (12, 1), (16, 1), (16, 2), (20, 2), (24, 2), (28, 2), (32, 2),
     (40, 2), (48, 2), (56, 2), (64, 2), (64, 3), (64, 4), (96, 2), (96, 3), (128, 2), (128, 3),

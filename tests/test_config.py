@@ -198,13 +198,14 @@ def test_values_out_of_bounds_from_python():
 
 
 def test_shape_defaults():
-    """Head size, heads and feed-forward width as documented: largest even divisor up to 64, 4C, 8C/3 to 8s."""
+    """Head size, heads and feed-forward width as documented: 2 heads, 16, 8 heads, then 64; 4C; 8C/3 to 8s."""
     sizes = {"vocab_size": 256, "seq_len": 32}
-    assert make_shape(256, 4, **sizes) == Shape(256, 4, 256, 32, head_size=64, ffn=1024)
-    assert make_shape(6, 1, **sizes) == Shape(6, 1, 256, 32, head_size=6, ffn=24)
-    assert make_shape(160, 3, **sizes).head_size == 40 and make_shape(160, 3, **sizes).heads == 4
+    assert make_shape(256, 4, **sizes) == Shape(256, 4, 256, 32, head_size=32, ffn=1024)
+    assert make_shape(6, 1, **sizes) == Shape(6, 1, 256, 32, head_size=2, ffn=24)
+    assert make_shape(2, 1, **sizes).heads == 1
+    assert make_shape(160, 3, **sizes).head_size == 20 and make_shape(160, 3, **sizes).heads == 8
     assert make_shape(100, 1, activation="swiglu", **sizes).ffn == 272  # 8 * ceil(100 / 3)
-    assert make_shape(64, 2, head_size=16, ffn=100, bias=True, **sizes) == Shape(64, 2, 256, 32, 16, 100, bias=True)
+    assert make_shape(64, 2, head_size=32, ffn=100, bias=True, **sizes) == Shape(64, 2, 256, 32, 32, 100, bias=True)
     assert str(make_shape(256, 4, **sizes)) == "256x4"
 
 
