@@ -220,14 +220,14 @@ def shape_maker(config: Config, vocab_size: int, seq_len: int) -> Callable[[int,
 
 
 def default_head_size(width: int) -> int:
-    """The largest even divisor of the width up to a limit: width / 2 up to 32 wide, 16 up to 128, width / 8 up to 512, then
-    64. Measured from 16 to 128 wide, where one head of 64 or of the whole width costs 1% to 3% of the loss (LOG.md); from
-    512 on the paper's (Table A9); between them eight heads. An odd width has none."""
-    limit = min(64, max(min(16, width / 2), width / 8))
-    sizes = [d for d in range(2, max(2, int(limit)) + 1, 2) if width % d == 0]
+    """The even divisor of the width nearest, as a ratio, to width / 2 up to 32 wide, 16 up to 128, width / 8 up to 512,
+    then 64. Measured from 16 to 128 wide, where one head of 64 or of the whole width costs up to 7% of the loss (LOG.md);
+    from 512 on the paper's (Table A9); between them eight heads. An odd width has none."""
+    target = min(64, max(min(16, width / 2), width / 8))
+    sizes = [d for d in range(2, width + 1, 2) if width % d == 0]
     if not sizes:
         raise UserError(f"width {width}: must be even, so that heads can be rotated in pairs")
-    return sizes[-1]
+    return min(sizes, key=lambda d: max(d / target, target / d))
 
 
 def parse_model(text: str) -> tuple[int, int]:
