@@ -29,7 +29,17 @@ from torch import Tensor
 
 import kernels
 from nanochin import checkpoint, gpt2, ladder, laws, loggers, runs
-from nanochin.config import FLOP_CONVENTIONS, Config, RunError, UserError, check, parse, parse_model, shape_maker
+from nanochin.config import (
+    FLOP_CONVENTIONS,
+    Config,
+    RunError,
+    UserError,
+    check,
+    parse,
+    parse_model,
+    run_command,
+    shape_maker,
+)
 from nanochin.console import Progress, clock, count, table
 from nanochin.data import Corpus, Windows, prepare_for
 from nanochin.device import (
@@ -509,18 +519,11 @@ def show_result(job: Job, run: runs.Run, model: GPT) -> None:
     print(f'\n{run.folder}   (python -m nanochin.sample {run.folder} --prompt "..." for more)')
 
 
-def main() -> int:
+def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.stdout.reconfigure(errors="replace")  # a sample may hold what this terminal's encoding cannot show
-    try:
-        train(parse(Config, prog="train.py", description=__doc__, file=True))
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return error.code
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    return 0
+    train(parse(Config, prog="train.py", description=__doc__, file=True))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main, "train.py")

@@ -109,7 +109,9 @@ class Config:
 
     # Model: GPT as in Chinchilla by default; `--norm layernorm --positions learned --bias
     # --activation gelu_tanh` is GPT-2, `--activation swiglu --tied=false` is Llama.
-    head_size: int | None = opt(None, "head size; default: by width, from 2 heads up to 32 wide to heads of 64 from 512 on")
+    head_size: int | None = opt(
+        None, "head size; default: by width, from 2 heads up to 32 wide to heads of 64 from 512 on"
+    )
     ffn: int | None = opt(None, "feed-forward width; default 4C (swiglu: 8C/3 rounded up to a multiple of 8)")
     norm: str = opt("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
     positions: str = opt("rotary", "positions", choices=("rotary", "learned"))
@@ -221,8 +223,8 @@ def shape_maker(config: Config, vocab_size: int, seq_len: int) -> Callable[[int,
 
 def default_head_size(width: int) -> int:
     """The even divisor of the width nearest, as a ratio, to width / 2 up to 32 wide, 16 up to 128, width / 8 up to 512,
-    then 64. Measured from 16 to 128 wide, where one head of 64 or of the whole width costs up to 7% of the loss (LOG.md);
-    from 512 on the paper's (Table A9); between them eight heads. An odd width has none."""
+    then 64. Measured from 16 to 128 wide, where one head of 64 or of the whole width costs up to 7% of the loss
+    (LOG.md); from 512 on the paper's (Table A9); between them eight heads. An odd width has none."""
     target = min(64, max(min(16, width / 2), width / 8))
     sizes = [d for d in range(2, width + 1, 2) if width % d == 0]
     if not sizes:

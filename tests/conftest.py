@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochin.config import Config
+from nanochin.config import Config, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,10 +105,9 @@ def main(monkeypatch):
         import train
 
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-        try:
-            return train.main()
-        except SystemExit as exit:  # of the option parser
-            return exit.code
+        with pytest.raises(SystemExit) as end:
+            run_command(train.main, "train.py")
+        return end.value.code
 
     return run
 

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 import nanochin.evaluate
 import train
 from nanochin import checkpoint, data, runs
-from nanochin.config import Config
+from nanochin.config import Config, run_command
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 
@@ -111,7 +111,7 @@ def run_child(argv: list[str], output: str, stop_at: tuple[str, int] | None, fla
     train.peak_of = lambda *_: (1e11, "as the test says")
     if stop_at:
         STOPS[stop_at[0]](stop_at[1], stop)
-    sys.exit(train.main())
+    run_command(train.main, "train.py")
 
 
 class Child:

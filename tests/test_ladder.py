@@ -39,8 +39,8 @@ def test_ends_of_the_ladder():
 
 
 def test_head_sizes_of_the_ladder():
-    """Two heads of 8 and 12 as measured, 16 up to 128 wide, eight heads up to 512, then the paper's 64; and no step of the
-    ladder halves the heads, which would bend the curves. 128 leaves its multiples."""
+    """Two heads of 8 and 12 as measured, 16 up to 128 wide, eight heads up to 512, then the paper's 64; and no step of
+    the ladder halves the heads, which would bend the curves. 128 leaves its multiples."""
     measured = {16: 8, 24: 12, 32: 16, 40: 20, 48: 16, 64: 16, 96: 16, 128: 16, 192: 24, 256: 32, 384: 48}
     for width, layers in LADDER:
         size = make(width, layers).head_size
