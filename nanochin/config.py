@@ -109,9 +109,7 @@ class Config:
 
     # Model: GPT as in Chinchilla by default; `--norm layernorm --positions learned --bias
     # --activation gelu_tanh` is GPT-2, `--activation swiglu --tied=false` is Llama.
-    head_size: int | None = opt(
-        None, "head size; default: by width, from 2 heads up to 32 wide to heads of 64 from 512 on"
-    )
+    head_size: int | None = opt(None, "head size; default: by width, 16 from 32 to 128 wide, 64 from 512 on")
     ffn: int | None = opt(None, "feed-forward width; default 4C (swiglu: 8C/3 rounded up to a multiple of 8)")
     norm: str = opt("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
     positions: str = opt("rotary", "positions", choices=("rotary", "learned"))
