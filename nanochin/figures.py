@@ -29,6 +29,7 @@ from nanochin.laws import (
 from nanochin.plot import SCALE, Axis, Band, Figure, Line, Note, Panel, Points, number
 from nanochin.study import Approach, Checks, Study
 
+NAMES = ("curves", "isoflop", "optimum", "surface", "residuals", "hold-out", "certainty")  # of all that may be drawn
 COLOUR = {1: "green", 2: "orange", 3: "blue"}
 MODELS = (  # Hoffmann et al. 2022, Table 1: parameters, tokens; where their names stand in a plot of N and in others
     ("LaMDA", 137e9, 168e9, "left", "left"), ("GPT-3", 175e9, 300e9, "below", "above left"),
