@@ -36,6 +36,7 @@ from nanochin.runs import versions, write_file, writing
 from nanochin.study import Approach, Checks, Settings, Study, check, findings, resamples, study_runs
 from nanochin.trials import Trial, read_trial
 
+MOST = 1e40  # FLOPs or tokens that one may ask about: beyond, losses differ from E in no digit
 GREAT_FILE = 10_000_000  # bytes that take some seconds to read
 OURS = ("laws.json", "report.html", *(f"{name}.{kind}" for name in figures.NAMES for kind in ("svg", "png")))
 UNWANTED = {"all": (), "svg": (".png",), "none": (".svg", ".png")}  # of these, by --figures
@@ -64,10 +65,11 @@ class FitOptions:
     seed: int = opt(0, "seed of the resampling", low=0)
 
     # What to ask.
-    budget: tuple[float, ...] = opt((), "training FLOPs to allocate; default: around those of the runs", above=0)
+    budget: tuple[float, ...] = opt((), "training FLOPs to allocate; default: around those of the runs",
+                                    low=1, high=MOST)  # fmt: skip
     target_loss: float | None = opt(None, "what does this loss cost?", above=0)
-    inference_tokens: float | None = opt(None, "tokens that the model will serve", above=0)
-    unique_tokens: float | None = opt(None, "tokens of text that there are", above=0)
+    inference_tokens: float | None = opt(None, "tokens that the model will serve", low=1, high=MOST)
+    unique_tokens: float | None = opt(None, "tokens of text that there are", low=1, high=MOST)
     trials: tuple[str, ...] = opt((), "runs that train.py --law made after these were fitted: shown beside what the "
                                   "law had predicted of them, not fitted")  # fmt: skip
     figures: str = opt("all", "all: SVG, and PNG if matplotlib is there", choices=("all", "svg", "none"))
@@ -286,7 +288,9 @@ def describe(study: Study, options: FitOptions) -> dict:
 
     sure = study.best.sure
     return {
-        "source": study.rows.source, "sha256": study.rows.sha256, "params_convention": options.params,
+        "source": study.rows.source, "sha256": study.rows.sha256,
+        "curves": study.curves.source if study.curves else None,
+        "curves_sha256": study.curves.sha256 if study.curves else None, "params_convention": options.params,
         "flops_convention": study.flops_convention, "flops_name": study.flops_name,
         **{name: only(name) for name in ("tokenizer", "seq_len", "data_sha", "val_sha")},
         "n_runs": len(study.N), "dropped": study.rows.dropped, "bootstrap": study.settings.bootstrap,
