@@ -154,6 +154,17 @@ def test_too_little_is_refused(rows, says):
         fit_isoflop(np.where(np.arange(75) % 2, 1e7, 1e8), D, loss)
 
 
+def test_a_refusal_of_many_budgets_is_one_readable_line():
+    """Of forty budgets without a minimum three are named for each reason, and the others are counted."""
+    N, D, loss = isoflop_grid(TIED, np.geomspace(1e15, 1e25, 40), [3.0, 5.0, 8.0, 13.0])
+    concave = np.arange(160) // 4 >= 38
+    with pytest.raises(NotIdentified) as error:
+        fit_isoflop(N, D, np.where(concave, 9 - loss, loss))
+    said = str(error.value)
+    assert len(said) < 300 and "and 35 more FLOPs: its minimum lies at" in said and said.count("FLOPs") == 2
+    assert "1e+25 FLOPs: its curve is concave" in said
+
+
 def test_budgets_are_found_in_the_column_of_flops():
     """Clusters of nearly equal C, jittered by 3% as whole batches do; runs in between belong to none."""
     rng = np.random.default_rng(0)
