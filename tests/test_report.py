@@ -278,8 +278,8 @@ def test_png_without_matplotlib(made, monkeypatch):
 
 @pytest.mark.parametrize("alpha, beta", [(0.33, 0.37), (0.44, 0.32), (0.05, 0.6), (0.6, 0.05)])
 def test_names_of_contours_can_be_read(made, alpha, beta):
-    """Contours of the loss, steep or flat, have the law's loss; more than half have their name, at a place where the law
-    has that loss, in or just above the frame, across no contour and over no other name."""
+    """Contours of the loss, steep or flat, have the law's loss; more than half have their name, where the law has
+    that loss, in or just above the frame, across no contour and over no other name."""
     law = replace(made[0].results[3].law, alpha=alpha, beta=beta, E=1.0, A=0.5 * 5e5**alpha, B=0.5 * 2e7**beta)
     study = replace(made[0], L=law.loss(made[0].N, made[0].D))
     panel = figures._contours(study, law)
