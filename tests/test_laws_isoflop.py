@@ -125,11 +125,11 @@ def test_minima_at_the_edge_are_refused():
 
 
 def test_no_bracketed_minimum_raises():
-    """Runs that are all too large: no optimum is made up, each budget says why."""
+    """Runs that are all too large: no optimum is made up, budgets are named with the reason."""
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, np.geomspace(4, 60, 7))
     with pytest.raises(NotIdentified) as error:
         fit_isoflop(N, D, loss)
-    assert "0 of 5" in str(error.value) and "1e+17 FLOPs" in str(error.value)
+    assert "0 of 5" in str(error.value) and "(1e+17, 1e+18, 1e+19 and 2 more FLOPs: its minimum" in str(error.value)
     assert "\n" not in str(error.value)
 
 
