@@ -8,6 +8,7 @@ The answer comes on the terminal; laws.json (for `train.py --law`), the figures 
 
 import io
 import json
+import os
 import shlex
 import sys
 from dataclasses import dataclass, fields
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochin import laws
+from nanochin import figures, laws, plot, report
 from nanochin.answers import SHOWN, Answer, Answers, Questions, answer, optimum
 from nanochin.config import UserError, opt, parse, run_command
 from nanochin.console import Progress, count
@@ -35,7 +36,10 @@ from nanochin.runs import versions, write_file, writing
 from nanochin.study import Approach, Checks, Settings, Study, check, findings, resamples, study_runs
 from nanochin.trials import Trial, read_trial
 
+MOST = 1e40  # FLOPs or tokens that one may ask about: beyond, losses differ from E in no digit
 GREAT_FILE = 10_000_000  # bytes that take some seconds to read
+OURS = ("laws.json", "report.html", *(f"{name}.{kind}" for name in figures.NAMES for kind in ("svg", "png")))
+UNWANTED = {"all": (), "svg": (".png",), "none": (".svg", ".png")}  # of these, by --figures
 MOMENTS = 3e6  # rows x resamples below which it takes no longer than a moment, and progress is not shown
 
 
@@ -61,10 +65,11 @@ class FitOptions:
     seed: int = opt(0, "seed of the resampling", low=0)
 
     # What to ask.
-    budget: tuple[float, ...] = opt((), "training FLOPs to allocate; default: around those of the runs", above=0)
+    budget: tuple[float, ...] = opt((), "training FLOPs to allocate; default: around those of the runs",
+                                    low=1, high=MOST)  # fmt: skip
     target_loss: float | None = opt(None, "what does this loss cost?", above=0)
-    inference_tokens: float | None = opt(None, "tokens that the model will serve", above=0)
-    unique_tokens: float | None = opt(None, "tokens of text that there are", above=0)
+    inference_tokens: float | None = opt(None, "tokens that the model will serve", low=1, high=MOST)
+    unique_tokens: float | None = opt(None, "tokens of text that there are", low=1, high=MOST)
     trials: tuple[str, ...] = opt((), "runs that train.py --law made after these were fitted: shown beside what the "
                                   "law had predicted of them, not fitted")  # fmt: skip
     figures: str = opt("all", "all: SVG, and PNG if matplotlib is there", choices=("all", "svg", "none"))
@@ -72,6 +77,7 @@ class FitOptions:
 
 def main() -> None:
     options = parse(FitOptions, prog="fit.py", description=__doc__)
+    out = require_output(options)
     trials = [read_trial(folder) for folder in options.trials]
     rows, curves = read(options)
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
@@ -90,7 +96,25 @@ def main() -> None:
     print("\n" + "\n".join(f"{'  ' if good else '! '}{text}" for good, text in findings(study, checks)), flush=True)
     if trials:
         print("\nPredicted first, trained then:\n" + "\n".join(f"  {trial}" for trial in trials))
-    print("\n" + write(study, checks, questions, answers, trials, options))
+    print("\n" + write(study, checks, questions, answers, trials, options, out))
+
+
+def require_output(options: FitOptions) -> Path:
+    """The folder to write to. Raises UserError, before anything is computed, where there can be none, or where a file
+    would be written over that no earlier fit has written."""
+    path = Path(options.path)
+    out = Path(options.out) if options.out else path / "fit" if path.is_dir() else path.parent / f"fit-{path.stem}"
+    there = next(folder for folder in (out, *out.absolute().parents) if os.path.exists(folder))
+    if not there.is_dir():
+        raise UserError(f"--out {out}: cannot be a folder, since {there} is a file; name another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--out {out}: cannot write in {there}; name another folder")
+    ours = set(files_of_earlier_fit(out))
+    wanted = [name for name in OURS if not name.endswith(UNWANTED[options.figures])]
+    if others := [name for name in wanted if (out / name).exists() and name not in ours]:
+        raise UserError(f"--out {out}: {', '.join(others)} there would be written over, and no earlier fit has written "
+                        f"{'it' if len(others) == 1 else 'them'}; move, delete or name another folder")  # fmt: skip
+    return out
 
 
 def read(options: FitOptions) -> tuple[Rows, Rows | None]:
@@ -186,15 +210,9 @@ def between(ends: tuple[float, float], show="{:.3g}".format) -> str:
 
 
 def write(study: Study, checks: Checks, questions: Questions, answers: Answers, trials: list[Trial],
-          options: FitOptions) -> str:  # fmt: skip
+          options: FitOptions, out: Path) -> str:  # fmt: skip
     """laws.json, figures, report.html: each whole or as it was before. Figures that an earlier fit wrote here and this
     one does not are deleted; nothing else in the folder is touched."""
-    from nanochin import figures, plot, report  # after the answer
-
-    path = Path(options.path)
-    out = Path(options.out) if options.out else path / "fit" if path.is_dir() else path.parent / f"fit-{path.stem}"
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
     built = versions()
     provenance = report.Provenance(
         command=command(),
@@ -220,19 +238,27 @@ def write(study: Study, checks: Checks, questions: Questions, answers: Answers, 
     meta = describe(study, options) | {"command": command(), "git": built["git"], "files": sorted(files)}
     files["laws.json"] = laws.laws_text(contents(study, questions, answers, trials, meta)).encode()
 
-    stale = set(files_of_earlier_fit(out)) - set(files)
-    for name, content in files.items():  # all made before one is written; laws.json, which lists them, is the last
-        write_file(out / name, content)
+    stale, new = set(files_of_earlier_fit(out)) - set(files), []
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, content in files.items():  # all made before one is written; laws.json, which lists them, is the last
+            new += [] if (out / name).exists() else [out / name]
+            write_file(out / name, content)
+    except BaseException:  # a full disk, Ctrl-C: what no list names would be in the way of the next fit
+        for path in new:
+            path.unlink(missing_ok=True)
+        raise
     for name in stale:
         (out / name).unlink(missing_ok=True)
     return f"{out}: laws.json, report.html" + (", " + " ".join(said) if said else "")
 
 
 def files_of_earlier_fit(out: Path) -> list[str]:
-    """The figures that the laws.json in `out` says were written beside it."""
+    """Of OURS, what the laws.json in `out` says was written there, itself included."""
     try:
         listed = json.loads((out / "laws.json").read_text(encoding="utf-8"))["meta"]["files"]
-        return [name for name in listed if Path(name).name == name and Path(name).suffix in (".svg", ".png")]
+        return [name for name in OURS if name == "laws.json" or name in listed]
     except (OSError, ValueError, KeyError, TypeError):  # none yet, of an older version, or not ours
         return []
 
@@ -262,7 +288,9 @@ def describe(study: Study, options: FitOptions) -> dict:
 
     sure = study.best.sure
     return {
-        "source": study.rows.source, "sha256": study.rows.sha256, "params_convention": options.params,
+        "source": study.rows.source, "sha256": study.rows.sha256,
+        "curves": study.curves.source if study.curves else None,
+        "curves_sha256": study.curves.sha256 if study.curves else None, "params_convention": options.params,
         "flops_convention": study.flops_convention, "flops_name": study.flops_name,
         **{name: only(name) for name in ("tokenizer", "seq_len", "data_sha", "val_sha")},
         "n_runs": len(study.N), "dropped": study.rows.dropped, "bootstrap": study.settings.bootstrap,

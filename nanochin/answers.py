@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from nanochin import laws
-from nanochin.console import count
+from nanochin.console import count, three
 from nanochin.laws import LEVELS, DataConstrained, Law, NotIdentified
 from nanochin.study import Approach, attempt
 
@@ -19,7 +19,7 @@ SHOWN = {  # quantity: what heads its column, and how it is printed
     "flops": ("C", "{:g} FLOPs".format), "target_loss": ("loss", "{:g}".format),
     "inference_tokens": ("tokens served", count), "unique_tokens": ("unique tokens", count),
     "flops_6nd": ("least 6ND", "{:.3g}".format), "params": ("N", count), "tokens": ("D", count),
-    "tokens_per_param": ("D/N", "{:.3g}".format), "epochs": ("epochs", "{:.3g}".format),
+    "tokens_per_param": ("D/N", three), "epochs": ("epochs", three),
     "loss": ("loss", "{:.4f}".format), "compute_saved": ("compute saved", "{:.1%}".format),
 }  # fmt: skip
 

@@ -96,8 +96,13 @@ def clock(seconds: float) -> str:
 
 
 def count(number: float) -> str:
-    """7_654_321 -> '7.65M': three figures and a suffix."""
+    """7_654_321 -> '7.65M', 1.432e15 -> '1430T': three figures and a suffix."""
     for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= 0.9995 * size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:.3g}"
+        if 0.9995 * size <= abs(number) < 1e17:
+            return f"{three(number / size)}{suffix}"
+    return three(number)
+
+
+def three(number: float) -> str:
+    """3441.7 -> '3440': three figures, without an exponent where people can read them."""
+    return f"{float(f'{number:.3g}'):g}"

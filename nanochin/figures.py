@@ -24,11 +24,27 @@ from nanochin.laws import (
     KaplanProcedure,
     Law,
     NotIdentified,
-    compute_for_loss,
 )
-from nanochin.plot import SCALE, Axis, Band, Figure, Line, Note, Panel, Points, number
+from nanochin.plot import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    SCALE,
+    TOP,
+    WIDTH,
+    Axis,
+    Band,
+    Figure,
+    Line,
+    Note,
+    Panel,
+    Points,
+    number,
+)
 from nanochin.study import Approach, Checks, Study
 
+NAMES = ("curves", "isoflop", "optimum", "surface", "residuals", "hold-out", "certainty")  # of all that may be drawn
 COLOUR = {1: "green", 2: "orange", 3: "blue"}
 MODELS = (  # Hoffmann et al. 2022, Table 1: parameters, tokens; where their names stand in a plot of N and in others
     ("LaMDA", 137e9, 168e9, "left", "left"), ("GPT-3", 175e9, 300e9, "below", "above left"),
@@ -88,11 +104,11 @@ def isoflop(study: Study) -> Figure | None:
     if isinstance(second, NotIdentified):
         return None
     fit, marks, flat = second.fit, [], []
-    colours = shade(np.array([budget.flops for budget in fit.budgets]))
-    for budget, colour in zip(fit.budgets, colours, strict=True):
+    spent = np.array([budget.flops for budget in fit.budgets])
+    for budget, colour, name in zip(fit.budgets, shade(spent), different(spent), strict=True):
         rows = budget.rows[_evenly(budget.n_runs, max(20, MOST // len(fit.budgets)))]
         hover = [_run(study, i) for i in rows]
-        marks.append(Points(fit.N[rows], fit.loss[rows], colour, number(budget.flops, powers=True), hover, 2.8))
+        marks.append(Points(fit.N[rows], fit.loss[rows], colour, name, hover, 2.8))
         if not np.isfinite(budget.parabola[0]):
             continue
         x = np.linspace(np.log(fit.N[rows].min()), np.log(fit.N[rows].max()), 60)
@@ -165,27 +181,52 @@ def surface(study: Study) -> Figure:
 def _contours(study: Study, law: Law) -> Panel:
     """L(N, D) over the runs, which have the colour of their own loss."""
     N, D, L = study.N, study.D, study.L
-    sizes = np.geomspace(N.min() / 1.6, N.max() * 1.6, 120)
-    low, high = D.min() / 1.6, D.max() * 1.6
+    sizes, tokens = (np.geomspace(x.min() / 1.6, x.max() * 1.6, 120) for x in (N, D))
     left, right = np.log(L.min() - law.E), np.log(L.max() - law.E)
     levels = law.E + np.exp(np.linspace(left, right, 11)[1:-1])  # even in log(L - E)
-    marks, names = [], []
-    for level, colour in zip(levels, reversed(SCALE), strict=True):
-        rest = level - law.E - law.A * sizes**-law.alpha  # what is left for B / D^beta: the contour in closed form
-        tokens = (law.B / np.where(rest > 0, rest, np.nan)) ** (1 / law.beta)
-        tokens[(tokens < low) | (tokens > high)] = np.nan
-        marks.append(Line(tokens, sizes, colour, width=1.6, hover=f"loss {level:.3f}"))
-        best_N, best_D = law.optimal(compute_for_loss(law, level))
-        names.append(Note(best_D, best_N, f"{level:.3g}", colour, "start", (7, 13)))
+    marks = [_contour(law, level, sizes, tokens, colour)
+             for level, colour in zip(levels, reversed(SCALE), strict=True)]  # fmt: skip
+    names = _names(marks, levels, sizes, tokens)
     keep = _evenly(len(N), MOST)
     nearest = np.abs(np.log(np.maximum(L[keep, None] - law.E, 1e-9)) - np.log(levels - law.E)).argmin(1)
     colours = [SCALE[8 - k] for k in nearest]
     marks.append(Points(D[keep], N[keep], colours, "runs, coloured by their loss", [_run(study, i) for i in keep], 2.6))
-    best_N, best_D = law.optimal(6 * np.geomspace(low * sizes[0], high * sizes[-1], 60))
+    best_N, best_D = law.optimal(6 * np.geomspace(tokens[0] * sizes[0], tokens[-1] * sizes[-1], 60))
     marks.append(Line(best_D, best_N, "ink", "frontier", width=2.4))
     count_of = f"N {study.settings.params}"
-    return Panel(f"Loss by the law ({count_of})", Axis("tokens D", True, low, high),
+    return Panel(f"Loss by the law ({count_of})", Axis("tokens D", True, tokens[0], tokens[-1]),
                  Axis(f"parameters {count_of}", True, sizes[0], sizes[-1]), (*marks, *names))  # fmt: skip
+
+
+def _contour(law: Law, level: float, N: np.ndarray, D: np.ndarray, colour: str) -> Line:
+    """Where the loss is `level`, in the frame that the ends of N and D are; from its upper end to its lower."""
+
+    def other(x: np.ndarray, own: tuple, others: tuple) -> np.ndarray:  # in closed form, of x with (scale, power) own
+        rest = level - law.E - own[0] * x ** -own[1]
+        return (others[0] / np.where(rest > 0, rest, np.nan)) ** (1 / others[1])
+
+    of_n, of_d = (law.A, law.alpha), (law.B, law.beta)
+    at_n, at_d = np.append(N, other(D, of_d, of_n)), np.append(other(N, of_n, of_d), D)
+    inside = (N[0] <= at_n) & (at_n <= N[-1]) & (D[0] <= at_d) & (at_d <= D[-1])
+    order = np.flatnonzero(inside)[np.lexsort((-at_n[inside], at_d[inside]))]
+    return Line(at_d[order], at_n[order], colour, width=1.6, hover=f"loss {level:.3f}")
+
+
+def _names(contours: list[Line], levels: np.ndarray, N: np.ndarray, D: np.ndarray) -> list[Note]:
+    """The losses (rising) of contours, where no line, run or other name is: above the frame, where a contour leaves it
+    there, or at its right edge under the contour, whichever gives more of them a name."""
+    wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM  # px
+    above, right, free, under = [], [], wide + 99.0, 14.0
+    for line, level in reversed([pair for pair in zip(contours, levels, strict=True) if len(pair[0].x)]):
+        x = wide * np.log(line.x / D[0]) / np.log(D[-1] / D[0])  # from the lower left to the upper right
+        y = high * np.log(line.y / N[0]) / np.log(N[-1] / N[0])
+        if y[0] > high - 1 and abs(x[0] - free) > 28:
+            above.append(Note(line.x[0], line.y[0], f"{level:.3g}", "middle", (0, -4)))
+            free = x[0]
+        if x[-1] > wide - 1 and y[-1] > under:
+            right.append(Note(line.x[-1], line.y[-1], f"{level:.3g}", "end", (-3, 12)))
+        under = max(14.0, np.interp(wide - 28, x, y) + 14)  # where the next one may be
+    return above if len(above) >= len(right) else right
 
 
 def residuals(study: Study, checks: Checks) -> Figure | None:
@@ -343,7 +384,7 @@ def _models(x: np.ndarray, which: int) -> list:
             anchor, shift = SIDES[sides[which > 0]]
             C, y = 6 * N * D, (N, D, D / N)[which]
             marks.append(Points([C], [y], "ink", "known models", [f"{name}: {count(N)} on {count(D)}"], 3.4, "cross"))
-            marks.append(Note(C, y, name, "ink", anchor, shift))
+            marks.append(Note(C, y, name, anchor, shift))
     return marks
 
 
@@ -355,6 +396,15 @@ def _others(x: np.ndarray, which: int) -> list:
         N, D = law.optimal(x)
         marks.append(Line(x, (N, D, D / N)[which], colour, label, dash))
     return marks
+
+
+def different(values: np.ndarray) -> list[str]:
+    """Powers of ten of two digits, or of as many as tell them apart."""
+    for digits in range(2, 8):
+        names = [number(value, powers=True, digits=digits) for value in values]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def shade(values: np.ndarray) -> list[str]:

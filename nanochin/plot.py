@@ -13,7 +13,7 @@ import html
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -79,12 +79,12 @@ class Points:
 
 @dataclass(frozen=True)
 class Note:
-    """Words at a place in the plot; anchor as in SVG."""
+    """Words at a place in the plot, in ink, as all that is to be read; anchor as in SVG. The place must be inside the
+    frame, the words may reach out of it."""
 
     x: float
     y: float
     text: str
-    colour: str = "ink"
     anchor: str = "start"  # start, middle, end
     shift: tuple[float, float] = (6, 4)  # px to the right and down
 
@@ -102,8 +102,7 @@ class Figure:
     name: str  # of its files
     title: str
     panels: tuple[Panel, ...]
-    caption: str = ""  # what to see in it, HTML
-    notes: dict = field(default_factory=dict)
+    caption: str = ""  # what to see in it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,10 +179,11 @@ def _ticks(low: float, high: float, log: bool, room: int, powers: bool) -> list[
     return [(at, f"{at:.{digits}f}".replace("-", "\N{MINUS SIGN}")) for at in ticks]
 
 
-def number(value: float, powers: bool = False) -> str:
+def number(value: float, powers: bool = False, digits: int = 2) -> str:
     """A tick: 70B, 3M, 0.01; beyond 10 trillion, or with `powers`, 3×10^18, whose ^ both renderers raise."""
     if powers or value >= 1e14 or 0 < value < 1e-3:
-        mantissa, power = f"{value:.0e}".split("e")
+        mantissa, power = f"{value:.{digits - 1}e}".split("e")
+        mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
         return ("" if mantissa == "1" else f"{mantissa}×") + f"10^{int(power)}"
     for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= 0.9995 * size:
@@ -197,7 +197,7 @@ def number(value: float, powers: bool = False) -> str:
 STYLE = (
     ".fig text{font:11.5px system-ui,-apple-system,'Segoe UI',Roboto,Helvetica,Arial,sans-serif;fill:var(--ink)}"
     ".fig .title{font-size:13px;font-weight:600}.fig .tick{fill:var(--soft);font-size:11px}"
-    ".fig .note{font-size:10.5px;fill:var(--c);paint-order:stroke;stroke:var(--paper);stroke-width:3px;"
+    ".fig .note{font-size:10.5px;paint-order:stroke;stroke:var(--paper);stroke-width:3px;"
     "stroke-linejoin:round}"
     ".fig .grid{stroke:var(--grid);stroke-width:1}.fig .frame{fill:none;stroke:var(--edge);stroke-width:1}"
     ".fig .line{fill:none;stroke:var(--c);stroke-linejoin:round;stroke-linecap:round}"
@@ -263,8 +263,13 @@ def panel_svg(panel: Panel, name: str) -> str:
         inside.append(f'<text transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle">'
                       f"{_words(panel.y.label)}</text>")  # fmt: skip
     place = _Place(x, y, box)
-    inside.append(f'<g clip-path="url(#{name})">' + "".join(_draw(mark, place) for mark in panel.marks) + "</g>")
+    inside.append(
+        f'<g clip-path="url(#{name})">'
+        + "".join(_draw(mark, place) for mark in panel.marks if not isinstance(mark, Note))
+        + "</g>"
+    )
     inside.append(f'<rect class="frame" x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"/>')
+    inside += [_draw(mark, place) for mark in panel.marks if isinstance(mark, Note)]
     inside += [_legend_row(row, HEIGHT + 11 + LEGEND_ROW * i) for i, row in enumerate(_legend_rows(panel))]
     return (f'<svg class="fig" viewBox="0 0 {WIDTH} {panel_height(panel)}" role="img" '
             f'aria-label="{html.escape(panel.title)}">' + "".join(inside) + "</svg>")  # fmt: skip
@@ -304,10 +309,10 @@ def _draw(mark, place: _Place) -> str:
             edge = edge[np.isfinite(edge).all(1)]
             return f'<path class="band {mark.colour}" d="{_path(edge)}Z"/>' if len(edge) else ""
         case Note():
-            ((px, py),) = place(mark.x, mark.y) + np.array(mark.shift)
-            if not (math.isfinite(px) and math.isfinite(py)):
+            if not (-1e-9 <= place.x(mark.x) <= 1 + 1e-9 and -1e-9 <= place.y(mark.y) <= 1 + 1e-9):  # nor nan
                 return ""
-            return (f'<text class="note {mark.colour}" x="{px:.1f}" y="{py:.1f}" text-anchor="{mark.anchor}">'
+            ((px, py),) = place(mark.x, mark.y) + np.array(mark.shift)
+            return (f'<text class="note" x="{px:.1f}" y="{py:.1f}" text-anchor="{mark.anchor}">'
                     f"{_words(mark.text)}</text>")  # fmt: skip
     drawn = []
     for ends, horizontal in ((mark.x_range, True), (mark.y_range, False)):
@@ -428,7 +433,7 @@ def _plot(axes, mark) -> None:
     def paint(colour):
         return COLOURS[colour][0] if isinstance(colour, str) else [COLOURS[name][0] for name in colour]
 
-    colour = paint(mark.colour)
+    colour = paint(getattr(mark, "colour", "ink"))
     known = {text.get_label() for text in axes.get_children()}
     label = _math(mark.label) if getattr(mark, "label", "") and _math(mark.label) not in known else None
     match mark:

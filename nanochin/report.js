@@ -24,7 +24,7 @@ function part(name, C, show) {
 function answer() {
   const out = document.getElementById("answer");
   const typed = document.getElementById("budget").value.trim().replace(",", ".");
-  const C = Number(typed.replace(/\s*[x\u00d7*]\s*10\^?/, "e"));
+  const C = Number(typed.replace(/^10\^/, "1e").replace(/\s*[x\u00d7*]\s*10\^?/, "e"));
   if (!(C > 0)) return out.textContent = "A number of FLOPs, such as 1e18.";
   if (C < columns.C[0] || C > columns.C.at(-1)) return out.textContent = "Too far from these runs to say.";
   let text = `${part("params", C, count)} parameters on ${part("tokens", C, count)} tokens, `

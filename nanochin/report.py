@@ -34,7 +34,7 @@ from nanochin.console import count
 from nanochin.figures import Figure
 from nanochin.laws import TABLE_3, Law, NotIdentified, Refit
 from nanochin.plot import STYLE, panel_svg, variables
-from nanochin.study import SENSITIVITY, Approach, Checks, Study, findings
+from nanochin.study import SENSITIVITY, Approach, Checks, Study, attempt, findings
 from nanochin.trials import Trial
 
 HERE = Path(__file__).parent
@@ -309,7 +309,7 @@ def _other_questions(study: Study, questions: Questions, answers: Answers) -> li
     if not isinstance(law, Law):
         return ["<p>These need a law that knows the loss, that is Approach 3.</p>"]
     inside = [C for C in questions.budgets if C / study.C.max() <= 1.01]
-    C = inside[-1] if inside else questions.budgets[0]
+    C = max(inside) if inside else min(questions.budgets)
     own = float(best.budget(C))
     N, D = law.optimal(own)
     loss = law.loss(N, D)
@@ -355,12 +355,15 @@ def _answer_table(answers: list[Answer]) -> str:
 def _other_sizes(best: Approach, C: float, N: float) -> str:
     def off(law, factor):
         at = laws.off_optimum(law, C, factor * N)
-        return at.extra_loss, at.compute_factor - 1
+        return max(0.0, at.extra_loss), max(0.0, at.compute_factor - 1)  # the optimum, but for rounding
 
     rows = []
     for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8):
-        found = zip(estimates(best, partial(off, factor=factor)), ("{:.4f}".format, "{:.1%}".format), strict=True)
-        cells = [ci(estimate, show) for estimate, show in found]
+        found = attempt(estimates, best, partial(off, factor=factor))
+        if isinstance(found, NotIdentified):
+            cells = [f"<em>{html.escape(str(found))}</em>"]
+        else:
+            cells = [ci(one, show) for one, show in zip(found, ("{:.4f}".format, "{:.1%}".format), strict=True)]
         rows.append([f"{factor:g}", count(factor * N), count(C / (6 * factor * N)), *cells])
     head = ["N over the optimal", "N", "D", "loss above the best", "compute wasted"]
     return "<h3>A model of another size</h3>" + table(head, rows, mark=3)
@@ -387,9 +390,12 @@ def _provenance(study: Study, provenance: Provenance) -> str:
         if sure is None
         else f"{sure.units} {sure.unit}s, {sure.replicates} times, seed {study.settings.seed}"
     )
+    curves = study.curves
     facts = {
         "command": provenance.command, "commit": provenance.commit, "data": study.rows.source,
-        "SHA-256 of the data": study.rows.sha256, "counted as": study.convention, "objective":
+        "SHA-256 of the data": study.rows.sha256,
+        **({"curves": curves.source, "SHA-256 of the curves": curves.sha256} if curves else {}),
+        "counted as": study.convention, "objective":
         f"sum of Huber losses of log-loss residuals, δ = {study.settings.delta:g}", "resampled": how,
         "intervals": "95%, percentiles of the resamples", "versions": provenance.versions,
     }  # fmt: skip

@@ -43,6 +43,7 @@ ALIASES = {  # what others call them: for "did you mean", never taken silently
 }
 
 LOOK_AHEAD = 1000  # JSON objects whose keys are the columns: the first may be a run that failed and has no loss
+CHANCE = 0.05  # as for intervals of 95%
 MIN_ROWS, MIN_SIZES = 6, 3  # five constants and a row to contradict them; three sizes to bend a curve
 
 
@@ -103,8 +104,9 @@ class Rows:
 def read_rows(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> Rows:
     """The runs of a CSV or JSONL file, or of a folder: its runs.csv, else the summary.json of every run in it.
 
-    `columns` maps our names to the file's. Failed runs are left out and counted. Raises UserError, one line with
-    file, line, column and value, for anything that cannot be used; with `skip_bad` bad lines are counted instead.
+    `columns` maps our names to the file's. Runs whose status is neither finished nor blank are left out and
+    counted. Raises UserError, one line with file, line, column and value, for anything that cannot be used; with
+    `skip_bad` bad lines are counted instead.
     """
     path, columns = Path(path), columns or {}
     if path.is_dir() and not (path / "runs.csv").exists():
@@ -120,18 +122,20 @@ def read_curves(path: str | Path, columns: dict[str, str] | None = None, skip_ba
 
 def read_logs(folder: str | Path, rows: Rows) -> Rows | None:
     """Training curves of the runs in `rows`, from the log.jsonl of their folders in `folder` or `folder`/runs; None
-    if there are none. N and the FLOPs of a token are those of `rows`."""
+    if there are none. N and the FLOPs of a token are those of `rows`; the hash is of the logs, one after the other in
+    the order of `rows`."""
     folders = {log.parent.name: log.parent for pattern in ("*/log.jsonl", "runs/*/log.jsonl")
                for log in sorted(Path(folder).glob(pattern))}  # fmt: skip
     of_run = [name for name in rows.numbers if name.startswith("params")]  # N, however it is counted
     per_token = {name: rows[name] / rows["tokens"] for name in rows.numbers if name.startswith("flops")}
     numbers = {name: array("d") for name in ("tokens", "loss", *of_run, *per_token)}
-    codes, used = array("q"), []
+    codes, used, sha256 = array("q"), [], hashlib.sha256()
     for i in range(len(rows) if "run" in rows.labels else 0):
         name = rows.labels["run"][i]
         if name not in folders or name in used:  # several rows may be of one run, which has one curve
             continue
         points = [row for row in read_log(folders[name]) if _is_point(row)]
+        sha256.update((folders[name] / "log.jsonl").read_bytes())
         for column, cells in numbers.items():
             if column in of_run:
                 cells.extend([rows[column][i]] * len(points))
@@ -144,7 +148,7 @@ def read_logs(folder: str | Path, rows: Rows) -> Rows | None:
     if not codes:
         return None
     columns = {name: np.array(column) for name, column in numbers.items()}
-    return _by_run(Rows(str(folder), "", columns, {"run": Labels(np.array(codes), tuple(used))}))
+    return _by_run(Rows(str(folder), sha256.hexdigest(), columns, {"run": Labels(np.array(codes), tuple(used))}))
 
 
 def _is_point(row: dict) -> bool:
@@ -233,6 +237,12 @@ def _number_rows(columns: list[np.ndarray]) -> np.ndarray:
     return number
 
 
+def identical(*columns: np.ndarray) -> int:
+    """How many rows are, in all `columns`, equal to one before them."""
+    table = np.stack(columns)
+    return int((np.diff(table[:, np.lexsort(table)]) == 0).all(0).sum())
+
+
 def require_usable(rows: Rows) -> None:
     """Raises UserError where no law can be told from the rows: too few, too few sizes, one budget only, losses that
     cannot be compared."""
@@ -255,6 +265,30 @@ def require_usable(rows: Rows) -> None:
         if name in rows.labels and len(used := rows.labels[name].used()) > 1:
             raise UserError(f"{who}: {len(used)} different {name} ({used[0][:12]}, {used[1][:12]}), so that their "
                             "losses cannot be compared; fit each by itself")  # fmt: skip
+    if min(by_chance(rows["params"], rows["tokens"], rows["loss"])) > CHANCE:
+        raise UserError(f"{who}: the losses follow neither params nor tokens more closely than chance would have it (F "
+                        "test); they tell no law")  # fmt: skip
+
+
+def by_chance(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
+    """(of N, of D): how probable it is that a parabola in its log explains so much of log loss, beside a parabola in
+    the other's, if it has no part in it (F test). 0 where this cannot be told: D grows with N, or there are few runs.
+
+    For two terms more and m rows more than terms P(F) is (RSS with them / RSS without them)^(m/2)."""
+    n, d, y = (np.log(values) - np.log(values).mean() for values in (N, D, loss))
+    n, d = (x / (np.abs(x).max() or 1) for x in (n, d))
+
+    def left(*terms: np.ndarray) -> tuple[float, int]:
+        A = np.stack([np.ones_like(y), *terms], axis=1)
+        found, _, rank, _ = np.linalg.lstsq(A, y)
+        return float(np.sum((y - A @ found) ** 2)), rank
+
+    both, rank = left(n, n * n, d, d * d)
+    if rank < 5 or len(y) <= 5:
+        return 0.0, 0.0
+    least = len(y) * 1e-28  # rounding: what is explained exactly by one is not explained by the other
+    power = (len(y) - 5) / 2
+    return tuple(float(((both + least) / (left(*terms)[0] + least)) ** power) for terms in ((d, d * d), (n, n * n)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -276,6 +310,8 @@ def _read_file(path: Path, needed: tuple[str, ...], columns: dict[str, str], ski
             raise UserError(f"{path}: empty; it needs a header line with {','.join(needed)}, then one line a run")
         if b"\0" in start or start[:2] in (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b"):
             raise UserError(f"{path}: not text in UTF-8; expected CSV or JSON lines with {', '.join(needed)}")
+        if start.startswith(b"[") and start.lstrip(b"[ \t\r\n").startswith(b"{"):
+            raise UserError(f"{path}: a JSON list; expected JSON lines, one object a line and nothing else")
         with open(path, encoding="utf-8-sig", newline="") as file:
             table = _jsonl(path, file) if start.startswith(b"{") else _csv(path, file, needed, columns)
             header = next(table)
@@ -364,7 +400,7 @@ def _read_summaries(folder: Path, columns: dict[str, str], skip_bad: bool) -> Ro
 
 def _collect(source: str, sha256: str, header: list[str], table: Table, needed: tuple[str, ...],
              columns: dict[str, str], skip_bad: bool) -> Rows:  # fmt: skip
-    """Stream a table into columns, leaving out (and counting) failed runs and, with `skip_bad`, bad lines."""
+    """Stream a table into columns, leaving out (and counting) unfinished runs and, with `skip_bad`, bad lines."""
     spots = _find_columns(source, header, needed, columns)
     numeric = {name: i for name, i in spots.items() if name not in LABELS}
     worded = {name: i for name, i in spots.items() if name in LABELS}
@@ -373,8 +409,9 @@ def _collect(source: str, sha256: str, header: list[str], table: Table, needed: 
     status, width, dropped, blanks = spots.get("status"), len(header), Counter(), {}
 
     for place, cells in table:
-        if status is not None and len(cells) == width and cells[status].strip().lower() == "failed":
-            dropped["failed"] += 1
+        word = cells[status].strip().lower() if status is not None and len(cells) == width else ""
+        if word not in ("", "finished"):
+            dropped["failed" if word == "failed" else "whose status is not finished"] += 1
             continue
         try:
             values = [float(cells[i]) for i in numeric.values()]

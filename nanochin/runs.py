@@ -120,7 +120,8 @@ def run_name(corpus: str, identity: dict) -> str:
 
 
 def versions() -> dict:
-    """Versions of what a result depends on, and the commit of this checkout (None outside git)."""
+    """Versions of what a result depends on, and the commit of this checkout (None outside git), with -dirty
+    where tracked files differ from it. What stands in folders called results is written by runs and changes none."""
 
     def version(package: str) -> str | None:
         try:
@@ -128,9 +129,14 @@ def versions() -> dict:
         except metadata.PackageNotFoundError:
             return None
 
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = git("rev-parse", "HEAD")
+        if git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude,glob)**/results/**"):
+            commit += "-dirty"
     except (OSError, subprocess.CalledProcessError):
         commit = None
     packages = ("torch", "triton", "numpy", "tiktoken", "safetensors")

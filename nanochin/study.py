@@ -17,7 +17,7 @@ import numpy as np
 from nanochin import laws
 from nanochin.config import UserError
 from nanochin.laws import Bootstrap, Law, NotIdentified, PowerLaw, Refit
-from nanochin.rows import Rows, all_or_no_flops
+from nanochin.rows import CHANCE, Rows, all_or_no_flops, by_chance, identical
 
 MOST_CHECKED = 2000  # runs: of more, a sample is checked
 USUAL, LEAST, FEWEST = 4000, 200, 20  # resamples: for a few thousand rows, for any number, that may be asked for
@@ -205,7 +205,8 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
                          params_convention=settings.params)  # fmt: skip
     results = {1: approach(1, envelope), 2: approach(2, parabola), 3: approach(3, parametric)}
     if not any(isinstance(found, Approach) for found in results.values()):
-        reasons = "; ".join(f"approach {number}: {found}" for number, found in results.items())
+        reasons = "; ".join(str(found) if f"{found}".startswith("Approach") else f"Approach {number}: {found}"
+                            for number, found in results.items())  # fmt: skip
         raise UserError(f"{rows.source}: no law can be told from these runs: {reasons}")
     if not isinstance(akima, NotIdentified):
         noise = settings.bootstrap and attempt(
@@ -375,6 +376,10 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
     def say(good: bool, text: str) -> None:
         said.append((good, text))
 
+    for what, chance in zip(("params", "tokens"), by_chance(study.N, study.D, study.L), strict=True):
+        if chance > CHANCE:
+            say(False, f"The losses do not follow {what} more closely than chance would have it (F test, p = "
+                f"{chance:.2f}): what the law says of {what} is noise.")  # fmt: skip
     for number, found in study.results.items():
         if isinstance(found, NotIdentified) and (number != 1 or study.curves is not None):
             say(False, f"Approach {number} gives no law: {found}.")
@@ -429,6 +434,10 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
         if runs < n:
             say(False, f"{n} rows belong to {runs} runs, but --cluster=row draws each by itself, as if rows of one run "
                 "did not share its luck: the intervals are too narrow.")  # fmt: skip
+    copies = 0 if "run" in study.rows.labels else identical(study.N, study.D, study.L)
+    if copies:
+        say(False, f"{copies} rows are identical to others, and no column run tells whether they are copies: each "
+            "counts as a run of its own, so if they are, the intervals are too narrow.")  # fmt: skip
     if study.note:
         say(True, f"{study.note}.")
     unique = study.rows.get("unique_tokens")

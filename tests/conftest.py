@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import random
 import subprocess
 import sys
@@ -134,3 +135,54 @@ def command():
         return subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, capture_output=True, text=True, **options)
 
     return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fit.py
+
+QUICK = ("--bootstrap=100", "--figures=none")
+REMEMBERED = {}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`run(path, "--drop=5", code=0)`: fit.py in this process -> what it printed (to stderr, if it refused). Checks are
+    made once for the same rows and settings: what is written is of interest here, not how often."""
+    import fit
+    from nanochin import study as of_study
+    from nanochin.config import run_command
+
+    def remember(study, progress=of_study.silent):
+        key = (study.rows.sha256, len(study.N), study.settings, study.curves is None)
+        if key not in REMEMBERED:
+            REMEMBERED[key] = of_study.check(study)
+        return REMEMBERED[key]
+
+    monkeypatch.setattr(fit, "check", remember)
+    monkeypatch.setattr(of_study, "SENSITIVITY", 20)  # what they are is tested with the laws
+
+    def command(*argv, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", ["fit.py", *map(str, argv)])
+        capsys.readouterr()
+        try:
+            run_command(fit.main, "fit.py")
+        except SystemExit as exit:
+            ended = exit.code
+        out, err = capsys.readouterr()
+        assert ended == code, err
+        assert code in (0, 130) or (err.count("\n") == 1 and err.startswith("fit.py: ")), err  # 130: Ctrl-C
+        return err if code else out
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def made_up(tmp_path_factory) -> Path:
+    """A sweep with noise, curves and FLOPs that are not 6ND."""
+    from made_up_sweep import sweep, write_sweep
+
+    return write_sweep(tmp_path_factory.mktemp("sweep") / "made-up", sweep(physical=0.5))
+
+
+def read_laws(folder: Path) -> dict:
+    return json.loads((folder / "laws.json").read_text())

@@ -1,7 +1,7 @@
-"""The command: the law that made a sweep comes back from it, and no output is ever half written."""
+"""The command: the law that made a sweep comes back from it, and what it cannot use is refused."""
 
+import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,66 +11,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chinchilla import chinchilla_csv
+from conftest import QUICK
+from conftest import read_laws as read
 from made_up_sweep import BUDGETS, LAW, loss, optimal, sweep, write_sweep
 
 import fit
 from nanochin import laws
 from nanochin import study as study_module
 from nanochin.answers import Questions, answer, optimum
-from nanochin.config import UserError, run_command
+from nanochin.config import UserError
 from nanochin.console import count
 from nanochin.rows import best_tuning, read_rows
 from nanochin.study import Approach, Cost, Settings, check, findings, study_runs
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ("--bootstrap=100", "--figures=none")
-
-
-REMEMBERED = {}
 
 
 @pytest.fixture(autouse=True)
 def few_resamples_of_refits(monkeypatch):
     """What they are is tested with the laws."""
     monkeypatch.setattr(study_module, "SENSITIVITY", 20)
-
-
-def remember(study, progress=study_module.silent):
-    """`check`, once for the same rows and settings: what is written is of interest here, not how often."""
-    key = (study.rows.sha256, len(study.N), study.settings, study.curves is None)
-    if key not in REMEMBERED:
-        REMEMBERED[key] = check(study)
-    return REMEMBERED[key]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run(path, "--drop=5", code=0)`: fit.py in this process -> what it printed (to stderr, if it refused)."""
-    monkeypatch.setattr(fit, "check", remember)
-
-    def command(*argv, code: int = 0) -> str:
-        monkeypatch.setattr(sys, "argv", ["fit.py", *map(str, argv)])
-        capsys.readouterr()
-        try:
-            run_command(fit.main, "fit.py")
-        except SystemExit as exit:
-            ended = exit.code
-        out, err = capsys.readouterr()
-        assert ended == code, err
-        assert code in (0, 130) or (err.count("\n") == 1 and err.startswith("fit.py: ")), err  # 130: Ctrl-C
-        return err if code else out
-
-    return command
-
-
-@pytest.fixture(scope="session")
-def made_up(tmp_path_factory) -> Path:
-    """A sweep with noise, curves and FLOPs that are not 6ND."""
-    return write_sweep(tmp_path_factory.mktemp("sweep") / "made-up", sweep(physical=0.5))
-
-
-def read(folder: Path) -> dict:
-    return json.loads((folder / "laws.json").read_text())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -404,6 +364,8 @@ def test_checks_of_a_clean_sweep():
     [((), "required"), (("missing.csv",), "No such file"), (("missing.csv", "--delta=0"), "--delta"),
      (("missing.csv", "--figure=png"), "did you mean --figures"), (("missing.csv", "--columns=N=params"), "--columns"),
      (("missing.csv", "--bootstrap=-1"), "--bootstrap"),
+     (("missing.csv", "--budget", "1e22", "1e300"), "--budget 1e+300: must be at most 1e+40"),
+     (("missing.csv", "--unique-tokens=1e-300"), "--unique-tokens 1e-300: must be at least 1"),
      (("missing.csv", "--budget=abc"), "--budget"), (("missing.csv", "--params=all"), "--params")],
 )  # fmt: skip
 def test_bad_options(run, tmp_path, monkeypatch, argv, says):
@@ -433,86 +395,49 @@ def test_runs_without_any_law(run, tmp_path):
     lines = [f"{N},{D},{2 + 0.5 * np.log10(N) - 0.02 * np.log10(N) ** 2 + 0.1 * np.log10(D)}" for N, D in grid]
     (tmp_path / "runs.csv").write_text("params,tokens,loss\n" + "\n".join(lines))
     said = run(tmp_path / "runs.csv", *QUICK, code=2)
-    assert all(f"approach {number}" in said for number in (1, 2, 3))
+    assert all(said.count(f"Approach {number}") == 1 for number in (1, 2, 3))
     assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
 
 
-def test_a_folder_that_exists_is_not_destroyed(run, made_up, tmp_path):
-    """What is not ours stays in the output folder, byte for byte; a second fit replaces its own files."""
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "sub").mkdir()
+def test_runs_of_pure_noise(run, tmp_path):
+    """Losses that depend on nothing are refused, where a fit would have answered up to a hundred times the largest
+    run; where sizes count for less than the noise, the first finding is that nothing is known of them."""
+    N, D = (grid.ravel() for grid in np.meshgrid([1e6, 3e6, 1e7, 3e7, 1e8], [1e9, 3e9, 1e10, 3e10], indexing="ij"))
+    noise = np.exp(0.01 * np.random.default_rng(3).normal(size=20))
+    for name, losses in (("noise", 3 * noise), ("data", (2 + 100 / D**0.2 + 0.03 * (N / 1e6) ** -0.5) * noise)):
+        np.savetxt(tmp_path / f"{name}.csv", np.stack([N, D, losses], 1), delimiter=",", header="params,tokens,loss",
+                   comments="")  # fmt: skip
+    assert "they tell no law" in run(tmp_path / "noise.csv", *QUICK, code=2)
+    assert not (tmp_path / "fit-noise").exists()
+    study = study_runs(read_rows(tmp_path / "data.csv"), settings=Settings(bootstrap=0))
+    good, first = findings(study, check(study))[0]
+    assert not good and "do not follow params more closely than chance" in first
+
+
+def test_copies_of_rows_are_noticed():
+    """Rows that are there twice are counted among the doubts if no column names the runs; with one they are drawn
+    together, which another finding says."""
+    rows = sweep(noise=0.002)
+    for named in (True, False):
+        table = [dict(row) for row in [*rows, *rows[:5]]]
+        for row in table if not named else ():
+            del row["run"]
+        study = study_runs(_as_rows(table), settings=Settings(bootstrap=20))
+        said = [text for good, text in findings(study, check(study)) if not good and "identical" in text]
+        assert (said == []) if named else (len(said) == 1 and said[0].startswith("5 rows are identical"))
+
+
+def test_the_curves_are_named_by_their_hash(run, made_up, tmp_path):
+    """laws.json and the report have the SHA-256 of the logs, one after the other in the order of the rows; of a table
+    of curves that of the file; nothing where there are no curves."""
+    rows = [line.split(",")[0] for line in (made_up / "runs.csv").read_text().splitlines()[1:]]
+    logs = b"".join((made_up / "runs" / name / "log.jsonl").read_bytes() for name in rows)
     run(made_up, *QUICK, "--out", tmp_path)
-    first = (tmp_path / "laws.json").read_bytes()
-    run(made_up, *QUICK, "--out", tmp_path, "--drop=3")
-    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / "sub").is_dir()
-    assert (tmp_path / "laws.json").read_bytes() != first
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["laws.json", "notes.txt", "report.html", "sub"]
-
-
-def test_stale_figures_are_deleted(run, made_up, tmp_path):
-    """A second fit without curves has no figure of them: that of the first, which its laws.json lists, is deleted.
-    Figures that no list names stay, and a list cannot name what lies outside the folder or is no figure."""
-    out = tmp_path / "out"
-    run(made_up, "--bootstrap=0", "--figures=svg", "--out", out)
-    assert (out / "curves.svg").exists() and "curves.svg" in read(out)["meta"]["files"]
-    for name in ("mine.svg", "notes.txt"):
-        (out / name).write_text("mine")
-    (tmp_path / "outside.svg").write_text("mine")
-    content = read(out)
-    content["meta"]["files"] += ["../outside.svg", "notes.txt", str(tmp_path / "outside.svg")]
-    (out / "laws.json").write_text(json.dumps(content))
+    sha = hashlib.sha256(logs).hexdigest()
+    assert read(tmp_path)["meta"]["curves_sha256"] == sha and sha in (tmp_path / "report.html").read_text()
     shutil.copy(made_up / "runs.csv", tmp_path / "alone.csv")
-    run(tmp_path / "alone.csv", "--bootstrap=0", "--figures=svg", "--out", out)
-    assert not (out / "curves.svg").exists() and (out / "isoflop.svg").exists()
-    assert (out / "mine.svg").exists() and (out / "notes.txt").exists() and (tmp_path / "outside.svg").exists()
-    for broken in ("{", "[]", '{"meta": {"files": 3}}', '{"meta": {"files": [3, "isoflop.svg"]}}'):
-        (out / "laws.json").write_text(broken)
-        run(tmp_path / "alone.csv", "--bootstrap=0", "--figures=none", "--out", out)
-    assert (out / "isoflop.svg").exists()
-
-
-def test_the_output_may_not_be_a_file(run, made_up, tmp_path):
-    """--out names a file: one line, and the file is as it was."""
-    (tmp_path / "out").write_text("mine")
-    assert "cannot write" in run(made_up, *QUICK, "--out", tmp_path / "out", code=1)
-    assert (tmp_path / "out").read_text() == "mine"
-
-
-@pytest.mark.parametrize("fault", ["fsync", "replace"])
-def test_a_kill_while_writing_leaves_the_old_law(run, made_up, tmp_path, monkeypatch, fault):
-    """Killed before the rename, with the new file half or wholly written, laws.json is still the old one."""
-    run(made_up, *QUICK, "--out", tmp_path)
-    before = (tmp_path / "laws.json").read_bytes()
-
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, fault, killed)
-    run(made_up, *QUICK, "--out", tmp_path, "--drop=3", code=130)
-    assert (tmp_path / "laws.json").read_bytes() == before
-
-
-def test_a_full_disk_is_one_line(run, made_up, tmp_path, monkeypatch):
-    """No space left: exit code 1 and the file's name."""
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    said = run(made_up, *QUICK, "--out", tmp_path, code=1)
-    assert "report.html" in said and "No space left" in said
-    assert not list(tmp_path.glob("*.json"))
-
-
-def test_the_same_command_gives_the_same_bytes(run, made_up, tmp_path):
-    """Everything written is a function of the command and the data."""
-    for _ in range(2):
-        run(made_up, "--bootstrap=60", "--figures=svg", "--out", tmp_path / "out")
-        (tmp_path / "out").rename(tmp_path / f"out{len(list(tmp_path.iterdir()))}")
-    one, two = sorted(tmp_path.iterdir())
-    assert len(list(one.iterdir())) == 9
-    for path in one.iterdir():
-        assert path.read_bytes() == (two / path.name).read_bytes(), path.name
+    run(tmp_path / "alone.csv", *QUICK, "--out", tmp_path)
+    assert read(tmp_path)["meta"]["curves_sha256"] is None
 
 
 def test_torch_is_not_imported(made_up, tmp_path):

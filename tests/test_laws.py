@@ -18,8 +18,8 @@ from nanochin.laws import (
     fit_isoflop,
     fit_parametric,
     laws_json,
+    laws_text,
     load_law,
-    save_laws,
 )
 
 ODD = Law("odd", E=0.7, A=33.0, B=910.0, alpha=0.21, beta=0.44)
@@ -169,7 +169,7 @@ def test_fits_arrive_in_a_laws_json_and_come_back(tmp_path):
     one = fit_envelope(run, curve_n, curve_d, [BESIROGLU.loss(n, d) for n, d in zip(curve_n, curve_d, strict=True)])
     jsons = [fit.to_json(bootstrap(fit, replicates=50)) for fit in (one, two, three)]
     path = tmp_path / "laws.json"
-    save_laws(path, laws_json(*jsons, META))
+    path.write_text(laws_text(laws_json(*jsons, META)))
     for approach, fit in enumerate((one, two, three), 1):
         assert load_law(path, approach).optimal(3e19) == fit.law.optimal(3e19)
     laws = json.loads(path.read_text())
@@ -209,9 +209,8 @@ def test_forecast_holds_what_it_promises(tmp_path):
     for _ in range(60):
         noisy = np.array(exact) * np.exp(0.003 * rng.standard_normal(len(exact)))
         fit = fit_parametric(N, D, noisy, delta=math.inf)
-        save_laws(
-            tmp_path / "laws.json", laws_json(None, None, fit.to_json(bootstrap(fit, replicates=100, verify=0)), META)
-        )
+        laws = laws_json(None, None, fit.to_json(bootstrap(fit, replicates=100, verify=0)), META)
+        (tmp_path / "laws.json").write_text(laws_text(laws))
         law = load_law(tmp_path / "laws.json")
         assert law.noise == pytest.approx(0.003, rel=0.5)
         reached = BESIROGLU.loss(n, d) * np.exp(0.003 * rng.standard_normal())
@@ -231,7 +230,7 @@ def test_what_is_not_identified_is_null_with_its_reason(tmp_path):
         refused.append(error.value)
     laws = laws_json(*refused, {"params_convention": "total"})
     assert [laws[f"approach{i}"] for i in (1, 2, 3)] == [None] * 3
-    save_laws(tmp_path / "laws.json", laws)
+    (tmp_path / "laws.json").write_text(laws_text(laws))
     for approach, says in ((1, "no training curves"), (2, "2 budgets"), (3, "one budget")):
         with pytest.raises(UserError, match=says):
             load_law(tmp_path / "laws.json", approach)

@@ -197,7 +197,7 @@ def test_a_straight_frontier_has_no_curvature():
 
 
 def test_a_bent_frontier_is_noticed():
-    """N_opt = exp(a x - 0.02 x^2) planted in parabolas: the term, its sign and the falling slopes come back."""
+    """N_opt = exp(a x - 0.02 x^2) planted in parabolas: the term and its sign come back."""
     x = np.log(BUDGETS / 1e19)
     log_opt = 20 + 0.5 * x - 0.02 * x**2
     N = np.exp(log_opt[:, None] + np.log(RATIOS)).ravel()
@@ -206,9 +206,6 @@ def test_a_bent_frontier_is_noticed():
     bent = frontier_curvature(fit_isoflop(N, C / (6 * N), loss))
     assert bent.quadratic == pytest.approx(-0.02, abs=0.003)
     assert bent.intervals[95][1] < 0 and bent.significant
-    assert bent.slopes[0] > bent.slopes[1] > bent.slopes[2]
-    first = (log_opt[1] - log_opt[0]) / (x[1] - x[0])
-    assert bent.slopes[0] == pytest.approx(first, abs=0.01)
 
 
 def test_curvature_needs_four_budgets():

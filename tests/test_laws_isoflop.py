@@ -125,11 +125,11 @@ def test_minima_at_the_edge_are_refused():
 
 
 def test_no_bracketed_minimum_raises():
-    """Runs that are all too large: no optimum is made up, each budget says why."""
+    """Runs that are all too large: no optimum is made up, budgets are named with the reason."""
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, np.geomspace(4, 60, 7))
     with pytest.raises(NotIdentified) as error:
         fit_isoflop(N, D, loss)
-    assert "0 of 5" in str(error.value) and "1e+17 FLOPs" in str(error.value)
+    assert "0 of 5" in str(error.value) and "(1e+17, 1e+18, 1e+19 and 2 more FLOPs: its minimum" in str(error.value)
     assert "\n" not in str(error.value)
 
 
@@ -152,6 +152,17 @@ def test_too_little_is_refused(rows, says):
         fit_isoflop(N[:rows], D[:rows], loss[:rows])
     with pytest.raises(NotIdentified, match="3 different model sizes, but has 2"):
         fit_isoflop(np.where(np.arange(75) % 2, 1e7, 1e8), D, loss)
+
+
+def test_a_refusal_of_many_budgets_is_one_readable_line():
+    """Of forty budgets without a minimum three are named for each reason, and the others are counted."""
+    N, D, loss = isoflop_grid(TIED, np.geomspace(1e15, 1e25, 40), [3.0, 5.0, 8.0, 13.0])
+    concave = np.arange(160) // 4 >= 38
+    with pytest.raises(NotIdentified) as error:
+        fit_isoflop(N, D, np.where(concave, 9 - loss, loss))
+    said = str(error.value)
+    assert len(said) < 300 and "and 35 more FLOPs: its minimum lies at" in said and said.count("FLOPs") == 2
+    assert "1e+25 FLOPs: its curve is concave" in said
 
 
 def test_budgets_are_found_in_the_column_of_flops():

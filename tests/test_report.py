@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from dataclasses import replace
@@ -13,7 +15,7 @@ import pytest
 from made_up_sweep import sweep, write_sweep
 
 from nanochin import figures, laws, plot, report
-from nanochin.answers import Questions, answer
+from nanochin.answers import Questions, answer, optimum
 from nanochin.config import UserError
 from nanochin.console import count
 from nanochin.plot import COLOURS, Axis, Band, Figure, Line, Note, Panel, Points
@@ -241,7 +243,7 @@ def test_odd_marks_are_drawn():
     """Empty points, gaps in lines, infinite ends, one category: no mark breaks a figure, in SVG or as PNG."""
     nan, none = np.nan, np.empty(0)
     marks = (Points(none, none, "red", "none"), Line(np.array([1, nan, 3, 4]), np.array([1, 2, nan, 4])),
-             Band(np.array([1, 2]), np.array([0.5, nan]), np.array([2, np.inf])), Note(2, 2, "a < b & c", "grey"),
+             Band(np.array([1, 2]), np.array([0.5, nan]), np.array([2, np.inf])), Note(2, 2, "a < b & c"),
              Points([1, 2], [1, nan], ["q0", "q8"], "two", ["<p>", "q"], shape="ring", x_range=([0, nan], [2, 3])),
              Points([1.5], [1.5], shape="diamond"), Points([1.5], [1.2], shape="cross"))  # fmt: skip
     figure = Figure("odd", "Odd & <even>", (Panel("C^a <x>", Axis("x"), Axis("y & z", True), marks),))
@@ -274,6 +276,108 @@ def test_png_without_matplotlib(made, monkeypatch):
         plot.to_png(made[2][0], io.BytesIO())
 
 
+@pytest.mark.parametrize("alpha, beta", [(0.33, 0.37), (0.44, 0.32), (0.05, 0.6), (0.6, 0.05)])
+def test_names_of_contours_can_be_read(made, alpha, beta):
+    """Contours of the loss, steep or flat, have the law's loss; more than half have their name, where the law has
+    that loss, in or just above the frame, across no contour and over no other name."""
+    law = replace(made[0].results[3].law, alpha=alpha, beta=beta, E=1.0, A=0.5 * 5e5**alpha, B=0.5 * 2e7**beta)
+    study = replace(made[0], L=law.loss(made[0].N, made[0].D))
+    panel = figures._contours(study, law)
+    place = plot._Place(*plot.scales(panel))
+    notes = [mark for mark in panel.marks if isinstance(mark, Note)]
+    lines = {mark.hover: mark for mark in panel.marks if isinstance(mark, Line) and mark.hover}
+    paths = []
+    for line in lines.values():
+        np.testing.assert_allclose(law.loss(line.y, line.x), float(line.hover[5:]), atol=6e-4)
+        path = place(line.x, line.y)
+        paths += [path[:-1] + share * np.diff(path, axis=0) for share in np.linspace(0, 1, 20)]
+    points, (left, right, top, bottom), boxes = np.concatenate(paths), place.box, []
+    for note in notes:
+        assert float(note.text) == pytest.approx(law.loss(note.y, note.x), rel=5e-3)
+        ((x, y),) = place(note.x, note.y) + np.array(note.shift)
+        wide = 5.5 * len(note.text)
+        low = np.array([x - wide * {"end": 1, "middle": 0.5}[note.anchor], y - 8])
+        high = low + (wide, 8)
+        assert left - wide / 2 <= low[0] and high[0] <= right + wide / 2 and top - 13 <= low[1] and high[1] <= bottom
+        assert not ((low < points) & (points < high)).all(1).any(), note
+        assert not any((low < other_high).all() and (other_low < high).all() for other_low, other_high in boxes)
+        boxes.append((low, high))
+    assert len(lines) == 9 and len(notes) >= 5
+
+
+def test_notes_are_of_places_inside():
+    """Words of a place in the frame are drawn though they reach out of it; those of a place outside, or nowhere, are
+    not."""
+    marks = (
+        Points([1, 9], [1, 9]),
+        Note(5, 10, "above", "middle", (0, -4)),
+        Note(5, 11, "beyond"),
+        Note(np.nan, 5, "?"),
+    )
+    svg = plot.panel_svg(Panel("t", Axis("x", False, 0, 10), Axis("y", False, 0, 10), marks), "t0")
+    assert re.findall(r'class="note"[^>]* y="([\d.]+)"[^>]*>([^<]*)<', svg) == [("30.0", "above")]
+
+
+def test_a_contour_outside_the_frame_has_no_name():
+    """A loss that the law reaches nowhere in the frame is drawn as nothing."""
+    law, N, D = laws.Law("x", 1.8, 400.0, 2000.0, 0.35, 0.37), np.geomspace(1e8, 1e9, 9), np.geomspace(1e9, 1e10, 9)
+    levels = (1.81, 20.0)
+    lines = [figures._contour(law, level, N, D, "blue") for level in levels]
+    assert all(len(line.x) == 0 for line in lines) and figures._names(lines, levels, N, D) == []
+
+
+def test_budgets_have_different_names():
+    """Budgets that are alike in two digits get as many as tell them apart; round ones keep one."""
+    assert figures.different(np.array([1e18, 3e18, 1.74e20, 2.21e20])) == ["10^18", "3×10^18", "1.7×10^20", "2.2×10^20"]
+    assert figures.different(np.array([1.741e20, 1.744e20])) == ["1.741×10^20", "1.744×10^20"]
+
+
+@pytest.mark.parametrize("number, text", [(7_654_321, "7.65M"), (1.4321e15, "1430T"), (2.162e14, "216T"), (1e12, "1T"),
+                                          (0.5, "0.5"), (5e19, "5e+19")])  # fmt: skip
+def test_counts(number, text):
+    """Three figures and a suffix, no exponent where people can read it."""
+    assert count(number) == text
+
+
+def test_other_sizes_waste_nothing_less_than_nothing(made):
+    """At the optimum no compute is wasted and no loss added: not a -0.0% of rounding, at any of 40 budgets; where the
+    loss is that of an endless model there is a reason in place of numbers."""
+    best = replace(made[0].best, sure=None)
+    for C in np.geomspace(1e10, 1e16, 40):
+        text = report._other_sizes(best, C, best.law.optimal(C)[0])
+        assert "-0" not in text and "0.0%" in text
+    assert "no compute reaches it" in report._other_sizes(best, 1e150, best.law.optimal(1e150)[0])
+
+
+def test_examples_are_for_the_largest_budget_inside(made):
+    """Whatever the order in which budgets are asked."""
+    study, checks, drawn, _ = made
+    page = render(study, checks, drawn, Questions((1e13, 3e12, 1e15)))
+    assert "where not said otherwise for 10<sup>13</sup> FLOPs" in page
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="needs node")
+@pytest.mark.parametrize(
+    "typed, flops",
+    [("1e13", 1e13), ("10^13", 1e13), ("3×10^13", 3e13), ("3 * 10^13", 3e13), ("2x1e13", None), ("1,5e13", 1.5e13)],
+)
+def test_my_budget_understands_what_people_type(made, typed, flops):
+    """The box takes the forms that the page prints; what is no number is said to be none."""
+    study, _, _, page = made
+    data = re.search(r'id="law">(.*?)</script>', page).group(1)
+    script = f"""const made = {{law: {{textContent: {json.dumps(data)}}}, budget: {{value: {json.dumps(typed)},
+        addEventListener() {{}}}}, answer: {{}}}};
+        global.document = {{getElementById: name => made[name]}};
+        {(report.HERE / "report.js").read_text().replace('"use strict";', "")}
+        console.log(made.answer.innerHTML || made.answer.textContent);"""
+    said = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True).stdout
+    if flops is None:
+        assert "A number of FLOPs" in said
+    else:
+        shown = float(re.search(r"<b>([\d.]+)k</b>", said)[1]) * 1e3
+        assert shown == pytest.approx(optimum(study.best, flops).found["params"].value, rel=0.006)
+
+
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_colours_can_be_seen(scheme):
     """Every colour stands out from the page by at least 2 to 1 in luminance as WCAG has it, words by 4.5 to 1."""
@@ -287,6 +391,13 @@ def test_colours_can_be_seen(scheme):
     for name in COLOURS:
         assert contrast(name) >= 2, name
     assert contrast("ink") > 10 and contrast("soft") >= 4.5
+    css = plot.STYLE + (report.HERE / "report.css").read_text()
+    rules = re.findall(r"([^{}]+){([^{}]*)}", css)
+    words = [(what, rule) for what, rule in rules if "text" in what or "note" in what or "tick" in what
+             or re.search(r"(?<![-\w])color:", rule)]  # fmt: skip
+    of_words = {name for what, rule in words if ":before" not in what  # marks, not words
+                for name in re.findall(r"(?<![-\w])(?:color|fill):\s*var\(--(\w+)\)", rule)}  # fmt: skip
+    assert {"ink", "soft"} <= of_words and all(contrast(name) >= 4.5 for name in of_words - {"paper"}), of_words
 
 
 def _luminance(colour: str) -> float:

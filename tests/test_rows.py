@@ -1,6 +1,7 @@
 """Reading rows: every form that is welcome, and one clear line for every form that is not."""
 
 import csv
+import hashlib
 import json
 import random
 
@@ -8,7 +9,17 @@ import numpy as np
 import pytest
 
 from nanochin.config import UserError
-from nanochin.rows import all_or_no_flops, best_tuning, parse_columns, read_curves, read_logs, read_rows, require_usable
+from nanochin.rows import (
+    all_or_no_flops,
+    best_tuning,
+    by_chance,
+    identical,
+    parse_columns,
+    read_curves,
+    read_logs,
+    read_rows,
+    require_usable,
+)
 
 HEADER = ["params", "tokens", "loss"]
 ROWS = [[10_000 * (i + 1), 10**6 * (7 * i % 10 + 1), 4 - 0.1 * i] for i in range(8)]
@@ -173,9 +184,11 @@ def test_a_line_of_another_length(tmp_path, cells):
      (b"1e6,2e7,3.5\n2e6,2e7,3.4\n", "header"), (b'params,tokens,loss\n1,2,"3\n4,5,6\n', "not CSV"),
      (b"just a sentence\nand another\n", "no column"), (b'{"params": 1, "tokens": 2, "loss": 3}\n{oops\n', "line 2"),
      (b"params" * 50_000, "not CSV"), (b'{"params": ' + b"[" * 100_000, "not JSON"),
+     (b' [\n {"params": 1, "tokens": 2, "loss": 3}]', "JSON list"), (b'[{"params": 1}]', "JSON list"),
      (b'{"params": 1, "tokens": 2}\n', "'loss'"), (b'{"params": 1, "tokens": 2, "loss": [3]}\n', "line 1")],
     ids=["nothing", "white space", "bytes", "gzip", "UTF-16", "latin-1", "no rows", "no header", "open quote",
-         "prose", "broken JSON", "one long line", "deep JSON", "JSON without loss", "JSON with a list"],
+         "prose", "broken JSON", "one long line", "deep JSON", "list of JSON", "list in a line",
+         "JSON without loss", "JSON with a list"],
 )  # fmt: skip
 def test_files_that_are_no_table(tmp_path, content, says):
     """What is not a table of runs is said to be so in one line that names the file."""
@@ -219,6 +232,40 @@ def test_failed_runs_are_left_out_and_counted(tmp_path):
     found = read_rows(write(tmp_path / "a.csv", rows, [*HEADER, "status"]))
     assert len(found) == 8 and found.dropped == {"failed": 2}
     assert "2 failed" in refused(write(tmp_path / "b.csv", rows[4:], [*HEADER, "status"]))
+
+
+def test_only_finished_runs_are_fitted(tmp_path):
+    """Finished or blank, in any case, is a run; every other status is left out and counted, whatever its loss."""
+    status = ["finished", "", " Finished ", "running", "crashed", "failed", "finished", ""]
+    rows = [[*row, word] for row, word in zip(ROWS, status, strict=True)]
+    found = read_rows(write(tmp_path / "a.csv", rows, [*HEADER, "status"]))
+    assert found["loss"].tolist() == [ROWS[i][2] for i in (0, 1, 2, 6, 7)]
+    assert found.dropped == {"failed": 1, "whose status is not finished": 2}
+
+
+def test_losses_that_are_chance_alone(tmp_path):
+    """Of 400 tables of noise on a grid of N and D some 90% are refused (each of two tests at 5%); of as many from a law
+    with noise a tenth of what size and data do, none. Where size alone counts, data are found to count in 5%."""
+    rng, sizes, tokens = np.random.default_rng(0), 10.0 ** np.arange(6, 9), 10.0 ** np.arange(9, 13)
+    N, D = (grid.ravel() for grid in np.meshgrid(sizes, tokens))
+    of_size, of_data = 0.2 * (N / 1e6) ** -0.3, 0.2 * (D / 1e9) ** -0.3
+    found = []
+    for _ in range(400):
+        noise = 0.01 * rng.standard_normal(len(N))
+        size_only = by_chance(N, D, np.exp(of_size + noise))
+        assert max(by_chance(N, D, np.exp(of_size + of_data + noise))) < 0.05 and size_only[0] < 1e-4
+        found.append((min(by_chance(N, D, np.exp(noise))) > 0.05, size_only[1] < 0.05))
+    refused_noise, found_data = np.mean(found, axis=0)
+    assert refused_noise == pytest.approx(0.95**2, abs=0.04) and found_data == pytest.approx(0.05, abs=0.03)
+    assert by_chance(N, N * 20, np.exp(of_size)) == (0.0, 0.0)  # one D/N: which of them it is cannot be told
+    write(tmp_path / "a.csv", list(zip(N, D, 3 * np.exp(noise), strict=True)))
+    assert "more closely than chance" in refused(tmp_path / "a.csv")
+
+
+def test_identical_rows():
+    """Each copy of a row counts, the first does not, and rows that share only some cells are no copies."""
+    N, D, loss = np.array([[1, 2, 3], [1, 2, 3], [1, 2, 4], [2, 1, 3], [1, 2, 3], [2, 1, 3]], float).T
+    assert identical(N, D, loss) == 3
 
 
 def test_best_of_several_tunings(tmp_path):
@@ -267,6 +314,8 @@ def test_a_folder_of_runs(tmp_path):
     curves = read_logs(tmp_path, rows)
     assert len(curves) == 32 and len(curves.labels["run"].values) == 8
     np.testing.assert_allclose(curves["flops"], 7.0 * curves["params"] * curves["tokens"])
+    logs = b"".join((tmp_path / "runs" / f"run{i}" / "log.jsonl").read_bytes() for i in range(8))
+    assert curves.sha256 == hashlib.sha256(logs).hexdigest()
     assert curves["tokens"][:4].tolist() == [ROWS[0][1] * k / 4 for k in (1, 2, 3, 4)]
     assert (tmp_path / "runs.csv").write_text("params,tokens,loss\n5,5,5\n") and len(read_rows(tmp_path)) == 1
 

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 
 import pytest
 
@@ -205,4 +206,36 @@ def test_versions_of_what_a_result_depends_on():
 
     versions = runs.versions()
     assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0] and versions["numpy"] == numpy.__version__
-    assert versions["git"] is None or re.fullmatch("[0-9a-f]{40}", versions["git"])
+    assert versions["git"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", versions["git"])
+
+
+def test_a_commit_that_is_not_what_ran(tmp_path, monkeypatch):
+    """The commit of the folder of the code; -dirty when a tracked file differs from it, staged or not, but not for
+    files that git does not know or that runs write to a folder results; None outside git and without git."""
+    home = tmp_path / "code" / "nanochin"
+    (home.parent / "results").mkdir(parents=True)
+    home.mkdir()
+    for path in (home / "runs.py", home.parent / "fit.py", home.parent / "results" / "laws.json"):
+        path.write_text("1")
+    monkeypatch.setattr(runs, "__file__", str(home / "runs.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    assert runs.versions()["git"] is None
+
+    def git(*words):
+        name = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
+        done = subprocess.run(["git", "-C", home.parent, *name, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    git("init", "-q")
+    git("add", "-A")
+    git("commit", "-qm", "all")
+    commit = git("rev-parse", "HEAD")
+    (home.parent / "new.txt").write_text("1")
+    (home.parent / "results" / "laws.json").write_text("2")
+    assert runs.versions()["git"] == commit
+    (home.parent / "fit.py").write_text("2")
+    assert runs.versions()["git"] == f"{commit}-dirty"
+    git("add", "fit.py")
+    assert runs.versions()["git"] == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert runs.versions()["git"] is None

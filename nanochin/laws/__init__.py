@@ -44,7 +44,7 @@ from nanochin.laws.checks import (
 )
 from nanochin.laws.envelope import EnvelopeFit, fit_envelope
 from nanochin.laws.isoflop import Budget, IsoflopFit, fit_isoflop, group_budgets
-from nanochin.laws.law import Law, NotIdentified, PowerLaw, laws_json, laws_text, load_law, save_laws
+from nanochin.laws.law import Law, NotIdentified, PowerLaw, laws_json, laws_text, load_law
 from nanochin.laws.parametric import KaplanForm, ParametricFit, fit_kaplan_form, fit_parametric
 from nanochin.laws.published import (
     BESIROGLU,
@@ -64,5 +64,5 @@ __all__ = [
     "bootstrap_seed_noise", "compute_for_loss", "delta_sensitivity", "fit_envelope", "fit_isoflop",
     "fit_kaplan_form", "fit_parametric", "frontier_curvature", "group_budgets", "hold_out", "inference_optimal",
     "kaplan_procedure", "laws_json", "laws_text", "leave_out_highest", "load_law", "off_optimum", "profile_e", "refit",
-    "residuals_by_compute", "save_laws",
+    "residuals_by_compute",
 ]  # fmt: skip

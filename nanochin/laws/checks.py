@@ -183,7 +183,6 @@ class Curvature:
 
     quadratic: float
     intervals: dict[int, tuple[float, float]]  # {80: ..., 95: ...}
-    slopes: tuple[float, ...]  # local exponent a in the first, middle and last third of the budgets
     significant: bool  # the 95% interval excludes 0
 
 
@@ -195,10 +194,6 @@ def frontier_curvature(fit: IsoflopFit, *, runs=None, replicates: int = 1000, se
         raise NotIdentified(f"curvature needs {MIN_CURVATURE} budgets with a bracketed minimum, but has {len(good)}")
     log_c, log_n = np.log([b.flops for b in good]), np.log([b.params_opt for b in good])
     quadratic = float(_quadratic(log_c, log_n[None], np.ones((1, len(good))))[0])
-    thirds = np.array_split(np.arange(len(good)), 3)
-    # Neighbouring thirds share a budget, so that each has at least two.
-    parts = [np.arange(max(0, t[0] - (len(t) < 2)), max(t[-1] + 1, 2)) for t in thirds]
-    slopes = tuple(float(line(log_c[p], log_n[p])[1]) for p in parts)
     _, batches = resample(np.arange(len(fit.N)) if runs is None else runs, replicates, seed)
     replicas = replicate_optima(replace(fit, budgets=tuple(good)), batches)[0]
     there = np.isfinite(replicas)
@@ -207,7 +202,7 @@ def frontier_curvature(fit: IsoflopFit, *, runs=None, replicates: int = 1000, se
         raise NotIdentified(f"curvature: {replicates - len(values)} of {replicates} replicates have too few optima")
     intervals = {v: tuple(float(x) for x in np.percentile(values, (50 - v / 2, 50 + v / 2))) for v in LEVELS}
     low, high = intervals[95]
-    return Curvature(quadratic, intervals, slopes, not low <= 0 <= high)
+    return Curvature(quadratic, intervals, not low <= 0 <= high)
 
 
 def _quadratic(x, y, weights) -> np.ndarray:

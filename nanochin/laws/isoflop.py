@@ -126,7 +126,11 @@ def fit_isoflop(N, D, loss, C=None, *, budget=None, tolerance: float = 0.1, meth
     budgets = tuple(_budget(rows, N, D, loss, float(nominal[rows[0]]), method) for rows in groups)
     good = [b for b in budgets if b.bracketed]
     if len(good) < MIN_BUDGETS:
-        reasons = "; ".join(f"{b.flops:.3g} FLOPs: {b.reason}" for b in budgets if not b.bracketed)
+        of = {}
+        for b in budgets:
+            of.setdefault(b.reason, []).extend([] if b.bracketed else [f"{b.flops:.3g}"])
+        reasons = "; ".join(f"{', '.join(at[:3])}{f' and {len(at) - 3} more' * (len(at) > 3)} FLOPs: {reason}"
+                            for reason, at in of.items() if at)  # fmt: skip
         raise NotIdentified(f"Approach 2 needs at least {MIN_BUDGETS} budgets with a bracketed minimum, but has "
                             f"{len(good)} of {len(budgets)}{f' ({reasons})' if reasons else ''}")  # fmt: skip
     law = _power_laws(good, name, params_convention, flops_convention)

@@ -9,7 +9,6 @@ the tokenizer and the corpus that they were fitted on; only a, b and (roughly) D
 
 import json
 import math
-import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,11 +190,3 @@ def laws_text(laws: dict) -> str:
     """laws.json at full precision, a list of numbers on one line."""
     text = json.dumps(laws, indent=1, allow_nan=False) + "\n"
     return re.sub(r"\[\s+([^][{}\"]+?)\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
-
-
-def save_laws(path: str | Path, laws: dict) -> None:
-    """Write laws.json at once: a reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(laws_text(laws), encoding="utf-8")
-    os.replace(part, path)
