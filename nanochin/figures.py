@@ -11,6 +11,9 @@ hold-out   the largest budget, predicted from the others
 certainty  the exponent a by every way of finding it, and the profile of E
 """
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 
 from nanochin.console import count
@@ -24,7 +27,6 @@ from nanochin.laws import (
     KaplanProcedure,
     Law,
     NotIdentified,
-    compute_for_loss,
 )
 from nanochin.plot import SCALE, Axis, Band, Figure, Line, Note, Panel, Points, number
 from nanochin.study import Approach, Checks, Study
@@ -130,7 +132,7 @@ def optimum(study: Study) -> Figure:
 
 
 def _optimum_panel(study: Study, x: np.ndarray, which: int, title: str, axis: Axis) -> Panel:
-    marks = [*_others(x, which), Line(x, KAPLAN.optimal(x)[which], "red", "Kaplan 2020 (non-embedding)", "dash")]
+    marks = _others(study, x, which)
     for approach in study.approaches:
         marks += _with_band(approach, x, which)
     minima = ((study.akima, "ring", 5, "minima by Akima"), (study.results[2], "diamond", 3, "minima by parabola"))
@@ -148,7 +150,7 @@ def _optimum_panel(study: Study, x: np.ndarray, which: int, title: str, axis: Ax
 
 def surface(study: Study) -> Figure:
     x = _reach(study)
-    marks = [*_others(x, 2)]
+    marks = _others(study, x, 2)
     for approach in study.approaches:
         marks += _with_band(approach, x, 2)
     marks += _models(x, 2)
@@ -158,7 +160,7 @@ def surface(study: Study) -> Figure:
     third = study.results[3]
     if isinstance(third, NotIdentified):
         return Figure("surface", "Tokens per parameter", (ratio,))
-    text = "Contours of L(N, D), labelled in nats; on the frontier each meets the line of least 6ND."
+    text = f"Contours of L(N, D), labelled in nats; the frontier is where C ({study.flops_name}) is least for a loss."
     return Figure("surface", "Approach 3: the fitted loss", (_contours(study, third.law), ratio), text)
 
 
@@ -175,13 +177,14 @@ def _contours(study: Study, law: Law) -> Panel:
         tokens = (law.B / np.where(rest > 0, rest, np.nan)) ** (1 / law.beta)
         tokens[(tokens < low) | (tokens > high)] = np.nan
         marks.append(Line(tokens, sizes, colour, width=1.6, hover=f"loss {level:.3f}"))
-        best_N, best_D = law.optimal(compute_for_loss(law, level))
+        best_D = law.tokens_for(best_N := law.params_reaching(level))
         names.append(Note(best_D, best_N, f"{level:.3g}", colour, "start", (7, 13)))
     keep = _evenly(len(N), MOST)
     nearest = np.abs(np.log(np.maximum(L[keep, None] - law.E, 1e-9)) - np.log(levels - law.E)).argmin(1)
     colours = [SCALE[8 - k] for k in nearest]
     marks.append(Points(D[keep], N[keep], colours, "runs, coloured by their loss", [_run(study, i) for i in keep], 2.6))
-    best_N, best_D = law.optimal(6 * np.geomspace(low * sizes[0], high * sizes[-1], 60))
+    best_N = np.geomspace(sizes[0], sizes[-1], 60)
+    best_D = law.tokens_for(best_N)
     marks.append(Line(best_D, best_N, "ink", "frontier", width=2.4))
     count_of = f"N {study.settings.params}"
     return Panel(f"Loss by the law ({count_of})", Axis("tokens D", True, low, high),
@@ -256,11 +259,15 @@ def hold_out(study: Study, checks: Checks) -> Figure | None:
 def certainty(study: Study, checks: Checks) -> Figure:
     """The forest of exponents, ours above those of others, and how firmly E is held."""
     none = (np.nan, np.nan)
-    found = [(f"Approach {approach.number}", approach.law.a, approach.interval("a"), COLOUR[approach.number])
-             for approach in study.approaches]  # fmt: skip
+    found = [(f"Approach {approach.number}", approach.exponent(approach.law), approach.interval(approach.exponent),
+              COLOUR[approach.number]) for approach in study.approaches]  # fmt: skip
+    third = study.results[3]
+    if isinstance(third, Approach) and not study.cost.is_6nd:
+        found.append(("3, for 6ND (Eq. 4)", third.law.a, third.interval("a"), "blue"))
     if isinstance(study.akima, Approach):
         found.append(("Approach 2 by Akima", study.akima.law.a, study.akima.interval("a"), "orange"))
-    found += [(f"3, {other.change}", other.fit.law.a, other.sure.interval("a") if other.sure else none, "sky")
+    found += [(f"3, {other.change}", third.exponent(other.fit.law),
+               other.sure.interval(third.exponent) if other.sure else none, "sky")
               for other in checks.variants if not isinstance(other.fit, NotIdentified)]  # fmt: skip
     if isinstance(checks.kaplan, KaplanProcedure):
         found.append(("Kaplan's procedure", checks.kaplan.a, none, "red"))
@@ -321,17 +328,14 @@ def _reach(study: Study) -> np.ndarray:
 
 def _with_band(approach: Approach, x: np.ndarray, which: int) -> list:
     """The line of N (0), D (1) or D/N (2) against C, and its 95% band."""
-    lines = []
-    for own in np.atleast_1d(approach.budget(x)):
 
-        def quantity(law, own=own):
-            N, D = law.optimal(own)
-            return (N, D, D / N)[which]
+    def quantity(law, C=x):
+        N, D = law.optimal(C)
+        return (N, D, D / N)[which]
 
-        lines.append((quantity(approach.law), *approach.interval(quantity)))
-    y, low, high = np.array(lines).T
-    colour, dash = COLOUR[approach.number], {1: "dash", 2: "dot", 3: ""}[approach.number]
-    band = [] if np.isnan(low).any() else [Band(x, low, high, colour)]
+    y, colour, dash = quantity(approach.law), COLOUR[approach.number], {1: "dash", 2: "dot", 3: ""}[approach.number]
+    ends = [approach.interval(partial(quantity, C=C)) for C in x]
+    band = [Band(x, *np.array(ends).T, colour)] if approach.sure else []
     return [*band, Line(x, y, colour, f"Approach {approach.number}", dash, 2.2)]
 
 
@@ -347,13 +351,19 @@ def _models(x: np.ndarray, which: int) -> list:
     return marks
 
 
-def _others(x: np.ndarray, which: int) -> list:
-    """What the laws of others say that N (0), D (1) or D/N (2) should be."""
+def _others(study: Study, x: np.ndarray, which: int) -> list:
+    """What the laws of others say that N (0), D (1) or D/N (2) should be. Those that know the loss answer for our
+    FLOPs; the others' optima, of 6ND, stand where they cost as much. Kaplan counts in his own way."""
     marks = []
-    for law, colour, dash, label in ((HOFFMANN, "purple", "dash", "Hoffmann 2022, Approach 3"),
-                                     (BESIROGLU, "grey", "dot", "Besiroglu 2024")):  # fmt: skip
+    for law, colour, dash, label in ((HOFFMANN_1, "purple", "", "Hoffmann 2022, Approach 1"),
+                                     (HOFFMANN_2, "purple", "dot", "Hoffmann 2022, Approach 2"),
+                                     (HOFFMANN, "purple", "dash", "Hoffmann 2022, Approach 3"),
+                                     (BESIROGLU, "grey", "dot", "Besiroglu 2024"),
+                                     (KAPLAN, "red", "dash", "Kaplan 2020 (non-embedding)")):  # fmt: skip
+        law = replace(law, cost=study.cost) if isinstance(law, Law) else law
         N, D = law.optimal(x)
-        marks.append(Line(x, (N, D, D / N)[which], colour, label, dash))
+        C = x if isinstance(law, Law) or law is KAPLAN else study.cost.flops(N, D)
+        marks.append(Line(C, (N, D, D / N)[which], colour, label, dash))
     return marks
 
 

@@ -34,7 +34,7 @@ from nanochin.console import count
 from nanochin.figures import Figure
 from nanochin.laws import TABLE_3, Law, NotIdentified, Refit
 from nanochin.plot import STYLE, panel_svg, variables
-from nanochin.study import SENSITIVITY, Approach, Checks, Study, findings
+from nanochin.study import SENSITIVITY, Approach, Checks, Study, findings, frontier_in_words
 from nanochin.trials import Trial
 
 HERE = Path(__file__).parent
@@ -140,7 +140,7 @@ def ci(estimate: Estimate, show) -> str:
 
 
 SHOW = {name: show for name, (_, show) in SHOWN.items()} | {
-    "flops": flops, "flops_6nd": flops, "target_loss": "{:.4f}".format, "tokens_per_param": three, "epochs": three,
+    "flops": flops, "least_flops": flops, "target_loss": "{:.4f}".format, "tokens_per_param": three, "epochs": three,
 }  # fmt: skip
 
 
@@ -149,13 +149,14 @@ SHOW = {name: show for name, (_, show) in SHOWN.items()} | {
 
 
 def _header(study: Study, checks: Checks, name: str) -> str:
-    N, D, C, law = study.N, study.D, study.C, study.best.law
-    title = f"Parameters grow as C<sup>{law.a:.2f}</sup>, tokens as C<sup>{law.b:.2f}</sup>"
+    N, D, C, best = study.N, study.D, study.C, study.best
+    a, b = (best.exponent(best.law, which) for which in (0, 1))
+    title = f"Parameters grow as C<sup>{a:.2f}</sup>, tokens as C<sup>{b:.2f}</sup>"
     what = (
         f"{len(N)} runs of {name}: {count(N.min())} to {count(N.max())} parameters, {count(D.min())} to "
         f"{count(D.max())} tokens, {flops(C.min())} to {flops(C.max())} FLOPs. Counted as: {study.convention}."
     )
-    low, high = study.best.interval("a")
+    low, high = best.interval(best.exponent)
     sure = [] if math.isnan(low) else [f"With 95% confidence the first exponent is between {low:.3f} and {high:.3f}."]
     if isinstance(held := checks.hold_out, laws.HoldOut):
         sure.append(
@@ -185,6 +186,8 @@ def _law(study: Study) -> str:
             f" + <span class=frac><span>{four(scale)}</span><span>{x}<sup>{power:.4f}</sup></span></span>"
             for scale, x, power in terms)  # fmt: skip
         frontier = "For 6ND = C the optimum is N = G (C/6)<sup>a</sup>, D = (C/6)<sup>b</sup> / G."
+        if not study.cost.is_6nd:
+            frontier += f" {frontier_in_words(study)} The table beside is for these."
         names = ("E", "A", "B", "alpha", "beta", "a", "b", "G")
     else:
         formula = f"N = {four(law.k_N)} C<sup>{law.a:.4f}</sup>, D = {four(law.k_D)} C<sup>{law.b:.4f}</sup>"
@@ -234,8 +237,9 @@ def _approaches(study: Study) -> str:
     for name, approach in sorted(found, key=lambda pair: pair[1].number):
         law, at = approach.law, optimum(approach, C).found
         there = (ci(at[name], SHOW[name]) for name in ("params", "tokens", "tokens_per_param"))
-        exponents = (three(getattr(law, x)) + between(approach.interval(x)) for x in "ab")
-        rows.append([name, *exponents, f"{law.a + law.b:.3f}", *there])
+        grow = [partial(approach.exponent, which=which) for which in (0, 1)]
+        exponents = (three(one(law)) + between(approach.interval(one)) for one in grow)
+        rows.append([name, *exponents, f"{sum(one(law) for one in grow):.3f}", *there])
     return table(["approach", "a", "b", "a + b", f"N at {flops(C)}", "D there", "D / N there"], rows)
 
 
@@ -244,7 +248,7 @@ def _approaches(study: Study) -> str:
 
 
 def _sensitivity(checks: Checks) -> list[str]:
-    head = ["", "a", "α", "β", "E", "A", "B", "objective"]
+    head = ["", "a (Eq. 4)", "α", "β", "E", "A", "B", "objective"]
     parts = []
 
     def fits(title: str, refits: list[Refit], words: Callable[[object], str]) -> None:
@@ -310,15 +314,14 @@ def _other_questions(study: Study, questions: Questions, answers: Answers) -> li
         return ["<p>These need a law that knows the loss, that is Approach 3.</p>"]
     inside = [C for C in questions.budgets if C / study.C.max() <= 1.01]
     C = inside[-1] if inside else questions.budgets[0]
-    own = float(best.budget(C))
-    N, D = law.optimal(own)
+    N, D = law.optimal(C)
     loss = law.loss(N, D)
     targets = [law.E + share * (loss - law.E) for share in (1, 0.9, 0.8, 0.5)]
     start = (f"<p>By Approach 3, where not said otherwise for {flops(C)} FLOPs, whose optimum is N = {count(N)}, "
              f"D = {count(D)} with loss {loss:.4f}.</p>")  # fmt: skip
     return [
         start,
-        _other_sizes(best, own, N),
+        _other_sizes(best, C, N),
         "<h3>To reach a loss</h3>",
         _answer_table(answers.to_reach or [to_reach(best, target) for target in targets]),
         "<h3>If the model will be used much</h3><p>As good as the optimum, for the least compute of training and "
@@ -361,7 +364,7 @@ def _other_sizes(best: Approach, C: float, N: float) -> str:
     for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8):
         found = zip(estimates(best, partial(off, factor=factor)), ("{:.4f}".format, "{:.1%}".format), strict=True)
         cells = [ci(estimate, show) for estimate, show in found]
-        rows.append([f"{factor:g}", count(factor * N), count(C / (6 * factor * N)), *cells])
+        rows.append([f"{factor:g}", count(factor * N), count(best.law.cost.tokens(factor * N, C)), *cells])
     head = ["N over the optimal", "N", "D", "loss above the best", "compute wasted"]
     return "<h3>A model of another size</h3>" + table(head, rows, mark=3)
 
@@ -370,7 +373,7 @@ def _paper_table(law: Law) -> str:
     rows = []
     for n, *cells in TABLE_3:
         own = law.tokens_for(n)
-        pairs = [*zip(cells[::2], cells[1::2], strict=True), (6 * n * own, own)]
+        pairs = [*zip(cells[::2], cells[1::2], strict=True), (law.cost.flops(n, own), own)]
         rows.append([count(n), *(f"{flops(C)} · {count(D)}" for C, D in pairs)])
     text = "<h3>Beside the paper's Tables 3 and A3</h3><p>FLOPs and tokens for which a size is optimal.</p>"
     return text + table(["N", "Approach 1", "Approach 2", "Approach 3", "here, Approach 3"], rows)

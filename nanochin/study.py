@@ -16,13 +16,14 @@ import numpy as np
 
 from nanochin import laws
 from nanochin.config import UserError
-from nanochin.laws import Bootstrap, Law, NotIdentified, PowerLaw, Refit
+from nanochin.laws import Bootstrap, Cost, Law, NotIdentified, PowerLaw, Refit
 from nanochin.rows import Rows, all_or_no_flops
 
 MOST_CHECKED = 2000  # runs: of more, a sample is checked
 USUAL, LEAST, FEWEST = 4000, 200, 20  # resamples: for a few thousand rows, for any number, that may be asked for
 WORK = 2e7  # rows x resamples that are done unasked, some 20 seconds
 FEW_FAIL = 0.02  # share of resamples without an optimum that is no reason for doubt
+BAD_COST = 0.1  # of log C: runs' FLOPs that the curve of cost by size misses by more are a reason for doubt
 SENSITIVITY = 200  # resamples of each refit among the checks
 COUNTS = {"total": "params", "non_embedding": "params_non_embedding", "with_head": "params_with_head"}
 
@@ -43,57 +44,24 @@ class Settings:
 
 @dataclass(frozen=True)
 class Approach:
-    """One of the three: its fit, how sure it is, and the FLOPs in which it counts a budget."""
+    """One of the three: its fit, and how sure it is."""
 
     number: int
     fit: object  # EnvelopeFit, IsoflopFit or ParametricFit
     sure: Bootstrap | None
-    cost: "Cost"
+    reach: tuple[float, float]  # FLOPs of the smallest and the largest run
     why: str = ""  # there are no intervals, though some were asked for
 
     @property
     def law(self) -> Law | PowerLaw:
         return self.fit.law
 
-    def budget(self, C):
-        """C as the law counts it: Eq. 4 knows 6ND only."""
-        return self.cost.as_6nd(self.law, C) if isinstance(self.law, Law) else C
-
     def interval(self, quantity: str | Callable, level: float = 95) -> tuple[float, float]:
         return (np.nan, np.nan) if self.sure is None else self.sure.interval(quantity, level)
 
-
-@dataclass(frozen=True)
-class Cost:
-    """What a token costs in the study's FLOP convention over 6 N, as the runs had it: interpolated in log N, the
-    same as at the smallest and the largest size beyond them."""
-
-    log_n: np.ndarray
-    log_ratio: np.ndarray
-
-    @classmethod
-    def of(cls, N: np.ndarray, D: np.ndarray, C: np.ndarray) -> "Cost":
-        ratio = np.log(C / (6 * N * D))
-        order = np.lexsort((ratio, N))  # within a size by ratio: its median stands in the middle
-        sizes, first, runs = np.unique(N[order], return_index=True, return_counts=True)
-        low, high = (ratio[order[first + middle]] for middle in ((runs - 1) // 2, runs // 2))
-        return cls(np.log(sizes), (low + high) / 2)
-
-    @property
-    def is_6nd(self) -> bool:
-        return bool(np.all(np.abs(self.log_ratio) < 1e-3))
-
-    def __call__(self, N, D):
-        """FLOPs of a run."""
-        return 6 * N * D * np.exp(np.interp(np.log(N), self.log_n, self.log_ratio))
-
-    def as_6nd(self, law: Law, C):
-        """The 6ND whose optimum really costs C."""
-        if self.is_6nd:
-            return C
-        grid = np.exp(np.linspace(np.log(np.min(C)) - 7, np.log(np.max(C)) + 7, 2000))
-        real = np.maximum.accumulate(self(*law.optimal(grid)))
-        return np.exp(np.interp(np.log(C), np.log(real), np.log(grid)))
+    def exponent(self, law: Law | PowerLaw, which: int = 0):
+        """By `law` the optimal N (0) or D (1) grows as this power of C, over the FLOPs of the runs."""
+        return laws.exponents(law, *self.reach)[which]
 
 
 @dataclass(frozen=True)
@@ -110,6 +78,7 @@ class Study:
     flops_name: str  # how titles call it
     results: dict[int, Approach | NotIdentified]
     akima: Approach | NotIdentified  # Approach 2 by interpolation, with its seed-noise interval
+    cost: Cost
     note: str = ""  # that there are fewer resamples than usual
 
     @property
@@ -121,10 +90,6 @@ class Study:
     def best(self) -> Approach:
         """The one that answers: 3, else 2, else 1."""
         return self.approaches[-1]
-
-    @property
-    def cost(self) -> Cost:
-        return self.best.cost
 
     @property
     def convention(self) -> str:
@@ -177,6 +142,7 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
                         "loss that no model beats")  # fmt: skip
     unit = _unit(rows, settings.cluster)
     cost = Cost.of(N, D, C)
+    reach = float(C.min()), float(max(C.max(), 1.01 * C.min()))
     labels = {"params_convention": settings.params, "flops_convention": flops_convention}
     verify = int(np.clip(WORK / 10 / len(N), 4, 200))  # each costs as much as some fifteen resamples
 
@@ -188,13 +154,13 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
         sure = settings.bootstrap and attempt(laws.bootstrap, fit, replicates=settings.bootstrap, seed=settings.seed,
                                               verify=verify, progress=told, **given)  # fmt: skip
         why = str(sure) if isinstance(sure, NotIdentified) else ""
-        return Approach(number, fit, sure if isinstance(sure, Bootstrap) else None, cost, why)
+        return Approach(number, fit, sure if isinstance(sure, Bootstrap) else None, reach, why)
 
     if curves is None:
         envelope = NotIdentified("no training curves: give --curves, or a folder of runs with their log.jsonl")
     else:
         run, n = curves.labels["run"].codes, _params(curves, settings.params)
-        spent = cost(n, curves["tokens"])
+        spent = 6 * n * curves["tokens"] * np.exp(np.interp(np.log(n), *laws.ratios(N, D, C)))  # as the runs had it
         envelope = attempt(laws.fit_envelope, run, n, curves["tokens"], curves["loss"], spent, **labels)
     budget = laws.group_budgets(C, budget=rows.get("budget"))
     parabola = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, **labels)
@@ -202,7 +168,7 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
     if len(N) <= MOST_CHECKED:
         akima = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, method="akima", **labels)
     parametric = attempt(laws.fit_parametric, N, D, L, delta=settings.delta, E=settings.fixed_e,
-                         params_convention=settings.params)  # fmt: skip
+                         params_convention=settings.params, cost=cost)  # fmt: skip
     results = {1: approach(1, envelope), 2: approach(2, parabola), 3: approach(3, parametric)}
     if not any(isinstance(found, Approach) for found in results.values()):
         reasons = "; ".join(f"approach {number}: {found}" for number, found in results.items())
@@ -211,8 +177,8 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
         noise = settings.bootstrap and attempt(
             laws.bootstrap_seed_noise, akima, replicates=min(1000, settings.bootstrap), seed=settings.seed
         )
-        akima = Approach(2, akima, noise if isinstance(noise, Bootstrap) else None, cost)
-    return Study(rows, curves, settings, N, D, L, C, unit, flops_convention, flops_name, results, akima, note)
+        akima = Approach(2, akima, noise if isinstance(noise, Bootstrap) else None, reach)
+    return Study(rows, curves, settings, N, D, L, C, unit, flops_convention, flops_name, results, akima, cost, note)
 
 
 def _params(rows: Rows, convention: str) -> np.ndarray:
@@ -368,6 +334,21 @@ def _by_count(study: Study) -> list:
 # In words
 
 
+def frontier_in_words(study: Study) -> str:
+    """What a token costs where that is not 6N, and what this makes of Eq. 4."""
+    cost, third = study.cost, study.results[3]
+    said = (f"C is {study.flops_name}: the runs spent 6ND {'times' if cost.s > 0 else 'over'} 1 + {cost.c:.3g} / "
+            f"N^{cost.q:.3g}, give or take {100 * cost.misfit:.1f}%")  # fmt: skip
+    if not isinstance(third, Approach):
+        return f"{said}."
+    low, high = third.interval(third.exponent)
+    ends = f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""
+    return (
+        f"{said}; least loss by the law at such C has a = {third.exponent(third.law):.3f}{ends} over the runs, "
+        f"where Eq. 4, for 6ND, has {third.law.a:.3f}."
+    )
+
+
 def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
     """What one should know before believing the law: (reassuring or not, a sentence)."""
     said = []
@@ -379,6 +360,8 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
         if isinstance(found, NotIdentified) and (number != 1 or study.curves is not None):
             say(False, f"Approach {number} gives no law: {found}.")
     third = study.results[3]
+    if not study.cost.is_6nd:
+        say(study.cost.misfit < BAD_COST, frontier_in_words(study))
     if isinstance(third, Approach):
         fit, sure = third.fit, third.sure
         say(2 * fit.starts_agreeing >= fit.starts,
@@ -393,7 +376,10 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
             if high - low > 0.25 * third.law.E:
                 say(False, f"E is hardly known: 95% interval {low:.2f} to {high:.2f} nats. It is not the entropy of "
                     "the text.")  # fmt: skip
-    exponents = {approach.number: (approach.law.a, approach.interval("a")) for approach in study.approaches}
+    exponents = {
+        approach.number: (approach.exponent(approach.law), approach.interval(approach.exponent))
+        for approach in study.approaches
+    }
     if len(exponents) > 1:
         ends = [ends for _, ends in exponents.values() if np.isfinite(ends[0])]
         apart = len(ends) > 1 and max(low for low, _ in ends) > min(high for _, high in ends)

@@ -126,7 +126,7 @@ def test_the_embedded_table_is_the_law(made):
     x = np.log(columns["C"])
     assert (np.diff(x) > 0).all() and data["high"] == study.C.max()
     for C in (3.3e12, 7.7e13, 1.1e16):
-        N, D = best.law.optimal(best.budget(C))
+        N, D = best.law.optimal(C)
         for name, value in (("params", N), ("tokens", D), ("tokens_per_param", D / N)):
             assert np.exp(np.interp(np.log(C), x, np.log(columns[name]))) == pytest.approx(value, rel=2e-3)
             low, high = (np.interp(np.log(C), x, np.log(columns[f"{name}_{end}"])) for end in ("low", "high"))

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 
 from nanochin.laws.bootstrap import LEVELS, Bootstrap, bootstrap, resample
+from nanochin.laws.cost import Cost
 from nanochin.laws.isoflop import FINE, Curve, IsoflopFit, akima, group_budgets, line, replicate_optima
 from nanochin.laws.law import NotIdentified
 from nanochin.laws.parametric import ParametricFit, fit_parametric
@@ -18,7 +19,7 @@ MIN_CURVATURE = 4  # three budgets always lie on a parabola
 def refit(fit: ParametricFit, rows=slice(None), **changes) -> ParametricFit:
     """The same fit on some of its rows, or with another delta, space, E or tied."""
     options = {"delta": fit.delta, "space": fit.space, "E": fit.fixed_e, "tied": fit.tied, "name": fit.law.name,
-               "params_convention": fit.law.params_convention}  # fmt: skip
+               "params_convention": fit.law.params_convention, "cost": fit.law.cost}  # fmt: skip
     return fit_parametric(fit.N[rows], fit.D[rows], fit.loss[rows], weights=fit.weights[rows], **options | changes)
 
 
@@ -129,7 +130,8 @@ def hold_out(N, D, loss, C=None, *, budgets: int = 1, budget=None, above: float 
         raise NotIdentified("hold-out: no run is above the limit")
     rows, rest = np.flatnonzero(held), np.flatnonzero(~held)
     try:
-        fit = fit_parametric(N[rest], D[rest], loss[rest], **options)
+        cost = Cost.of(N[rest], D[rest], C[rest])
+        fit = fit_parametric(N[rest], D[rest], loss[rest], cost=cost, **options)
     except NotIdentified as error:
         raise NotIdentified(f"hold-out: without {len(rows)} runs, {error}") from None
     predicted = fit.law.loss(N[rows], D[rows])
@@ -170,10 +172,8 @@ def _held_optima(fit, sure, N, D, loss, nominal, rows) -> tuple:
             continue
         u, _, reason = curve.minimum(loss[at][None])
         if reason[0] == 0:
-            # The law is asked in its own currency, 6 N D, at the minimum.
-            flops = 6 * float(np.exp(u[0] + curve.mean) * curve.tokens(u)[0])
-            span = (np.nan, np.nan) if sure is None else sure.interval(lambda law, f=flops: law.optimal(f)[0])
-            optima.append((float(c), float(np.exp(u[0] + curve.mean)), float(fit.law.optimal(flops)[0]), span))
+            span = (np.nan, np.nan) if sure is None else sure.interval(lambda law, C=c: law.optimal(C)[0])
+            optima.append((float(c), float(np.exp(u[0] + curve.mean)), float(fit.law.optimal(c)[0]), span))
     return tuple(optima)
 
 
