@@ -105,12 +105,13 @@ def isoflop(study: Study) -> Figure | None:
             flat += [Line(np.exp(x) / budget.params_opt, y - budget.loss_opt, colour, width=1.0),
                      Points(N, above, colour, "", hover, 2.6)]  # fmt: skip
     found = [budget for budget in fit.budgets if budget.bracketed]
-    ends = [second.interval(lambda law, C=budget.flops: law.optimal(C)[0]) for budget in found]
-    ends = None if second.sure is None else tuple(np.array(ends).T)
+    sure = [second.sure.at_budget(i) if second.sure else {} for i, b in enumerate(fit.budgets) if b.bracketed]
+    ends = [one.get("params_opt", (np.nan, np.nan)) for one in sure]
     hover = [f"C = {budget.flops:.3g}: N_opt = {count(budget.params_opt)}, D_opt = {count(budget.tokens_opt)}, "
-             f"loss {budget.loss_opt:.4f}" for budget in found]  # fmt: skip
-    vertices = Points([b.params_opt for b in found], [b.loss_opt for b in found], "ink", "minimum, with the law's 95%",
-                      hover, 3.4, "diamond", x_range=ends)  # fmt: skip
+             f"loss {budget.loss_opt:.4f}; bracketed in {one.get('share', np.nan):.0%} of the resamples"
+             for budget, one in zip(found, sure, strict=True)]  # fmt: skip
+    vertices = Points([b.params_opt for b in found], [b.loss_opt for b in found], "ink", "minimum, with its 95%",
+                      hover, 3.4, "diamond", x_range=tuple(np.array(ends).T) if second.sure else None)  # fmt: skip
     losses = Panel(f"IsoFLOP curves ({study.convention})", _params_axis(study), Axis(LOSS), (*marks, vertices))
     above = Panel(f"The same, laid over one another ({study.convention})", Axis("parameters over the minimum's", True),
                   Axis("loss above the minimum, nats"), tuple(flat))  # fmt: skip
@@ -139,9 +140,12 @@ def _optimum_panel(study: Study, x: np.ndarray, which: int, title: str, axis: Ax
     for approach, shape, size, label in minima:
         if isinstance(approach, Approach):
             found = [budget for budget in approach.fit.budgets if budget.bracketed]
+            sure = [approach.sure.at_budget(i) if approach.sure else {}
+                    for i, b in enumerate(approach.fit.budgets) if b.bracketed]  # fmt: skip
             C, y = [b.flops for b in found], [(b.params_opt, b.tokens_opt)[which] for b in found]
             hover = [f"{label}: {count(value)} at {flops:.3g} FLOPs" for flops, value in zip(C, y, strict=True)]
-            marks.append(Points(C, y, "orange", label, hover, size, shape))
+            ends = [one.get(("params_opt", "tokens_opt")[which], (np.nan, np.nan)) for one in sure]
+            marks.append(Points(C, y, "orange", label, hover, size, shape, y_range=tuple(np.array(ends).T)))
     lines = np.concatenate([mark.y for mark in marks if isinstance(mark, Line)])
     marks += _models(x, which)
     axis = Axis(axis.label, True, lines.min() / 1.5, lines.max() * 1.5)  # bands are cut off where they are wild

@@ -24,6 +24,7 @@ USUAL, LEAST, FEWEST = 4000, 200, 20  # resamples: for a few thousand rows, for 
 WORK = 2e7  # rows x resamples that are done unasked, some 20 seconds
 FEW_FAIL = 0.02  # share of resamples without an optimum that is no reason for doubt
 BAD_COST = 0.1  # of log C: runs' FLOPs that the curve of cost by size misses by more are a reason for doubt
+NARROW = 4  # clusters of C whose sizes span less than this may be no isoFLOP curve
 SENSITIVITY = 200  # resamples of each refit among the checks
 COUNTS = {"total": "params", "non_embedding": "params_non_embedding", "with_head": "params_with_head"}
 
@@ -293,7 +294,8 @@ def check(study: Study, progress: Callable[[str, float, float], None] = silent) 
     step(4, 5)
     kaplan = NotIdentified("the rows have no params_non_embedding")
     if (non_embedding := study.rows.complete("params_non_embedding")) is not None:
-        kaplan = attempt(laws.kaplan_procedure, non_embedding, D, L, third.law.loss(N, D), budget=budget)
+        kaplan = attempt(laws.kaplan_procedure, non_embedding, D, L, third.law.loss(N, D), budget=budget,
+                         noise=third.fit.noise, replicates=replicates, seed=seed)  # fmt: skip
     E, objective = laws.profile_e(third.fit, 61)
     step(5, 5)
     return Checks(
@@ -349,6 +351,29 @@ def frontier_in_words(study: Study) -> str:
     )
 
 
+def _on_found_budgets(fit) -> tuple[bool, str]:
+    """What Approach 2 would say without some of the clusters that were taken for budgets, as a finding."""
+    good = [budget for budget in fit.budgets if budget.bracketed]
+    one = [law.a for law in (attempt(fit.without, [budget]) for budget in good) if isinstance(law, PowerLaw)]
+    said = f"Approach 2: no column tells the budgets; {len(good)} clusters of C serve as such"
+    said += f", without any one of which a is {min(one):.3f} to {max(one):.3f}" if one else ""
+    narrow = [budget for budget in good if budget.width < NARROW]
+    without = attempt(fit.without, narrow)
+    if narrow and isinstance(without, PowerLaw):
+        which = ", ".join(f"{budget.flops:.3g} of {budget.n_runs}" for budget in narrow)
+        said += (f"; sizes span less than {NARROW}x in {len(narrow)} of them ({which} runs), without which it is "
+                 f"{without.a:.3f}")  # fmt: skip
+    return not narrow, said + "."
+
+
+def kaplan_in_words(found: laws.KaplanProcedure) -> str:
+    where = f"at {len(found.flops)} of {found.levels} {'levels between the runs' if found.between else 'budgets'}"
+    low, high = found.intervals.get(95, (np.nan, np.nan))
+    ends = f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""
+    return (f"Kaplan's procedure (non-embedding N and C, losses interpolated, {where}) gives a = {found.a:.3f}{ends}; "
+            f"the law's losses in their place give {found.simulated:.3f}.")  # fmt: skip
+
+
 def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
     """What one should know before believing the law: (reassuring or not, a sentence)."""
     said = []
@@ -386,19 +411,34 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
         values = ", ".join(f"{a:.3f}" for a, _ in exponents.values())
         compared = f": their 95% intervals {'do not all overlap' if apart else 'overlap'}" if len(ends) > 1 else ""
         say(not apart, f"Approaches {', '.join(map(str, exponents))} give a = {values}{compared}.")
+    first, second = study.results[1], study.results[2]
+    if isinstance(first, Approach) and first.fit.late_share < 0.5:
+        say(False, f"Approach 1: only {first.fit.late_share:.0%} of the winners are in the last 15% of their run, where "
+            "in the paper all are; in the middle of a decaying schedule the loss is too high.")  # fmt: skip
+    if isinstance(second, Approach) and study.rows.get("budget") is None:
+        say(*_on_found_budgets(second.fit))
     held = checks.hold_out
     if isinstance(held, laws.HoldOut):
         say(held.error < 3 * max(held.in_sample_error, 1e-3),
             f"Fitted without the {len(held.rows)} largest runs and asked about them, the law is off by "
             f"{100 * held.error:.2f}% (median; {100 * held.bias:+.2f}% on balance), inside by "
             f"{100 * held.in_sample_error:.2f}%; they lie {held.reach:.2g} times beyond the rest.")  # fmt: skip
+        if held.bootstrap:
+            m = len(held.rows)
+            say(held.outside <= max(1, 0.15 * m), f"{held.outside} of these {m} losses lie outside the 95% interval that "
+                f"was predicted of them, where {0.05 * m:.2g} are to be expected.")  # fmt: skip
+        elif held.why:
+            say(False, f"The hold-out has no intervals: {held.why}.")
     if isinstance(checks.curvature, laws.Curvature):
         low, high = checks.curvature.intervals[95]
         bends = f"bends {'down' if checks.curvature.quadratic < 0 else 'up'}, more than chance would make it"
         say(not checks.curvature.significant,
-            f"In log-log the frontier {bends if checks.curvature.significant else 'is straight'}: quadratic term "
-            f"{checks.curvature.quadratic:+.3f} [{low:+.3f}, {high:+.3f}].")  # fmt: skip
-    refused = {"Hold-out": held, "Curvature": checks.curvature, "Kaplan's form": checks.kaplan_form}
+            f"In log-log the frontier {bends if checks.curvature.significant else 'has no bend beyond chance'}: "
+            f"quadratic term {checks.curvature.quadratic:+.3f} [{low:+.3f}, {high:+.3f}].")  # fmt: skip
+    if isinstance(checks.kaplan, laws.KaplanProcedure):
+        say(True, kaplan_in_words(checks.kaplan))
+    refused = {"Hold-out": held, "Curvature": checks.curvature, "Kaplan's form": checks.kaplan_form,
+               "Kaplan's procedure": checks.kaplan}  # fmt: skip
     for what, reason in refused.items():
         if study.settings.bootstrap and isinstance(reason, NotIdentified):
             say(False, f"{what} could not be checked: {reason}.")
