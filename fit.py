@@ -220,7 +220,7 @@ def write(study: Study, checks: Checks, questions: Questions, answers: Answers, 
             said.append(f"({error})")
     files["report.html"] = report.render(study, checks, drawn, questions, answers, trials, provenance).encode()
     meta = describe(study, options) | {"command": command(), "git": built["git"], "files": sorted(files)}
-    files["laws.json"] = laws.laws_text(contents(study, questions, answers, trials, meta)).encode()
+    files["laws.json"] = laws.laws_text(contents(study, checks, questions, answers, trials, meta)).encode()
 
     stale = set(files_of_earlier_fit(out)) - set(files)
     for name, content in files.items():  # all made before one is written; laws.json, which lists them, is the last
@@ -239,8 +239,10 @@ def files_of_earlier_fit(out: Path) -> list[str]:
         return []
 
 
-def contents(study: Study, questions: Questions, answers: Answers, trials: list[Trial], meta: dict) -> dict:
-    """laws.json: each approach with its intervals and its optima of the budgets that were asked, then the answers."""
+def contents(study: Study, checks: Checks, questions: Questions, answers: Answers, trials: list[Trial],
+             meta: dict) -> dict:  # fmt: skip
+    """laws.json: each approach with its intervals and its optima of the budgets that were asked, the answers, the
+    checks."""
 
     def as_json(found) -> dict | NotIdentified:
         if isinstance(found, NotIdentified):
@@ -260,6 +262,7 @@ def contents(study: Study, questions: Questions, answers: Answers, trials: list[
     if isinstance(study.akima, Approach):
         everything["approach2_akima"] = as_json(study.akima)
     everything["answers"] = {"approach": study.best.number} | answers.to_json()
+    everything["checks"] = checks.to_json()
     return everything | ({"trials": [trial.to_json() for trial in trials]} if trials else {})
 
 

@@ -11,7 +11,6 @@ hold-out   the largest budget, predicted from the others
 certainty  the exponent a by every way of finding it, and the profile of E
 """
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -27,6 +26,7 @@ from nanochin.laws import (
     KaplanProcedure,
     Law,
     NotIdentified,
+    advice,
 )
 from nanochin.plot import SCALE, Axis, Band, Figure, Line, Note, Panel, Points, number
 from nanochin.study import Approach, Checks, Study
@@ -356,18 +356,15 @@ def _models(x: np.ndarray, which: int) -> list:
 
 
 def _others(study: Study, x: np.ndarray, which: int) -> list:
-    """What the laws of others say that N (0), D (1) or D/N (2) should be. Those that know the loss answer for our
-    FLOPs; the others' optima, of 6ND, stand where they cost as much. Kaplan counts in his own way."""
+    """What the laws of others say that N (0), D (1) or D/N (2) should be, in our FLOPs (see laws.advice)."""
     marks = []
     for law, colour, dash, label in ((HOFFMANN_1, "purple", "", "Hoffmann 2022, Approach 1"),
                                      (HOFFMANN_2, "purple", "dot", "Hoffmann 2022, Approach 2"),
                                      (HOFFMANN, "purple", "dash", "Hoffmann 2022, Approach 3"),
                                      (BESIROGLU, "grey", "dot", "Besiroglu 2024"),
                                      (KAPLAN, "red", "dash", "Kaplan 2020 (non-embedding)")):  # fmt: skip
-        law = replace(law, cost=study.cost) if isinstance(law, Law) else law
-        N, D = law.optimal(x)
-        C = x if isinstance(law, Law) or law is KAPLAN else study.cost.flops(N, D)
-        marks.append(Line(C, (N, D, D / N)[which], colour, label, dash))
+        N, D = advice(law, study.cost, x)
+        marks.append(Line(x, (N, D, D / N)[which], colour, label, dash))
     return marks
 
 

@@ -32,9 +32,21 @@ from nanochin.answers import (
 )
 from nanochin.console import count
 from nanochin.figures import Figure
-from nanochin.laws import TABLE_3, Law, NotIdentified, Refit
+from nanochin.laws import (
+    BESIROGLU,
+    HOFFMANN,
+    HOFFMANN_1,
+    HOFFMANN_2,
+    KAPLAN,
+    TABLE_3,
+    HoldOut,
+    Law,
+    NotIdentified,
+    Refit,
+    advice,
+)
 from nanochin.plot import STYLE, panel_svg, variables
-from nanochin.study import SENSITIVITY, Approach, Checks, Study, findings, frontier_in_words
+from nanochin.study import SENSITIVITY, Approach, Checks, Study, findings, frontier_in_words, kaplan_in_words
 from nanochin.trials import Trial
 
 HERE = Path(__file__).parent
@@ -54,13 +66,18 @@ def render(study: Study, checks: Checks, figures: list[Figure], questions: Quest
     """The report as a text."""
     name = html.escape("/".join(Path(study.rows.source).parts[-2:]))
     forest = "".join(_panels(figure) for figure in figures if figure.name == "certainty")
+    beside = {"optimum": _others(study), "hold-out": _hold_out(study, checks.hold_out)}
     body = [
         _header(study, checks, name),
         f'<div class="first">{_section("The law", _law(study))}',
         f"{_section('What to train', _answers(study, answers.optima))}</div>",
         _section("How sure", _findings(study, checks), _approaches(study), forest),
         *([_section("Predicted first, trained then", _trials(trials))] if trials else []),
-        *(_section(figure.title, _panels(figure)) for figure in figures if figure.name != "certainty"),
+        *(
+            _section(figure.title, _panels(figure), beside.get(figure.name, ""))
+            for figure in figures
+            if figure.name != "certainty"
+        ),
         _section("What would change the answer", *_sensitivity(checks)),
         _section("Other questions", *_other_questions(study, questions, answers)),
         f"<footer><h2>Where these numbers come from</h2>{_provenance(study, provenance)}</footer>",
@@ -187,7 +204,7 @@ def _law(study: Study) -> str:
             for scale, x, power in terms)  # fmt: skip
         frontier = "For 6ND = C the optimum is N = G (C/6)<sup>a</sup>, D = (C/6)<sup>b</sup> / G."
         if not study.cost.is_6nd:
-            frontier += f" {frontier_in_words(study)} The table beside is for these."
+            frontier += f" {frontier_in_words(study)} What to train is said for such C."
         names = ("E", "A", "B", "alpha", "beta", "a", "b", "G")
     else:
         formula = f"N = {four(law.k_N)} C<sup>{law.a:.4f}</sup>, D = {four(law.k_D)} C<sup>{law.b:.4f}</sup>"
@@ -243,6 +260,40 @@ def _approaches(study: Study) -> str:
     return table(["approach", "a", "b", "a + b", f"N at {flops(C)}", "D there", "D / N there"], rows)
 
 
+def _others(study: Study) -> str:
+    """Ours beside the laws of others: at the largest run, and far beyond it."""
+    budgets, rows = (float(study.C.max()), 1e3 * float(study.C.max())), []
+    for approach in study.approaches:
+        at = [optimum(approach, C).found for C in budgets]
+        cells = (ci(one[name], SHOW[name]) for one in at for name in ("params", "tokens_per_param"))
+        rows.append([f"ours, Approach {approach.number}", *cells])
+    for law in (HOFFMANN_1, HOFFMANN_2, HOFFMANN, BESIROGLU, KAPLAN):
+        pairs = [advice(law, study.cost, C) for C in budgets]
+        rows.append([law.name, *(cell for N, D in pairs for cell in (count(N), three(D / N)))])
+    head = [""] + [f"{what} at {flops(C)}" for C in budgets for what in ("N", "D / N")]
+    words = "<p><small>The laws of others are for other text and tokenizers. Kaplan's counts neither embeddings in N "
+    return table(head, rows) + words + "nor what they cost in C.</small></p>"
+
+
+def _hold_out(study: Study, held: HoldOut | NotIdentified, most: int = 40) -> str:
+    """What was predicted of the runs held out, and of the minima of their budgets, beside what came."""
+    if isinstance(held, NotIdentified):
+        return ""
+    minima = [[flops(C), count(told) + between(ends, count), count(seen), f"{100 * (told / seen - 1):+.0f}%"]
+              for C, seen, told, ends in held.optima]  # fmt: skip
+    parts = [table(["C", "N predicted", "N measured", "off by"], minima)] if minima else []
+    rows = []
+    for j, i in list(enumerate(held.rows))[:most]:
+        said, ends, seen = held.predicted[j], (held.low[j], held.high[j]), held.observed[j]
+        inside = "" if math.isnan(ends[0]) else "inside" if ends[0] <= seen <= ends[1] else "<strong>outside</strong>"
+        rows.append([flops(study.C[i]), count(study.N[i]), count(study.D[i]), four(said) + between(ends, four),
+                     four(seen), f"{100 * (said / seen - 1):+.2f}%", inside])  # fmt: skip
+    parts.append(table(["C", "N", "D", "loss predicted", "observed", "off by", ""], rows))
+    if len(held.rows) > most:
+        parts.append(f"<p><small>The first {most} of {len(held.rows)}.</small></p>")
+    return "".join(parts)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What would change the answer
 
@@ -256,7 +307,8 @@ def _sensitivity(checks: Checks) -> list[str]:
             rows = [_constants(words(refit.change), refit) for refit in refits]
             parts.append(f'<h3>{title}</h3><div class="dense">{table(head, rows)}</div>')
 
-    fits("Without the runs of highest loss", checks.leave_out, lambda k: f"without the {k} highest" if k else "all")
+    fits("Without the runs of highest loss", checks.leave_out,
+         lambda k: f"without the {k} highest of these" if k else f"all {checks.runs} that were fitted")  # fmt: skip
     fits("With another δ, below which residuals count as squares and above it as distances", checks.deltas,
          lambda delta: f"δ = {flops(delta)}")  # fmt: skip
     fits("With another objective or form", checks.variants, str)
@@ -280,13 +332,14 @@ def _sensitivity(checks: Checks) -> list[str]:
         parts.append("<h3>Counting the parameters in another way</h3>"
                      + table(["N counts", "a, approach 3", "a, approach 2"], rows))  # fmt: skip
     if not isinstance(checks.kaplan, NotIdentified):
-        parts.append(f"<p>Kaplan's procedure on these runs gives a = {checks.kaplan.a:.3f}; with the losses of our law "
-                     f"in their place it gives {checks.kaplan.simulated:.3f}.</p>")  # fmt: skip
+        parts.append(f"<p>{kaplan_in_words(checks.kaplan)}</p>")
     return parts or ["<p>Approach 3 gives no law for these runs, so there is nothing to vary.</p>"]
 
 
-def _exponent(fit) -> str:
-    return "–" if isinstance(fit, NotIdentified) else f"{fit.law.a:.4f}"
+def _exponent(found) -> str:
+    if isinstance(found, NotIdentified):
+        return "–"
+    return f"{found.exponent(found.law):.4f}" + between(found.interval(found.exponent))
 
 
 def _constants(words: str, refit: Refit) -> list[str]:
@@ -296,7 +349,7 @@ def _constants(words: str, refit: Refit) -> list[str]:
         return [words, f"<em>{html.escape(str(fit))}</em>"]
 
     def value(name: str) -> str:
-        low, high = sure.interval(name) if sure and name not in ("A", "B") else (math.nan, math.nan)
+        low, high = sure.interval(name) if sure else (math.nan, math.nan)
         ends = (low, high) if low < high else (math.nan, math.nan)  # what is held fixed has none
         return digits(getattr(fit.law, name), 5) + between(ends, four)
 

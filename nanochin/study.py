@@ -233,12 +233,53 @@ class Checks:
     profile: tuple  # (E, objective over its minimum)
     by_compute: list  # dicts
     variants: list[Refit]  # what is other, in words
-    counts: list  # (convention, ParametricFit, IsoflopFit), either may be NotIdentified
+    counts: list  # (convention, Approach 3, Approach 2), either may be NotIdentified
     hold_out: object
     curvature: object
     kaplan: object  # KaplanProcedure
     kaplan_form: object
     runs: int  # on how many runs the checks were made
+
+    def to_json(self) -> dict:
+        """The object `checks` of laws.json; what could not be made has its reason."""
+
+        def of(found, *names: str) -> dict:
+            if isinstance(found, NotIdentified):
+                return {"reason": str(found)}
+            values = {name: getattr(found, name) for name in names}
+            return {name: v.tolist() if isinstance(v, np.ndarray | np.generic) else v for name, v in values.items()}
+
+        def refits(every: list[Refit]) -> list[dict]:
+            names = ("a", "alpha", "beta", "E", "A", "B")
+            return [{"change": str(one.change)} | (of(one.fit) if isinstance(one.fit, NotIdentified) else
+                    of(one.fit.law, *names) | {"objective": one.fit.objective}
+                    | ({"ci": {name: one.sure.interval(name) for name in names}} if one.sure else {}))
+                    for one in every]  # fmt: skip
+
+        def exponent(found) -> dict:
+            if isinstance(found, NotIdentified):
+                return of(found)
+            ends = {"a_ci": found.interval(found.exponent)} if found.sure else {}
+            return {"a": float(found.exponent(found.law)), "a_eq4": found.law.a} | ends
+
+        held = of(self.hold_out, "bias", "error", "in_sample_error", "reach", "rows", "predicted", "observed")
+        if isinstance(self.hold_out, laws.HoldOut):
+            held["minima"] = [{"flops": C, "params_measured": seen, "params_predicted": told}
+                              | ({"ci": ends} if np.isfinite(ends[0]) else {})
+                              for C, seen, told, ends in self.hold_out.optima]  # fmt: skip
+            if self.hold_out.bootstrap:
+                held |= of(self.hold_out, "low", "high", "outside")
+        E, rise = self.profile
+        return {
+            "runs": self.runs, "hold_out": held, "curvature": of(self.curvature, "quadratic", "intervals"),
+            "kaplan_procedure": of(self.kaplan, "a", "simulated", "intervals", "between", "levels", "flops", "params"),
+            "kaplan_form": of(self.kaplan_form, "N_c", "D_c", "alpha_N", "alpha_D", "objective"),
+            "leave_out_highest": refits(self.leave_out), "delta": refits(self.deltas), "other": refits(self.variants),
+            "counts": {how: {"approach3": exponent(third), "approach2": exponent(second)}
+                       for how, third, second in self.counts},
+            "residuals_by_compute": self.by_compute,
+            "profile_E": [[float(e), float(r)] for e, r in zip(E, rise, strict=True) if np.isfinite(r)],
+        }  # fmt: skip
 
 
 def check(study: Study, progress: Callable[[str, float, float], None] = silent) -> Checks:
@@ -322,13 +363,24 @@ def _budgets_to_hold_out(C: np.ndarray, budget: np.ndarray | None, least: int = 
 
 def _by_count(study: Study) -> list:
     """Approaches 3 and 2 with N counted in every way for which there is a column (C as it is)."""
-    found = []
+    found, D, L, C, settings = [], study.D, study.L, study.C, study.settings
+    replicates, reach = min(SENSITIVITY, settings.bootstrap), (float(C.min()), float(max(C.max(), 1.01 * C.min())))
+
+    def approach(number: int, fit) -> Approach | NotIdentified:
+        if isinstance(fit, NotIdentified):
+            return fit
+        sure = replicates and attempt(laws.bootstrap, fit, runs=study.unit, replicates=replicates, seed=settings.seed,
+                                      verify=0)  # fmt: skip
+        return Approach(number, fit, sure if isinstance(sure, Bootstrap) else None, reach)
+
     for convention, name in COUNTS.items():
-        if (N := study.rows.complete(name)) is not None:
-            parametric = attempt(laws.fit_parametric, N, study.D, study.L, delta=study.settings.delta,
-                                 E=study.settings.fixed_e)  # fmt: skip
-            isoflop = attempt(laws.fit_isoflop, N, study.D, study.L, study.C, budget=study.rows.get("budget"))
-            found.append((convention, parametric, isoflop))
+        if convention == settings.params:
+            found.append((convention, study.results[3], study.results[2]))
+        elif (N := study.rows.complete(name)) is not None:
+            parametric = attempt(laws.fit_parametric, N, D, L, delta=settings.delta, E=settings.fixed_e,
+                                 cost=Cost.of(N, D, C))  # fmt: skip
+            isoflop = attempt(laws.fit_isoflop, N, D, L, C, budget=study.rows.get("budget"))
+            found.append((convention, approach(3, parametric), approach(2, isoflop)))
     return found if len(found) > 1 else []
 
 
@@ -413,8 +465,8 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
         say(not apart, f"Approaches {', '.join(map(str, exponents))} give a = {values}{compared}.")
     first, second = study.results[1], study.results[2]
     if isinstance(first, Approach) and first.fit.late_share < 0.5:
-        say(False, f"Approach 1: only {first.fit.late_share:.0%} of the winners are in the last 15% of their run, where "
-            "in the paper all are; in the middle of a decaying schedule the loss is too high.")  # fmt: skip
+        say(False, f"Approach 1: only {first.fit.late_share:.0%} of the winners are in the last 15% of their run, in "
+            "the paper all; in the middle of a decaying schedule the loss is too high.")  # fmt: skip
     if isinstance(second, Approach) and study.rows.get("budget") is None:
         say(*_on_found_budgets(second.fit))
     held = checks.hold_out
@@ -425,8 +477,8 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
             f"{100 * held.in_sample_error:.2f}%; they lie {held.reach:.2g} times beyond the rest.")  # fmt: skip
         if held.bootstrap:
             m = len(held.rows)
-            say(held.outside <= max(1, 0.15 * m), f"{held.outside} of these {m} losses lie outside the 95% interval that "
-                f"was predicted of them, where {0.05 * m:.2g} are to be expected.")  # fmt: skip
+            say(held.outside <= max(1, 0.15 * m), f"{held.outside} of these {m} losses lie outside the 95% interval "
+                f"that was predicted of them, where {0.05 * m:.2g} are to be expected.")  # fmt: skip
         elif held.why:
             say(False, f"The hold-out has no intervals: {held.why}.")
     if isinstance(checks.curvature, laws.Curvature):
@@ -441,7 +493,7 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
                "Kaplan's procedure": checks.kaplan}  # fmt: skip
     for what, reason in refused.items():
         if study.settings.bootstrap and isinstance(reason, NotIdentified):
-            say(False, f"{what} could not be checked: {reason}.")
+            say(reason is checks.kaplan, f"{what} could not be checked: {reason}.")
     for approach in study.approaches:
         sure = approach.sure
         if approach.why:
