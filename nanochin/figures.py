@@ -274,7 +274,7 @@ def certainty(study: Study, checks: Checks) -> Figure:
                other.sure.interval(third.exponent) if other.sure else none, "sky")
               for other in checks.variants if not isinstance(other.fit, NotIdentified)]  # fmt: skip
     if isinstance(checks.kaplan, KaplanProcedure):
-        found.append(("Kaplan's procedure", checks.kaplan.a, none, "red"))
+        found.append(("Kaplan's procedure", checks.kaplan.a, checks.kaplan.intervals.get(95, none), "red"))
     found += [("Hoffmann 1 (80%)", HOFFMANN_1.a, (0.488, 0.502), "grey"),
               ("Hoffmann 2 (80%)", HOFFMANN_2.a, (0.462, 0.534), "grey"),
               ("Hoffmann 3 (80%)", HOFFMANN.a, (0.454, 0.455), "grey"),

@@ -63,9 +63,9 @@ from nanochin.laws.published import (
 __all__ = [
     "BESIROGLU", "HOFFMANN", "HOFFMANN_1", "HOFFMANN_2", "KAPLAN", "LEVELS", "MUENNIGHOFF", "PUBLISHED", "TABLE_3",
     "Bootstrap", "Budget", "Cost", "Curvature", "DataConstrained", "EnvelopeFit", "HoldOut", "IsoflopFit", "KaplanForm",
-    "KaplanProcedure", "Law", "NotIdentified", "OffOptimum", "ParametricFit", "PowerLaw", "Refit", "advice", "bootstrap",
-    "bootstrap_seed_noise", "compute_for_loss", "delta_sensitivity", "exponents", "fit_envelope", "fit_isoflop",
-    "fit_kaplan_form", "fit_parametric", "frontier_curvature", "group_budgets", "hold_out", "inference_optimal",
-    "kaplan_procedure", "laws_json", "laws_text", "leave_out_highest", "load_law", "off_optimum", "profile_e",
-    "ratios", "refit", "residuals_by_compute", "save_laws",
+    "KaplanProcedure", "Law", "NotIdentified", "OffOptimum", "ParametricFit", "PowerLaw", "Refit", "advice",
+    "bootstrap", "bootstrap_seed_noise", "compute_for_loss", "delta_sensitivity", "exponents", "fit_envelope",
+    "fit_isoflop", "fit_kaplan_form", "fit_parametric", "frontier_curvature", "group_budgets", "hold_out",
+    "inference_optimal", "kaplan_procedure", "laws_json", "laws_text", "leave_out_highest", "load_law", "off_optimum",
+    "profile_e", "ratios", "refit", "residuals_by_compute", "save_laws",
 ]  # fmt: skip

@@ -259,8 +259,8 @@ def kaplan_procedure(params_non_embedding, D, loss, law_loss, *, budget=None, no
         optima = _kaplan_optima(N, C, both, levels)
     there = np.isfinite(optima).all(0)
     if there.sum() < 2:
-        raise NotIdentified(f"Kaplan's procedure needs 2 levels of C_kaplan with a bracketed minimum over sizes, but has "
-                            f"{there.sum()}, tried at the {few} budgets and at {BETWEEN} levels between")  # fmt: skip
+        raise NotIdentified("Kaplan's procedure needs 2 levels of C_kaplan with a bracketed minimum over sizes, but "
+                            f"has {there.sum()}, tried at {few} budgets and at {BETWEEN} levels between")  # fmt: skip
     x, intervals = levels[there], {}
     _, (a, simulated) = line(x, np.log(optima[:, there]))
     if replicates and noise is not None:

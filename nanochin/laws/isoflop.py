@@ -296,8 +296,8 @@ def _noise(budgets, N, loss) -> float:
 
 def refit_isoflop(fit: IsoflopFit, batches) -> tuple[dict[str, np.ndarray], tuple]:
     """Constants (replicates,) of the power laws, nan where fewer than 2 budgets are bracketed, and the optima of
-    replicate_optima. `batches(size)` yields weights (k, n). Resampled rows are fitted by parabolas, whatever the method of the fit: a spline through a
-    resample would only jump over the runs that it lacks."""
+    replicate_optima. `batches(size)` yields weights (k, n). Resampled rows are fitted by parabolas, whatever the method
+    of the fit: a spline through a resample would only jump over the runs that it lacks."""
     N, D = replicate_optima(fit, batches)
     return _lines([b.flops for b in fit.budgets], N, D), (N, D)
 
@@ -313,9 +313,9 @@ def replicate_optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
 
 
 def seed_noise(fit: IsoflopFit, noise: float, replicates: int, rng) -> tuple[dict[str, np.ndarray], tuple]:
-    """Constants and optima, as of refit_isoflop, with Gaussian noise on log loss (Porian et al. 2024). Each replicate is fitted like the
-    point estimate, through the budgets that it uses, all of the same weight, less those that are not bracketed in
-    this draw. (Porian et al. weigh by 1 / variance: the interval would be that of another estimate.)"""
+    """Constants and optima, as of refit_isoflop, with Gaussian noise on log loss (Porian et al. 2024). Each replicate
+    is fitted like the point estimate, through the budgets that it uses, all of the same weight, less those that are
+    not bracketed in this draw. (Porian et al. weigh by 1 / variance: the interval of another estimate.)"""
     used = np.array([b.bracketed for b in fit.budgets])
     size, optima = max(1, 2**22 // (FINE * len(fit.N))), []
     for start in range(0, replicates, size):
