@@ -163,6 +163,42 @@ def test_answers_on_the_terminal_and_in_the_file(run, made_up, tmp_path):
     assert "no compute reaches it" in out and "no compute" in read(tmp_path)["answers"]["to_reach"][0]["reason"]
 
 
+def test_checks_stand_in_the_file(run, made_up, tmp_path):
+    """All of them, with intervals and in numbers that JSON knows; those that could not be made say why."""
+    run(made_up, *QUICK, "--out", tmp_path)
+    found, second = read(tmp_path)["checks"], read(tmp_path)["approach2"]
+    assert found["runs"] == 28 and set(found["counts"]) == {"total", "non_embedding", "with_head"}
+    held = found["hold_out"]
+    below, above = (np.less(held["observed"], held["low"]), np.greater(held["observed"], held["high"]))
+    assert held["outside"] == int(np.sum(below | above)) and len(held["rows"]) == 7
+    assert held["minima"][0]["ci"][0] < held["minima"][0]["params_predicted"] < held["minima"][0]["ci"][1]
+    for one in (*found["leave_out_highest"], *found["delta"], *found["other"]):
+        assert all(one["ci"][name][0] <= one[name] * 1.001 for name in ("A", "B", "E", "a"))
+    for how in found["counts"].values():
+        for one in how.values():
+            assert one["a_ci"][0] < one["a"] < one["a_ci"][1]
+    assert "has 0, tried at" in found["kaplan_procedure"]["reason"] and found["kaplan_form"]["alpha_N"] > 0
+    assert all(one["ci"]["share"] > 0.5 for one in second["budgets"] if one["bracketed"])
+    (tmp_path / "few.csv").write_text("params,tokens,loss\n" + "\n".join(
+        f"{row['params']},{row['tokens']},{row['loss']!r}" for row in sweep(noise=0.003)))  # fmt: skip
+    out = run(tmp_path / "few.csv", *QUICK)
+    reason = read(tmp_path / "fit-few")["checks"]["kaplan_procedure"]["reason"]
+    assert "params_non_embedding" in reason and f"  Kaplan's procedure could not be checked: {reason}" in out
+    assert "! Approach 2: no column tells the budgets" not in out and "4 clusters of C serve as such" in out
+
+
+def test_narrow_clusters_are_no_budgets():
+    """A cluster of C within which sizes span a factor of 3 is named, with the exponent that is left without it."""
+    rows = sweep(noise=0.001)
+    for row in rows:
+        del row["budget"]
+    narrow = [row for row in rows[21:] if 0.5 < row["params"] / rows[24]["params"] < 2]
+    study = study_runs(_as_rows(rows[:21] + narrow), settings=Settings(bootstrap=0))
+    said = [text for good, text in findings(study, check(study)) if not good and "no column tells" in text]
+    without = study.results[2].fit.without(study.results[2].fit.budgets[-1:]).a
+    assert len(said) == 1 and f"of {len(narrow)} runs), without which it is {without:.3f}." in said[0]
+
+
 def test_every_approach_has_both_intervals(run, made_up, tmp_path):
     """80% and 95% of every constant of all three, how they were resampled and verified; `load_law` reads such a file,
     and one that has none of it."""
