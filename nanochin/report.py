@@ -32,19 +32,7 @@ from nanochin.answers import (
 )
 from nanochin.console import count
 from nanochin.figures import Figure
-from nanochin.laws import (
-    BESIROGLU,
-    HOFFMANN,
-    HOFFMANN_1,
-    HOFFMANN_2,
-    KAPLAN,
-    TABLE_3,
-    HoldOut,
-    Law,
-    NotIdentified,
-    Refit,
-    advice,
-)
+from nanochin.laws import PUBLISHED, TABLE_3, HoldOut, Law, NotIdentified, Refit, advice
 from nanochin.plot import STYLE, panel_svg, variables
 from nanochin.study import SENSITIVITY, Approach, Checks, Study, findings, frontier_in_words, kaplan_in_words
 from nanochin.trials import Trial
@@ -267,7 +255,7 @@ def _others(study: Study) -> str:
         at = [optimum(approach, C).found for C in budgets]
         cells = (ci(one[name], SHOW[name]) for one in at for name in ("params", "tokens_per_param"))
         rows.append([f"ours, Approach {approach.number}", *cells])
-    for law in (HOFFMANN_1, HOFFMANN_2, HOFFMANN, BESIROGLU, KAPLAN):
+    for law in PUBLISHED:
         pairs = [advice(law, study.cost, C) for C in budgets]
         rows.append([law.name, *(cell for N, D in pairs for cell in (count(N), three(D / N)))])
     head = [""] + [f"{what} at {flops(C)}" for C in budgets for what in ("N", "D / N")]

@@ -186,7 +186,7 @@ def test_laws_of_others_stand_beside_ours(made):
     they cost here; Hoffmann's first, which knows 6ND only, costs the budget."""
     study, _, _, page = made
     text, C = " ".join(" ".join(Page(page).text).split()), study.C.max()
-    for law in (laws.HOFFMANN_1, laws.HOFFMANN_2, laws.HOFFMANN, laws.BESIROGLU, laws.KAPLAN):
+    for law in laws.PUBLISHED:
         N, D = laws.advice(law, study.cost, C)
         assert f"{law.name} {count(N)} {three(D / N)}" in text
     sizes = np.geomspace(1e4, 1e9, 20_001)

@@ -58,13 +58,10 @@ class Bootstrap:
         low, high = np.percentile(values, (50 - level / 2, 50 + level / 2))
         return float(low), float(high)
 
-    def evenly(self, count: int) -> np.ndarray:
-        """Indices of up to `count` replicates, evenly chosen."""
-        return np.unique(np.linspace(0, len(self.law.a) - 1, count).astype(int))
-
     def sample(self, count: int) -> dict[str, list[float]]:
-        """{constant: values} of up to `count` replicates, to eight digits."""
-        every, chosen = len(self.law.a), self.evenly(count)
+        """{constant: values} of up to `count` replicates, evenly chosen, to eight digits."""
+        every = len(self.law.a)
+        chosen = np.unique(np.linspace(0, every - 1, count).astype(int))
         own = {f.name for f in fields(self.law)}
         values = {name: getattr(self.law, name) for name in CONSTANTS[type(self.law)] if name in own}
         return {name: [float(f"{x:.8g}") for x in np.broadcast_to(v, every)[chosen]] for name, v in values.items()}

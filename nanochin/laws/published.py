@@ -14,8 +14,9 @@ BESIROGLU = Law("Besiroglu et al. 2024", E=1.8172, A=482.01, B=2085.43, alpha=0.
 
 # Hoffmann et al. 2022, Approach 3, with the digits that its LaTeX source holds. The printed 1.69, 406.4, 410.7,
 # 0.34, 0.28 are rounded so hard that they move the optimum of Gopher's budget from 40B to 32B parameters.
-HOFFMANN = Law("Hoffmann et al. 2022", E=math.exp(0.5267228), A=math.exp(6.0073404), B=math.exp(6.0179186),
-               alpha=0.33917084, beta=0.2849083, meta={"source": "arXiv 2203.15556"})  # fmt: skip
+HOFFMANN = Law("Hoffmann et al. 2022, Approach 3", E=math.exp(0.5267228), A=math.exp(6.0073404),
+               B=math.exp(6.0179186), alpha=0.33917084, beta=0.2849083,
+               meta={"source": "arXiv 2203.15556"})  # fmt: skip
 
 # Tables 3 and A3 of Hoffmann et al. 2022: parameters, then FLOPs and tokens of the compute-optimal run according to
 # Approaches 1, 2 and 3. As printed, but for Approach 3 at 175B: the paper has 1.26e24, a tenth of 6 N D.
