@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochin import figures, laws, plot, report
-from nanochin.answers import SHOWN, Answer, Answers, Questions, answer, optimum
+from nanochin.answers import SHOWN, Answer, Answers, Questions, answer, estimates, optimum
 from nanochin.config import UserError, opt, parse, run_command
 from nanochin.console import Progress, count
 from nanochin.flops import CONVENTIONS, PARAM_CONVENTIONS, format_columns
@@ -151,9 +151,11 @@ def first_screen(study: Study, answers: Answers) -> str:
     table = [["", "a", "95%", "b", "95%", "a + b"]]
     for number, found in study.results.items():
         if isinstance(found, Approach):
-            table.append([f"approach {number}", *exponents(found)])
+            table.append([f"approach {number}", *exponents(found, found.reach)])
+            if number == 3 and not study.cost.is_6nd:
+                table.append(["  for 6ND (Eq. 4)", *exponents(found)])
             if number == 2 and isinstance(study.akima, Approach):
-                table.append(["  by Akima, seed noise", *exponents(study.akima)])
+                table.append(["  by Akima, seed noise", *exponents(study.akima, study.akima.reach)])
         else:
             table.append([f"approach {number}", "-", "", "-", "", ""])
     lines += [format_columns(table), ""]
@@ -195,10 +197,10 @@ def asked(title: str, answers: list[Answer]) -> list[str]:
     return [title, format_columns([[cell + " " for cell in row] for row in table]), *(f"-: {why}" for why in reasons)]
 
 
-def exponents(approach: Approach) -> list[str]:
-    law = approach.law
-    return [f"  {law.a:.4f}", between(approach.interval("a")), f"  {law.b:.4f}", between(approach.interval("b")),
-            f"  {law.a + law.b:.4f}"]  # fmt: skip
+def exponents(approach: Approach, reach: tuple | None = None) -> list[str]:
+    """a and b of the optimum in the FLOPs of the study, between those of `reach`; without, those of Eq. 4."""
+    a, b = estimates(approach, lambda law: laws.exponents(law, *reach) if reach else (law.a, law.b))
+    return [f"  {a.value:.4f}", between(a.ends), f"  {b.value:.4f}", between(b.ends), f"  {a.value + b.value:.4f}"]
 
 
 def between(ends: tuple[float, float], show="{:.3g}".format) -> str:
@@ -236,7 +238,7 @@ def write(study: Study, checks: Checks, questions: Questions, answers: Answers, 
             said.append(f"({error})")
     files["report.html"] = report.render(study, checks, drawn, questions, answers, trials, provenance).encode()
     meta = describe(study, options) | {"command": command(), "git": built["git"], "files": sorted(files)}
-    files["laws.json"] = laws.laws_text(contents(study, questions, answers, trials, meta)).encode()
+    files["laws.json"] = laws.laws_text(contents(study, checks, questions, answers, trials, meta)).encode()
 
     stale, new = set(files_of_earlier_fit(out)) - set(files), []
     with writing(out):
@@ -263,19 +265,30 @@ def files_of_earlier_fit(out: Path) -> list[str]:
         return []
 
 
-def contents(study: Study, questions: Questions, answers: Answers, trials: list[Trial], meta: dict) -> dict:
-    """laws.json: each approach with its intervals and its optima of the budgets that were asked, then the answers."""
+def contents(study: Study, checks: Checks, questions: Questions, answers: Answers, trials: list[Trial],
+             meta: dict) -> dict:  # fmt: skip
+    """laws.json: each approach with its intervals and its optima of the budgets that were asked, the answers, the
+    checks."""
 
     def as_json(found) -> dict | NotIdentified:
         if isinstance(found, NotIdentified):
             return found
         optima = answers.optima if found is study.best else [optimum(found, C) for C in questions.budgets]
-        return found.fit.to_json(found.sure) | {"optima": [one.to_json() for one in optima]}
+        return found.fit.to_json(found.sure) | {"optima": [one.to_json() for one in optima]} | frontier(found)
+
+    def frontier(found: Approach) -> dict:
+        """Where C is not 6ND: how the optimum of Approach 3 grows with it."""
+        if not isinstance(found.law, Law) or study.cost.is_6nd:
+            return {}
+        both = estimates(found, lambda law: laws.exponents(law, *found.reach))
+        grown = Answer({}, dict(zip("ab", both, strict=True)))
+        return {"frontier": {"flops": study.flops_name, "from": found.reach[0], "to": found.reach[1]} | grown.to_json()}
 
     everything = laws.laws_json(*(as_json(study.results[number]) for number in (1, 2, 3)), meta)
     if isinstance(study.akima, Approach):
         everything["approach2_akima"] = as_json(study.akima)
     everything["answers"] = {"approach": study.best.number} | answers.to_json()
+    everything["checks"] = checks.to_json()
     return everything | ({"trials": [trial.to_json() for trial in trials]} if trials else {})
 
 

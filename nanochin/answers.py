@@ -12,13 +12,13 @@ import numpy as np
 
 from nanochin import laws
 from nanochin.console import count, three
-from nanochin.laws import LEVELS, DataConstrained, Law, NotIdentified
+from nanochin.laws import LEVELS, DataConstrained, Law, NotIdentified, PowerLaw
 from nanochin.study import Approach, attempt
 
 SHOWN = {  # quantity: what heads its column, and how it is printed
     "flops": ("C", "{:g} FLOPs".format), "target_loss": ("loss", "{:g}".format),
     "inference_tokens": ("tokens served", count), "unique_tokens": ("unique tokens", count),
-    "flops_6nd": ("least 6ND", "{:.3g}".format), "params": ("N", count), "tokens": ("D", count),
+    "least_flops": ("least C", "{:.3g}".format), "params": ("N", count), "tokens": ("D", count),
     "tokens_per_param": ("D/N", three), "epochs": ("epochs", three),
     "loss": ("loss", "{:.4f}".format), "compute_saved": ("compute saved", "{:.1%}".format),
 }  # fmt: skip
@@ -100,21 +100,13 @@ def answer(best: Approach, questions: Questions) -> Answers:
 
 def optimum(approach: Approach, C: float) -> Answer:
     """The compute-optimal run for C FLOPs, in the convention of the study."""
-    own = float(approach.budget(C))
 
-    def estimate(quantity: Callable) -> Estimate:
-        sure = approach.sure
-        ends = {} if sure is None else {level: sure.interval(quantity, level) for level in LEVELS}
-        return Estimate(float(quantity(approach.law)), ends)
+    def run(law: Law | PowerLaw) -> tuple:
+        N, D = law.optimal(C)
+        return N, D, D / N, *([law.loss(N, D)] if isinstance(law, Law) else [])
 
-    found = {
-        "params": estimate(lambda law: law.optimal(own)[0]),
-        "tokens": estimate(lambda law: law.optimal(own)[1]),
-        "tokens_per_param": estimate(lambda law: law.optimal(own)[1] / law.optimal(own)[0]),
-    }
-    if isinstance(approach.law, Law):
-        found["loss"] = estimate(lambda law: law.loss(*law.optimal(own)))
-    return Answer({"flops": C}, found)
+    names = ("params", "tokens", "tokens_per_param", "loss")
+    return Answer({"flops": C}, dict(zip(names, estimates(approach, run), strict=False)))
 
 
 def to_reach(approach: Approach, loss: float) -> Answer:
@@ -124,18 +116,18 @@ def to_reach(approach: Approach, loss: float) -> Answer:
         C = laws.compute_for_loss(law, loss)
         return C, *law.optimal(C)
 
-    return _answer(approach, {"target_loss": loss}, need, ("flops_6nd", "params", "tokens"))
+    return _answer(approach, {"target_loss": loss}, need, ("least_flops", "params", "tokens"))
 
 
 def to_serve(approach: Approach, C: float, tokens: float) -> Answer:
     """The run that is as good as the optimum of C, for the least compute of training it and serving `tokens` with it
     together (Sardana and Frankle 2023), and the share of that compute which it saves."""
-    own = float(approach.budget(C))
 
     def plan(law: Law) -> tuple:
-        N, D = law.optimal(own)
+        N, D = law.optimal(C)
         n, d = laws.inference_optimal(law, law.loss(N, D), tokens)
-        return n, d, d / n, max(0.0, 1 - (6 * n * d + 2 * n * tokens) / (6 * N * D + 2 * N * tokens))
+        saved = 1 - law.cost.flops(n, d + tokens / 3) / law.cost.flops(N, D + tokens / 3)
+        return n, d, d / n, np.maximum(saved, 0)
 
     names = ("params", "tokens", "tokens_per_param", "compute_saved")
     return _answer(approach, {"flops": C, "inference_tokens": tokens}, plan, names)
@@ -144,11 +136,10 @@ def to_serve(approach: Approach, C: float, tokens: float) -> Answer:
 def with_text(approach: Approach, C: float, unique: float) -> Answer:
     """The best run for C when only `unique` tokens exist. How fast repetition loses its worth is that of Muennighoff
     et al. 2023, who fitted it on C4; hence no intervals."""
-    own = float(approach.budget(C))
 
     def plan(law: Law) -> tuple:
         limited = DataConstrained(law)
-        n, d = limited.optimal(own, unique)
+        n, d = limited.optimal(C, unique)
         return n, d, max(d / unique, 1.0), limited.loss(n, d, unique)
 
     names = ("params", "tokens", "epochs", "loss")
@@ -158,23 +149,21 @@ def with_text(approach: Approach, C: float, unique: float) -> Answer:
 def _answer(approach: Approach, asked: dict, quantities: Callable, names: tuple) -> Answer:
     if not isinstance(approach.law, Law):
         return Answer(asked, {}, "this needs a law that knows the loss, that is Approach 3")
-    found = attempt(quantities, approach.law)
+    found = attempt(estimates, approach, quantities)
     if isinstance(found, NotIdentified):
         return Answer(asked, {}, str(found))
-    return Answer(asked, dict(zip(names, estimates(approach, quantities), strict=True)))
+    return Answer(asked, dict(zip(names, found, strict=True)))
 
 
-def estimates(approach: Approach, quantities: Callable, replicates: int = 200) -> list[Estimate]:
-    """Of a function of a law of single numbers that gives several: its values, with intervals by every k-th replicate.
-    Where it is not identified its value counts as infinite."""
+def estimates(approach: Approach, quantities: Callable) -> list[Estimate]:
+    """Of a function of a law that gives several numbers: their values, with intervals by what it gives of all
+    replicates at once. Raises NotIdentified as the function does of the law itself."""
     values, sure = quantities(approach.law), approach.sure
     if sure is None:
         return [Estimate(float(value)) for value in values]
-    every, drawn = sure.law, []
-    names = [name for name, column in vars(every).items() if np.ndim(column) == 1]
-    for i in sure.evenly(replicates):
-        found = attempt(quantities, replace(every, **{name: float(getattr(every, name)[i]) for name in names}))
-        drawn.append([math.inf] * len(values) if isinstance(found, NotIdentified) else found)
-    ends = {level: np.percentile(drawn, (50 - level / 2, 50 + level / 2), axis=0, method="nearest") for level in LEVELS}
+    drawn = np.stack(np.broadcast_arrays(*quantities(sure.law)))
+    drawn = np.where(np.isnan(drawn), np.inf, drawn)  # what a loss costs that a replicate cannot reach
+    method = "linear" if np.isfinite(drawn).all() else "nearest"
+    ends = {level: np.percentile(drawn, (50 - level / 2, 50 + level / 2), axis=1, method=method) for level in LEVELS}
     return [Estimate(float(value), {level: (float(low[j]), float(high[j])) for level, (low, high) in ends.items()})
             for j, value in enumerate(values)]  # fmt: skip

@@ -11,6 +11,8 @@ hold-out   the largest budget, predicted from the others
 certainty  the exponent a by every way of finding it, and the profile of E
 """
 
+from functools import partial
+
 import numpy as np
 
 from nanochin.console import count
@@ -24,6 +26,7 @@ from nanochin.laws import (
     KaplanProcedure,
     Law,
     NotIdentified,
+    advice,
 )
 from nanochin.plot import (
     BOTTOM,
@@ -119,12 +122,13 @@ def isoflop(study: Study) -> Figure | None:
             flat += [Line(np.exp(x) / budget.params_opt, y - budget.loss_opt, colour, width=1.0),
                      Points(N, above, colour, "", hover, 2.6)]  # fmt: skip
     found = [budget for budget in fit.budgets if budget.bracketed]
-    ends = [second.interval(lambda law, C=budget.flops: law.optimal(C)[0]) for budget in found]
-    ends = None if second.sure is None else tuple(np.array(ends).T)
+    sure = [second.sure.at_budget(i) if second.sure else {} for i, b in enumerate(fit.budgets) if b.bracketed]
+    ends = [one.get("params_opt", (np.nan, np.nan)) for one in sure]
     hover = [f"C = {budget.flops:.3g}: N_opt = {count(budget.params_opt)}, D_opt = {count(budget.tokens_opt)}, "
-             f"loss {budget.loss_opt:.4f}" for budget in found]  # fmt: skip
-    vertices = Points([b.params_opt for b in found], [b.loss_opt for b in found], "ink", "minimum, with the law's 95%",
-                      hover, 3.4, "diamond", x_range=ends)  # fmt: skip
+             f"loss {budget.loss_opt:.4f}; bracketed in {one.get('share', np.nan):.0%} of the resamples"
+             for budget, one in zip(found, sure, strict=True)]  # fmt: skip
+    vertices = Points([b.params_opt for b in found], [b.loss_opt for b in found], "ink", "minimum, with its 95%",
+                      hover, 3.4, "diamond", x_range=tuple(np.array(ends).T) if second.sure else None)  # fmt: skip
     losses = Panel(f"IsoFLOP curves ({study.convention})", _params_axis(study), Axis(LOSS), (*marks, vertices))
     above = Panel(f"The same, laid over one another ({study.convention})", Axis("parameters over the minimum's", True),
                   Axis("loss above the minimum, nats"), tuple(flat))  # fmt: skip
@@ -146,16 +150,19 @@ def optimum(study: Study) -> Figure:
 
 
 def _optimum_panel(study: Study, x: np.ndarray, which: int, title: str, axis: Axis) -> Panel:
-    marks = [*_others(x, which), Line(x, KAPLAN.optimal(x)[which], "red", "Kaplan 2020 (non-embedding)", "dash")]
+    marks = _others(study, x, which)
     for approach in study.approaches:
         marks += _with_band(approach, x, which)
     minima = ((study.akima, "ring", 5, "minima by Akima"), (study.results[2], "diamond", 3, "minima by parabola"))
     for approach, shape, size, label in minima:
         if isinstance(approach, Approach):
             found = [budget for budget in approach.fit.budgets if budget.bracketed]
+            sure = [approach.sure.at_budget(i) if approach.sure else {}
+                    for i, b in enumerate(approach.fit.budgets) if b.bracketed]  # fmt: skip
             C, y = [b.flops for b in found], [(b.params_opt, b.tokens_opt)[which] for b in found]
             hover = [f"{label}: {count(value)} at {flops:.3g} FLOPs" for flops, value in zip(C, y, strict=True)]
-            marks.append(Points(C, y, "orange", label, hover, size, shape))
+            ends = [one.get(("params_opt", "tokens_opt")[which], (np.nan, np.nan)) for one in sure]
+            marks.append(Points(C, y, "orange", label, hover, size, shape, y_range=tuple(np.array(ends).T)))
     lines = np.concatenate([mark.y for mark in marks if isinstance(mark, Line)])
     marks += _models(x, which)
     axis = Axis(axis.label, True, lines.min() / 1.5, lines.max() * 1.5)  # bands are cut off where they are wild
@@ -164,7 +171,7 @@ def _optimum_panel(study: Study, x: np.ndarray, which: int, title: str, axis: Ax
 
 def surface(study: Study) -> Figure:
     x = _reach(study)
-    marks = [*_others(x, 2)]
+    marks = _others(study, x, 2)
     for approach in study.approaches:
         marks += _with_band(approach, x, 2)
     marks += _models(x, 2)
@@ -174,7 +181,7 @@ def surface(study: Study) -> Figure:
     third = study.results[3]
     if isinstance(third, NotIdentified):
         return Figure("surface", "Tokens per parameter", (ratio,))
-    text = "Contours of L(N, D), labelled in nats; on the frontier each meets the line of least 6ND."
+    text = f"Contours of L(N, D), labelled in nats; the frontier is where C ({study.flops_name}) is least for a loss."
     return Figure("surface", "Approach 3: the fitted loss", (_contours(study, third.law), ratio), text)
 
 
@@ -191,7 +198,8 @@ def _contours(study: Study, law: Law) -> Panel:
     nearest = np.abs(np.log(np.maximum(L[keep, None] - law.E, 1e-9)) - np.log(levels - law.E)).argmin(1)
     colours = [SCALE[8 - k] for k in nearest]
     marks.append(Points(D[keep], N[keep], colours, "runs, coloured by their loss", [_run(study, i) for i in keep], 2.6))
-    best_N, best_D = law.optimal(6 * np.geomspace(tokens[0] * sizes[0], tokens[-1] * sizes[-1], 60))
+    best_N = np.geomspace(sizes[0], sizes[-1], 60)
+    best_D = law.tokens_for(best_N)
     marks.append(Line(best_D, best_N, "ink", "frontier", width=2.4))
     count_of = f"N {study.settings.params}"
     return Panel(f"Loss by the law ({count_of})", Axis("tokens D", True, tokens[0], tokens[-1]),
@@ -297,14 +305,18 @@ def hold_out(study: Study, checks: Checks) -> Figure | None:
 def certainty(study: Study, checks: Checks) -> Figure:
     """The forest of exponents, ours above those of others, and how firmly E is held."""
     none = (np.nan, np.nan)
-    found = [(f"Approach {approach.number}", approach.law.a, approach.interval("a"), COLOUR[approach.number])
-             for approach in study.approaches]  # fmt: skip
+    found = [(f"Approach {approach.number}", approach.exponent(approach.law), approach.interval(approach.exponent),
+              COLOUR[approach.number]) for approach in study.approaches]  # fmt: skip
+    third = study.results[3]
+    if isinstance(third, Approach) and not study.cost.is_6nd:
+        found.append(("3, for 6ND (Eq. 4)", third.law.a, third.interval("a"), "blue"))
     if isinstance(study.akima, Approach):
         found.append(("Approach 2 by Akima", study.akima.law.a, study.akima.interval("a"), "orange"))
-    found += [(f"3, {other.change}", other.fit.law.a, other.sure.interval("a") if other.sure else none, "sky")
+    found += [(f"3, {other.change}", third.exponent(other.fit.law),
+               other.sure.interval(third.exponent) if other.sure else none, "sky")
               for other in checks.variants if not isinstance(other.fit, NotIdentified)]  # fmt: skip
     if isinstance(checks.kaplan, KaplanProcedure):
-        found.append(("Kaplan's procedure", checks.kaplan.a, none, "red"))
+        found.append(("Kaplan's procedure", checks.kaplan.a, checks.kaplan.intervals.get(95, none), "red"))
     found += [("Hoffmann 1 (80%)", HOFFMANN_1.a, (0.488, 0.502), "grey"),
               ("Hoffmann 2 (80%)", HOFFMANN_2.a, (0.462, 0.534), "grey"),
               ("Hoffmann 3 (80%)", HOFFMANN.a, (0.454, 0.455), "grey"),
@@ -362,17 +374,14 @@ def _reach(study: Study) -> np.ndarray:
 
 def _with_band(approach: Approach, x: np.ndarray, which: int) -> list:
     """The line of N (0), D (1) or D/N (2) against C, and its 95% band."""
-    lines = []
-    for own in np.atleast_1d(approach.budget(x)):
 
-        def quantity(law, own=own):
-            N, D = law.optimal(own)
-            return (N, D, D / N)[which]
+    def quantity(law, C=x):
+        N, D = law.optimal(C)
+        return (N, D, D / N)[which]
 
-        lines.append((quantity(approach.law), *approach.interval(quantity)))
-    y, low, high = np.array(lines).T
-    colour, dash = COLOUR[approach.number], {1: "dash", 2: "dot", 3: ""}[approach.number]
-    band = [] if np.isnan(low).any() else [Band(x, low, high, colour)]
+    y, colour, dash = quantity(approach.law), COLOUR[approach.number], {1: "dash", 2: "dot", 3: ""}[approach.number]
+    ends = [approach.interval(partial(quantity, C=C)) for C in x]
+    band = [Band(x, *np.array(ends).T, colour)] if approach.sure else []
     return [*band, Line(x, y, colour, f"Approach {approach.number}", dash, 2.2)]
 
 
@@ -388,12 +397,15 @@ def _models(x: np.ndarray, which: int) -> list:
     return marks
 
 
-def _others(x: np.ndarray, which: int) -> list:
-    """What the laws of others say that N (0), D (1) or D/N (2) should be."""
+def _others(study: Study, x: np.ndarray, which: int) -> list:
+    """What the laws of others say that N (0), D (1) or D/N (2) should be, in our FLOPs (see laws.advice)."""
     marks = []
-    for law, colour, dash, label in ((HOFFMANN, "purple", "dash", "Hoffmann 2022, Approach 3"),
-                                     (BESIROGLU, "grey", "dot", "Besiroglu 2024")):  # fmt: skip
-        N, D = law.optimal(x)
+    for law, colour, dash, label in ((HOFFMANN_1, "purple", "", "Hoffmann 2022, Approach 1"),
+                                     (HOFFMANN_2, "purple", "dot", "Hoffmann 2022, Approach 2"),
+                                     (HOFFMANN, "purple", "dash", "Hoffmann 2022, Approach 3"),
+                                     (BESIROGLU, "grey", "dot", "Besiroglu 2024"),
+                                     (KAPLAN, "red", "dash", "Kaplan 2020 (non-embedding)")):  # fmt: skip
+        N, D = advice(law, study.cost, x)
         marks.append(Line(x, (N, D, D / N)[which], colour, label, dash))
     return marks
 

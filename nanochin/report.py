@@ -32,9 +32,9 @@ from nanochin.answers import (
 )
 from nanochin.console import count
 from nanochin.figures import Figure
-from nanochin.laws import TABLE_3, Law, NotIdentified, Refit
+from nanochin.laws import PUBLISHED, TABLE_3, HoldOut, Law, NotIdentified, Refit, advice
 from nanochin.plot import STYLE, panel_svg, variables
-from nanochin.study import SENSITIVITY, Approach, Checks, Study, attempt, findings
+from nanochin.study import SENSITIVITY, Approach, Checks, Study, attempt, findings, frontier_in_words, kaplan_in_words
 from nanochin.trials import Trial
 
 HERE = Path(__file__).parent
@@ -54,13 +54,18 @@ def render(study: Study, checks: Checks, figures: list[Figure], questions: Quest
     """The report as a text."""
     name = html.escape("/".join(Path(study.rows.source).parts[-2:]))
     forest = "".join(_panels(figure) for figure in figures if figure.name == "certainty")
+    beside = {"optimum": _others(study), "hold-out": _hold_out(study, checks.hold_out)}
     body = [
         _header(study, checks, name),
         f'<div class="first">{_section("The law", _law(study))}',
         f"{_section('What to train', _answers(study, answers.optima))}</div>",
         _section("How sure", _findings(study, checks), _approaches(study), forest),
         *([_section("Predicted first, trained then", _trials(trials))] if trials else []),
-        *(_section(figure.title, _panels(figure)) for figure in figures if figure.name != "certainty"),
+        *(
+            _section(figure.title, _panels(figure), beside.get(figure.name, ""))
+            for figure in figures
+            if figure.name != "certainty"
+        ),
         _section("What would change the answer", *_sensitivity(checks)),
         _section("Other questions", *_other_questions(study, questions, answers)),
         f"<footer><h2>Where these numbers come from</h2>{_provenance(study, provenance)}</footer>",
@@ -140,7 +145,7 @@ def ci(estimate: Estimate, show) -> str:
 
 
 SHOW = {name: show for name, (_, show) in SHOWN.items()} | {
-    "flops": flops, "flops_6nd": flops, "target_loss": "{:.4f}".format, "tokens_per_param": three, "epochs": three,
+    "flops": flops, "least_flops": flops, "target_loss": "{:.4f}".format, "tokens_per_param": three, "epochs": three,
 }  # fmt: skip
 
 
@@ -149,13 +154,14 @@ SHOW = {name: show for name, (_, show) in SHOWN.items()} | {
 
 
 def _header(study: Study, checks: Checks, name: str) -> str:
-    N, D, C, law = study.N, study.D, study.C, study.best.law
-    title = f"Parameters grow as C<sup>{law.a:.2f}</sup>, tokens as C<sup>{law.b:.2f}</sup>"
+    N, D, C, best = study.N, study.D, study.C, study.best
+    a, b = (best.exponent(best.law, which) for which in (0, 1))
+    title = f"Parameters grow as C<sup>{a:.2f}</sup>, tokens as C<sup>{b:.2f}</sup>"
     what = (
         f"{len(N)} runs of {name}: {count(N.min())} to {count(N.max())} parameters, {count(D.min())} to "
         f"{count(D.max())} tokens, {flops(C.min())} to {flops(C.max())} FLOPs. Counted as: {study.convention}."
     )
-    low, high = study.best.interval("a")
+    low, high = best.interval(best.exponent)
     sure = [] if math.isnan(low) else [f"With 95% confidence the first exponent is between {low:.3f} and {high:.3f}."]
     if isinstance(held := checks.hold_out, laws.HoldOut):
         sure.append(
@@ -185,6 +191,8 @@ def _law(study: Study) -> str:
             f" + <span class=frac><span>{four(scale)}</span><span>{x}<sup>{power:.4f}</sup></span></span>"
             for scale, x, power in terms)  # fmt: skip
         frontier = "For 6ND = C the optimum is N = G (C/6)<sup>a</sup>, D = (C/6)<sup>b</sup> / G."
+        if not study.cost.is_6nd:
+            frontier += f" {frontier_in_words(study)} What to train is said for such C."
         names = ("E", "A", "B", "alpha", "beta", "a", "b", "G")
     else:
         formula = f"N = {four(law.k_N)} C<sup>{law.a:.4f}</sup>, D = {four(law.k_D)} C<sup>{law.b:.4f}</sup>"
@@ -234,9 +242,44 @@ def _approaches(study: Study) -> str:
     for name, approach in sorted(found, key=lambda pair: pair[1].number):
         law, at = approach.law, optimum(approach, C).found
         there = (ci(at[name], SHOW[name]) for name in ("params", "tokens", "tokens_per_param"))
-        exponents = (three(getattr(law, x)) + between(approach.interval(x)) for x in "ab")
-        rows.append([name, *exponents, f"{law.a + law.b:.3f}", *there])
+        grow = [partial(approach.exponent, which=which) for which in (0, 1)]
+        exponents = (three(one(law)) + between(approach.interval(one)) for one in grow)
+        rows.append([name, *exponents, f"{sum(one(law) for one in grow):.3f}", *there])
     return table(["approach", "a", "b", "a + b", f"N at {flops(C)}", "D there", "D / N there"], rows)
+
+
+def _others(study: Study) -> str:
+    """Ours beside the laws of others: at the largest run, and far beyond it."""
+    budgets, rows = (float(study.C.max()), 1e3 * float(study.C.max())), []
+    for approach in study.approaches:
+        at = [optimum(approach, C).found for C in budgets]
+        cells = (ci(one[name], SHOW[name]) for one in at for name in ("params", "tokens_per_param"))
+        rows.append([f"ours, Approach {approach.number}", *cells])
+    for law in PUBLISHED:
+        pairs = [advice(law, study.cost, C) for C in budgets]
+        rows.append([law.name, *(cell for N, D in pairs for cell in (count(N), three(D / N)))])
+    head = [""] + [f"{what} at {flops(C)}" for C in budgets for what in ("N", "D / N")]
+    words = "<p><small>The laws of others are for other text and tokenizers. Kaplan's counts neither embeddings in N "
+    return table(head, rows) + words + "nor what they cost in C.</small></p>"
+
+
+def _hold_out(study: Study, held: HoldOut | NotIdentified, most: int = 40) -> str:
+    """What was predicted of the runs held out, and of the minima of their budgets, beside what came."""
+    if isinstance(held, NotIdentified):
+        return ""
+    minima = [[flops(C), count(told) + between(ends, count), count(seen), f"{100 * (told / seen - 1):+.0f}%"]
+              for C, seen, told, ends in held.optima]  # fmt: skip
+    parts = [table(["C", "N predicted", "N measured", "off by"], minima)] if minima else []
+    rows = []
+    for j, i in list(enumerate(held.rows))[:most]:
+        said, ends, seen = held.predicted[j], (held.low[j], held.high[j]), held.observed[j]
+        inside = "" if math.isnan(ends[0]) else "inside" if ends[0] <= seen <= ends[1] else "<strong>outside</strong>"
+        rows.append([flops(study.C[i]), count(study.N[i]), count(study.D[i]), four(said) + between(ends, four),
+                     four(seen), f"{100 * (said / seen - 1):+.2f}%", inside])  # fmt: skip
+    parts.append(table(["C", "N", "D", "loss predicted", "observed", "off by", ""], rows))
+    if len(held.rows) > most:
+        parts.append(f"<p><small>The first {most} of {len(held.rows)}.</small></p>")
+    return "".join(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,7 +287,7 @@ def _approaches(study: Study) -> str:
 
 
 def _sensitivity(checks: Checks) -> list[str]:
-    head = ["", "a", "α", "β", "E", "A", "B", "objective"]
+    head = ["", "a (Eq. 4)", "α", "β", "E", "A", "B", "objective"]
     parts = []
 
     def fits(title: str, refits: list[Refit], words: Callable[[object], str]) -> None:
@@ -252,7 +295,8 @@ def _sensitivity(checks: Checks) -> list[str]:
             rows = [_constants(words(refit.change), refit) for refit in refits]
             parts.append(f'<h3>{title}</h3><div class="dense">{table(head, rows)}</div>')
 
-    fits("Without the runs of highest loss", checks.leave_out, lambda k: f"without the {k} highest" if k else "all")
+    fits("Without the runs of highest loss", checks.leave_out,
+         lambda k: f"without the {k} highest of these" if k else f"all {checks.runs} that were fitted")  # fmt: skip
     fits("With another δ, below which residuals count as squares and above it as distances", checks.deltas,
          lambda delta: f"δ = {flops(delta)}")  # fmt: skip
     fits("With another objective or form", checks.variants, str)
@@ -276,13 +320,14 @@ def _sensitivity(checks: Checks) -> list[str]:
         parts.append("<h3>Counting the parameters in another way</h3>"
                      + table(["N counts", "a, approach 3", "a, approach 2"], rows))  # fmt: skip
     if not isinstance(checks.kaplan, NotIdentified):
-        parts.append(f"<p>Kaplan's procedure on these runs gives a = {checks.kaplan.a:.3f}; with the losses of our law "
-                     f"in their place it gives {checks.kaplan.simulated:.3f}.</p>")  # fmt: skip
+        parts.append(f"<p>{kaplan_in_words(checks.kaplan)}</p>")
     return parts or ["<p>Approach 3 gives no law for these runs, so there is nothing to vary.</p>"]
 
 
-def _exponent(fit) -> str:
-    return "–" if isinstance(fit, NotIdentified) else f"{fit.law.a:.4f}"
+def _exponent(found) -> str:
+    if isinstance(found, NotIdentified):
+        return "–"
+    return f"{found.exponent(found.law):.4f}" + between(found.interval(found.exponent))
 
 
 def _constants(words: str, refit: Refit) -> list[str]:
@@ -292,7 +337,7 @@ def _constants(words: str, refit: Refit) -> list[str]:
         return [words, f"<em>{html.escape(str(fit))}</em>"]
 
     def value(name: str) -> str:
-        low, high = sure.interval(name) if sure and name not in ("A", "B") else (math.nan, math.nan)
+        low, high = sure.interval(name) if sure else (math.nan, math.nan)
         ends = (low, high) if low < high else (math.nan, math.nan)  # what is held fixed has none
         return digits(getattr(fit.law, name), 5) + between(ends, four)
 
@@ -310,15 +355,14 @@ def _other_questions(study: Study, questions: Questions, answers: Answers) -> li
         return ["<p>These need a law that knows the loss, that is Approach 3.</p>"]
     inside = [C for C in questions.budgets if C / study.C.max() <= 1.01]
     C = max(inside) if inside else min(questions.budgets)
-    own = float(best.budget(C))
-    N, D = law.optimal(own)
+    N, D = law.optimal(C)
     loss = law.loss(N, D)
     targets = [law.E + share * (loss - law.E) for share in (1, 0.9, 0.8, 0.5)]
     start = (f"<p>By Approach 3, where not said otherwise for {flops(C)} FLOPs, whose optimum is N = {count(N)}, "
              f"D = {count(D)} with loss {loss:.4f}.</p>")  # fmt: skip
     return [
         start,
-        _other_sizes(best, own, N),
+        _other_sizes(best, C, N),
         "<h3>To reach a loss</h3>",
         _answer_table(answers.to_reach or [to_reach(best, target) for target in targets]),
         "<h3>If the model will be used much</h3><p>As good as the optimum, for the least compute of training and "
@@ -355,7 +399,7 @@ def _answer_table(answers: list[Answer]) -> str:
 def _other_sizes(best: Approach, C: float, N: float) -> str:
     def off(law, factor):
         at = laws.off_optimum(law, C, factor * N)
-        return max(0.0, at.extra_loss), max(0.0, at.compute_factor - 1)  # the optimum, but for rounding
+        return np.maximum(at.extra_loss, 0), np.maximum(at.compute_factor - 1, 0)  # the optimum, but for rounding
 
     rows = []
     for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8):
@@ -364,7 +408,7 @@ def _other_sizes(best: Approach, C: float, N: float) -> str:
             cells = [f"<em>{html.escape(str(found))}</em>"]
         else:
             cells = [ci(one, show) for one, show in zip(found, ("{:.4f}".format, "{:.1%}".format), strict=True)]
-        rows.append([f"{factor:g}", count(factor * N), count(C / (6 * factor * N)), *cells])
+        rows.append([f"{factor:g}", count(factor * N), count(best.law.cost.tokens(factor * N, C)), *cells])
     head = ["N over the optimal", "N", "D", "loss above the best", "compute wasted"]
     return "<h3>A model of another size</h3>" + table(head, rows, mark=3)
 
@@ -373,7 +417,7 @@ def _paper_table(law: Law) -> str:
     rows = []
     for n, *cells in TABLE_3:
         own = law.tokens_for(n)
-        pairs = [*zip(cells[::2], cells[1::2], strict=True), (6 * n * own, own)]
+        pairs = [*zip(cells[::2], cells[1::2], strict=True), (law.cost.flops(n, own), own)]
         rows.append([count(n), *(f"{flops(C)} · {count(D)}" for C, D in pairs)])
     text = "<h3>Beside the paper's Tables 3 and A3</h3><p>FLOPs and tokens for which a size is optimal.</p>"
     return text + table(["N", "Approach 1", "Approach 2", "Approach 3", "here, Approach 3"], rows)

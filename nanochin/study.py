@@ -16,13 +16,15 @@ import numpy as np
 
 from nanochin import laws
 from nanochin.config import UserError
-from nanochin.laws import Bootstrap, Law, NotIdentified, PowerLaw, Refit
+from nanochin.laws import Bootstrap, Cost, Law, NotIdentified, PowerLaw, Refit
 from nanochin.rows import CHANCE, Rows, all_or_no_flops, by_chance, identical
 
 MOST_CHECKED = 2000  # runs: of more, a sample is checked
 USUAL, LEAST, FEWEST = 4000, 200, 20  # resamples: for a few thousand rows, for any number, that may be asked for
 WORK = 2e7  # rows x resamples that are done unasked, some 20 seconds
 FEW_FAIL = 0.02  # share of resamples without an optimum that is no reason for doubt
+BAD_COST = 0.1  # of log C: runs' FLOPs that the curve of cost by size misses by more are a reason for doubt
+NARROW = 4  # clusters of C whose sizes span less than this may be no isoFLOP curve
 SENSITIVITY = 200  # resamples of each refit among the checks
 COUNTS = {"total": "params", "non_embedding": "params_non_embedding", "with_head": "params_with_head"}
 
@@ -43,57 +45,24 @@ class Settings:
 
 @dataclass(frozen=True)
 class Approach:
-    """One of the three: its fit, how sure it is, and the FLOPs in which it counts a budget."""
+    """One of the three: its fit, and how sure it is."""
 
     number: int
     fit: object  # EnvelopeFit, IsoflopFit or ParametricFit
     sure: Bootstrap | None
-    cost: "Cost"
+    reach: tuple[float, float]  # FLOPs of the smallest and the largest run
     why: str = ""  # there are no intervals, though some were asked for
 
     @property
     def law(self) -> Law | PowerLaw:
         return self.fit.law
 
-    def budget(self, C):
-        """C as the law counts it: Eq. 4 knows 6ND only."""
-        return self.cost.as_6nd(self.law, C) if isinstance(self.law, Law) else C
-
     def interval(self, quantity: str | Callable, level: float = 95) -> tuple[float, float]:
         return (np.nan, np.nan) if self.sure is None else self.sure.interval(quantity, level)
 
-
-@dataclass(frozen=True)
-class Cost:
-    """What a token costs in the study's FLOP convention over 6 N, as the runs had it: interpolated in log N, the
-    same as at the smallest and the largest size beyond them."""
-
-    log_n: np.ndarray
-    log_ratio: np.ndarray
-
-    @classmethod
-    def of(cls, N: np.ndarray, D: np.ndarray, C: np.ndarray) -> "Cost":
-        ratio = np.log(C / (6 * N * D))
-        order = np.lexsort((ratio, N))  # within a size by ratio: its median stands in the middle
-        sizes, first, runs = np.unique(N[order], return_index=True, return_counts=True)
-        low, high = (ratio[order[first + middle]] for middle in ((runs - 1) // 2, runs // 2))
-        return cls(np.log(sizes), (low + high) / 2)
-
-    @property
-    def is_6nd(self) -> bool:
-        return bool(np.all(np.abs(self.log_ratio) < 1e-3))
-
-    def __call__(self, N, D):
-        """FLOPs of a run."""
-        return 6 * N * D * np.exp(np.interp(np.log(N), self.log_n, self.log_ratio))
-
-    def as_6nd(self, law: Law, C):
-        """The 6ND whose optimum really costs C."""
-        if self.is_6nd:
-            return C
-        grid = np.exp(np.linspace(np.log(np.min(C)) - 7, np.log(np.max(C)) + 7, 2000))
-        real = np.maximum.accumulate(self(*law.optimal(grid)))
-        return np.exp(np.interp(np.log(C), np.log(real), np.log(grid)))
+    def exponent(self, law: Law | PowerLaw, which: int = 0):
+        """By `law` the optimal N (0) or D (1) grows as this power of C, over the FLOPs of the runs."""
+        return laws.exponents(law, *self.reach)[which]
 
 
 @dataclass(frozen=True)
@@ -110,6 +79,7 @@ class Study:
     flops_name: str  # how titles call it
     results: dict[int, Approach | NotIdentified]
     akima: Approach | NotIdentified  # Approach 2 by interpolation, with its seed-noise interval
+    cost: Cost
     note: str = ""  # that there are fewer resamples than usual
 
     @property
@@ -121,10 +91,6 @@ class Study:
     def best(self) -> Approach:
         """The one that answers: 3, else 2, else 1."""
         return self.approaches[-1]
-
-    @property
-    def cost(self) -> Cost:
-        return self.best.cost
 
     @property
     def convention(self) -> str:
@@ -177,6 +143,7 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
                         "loss that no model beats")  # fmt: skip
     unit = _unit(rows, settings.cluster)
     cost = Cost.of(N, D, C)
+    reach = float(C.min()), float(max(C.max(), 1.01 * C.min()))
     labels = {"params_convention": settings.params, "flops_convention": flops_convention}
     verify = int(np.clip(WORK / 10 / len(N), 4, 200))  # each costs as much as some fifteen resamples
 
@@ -188,13 +155,13 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
         sure = settings.bootstrap and attempt(laws.bootstrap, fit, replicates=settings.bootstrap, seed=settings.seed,
                                               verify=verify, progress=told, **given)  # fmt: skip
         why = str(sure) if isinstance(sure, NotIdentified) else ""
-        return Approach(number, fit, sure if isinstance(sure, Bootstrap) else None, cost, why)
+        return Approach(number, fit, sure if isinstance(sure, Bootstrap) else None, reach, why)
 
     if curves is None:
         envelope = NotIdentified("no training curves: give --curves, or a folder of runs with their log.jsonl")
     else:
         run, n = curves.labels["run"].codes, _params(curves, settings.params)
-        spent = cost(n, curves["tokens"])
+        spent = 6 * n * curves["tokens"] * np.exp(np.interp(np.log(n), *laws.ratios(N, D, C)))  # as the runs had it
         envelope = attempt(laws.fit_envelope, run, n, curves["tokens"], curves["loss"], spent, **labels)
     budget = laws.group_budgets(C, budget=rows.get("budget"))
     parabola = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, **labels)
@@ -202,7 +169,7 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
     if len(N) <= MOST_CHECKED:
         akima = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, method="akima", **labels)
     parametric = attempt(laws.fit_parametric, N, D, L, delta=settings.delta, E=settings.fixed_e,
-                         params_convention=settings.params)  # fmt: skip
+                         params_convention=settings.params, cost=cost)  # fmt: skip
     results = {1: approach(1, envelope), 2: approach(2, parabola), 3: approach(3, parametric)}
     if not any(isinstance(found, Approach) for found in results.values()):
         reasons = "; ".join(str(found) if f"{found}".startswith("Approach") else f"Approach {number}: {found}"
@@ -212,8 +179,8 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
         noise = settings.bootstrap and attempt(
             laws.bootstrap_seed_noise, akima, replicates=min(1000, settings.bootstrap), seed=settings.seed
         )
-        akima = Approach(2, akima, noise if isinstance(noise, Bootstrap) else None, cost)
-    return Study(rows, curves, settings, N, D, L, C, unit, flops_convention, flops_name, results, akima, note)
+        akima = Approach(2, akima, noise if isinstance(noise, Bootstrap) else None, reach)
+    return Study(rows, curves, settings, N, D, L, C, unit, flops_convention, flops_name, results, akima, cost, note)
 
 
 def _params(rows: Rows, convention: str) -> np.ndarray:
@@ -267,12 +234,53 @@ class Checks:
     profile: tuple  # (E, objective over its minimum)
     by_compute: list  # dicts
     variants: list[Refit]  # what is other, in words
-    counts: list  # (convention, ParametricFit, IsoflopFit), either may be NotIdentified
+    counts: list  # (convention, Approach 3, Approach 2), either may be NotIdentified
     hold_out: object
     curvature: object
     kaplan: object  # KaplanProcedure
     kaplan_form: object
     runs: int  # on how many runs the checks were made
+
+    def to_json(self) -> dict:
+        """The object `checks` of laws.json; what could not be made has its reason."""
+
+        def of(found, *names: str) -> dict:
+            if isinstance(found, NotIdentified):
+                return {"reason": str(found)}
+            values = {name: getattr(found, name) for name in names}
+            return {name: v.tolist() if isinstance(v, np.ndarray | np.generic) else v for name, v in values.items()}
+
+        def refits(every: list[Refit]) -> list[dict]:
+            names = ("a", "alpha", "beta", "E", "A", "B")
+            return [{"change": str(one.change)} | (of(one.fit) if isinstance(one.fit, NotIdentified) else
+                    of(one.fit.law, *names) | {"objective": one.fit.objective}
+                    | ({"ci": {name: one.sure.interval(name) for name in names}} if one.sure else {}))
+                    for one in every]  # fmt: skip
+
+        def exponent(found) -> dict:
+            if isinstance(found, NotIdentified):
+                return of(found)
+            ends = {"a_ci": found.interval(found.exponent)} if found.sure else {}
+            return {"a": float(found.exponent(found.law)), "a_eq4": found.law.a} | ends
+
+        held = of(self.hold_out, "bias", "error", "in_sample_error", "reach", "rows", "predicted", "observed")
+        if isinstance(self.hold_out, laws.HoldOut):
+            held["minima"] = [{"flops": C, "params_measured": seen, "params_predicted": told}
+                              | ({"ci": ends} if np.isfinite(ends[0]) else {})
+                              for C, seen, told, ends in self.hold_out.optima]  # fmt: skip
+            if self.hold_out.bootstrap:
+                held |= of(self.hold_out, "low", "high", "outside")
+        E, rise = self.profile
+        return {
+            "runs": self.runs, "hold_out": held, "curvature": of(self.curvature, "quadratic", "intervals"),
+            "kaplan_procedure": of(self.kaplan, "a", "simulated", "intervals", "between", "levels", "flops", "params"),
+            "kaplan_form": of(self.kaplan_form, "N_c", "D_c", "alpha_N", "alpha_D", "objective"),
+            "leave_out_highest": refits(self.leave_out), "delta": refits(self.deltas), "other": refits(self.variants),
+            "counts": {how: {"approach3": exponent(third), "approach2": exponent(second)}
+                       for how, third, second in self.counts},
+            "residuals_by_compute": self.by_compute,
+            "profile_E": [[float(e), float(r)] for e, r in zip(E, rise, strict=True) if np.isfinite(r)],
+        }  # fmt: skip
 
 
 def check(study: Study, progress: Callable[[str, float, float], None] = silent) -> Checks:
@@ -328,7 +336,8 @@ def check(study: Study, progress: Callable[[str, float, float], None] = silent) 
     step(4, 5)
     kaplan = NotIdentified("the rows have no params_non_embedding")
     if (non_embedding := study.rows.complete("params_non_embedding")) is not None:
-        kaplan = attempt(laws.kaplan_procedure, non_embedding, D, L, third.law.loss(N, D), budget=budget)
+        kaplan = attempt(laws.kaplan_procedure, non_embedding, D, L, third.law.loss(N, D), budget=budget,
+                         noise=third.fit.noise, replicates=replicates, seed=seed)  # fmt: skip
     E, objective = laws.profile_e(third.fit, 61)
     step(5, 5)
     return Checks(
@@ -355,18 +364,67 @@ def _budgets_to_hold_out(C: np.ndarray, budget: np.ndarray | None, least: int = 
 
 def _by_count(study: Study) -> list:
     """Approaches 3 and 2 with N counted in every way for which there is a column (C as it is)."""
-    found = []
+    found, D, L, C, settings = [], study.D, study.L, study.C, study.settings
+    replicates, reach = min(SENSITIVITY, settings.bootstrap), (float(C.min()), float(max(C.max(), 1.01 * C.min())))
+
+    def approach(number: int, fit) -> Approach | NotIdentified:
+        if isinstance(fit, NotIdentified):
+            return fit
+        sure = replicates and attempt(laws.bootstrap, fit, runs=study.unit, replicates=replicates, seed=settings.seed,
+                                      verify=0)  # fmt: skip
+        return Approach(number, fit, sure if isinstance(sure, Bootstrap) else None, reach)
+
     for convention, name in COUNTS.items():
-        if (N := study.rows.complete(name)) is not None:
-            parametric = attempt(laws.fit_parametric, N, study.D, study.L, delta=study.settings.delta,
-                                 E=study.settings.fixed_e)  # fmt: skip
-            isoflop = attempt(laws.fit_isoflop, N, study.D, study.L, study.C, budget=study.rows.get("budget"))
-            found.append((convention, parametric, isoflop))
+        if convention == settings.params:
+            found.append((convention, study.results[3], study.results[2]))
+        elif (N := study.rows.complete(name)) is not None:
+            parametric = attempt(laws.fit_parametric, N, D, L, delta=settings.delta, E=settings.fixed_e,
+                                 cost=Cost.of(N, D, C))  # fmt: skip
+            isoflop = attempt(laws.fit_isoflop, N, D, L, C, budget=study.rows.get("budget"))
+            found.append((convention, approach(3, parametric), approach(2, isoflop)))
     return found if len(found) > 1 else []
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In words
+
+
+def frontier_in_words(study: Study) -> str:
+    """What a token costs where that is not 6N, and what this makes of Eq. 4."""
+    cost, third = study.cost, study.results[3]
+    said = (f"C is {study.flops_name}: the runs spent 6ND {'times' if cost.s > 0 else 'over'} 1 + {cost.c:.3g} / "
+            f"N^{cost.q:.3g}, give or take {100 * cost.misfit:.1f}%")  # fmt: skip
+    if not isinstance(third, Approach):
+        return f"{said}."
+    low, high = third.interval(third.exponent)
+    ends = f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""
+    return (
+        f"{said}; least loss by the law at such C has a = {third.exponent(third.law):.3f}{ends} over the runs, "
+        f"where Eq. 4, for 6ND, has {third.law.a:.3f}."
+    )
+
+
+def _on_found_budgets(fit) -> tuple[bool, str]:
+    """What Approach 2 would say without some of the clusters that were taken for budgets, as a finding."""
+    good = [budget for budget in fit.budgets if budget.bracketed]
+    one = [law.a for law in (attempt(fit.without, [budget]) for budget in good) if isinstance(law, PowerLaw)]
+    said = f"Approach 2: no column tells the budgets; {len(good)} clusters of C serve as such"
+    said += f", without any one of which a is {min(one):.3f} to {max(one):.3f}" if one else ""
+    narrow = [budget for budget in good if budget.width < NARROW]
+    without = attempt(fit.without, narrow)
+    if narrow and isinstance(without, PowerLaw):
+        which = ", ".join(f"{budget.flops:.3g} of {budget.n_runs}" for budget in narrow)
+        said += (f"; sizes span less than {NARROW}x in {len(narrow)} of them ({which} runs), without which it is "
+                 f"{without.a:.3f}")  # fmt: skip
+    return not narrow, said + "."
+
+
+def kaplan_in_words(found: laws.KaplanProcedure) -> str:
+    where = f"at {len(found.flops)} of {found.levels} {'levels between the runs' if found.between else 'budgets'}"
+    low, high = found.intervals.get(95, (np.nan, np.nan))
+    ends = f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""
+    return (f"Kaplan's procedure (non-embedding N and C, losses interpolated, {where}) gives a = {found.a:.3f}{ends}; "
+            f"the law's losses in their place give {found.simulated:.3f}.")  # fmt: skip
 
 
 def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
@@ -384,6 +442,8 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
         if isinstance(found, NotIdentified) and (number != 1 or study.curves is not None):
             say(False, f"Approach {number} gives no law: {found}.")
     third = study.results[3]
+    if not study.cost.is_6nd:
+        say(study.cost.misfit < BAD_COST, frontier_in_words(study))
     if isinstance(third, Approach):
         fit, sure = third.fit, third.sure
         say(2 * fit.starts_agreeing >= fit.starts,
@@ -398,29 +458,47 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
             if high - low > 0.25 * third.law.E:
                 say(False, f"E is hardly known: 95% interval {low:.2f} to {high:.2f} nats. It is not the entropy of "
                     "the text.")  # fmt: skip
-    exponents = {approach.number: (approach.law.a, approach.interval("a")) for approach in study.approaches}
+    exponents = {
+        approach.number: (approach.exponent(approach.law), approach.interval(approach.exponent))
+        for approach in study.approaches
+    }
     if len(exponents) > 1:
         ends = [ends for _, ends in exponents.values() if np.isfinite(ends[0])]
         apart = len(ends) > 1 and max(low for low, _ in ends) > min(high for _, high in ends)
         values = ", ".join(f"{a:.3f}" for a, _ in exponents.values())
         compared = f": their 95% intervals {'do not all overlap' if apart else 'overlap'}" if len(ends) > 1 else ""
         say(not apart, f"Approaches {', '.join(map(str, exponents))} give a = {values}{compared}.")
+    first, second = study.results[1], study.results[2]
+    if isinstance(first, Approach) and first.fit.late_share < 0.5:
+        say(False, f"Approach 1: only {first.fit.late_share:.0%} of the winners are in the last 15% of their run, in "
+            "the paper all; in the middle of a decaying schedule the loss is too high.")  # fmt: skip
+    if isinstance(second, Approach) and study.rows.get("budget") is None:
+        say(*_on_found_budgets(second.fit))
     held = checks.hold_out
     if isinstance(held, laws.HoldOut):
         say(held.error < 3 * max(held.in_sample_error, 1e-3),
             f"Fitted without the {len(held.rows)} largest runs and asked about them, the law is off by "
             f"{100 * held.error:.2f}% (median; {100 * held.bias:+.2f}% on balance), inside by "
             f"{100 * held.in_sample_error:.2f}%; they lie {held.reach:.2g} times beyond the rest.")  # fmt: skip
+        if held.bootstrap:
+            m = len(held.rows)
+            say(held.outside <= max(1, 0.15 * m), f"{held.outside} of these {m} losses lie outside the 95% interval "
+                f"that was predicted of them, where {0.05 * m:.2g} are to be expected.")  # fmt: skip
+        elif held.why:
+            say(False, f"The hold-out has no intervals: {held.why}.")
     if isinstance(checks.curvature, laws.Curvature):
         low, high = checks.curvature.intervals[95]
         bends = f"bends {'down' if checks.curvature.quadratic < 0 else 'up'}, more than chance would make it"
         say(not checks.curvature.significant,
-            f"In log-log the frontier {bends if checks.curvature.significant else 'is straight'}: quadratic term "
-            f"{checks.curvature.quadratic:+.3f} [{low:+.3f}, {high:+.3f}].")  # fmt: skip
-    refused = {"Hold-out": held, "Curvature": checks.curvature, "Kaplan's form": checks.kaplan_form}
+            f"In log-log the frontier {bends if checks.curvature.significant else 'has no bend beyond chance'}: "
+            f"quadratic term {checks.curvature.quadratic:+.3f} [{low:+.3f}, {high:+.3f}].")  # fmt: skip
+    if isinstance(checks.kaplan, laws.KaplanProcedure):
+        say(True, kaplan_in_words(checks.kaplan))
+    refused = {"Hold-out": held, "Curvature": checks.curvature, "Kaplan's form": checks.kaplan_form,
+               "Kaplan's procedure": checks.kaplan}  # fmt: skip
     for what, reason in refused.items():
         if study.settings.bootstrap and isinstance(reason, NotIdentified):
-            say(False, f"{what} could not be checked: {reason}.")
+            say(reason is checks.kaplan, f"{what} could not be checked: {reason}.")
     for approach in study.approaches:
         sure = approach.sure
         if approach.why:

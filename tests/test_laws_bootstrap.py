@@ -99,7 +99,6 @@ def test_a_missed_optimum_has_all_replicates_checked():
     sure = bootstrap(fit, replicates=300, verify=60)
     assert sure.worse > 0
     assert sure.checked + sure.unconfirmed + sure.failed == 300
-    assert any("all were checked" in w for w in sure.warnings)
     whole = bootstrap(fit, replicates=300, verify=300)
     assert whole.law.alpha == pytest.approx(sure.law.alpha, rel=1e-5) and whole.worse == sure.worse
 

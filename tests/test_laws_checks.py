@@ -9,6 +9,7 @@ from nanochin.laws import (
     Law,
     NotIdentified,
     bootstrap,
+    checks,
     delta_sensitivity,
     fit_isoflop,
     fit_parametric,
@@ -149,6 +150,33 @@ def test_hold_out_of_the_largest_budget():
     assert hold_out(N, D, loss, budgets=2, replicates=0).rows.tolist() == list(range(32, 48))
 
 
+def test_hold_out_asks_for_the_flops_that_were_spent():
+    """Runs that cost 6 N (1 + 300 N^-0.3) a token: without noise the minimum predicted of the budget held out is the
+    best of 4,001 sizes at that cost, not Eq. 4's."""
+    N, D, loss = noisy_grid(0.0)
+    C = 6 * N * D * (1 + 300 * N**-0.3)
+    held = hold_out(N, D, loss, C, budget=np.repeat(BUDGETS, 8), replicates=0)
+    spent, _, predicted, _ = held.optima[0]
+    sizes = np.geomspace(1e8, 1e11, 4001)
+    at = BESIROGLU.loss(sizes, spent / (6 * sizes * (1 + 300 * sizes**-0.3)))
+    assert predicted == pytest.approx(sizes[np.argmin(at)], rel=3e-3)
+    assert abs(predicted / BESIROGLU.optimal(spent)[0] - 1) > 0.04
+
+
+def test_a_failed_bootstrap_does_not_discard_the_hold_out(monkeypatch):
+    """The predictions stay as they are, and why there are no intervals is said."""
+    plain = hold_out(*noisy_grid(0.003), replicates=0)
+
+    def refused(*_, **__):
+        raise NotIdentified("bootstrap: as the test says")
+
+    monkeypatch.setattr(checks, "bootstrap", refused)
+    held = hold_out(*noisy_grid(0.003), replicates=50)
+    assert held.why == "bootstrap: as the test says" and held.bootstrap is None and plain.why == ""
+    np.testing.assert_array_equal(held.predicted, plain.predicted)
+    assert np.isnan(held.low).all() and held.outside == 0
+
+
 def test_hold_out_by_a_column_in_another_unit():
     """Budgets numbered downwards: the largest by C are held out all the same, and their C is the runs'."""
     N, D, loss = noisy_grid(0.003)
@@ -250,6 +278,22 @@ def test_kaplan_procedure_is_compared_at_its_own_points():
     assert noisy.simulated == pytest.approx(clean.simulated, abs=0.02)
     assert noisy.a != noisy.simulated
     assert noisy.a == pytest.approx(noisy.simulated, abs=0.1)
+
+
+def test_levels_between_stand_in_for_budgets():
+    """Two budgets, at whose own C_kaplan too few sizes meet: levels between them have a minimum, and without noise it
+    is the simulated one. Noise gives an interval, about as wide as the exponents of 40 noisy tables are apart."""
+    N, D, loss, budget = counted_grid(2048, np.geomspace(1e15, 1e17, 2))
+    rng, noise = np.random.default_rng(0), 0.0005
+    found = kaplan_procedure(N, D, loss, loss, budget=budget, noise=noise, replicates=200)
+    assert found.between and 3 <= len(found.flops) <= found.levels == 33 and found.a == found.simulated
+    draws = [loss * np.exp(noise * rng.standard_normal(len(N))) for _ in range(40)]
+    tables = [kaplan_procedure(N, D, draw, loss, budget=budget).a for draw in draws]
+    low, high = found.intervals[95]
+    assert low < found.a < high and (high - low) / (3.92 * np.std(tables)) == pytest.approx(1, abs=0.5)
+    assert not kaplan_procedure(N, D, loss, loss, budget=budget).intervals
+    many = counted_grid(2048, np.geomspace(1e15, 1e17, 9))
+    assert not kaplan_procedure(*many[:3], many[2], budget=many[3]).between
 
 
 def test_sizes_seen_once_cannot_be_interpolated():

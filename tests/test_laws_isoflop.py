@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from chinchilla import chinchilla, isoflop_grid
 
-from nanochin.laws import BESIROGLU, Law, NotIdentified, fit_isoflop, group_budgets
+from nanochin.laws import BESIROGLU, Law, NotIdentified, bootstrap, fit_isoflop, group_budgets
 from nanochin.laws.isoflop import akima
 
 TIED = Law("tied", E=1.8, A=480.0, B=1500.0, alpha=0.35, beta=0.35)
@@ -215,3 +215,33 @@ def test_chinchilla_by_parabolas():
         min(abs(math.log(b.flops / c)) for b in fit.budgets) for c in (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21)
     ]
     assert max(near) < 0.12
+
+
+def test_minima_have_intervals_of_their_own():
+    """Of every budget, as wide as the vertices of 300 tables with the same noise are apart; the one that the
+    resamples mostly lose has none; to_json carries them beside the budget."""
+    N, D, exact = isoflop_grid(BESIROGLU, BUDGETS, window(6))
+    rng, noise = np.random.default_rng(0), 0.003
+    tables = [fit_isoflop(N, D, exact * np.exp(noise * rng.standard_normal(len(N)))) for _ in range(300)]
+    scatter = np.std([[math.log(b.params_opt) for b in fit.budgets] for fit in tables], axis=0)
+    sure = [bootstrap(fit, replicates=300) for fit in tables[:8]]
+    for i in range(len(BUDGETS)):
+        ends = np.array([one.at_budget(i)["params_opt"] for one in sure])
+        width = np.log(ends[:, 1] / ends[:, 0]) / 3.92
+        assert width.mean() == pytest.approx(scatter[i], rel=0.35)
+        assert all(low < fit.budgets[i].params_opt < high for (low, high), fit in zip(ends, tables, strict=False))
+    written = tables[0].to_json(sure[0])["budgets"]
+    assert [one["ci"]["params_opt"] for one in written] == [sure[0].at_budget(i)["params_opt"] for i in range(5)]
+    assert all(one["ci"]["tokens_opt"][0] < one["tokens_opt"] < one["ci"]["tokens_opt"][1] for one in written)
+    far = fit_isoflop(N[10:], D[10:], exact[10:])  # of the first budget only sizes that are too large
+    assert not far.budgets[0].bracketed and bootstrap(far, replicates=100).at_budget(0) == {}
+
+
+def test_laws_without_some_budgets():
+    """The power law through the remaining minima, by numpy's own line; one minimum is none."""
+    fit = fit_isoflop(*isoflop_grid(BESIROGLU, BUDGETS, window(6)))
+    rest = fit.budgets[2:]
+    slope = np.polyfit(np.log([b.flops for b in rest]), np.log([b.params_opt for b in rest]), 1)[0]
+    assert fit.without(fit.budgets[:2]).a == pytest.approx(slope, rel=1e-9)
+    with pytest.raises(NotIdentified, match="2 budgets"):
+        fit.without(fit.budgets[1:])

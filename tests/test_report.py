@@ -19,6 +19,7 @@ from nanochin.answers import Questions, answer, optimum
 from nanochin.config import UserError
 from nanochin.console import count
 from nanochin.plot import COLOURS, Axis, Band, Figure, Line, Note, Panel, Points
+from nanochin.report import four, three
 from nanochin.rows import Labels, read_logs, read_rows
 from nanochin.study import Settings, check, study_runs
 
@@ -128,7 +129,7 @@ def test_the_embedded_table_is_the_law(made):
     x = np.log(columns["C"])
     assert (np.diff(x) > 0).all() and data["high"] == study.C.max()
     for C in (3.3e12, 7.7e13, 1.1e16):
-        N, D = best.law.optimal(best.budget(C))
+        N, D = best.law.optimal(C)
         for name, value in (("params", N), ("tokens", D), ("tokens_per_param", D / N)):
             assert np.exp(np.interp(np.log(C), x, np.log(columns[name]))) == pytest.approx(value, rel=2e-3)
             low, high = (np.interp(np.log(C), x, np.log(columns[f"{name}_{end}"])) for end in ("low", "high"))
@@ -165,6 +166,49 @@ def test_answers_are_those_that_were_asked(made):
         for name in ("params", "tokens"):
             assert count(one.found[name].value) in text
     assert text.count("7B") >= 2 and "tokens served" in " ".join(Page(page).text)
+
+
+def test_the_hold_out_in_a_table(made):
+    """Each run held out with what was predicted of it, its interval and what came; the measured minimum of its budget
+    beside the predicted one, with that one's interval; how many lie outside is said in words."""
+    study, checks, _, page = made
+    text, held = " ".join(" ".join(Page(page).text).split()), checks.hold_out
+    for said, low, high, seen in zip(held.predicted, held.low, held.high, held.observed, strict=True):
+        assert f"{four(said)} {four(low)} – {four(high)} {four(seen)}" in text
+        assert f"{100 * (said / seen - 1):+.2f}% {'inside' if low <= seen <= high else 'outside'}" in text
+    assert held.optima
+    for _, seen, told, (low, high) in held.optima:
+        assert f"{count(told)} {count(low)} – {count(high)} {count(seen)} {100 * (told / seen - 1):+.0f}%" in text
+    outside = int(np.sum((held.observed < held.low) | (held.observed > held.high)))
+    assert f"{outside} of these {len(held.rows)} losses lie outside" in text
+
+
+def test_laws_of_others_stand_beside_ours(made):
+    """Hoffmann's three, Besiroglu's and Kaplan's N at the largest run. Besiroglu's is the best of 20,001 sizes at what
+    they cost here; Hoffmann's first, which knows 6ND only, costs the budget."""
+    study, _, _, page = made
+    text, C = " ".join(" ".join(Page(page).text).split()), study.C.max()
+    for law in laws.PUBLISHED:
+        N, D = laws.advice(law, study.cost, C)
+        assert f"{law.name} {count(N)} {three(D / N)}" in text
+    sizes = np.geomspace(1e4, 1e9, 20_001)
+    tokens = C / (6 * sizes * (1 + 0.5 * (1e5 / sizes) ** 0.3))
+    best = sizes[np.argmin(laws.BESIROGLU.loss(sizes, tokens))]
+    assert laws.advice(laws.BESIROGLU, study.cost, C)[0] == pytest.approx(best, rel=2e-3)
+    N, D = laws.advice(laws.HOFFMANN_1, study.cost, C)
+    assert 6 * N * D * (1 + 0.5 * (1e5 / N) ** 0.3) == pytest.approx(C, rel=1e-4)
+    assert pytest.approx(laws.HOFFMANN_1.optimal(6 * N * D)[0], rel=1e-2) == N
+
+
+def test_whiskers_are_of_the_minima(made):
+    """What is drawn at each minimum is its own interval, which holds it."""
+    study, _, drawn, _ = made
+    panel = next(figure for figure in drawn if figure.name == "isoflop").panels[0]
+    vertices = next(mark for mark in panel.marks if getattr(mark, "shape", "") == "diamond")
+    found = [i for i, budget in enumerate(study.results[2].fit.budgets) if budget.bracketed]
+    expected = [study.results[2].sure.at_budget(i)["params_opt"] for i in found]
+    np.testing.assert_allclose(np.transpose(vertices.x_range), expected)
+    assert (vertices.x_range[0] < vertices.x).all() and (vertices.x < vertices.x_range[1]).all()
 
 
 def test_refits_have_their_intervals(made):

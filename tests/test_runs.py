@@ -40,7 +40,7 @@ def test_identity_does_not_depend_on_paths(tiny, text, tmp_path):
 
 OTHER = {  # for every option another value than a tiny run has
     "budget": 6.7e8, "model": "24x2", "tokens": 25_600.0, "flops": "6nd", "law_approach": 1, "tokenizer": "bpe",
-    "vocab_size": 300, "seq_len": 64, "head_size": 8, "ffn": 32, "norm": "layernorm", "positions": "learned",
+    "vocab_size": 300, "seq_len": 64, "head_size": 4, "ffn": 32, "norm": "layernorm", "positions": "learned",
     "activation": "swiglu", "bias": True, "tied": False, "qk_norm": True, "optimizer": "adam", "lr": 0.02,
     "batch_tokens": 256, "warmup_tokens": 256.0, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.2, "clip": 0.5,
     "z_loss": 1e-4, "schedule": "wsd", "cycle": 1.5, "final_lr": 0.2, "cooldown": 0.5, "seed": 1, "dtype": "bfloat16",

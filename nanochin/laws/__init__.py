@@ -3,6 +3,7 @@
     N parameters, D training tokens, C training FLOPs, L validation loss in nats per token; each a float array (n,)
 
     law.py         Law, PowerLaw, laws.json          what a fit gives and a planner uses
+    cost.py        Cost                              what a token costs, where that is not 6 N
     published.py   HOFFMANN, BESIROGLU, KAPLAN ...    laws of others, to stand beside ours
     envelope.py    fit_envelope(run, N, D, loss)      Approach 1: lower envelope of the training curves
     isoflop.py     fit_isoflop(N, D, loss)            Approach 2: the minimum of each budget's curve
@@ -42,9 +43,10 @@ from nanochin.laws.checks import (
     refit,
     residuals_by_compute,
 )
+from nanochin.laws.cost import Cost, ratios
 from nanochin.laws.envelope import EnvelopeFit, fit_envelope
 from nanochin.laws.isoflop import Budget, IsoflopFit, fit_isoflop, group_budgets
-from nanochin.laws.law import Law, NotIdentified, PowerLaw, laws_json, laws_text, load_law
+from nanochin.laws.law import Law, NotIdentified, PowerLaw, exponents, laws_json, laws_text, load_law
 from nanochin.laws.parametric import KaplanForm, ParametricFit, fit_kaplan_form, fit_parametric
 from nanochin.laws.published import (
     BESIROGLU,
@@ -55,14 +57,15 @@ from nanochin.laws.published import (
     MUENNIGHOFF,
     PUBLISHED,
     TABLE_3,
+    advice,
 )
 
 __all__ = [
     "BESIROGLU", "HOFFMANN", "HOFFMANN_1", "HOFFMANN_2", "KAPLAN", "LEVELS", "MUENNIGHOFF", "PUBLISHED", "TABLE_3",
-    "Bootstrap", "Budget", "Curvature", "DataConstrained", "EnvelopeFit", "HoldOut", "IsoflopFit", "KaplanForm",
-    "KaplanProcedure", "Law", "NotIdentified", "OffOptimum", "ParametricFit", "PowerLaw", "Refit", "bootstrap",
-    "bootstrap_seed_noise", "compute_for_loss", "delta_sensitivity", "fit_envelope", "fit_isoflop",
-    "fit_kaplan_form", "fit_parametric", "frontier_curvature", "group_budgets", "hold_out", "inference_optimal",
-    "kaplan_procedure", "laws_json", "laws_text", "leave_out_highest", "load_law", "off_optimum", "profile_e", "refit",
-    "residuals_by_compute",
+    "Bootstrap", "Budget", "Cost", "Curvature", "DataConstrained", "EnvelopeFit", "HoldOut", "IsoflopFit", "KaplanForm",
+    "KaplanProcedure", "Law", "NotIdentified", "OffOptimum", "ParametricFit", "PowerLaw", "Refit", "advice",
+    "bootstrap", "bootstrap_seed_noise", "compute_for_loss", "delta_sensitivity", "exponents", "fit_envelope",
+    "fit_isoflop", "fit_kaplan_form", "fit_parametric", "frontier_curvature", "group_budgets", "hold_out",
+    "inference_optimal", "kaplan_procedure", "laws_json", "laws_text", "leave_out_highest", "load_law", "off_optimum",
+    "profile_e", "ratios", "refit", "residuals_by_compute",
 ]  # fmt: skip

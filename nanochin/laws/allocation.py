@@ -1,30 +1,36 @@
-"""What to train, beyond Eq. 4: for a target loss, for many inference tokens, with few unique tokens."""
+"""What to train, beyond Eq. 4: for a target loss, for many inference tokens, with few unique tokens.
+
+FLOPs are counted as the law's `cost` says. Of a law of replicates all but the last answer for all of them at once."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
 
 from nanochin.laws.law import Law, NotIdentified
 from nanochin.laws.published import MUENNIGHOFF
 
 
 def compute_for_loss(law: Law, loss: float) -> float:
-    """Training FLOPs (6 N D) at which the optimum reaches `loss`. Raises NotIdentified if loss <= E."""
-    _reachable(law, loss)
-    # On the frontier both terms fall as (C/6)^-gamma: A N^-alpha = A G^-alpha (C/6)^(-a alpha), likewise B D^-beta.
-    gamma = law.alpha * law.beta / (law.alpha + law.beta)
-    scale = law.A * law.G**-law.alpha + law.B * law.G**law.beta
-    return 6 * (scale / (loss - law.E)) ** (1 / gamma)
+    """Training FLOPs at which the optimum reaches `loss`; nan for a replicate with loss <= E. Raises NotIdentified
+    if there is no other."""
+    N = law.params_reaching(_reachable(law, loss))
+    return law.cost.flops(N, law.tokens_for(N))
 
 
-def _reachable(law: Law, loss: float) -> None:
-    if not loss > law.E:
-        raise NotIdentified(f"loss {loss:g}: no compute reaches it, since this law's irreducible loss E is {law.E:.6g}")
+def _reachable(law: Law, loss):
+    """`loss`, nan where it is E or less."""
+    above = loss > law.E
+    if not np.any(above):
+        raise NotIdentified(f"loss {loss:g}: no compute reaches it, since this law's irreducible loss E is "
+                            f"{np.max(law.E):.6g}")  # fmt: skip
+    return loss if np.all(above) else np.where(above, loss, np.nan)
 
 
 @dataclass(frozen=True)
 class OffOptimum:
-    """What (N, C / 6N) costs against the optimum of the same budget."""
+    """What another size costs against the optimum of the same budget."""
 
     N: float
     D: float
@@ -38,49 +44,47 @@ class OffOptimum:
 
 
 def off_optimum(law: Law, C: float, N: float) -> OffOptimum:
-    """Cost of training N parameters instead of N_opt with C = 6 N D FLOPs."""
-    D = C / (6 * N)
+    """Cost of training N parameters instead of N_opt with C FLOPs."""
+    D = law.cost.tokens(N, C)
     loss = law.loss(N, D)
     return OffOptimum(N, D, loss, law.loss(*law.optimal(C)), C / compute_for_loss(law, loss))
 
 
 def inference_optimal(law: Law, loss: float, inference_tokens: float) -> tuple[float, float]:
-    """(N, D) with least 6 N D + 2 N D_inf that reaches `loss` (Sardana & Frankle 2023); 0 tokens give Eq. 4.
+    """(N, D) that reaches `loss` for the least compute of training and of serving D_inf tokens, each at a third of
+    its cost in training: 6 N D + 2 N D_inf (Sardana & Frankle 2023). 0 tokens give the optimum of training alone.
     To ask by budget: inference_optimal(law, law.loss(*law.optimal(C)), tokens). Raises NotIdentified if loss <= E.
 
-    At the optimum alpha A N^-alpha / (beta B D^-beta) = 1 + D_inf / (3 D). Along the curve of equal loss the left side
-    grows and D falls as N shrinks, so that this has one root, found by bisection in log N."""
-    _reachable(law, loss)
+    At the optimum alpha A N^-alpha / (beta B D^-beta) = p (1 + D_inf / 3D). Along the curve of equal loss the left
+    side grows and D falls as N shrinks, so that this has one root, found by bisection in log N."""
+    loss = _reachable(law, loss)
 
-    def tokens(N: float) -> float:
+    def tokens(N):
         """D that reaches the loss with N parameters."""
         left = loss - law.E - law.A * N**-law.alpha
-        return (law.B / left) ** (1 / law.beta) if left > 0 else math.inf
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where(left > 0, np.where(left > 0, left, 1) / law.B, 0) ** (-1 / law.beta)
 
-    def excess(log_n: float) -> float:
-        """Rises with N: positive where the model is larger than it should be."""
-        N = math.exp(log_n)
+    def too_large(log_n):
+        N = np.exp(log_n)
         D = tokens(N)
-        if math.isinf(D):
-            return -1.0
-        return 1 + inference_tokens / (3 * D) - law.alpha * law.A * N**-law.alpha / (law.beta * law.B * D**-law.beta)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            asked = law.cost.at(N)[1] * (1 + inference_tokens / (3 * D))
+            return asked > law.alpha * law.A * N**-law.alpha / (law.beta * law.B * D**-law.beta)
 
-    smallest = math.log(law.A / (loss - law.E)) / law.alpha  # here D would be infinite
-    largest = math.log(law.optimal(compute_for_loss(law, loss))[0])  # more inference never asks for more parameters
-    N = math.exp(_root(excess, smallest, largest))
+    largest = np.log(law.params_reaching(loss))  # more inference never asks for more parameters
+    smallest = np.log(law.A / (loss - law.E)) / law.alpha  # here D would be infinite
+    N = np.exp(_root(too_large, smallest, largest))
     return N, tokens(N)
 
 
-def _root(rising: Callable[[float], float], low: float, high: float) -> float:
-    """Where a rising function crosses 0; `high` if it does not before."""
-    while True:
+def _root(beyond: Callable, low, high):
+    """Between low and high, where `beyond` begins to be true; `high` if it does not before."""
+    for _ in range(60):
         middle = (low + high) / 2
-        if not low < middle < high:
-            return high
-        if rising(middle) < 0:
-            low = middle
-        else:
-            high = middle
+        far = beyond(middle)
+        low, high = np.where(far, low, middle), np.where(far, middle, high)
+    return high
 
 
 @dataclass(frozen=True)
@@ -99,23 +103,24 @@ class DataConstrained:
         return self.law.loss(_worth(N, U_N, self.R_N), _worth(D, U_D, self.R_D))
 
     def optimal(self, C: float, unique_tokens: float) -> tuple[float, float]:
-        """(N, D) of least loss for C = 6 N D when only `unique_tokens` exist; D / unique_tokens are the epochs.
+        """(N, D) of least loss for C FLOPs when only `unique_tokens` exist; D / unique_tokens are the epochs.
         Raises NotIdentified where more compute gains nothing any more, so that there is no optimum."""
-        _, D = best = self.law.optimal(C)
+        N, D = best = self.law.optimal(C)
         if unique_tokens >= D:
             return best
-        # The loss along the budget has one minimum; golden-section search in log D around the unconstrained optimum.
-        low, high = math.log(unique_tokens) - 1, math.log(D) + 3
+        # The loss along the budget has one minimum; golden-section search in log N around the unconstrained optimum.
+        low, high = math.log(N) - 3, math.log(N) + 2 * math.log(D / unique_tokens) + 1
         ratio = (math.sqrt(5) - 1) / 2
-        for _ in range(200):
+        for _ in range(80):
             left, right = high - ratio * (high - low), low + ratio * (high - low)
-            f, g = (self.loss(C / 6 / math.exp(x), math.exp(x), unique_tokens) for x in (left, right))
+            f, g = (self.loss(math.exp(x), self.law.cost.tokens(math.exp(x), C), unique_tokens) for x in (left, right))
             low, high = (low, right) if f < g else (left, high)
-        D = math.exp((low + high) / 2)
+        N = math.exp((low + high) / 2)
+        D = self.law.cost.tokens(N, C)
         if D / unique_tokens - 1 > 20 * self.R_D:  # worth exp(-20) a token
             raise NotIdentified(f"{C:g} FLOPs are more than {unique_tokens:g} unique tokens can use: neither more "
                                 "epochs nor more parameters lower the loss")  # fmt: skip
-        return C / (6 * D), D
+        return N, D
 
 
 def _worth(total: float, unique: float, decay: float) -> float:

@@ -40,6 +40,16 @@ class Bootstrap:
     gradient_norm: float  # the largest of all replicates (Approach 3), as ParametricFit.gradient_norm
     verified: int  # of Approach 3: at their optimum the gradient is FLAT or less and the Hessian positive definite
     warnings: tuple[str, ...]  # sentences for the report: rows that repeat a run, few units, failed replicates
+    optima: tuple[np.ndarray, np.ndarray] | None = None  # Approach 2: N_opt, D_opt (replicates, budgets), nan: none
+
+    def at_budget(self, i: int, level: float = 95) -> dict:
+        """Of the minimum of the fit's budget i: intervals of `params_opt` and `tokens_opt` over the replicates that
+        bracket it, and their `share`; {} where fewer than half do."""
+        there = np.isfinite(self.optima[0][:, i])
+        if not 2 * there.sum() >= self.replicates:
+            return {}
+        ends = (np.percentile(v[there, i], (50 - level / 2, 50 + level / 2)).tolist() for v in self.optima)
+        return dict(zip(("params_opt", "tokens_opt"), ends, strict=True)) | {"share": float(there.mean())}
 
     def interval(self, quantity: str | Callable, level: float = 95) -> tuple[float, float]:
         """Percentile interval of an attribute of the law ("alpha", "a", "G", "k_N") or of any function of it:
@@ -48,13 +58,10 @@ class Bootstrap:
         low, high = np.percentile(values, (50 - level / 2, 50 + level / 2))
         return float(low), float(high)
 
-    def evenly(self, count: int) -> np.ndarray:
-        """Indices of up to `count` replicates, evenly chosen."""
-        return np.unique(np.linspace(0, len(self.law.a) - 1, count).astype(int))
-
     def sample(self, count: int) -> dict[str, list[float]]:
-        """{constant: values} of up to `count` replicates, to eight digits."""
-        every, chosen = len(self.law.a), self.evenly(count)
+        """{constant: values} of up to `count` replicates, evenly chosen, to eight digits."""
+        every = len(self.law.a)
+        chosen = np.unique(np.linspace(0, every - 1, count).astype(int))
         own = {f.name for f in fields(self.law)}
         values = {name: getattr(self.law, name) for name in CONSTANTS[type(self.law)] if name in own}
         return {name: [float(f"{x:.8g}") for x in np.broadcast_to(v, every)[chosen]] for name, v in values.items()}
@@ -102,14 +109,15 @@ def bootstrap(fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: 
         warnings.append(f"{rows} rows belong to {units} runs: whole runs were resampled")
     if units < FEW:
         warnings.append(f"only {units} independent runs: percentile intervals of so few are too narrow")
+    facts, optima = {}, None
     if isinstance(fit, ParametricFit):
         constants, facts = _refit_parametric(fit, batches, min(verify, replicates))
     elif isinstance(fit, IsoflopFit):
-        constants, facts = refit_isoflop(fit, batches), {}
+        constants, optima = refit_isoflop(fit, batches)
     else:
-        constants, facts = refit_envelope(fit, batches), {}
+        constants = refit_envelope(fit, batches)
     unit = "run" if rows > units or isinstance(fit, EnvelopeFit) else "row"
-    return _collect(fit, constants, unit, units, replicates, facts, warnings)
+    return _collect(fit, constants, unit, units, replicates, facts, warnings, optima)
 
 
 def resample(
@@ -206,23 +214,21 @@ def bootstrap_seed_noise(
     noise = fit.noise if noise is None else noise
     if not noise >= 0:
         raise NotIdentified("seed noise: unknown, since no budget has more than 3 runs; name it")
-    constants = seed_noise(fit, noise, replicates, np.random.default_rng(seed))
-    return _collect(fit, constants, "seed noise", len(fit.N), replicates, {}, [])
+    constants, optima = seed_noise(fit, noise, replicates, np.random.default_rng(seed))
+    return _collect(fit, constants, "seed noise", len(fit.N), replicates, {}, [], optima)
 
 
-def _collect(fit, constants: dict, unit: str, units: int, replicates: int, facts: dict, warnings: list) -> Bootstrap:
+def _collect(fit, constants: dict, unit: str, units: int, replicates: int, facts: dict, warnings: list,
+             optima: tuple | None = None) -> Bootstrap:  # fmt: skip
     good = np.isfinite(np.stack(list(constants.values()))).all(0)
     failed = int((~good).sum())
     if failed > replicates / 2:
         raise NotIdentified(f"bootstrap: {failed} of {replicates} replicates have no optimum")
     if failed:
         warnings.append(f"{failed} of {replicates} replicates have no optimum and are left out of the intervals")
-    if facts.get("worse"):
-        warnings.append(f"{facts['worse']} of {facts['checked']} replicates checked had missed their optimum and were "
-                        f"replaced; all were checked")  # fmt: skip
     if facts.get("unconfirmed"):
         warnings.append(f"{facts['unconfirmed']} replicates end in an optimum that no other start reached")
     if facts.get("at_bound"):
         warnings.append(f"{facts['at_bound']} of {replicates} replicates end with a constant at its bound")
     law = replace(fit.law, **{k: v[good] for k, v in constants.items()})
-    return Bootstrap(law, unit, units, replicates, failed, warnings=tuple(warnings), **NO_FACTS | facts)
+    return Bootstrap(law, unit, units, replicates, failed, warnings=tuple(warnings), optima=optima, **NO_FACTS | facts)

@@ -7,18 +7,20 @@ from functools import partial
 import numpy as np
 
 from nanochin.laws.bootstrap import LEVELS, Bootstrap, bootstrap, resample
+from nanochin.laws.cost import Cost
 from nanochin.laws.isoflop import FINE, Curve, IsoflopFit, akima, group_budgets, line, replicate_optima
 from nanochin.laws.law import NotIdentified
 from nanochin.laws.parametric import ParametricFit, fit_parametric
 from nanochin.laws.surface import BATCH, Surface, projected_starts
 
 MIN_CURVATURE = 4  # three budgets always lie on a parabola
+BETWEEN = 33  # levels of C_kaplan where the budgets have too few optima
 
 
 def refit(fit: ParametricFit, rows=slice(None), **changes) -> ParametricFit:
     """The same fit on some of its rows, or with another delta, space, E or tied."""
     options = {"delta": fit.delta, "space": fit.space, "E": fit.fixed_e, "tied": fit.tied, "name": fit.law.name,
-               "params_convention": fit.law.params_convention}  # fmt: skip
+               "params_convention": fit.law.params_convention, "cost": fit.law.cost}  # fmt: skip
     return fit_parametric(fit.N[rows], fit.D[rows], fit.loss[rows], weights=fit.weights[rows], **options | changes)
 
 
@@ -107,13 +109,19 @@ class HoldOut:
     reach: float  # largest C held out over largest C fitted
     # For each held-out budget with a bracketed minimum: (C, N_opt measured, N_opt predicted, (low, high) of it).
     optima: tuple[tuple[float, float, float, tuple[float, float]], ...]
+    why: str = ""  # there are no intervals, though they were asked for
+
+    @property
+    def outside(self) -> int:
+        """How many of the losses observed lie outside their interval."""
+        return int(((self.observed < self.low) | (self.observed > self.high)).sum())
 
 
 def hold_out(N, D, loss, C=None, *, budgets: int = 1, budget=None, above: float | None = None, runs=None,
              replicates: int = 1000, seed: int = 0, **options) -> HoldOut:  # fmt: skip
     """Hold out the `budgets` largest budgets (groups of the column `budget`, or of clustered C) and rows of no budget
     that are as large, or every row with C > `above`; `options` go to fit_parametric. replicates=0: no intervals.
-    Raises NotIdentified if the rest cannot be fitted."""
+    Raises NotIdentified if the rest cannot be fitted; if it can, but not resampled, `why` says so."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
     nominal = group_budgets(C, budget=budget)
@@ -129,21 +137,26 @@ def hold_out(N, D, loss, C=None, *, budgets: int = 1, budget=None, above: float 
         raise NotIdentified("hold-out: no run is above the limit")
     rows, rest = np.flatnonzero(held), np.flatnonzero(~held)
     try:
-        fit = fit_parametric(N[rest], D[rest], loss[rest], **options)
+        cost = Cost.of(N[rest], D[rest], C[rest])
+        fit = fit_parametric(N[rest], D[rest], loss[rest], cost=cost, **options)
     except NotIdentified as error:
         raise NotIdentified(f"hold-out: without {len(rows)} runs, {error}") from None
     predicted = fit.law.loss(N[rows], D[rows])
     low = high = np.full(len(rows), np.nan)
-    sure = None
+    sure, why = None, ""
     if replicates:
         runs = None if runs is None else np.asarray(runs)[rest]
-        sure = bootstrap(fit, runs=runs, replicates=replicates, seed=seed, verify=50)
+        try:
+            sure = bootstrap(fit, runs=runs, replicates=replicates, seed=seed, verify=50)
+        except NotIdentified as error:
+            why = str(error)
+    if sure:
         low, high = _prediction_interval(fit, sure, N[rows], D[rows], np.random.default_rng(seed))
     miss = np.log(predicted / loss[rows])
     optima = _held_optima(fit, sure, N, D, loss, nominal, rows)
     return HoldOut(fit, sure, rows, predicted, low, high, loss[rows], float(np.median(miss)),
                    float(np.median(np.abs(miss))), float(np.median(np.abs(fit.residuals))),
-                   float(C[rows].max() / C[rest].max()), optima)  # fmt: skip
+                   float(C[rows].max() / C[rest].max()), optima, why)  # fmt: skip
 
 
 def _prediction_interval(fit: ParametricFit, sure: Bootstrap, N, D, rng) -> tuple[np.ndarray, np.ndarray]:
@@ -170,10 +183,8 @@ def _held_optima(fit, sure, N, D, loss, nominal, rows) -> tuple:
             continue
         u, _, reason = curve.minimum(loss[at][None])
         if reason[0] == 0:
-            # The law is asked in its own currency, 6 N D, at the minimum.
-            flops = 6 * float(np.exp(u[0] + curve.mean) * curve.tokens(u)[0])
-            span = (np.nan, np.nan) if sure is None else sure.interval(lambda law, f=flops: law.optimal(f)[0])
-            optima.append((float(c), float(np.exp(u[0] + curve.mean)), float(fit.law.optimal(flops)[0]), span))
+            span = (np.nan, np.nan) if sure is None else sure.interval(lambda law, C=c: law.optimal(C)[0])
+            optima.append((float(c), float(np.exp(u[0] + curve.mean)), float(fit.law.optimal(c)[0]), span))
     return tuple(optima)
 
 
@@ -219,46 +230,64 @@ class KaplanProcedure:
 
     a: float
     simulated: float  # with the losses replaced by the fitted law's
-    flops: np.ndarray  # C_kaplan of the points that were used
+    intervals: dict[int, tuple[float, float]]  # of a, {80: ..., 95: ...}, by noise on the losses; {} without
+    between: bool  # `flops` are log-spaced over the runs, since too few of the budgets are bracketed
+    levels: int  # C_kaplan that were tried, of which these are bracketed:
+    flops: np.ndarray
     params: np.ndarray  # N_opt (non-embedding) there
 
 
-def kaplan_procedure(params_non_embedding, D, loss, law_loss, *, budget=None) -> KaplanProcedure:
+def kaplan_procedure(params_non_embedding, D, loss, law_loss, *, budget=None, noise: float | None = None,
+                     replicates: int = 0, seed: int = 0) -> KaplanProcedure:  # fmt: skip
     """At equal C_kaplan = 6 N_non_embedding D interpolate each size's loss, take the minimum over sizes, regress
     log N on log C. `law_loss` (n,) is the fitted law's loss of every row; `budget` (n,) groups the rows, and there is
-    one C_kaplan a budget, the geometric mean of its rows'. Raises NotIdentified if fewer than 2 of them have a
-    bracketed minimum."""
+    one C_kaplan a budget, the geometric mean of its rows'. If fewer than 3 of these have a bracketed minimum,
+    BETWEEN levels over the whole range of C_kaplan stand in for them. `replicates` draw noise of sd `noise` on the
+    log losses. Raises NotIdentified if fewer than 2 levels have a bracketed minimum."""
     N, D, loss, law_loss = (np.asarray(v, np.float64) for v in (params_non_embedding, D, loss, law_loss))
     C = 6 * N * D
     nominal = group_budgets(C, budget=budget)
-    levels = np.log(np.unique(nominal[np.isfinite(nominal)]))
-    params, simulated = (_kaplan_optima(N, C, values, levels) for values in (loss, law_loss))
-    both = np.isfinite(params) & np.isfinite(simulated)
-    if both.sum() < 2:
-        raise NotIdentified(f"Kaplan's procedure needs 2 budgets whose minimum over sizes is bracketed at equal "
-                            f"C_kaplan, but has {both.sum()} of {len(levels)}")  # fmt: skip
-    (_, a), (_, b) = (line(levels[both], np.log(v[both])) for v in (params, simulated))
-    return KaplanProcedure(float(a), float(b), np.exp(levels[both]), params[both])
+    levels, both = np.log(np.unique(nominal[np.isfinite(nominal)])), np.log([loss, law_loss])
+    optima = _kaplan_optima(N, C, both, levels)
+    if between := bool(np.isfinite(optima).all(0).sum() < 3):
+        few, levels = len(levels), np.linspace(np.log(C.min()), np.log(C.max()), BETWEEN)
+        optima = _kaplan_optima(N, C, both, levels)
+    there = np.isfinite(optima).all(0)
+    if there.sum() < 2:
+        raise NotIdentified("Kaplan's procedure needs 2 levels of C_kaplan with a bracketed minimum over sizes, but "
+                            f"has {there.sum()}, tried at {few} budgets and at {BETWEEN} levels between")  # fmt: skip
+    x, intervals = levels[there], {}
+    _, (a, simulated) = line(x, np.log(optima[:, there]))
+    if replicates and noise is not None:
+        draws = both[0] + noise * np.random.default_rng(seed).standard_normal((replicates, len(N)))
+        drawn = _kaplan_optima(N, C, draws, x)
+        good = np.isfinite(drawn)
+        slopes = line(np.broadcast_to(x, drawn.shape), np.log(np.where(good, drawn, 1)), good.astype(float))[1]
+        slopes = slopes[good.sum(1) >= 2]
+        if 2 * len(slopes) > replicates:
+            intervals = {v: tuple(np.percentile(slopes, (50 - v / 2, 50 + v / 2)).tolist()) for v in LEVELS}
+    return KaplanProcedure(float(a), float(simulated), intervals, between, len(levels), np.exp(x), optima[0, there])
 
 
-def _kaplan_optima(N, C, loss, levels) -> np.ndarray:
-    """N of least loss at each log C_kaplan of `levels`, nan where it is not bracketed. Each size with at least two
-    runs gives its loss by interpolation in logs (never beyond its runs); the minimum over sizes is the spline's."""
+def _kaplan_optima(N, C, log_loss, levels) -> np.ndarray:
+    """(K, levels): N of least loss at each log C_kaplan of `levels`, by log losses (K, n); nan where not bracketed.
+    Each size with at least two runs gives its loss by interpolation in logs (never beyond its runs); the minimum over
+    sizes is the spline's."""
     sizes = [np.flatnonzero(n == N) for n in np.unique(N)]
-    sizes = [rows for rows in sizes if len(np.unique(C[rows])) >= 2]
-    params = np.full(len(levels), np.nan)
+    sizes = [rows[np.argsort(C[rows], kind="stable")] for rows in sizes if len(np.unique(C[rows])) >= 2]
+    params = np.full((len(log_loss), len(levels)), np.nan)
     for i, level in enumerate(levels):
         x, y = [], []
         for rows in sizes:
-            rows = rows[np.argsort(C[rows], kind="stable")]
             log_c = np.log(C[rows])
             if log_c[0] <= level <= log_c[-1]:
+                k = min(int(np.searchsorted(log_c, level, side="right")), len(rows) - 1)
+                share = (level - log_c[k - 1]) / max(log_c[k] - log_c[k - 1], 1e-12)
                 x.append(np.log(N[rows[0]]))
-                y.append(np.interp(level, log_c, np.log(loss[rows])))
+                y.append((1 - share) * log_loss[:, rows[k - 1]] + share * log_loss[:, rows[k]])
         if len(x) < 3:
             continue
         fine = np.interp(np.arange((len(x) - 1) * FINE + 1) / FINE, np.arange(len(x)), x)
-        best = int(akima(np.array(x), np.array([y]), fine)[0].argmin())
-        if 0 < best < len(fine) - 1:
-            params[i] = np.exp(fine[best])
+        best = akima(np.array(x), np.array(y).T, fine).argmin(1)
+        params[:, i] = np.where((best > 0) & (best < len(fine) - 1), np.exp(fine[best]), np.nan)
     return params

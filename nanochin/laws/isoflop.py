@@ -59,8 +59,17 @@ class IsoflopFit:
         out["budgets"] = [
             {"flops": b.flops, "params_opt": _null(b.params_opt), "tokens_opt": _null(b.tokens_opt),
              "loss_opt": _null(b.loss_opt), "bracketed": b.bracketed, "n_runs": b.n_runs, "reason": b.reason,
-             "width": b.width, "off_centre": _null(b.off_centre)} for b in self.budgets]  # fmt: skip
+             "width": b.width, "off_centre": _null(b.off_centre)}
+            | ({"ci": found} if bootstrap and (found := bootstrap.at_budget(i)) else {})
+            for i, b in enumerate(self.budgets)]  # fmt: skip
         return out
+
+    def without(self, left_out) -> PowerLaw:
+        """The power laws through the other minima. Raises NotIdentified with fewer than 2 of them."""
+        good = [b for b in self.budgets if b.bracketed and b not in left_out]
+        if len(good) < MIN_BUDGETS:
+            raise NotIdentified(f"Approach 2 needs at least {MIN_BUDGETS} budgets, but has {len(good)}")
+        return _power_laws(good, self.law.name, self.law.params_convention, self.law.flops_convention)
 
 
 def _null(value: float) -> float | None:
@@ -289,12 +298,12 @@ def _noise(budgets, N, loss) -> float:
 # Replicates
 
 
-def refit_isoflop(fit: IsoflopFit, batches) -> dict[str, np.ndarray]:
-    """Constants (replicates,) of the power laws; nan where fewer than 2 budgets are bracketed. `batches(size)` yields
-    weights (k, n). Resampled rows are fitted by parabolas, whatever the method of the fit: a spline through a
-    resample would only jump over the runs that it lacks."""
+def refit_isoflop(fit: IsoflopFit, batches) -> tuple[dict[str, np.ndarray], tuple]:
+    """Constants (replicates,) of the power laws, nan where fewer than 2 budgets are bracketed, and the optima of
+    replicate_optima. `batches(size)` yields weights (k, n). Resampled rows are fitted by parabolas, whatever the method
+    of the fit: a spline through a resample would only jump over the runs that it lacks."""
     N, D = replicate_optima(fit, batches)
-    return _lines([b.flops for b in fit.budgets], N, D)
+    return _lines([b.flops for b in fit.budgets], N, D), (N, D)
 
 
 def replicate_optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
@@ -307,18 +316,18 @@ def replicate_optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
     return N, D
 
 
-def seed_noise(fit: IsoflopFit, noise: float, replicates: int, rng) -> dict[str, np.ndarray]:
-    """Constants (replicates,) with Gaussian noise on log loss (Porian et al. 2024). Each replicate is fitted like the
-    point estimate, through the budgets that it uses, all of the same weight, less those that are not bracketed in
-    this draw. (Porian et al. weigh by 1 / variance: the interval would be that of another estimate.)"""
-    budgets = [b for b in fit.budgets if b.bracketed]
+def seed_noise(fit: IsoflopFit, noise: float, replicates: int, rng) -> tuple[dict[str, np.ndarray], tuple]:
+    """Constants and optima, as of refit_isoflop, with Gaussian noise on log loss (Porian et al. 2024). Each replicate
+    is fitted like the point estimate, through the budgets that it uses, all of the same weight, less those that are
+    not bracketed in this draw. (Porian et al. weigh by 1 / variance: the interval of another estimate.)"""
+    used = np.array([b.bracketed for b in fit.budgets])
     size, optima = max(1, 2**22 // (FINE * len(fit.N))), []
     for start in range(0, replicates, size):
         draws = fit.loss * np.exp(noise * rng.standard_normal((min(size, replicates - start), len(fit.N))))
-        pairs = [_replicates(fit, b, loss=draws[:, b.rows], method=fit.method) for b in budgets]
+        pairs = [_replicates(fit, b, loss=draws[:, b.rows], method=fit.method) for b in fit.budgets]
         optima.append(tuple(np.stack(v, 1) for v in zip(*pairs, strict=True)))
-    N, D = (np.concatenate(v) for v in zip(*optima, strict=True))
-    return _lines([b.flops for b in budgets], N, D)
+    N, D = (np.where(used, np.concatenate(v), np.nan) for v in zip(*optima, strict=True))
+    return _lines([b.flops for b in fit.budgets], N, D), (N, D)
 
 
 def _replicates(fit: IsoflopFit, budget: Budget, *, loss=None, weights=None, method: str = "parabola"):

@@ -10,6 +10,7 @@ the tokenizer and the corpus that they were fitted on; only a, b and (roughly) D
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -18,6 +19,7 @@ import numpy as np
 
 from nanochin.config import UserError
 from nanochin.flops import CONVENTIONS, PARAM_CONVENTIONS
+from nanochin.laws.cost import SIX_ND, Cost
 
 
 class NotIdentified(UserError):
@@ -37,6 +39,7 @@ class Law:
     alpha: float
     beta: float
     params_convention: str = "total"
+    cost: Cost = SIX_ND  # what a token costs, which decides the optimum but not the loss
     meta: dict = field(default_factory=dict, compare=False)
     replicates: "Law | None" = field(default=None, compare=False, repr=False)  # of resampled runs, constants (k,)
     noise: float | None = field(default=None, compare=False)  # standard deviation of a run's log loss about the law
@@ -55,8 +58,8 @@ class Law:
         low, high = np.exp(np.percentile(log_loss, (50 - level / 2, 50 + level / 2)))
         return float(low), float(high)
 
-    # Minimising L under C = 6 N D gives alpha A N^-alpha = beta B D^-beta, hence Eq. 4 of the paper:
-    # N_opt = G (C/6)^a, D_opt = (C/6)^b / G.
+    # Minimising L under C = 6 N R(N) D gives alpha A N^-alpha = p beta B D^-beta with p = d log(N R) / d log N. Where
+    # R = p = 1 that is Eq. 4 of the paper, N_opt = G (C/6)^a and D_opt = (C/6)^b / G, whose constants these are.
 
     @property
     def a(self) -> float:
@@ -71,18 +74,35 @@ class Law:
         return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
 
     def optimal(self, C: float) -> tuple[float, float]:
-        """(N, D) of least loss for C = 6 N D training FLOPs."""
-        return self.G * (C / 6) ** self.a, (C / 6) ** self.b / self.G
+        """(N, D) of least loss for C training FLOPs, counted as `cost` says."""
+        G, a, power = self.G, self.a, -1 / (self.alpha + self.beta)
+        N = self._settled(lambda R, p: G * p**power * (C / (6 * R)) ** a)
+        return N, self.cost.tokens(N, C)
 
     def tokens_for(self, N: float) -> float:
         """The D for which N parameters are optimal."""
-        C = 6 * (N / self.G) ** (1 / self.a)
-        return self.optimal(C)[1]
+        p = self.cost.at(N)[1]
+        return (p * self.beta * self.B / (self.alpha * self.A) * N**self.alpha) ** (1 / self.beta)
 
     def params_for(self, D: float) -> float:
         """The N for which D tokens are optimal."""
-        C = 6 * (D * self.G) ** (1 / self.b)
-        return self.optimal(C)[0]
+        scale = self.alpha * self.A / (self.beta * self.B) * D**self.beta
+        return self._settled(lambda R, p: (scale / p) ** (1 / self.alpha))
+
+    def params_reaching(self, loss: float) -> float:
+        """The N whose optimum has this loss, above E."""
+        return self._settled(
+            lambda R, p: (self.A * (1 + self.alpha / (p * self.beta)) / (loss - self.E)) ** (1 / self.alpha)
+        )
+
+    def _settled(self, size: Callable) -> float:
+        """The N that size(R, p) gives for its own R and p: each round brings it some ten times nearer."""
+        N = size(1.0, 1.0)
+        for _ in range(0 if self.cost.is_6nd else 200):
+            before, N = N, size(*self.cost.at(N))
+            if not np.any(np.abs(N - before) > 1e-12 * N):
+                break
+        return N
 
 
 @dataclass(frozen=True)
@@ -112,6 +132,12 @@ class PowerLaw:
     def params_for(self, D: float) -> float:
         """The N for which D tokens are optimal."""
         return self.optimal((D / self.k_D) ** (1 / self.b))[0]
+
+
+def exponents(law: Law | PowerLaw, low: float, high: float) -> tuple[float, float]:
+    """N and D of the optimum grow as these powers of C between `low` and `high` FLOPs: a and b, where C is 6ND."""
+    (n, d), (N, D) = law.optimal(low), law.optimal(high)
+    return np.log(N / n) / math.log(high / low), np.log(D / d) / math.log(high / low)
 
 
 def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
@@ -148,7 +174,15 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
     params = convention("params_convention", PARAM_CONVENTIONS)
     if approach == 3:
         constants = {c: constant(c) for c in ("E", "A", "B", "alpha", "beta")}
-        law = Law(name, **constants, params_convention=params, meta=meta, **_scatter(laws[key]))
+        try:
+            cost = Cost(**laws[key].get("cost", {}))
+            usable = 0 <= cost.c < math.inf and 0 <= cost.q <= 1 and cost.s in (1, -1)
+        except TypeError:
+            usable = False
+        if not usable:
+            raise UserError(f"--law {path}: {key} needs a cost of c >= 0, q from 0 to 1 and s of 1 or -1, but has "
+                            f"{laws[key]['cost']!r}")  # fmt: skip
+        law = Law(name, **constants, params_convention=params, cost=cost, meta=meta, **_scatter(laws[key]))
     else:
         flops = convention("flops_convention", CONVENTIONS)
         constants = {c: constant(c) for c in ("k_N", "a", "k_D", "b")}

@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 
+from nanochin.laws.cost import SIX_ND, Cost
 from nanochin.laws.law import Law, NotIdentified
 from nanochin.laws.newton import minimise
 from nanochin.laws.surface import NAMES, Surface, projected_starts
@@ -46,6 +47,7 @@ class ParametricFit:
         """The object `approach3` of laws.json; `bootstrap` (a Bootstrap of this fit) adds its to_json()."""
         law = self.law
         out = {k: float(getattr(law, k)) for k in ("E", "A", "B", "alpha", "beta", "a", "b", "G")}
+        out["cost"] = vars(law.cost)
         out |= {"delta": None if math.isinf(self.delta) else self.delta, "space": self.space,
                 "objective": self.objective, "n": self.n, "starts": self.starts,
                 "starts_agreeing": self.starts_agreeing, "gradient_norm": self.gradient_norm,
@@ -63,8 +65,9 @@ class ParametricFit:
 
 def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: float | None = None, tied: bool = False,
                    weights=None, starts: int = 12, allow_bound: bool = False, name: str = "Approach 3",
-                   params_convention: str = "total") -> ParametricFit:  # fmt: skip
-    """Minimise sum_i w_i Huber_delta(r_i), r the residual of log loss (or of loss: space="linear").
+                   params_convention: str = "total", cost: Cost = SIX_ND) -> ParametricFit:  # fmt: skip
+    """Minimise sum_i w_i Huber_delta(r_i), r the residual of log loss (or of loss: space="linear"). `cost` says in
+    which FLOPs the law will be asked for optima; it does not enter the fit.
 
     delta=math.inf is least squares; `E` fixes the irreducible loss; `tied` forces alpha = beta.
     Raises NotIdentified: fewer than 6 rows, fewer than 3 sizes or token counts, E or an exponent at its bound (unless
@@ -86,7 +89,7 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: fl
     bounds = tuple(n for n, at in zip(NAMES, surface.at_bound(z)[0], strict=True) if at)
     if bounds and not allow_bound:
         raise NotIdentified(_explain(bounds))
-    law = surface.law(z[0], name, params_convention)
+    law = surface.law(z[0], name, params_convention, cost)
     residuals = np.log(law.loss(surface.N, surface.D)) - np.log(surface.loss)
     return ParametricFit(law, float(found.objective[best]), delta, space, len(found.theta), int(agreeing.sum()),
                          float(found.gradient_norm[best]), bounds, E, tied, surface.N, surface.D, surface.loss,

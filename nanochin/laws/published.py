@@ -1,7 +1,11 @@
 """Laws of others, to stand beside ours. Their constants belong to other tokenizers and corpora; compare exponents."""
 
 import math
+from dataclasses import replace
 
+import numpy as np
+
+from nanochin.laws.cost import Cost
 from nanochin.laws.law import Law, PowerLaw
 
 # Besiroglu et al. 2024 (arXiv 2404.10102), the refit of Chinchilla's own runs: the default law.
@@ -10,8 +14,9 @@ BESIROGLU = Law("Besiroglu et al. 2024", E=1.8172, A=482.01, B=2085.43, alpha=0.
 
 # Hoffmann et al. 2022, Approach 3, with the digits that its LaTeX source holds. The printed 1.69, 406.4, 410.7,
 # 0.34, 0.28 are rounded so hard that they move the optimum of Gopher's budget from 40B to 32B parameters.
-HOFFMANN = Law("Hoffmann et al. 2022", E=math.exp(0.5267228), A=math.exp(6.0073404), B=math.exp(6.0179186),
-               alpha=0.33917084, beta=0.2849083, meta={"source": "arXiv 2203.15556"})  # fmt: skip
+HOFFMANN = Law("Hoffmann et al. 2022, Approach 3", E=math.exp(0.5267228), A=math.exp(6.0073404),
+               B=math.exp(6.0179186), alpha=0.33917084, beta=0.2849083,
+               meta={"source": "arXiv 2203.15556"})  # fmt: skip
 
 # Tables 3 and A3 of Hoffmann et al. 2022: parameters, then FLOPs and tokens of the compute-optimal run according to
 # Approaches 1, 2 and 3. As printed, but for Approach 3 at 175B: the paper has 1.26e24, a tenth of 6 N D.
@@ -57,3 +62,15 @@ MUENNIGHOFF = Law("Muennighoff et al. 2023", E=math.exp(0.6254804), A=math.exp(6
                   alpha=0.3526596, beta=0.3526596, meta={"source": "arXiv 2305.16264"})  # fmt: skip
 
 PUBLISHED = (HOFFMANN_1, HOFFMANN_2, HOFFMANN, BESIROGLU, KAPLAN, MUENNIGHOFF)
+
+
+def advice(law: Law | PowerLaw, cost: Cost, C) -> tuple:
+    """(N, D) by a law of others for C FLOPs that `cost` counts. One that knows the loss is asked for the least at that
+    cost; of one that knows only optima of 6ND it is the one that costs C; Kaplan's keeps to its own count."""
+    if isinstance(law, Law):
+        return replace(law, cost=cost).optimal(C)
+    if law.flops_convention != "6nd":
+        return law.optimal(C)
+    six = np.geomspace(np.min(C) / 1e3, np.max(C) * 1e3, 2000)
+    spent = cost.flops(*law.optimal(six))
+    return law.optimal(np.exp(np.interp(np.log(C), np.log(spent), np.log(six))))

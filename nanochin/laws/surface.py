@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from nanochin.laws.cost import SIX_ND, Cost
 from nanochin.laws.law import Law, NotIdentified
 from nanochin.laws.newton import TOLERANCE, Optimum, minimise
 
@@ -88,12 +89,12 @@ class Surface:
         return cls(N, D, loss, weights, delta, space, np.log(loss) if space == "log" else loss, centre, bases, free,
                    lower[unknowns], upper[unknowns])  # fmt: skip
 
-    def law(self, z, name: str, params_convention: str = "total") -> Law:
+    def law(self, z, name: str, params_convention: str = "total", cost: Cost = SIX_ND) -> Law:
         """The law at z (p,), or the law of K replicates at z (K, p)."""
         u1, alpha, u2, beta, E = np.moveaxis(np.asarray(z) @ self.free.T, -1, 0)
         A, B = np.exp(u1 + alpha * self.centre[0]), np.exp(u2 + beta * self.centre[1])
         constants = [v if np.ndim(v) else float(v) for v in (E, A, B, alpha, beta)]
-        return Law(name, *constants, params_convention=params_convention)
+        return Law(name, *constants, params_convention=params_convention, cost=cost)
 
     def z(self, law: Law) -> np.ndarray:
         """(p,), the inverse of `law`."""

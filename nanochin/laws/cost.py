@@ -1,0 +1,70 @@
+"""What a token costs. Eq. 4 of Hoffmann et al. 2022 is the optimum where that is 6 N; few budgets are counted so.
+
+    C = 6 N R(N) D,    R = (1 + c N^-q)^s,    0 <= q <= 1, s = 1 or -1
+
+What is not proportional to N (logits, attention, a table that is only looked up) weighs less the larger the model: R
+fades to 1. It rises slower than N falls, so that a larger model always costs more and each budget has one optimum.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+SAME = 1e-3  # of log R: this is 6 N D, with rounding
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of a run by its size; c = 0 is 6 N D."""
+
+    c: float = 0.0
+    q: float = 0.0
+    s: int = 1
+    misfit: float = 0.0  # of the runs about this curve: root mean square of log C
+
+    @classmethod
+    def of(cls, N, D, C) -> "Cost":
+        """The curve through the sizes of runs (n,): log(R^s - 1) against log N, weighted by what its errors are worth
+        in log R."""
+        x, log_ratio = ratios(N, D, C)
+        if np.all(np.abs(log_ratio) < SAME):
+            return SIX_ND
+        s = 1 if log_ratio.sum() > 0 else -1
+        extra = np.expm1(s * log_ratio)
+        weight = np.where(extra > 0, extra / (1 + extra), 0) ** 2
+        y, total = np.log(np.where(extra > 0, extra, 1)), weight.sum()
+        mean_x, mean_y = weight @ x / total, weight @ y / total
+        spread = weight @ (x - mean_x) ** 2
+        slope = weight @ ((x - mean_x) * (y - mean_y)) / spread if spread > 1e-12 else 0.0
+        q = float(np.clip(-slope, 0, 1))
+        c = float(np.exp(mean_y + q * mean_x))
+        misfit = np.sqrt(np.mean((log_ratio - s * np.log1p(c * np.exp(-q * x))) ** 2))
+        return cls(c, q, s, float(misfit))
+
+    @property
+    def is_6nd(self) -> bool:
+        return self.c == 0
+
+    def at(self, N):
+        """R and p = d log(N R) / d log N: how much more a token costs when the model grows."""
+        extra = self.c * N**-self.q
+        return (1 + extra) ** self.s, 1 - self.s * self.q * extra / (1 + extra)
+
+    def flops(self, N, D):
+        return 6 * N * D * self.at(N)[0]
+
+    def tokens(self, N, C):
+        """D on which N parameters spend C."""
+        return C / (6 * N * self.at(N)[0])
+
+
+SIX_ND = Cost()
+
+
+def ratios(N, D, C) -> tuple[np.ndarray, np.ndarray]:
+    """(log N, log C / 6ND) of each size, the median of its runs."""
+    ratio = np.log(C / (6 * N * D))
+    order = np.lexsort((ratio, N))  # within a size by ratio: its median stands in the middle
+    sizes, first, runs = np.unique(N[order], return_index=True, return_counts=True)
+    low, high = (ratio[order[first + middle]] for middle in ((runs - 1) // 2, runs // 2))
+    return np.log(sizes), (low + high) / 2
