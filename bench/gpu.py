@@ -52,8 +52,8 @@ PACKED = [(64, 2), (256, 4), (512, 8)]  # of the ladder, in so many processes or
 PROCESSES, STREAMS = (2, 4, 8), (4,)
 # Where each part has to end, as a share of the minutes.
 SHARES = {"sizes": 0.76, "ablation": 0.87, "ladder": 1.0}
-LAYERS = 12  # which a model would need more to take as long to compile as all the rest of a size takes; a guess
-TURNS, SPLIT = 40.0, 10.0  # seconds of a size's time for what follows once its variants are ready; for the end of that
+LAYERS = 18  # how many take as long to compile as the rest of a size does: a guess, by which sizes share their time
+TURNS, SPLIT = 30.0, 10.0  # seconds for what follows once a size's variants are ready, and of them for its profile
 LATE = "not timed: out of time"
 # On an H100: nanoGPT's count of the peak, ours over nanoGPT's best, our memory over nanoGPT's at the same micro-batch.
 TARGETS = {"124M": 0.47, "350M": 0.47, "50M": 0.40, "10M": 0.30}

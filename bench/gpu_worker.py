@@ -248,7 +248,9 @@ class Variant:
             return self.most
         total = torch.cuda.get_device_properties(self.device).total_memory
         limit = SHARE * total - self.others * (16 * self.params + GIB)
-        return largest_micro_batch(self.variant.probe, self.most, limit, self.device)
+        found = largest_micro_batch(self.variant.probe, self.most, limit, self.device)
+        release(self.device)  # compiling is next, and takes long
+        return found
 
     def _load(self) -> None:
         """Steps until a step is like any other."""
