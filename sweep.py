@@ -246,14 +246,16 @@ def start(sweep: Sweep, schedule: Schedule, options: SweepOptions, view: "View")
     view.say("starting workers")
     device = sweep.base.device
     first = schedule.first_worker(device)
-    on_gpu = first.hello["device"] == "cuda"
-    gpus = first.hello["gpus"] if on_gpu else 0
-    number = options.workers or (PER_GPU * gpus if on_gpu else 1 if first.hello["device"] == "mps" else cores())
+    kind = first.hello["device"]
+    gpus = 1 if ":" in device else first.hello["gpus"]  # cuda:1 is one
+    number = options.workers or {"cuda": PER_GPU * gpus, "mps": 1, "cpu": cores()}[kind]
     number = max(1, min(number, sum(map(schedule.is_open, schedule.cells)) + 2))  # an extension may come
-    view.say(f"{number} workers on {f'{gpus} GPUs' if gpus else first.hello['device']}")
-    threads = [threading.Thread(target=schedule.slot, args=(i, device, gpus, None if i or gpus else first), daemon=True)
+    shared = kind == "cuda" and gpus > 1
+    view.say(f"{number} workers on {f'{gpus} GPUs' if shared else kind}")
+    threads = [threading.Thread(target=schedule.slot, daemon=True,
+                                args=(i, device, gpus if shared else 0, None if i or shared else first))
                for i in range(number)]  # fmt: skip
-    if gpus:  # it has not been told which GPU is its own
+    if shared:  # it has not been told which GPU is its own
         first.close()
     for thread in threads:
         thread.start()

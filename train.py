@@ -242,9 +242,10 @@ def optimizer_step(model, optimizer: Adam, batch: Tensor, micro_batch: int, clip
 
     def added(parts) -> tuple[Tensor, tuple[Tensor, ...]]:
         loss, gradients = next(parts)
-        for more_loss, more_gradients in parts:
-            loss = loss + more_loss
-            torch._foreach_add_(gradients, more_gradients)
+        for more in parts:
+            loss = loss + more[0]
+            torch._foreach_add_(gradients, more[1])
+            del more  # before the next piece is made: with its gradients there would be three sets in memory
         return loss, gradients
 
     loss, gradients = added(iter(team.map(of_share, batch.chunk(team.size))))

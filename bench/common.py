@@ -47,10 +47,14 @@ class Worker:
         self.tell(message)
         return self.hear(timeout)
 
-    def close(self, patience: float | None = None) -> None:
-        """End it, by force if it takes longer than `patience` seconds."""
+    def let_go(self) -> None:
+        """There are no more messages: it ends when it has answered the last."""
         with contextlib.suppress(OSError):
             self.process.stdin.close()
+
+    def close(self, patience: float | None = None) -> None:
+        """End it, by force if it takes longer than `patience` seconds."""
+        self.let_go()
         try:
             self.process.wait(patience)
         except subprocess.TimeoutExpired:

@@ -13,6 +13,14 @@ the same time, so their seconds until they are ready are those of a busy host.
 A step is STEP_TOKENS tokens, accumulated over micro-batches as large as fit. MFU is against the published dense
 peak; "nanoGPT's count" is 6 N + 12 L C T a token with N = all parameters but position embeddings, "physical" what runs
 (nanochin/flops.py), attention in full in both.
+
+The first session on a new kind of GPU, in this order; what takes how long is estimated:
+
+    for STEP in graph eager compile; do python train.py --data README.md --model 256x4 --tokens 2e6 \\
+        --step $STEP --name $STEP; done                    2 minutes; three losses that agree
+    python -m pytest -m gpu -n 10                          6 minutes, with pytest-xdist
+    python -m bench.kernels                                at most 8 minutes; --sweep tries neighbouring tiles
+    python -m bench.gpu --nanogpt ~/nanoGPT                at most 9 minutes
 """
 
 import json
@@ -43,7 +51,9 @@ LADDER_TOKENS = 32_768  # a step
 PACKED = [(64, 2), (256, 4), (512, 8)]  # of the ladder, in so many processes or on so many streams at once
 PROCESSES, STREAMS = (2, 4, 8), (4,)
 # Where each part has to end, as a share of the minutes.
-SHARES = {"sizes": 0.72, "ablation": 0.85, "ladder": 1.0}
+SHARES = {"sizes": 0.76, "ablation": 0.87, "ladder": 1.0}
+LAYERS = 18  # how many take as long to compile as the rest of a size does: a guess, by which sizes share their time
+TURNS, SPLIT = 30.0, 10.0  # seconds for what follows once a size's variants are ready, and of them for its profile
 LATE = "not timed: out of time"
 # On an H100: nanoGPT's count of the peak, ours over nanoGPT's best, our memory over nanoGPT's at the same micro-batch.
 TARGETS = {"124M": 0.47, "350M": 0.47, "50M": 0.40, "10M": 0.30}
@@ -95,6 +105,8 @@ class Bench:
 def close(workers: list[Worker]) -> None:
     """End them, so that the device's memory is free."""
     for worker in workers:
+        worker.let_go()  # all at once: each takes a second or two to give back its context
+    for worker in workers:
         worker.close(10)
 
 
@@ -128,28 +140,47 @@ def start_size(bench: Bench, name: str) -> tuple[list[dict], list[Worker]]:
     return [{"size": name} | variant for variant in variants], [bench.worker(**spec, **v) for v in variants]
 
 
-def run_size(bench: Bench, name: str, rows: list[dict], workers: list[Worker]) -> dict:
-    """Fills the rows; returns the split of our step's time."""
+def time_for(bench: Bench, names: list[str]) -> float:
+    """Seconds for the first of the sizes that are still to come: its share of what is left goes by its layers, as
+    compiling does, so that no size takes the time of another one."""
+    weights = [LAYERS + bench.sizes[name][1] for name in names]
+    return bench.left("sizes") * weights[0] / sum(weights)
+
+
+def run_size(bench: Bench, name: str, rows: list[dict], workers: list[Worker], until: float) -> dict:
+    """Fills the rows by `until`, on time.monotonic(); returns the split of our step's time. A variant that is not
+    ready in time for its turn is an error, and the others are timed."""
+
+    def left() -> float:
+        return until - time.monotonic()
+
     size = bench.sizes[name]
     tokens = bench.sequences(name)[0] * size[-1]
-    if bench.left("sizes") < bench.seconds(20):
+    if left() < bench.seconds(20):
         for row in rows:
             row["error"] = LATE
         return {}
-    for worker in workers:
-        worker.tell({"do": "warm"})
-    for worker, row in zip(workers, rows, strict=True):
-        row |= hear(worker, max(1.0, bench.left("sizes") - bench.seconds(30)))  # which it takes to time the others
+    ready = max(1.0, left() - bench.seconds(TURNS))
+    # What compiles does so while the others take their first steps, one after the other: a recording that finds the
+    # memory in another's hands breaks off, and with torch before 2.12 its process cannot make another one.
+    both = list(zip(workers, rows, strict=True))
+    for worker, row in sorted(both, key=lambda pair: pair[1]["kind"] != "compile"):
+        worker.tell({"do": "warm", "patience": 0.7 * ready})
+        if row["kind"] != "compile":
+            row |= hear(worker, max(1.0, left() - bench.seconds(TURNS)))
+    for worker, row in both:
+        if row["kind"] == "compile":
+            row |= hear(worker, max(1.0, left() - bench.seconds(TURNS)))
     turns = [[] for _ in rows]
     for _ in range(1 if bench.options.dry_run else 2):
         for worker, row, got in zip(workers, rows, turns, strict=True):
-            if "error" not in row and bench.left("sizes") > 0:
+            if "error" not in row and left() > bench.seconds(SPLIT):
                 answer = ask(worker, bench.patience, "turn", seconds=bench.seconds(1.0))
                 row |= {key: value for key, value in answer.items() if key != "seconds"}
                 got += answer.get("seconds", [])
     for row, seconds in zip(rows, turns, strict=True):
         finish_row(bench, row, seconds, size, tokens)
-    split = more_of_ours(bench, name, rows, workers) if bench.left("sizes") > bench.seconds(5) else {}
+    split = more_of_ours(bench, name, rows, workers) if left() > 0 else {}
     compare(rows)
     return split
 
@@ -347,6 +378,9 @@ def markdown(record: dict) -> str:
         lines += ["", "## Sizes"]
         lines += table("size | who | tokens/s | ms | MFU % nanoGPT's | MFU % physical | sequences at once | peak GiB | "
                        "compile s | ready after s | x nanoGPT", rows)  # fmt: skip
+        if any(row["who"] == "nanoGPT" for row in record["sizes"]):
+            lines += ["", "nanoGPT's sequences at once are as many as its step holds uncompiled; compiled, as it is "
+                      "timed, it may hold more."]  # fmt: skip
         lines += ["", *targets(record["sizes"])]
     lines += [f"- {split['size']}, where its time goes: {failed(split)}" for split in record.get("splits", [])
               if "error" in split]  # fmt: skip
@@ -445,8 +479,8 @@ def main() -> None:
 
     if started:
         record |= {"sizes": [], "splits": []}
-    for size, (rows, workers) in started.items():
-        split = run_size(bench, size, rows, workers)
+    for i, (size, (rows, workers)) in enumerate(started.items()):
+        split = run_size(bench, size, rows, workers, time.monotonic() + time_for(bench, list(started)[i:]))
         close(workers)
         record["sizes"] += rows
         record["splits"] += [split] if split else []

@@ -30,7 +30,7 @@ from nanochin.step import WARM_UP, TrainingStep, out_of_memory
 GIB = 2**30
 SHARE = 0.85  # of the device's memory is what a micro-batch may take together with whatever else is there
 LOAD = WARM_UP + 2  # steps until one is like any other: a graph's warm-up, its recording, a replay
-RETRIES = 12  # of a first step that found the memory in another worker's hands
+SHRINKING = 30.0  # seconds of trying ever smaller micro-batches, once waiting for the others' memory was in vain
 
 
 def make(spec: dict) -> "Variant | Ablation | Ladder":
@@ -40,7 +40,17 @@ def make(spec: dict) -> "Variant | Ablation | Ladder":
         torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # it takes seconds
     else:
         torch.cuda.set_device(0)
+        compile_backward_first()
     return {"variant": Variant, "ablation": Ablation, "ladder": Ladder}[spec["role"]](spec)
+
+
+def compile_backward_first() -> None:
+    """Have torch.compile make the backward together with the forward. Else it does so when the first backward begins,
+    and this worker would hold its activations for the half minute that takes, while others look for memory."""
+    from torch._functorch import config
+
+    if hasattr(config, "force_non_lazy_backward_lowering"):
+        config.force_non_lazy_backward_lowering = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,7 +104,7 @@ def time_steps(step: Callable[[], object], device: torch.device, budget: float) 
 class Replay:
     """On a CPU, for the dry run: what stands for a CUDA graph."""
 
-    def __init__(self, function, reserve):
+    def __init__(self, function, reserve, stream):
         self.function = function
 
     def __call__(self):
@@ -208,21 +218,23 @@ class Variant:
         self.most, self.others = spec["most"], spec["others"]
         self.loaded, self.wanted = False, None
 
-    def warm(self) -> dict:
-        """The first steps, in which everything is compiled. Others do theirs meanwhile, so memory may be short."""
-        for attempt in range(RETRIES):
+    def warm(self, patience: float) -> dict:
+        """The first steps, in which everything is compiled. Others do theirs meanwhile, so memory may be short: after
+        `patience` seconds smaller micro-batches are tried."""
+        told = time.monotonic()
+        while (waited := time.monotonic() - told) < patience + SHRINKING:
             try:
                 self.let_go()
                 start = time.perf_counter()
                 if self.wanted is None:
                     self.wanted = self._fitting()
-                elif attempt > RETRIES // 2:
+                elif waited > patience:
                     self.wanted = max(1, self.wanted // 2)
                 self.variant.cut(self.wanted)
                 self._load()
                 break
-            except RuntimeError as error:  # a full device breaks off a recording with an error of its own
-                if not out_of_memory(error) and "captur" not in str(error):
+            except RuntimeError as error:
+                if not out_of_memory(error) and not broken_off(error):
                     raise
             time.sleep(random.uniform(0.5, 2.0))
         else:
@@ -236,7 +248,9 @@ class Variant:
             return self.most
         total = torch.cuda.get_device_properties(self.device).total_memory
         limit = SHARE * total - self.others * (16 * self.params + GIB)
-        return largest_micro_batch(self.variant.probe, self.most, limit, self.device)
+        found = largest_micro_batch(self.variant.probe, self.most, limit, self.device)
+        release(self.device)  # compiling is next, and takes long
+        return found
 
     def _load(self) -> None:
         """Steps until a step is like any other."""
@@ -275,18 +289,28 @@ class Variant:
         return {"wall_ms": 1e3 * wall, "split_ms": {name: us / steps / 1e3 for name, us in split.items()}}
 
 
+def broken_off(error: RuntimeError) -> bool:
+    """Whether a recording was, as a full device does it. Not torch's word that one is still under way: before 2.12 its
+    allocator can believe so for good after the first that failed, and no other attempt of this process succeeds."""
+    return "captur" in str(error) and "INTERNAL ASSERT" not in str(error)
+
+
 def shape_of(size: list[int]) -> Shape:
     width, layers, head, vocab, T = size
     return make_shape(width, layers, vocab_size=vocab, seq_len=T, head_size=head)
 
 
+# aten::sum adds up what the norms' backward leaves of dweight (and 64k losses, which is nothing beside it); aten::mul
+# scales the loss's gradients.
 CATEGORIES = {
     "matmul": ("aten::mm", "aten::addmm", "aten::bmm"),
     "attention": ("nanochin::attention", "aten::_scaled_dot_product", "aten::_flash_attention"),
-    "norm, rotary, activation": ("nanochin::norm", "nanochin::rotary", "nanochin::activation", "aten::gelu"),
-    "loss": ("nanochin::linear_cross_entropy", "aten::_softmax", "aten::_log_softmax", "aten::nll_loss"),
+    "norm, rotary, activation": ("nanochin::norm", "nanochin::rotary", "nanochin::activation", "aten::gelu",
+                                 "aten::sum"),
+    "loss": ("nanochin::linear_cross_entropy", "aten::_softmax", "aten::_log_softmax", "aten::nll_loss", "aten::mul"),
     "optimizer": ("aten::_fused_adam", "aten::_foreach", "aten::linalg_vector_norm"),
-}
+    "embedding, casts": ("aten::embedding", "aten::index_select", "aten::copy_"),
+}  # fmt: skip
 
 
 def profile(function: Callable[[], object], device: torch.device) -> dict[str, float]:

@@ -127,7 +127,7 @@ def seconds(calls: list[Callable[[], object]], bench: Bench) -> float:
     torch.cuda.synchronize()
     number = min(40, max(10, int(0.03 / (time.perf_counter() - start))))
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(number)]
-    torch.cuda._sleep(20_000_000)  # some 10 ms
+    torch.cuda._sleep(60_000_000)  # some 30 ms: longer than launching 40 backward calls takes
     for i, (begin, end) in enumerate(events):
         begin.record()
         calls[i % len(calls)]()

@@ -225,7 +225,7 @@ TILES = {
     ("sm_80", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
     ("sm_80", 128): (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
     # head sizes that are no multiple of 8, whose heads start at odd places: pointers, on any target
-    ("odd", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
+    ("odd", 64): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
     ("odd", 128): (Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
     # sequences of at most 64, on any target
     ("short", 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2)),
@@ -260,7 +260,7 @@ GATE = {(90, 128), (90, 64), (90, 32), (90, 96), (80, 128), (80, 64)}  # most us
 
 def aot():
     """For bench.aot: every row of TILES on every target, and head sizes that need padding."""
-    cases = [(torch.bfloat16, 1024, D) for D in (128, 64, 32, 16, 96, 24, 90, 26)]
+    cases = [(torch.bfloat16, 1024, D) for D in (128, 64, 32, 16, 96, 24, 90, 50, 26, 10)]
     cases += [(dtype, T, D) for dtype, T in ((torch.bfloat16, 64), (torch.float32, 1024)) for D in (128, 64)]
     for capability in (90, 80, 100):
         for dtype, T, D in cases:

@@ -85,6 +85,8 @@ def head(
     stride = triton.cdiv(V, 64) * 64
     chunks = max(1, triton.cdiv(M * stride * h.element_size(), CHUNK_BYTES))
     rows = max(1, triton.cdiv(M, chunks))  # all chunks alike
+    if rows > 128:
+        rows = triton.cdiv(rows, 128) * 128  # whole tiles of the matrix products, and no chunk starts at an odd address
     buffer = h.new_empty((rows, stride))
     for start in range(0, M, rows):
         chunk = slice(start, start + rows)

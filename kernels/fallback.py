@@ -78,11 +78,16 @@ def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False
         qk, v = qkv.view(B, T, 3 * n_heads, D).split((2 * n_heads, n_heads), dim=2)  # (B, T, 2H, D), (B, T, H, D)
         qkv = torch.cat((F.rms_norm(qk, (D,), eps=1e-6), v), dim=2).view(B, T, C3)
     if theta is not None:
-        qkv = _Rotation.apply(qkv, *_rotary_table(T, D, theta, qkv.device, qkv.dtype))
+        qkv = _Rotation.apply(qkv, *_kept_table(T, D, theta, qkv.device, qkv.dtype))
     return qkv
 
 
-@functools.lru_cache(maxsize=8)
+def _kept_table(T: int, D: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    cos, sin = _rotary_table(1 << (T - 1).bit_length(), D, theta, device, dtype)  # sampling asks for every T
+    return cos[:T], sin[:T]
+
+
+@functools.cache  # for good: a recorded step reads it where it lies
 @torch.inference_mode(False)  # a table made while sampling may serve a training step later
 def _rotary_table(T: int, D: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin of every position, to be broadcast over heads: (T, 1, D/2) each."""

@@ -179,7 +179,11 @@ def _table(T: int, D: int, theta: float, device: torch.device) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=1).float()
 
 
-@functools.lru_cache(maxsize=8)
-@torch.inference_mode(False)  # a table made while sampling may serve a training step later
 def _kept_table(T: int, D: int, theta: float, device: torch.device) -> Tensor:
+    return _made_table(triton.next_power_of_2(T), D, theta, device)[:T]  # sampling asks for every T
+
+
+@functools.cache  # for good: a recorded step reads it where it lies
+@torch.inference_mode(False)  # a table made while sampling may serve a training step later
+def _made_table(T: int, D: int, theta: float, device: torch.device) -> Tensor:
     return _table(T, D, theta, device)

@@ -60,8 +60,7 @@ def load(folder: Path, model: nn.Module, optimizer: Adam | None = None) -> dict:
     Raises UserError naming the file if one is missing, truncated or changed.
     """
     state = verify(folder)
-    device = next(model.parameters()).device
-    weights = load_file(folder / "model.safetensors", device=str(device))
+    weights = load_file(folder / "model.safetensors")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights[name])
@@ -69,7 +68,7 @@ def load(folder: Path, model: nn.Module, optimizer: Adam | None = None) -> dict:
         tensors = load_file(folder / "optimizer.safetensors")
         torch.set_rng_state(tensors.pop("rng"))
         if "rng.cuda" in tensors:
-            rng = tensors.pop("rng.cuda")
+            rng, device = tensors.pop("rng.cuda"), next(model.parameters()).device
             if device.type == "cuda":
                 torch.cuda.set_rng_state(rng, device)
         for name, parameter in model.named_parameters():

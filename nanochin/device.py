@@ -28,6 +28,8 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     if device.type not in KINDS:
         raise UserError(f"--device {name}: choose from {', '.join(KINDS)}")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())  # torch.cuda.set_device takes no other
     return device
 
 

@@ -64,9 +64,9 @@ class CudaGraph:
     is as good as full: raises torch.OutOfMemoryError.
     """
 
-    def __init__(self, function: Callable[[], Tensor], reserve: int):
-        self.function, self.reserve = function, reserve
-        self.stream = torch.cuda.Stream()  # recording needs one of its own, and what it warms up may be kept by stream
+    def __init__(self, function: Callable[[], Tensor], reserve: int, stream: torch.cuda.Stream):
+        """stream: recording needs one beside the usual, and what warming up fills may be kept by stream."""
+        self.function, self.reserve, self.stream = function, reserve, stream
         self.calls, self.graph, self.output = 0, None, None
 
     def __call__(self) -> Tensor:
@@ -108,11 +108,13 @@ class TrainingStep:
     def __init__(self, kind: str, function: Callable[..., Tensor], model: torch.nn.Module, optimizer: Adam,
                  micro_batch: int, clip: float, batch_tokens: int, say: Callable[[str], None] = print,
                  record: Callable[..., Callable[[], Tensor]] = CudaGraph):  # fmt: skip
-        """function: train.optimizer_step. record(function, reserve): what stands for a CUDA graph; tests replace it."""
+        """function: train.optimizer_step. record(function, reserve, stream): a CUDA graph; tests replace it."""
         self.function, self.model, self.optimizer, self.clip = function, model, optimizer, clip
         self.batch_tokens, self.say, self.record = batch_tokens, say, record
         self.device = optimizer.parameters[0].device
         self.events: deque = deque()  # the ends of the last steps
+        # One for all recordings: cuBLAS keeps 32 MiB for every stream that it has seen.
+        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self._begin(kind, micro_batch)
 
     def _begin(self, kind: str, micro_batch: int) -> None:
@@ -156,7 +158,8 @@ class TrainingStep:
         if self.recorded is None or self.batch.shape != batch.shape:
             self.batch = torch.empty_like(batch, device=self.device)
             self.optimizer.lr = torch.zeros((), device=self.device)
-            self.recorded = self.record(self._bound(self.batch), self.RESERVE if self.micro_batch > 1 else 0)
+            reserve = self.RESERVE if self.micro_batch > 1 else 0
+            self.recorded = self.record(self._bound(self.batch), reserve, self.stream)
         self.batch.copy_(batch, non_blocking=True)
         self.optimizer.lr.fill_(lr)
         return self.recorded().clone()  # the next step overwrites it
@@ -183,9 +186,10 @@ class TrainingStep:
 
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether this error, or one that it came from, is about the device's memory: a recording that is broken off by it
-    may end in another error."""
+    may end in another error. What CUDA, cuBLAS and Triton allocate themselves fails with a mere RuntimeError."""
     while error is not None:
-        if isinstance(error, torch.OutOfMemoryError):
+        full = any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and full):
             return True
         error = error.__cause__ or error.__context__
     return False

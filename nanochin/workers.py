@@ -109,7 +109,7 @@ class WorkerDied(Exception):
 
 
 class Worker:
-    """One process. `number` chooses its GPU among those that this process may use."""
+    """One process. `number` chooses its GPU where there are several (`gpus`) that it may use."""
 
     def __init__(self, number: int, log: IO, device: str = "auto", gpus: int = 0):
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

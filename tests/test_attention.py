@@ -1,6 +1,7 @@
 """Causal attention in Triton, interpreted where there is no GPU, against the mathematics in float64."""
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -21,13 +22,16 @@ pytestmark = MARKS
 kernels = load("attention")
 attention = kernels.attention
 HERE = kernels.target_of(DEVICE)
+TARGETS = list(dict.fromkeys(("sm_80", HERE))) if CUDA else ["sm_80", "sm_90"]  # in one order in every process of xdist
 
-# (B, T, heads, head size): one token, padded heads, ends of sequences within a block
+# (B, T, heads, head size): one token, padded heads, ends of sequences within a block; heads of narrow models
 SIZES = [(1, 1, 1, 8), (2, 7, 3, 24), (1, 100, 2, 64), (2, 129, 1, 40), (1, 300, 1, 128)]
+NARROW = [(2, 40, 2, 2), (1, 70, 2, 10), (1, 20, 3, 12), (2, 33, 1, 14), (1, 67, 2, 20), (1, 65, 1, 56)]
 POINTERS = [(size, dtype, "sm_80") for size in SIZES for dtype in (torch.float32, torch.float16)]
+POINTERS += [(size, torch.float16, "sm_90") for size in NARROW]  # 56 by descriptors, the others cannot be
 DESCRIPTORS = [(size, torch.float16, "sm_90") for size in SIZES[2:]] + [((2, 21, 2, 24), torch.float16, "sm_90")]
 LARGE = [(3, 1000, 2, 64), (2, 1024, 12, 64), (1, 1000, 3, 128), (1, 4096, 2, 128), (1, 4096, 2, 40), (2, 777, 5, 96)]
-COMPILED = [(size, dtype, target) for size in SIZES + LARGE for target in {"sm_80", HERE}
+COMPILED = [(size, dtype, target) for size in SIZES + NARROW + LARGE for target in TARGETS
             for dtype in (torch.float32, torch.float16, torch.bfloat16)]  # fmt: skip
 
 
@@ -38,9 +42,9 @@ def sdpa(qkv: torch.Tensor, n_heads: int) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C3 // 3)
 
 
-def check(qkv: torch.Tensor, n_heads: int, dtype: torch.dtype) -> None:
+def check(qkv: torch.Tensor, n_heads: int, dtype: torch.dtype, at_least: float = 0.0) -> None:
     compare(lambda x: attention(x, n_heads), lambda x: sdpa(x, n_heads),
-            lambda x: reference.attention(x, n_heads), [qkv], dtype)  # fmt: skip
+            lambda x: reference.attention(x, n_heads), [qkv], dtype, at_least=at_least)  # fmt: skip
 
 
 @pytest.mark.parametrize("size, dtype, target", COMPILED if CUDA else POINTERS + DESCRIPTORS, ids=str)
@@ -54,7 +58,7 @@ def test_attention(size, dtype, target, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_large_logits(dtype):
     """Scores in the hundreds, where softmax picks one key."""
-    check(randn(1, 70, 3 * 32, scale=10.0), 1, dtype)
+    check(randn(1, 70, 3 * 32, scale=10.0), 1, dtype, at_least=1e-4)  # half a unit of a score of 1000 is 3e-5
 
 
 def test_equal_rows():
@@ -70,7 +74,8 @@ def test_repeating_gives_the_same_bits():
     repeats(lambda x: attention(x, 2), randn(2, 70, 3 * 2 * 16).to(DEVICE, torch.float16).requires_grad_())
 
 
-def test_batch_and_heads_do_not_meet():
+@pytest.mark.parametrize("target", TARGETS)
+def test_batch_and_heads_do_not_meet(target, monkeypatch):
     """Permuting sequences and heads permutes the bits of values and gradients, and a sequence of NaN spoils no other,
     though its rows follow within the same block."""
     B, T, H, D = 3, 70, 2, 16
@@ -84,19 +89,17 @@ def test_batch_and_heads_do_not_meet():
     def permute(x):
         return x.view(B, T, -1, H, D)[[2, 0, 1]].flip(3).reshape(x.shape)
 
+    monkeypatch.setattr(kernels, "target_of", lambda device: target)  # each has tiles, and so bits, of its own
     out, grad = run(qkv, seed)
     other, other_grad = run(permute(qkv), permute(seed))
     assert torch.equal(permute(out), other) and torch.equal(permute(grad), other_grad)
     qkv[1:] = torch.nan
-    for target in ("sm_80", "sm_90") if not CUDA else ("sm_80", HERE):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(kernels, "target_of", lambda device, target=target: target)
-            spoilt, spoilt_grad = run(qkv, seed)
-        assert torch.equal(spoilt[0], out[0]) and torch.equal(spoilt_grad[0], grad[0])
-        assert spoilt[1:].isnan().all()
+    spoilt, spoilt_grad = run(qkv, seed)
+    assert torch.equal(spoilt[0], out[0]) and torch.equal(spoilt_grad[0], grad[0])
+    assert spoilt[1:].isnan().all()
 
 
-@pytest.mark.parametrize("target", ["sm_80", HERE] if CUDA else ["sm_80", "sm_90"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_nothing_is_written_past_the_end(target, monkeypatch):
     """Behind every new tensor lies a margin that keeps its numbers, at a length and head size that end within tiles."""
     margins = []
@@ -201,6 +204,7 @@ def test_compute_sanitizer():
             attention(qkv, 2).sum().backward()
         torch.cuda.synchronize()
     """)
-    done = subprocess.run(["compute-sanitizer", "--error-exitcode=1", sys.executable, "-c", code],
-                          cwd=Path(__file__).resolve().parents[1], capture_output=True, text=True)  # fmt: skip
+    command = ["compute-sanitizer", "--report-api-errors=no", "--error-exitcode=1", sys.executable, "-c", code]
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an access past one tensor lies within another
+    done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

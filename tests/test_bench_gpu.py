@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +155,18 @@ def test_the_micro_batch_fits(monkeypatch, limit, expected):
     assert max(probed) <= 8  # small ones, while others compile on the same device
 
 
+def test_probes_leave_no_memory_behind(monkeypatch):
+    """What they took is given back before anything is compiled; the others' weights and contexts are left to them."""
+    variant, notes = object.__new__(gpu_worker.Variant), []
+    variant.device, variant.most, variant.others, variant.params = torch.device("cuda", 0), 64, 4, 10**9
+    variant.variant = SimpleNamespace(probe=None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=100e9))
+    monkeypatch.setattr(gpu_worker, "largest_micro_batch", lambda *given: notes.append(given) or 16)
+    monkeypatch.setattr(gpu_worker, "release", lambda device: notes.append("released"))
+    assert variant._fitting() == 16
+    assert notes == [(None, 64, 0.85 * 100e9 - 4 * (16e9 + 2**30), variant.device), "released"]
+
+
 def bench(**options):
     ceilings = {"flops": 600e12, "bytes": 3e12}
     options = {"nanogpt": None, "minutes": 1.0, "dry_run": False} | options
@@ -223,10 +236,119 @@ def test_out_of_time():
     """After the deadline nothing is asked of the workers, and every row says so."""
     late = bench(minutes=1e-6)
     rows = [{"size": "124M", "who": "nanochin", "kind": kind} for kind in ("graph", "eager")]
-    assert gpu.run_size(late, "124M", rows, [None, None]) == {}
+    assert gpu.run_size(late, "124M", rows, [None, None], time.monotonic()) == {}
     for row in (*rows, *gpu.run_ablation(late, None), *gpu.run_ladder(late, 8 * [None])):
         assert row["error"] == "not timed: out of time"
     assert gpu.targets(rows) == []
+
+
+def test_every_size_has_its_time():
+    """What is left is shared out by layers; what one size does not use goes to those after it, none of another's."""
+    some, names = bench(minutes=10), list(gpu.SIZES)
+    times = [gpu.time_for(some, names[i:]) for i in range(len(names))]
+    whole = gpu.SHARES["sizes"] * 600
+    assert times[0] == pytest.approx(whole * (18 + 12) / (4 * 18 + 12 + 8 + 6 + 24), rel=1e-3)
+    assert times[-1] == pytest.approx(whole, rel=1e-3) and times == sorted(times)
+
+
+class Stub:
+    """A worker that notes what it is told, and has failed when it is asked."""
+
+    def __init__(self, kind, notes):
+        self.kind, self.notes = kind, notes
+
+    def tell(self, message):
+        self.notes.append(f"tell {self.kind}")
+
+    def hear(self, timeout):
+        self.notes.append(f"hear {self.kind}")
+        raise TimeoutError("no answer")
+
+    def let_go(self):
+        self.notes.append(f"let {self.kind} go")
+
+    def close(self, patience):
+        self.notes.append(f"close {self.kind}")
+
+
+def test_recordings_are_made_one_after_the_other():
+    """What compiles begins; the others take their first steps alone, so that none is short of memory; then it is
+    heard. All are told to end before the first is waited for."""
+    notes, kinds = [], ["graph", "eager", "compile", "compile"]
+    workers = [Stub(kind, notes) for kind in kinds]
+    rows = [{"size": "124M", "who": "nanochin", "kind": kind} for kind in kinds]
+    gpu.run_size(bench(), "124M", rows, workers, time.monotonic() + 100)
+    assert [note for note in notes if not note.startswith("close")] == [
+        "tell compile", "tell compile", "tell graph", "hear graph", "tell eager", "hear eager", "hear compile",
+        "hear compile"]  # fmt: skip
+    assert all("no answer" in row["error"] for row in rows)
+    notes.clear()
+    gpu.close(workers[:2])
+    assert notes == ["let graph go", "let eager go", "close graph", "close eager"]
+
+
+@pytest.fixture
+def waiting(monkeypatch):
+    """A variant of 8 sequences at once whose first steps fail as `waiting.fails(sequences, second)` says."""
+    clock = [0.0]
+    fake = SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: clock[0],
+                           sleep=lambda _: clock.__setitem__(0, clock[0] + 1))  # fmt: skip
+    monkeypatch.setattr(gpu_worker, "time", fake)
+    variant, tried = object.__new__(gpu_worker.Variant), []
+    variant.variant = SimpleNamespace(cut=lambda n: None)
+    variant.wanted, variant.told, variant.tried = None, 0.0, tried
+    variant.let_go, variant._fitting = lambda: None, lambda: 8
+
+    def load():
+        tried.append((clock[0], variant.wanted))
+        if error := variant.fails(variant.wanted, clock[0]):
+            raise error
+
+    variant._load = load
+    return variant
+
+
+def test_memory_is_waited_for(waiting):
+    """As long as others may hold it the micro-batch stays; only after that are smaller ones tried."""
+    waiting.fails = lambda n, second: torch.OutOfMemoryError() if second < 9 else None
+    assert waiting.warm(10.0)["micro_batch"] == 8
+    waiting.tried.clear()
+    waiting.wanted = None
+    waiting.fails = lambda n, _: RuntimeError("CUDA error: out of memory") if n > 2 else None
+    assert waiting.warm(10.0)["micro_batch"] == 2
+    assert [n for second, n in waiting.tried] == [*11 * [8], 4, 2]
+    waiting.fails = lambda *_: RuntimeError("operation would make a capture invalid")
+    with pytest.raises(RuntimeError, match="no memory for a step"):
+        waiting.warm(10.0)
+
+
+def test_what_waiting_cannot_mend(waiting):
+    """An error of another kind, and torch's belief that a recording is still under way, are raised at once."""
+    for text in ("other", "captures_underway.empty() INTERNAL ASSERT FAILED"):
+        waiting.fails = lambda *_, text=text: RuntimeError(text)
+        with pytest.raises(RuntimeError, match=text[:5]):
+            waiting.warm(10.0)
+    assert len(waiting.tried) == 2
+
+
+def test_the_backward_is_compiled_with_the_forward(monkeypatch):
+    """Of a compiled function, where this torch can be told so, the backward is there before the forward has run."""
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch import config
+
+    if not hasattr(config, "force_non_lazy_backward_lowering"):
+        pytest.skip("this torch cannot be told")
+    monkeypatch.setattr(config, "force_non_lazy_backward_lowering", False)
+    seen = []
+    backend = aot_autograd(fw_compiler=lambda module, _: seen.append("forward") or module,
+                           bw_compiler=lambda module, _: seen.append("backward") or module)  # fmt: skip
+    for told in (False, True):
+        if told:
+            gpu_worker.compile_backward_first()
+        torch._dynamo.reset()
+        seen.clear()
+        torch.compile(lambda x: x.sin() * x, backend=backend)(torch.ones(3, requires_grad=True))
+        assert seen == ["forward", "backward"][: 1 + told]
 
 
 def test_a_worker_that_dies_or_hangs_is_an_error(tmp_path, monkeypatch):

@@ -57,6 +57,18 @@ def test_chunks(rows, monkeypatch):
             lambda h, w: reference.linear_cross_entropy(h, w, targets), [h, weight], torch.float32)  # fmt: skip
 
 
+def test_chunks_of_whole_tiles(monkeypatch):
+    """Where chunks are large each but the last is a multiple of 128 rows, and the loss and gradients are right."""
+    M, C, V, sizes, add = 400, 8, 60, [], cross_entropy._add_product
+    h, weight, targets = randn(M, C), randn(V, C, seed=1), draw_targets(M, V)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 150 * 64 * 4)
+    monkeypatch.setattr(cross_entropy, "_add_product", lambda total, a, *rest, **first: (
+        sizes.append(len(a)), add(total, a, *rest, **first)))  # fmt: skip
+    compare(lambda h, w: linear_cross_entropy(h, w, targets), lambda h, w: torch_loss(h, w, targets, 0.0),
+            lambda h, w: reference.linear_cross_entropy(h, w, targets), [h, weight], torch.float32)  # fmt: skip
+    assert sizes == [256, 144]
+
+
 def test_nothing_to_predict():
     """All targets ignored: loss 0 and gradients 0, not NaN."""
     h, weight = (randn(*s).float().to(DEVICE).requires_grad_() for s in ((6, 8), (11, 8)))

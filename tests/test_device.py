@@ -1,14 +1,38 @@
-"""Who computes: the team that shares out a batch."""
+"""Who computes: the device of a run, and the team that shares out a batch."""
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import train
+from nanochin.console import Progress
 from nanochin.device import Team
 
 CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name, index", [("auto", 3), ("cuda", 3), ("cuda:1", 1)])
+def test_a_run_on_a_gpu_is_resolved(tiny, monkeypatch, name, index):
+    """With torch.cuda pretended, all that is decided before the first step: the GPU has its number, which
+    torch.cuda.set_device insists on, and is the current one by default; bf16, by graph, and named in the record."""
+    chosen, zeros = [], torch.zeros
+    pretended = {
+        "is_available": lambda: True, "current_device": lambda: 3, "get_device_capability": lambda _=None: (9, 0),
+        "is_bf16_supported": lambda **_: True, "get_device_name": lambda device: f"a GPU {device}",
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=80e9),
+    }  # fmt: skip
+    for key, value in pretended.items():
+        monkeypatch.setattr(torch.cuda, key, value)
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **more: zeros(*size, **more))
+    job = train.resolve(tiny(device=name, dtype="auto"), Progress(quiet=True))
+    assert job.device == torch.device("cuda", index) and chosen == [index]
+    assert (job.dtype, job.step) == (torch.bfloat16, "graph")
+    record = train.describe(job)
+    assert record["device"] == f"a GPU cuda:{index}" and record["identity"]["device"] == "cuda"
 
 
 @pytest.mark.parametrize("tokens, size", [(0, 1), (511, 1), (1023, 1), (1024, 2), (1536, 3), (2047, 3), (10**6, 4)])

@@ -6,13 +6,14 @@ import pytest
 import torch
 from interpreted import CUDA, DEVICE, DTYPES, MARKS, compare, load, poisoned, randn, repeats
 
-from kernels import reference
+from kernels import fallback, reference
 
 pytestmark = MARKS
 rotary = load("rotary")
 
 # (B, T, heads, head size): one token, odd sizes, heads that do not fill a group of four
 SIZES = [(1, 1, 1, 2), (2, 7, 3, 8), (1, 31, 5, 48), (2, 20, 1, 128)]
+SIZES += [(2, 33, 2, 2), (1, 9, 2, 10), (3, 5, 5, 14), (1, 21, 8, 20)]  # heads as narrow models have them
 SIZES += [(8, 1024, 12, 64), (2, 4096, 5, 128), (3, 1000, 7, 96)] if CUDA else []
 
 
@@ -65,6 +66,17 @@ def test_sequences_of_a_batch_do_not_mix():
     for b in range(5):
         with poisoned():
             assert torch.equal(rotary.rotary(x[b : b + 1], 2, 10.0)[0], together[b])
+
+
+@pytest.mark.parametrize("by", [rotary, fallback], ids=["triton", "fallback"])
+def test_tables_stay_in_their_place(by):
+    """A recorded step reads a table where it lay, however many other lengths were asked for since; 200 lengths need but
+    a table for each power of two."""
+    table = lambda T: by._kept_table(T, 6, 3.0, DEVICE) if by is rotary else (  # noqa: E731
+        by._kept_table(T, 6, 3.0, DEVICE, torch.float32)[0])  # fmt: skip
+    first = table(48).data_ptr()
+    places = {table(T).data_ptr() for T in range(1, 201)}
+    assert table(48).data_ptr() == first and len(places) == 9 and len(table(48)) == 48
 
 
 def test_a_table_made_without_gradients_serves_training():

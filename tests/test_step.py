@@ -1,6 +1,7 @@
 """The three kinds of a training step. Where there is no GPU a stand-in for the CUDA graph calls the recorded function
 again on the same buffers and hands out the same tensor, which is all that a replay does."""
 
+import dataclasses
 import functools
 import gc
 import itertools
@@ -17,6 +18,7 @@ import kernels
 import train
 from nanochin import runs, step
 from nanochin.config import RunError, UserError, make_shape
+from nanochin.device import peak_of
 from nanochin.model import GPT
 from nanochin.optim import Adam
 from nanochin.step import CHOICES, WARM_UP, CudaGraph, TrainingStep, out_of_memory, pick_step
@@ -30,7 +32,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-3}  # of a loss: rounding, as it gr
 class Replay:
     """The stand-in for CudaGraph."""
 
-    def __init__(self, function, reserve):
+    def __init__(self, function, reserve, stream=None):
         self.function, self.output = function, None
 
     def __call__(self):
@@ -118,6 +120,32 @@ def test_kinds_agree_on_a_gpu(dtype):
         assert got == pytest.approx(want, rel=1e-4 if dtype == torch.float32 else 1e-2)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("name", step.KINDS)
+def test_train_on_a_gpu(tiny, name, monkeypatch, capsys):
+    """train.py itself, in each kind: evaluations between the steps, a death, going on from a checkpoint and a sample at
+    the end give the log of an undisturbed run, and nearly that of a CPU."""
+    monkeypatch.setattr(train, "peak_of", peak_of)
+    usual = {"tokens": 20 * 128.0, "log_every": 1, "eval_every": 5, "save_steps": (9,), "micro_batch": 3}
+    found = [losses(tiny(out=tiny().out + where, device=where, step=how, **usual))
+             for where, how in (("cpu", "eager"), ("cuda", name))]  # fmt: skip
+    assert found[1] == [pytest.approx(pair, rel=1e-3) for pair in found[0]]
+    real = train.log_row
+    monkeypatch.setattr(train, "log_row", lambda job, number, *rest: real(job, number, *rest) if number < 14 else 1 / 0)
+    config = tiny(device="cuda", step=name, sample_tokens=40, **usual)
+    with pytest.raises(ZeroDivisionError):
+        train.train(config)
+    monkeypatch.setattr(train, "log_row", real)
+    assert losses(config) == [pytest.approx(pair, rel=1e-5) for pair in found[1]]
+    (folder,) = Path(config.out).iterdir()
+    assert json.loads((folder / "config.json").read_text())["step"] == [name, "as asked"]
+    assert len([row for row in runs.read_log(folder) if "val_loss" in row]) == 4
+    train.train(dataclasses.replace(config, seed=1))
+    said = capsys.readouterr().out
+    assert "----- a sample -----" in said and "failed, going on with eager" not in said
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Buffers and rates
 
@@ -180,7 +208,7 @@ def test_out_of_memory_records_smaller_pieces(broken_off):
                     raise RuntimeError("the capture was invalidated")
         return train.optimizer_step(model, optimizer, batch, micro_batch, *rest)
 
-    def record(function, reserve):
+    def record(function, reserve, stream):
         recordings.append(reserve)
         return Replay(function, reserve)
 
@@ -230,6 +258,21 @@ def test_later_errors_are_not_hidden(name):
         for batch in batches(9):
             train_on(batch, 0.01)
     assert said == [] and next(calls) == last + 1
+
+
+def test_two_sets_of_gradients_at_most(monkeypatch):
+    """When a piece's gradients are made, of those before only their sum is still in memory."""
+    grad, made_before, alive = torch.autograd.grad, [], []
+
+    def watched(*args):
+        alive.append(sum(any(tensor() is not None for tensor in gradients) for gradients in made_before))
+        gradients = grad(*args)
+        made_before.append([weakref.ref(tensor) for tensor in gradients])
+        return gradients
+
+    monkeypatch.setattr(torch.autograd, "grad", watched)
+    made(micro_batch=1)[0](batches(1, sequences=4)[0], 0.01)
+    assert alive == [0, 1, 1, 1]
 
 
 def test_memory_of_a_failed_attempt_is_free_before_the_next():
@@ -383,7 +426,7 @@ def test_warm_up_record_replay(cuda_calls):
         cuda_calls.append(f"step on {cuda_calls.here[-1]}")
         return len(cuda_calls)
 
-    graph = CudaGraph(function, reserve=50)
+    graph = CudaGraph(function, 50, torch.cuda.Stream())
     outputs = [graph() for _ in range(5)]
     warm = ["side waits for main", "step on side", "main waits for side"]
     assert cuda_calls == [*3 * warm, "record on side", "step on side", "replay on main", "replay on main"]
@@ -392,7 +435,7 @@ def test_warm_up_record_replay(cuda_calls):
 
 def test_a_recording_leaves_room(cuda_calls):
     """A recording that leaves less than the reserve counts as out of memory, before it has trained anything."""
-    graph = CudaGraph(lambda: 0, reserve=50)
+    graph = CudaGraph(lambda: 0, 50, torch.cuda.Stream())
     for _ in range(3):
         graph()
     cuda_calls.free = 49
@@ -407,3 +450,23 @@ def test_out_of_memory_behind_another_error():
     assert out_of_memory(memory) and not out_of_memory(other) and not out_of_memory(None)
     other.__context__ = memory
     assert out_of_memory(other)
+
+
+@pytest.mark.parametrize("text", [
+    "CUDA error: out of memory", "Triton Error [CUDA]: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+])  # fmt: skip
+def test_others_that_run_out_of_memory(text):
+    """The driver, Triton and cuBLAS say it in a RuntimeError; a file that says it is none of the device's."""
+    assert out_of_memory(RuntimeError(text)) and not out_of_memory(OSError(text))
+
+
+def test_recordings_share_a_stream(cuda_calls):
+    """cuBLAS keeps a workspace for every stream: however often a step is recorded anew, it is on the same one."""
+    train_on, _ = made("graph")
+    streams, train_on.stream = [], torch.cuda.Stream()
+    train_on.record = lambda function, reserve, stream: streams.append(stream) or Replay(function, reserve)
+    for batch in batches(3):
+        train_on(batch, 0.01)
+        train_on.cut(2)
+    assert streams == 3 * [train_on.stream]

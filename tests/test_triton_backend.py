@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from interpreted import CUDA, DEVICE, MARKS, load_all
+from interpreted import CUDA, DEVICE, MARKS, load_all, skip_if_it_cannot_interpret
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
@@ -173,6 +173,7 @@ def test_interpreting_on_request():
     """TRITON_INTERPRET=1 makes the model run on interpreted kernels, but for float64, bf16 and heads beyond 128,
     which PyTorch operations compute."""
     pytest.importorskip("triton")
+    skip_if_it_cannot_interpret()
     code = """
 import kernels, torch
 ran = []
