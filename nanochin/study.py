@@ -237,6 +237,7 @@ class Checks:
     counts: list  # (convention, Approach 3, Approach 2), either may be NotIdentified
     hold_out: object
     curvature: object
+    loss_line: object
     kaplan: object  # KaplanProcedure
     kaplan_form: object
     runs: int  # on how many runs the checks were made
@@ -273,6 +274,7 @@ class Checks:
         E, rise = self.profile
         return {
             "runs": self.runs, "hold_out": held, "curvature": of(self.curvature, "quadratic", "intervals"),
+            "loss_line": of(self.loss_line, "exponent", "flops", "measured", "predicted"),
             "kaplan_procedure": of(self.kaplan, "a", "simulated", "intervals", "between", "levels", "flops", "params"),
             "kaplan_form": of(self.kaplan_form, "N_c", "D_c", "alpha_N", "alpha_D", "objective"),
             "leave_out_highest": refits(self.leave_out), "delta": refits(self.deltas), "other": refits(self.variants),
@@ -305,13 +307,15 @@ def check(study: Study, progress: Callable[[str, float, float], None] = silent) 
     held = attempt(laws.hold_out, N, D, L, study.C, budget=budget, budgets=_budgets_to_hold_out(study.C, budget),
                    runs=study.unit, replicates=replicates, seed=seed, delta=study.settings.delta,
                    E=study.settings.fixed_e)  # fmt: skip
-    curvature = NotIdentified("it takes Approach 2 and a bootstrap")
+    curvature = straight = NotIdentified("it takes Approach 2 and a bootstrap")
     if isinstance(second, Approach) and replicates:
         curvature = attempt(laws.frontier_curvature, second.fit, runs=study.unit, replicates=replicates, seed=seed)
+    if isinstance(second, Approach):
+        straight = attempt(laws.loss_line, second.fit)
     step(1, 5)
     if isinstance(third, NotIdentified):
         return Checks(
-            [], [], (np.empty(0), np.empty(0)), [], [], _by_count(study), held, curvature, third, form, len(N)
+            [], [], (np.empty(0), np.empty(0)), [], [], _by_count(study), held, curvature, straight, third, form, len(N)
         )
 
     delta = study.settings.delta
@@ -349,6 +353,7 @@ def check(study: Study, progress: Callable[[str, float, float], None] = silent) 
         counts=_by_count(study),
         hold_out=held,
         curvature=curvature,
+        loss_line=straight,
         kaplan=kaplan,
         kaplan_form=form,
         runs=len(N),
@@ -492,6 +497,11 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
         say(not checks.curvature.significant,
             f"In log-log the frontier {bends if checks.curvature.significant else 'has no bend beyond chance'}: "
             f"quadratic term {checks.curvature.quadratic:+.3f} [{low:+.3f}, {high:+.3f}].")  # fmt: skip
+    if isinstance(checks.loss_line, laws.LossLine):
+        straight = checks.loss_line
+        say(True, f"The least losses of the budgets go as C^-{straight.exponent:.4f}; the straight line through those "
+            f"of the smaller ones is off by {100 * (straight.predicted / straight.measured - 1):+.2f}% at the "
+            "largest.")  # fmt: skip
     if isinstance(checks.kaplan, laws.KaplanProcedure):
         say(True, kaplan_in_words(checks.kaplan))
     refused = {"Hold-out": held, "Curvature": checks.curvature, "Kaplan's form": checks.kaplan_form,

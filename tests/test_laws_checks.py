@@ -17,6 +17,7 @@ from nanochin.laws import (
     hold_out,
     kaplan_procedure,
     leave_out_highest,
+    loss_line,
     profile_e,
     residuals_by_compute,
 )
@@ -241,6 +242,24 @@ def test_curvature_needs_four_budgets():
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS[:3], RATIOS)
     with pytest.raises(NotIdentified, match="4 budgets"):
         frontier_curvature(fit_isoflop(N, D, loss))
+
+
+def test_least_losses_on_a_line_and_off_it():
+    """Losses 30 C^-0.06 at the minima are found and foretold; with an E of 1 below them the line, which does not know
+    it, falls too far; three budgets are refused."""
+    for E in (0.0, 1.0):
+        least = E + 30 * BUDGETS**-0.06
+        N = (20 * np.sqrt(BUDGETS / 1e19)[:, None] * RATIOS * 1e6).ravel()
+        loss = (least[:, None] + 0.05 * np.log(RATIOS) ** 2).ravel()
+        found = loss_line(fit_isoflop(N, np.repeat(BUDGETS, len(RATIOS)) / (6 * N), loss))
+        assert found.flops == pytest.approx(BUDGETS[-1]) and found.measured == pytest.approx(least[-1], rel=1e-6)
+        if not E:
+            assert found.exponent == pytest.approx(0.06, rel=1e-6)
+            assert found.predicted == pytest.approx(found.measured, rel=1e-6)
+        else:
+            assert found.predicted < 0.999 * found.measured
+    with pytest.raises(NotIdentified, match="4 budgets"):
+        loss_line(fit_isoflop(*isoflop_grid(BESIROGLU, BUDGETS[:3], RATIOS)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -216,6 +216,28 @@ def frontier_curvature(fit: IsoflopFit, *, runs=None, replicates: int = 1000, se
     return Curvature(quadratic, intervals, not low <= 0 <= high)
 
 
+@dataclass(frozen=True)
+class LossLine:
+    """The least losses of the budgets as a straight line in log-log, L = K C^-c: what a law looks like as long as its E
+    cannot be seen."""
+
+    exponent: float  # c, of all budgets
+    flops: float  # the largest budget
+    measured: float  # its least loss
+    predicted: float  # the same, by the line through the others
+
+
+def loss_line(fit: IsoflopFit) -> LossLine:
+    """Raises NotIdentified below 4 bracketed budgets: the line is to be held against one that it has not seen."""
+    good = sorted((b.flops, b.loss_opt) for b in fit.budgets if b.bracketed)
+    if len(good) < MIN_CURVATURE:
+        raise NotIdentified(f"the line of least losses needs {MIN_CURVATURE} budgets with a bracketed minimum, "
+                            f"but has {len(good)}")  # fmt: skip
+    log_c, log_l = np.log(good).T
+    start, slope = line(log_c[:-1], log_l[:-1])
+    return LossLine(float(-line(log_c, log_l)[1]), *map(float, good[-1]), float(np.exp(start + slope * log_c[-1])))
+
+
 def _quadratic(x, y, weights) -> np.ndarray:
     """(K,) quadratic coefficient of y (K, m) on x (m,) with weights (K, m)."""
     u = x - x.mean()
