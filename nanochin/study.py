@@ -445,7 +445,7 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
                 f"{chance:.2f}): what the law says of {what} is noise.")  # fmt: skip
     for number, found in study.results.items():
         if isinstance(found, NotIdentified) and (number != 1 or study.curves is not None):
-            say(False, f"Approach {number} gives no law: {found}.")
+            say(False, f"Approach {number} gives no law: {str(found).removeprefix(f'Approach {number}: ')}.")
     third = study.results[3]
     if not study.cost.is_6nd:
         say(study.cost.misfit < BAD_COST, frontier_in_words(study))
