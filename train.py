@@ -172,8 +172,9 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         run.cut_log(state["step"])
         run.loggers.extend(loggers.open_logger(name, run.folder, record, state["step"]) for name in config.loggers)
         peak, peak_source = peak_of(device, job.dtype)
+        sequences = plan.batch_tokens // config.seq_len
         train_on = TrainingStep(job.step, optimizer_step, model, optimizer, state["micro_batch"], config.clip,
-                                plan.batch_tokens, progress.say)  # fmt: skip
+                                sequences, progress.say)  # fmt: skip
         if not quiet:
             show_plan(job, run, train_on, peak_source)
 
@@ -181,7 +182,6 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         # norms stay on the device until they are logged, so that a GPU does not wait for the host.
         step = state["step"]
         recent = [torch.tensor(pair, device=device) for pair in state["recent"]]  # (loss, norm) of steps not yet logged
-        sequences = plan.batch_tokens // config.seq_len
         watch, lap, last_save = Stopwatch(state["seconds"]), state["lap"], time.monotonic()
         with catch_signals() as caught:
             while step < plan.steps:

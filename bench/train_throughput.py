@@ -98,7 +98,7 @@ def our_step(spec: dict, shape, batch, device):
     model = GPT(shape, dtype=getattr(torch, spec["dtype"])).to(device)
     optimizer = Adam(model, "adamw", 1e-3, (0.9, 0.95), 0.1)
     kind = "compile" if spec["compile"] else "eager"
-    step = TrainingStep(kind, optimizer_step, model, optimizer, len(batch), 1.0, batch[:, 1:].numel())
+    step = TrainingStep(kind, optimizer_step, model, optimizer, len(batch), 1.0, len(batch))
     return lambda: step(batch, 1e-3)[0].item()
 
 

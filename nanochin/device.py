@@ -43,6 +43,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
+def share_out(threads: int, sequences: int, seq_len: int, width: int) -> tuple[int, int]:
+    """(threads that take some of the `sequences` of a batch each, threads inside the operations of each) on a CPU with
+    `threads`; what remains is left idle, which is faster than to be waited for (all measured on two cores, LOG.md).
+    """
+    work = sequences * seq_len * width  # numbers in one layer's activations
+    # 1. A share of fewer than 2^14 does not repay its thread: Python, which threads take in turns, is most of its time.
+    members = max(1, min(threads, sequences, work // 2**14))
+    # 2. An operation on fewer than 2^17 a thread takes no longer than it takes a sleeping thread to wake.
+    return members, max(1, min(threads // members, work // members // 2**17))
+
+
 class Team:
     """The threads among which `train.optimizer_step` shares out the sequences of a batch; often just the one we are on.
 
@@ -50,17 +61,23 @@ class Team:
     times: that is as fast only if they spin while they wait, and then crawls as soon as another program runs (LOG.md).
     """
 
-    def __init__(self, device: torch.device, batch_tokens: int):
-        threads = torch.get_num_threads()
-        # A share is at least 512 tokens (smaller products waste a core); cores left over work inside the operations.
-        self.size = max(1, min(threads, batch_tokens // 512)) if device.type == "cpu" else 1
+    def __init__(self, members: int = 1, threads: int | None = None):
+        """threads: inside the operations of each member, and of ours within `with team:`; None: as they are."""
+        self.size, self.threads = members, threads
         self.map = map
-        if self.size > 1:
-            started = threading.Barrier(self.size)
-            pool = ThreadPoolExecutor(self.size, "team", _set_own_threads, (threads // self.size,))
-            list(pool.map(lambda _: started.wait(), range(self.size)))
-            torch.set_num_threads(threads)
+        if members > 1:
+            before, started = torch.get_num_threads(), threading.Barrier(members)
+            pool = ThreadPoolExecutor(members, "team", _set_own_threads, (threads or before,))
+            list(pool.map(lambda _: started.wait(), range(members)))
+            torch.set_num_threads(before)
             self.map = pool.map
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or self.before)
+
+    def __exit__(self, *_) -> None:
+        torch.set_num_threads(self.before)
 
 
 def _set_own_threads(count: int) -> None:

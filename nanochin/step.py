@@ -20,7 +20,7 @@ from torch import Tensor
 
 import kernels
 from nanochin.config import RunError, UserError
-from nanochin.device import Team
+from nanochin.device import Team, share_out
 from nanochin.optim import Adam
 
 KINDS = ("eager", "compile", "graph")
@@ -106,11 +106,12 @@ class TrainingStep:
     RESERVE = 2**31  # bytes beside a recorded step: an evaluation takes 16k tokens and up to 1 GiB of logits at a time
 
     def __init__(self, kind: str, function: Callable[..., Tensor], model: torch.nn.Module, optimizer: Adam,
-                 micro_batch: int, clip: float, batch_tokens: int, say: Callable[[str], None] = print,
+                 micro_batch: int, clip: float, sequences: int, say: Callable[[str], None] = print,
                  record: Callable[..., Callable[[], Tensor]] = CudaGraph):  # fmt: skip
-        """function: train.optimizer_step. record(function, reserve, stream): a CUDA graph; tests replace it."""
+        """function: train.optimizer_step. sequences: a batch has. record(function, reserve, stream): a CUDA graph, which
+        tests replace."""
         self.function, self.model, self.optimizer, self.clip = function, model, optimizer, clip
-        self.batch_tokens, self.say, self.record = batch_tokens, say, record
+        self.sequences, self.say, self.record = sequences, say, record
         self.device = optimizer.parameters[0].device
         self.events: deque = deque()  # the ends of the last steps
         # One for all recordings: cuBLAS keeps 32 MiB for every stream that it has seen.
@@ -120,7 +121,10 @@ class TrainingStep:
     def _begin(self, kind: str, micro_batch: int) -> None:
         self.kind, self.micro_batch = kind, micro_batch
         self.forward = torch.compile(self.model, dynamic=False) if kind == "compile" else self.model
-        self.team = Team(self.device, self.batch_tokens if kind == "eager" else 0)
+        self.team = Team()
+        if kind == "eager" and self.device.type == "cpu":
+            shape = self.model.shape
+            self.team = Team(*share_out(torch.get_num_threads(), self.sequences, shape.seq_len, shape.width))
         self.cut(micro_batch)
 
     def cut(self, micro_batch: int) -> None:
@@ -154,7 +158,8 @@ class TrainingStep:
             batch = batch.pin_memory()  # which torch keeps for the batches to come
         if self.kind != "graph":
             self.optimizer.lr = lr
-            return self._bound(batch.to(self.device, non_blocking=True))()
+            with self.team:
+                return self._bound(batch.to(self.device, non_blocking=True))()
         if self.recorded is None or self.batch.shape != batch.shape:
             self.batch = torch.empty_like(batch, device=self.device)
             self.optimizer.lr = torch.zeros((), device=self.device)

@@ -123,8 +123,7 @@ def test_micro_batch_changes_nothing(tiny, monkeypatch):
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 6])
 def test_accumulated_gradient_is_that_of_the_batch(micro_batch, members, four_threads, monkeypatch):
     """The gradient that reaches the optimizer is the one of the mean over the whole batch, whoever shares it out."""
-    team = Team(torch.device("cpu"), 512 * members)
-    assert team.size == members
+    team = Team(members)
     model = GPT(make_shape(16, 2, vocab_size=31, seq_len=8))
     batch = torch.randint(31, (6, 9), generator=torch.Generator().manual_seed(0))
     expected = torch.autograd.grad(model(batch[:, :-1], batch[:, 1:]), list(model.parameters()))
@@ -166,8 +165,7 @@ def test_clipping(monkeypatch):
     batch = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
     optimizer, seen = Adam(model, "adamw", 0.0, (0.9, 0.99), 0.0), []
     monkeypatch.setattr(optimizer, "step", lambda: seen.append([p.grad.clone() for p in model.parameters()]))
-    team = Team(torch.device("cpu"), 0)
-    norms = [train.optimizer_step(model, optimizer, batch, 2, clip, team)[1].item() for clip in (0.0, 0.01, 1e9)]
+    norms = [train.optimizer_step(model, optimizer, batch, 2, clip, Team())[1].item() for clip in (0.0, 0.01, 1e9)]
     after = [torch.stack([g.norm() for g in gradient]).norm().item() for gradient in seen]
     assert norms[0] == norms[1] == norms[2] > 0.1
     assert after == pytest.approx([norms[0], 0.01, norms[0]], rel=1e-4)
