@@ -108,7 +108,7 @@ class TrainingStep:
     def __init__(self, kind: str, function: Callable[..., Tensor], model: torch.nn.Module, optimizer: Adam,
                  micro_batch: int, clip: float, sequences: int, say: Callable[[str], None] = print,
                  record: Callable[..., Callable[[], Tensor]] = CudaGraph):  # fmt: skip
-        """function: train.optimizer_step. sequences: a batch has. record(function, reserve, stream): a CUDA graph, which
+        """function: train.optimizer_step. sequences: of a batch. record(function, reserve, stream): a CUDA graph, which
         tests replace."""
         self.function, self.model, self.optimizer, self.clip = function, model, optimizer, clip
         self.sequences, self.say, self.record = sequences, say, record
