@@ -68,12 +68,15 @@ def test_delta_sensitivity():
 
 
 def test_delta_of_few_and_noisy_rows():
-    """Where a small delta gives no optimum the table says so, as it did for the twelve runs of a tiny sweep."""
+    """Where the delta is too small for an optimum the table says so; at 1e-6, which is next to a sum of absolute
+    values, there is one, also for the twelve runs of a tiny sweep."""
     N = [1986, 2840, 4836, 1986, 2840, 4836, 7216, 2840, 3790, 7216, 10320, 14820]
     D = [60800, 43520, 26304, 182592, 130048, 79104, 54400, 433920, 330304, 180864, 116480, 84096]
     loss = [2.826, 2.839, 2.881, 2.661, 2.671, 2.613, 2.650, 2.514, 2.408, 2.406, 2.389, 2.423]
-    table = fits(delta_sensitivity(fit_parametric(N, D, loss), (1e-6, 1e-3)))
-    assert "starts converged" in str(table[1e-6]) and table[1e-3].delta == 1e-3
+    table = fits(delta_sensitivity(fit_parametric(N, D, loss), (1e-12, 1e-6, 1e-3)))
+    assert "starts converged" in str(table[1e-12]) and table[1e-3].delta == 1e-3
+    sums = {delta: np.abs(table[delta].residuals).sum() for delta in (1e-6, 1e-3)}
+    assert sums[1e-6] < sums[1e-3] and np.sort(np.abs(table[1e-6].residuals))[4] < 2e-6  # five constants, five rows met
 
 
 def test_refits_have_intervals():

@@ -108,6 +108,22 @@ def test_scipy_finds_no_better_optimum():
 # Made-up runs
 
 
+@pytest.mark.parametrize("delta", [1e-3, math.inf])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_long_valley_is_walked_to_its_end(seed, delta):
+    """Seven sizes at four lengths each hardly tell E from the rest: the optimum lies in a flat, curved valley. Every
+    start reaches it, and no E on either side of it does better."""
+    N = np.repeat([20e3, 26e3, 33e3, 49e3, 68e3, 90e3, 115e3], 4)
+    D = np.tile(1.6e5 * 16.0 ** (np.arange(4) / 3), 7) * np.sqrt(N / 20e3)
+    noise = 0.006 * np.random.default_rng(seed).standard_normal(28)
+    loss = (0.45 + 0.75 * (N / 48e3) ** -0.12 + 0.53 * (D / 9e5) ** -0.244) * np.exp(noise)
+    surface = Surface.of(N, D, loss, delta=delta, space="log", E=None, tied=False)
+    found = surface.minimise(projected_starts(surface, 12), cold=True)
+    assert found.converged.all() and np.ptp(found.objective) < 1e-9 * found.objective.min()
+    profile = surface.profile(found.theta[0], np.linspace(0, 1.2, 25))
+    assert (profile.objective >= found.objective.min() * (1 - 1e-9)).all()
+
+
 @pytest.mark.parametrize("options", [{}, {"delta": math.inf}, {"space": "linear"}, {"delta": 1e-6}], ids=str)
 def test_noise_free_laws_come_back(options):
     """20 random laws from 60 runs each, to 1e-8."""

@@ -16,6 +16,10 @@ TOLERANCE = 1e-13  # of the objective, still to be gained by the next step
 FLOOR = 1e-30  # of the summed weights: what rounding leaves of the objective of noise-free data
 MAX_STEPS = 300
 
+# Damping begins at the first number where a step fails, and ends below the second. What is not done after 10 steps
+# lies in a long, flat, curved valley, with eigenvalues 1e-6 of the largest: damped by 0.02 it would hardly move.
+DAMPING, FINE_DAMPING, FINE_FROM = (0.02, 1e-3), (1e-5, 1e-5), 10
+
 # (theta (K, p), mu (K,), rows (K,): which problems) -> objective (K,), gradient (K, p), Hessian (K, p, p)
 Evaluate = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]]
 
@@ -60,13 +64,14 @@ def minimise(evaluate: Evaluate, theta, lower, upper, weight, tolerance: float =
                 if not len(rows):
                     break
             trial = np.clip(theta + step, lower, upper)
-            softer = np.where(mu > 1e-3, mu / 10, 0.0)
+            least, last = DAMPING if taken < FINE_FROM else FINE_DAMPING
+            softer = np.where(mu > last, mu / 10, 0.0)
             F_new, g_new, H_new = evaluate(trial, softer, rows)
             # The last digits of two nearly equal sums say nothing.
             better = (F_new <= F * (1 + 1e-15)) & (gain >= 0) & np.isfinite(g_new).all(1)
             theta = np.where(better[:, None], trial, theta)
             F, g = np.where(better, F_new, F), np.where(better[:, None], g_new, g)
-            H, mu = np.where(better[:, None, None], H_new, H), np.where(better, softer, np.maximum(4 * mu, 0.02))
+            H, mu = np.where(better[:, None, None], H_new, H), np.where(better, softer, np.maximum(4 * mu, least))
             if not better.all():
                 worse = ~better
                 H[worse] = evaluate(theta[worse], mu[worse], rows[worse])[2]

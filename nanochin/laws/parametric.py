@@ -170,6 +170,8 @@ def fit_kaplan_form(N, D, loss, *, delta: float = 1e-3) -> KaplanForm:
     log_n, log_d = surface.centre
     with np.errstate(over="ignore"):
         N_c, D_c = np.exp(a / k + log_n), np.exp(b + log_d)
+    if not 0 < N_c < math.inf or not 0 < D_c < math.inf:
+        raise NotIdentified("Kaplan's form: the loss hardly falls with N or with D")
     agreeing = found.converged & agree(found.objective, found.objective[best], len(x))
     return KaplanForm(float(N_c), float(D_c), float(c * k), float(c), float(found.objective[best]), delta,
                       len(starts), int(agreeing.sum()))  # fmt: skip
