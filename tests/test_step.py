@@ -248,6 +248,21 @@ def test_what_cannot_be_recorded_runs_eager(name, call, kind):
                     "capturing"]  # fmt: skip
 
 
+def test_an_eager_step_on_a_cpu_leaves_threads_idle(four_threads):
+    """A step too small for four threads computes on one; all else, and what is compiled, has the four."""
+    seen = []
+
+    def function(*_):
+        seen.append(torch.get_num_threads())
+        return torch.zeros(2)
+
+    for name in ("eager", "graph"):
+        train_on, _ = made(name, function)
+        train_on(batches(1)[0], 0.01)
+        assert torch.get_num_threads() == 4
+    assert seen[0] == 1 and set(seen[1:]) == {4}
+
+
 @pytest.mark.parametrize("name", ["eager", "graph"])
 def test_later_errors_are_not_hidden(name):
     """An error after the first steps, or of an eager step, is raised as it is."""
