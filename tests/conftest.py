@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import random
 import subprocess
 import sys
@@ -14,6 +15,15 @@ import pytest
 from nanochin.config import Config, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
+if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many processes as cores: torch, not yet imported, has one each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_xdist_auto_num_workers(config) -> int:
+    """What `-n auto` is: a process a core for the whole suite, only this one where files are named or -k chooses."""
+    few = config.option.keyword or any(".py" in arg for arg in config.args)
+    cores = min(os.cpu_count() or 1, 10)
+    return 0 if few or cores == 1 else cores
 
 
 def pseudo_english(size: int, seed: int = 0) -> str:
@@ -144,10 +154,22 @@ QUICK = ("--bootstrap=100", "--figures=none")
 REMEMBERED = {}
 
 
+def unchecked(study, progress=None):
+    """`nanochin.study.check` of a study of which nothing can be checked."""
+    import numpy as np
+
+    from nanochin.laws import NotIdentified
+    from nanochin.study import Checks
+
+    none = NotIdentified("the test does without")
+    return Checks([], [], (np.empty(0), np.empty(0)), [], [], [], none, none, none, none, none, len(study.N))
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """`run(path, "--drop=5", code=0)`: fit.py in this process -> what it printed (to stderr, if it refused). Checks are
-    made once for the same rows and settings: what is written is of interest here, not how often."""
+    made once for the same rows and settings: what is written is of interest here, not how often; with `checks=False`
+    they are left out, some fifty fits that a test of something else can do without."""
     import fit
     from nanochin import study as of_study
     from nanochin.config import run_command
@@ -158,10 +180,10 @@ def run(monkeypatch, capsys):
             REMEMBERED[key] = of_study.check(study)
         return REMEMBERED[key]
 
-    monkeypatch.setattr(fit, "check", remember)
     monkeypatch.setattr(of_study, "SENSITIVITY", 20)  # what they are is tested with the laws
 
-    def command(*argv, code: int = 0) -> str:
+    def command(*argv, code: int = 0, checks: bool = True) -> str:
+        monkeypatch.setattr(fit, "check", remember if checks else unchecked)
         monkeypatch.setattr(sys, "argv", ["fit.py", *map(str, argv)])
         capsys.readouterr()
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chinchilla import chinchilla_csv
-from conftest import QUICK
+from conftest import QUICK, unchecked
 from conftest import read_laws as read
 from made_up_sweep import BUDGETS, LAW, loss, optimal, sweep, write_sweep
 
@@ -40,7 +40,7 @@ def test_the_law_of_a_noise_free_sweep_comes_back(run, tmp_path):
     """Approach 3 returns the constants that made the losses, and `load_law` (as train.py --law reads it) plans by
     them: least loss at a budget among 20,001 sizes that were tried."""
     write_sweep(tmp_path, sweep(noise=0), curves=False)
-    run(tmp_path, *QUICK)
+    run(tmp_path, *QUICK, checks=False)
     found = read(tmp_path / "fit")["approach3"]
     for name, value in LAW.items():
         assert found[name] == pytest.approx(value, rel=1e-6), name
@@ -52,7 +52,7 @@ def test_the_law_of_a_noise_free_sweep_comes_back(run, tmp_path):
 def test_every_approach_comes_near_the_law(run, made_up, tmp_path):
     """With 0.3% of noise all three exponents are near beta / (alpha + beta), in their own intervals; laws.json holds
     what design promises."""
-    out = run(made_up, "--bootstrap=400", "--figures=none", "--out", tmp_path)
+    out = run(made_up, "--bootstrap=400", "--figures=none", "--out", tmp_path, checks=False)
     a, found = LAW["beta"] / (LAW["alpha"] + LAW["beta"]), read(tmp_path)
     for number, far in ((1, 0.08), (2, 0.04), (3, 0.03)):
         assert found[f"approach{number}"]["a"] == pytest.approx(a, abs=far)
@@ -69,7 +69,7 @@ def test_the_optimum_is_that_of_the_flops_that_are_spent(run, tmp_path):
     """Of a sweep whose tokens cost 6 N (1 + 0.6 (1e5/N)^0.3) what is advised for a budget is the best of 20,001 sizes
     that spend it, where Eq. 4 is a tenth off; both exponents are told."""
     write_sweep(tmp_path, sweep(noise=0, physical=0.6), curves=False)
-    out, N = run(tmp_path, *QUICK, "--budget", "1e12", "6.4e13"), np.geomspace(1e3, 1e9, 20_001)
+    out, N = run(tmp_path, *QUICK, "--budget", "1e12", "6.4e13", checks=False), np.geomspace(1e3, 1e9, 20_001)
     found, best = read(tmp_path / "fit")["approach3"], []
     for one in found["optima"]:
         D = one["flops"] / (6 * N * (1 + 0.6 * (1e5 / N) ** 0.3))
@@ -185,10 +185,10 @@ def test_many_rows_have_fewer_resamples(run, made_up, tmp_path, monkeypatch):
     told."""
     monkeypatch.setattr(study_module, "WORK", 28 * 300)
     monkeypatch.setattr(fit, "MOMENTS", 0)
-    out = run(made_up, "--figures=none", "--out", tmp_path)
+    out = run(made_up, "--figures=none", "--out", tmp_path, checks=False)
     assert out.startswith("28 rows are many: 300 resamples instead of 4000")
     assert out.count("300 resamples instead of 4000") == 2 and read(tmp_path)["meta"]["bootstrap"] == 300
-    assert "instead of" not in run(made_up, "--bootstrap=310", "--figures=none", "--out", tmp_path)
+    assert "instead of" not in run(made_up, "--bootstrap=310", "--figures=none", "--out", tmp_path, checks=False)
     stages = []
     study_runs(_as_rows(sweep()), settings=Settings(bootstrap=50), progress=lambda *told: stages.append(told))
     assert ("resampling for approach 3", 50, 50) in stages and ("resampling for approach 2", 50, 50) in stages
@@ -203,7 +203,7 @@ def test_the_column_flops_of_others_is_called_so(run, tmp_path):
     for rows, name, option in ((ours, "physical", ()), (theirs, "as in the column flops", ()),
                                (theirs, "physical", ("--flops=physical",))):  # fmt: skip
         folder = write_sweep(tmp_path / f"{len(rows[0])}", rows, curves=False)
-        out = run(folder, *QUICK, *option)
+        out = run(folder, *QUICK, *option, checks=False)
         assert f"(N total, C {name})" in out and f"C {name}" in (folder / "fit" / "report.html").read_text()
         assert laws.load_law(folder / "fit" / "laws.json", 2).flops_convention == "physical"
         assert read(folder / "fit")["meta"]["flops_name"] == name
@@ -217,9 +217,9 @@ def test_a_blank_among_flops(run, tmp_path):
     write_sweep(tmp_path, rows, curves=False)
     assert "line 6: flops is blank" in run(tmp_path, *QUICK, code=2)
     assert not (tmp_path / "fit").exists()
-    assert "Left out: 1 without flops" in run(tmp_path, *QUICK, "--skip-bad")
+    assert "Left out: 1 without flops" in run(tmp_path, *QUICK, "--skip-bad", checks=False)
     assert read(tmp_path / "fit")["meta"]["flops_convention"] == "physical"
-    assert "28 runs" in run(tmp_path, *QUICK, "--flops=6nd")
+    assert "28 runs" in run(tmp_path, *QUICK, "--flops=6nd", checks=False)
 
 
 def test_rows_that_repeat_runs_drawn_one_by_one():
@@ -229,7 +229,7 @@ def test_rows_that_repeat_runs_drawn_one_by_one():
         row["run"] = f"run {i // 2}"
     for named, doubted in ((rows, True), (sweep(noise=0.002), False)):
         study = study_runs(_as_rows(named), settings=Settings(bootstrap=20, cluster="row"))
-        said = [text for good, text in findings(study, check(study)) if not good and "--cluster=row" in text]
+        said = [text for good, text in findings(study, unchecked(study)) if not good and "--cluster=row" in text]
         assert len(said) == doubted and all("28 rows belong to 14 runs" in text for text in said)
 
 
@@ -268,9 +268,9 @@ def test_curves_come_from_logs_or_from_a_table(run, made_up, tmp_path):
             lines.append(f"{row['run']},{row['params']},{moment['tokens']},{moment['loss']!r}")
     (tmp_path / "curves.csv").write_text("\n".join(lines))
     shutil.copy(made_up / "runs.csv", tmp_path / "alone.csv")
-    run(made_up, *QUICK, "--out", tmp_path / "logs")
-    run(tmp_path / "alone.csv", *QUICK, "--curves", tmp_path / "curves.csv", "--out", tmp_path / "table")
-    run(tmp_path / "alone.csv", *QUICK)
+    run(made_up, *QUICK, "--out", tmp_path / "logs", checks=False)
+    run(tmp_path / "alone.csv", *QUICK, "--curves", tmp_path / "curves.csv", "--out", tmp_path / "table", checks=False)
+    run(tmp_path / "alone.csv", *QUICK, checks=False)
     from_logs, from_table = (read(tmp_path / name)["approach1"] for name in ("logs", "table"))
     assert from_logs["a"] == pytest.approx(from_table["a"], rel=1e-9)
     alone = read(tmp_path / "fit-alone")
@@ -284,8 +284,8 @@ def test_curves_are_of_runs_and_of_numbers(run, made_up, tmp_path):
     log.write_text('{"step": 1, "tokens": 900, "loss": NaN}\n{"step": 1, "tokens": 9, "loss": "x"}\n' + log.read_text())
     rows = (clean / "runs.csv").read_text().splitlines()
     (clean / "runs.csv").write_text("\n".join([*rows, *rows[1:]]))
-    run(made_up, *QUICK, "--out", tmp_path / "a")
-    run(clean, *QUICK, "--out", tmp_path / "b")
+    run(made_up, *QUICK, "--out", tmp_path / "a", checks=False)
+    run(clean, *QUICK, "--out", tmp_path / "b", checks=False)
     one, other = (read(tmp_path / name)["approach1"] for name in "ab")
     assert other["n_curves"] == one["n_curves"] and other["a_ci"] == one["a_ci"]
 
@@ -325,8 +325,8 @@ def test_figures_of_very_large_runs(run, tmp_path):
 
 def test_every_count_of_parameters(run, made_up, tmp_path):
     """--params chooses the column and laws.json says so; a convention that the rows lack is refused."""
-    run(made_up, *QUICK, "--params=non_embedding", "--out", tmp_path / "a")
-    run(made_up, *QUICK, "--out", tmp_path / "b")
+    run(made_up, *QUICK, "--params=non_embedding", "--out", tmp_path / "a", checks=False)
+    run(made_up, *QUICK, "--out", tmp_path / "b", checks=False)
     few, all_ = (read(tmp_path / name)["approach3"] for name in "ab")
     assert read(tmp_path / "a")["meta"]["params_convention"] == "non_embedding"
     assert few["A"] != pytest.approx(all_["A"], rel=1e-3)
@@ -342,7 +342,7 @@ def test_tunings_drops_and_bad_lines_are_counted(run, tmp_path):
     rows.append({**rows[1], "loss": "nan"})
     write_sweep(tmp_path, rows, curves=False)
     run(tmp_path, *QUICK, code=2)
-    out = run(tmp_path, *QUICK, "--skip-bad", "--drop=2")
+    out = run(tmp_path, *QUICK, "--skip-bad", "--drop=2", checks=False)
     expected = {"failed": 1, "not usable": 1, "worse tunings of a run": 4, "of highest loss": 2}
     assert read(tmp_path / "fit")["meta"]["dropped"] == expected
     for reason, number in expected.items():
@@ -446,7 +446,7 @@ def test_copies_of_rows_are_noticed():
         for row in table if not named else ():
             del row["run"]
         study = study_runs(_as_rows(table), settings=Settings(bootstrap=20))
-        said = [text for good, text in findings(study, check(study)) if not good and "identical" in text]
+        said = [text for good, text in findings(study, unchecked(study)) if not good and "identical" in text]
         assert (said == []) if named else (len(said) == 1 and said[0].startswith("5 rows are identical"))
 
 
@@ -455,11 +455,11 @@ def test_the_curves_are_named_by_their_hash(run, made_up, tmp_path):
     of curves that of the file; nothing where there are no curves."""
     rows = [line.split(",")[0] for line in (made_up / "runs.csv").read_text().splitlines()[1:]]
     logs = b"".join((made_up / "runs" / name / "log.jsonl").read_bytes() for name in rows)
-    run(made_up, *QUICK, "--out", tmp_path)
+    run(made_up, *QUICK, "--out", tmp_path, checks=False)
     sha = hashlib.sha256(logs).hexdigest()
     assert read(tmp_path)["meta"]["curves_sha256"] == sha and sha in (tmp_path / "report.html").read_text()
     shutil.copy(made_up / "runs.csv", tmp_path / "alone.csv")
-    run(tmp_path / "alone.csv", *QUICK, "--out", tmp_path)
+    run(tmp_path / "alone.csv", *QUICK, "--out", tmp_path, checks=False)
     assert read(tmp_path)["meta"]["curves_sha256"] is None
 
 

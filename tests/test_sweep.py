@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,9 +76,9 @@ class Sweeps:
         return subprocess.Popen(command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 **options)  # fmt: skip
 
-    def run(self, *argv: str, code: int = 0, **options) -> str:
-        """Run it to its end -> its output; of a failure, stderr."""
-        process = self.start("--workers", "2", *argv, **options)
+    def run(self, *argv: str, code: int = 0, workers: int = 1, **options) -> str:
+        """Run it to its end -> its output; of a failure, stderr. A second worker takes longer to load than to train."""
+        process = self.start(f"--workers={workers}", *argv, **options)
         try:
             out, err = process.communicate(timeout=PATIENCE)
         finally:
@@ -126,7 +127,7 @@ def sweeps(tmp_path, table) -> Sweeps:
 def peace(table, tmp_path_factory) -> Sweeps:
     """The same sweep, left in peace."""
     sweeps = Sweeps(tmp_path_factory.mktemp("peace") / "sweep", table)
-    sweeps.said = sweeps.run()
+    sweeps.said = sweeps.run(workers=2)
     return sweeps
 
 
@@ -309,7 +310,7 @@ def test_two_sweeps(peace, sweeps):
 
 def test_failed_runs(sweeps, table):
     """A run that diverges is recorded with its reason, the others go on; it is tried again only when asked."""
-    keys = {"kind": "grid", "budgets": [4e8], "models": ["12x1"], "lr": [0.01, 9e5, 0.02]}
+    keys = {"kind": "grid", "budgets": [4e8], "models": ["12x1"], "lr": [0.01, 9e5, 0.02], "save_every": 0.0}
     sweeps.write(table | keys)
     said = sweeps.run()
     rows = sweeps.rows()
@@ -406,17 +407,20 @@ def test_trunk(table, sweeps):
 # From text to law
 
 
-def test_smoke(tmp_path):
-    """sweeps/smoke.toml killed on its way and run again: every budget, perhaps with sizes added, and then the fit."""
+@pytest.mark.parametrize("changes", [
+    {"budgets": [1e9, 3e9, 1e10], "centre": [3.4e3, 5e3, 9e3]}, pytest.param({}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_smoke(tmp_path, changes):
+    """sweeps/smoke.toml, or all of it but a third of its FLOPs, killed on its way and run again: every budget, perhaps
+    with sizes added, and then the fit."""
     folder = tmp_path / "sweep"
-    sweeps = Sweeps(folder, {}, "smoke")
-    shutil.copyfile(ROOT / "sweeps" / "smoke.toml", sweeps.file)
+    sweeps = Sweeps(folder, tomllib.loads((ROOT / "sweeps" / "smoke.toml").read_text()) | changes, "smoke")
     process = sweeps.start("--workers", "2")
     sweeps.wait_for(process, lambda: len(list(sweeps.out.glob("runs/*/summary.json"))) > 2)
     for pid in [process.pid, *children(process.pid)]:
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    said = sweeps.run()
+    said = sweeps.run(workers=2)
     rows = sweeps.rows()
     assert len(rows) >= 12 and {row["status"] for row in rows} == {"finished"}
     assert len(sweeps.trained()) <= len(rows)  # those killed are trained on, those finished are not trained again

@@ -159,16 +159,15 @@ def test_damaged_ranks_are_named(tmp_path, damage):
 @pytest.fixture
 def silent_proxy(monkeypatch, tmp_path):
     """tiktoken's cache is empty, and the network is a proxy that accepts connections and never answers."""
-    server = socket.create_server(("127.0.0.1", 0))
+    server, before = socket.create_server(("127.0.0.1", 0)), set(threading.enumerate())
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.getsockname()[1]}")
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
     yield server
     server.close()
-    for thread in threading.enumerate():  # the download fails now, and with it tiktoken's lock goes
-        if thread.daemon:
-            thread.join(10)
+    for thread in set(threading.enumerate()) - before:  # the download fails now, and with it tiktoken's lock goes
+        thread.join(10)
 
 
 @pytest.mark.parametrize("silent", [True, False])
