@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -407,14 +406,11 @@ def test_trunk(table, sweeps):
 # From text to law
 
 
-@pytest.mark.parametrize("changes", [
-    {"budgets": [1e9, 3e9, 1e10], "centre": [3.4e3, 5e3, 9e3]}, pytest.param({}, marks=pytest.mark.slow),
-])  # fmt: skip
-def test_smoke(tmp_path, changes):
-    """sweeps/smoke.toml, or all of it but a third of its FLOPs, killed on its way and run again: every budget, perhaps
-    with sizes added, and then the fit."""
+def test_smoke(tmp_path):
+    """sweeps/smoke.toml killed on its way and run again: every budget, perhaps with sizes added, and then the fit."""
     folder = tmp_path / "sweep"
-    sweeps = Sweeps(folder, tomllib.loads((ROOT / "sweeps" / "smoke.toml").read_text()) | changes, "smoke")
+    sweeps = Sweeps(folder, {}, "smoke")
+    shutil.copyfile(ROOT / "sweeps" / "smoke.toml", sweeps.file)
     process = sweeps.start("--workers", "2")
     sweeps.wait_for(process, lambda: len(list(sweeps.out.glob("runs/*/summary.json"))) > 2)
     for pid in [process.pid, *children(process.pid)]:
