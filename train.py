@@ -6,7 +6,7 @@
     python train.py config.toml --seed 1               options from a file, then from the command line
 
 The same command goes on from where a killed run stopped, and ends in the same bits. The file reads top to bottom:
-`resolve` decides what to train on what, `train` holds the loop, the rest are the functions they call.
+`resolve` decides what is trained and on what, `train` holds the loop, the rest are the functions they call.
 """
 
 import dataclasses

@@ -24,7 +24,7 @@ from nanochin.flops import (
 from nanochin.laws import BESIROGLU, Law, PowerLaw, load_law
 
 # (width, layers), from 2 thousand parameters (bytes) to 1 billion. Neighbours differ by less than 1.5x in
-# `with_head` whatever the vocabulary. Width over layers rises to the paper's 40-70; from 512x8 on these are the
+# `with_head` whatever the vocabulary. Width over layers rises to the paper's 40 to 90; from 512x8 on these are the
 # rows of its Table A9.
 LADDER = (
     (6, 1), (8, 1), (10, 1), (12, 1), (16, 1), (16, 2), (20, 2), (24, 2), (28, 2), (32, 2),
