@@ -154,6 +154,8 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         if run.summary is not None:
             progress.say(f"{run.folder} is finished: loss {run.summary['loss']:.4f}")
             return run.summary
+        # A prediction stands as it was made before the first step, whatever law a call that goes on names.
+        record["predicted"] = runs.read_json(run.folder / "config.json").get("predicted") or record["predicted"]
         with runs.writing(run.folder):
             corpus.tokenizer.save(run.folder)
 
