@@ -133,7 +133,7 @@ def read(options: FitOptions) -> tuple[Rows, Rows | None]:
 
 
 def around(study: Study) -> tuple[float, ...]:
-    """Powers of ten from the smallest to a hundred times the largest run, at most seven."""
+    """At most seven powers of ten, from that above the smallest run to a hundred times that above the largest."""
     first = int(np.ceil(np.log10(study.C.min())))
     last = int(np.ceil(np.log10(study.C.max()))) + 2
     step = -(-(last - first + 1) // 7)

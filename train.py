@@ -6,7 +6,7 @@
     python train.py config.toml --seed 1               options from a file, then from the command line
 
 The same command goes on from where a killed run stopped, and ends in the same bits. The file reads top to bottom:
-`resolve` decides what to train on what, `train` holds the loop, the rest are the functions they call.
+`resolve` decides what is trained and on what, `train` holds the loop, the rest are the functions they call.
 """
 
 import dataclasses
@@ -154,6 +154,8 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         if run.summary is not None:
             progress.say(f"{run.folder} is finished: loss {run.summary['loss']:.4f}")
             return run.summary
+        # A prediction stands as it was made before the first step, whatever law a call that goes on names.
+        record["predicted"] = runs.read_json(run.folder / "config.json").get("predicted") or record["predicted"]
         with runs.writing(run.folder):
             corpus.tokenizer.save(run.folder)
 
@@ -196,11 +198,11 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
 
                 if step % config.log_every == 0 or step == plan.steps:
                     row = log_row(job, step, recent, run)
-                    lap, elapsed = watch.seconds(), watch.seconds() - lap
-                    row["tokens_per_s"] = len(recent) * plan.batch_tokens / elapsed
+                    now = watch.seconds()  # after log_row, which has waited for the device
+                    row["tokens_per_s"] = len(recent) * plan.batch_tokens / (now - lap)
                     row["mfu"] = peak and row["tokens_per_s"] * plan.flops["physical"] / plan.tokens / peak
                     run.log(row)
-                    recent = []
+                    recent, lap = [], now
                     progress("training", step, plan.steps, progress_note(row))
 
                 due = config.save_every and time.monotonic() - last_save > config.save_every
@@ -344,7 +346,8 @@ def describe(job: Job) -> dict:
 
 
 def log_row(job: Job, step: int, recent: list[Tensor], run: runs.Run) -> dict:
-    """One object of log.jsonl: means over the steps since the last. Reads the device, raises RunError on NaN."""
+    """One object of log.jsonl: means over the steps since the last one. Waits for the device; raises RunError for a
+    loss or norm that is not finite."""
     values = torch.stack(recent).tolist()
     check_finite(values, step, run)
     plan = job.plan
@@ -360,7 +363,8 @@ def log_row(job: Job, step: int, recent: list[Tensor], run: runs.Run) -> dict:
 
 
 def log_evaluation(job: Job, step: int, model: GPT, run: runs.Run, progress=None) -> tuple[float, float | None]:
-    """(loss, bits per byte) on the validation text after `step`, also into log.jsonl. Raises RunError on NaN."""
+    """(loss, bits per byte) on the validation text after `step`, also into log.jsonl. Raises RunError for a loss that
+    is not finite."""
     loss, bpb = evaluate(model, job.corpus.val, job.corpus.val_bytes, progress)
     if not math.isfinite(loss):
         raise RunError(f"step {step}: validation loss {loss}; the run diverged, try a lower --lr")
@@ -369,7 +373,7 @@ def log_evaluation(job: Job, step: int, model: GPT, run: runs.Run, progress=None
 
 
 def check_finite(recent: list[list[float]], step: int, run: runs.Run) -> None:
-    """Raises RunError for the first of the `recent` steps up to `step` whose loss or gradient norm is not a number."""
+    """Raises RunError for the first of the `recent` steps up to `step` whose loss or gradient norm is not finite."""
     for number, pair in enumerate(recent, start=step - len(recent) + 1):
         if not all(map(math.isfinite, pair)):
             last = checkpoint.newest(run.folder)
@@ -414,7 +418,7 @@ def find_branch(config: Config, record: dict) -> Path:
 
 
 def summarise(job: Job, record: dict, name: str, loss: float, bpb: float | None, seconds: float) -> dict:
-    """The row of runs.csv (columns as in the README)."""
+    """summary.json, which is also the run's row of runs.csv: the columns that nanochin/rows.py reads, and more."""
     config, plan, corpus = job.config, job.plan, job.corpus
     unique = min(plan.tokens, job.windows.per_epoch * config.seq_len)
     return {

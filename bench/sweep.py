@@ -1,10 +1,12 @@
 """A sweep's wall time against a plain loop of train.py processes on the same runs, and where the time goes.
 
     python -m bench.sweep sweeps/mini.toml              in a folder of its own; what is there already is not redone
-    python -m bench.sweep sweeps/mini.toml --loop 3     time three runs of the loop and scale by FLOPs and steps
+    python -m bench.sweep sweeps/mini.toml --loop 3     time three runs of the loop and estimate the others
 
 The loop is what one would write in a shell: one `train.py` after the other, with torch's own number of threads (or
-`--loop-threads`), each paying for start-up, imports and opening the corpus.
+`--loop-threads`), each paying for start-up, imports and opening the corpus. Of runs that are not timed the training is
+taken to last in proportion to what it took in the sweep (FLOPs do not tell: small models take longer for one), and
+all else as long as for a timed one.
 """
 
 import json
@@ -44,15 +46,14 @@ def main() -> None:
 
     chosen = rows if not options.loop else rows[:: max(1, len(rows) // options.loop)][: options.loop]
     timed = time_loop(options, out, chosen)
-    done = sum(float(row["flops"]) for row in chosen) / sum(float(row["flops"]) for row in rows)
-    loop = timed / done
+    loop = estimate_loop(timed, loop_training(out, chosen), chosen, rows)
     print(
         f"sweep: {seconds:.1f} s for {len(rows)} runs with {workers} workers; outside training steps {outside:.1%} "
         f"of {workers} x {seconds:.1f} s (start-up, evaluation, checkpoints, waiting for the last run, the fit)"
     )
     print(
         f"loop of train.py: {timed:.1f} s for {len(chosen)} runs"
-        + (f", by their share of the FLOPs {loop:.1f} s for all" if done < 1 else "")
+        + (f", {loop:.1f} s estimated for all" if len(chosen) < len(rows) else "")
     )
     print(f"the sweep takes {seconds / loop:.2f} of the loop's time")
 
@@ -85,6 +86,17 @@ def time_loop(options: BenchOptions, out: Path, rows: list[dict]) -> float:
             command.append(f"--threads={options.loop_threads}")
         subprocess.run(command, check=True, capture_output=True)
     return time.perf_counter() - start
+
+
+def loop_training(out: Path, rows: list[dict]) -> float:
+    """Seconds that the runs of the loop spent training, by their own summaries."""
+    return sum(json.loads((out / "loop" / row["run"] / "summary.json").read_text())["seconds"] for row in rows)
+
+
+def estimate_loop(timed: float, training: float, chosen: list[dict], rows: list[dict]) -> float:
+    """Seconds of a loop over all `rows`, of which the `chosen` took `timed`, `training` of them in training."""
+    share = sum(float(row["seconds"]) for row in chosen) / sum(float(row["seconds"]) for row in rows)
+    return training / share + (timed - training) * len(rows) / len(chosen)
 
 
 if __name__ == "__main__":

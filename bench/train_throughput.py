@@ -24,7 +24,8 @@ from nanochin.console import count
 from nanochin.flops import flops_per_token, format_columns
 
 # name: width, layers, head size, vocabulary, context, sequences a step. S and M are nanoGPT-like with a vocabulary of
-# 4096; t64 and t96 are rungs of the ladder around the default run on a CPU; the last three are for a GPU.
+# 4096; t64 and t96 are as wide and deep as the default run on a CPU and a neighbour of it on the ladder, with fewer
+# heads; the last three are for a GPU.
 SHAPES = {
     "S": (128, 4, 32, 4096, 256, 12),
     "M": (384, 6, 64, 4096, 256, 12),

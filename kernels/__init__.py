@@ -104,8 +104,8 @@ def flop_formulas() -> dict:
 
 @contextmanager
 def use(name: str, **instead):
-    """Compute every operation by "reference", "fallback" or "triton" inside the block, whatever the device; by what
-    suits the device ("auto") as outside of it. Functions given by an operation's name take its place."""
+    """Inside the block every operation is that of "reference", "fallback" or "triton", whatever the device; with "auto"
+    it stays what it is outside. A function given under an operation's name takes that operation's place."""
     before = {op: globals()[op] for op in OPERATIONS}
     if name == "auto":
         inside = {}
@@ -136,7 +136,7 @@ def _triton_operations() -> dict:
 
 
 def _choosing(ours, theirs, suits):
-    """`ours` for the tensors that it suits."""
+    """The operation that is `ours` for the tensors that suit it and `theirs` for all others."""
 
     def operation(x, *args, **kwargs):
         return (ours if suits(x, *args, **kwargs) else theirs)(x, *args, **kwargs)

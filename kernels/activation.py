@@ -97,11 +97,10 @@ def _config(F: int) -> dict:
     return {"ROWS": 2048 // block, "BLOCK": block, "num_warps": 4}
 
 
-def _launch(kernel, *tensors: Tensor, width: int, kind: str) -> None:
-    """Over outputs of `width` columns; without a gate the rows do not matter, all is one."""
-    numbers = tensors[0].numel() if kernel is _backward else tensors[-1].numel()  # of the output or its gradient
-    F = width if kind == "swiglu" else numbers
-    M = numbers // F if F else 0
+def _launch(kernel, *tensors: Tensor, like: Tensor, kind: str) -> None:
+    """Run over the (M, F) outputs, of which `like` is one or a gradient. Without a gate all numbers are one row."""
+    F = like.shape[-1] if kind == "swiglu" else like.numel()
+    M = like.numel() // F
     config = _config(F)
     programs = triton.cdiv(M, config["ROWS"]) * triton.cdiv(F, config["BLOCK"])
     kernel[(programs,)](*tensors, M, F, KIND=kind, **config)
@@ -112,7 +111,7 @@ def activate(x: Tensor, kind: str) -> Tensor:
     """x (..., F), or (..., 2F) for swiglu -> (..., F)."""
     x = x.contiguous()
     y = _output(x, kind)
-    _launch(_forward, x, y, width=y.shape[-1], kind=kind)
+    _launch(_forward, x, y, like=y, kind=kind)
     return y
 
 
@@ -126,7 +125,7 @@ def activate_backward(grad: Tensor, x: Tensor, kind: str) -> Tensor:
     """Gradient of x."""
     grad, x = grad.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
-    _launch(_backward, grad, x, dx, width=grad.shape[-1], kind=kind)
+    _launch(_backward, grad, x, dx, like=grad, kind=kind)
     return dx
 
 

@@ -143,7 +143,9 @@ def swiglu(x: Tensor) -> Tensor:
 def linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
 ) -> Tensor:
-    return _LinearCrossEntropy.apply(h, weight, targets, ignore_index, z_loss)
+    # Decided here: within the function autograd is off, and weights need gradients also where nobody asks for them.
+    train = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(h, weight, targets, ignore_index, z_loss, train)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -151,16 +153,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     gradient; the backward only scales them. (The idea of Liger-Kernel, Hsu et al. 2024.)"""
 
     @staticmethod
-    def forward(ctx, h, weight, targets, ignore_index, z_loss):
+    def forward(ctx, h, weight, targets, ignore_index, z_loss, train):
         wide = _wide(h)
         keep = targets != ignore_index
         targets = torch.where(keep, targets, 0)[:, None]
         keep = keep.to(wide)
         loss = torch.zeros((), dtype=wide, device=h.device)
-        train = any(ctx.needs_input_grad)
         dh = torch.empty_like(h) if train else h
-        dweight = torch.zeros_like(weight, dtype=wide)
-        rows = max(256, 2**20 // len(weight))  # a few MB of logits: about what a core keeps in its cache
+        dweight = torch.zeros_like(weight, dtype=wide) if train else None
+        # A few MB of logits, about what a core keeps in its cache; at least 256 rows, for the products to be fast.
+        rows = max(256, 2**20 // len(weight))
         for x, target, kept, dx in zip(*(t.split(rows) for t in (h, targets, keep, dh)), strict=True):
             p = (x @ weight.T).to(wide)  # logits (rows, V), soon their softmax, then their gradient
             top, right = p.amax(-1), p.gather(1, target)[:, 0]
@@ -181,7 +183,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dh, dweight, count = ctx.saved_tensors
         scale = grad / count
-        return dh * scale.to(dh.dtype), (dweight * scale).to(ctx.dtype), None, None, None
+        return dh * scale.to(dh.dtype), (dweight * scale).to(ctx.dtype), None, None, None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -323,7 +323,7 @@ def _read(parser: argparse.ArgumentParser, argv: list[str]) -> dict:
 def _toml_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """{'vocab-size': 4096, 'data': ['a', 'b']} -> ['--vocab-size=4096', '--data', 'a', 'b']"""
     try:
-        table = tomllib.loads(Path(path).read_text())
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         parser.error(error.strerror)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -261,6 +261,7 @@ class Recipe:
     skip_bad: bool
 
     def key(self) -> str:
+        """Not of skip_bad: text without bad records comes out alike, and `prepare` refuses what it does not allow."""
         parts = [VERSION, fingerprint(self.train), fingerprint(self.val), self.val_bytes]
         return hashlib.sha256(json.dumps([*parts, self.tokenizer, self.vocab_size]).encode()).hexdigest()[:12]
 

@@ -74,8 +74,8 @@ def curves(study: Study) -> Figure | None:
         return None
     fit, own, marks, low = first.fit, first.fit.curves, [], np.inf
     sizes = np.array([N for _, _, N in own.values()])
-    different = np.unique(sizes)
-    named = set(different[np.linspace(0, len(different) - 1, min(5, len(different))).round().astype(int)])
+    distinct = np.unique(sizes)
+    named = set(distinct[_evenly(len(distinct), 5)])  # in the legend
     for (run, (C, L, N)), colour in sorted(zip(own.items(), shade(sizes), strict=True), key=lambda pair: pair[0][1][2]):
         every = _evenly(len(C), max(20, 16_000 // len(own)))
         label = f"N = {count(N)}" if N in named else ""
@@ -108,7 +108,7 @@ def isoflop(study: Study) -> Figure | None:
         return None
     fit, marks, flat = second.fit, [], []
     spent = np.array([budget.flops for budget in fit.budgets])
-    for budget, colour, name in zip(fit.budgets, shade(spent), different(spent), strict=True):
+    for budget, colour, name in zip(fit.budgets, shade(spent), distinct_powers(spent), strict=True):
         rows = budget.rows[_evenly(budget.n_runs, max(20, MOST // len(fit.budgets)))]
         hover = [_run(study, i) for i in rows]
         marks.append(Points(fit.N[rows], fit.loss[rows], colour, name, hover, 2.8))
@@ -410,8 +410,8 @@ def _others(study: Study, x: np.ndarray, which: int) -> list:
     return marks
 
 
-def different(values: np.ndarray) -> list[str]:
-    """Powers of ten of two digits, or of as many as tell them apart."""
+def distinct_powers(values: np.ndarray) -> list[str]:
+    """Names such as 3×10^18 of two digits, or of as many as tell the values apart."""
     for digits in range(2, 8):
         names = [number(value, powers=True, digits=digits) for value in values]
         if len(set(names)) == len(names):

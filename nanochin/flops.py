@@ -57,14 +57,6 @@ def count_params(shape: Shape) -> Params:
     return Params(total=embeddings + non_embedding, non_embedding=non_embedding, with_head=matrices + V * C)
 
 
-def chinchilla_params(width: int, ffn: int, head_size: int, heads: int, layers: int, vocab_size: int = 32_000) -> int:
-    """Parameters of the paper's own models (Table A9): layernorm, biases, tied head, and the relative positions
-    of Transformer-XL, whose key projection is a fifth matrix of attention. Heads need not fill the width."""
-    d, f, q = width, ffn, heads * head_size
-    layer = 3 * (d * q + q) + (d * q + 2 * q) + (q * d + d) + (d * f + f) + (f * d + d) + 4 * d
-    return vocab_size * d + 2 * d + layers * layer
-
-
 def _ups(shape: Shape) -> int:
     """SwiGLU goes up twice: gate and value, one matrix of 2F columns."""
     return 2 if shape.activation == "swiglu" else 1
@@ -255,12 +247,6 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
         raise UserError(f"--dtype {dtype}: peaks are listed for {', '.join(BYTES)}")
     peak = getattr(device, dtype) if device else None
     return None if peak is None else peak * 1e12
-
-
-def memory_bandwidth(device_name: str) -> float | None:
-    """Peak bytes/s of a known accelerator's memory; None for an unknown one."""
-    device = find_device(device_name)
-    return None if device is None else device.bandwidth * 1e9
 
 
 def row_bytes(row: Row, sequences: int, number: int = 2) -> int:

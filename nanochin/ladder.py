@@ -24,7 +24,7 @@ from nanochin.flops import (
 from nanochin.laws import BESIROGLU, Law, PowerLaw, load_law
 
 # (width, layers), from 2 thousand parameters (bytes) to 1 billion. Neighbours differ by less than 1.5x in
-# `with_head` whatever the vocabulary. Width over layers rises to the paper's 40-70; from 512x8 on these are the
+# `with_head` whatever the vocabulary. Width over layers rises to the paper's 40 to 90; from 512x8 on these are the
 # rows of its Table A9.
 LADDER = (
     (6, 1), (8, 1), (10, 1), (12, 1), (16, 1), (16, 2), (20, 2), (24, 2), (28, 2), (32, 2),
@@ -74,7 +74,8 @@ def rule_lr(width: int, batch_tokens: int, params: int) -> float:
     the width (Yang et al. 2022, 2203.03466). Of 13 optima between 10 and 430 thousand parameters and 128 and 2700
     tokens a batch, each known within a factor of 2, it is at most 1.7 times off (LOG.md); a rate by the width alone
     was 3 times too high for large models on few tokens, and cost them 3% of their loss. At most the 3.7 N^-0.36 of
-    Porian et al. 2024 (2406.19146), fitted on 5 to 901 million parameters: less from about 200 million on."""
+    Porian et al. 2024 (2406.19146), fitted on 5 to 221 million parameters and checked up to 901: at 20 tokens a
+    parameter that is less from about 200 million on (and up to 2 million where the vocabulary is 50 thousand)."""
     return min(0.011 * math.sqrt(batch_tokens) / width, 3.7 * params**-0.36)
 
 
@@ -203,7 +204,8 @@ def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> 
 
 
 def _by_law(law: Law | PowerLaw, able: dict[Shape, float]) -> tuple[Callable[[Shape], float], str]:
-    """What the law would have small, and in words. `able` holds the tokens on which a shape spends the budget."""
+    """(what the shape to choose has least of, by the law; the same in words). `able` holds the tokens on which each
+    shape spends the budget."""
     among = f"by {law.name} of the {len(able)} shapes that can spend the budget"
     if isinstance(law, Law):
         return lambda s: law.loss(_count(s, law), able[s]), f"least loss {among}"

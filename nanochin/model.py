@@ -2,7 +2,7 @@
 
 Like Chinchilla by default: pre-norm RMSNorm, rotary positions, a GELU feed-forward of 4C, no biases, one matrix
 for embedding and output. Other members of the family are options of `Shape`, not other files: `layernorm`,
-`learned` positions and biases make GPT-2; `swiglu` and an untied head make Llama; `qk_norm`, `relu2`.
+`learned` positions and biases make GPT-2; `swiglu` and an untied head make Llama; `qk_norm` and `relu2` go with any.
 
 References: Hoffmann et al. 2022 (Chinchilla); Radford et al. 2019 (GPT-2) and its rewriting in karpathy/nanoGPT;
 Su et al. 2021 (rotary positions); Zhang & Sennrich 2019 (RMSNorm).
@@ -55,18 +55,22 @@ class LayerNorm(nn.Module):
         return kernels.add_layer_norm(x, residual, self.weight, self.bias)
 
 
+NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
 class Rotary(nn.Module):
     """Rotates (and with qk_norm normalises) the queries and keys of packed qkv (B, T, 3C). No parameters."""
 
-    theta = 10_000.0
+    theta = 10_000.0  # the base of the angles' frequencies
 
     def __init__(self, shape: Shape):
         super().__init__()
         self.heads, self.qk_norm = shape.heads, shape.qk_norm
-        self.frequencies = self.theta if shape.positions == "rotary" else None
+        if shape.positions != "rotary":
+            self.theta = None  # no rotation, QK-norm alone
 
     def forward(self, qkv: Tensor) -> Tensor:
-        return kernels.rotary(qkv, self.heads, self.frequencies, self.qk_norm)
+        return kernels.rotary(qkv, self.heads, self.theta, self.qk_norm)
 
 
 class Attention(nn.Module):
@@ -102,7 +106,7 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
-        norm = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[shape.norm]
+        norm = NORMS[shape.norm]
         self.attention = Attention(shape)
         self.norm1 = norm(shape)
         self.feed_forward = FeedForward(shape)
@@ -125,7 +129,7 @@ class GPT(nn.Module):
         self.shape, self.dtype, self.z_loss = shape, dtype, z_loss
         self.embed = nn.Embedding(shape.vocab_size, shape.width)
         self.positions = nn.Embedding(shape.seq_len, shape.width) if shape.positions == "learned" else None
-        self.norm = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}[shape.norm](shape)
+        self.norm = NORMS[shape.norm](shape)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.head = self.embed if shape.tied else Linear(shape.width, shape.vocab_size, bias=False)
         self.init_weights(seed)

@@ -10,8 +10,8 @@ from nanochin.config import UserError
 
 
 class Adam:
-    """torch's fused Adam over float32 parameters, one kernel a step, without the class `torch.optim.Adam` around it:
-    that one imports torch's compiler when it is made, 2 s of every start, used or not.
+    """torch's fused Adam over float32 parameters, without the class `torch.optim.Adam` around it: making one imports
+    torch's compiler, 2 s of every start, used or not.
 
     `adamw` takes lr * weight_decay * w off the weight (Loshchilov & Hutter 2019), `adam` adds weight_decay * w to the
     gradient (L2); Hoffmann et al. 2022, section 4.1, compare the two. Matrices decay, vectors (norms, biases) do not.
@@ -66,7 +66,7 @@ def lr_at(
     `constant`  1.
     `final` belongs to the moment after the last step, so no step is lost to a rate of 0.
 
-    Raises UserError where the warm-up is as long as the decay that should follow it.
+    Raises UserError where the warm-up is as long as the schedule (`cycle` times the run for a cosine).
     """
     horizon = cycle * steps if schedule == "cosine" else steps
     if warmup_steps >= horizon:

@@ -1,6 +1,6 @@
 """The report: one HTML file without anything from outside, which answers first and proves afterwards.
 
-    render(study, checks, figures, questions, answers, provenance) -> str
+    render(study, checks, figures, questions, answers, trials, provenance) -> str
 
 What is the law, what should a budget buy, how sure are we; then the figures, then what would change the answer. It
 follows the reader's light or dark screen and is as good on a phone (report.css). Every number has its 95% interval

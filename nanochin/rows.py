@@ -274,7 +274,7 @@ def by_chance(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> tuple[float, fl
     """(of N, of D): how probable it is that a parabola in its log explains so much of log loss, beside a parabola in
     the other's, if it has no part in it (F test). 0 where this cannot be told: D grows with N, or there are few runs.
 
-    For two terms more and m rows more than terms P(F) is (RSS with them / RSS without them)^(m/2)."""
+    For two added terms, m = n - 5 degrees of freedom being left, P(F) is (RSS with them / RSS without them)^(m/2)."""
     n, d, y = (np.log(values) - np.log(values).mean() for values in (N, D, loss))
     n, d = (x / (np.abs(x).max() or 1) for x in (n, d))
 

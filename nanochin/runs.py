@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from nanochin.config import Config, RunError, UserError
+from nanochin.console import three
 
 
 class BusyError(UserError):
@@ -116,12 +117,12 @@ def identity(config: Config, **facts) -> dict:
 def run_name(corpus: str, identity: dict) -> str:
     """A short readable stem and a hash of the identity: 'python-96x4-7.5M-0b1c2d3e'."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return f"{corpus}-{identity['model']}-{identity['tokens'] / 1e6:.3g}M-{digest[:8]}"
+    return f"{corpus}-{identity['model']}-{three(identity['tokens'] / 1e6)}M-{digest[:8]}"
 
 
 def versions() -> dict:
-    """Versions of what a result depends on, and the commit of this checkout (None outside git), with -dirty
-    where tracked files differ from it. What stands in folders called results is written by runs and changes none."""
+    """Versions of what a result depends on, and the commit of this checkout (None outside git), with -dirty where
+    tracked files differ from it; those in folders called results do not count, for runs write there."""
 
     def version(package: str) -> str | None:
         try:

@@ -65,7 +65,8 @@ class CudaGraph:
     """
 
     def __init__(self, function: Callable[[], Tensor], reserve: int, stream: torch.cuda.Stream):
-        """stream: recording needs one beside the usual, and what warming up fills may be kept by stream."""
+        """stream: recording needs another one than the default; the warm-up runs on it too, since some of the caches
+        that it fills are kept by stream."""
         self.function, self.reserve, self.stream = function, reserve, stream
         self.calls, self.graph, self.output = 0, None, None
 
@@ -85,7 +86,7 @@ class CudaGraph:
     def _record(self) -> None:
         gc.collect()  # an older graph that was freed during the recording would spoil it
         graph = torch.cuda.CUDAGraph()
-        # The outer block gives the stream back also where a broken recording cannot be ended.
+        # The outer block brings back the usual stream even where a recording is broken off and cannot be ended.
         with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
             output = self.function()
         if torch.cuda.mem_get_info()[0] < self.reserve:

@@ -10,13 +10,11 @@ from nanochin.config import FLOP_CONVENTIONS, UserError, make_shape
 from nanochin.flops import (
     CONVENTIONS,
     DEVICES,
-    chinchilla_params,
     count_flops,
     count_params,
     find_device,
     flops_per_token,
     ledger,
-    memory_bandwidth,
     peak_flops,
 )
 
@@ -86,6 +84,14 @@ def test_gpt2_small():
     """GPT-2's published 124,439,808 parameters come out of its options."""
     gpt2 = make_shape(768, 12, vocab_size=50257, seq_len=1024, norm="layernorm", positions="learned", bias=True)
     assert count_params(gpt2).total == 124_439_808
+
+
+def chinchilla_params(width: int, ffn: int, head_size: int, heads: int, layers: int, vocab_size: int = 32_000) -> int:
+    """Parameters of the paper's own models (Table A9): layernorm, biases, tied head, and the relative positions
+    of Transformer-XL, whose key projection is a fifth matrix of attention. Heads need not fill the width."""
+    d, f, q = width, ffn, heads * head_size
+    layer = 3 * (d * q + q) + (d * q + 2 * q) + (q * d + d) + (d * f + f) + (f * d + d) + 4 * d
+    return vocab_size * d + 2 * d + layers * layer
 
 
 def test_table_a9():
@@ -276,15 +282,13 @@ def test_peaks_by_torchs_names(name, dtype, teraflops):
     """Published dense peaks for whole device names; nothing for a device that only resembles one."""
     want = None if teraflops is None else teraflops * 1e12
     assert peak_flops(name, dtype) == want
-    if find_device(name) is None:
-        assert memory_bandwidth(name) is None
 
 
 def test_table_of_devices_is_consistent():
     """Half the rate for twice the bits, never a sparse figure by slip; memory between 0.3 and 8 TB/s."""
     for name, device in DEVICES.items():
         assert find_device(name) is device
-        assert 0.3e12 <= memory_bandwidth(name) <= 8e12
+        assert 300 <= device.bandwidth <= 8000
         assert device.bfloat16 in (None, device.float16)
         if device.tf32 is not None:
             assert device.tf32 == pytest.approx(device.float16 / 2, rel=0.02)

@@ -372,8 +372,13 @@ def test_a_contour_outside_the_frame_has_no_name():
 
 def test_budgets_have_different_names():
     """Budgets that are alike in two digits get as many as tell them apart; round ones keep one."""
-    assert figures.different(np.array([1e18, 3e18, 1.74e20, 2.21e20])) == ["10^18", "3×10^18", "1.7×10^20", "2.2×10^20"]
-    assert figures.different(np.array([1.741e20, 1.744e20])) == ["1.741×10^20", "1.744×10^20"]
+    assert figures.distinct_powers(np.array([1e18, 3e18, 1.74e20, 2.21e20])) == [
+        "10^18",
+        "3×10^18",
+        "1.7×10^20",
+        "2.2×10^20",
+    ]
+    assert figures.distinct_powers(np.array([1.741e20, 1.744e20])) == ["1.741×10^20", "1.744×10^20"]
 
 
 @pytest.mark.parametrize("number, text", [(7_654_321, "7.65M"), (1.4321e15, "1430T"), (2.162e14, "216T"), (1e12, "1T"),

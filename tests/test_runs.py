@@ -26,6 +26,12 @@ def identity_of(config: Config) -> tuple[str, dict]:
 # Identity
 
 
+@pytest.mark.parametrize("tokens, words", [(12_800, "0.0128M"), (4.84e6, "4.84M"), (999.6e6, "1000M"), (5e9, "5000M")])
+def test_a_name_has_plain_numbers(tokens, words):
+    """Tokens in millions to three figures, without an exponent however many they are."""
+    assert re.fullmatch(rf"text-64x2-{words}-[0-9a-f]{{8}}", runs.run_name("text", {"model": "64x2", "tokens": tokens}))
+
+
 def test_identity_does_not_depend_on_paths(tiny, text, tmp_path):
     """The same text elsewhere, another cache and another folder of runs: the same run, by the same name."""
     elsewhere = tmp_path / "elsewhere"

@@ -384,6 +384,17 @@ def test_law_predicts_the_runs_of_its_own_text_only(tiny, tmp_path, capsys):
         assert [summary[key] for key in keys] == [recorded[key] for key in keys] == [None] * 3
 
 
+def test_a_prediction_stands_from_the_start(tiny):
+    """The summary repeats what config.json predicted at the start, also where the call that ends the run has no law."""
+    config = tiny(name="begun")
+    record = train.describe(train.resolve(config, Progress(quiet=True)))
+    predicted = {"predicted_loss": 1.5, "predicted_low": 1.4, "predicted_high": 1.6}
+    with runs.open_run(config.out, "begun", record | {"predicted": predicted}):
+        pass
+    summary = train.train(config, quiet=True)
+    assert {key: summary[key] for key in predicted} == predicted
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Evaluation and sampling
 

@@ -34,9 +34,10 @@ class Bootstrap:
     replicates: int  # asked for
     failed: int  # without an optimum (Approach 2: fewer than 2 bracketed budgets); left out
     at_bound: int  # ended with a constant at its bound (kept: E = 0 belongs in the interval of E)
-    checked: int  # replicates that were optimised again from other starts, of which one reached the same or a lower
-    worse: int  # optimum: these had ended above it and were replaced; one of them, and all replicates are checked
-    unconfirmed: int  # optimised again too, but none of the other starts reached their optimum: not among `checked`
+    # Replicates that were optimised again from other starts, all of them if one of the first `verify` proves worse:
+    checked: int  # one of those starts reached their optimum or a lower one
+    worse: int  # of `checked`: they had ended above that lower one, and were replaced by it
+    unconfirmed: int  # none of those starts reached their optimum; not among `checked`
     gradient_norm: float  # the largest of all replicates (Approach 3), as ParametricFit.gradient_norm
     verified: int  # of Approach 3: at their optimum the gradient is FLAT or less and the Hessian positive definite
     warnings: tuple[str, ...]  # sentences for the report: rows that repeat a run, few units, failed replicates

@@ -28,7 +28,7 @@ def refit(fit: ParametricFit, rows=slice(None), **changes) -> ParametricFit:
 class Refit:
     """The same runs fitted in another way."""
 
-    change: object  # what is other: k, delta, or words
+    change: object  # what was changed: k runs left out, delta, or words
     fit: ParametricFit | NotIdentified
     sure: Bootstrap | None = None
 
@@ -109,7 +109,7 @@ class HoldOut:
     reach: float  # largest C held out over largest C fitted
     # For each held-out budget with a bracketed minimum: (C, N_opt measured, N_opt predicted, (low, high) of it).
     optima: tuple[tuple[float, float, float, tuple[float, float]], ...]
-    why: str = ""  # there are no intervals, though they were asked for
+    why: str = ""  # why there are no intervals, though they were asked for
 
     @property
     def outside(self) -> int:

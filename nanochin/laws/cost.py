@@ -3,7 +3,8 @@
     C = 6 N R(N) D,    R = (1 + c N^-q)^s,    0 <= q <= 1, s = 1 or -1
 
 What is not proportional to N (logits, attention, a table that is only looked up) weighs less the larger the model: R
-fades to 1. It rises slower than N falls, so that a larger model always costs more and each budget has one optimum.
+fades to 1. With q at most 1 N R rises with N: a token always costs more in a larger model, and so each budget has one
+optimum.
 """
 
 from dataclasses import dataclass

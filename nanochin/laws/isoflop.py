@@ -23,8 +23,8 @@ class Budget:
 
     flops: float  # geometric mean of its runs' C
     rows: np.ndarray  # indices into the arrays that were fitted, sorted by N
-    bracketed: bool  # convex, and its minimum inside the sampled sizes; if not, there is no optimum:
-    reason: str  # why not, else ""
+    bracketed: bool  # convex, and its minimum inside the sampled sizes: only then is there an optimum
+    reason: str  # why it is not bracketed, else ""
     params_opt: float  # nan where not bracketed
     tokens_opt: float
     loss_opt: float

@@ -31,7 +31,6 @@ class Optimum:
     theta: np.ndarray  # (K, p)
     objective: np.ndarray  # (K,)
     converged: np.ndarray  # (K,) bool
-    steps: np.ndarray  # (K,)
     gradient_norm: np.ndarray | None = None  # (K,), see Surface.gradient_norm
 
 
@@ -44,7 +43,7 @@ def minimise(evaluate: Evaluate, theta, lower, upper, weight, tolerance: float =
     K = len(theta)
     lower, upper = np.broadcast_to(lower, theta.shape), np.broadcast_to(upper, theta.shape)
     mu = np.full(K, float(damping))
-    result = Optimum(theta.copy(), np.full(K, np.inf), np.zeros(K, bool), np.zeros(K, int))
+    result = Optimum(theta.copy(), np.full(K, np.inf), np.zeros(K, bool))
     rows = np.arange(K)  # problems that still move; all arrays below are theirs
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         F, g, H = evaluate(theta, mu, rows)
@@ -57,7 +56,7 @@ def minimise(evaluate: Evaluate, theta, lower, upper, weight, tolerance: float =
             done |= taken == most
             if done.any():
                 at, left = rows[done], ~done
-                result.theta[at], result.objective[at], result.steps[at] = theta[done], F[done], taken
+                result.theta[at], result.objective[at] = theta[done], F[done]
                 rows, theta, F, g, H, mu = (v[left] for v in (rows, theta, F, g, H, mu))
                 lower, upper = lower[left], upper[left]
                 step, gain = step[left], gain[left]

@@ -27,8 +27,8 @@ class ParametricFit:
     objective: float  # the SUM over rows, at the optimum
     delta: float  # math.inf: least squares
     space: str  # of the residuals, predicted minus observed: "log" loss or "linear" loss
-    starts: int  # refined to the end,
-    starts_agreeing: int  # of which these reached the optimum (1e-9 relative)
+    starts: int  # that were refined to the end
+    starts_agreeing: int  # of these the ones that reached the optimum (1e-9 relative)
     gradient_norm: float  # largest component of the gradient over the sum of its terms' sizes: 0 is exact, 1 is none
     at_bound: tuple[str, ...]  # constants that ran into their bounds: they are not identified by the data
     fixed_e: float | None  # the E that was given, if any

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from nanochin.laws.cost import Cost
+from nanochin.laws.isoflop import line
 from nanochin.laws.law import Law, PowerLaw
 
 # Besiroglu et al. 2024 (arXiv 2404.10102), the refit of Chinchilla's own runs: the default law.
@@ -33,19 +34,12 @@ TABLE_3 = (
 )
 
 
-def _line(x: list[float], y: list[float]) -> tuple[float, float]:
-    """(k, slope) of y = k x^slope, least squares in logs."""
-    x, y = [math.log(v) for v in x], [math.log(v) for v in y]
-    mx, my = sum(x) / len(x), sum(y) / len(y)
-    slope = sum((u - mx) * (v - my) for u, v in zip(x, y, strict=True)) / sum((u - mx) ** 2 for u in x)
-    return math.exp(my - slope * mx), slope
-
-
 def _from_table_3(name: str, column: int) -> PowerLaw:
     """The paper prints exponents to two digits and no constants: both are read off its table of predictions."""
-    C, N, D = ([row[i] for row in TABLE_3] for i in (column, 0, column + 1))
-    (k_N, a), (k_D, b) = _line(C, N), _line(C, D)
-    return PowerLaw(name, k_N, a, k_D, b, flops_convention="6nd", meta={"source": "arXiv 2203.15556, Tables 3 and A3"})
+    log_c, log_n, log_d = np.log([[row[i] for row in TABLE_3] for i in (column, 0, column + 1)])
+    (k_N, a), (k_D, b) = line(log_c, log_n), line(log_c, log_d)
+    return PowerLaw(name, math.exp(k_N), float(a), math.exp(k_D), float(b), flops_convention="6nd",
+                    meta={"source": "arXiv 2203.15556, Tables 3 and A3"})  # fmt: skip
 
 
 HOFFMANN_1 = _from_table_3("Hoffmann et al. 2022, Approach 1", 1)
