@@ -409,7 +409,10 @@ def find_branch(config: Config, record: dict) -> Path:
     if done * config.batch_tokens >= config.tokens:
         raise UserError(f"{what}: it has seen {done * config.batch_tokens} tokens already, "
                         f"--tokens {config.tokens:g} must be more")  # fmt: skip
-    trunk_config = Config(**theirs["options"])
+    try:
+        trunk_config = Config(**theirs["options"])
+    except TypeError as error:
+        raise UserError(f"{what}: {folder / 'config.json'} is of another version of nanochin ({error})") from None
     for i in range(done):
         if learning_rate(trunk_config, i) != learning_rate(config, i):
             raise UserError(f"{what}: from step {i} on its learning rate is not that of this run; branch at that "

@@ -144,7 +144,7 @@ class Config:
     step: str = opt("auto", "how a step runs: eager, compile (torch.compile) or graph (one CUDA graph); auto: as suits",
                     choices=("auto", "eager", "compile", "graph"), result=False)  # fmt: skip
     micro_batch: int | None = opt(
-        None, "sequences per forward pass; default: as many as fit", low=1, high=10**6, result=False
+        None, "sequences per forward pass of a new run; default: as many as fit", low=1, high=10**6, result=False
     )
     threads: int | None = opt(None, "CPU threads; default: torch's choice", low=1, high=1000, result=False)
 

@@ -279,6 +279,16 @@ def test_branches_that_are_no_run_from_scratch(tiny, options, said):
     assert error.value.code == 2
 
 
+def test_a_trunk_of_another_version(tiny):
+    """A trunk whose options this version does not have is named, with what is unknown."""
+    usual = {"warmup_tokens": 0.0, "schedule": "constant"}
+    _, folder, _ = run(tiny(name="trunk", tokens=128 * 20.0, save_steps=(10,), **usual))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"options": config["options"] | {"muon": True}}))
+    with pytest.raises(UserError, match="trunk/config.json is of another version of nanochin .*muon"):
+        run(tiny(**usual | {"schedule": "wsd", "branch_from": "trunk@10"}))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Plan and records
 
