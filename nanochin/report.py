@@ -300,6 +300,8 @@ def _sensitivity(checks: Checks) -> list[str]:
     fits("With another δ, below which residuals count as squares and above it as distances", checks.deltas,
          lambda delta: f"δ = {flops(delta)}")  # fmt: skip
     fits("With another objective or form", checks.variants, str)
+    fits("With those runs alone whose N is near the minimum of their budget", checks.near,
+         lambda near: f"within {near[0]:g} times of it: {near[1]} runs")  # fmt: skip
     if any(refit.sure for refit in checks.variants):
         parts.append(f"<p><small>95% intervals by {SENSITIVITY} resamples of each fit.</small></p>")
     if not isinstance(form := checks.kaplan_form, NotIdentified):

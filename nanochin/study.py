@@ -234,6 +234,7 @@ class Checks:
     profile: tuple  # (E, objective over its minimum)
     by_compute: list  # dicts
     variants: list[Refit]  # what is other, in words
+    near: list[Refit]  # (factor, runs): the runs within that factor of the minimum of their budget alone
     counts: list  # (convention, Approach 3, Approach 2), either may be NotIdentified
     hold_out: object
     curvature: object
@@ -278,6 +279,8 @@ class Checks:
             "kaplan_procedure": of(self.kaplan, "a", "simulated", "intervals", "between", "levels", "flops", "params"),
             "kaplan_form": of(self.kaplan_form, "N_c", "D_c", "alpha_N", "alpha_D", "objective"),
             "leave_out_highest": refits(self.leave_out), "delta": refits(self.deltas), "other": refits(self.variants),
+            "near_minimum": [found | {"change": f"within {one.change[0]:g} times", "runs": one.change[1]}
+                             for one, found in zip(self.near, refits(self.near), strict=True)],
             "counts": {how: {"approach3": exponent(third), "approach2": exponent(second)}
                        for how, third, second in self.counts},
             "residuals_by_compute": self.by_compute,
@@ -315,8 +318,9 @@ def check(study: Study, progress: Callable[[str, float, float], None] = silent) 
     step(1, 5)
     if isinstance(third, NotIdentified):
         return Checks(
-            [], [], (np.empty(0), np.empty(0)), [], [], _by_count(study), held, curvature, straight, third, form, len(N)
-        )
+            leave_out=[], deltas=[], profile=(np.empty(0), np.empty(0)), by_compute=[], variants=[], near=[],
+            counts=_by_count(study), hold_out=held, curvature=curvature, loss_line=straight, kaplan=third,
+            kaplan_form=form, runs=len(N))  # fmt: skip
 
     delta = study.settings.delta
     again = {"runs": study.unit, "replicates": min(SENSITIVITY, study.settings.bootstrap), "seed": seed}
@@ -337,6 +341,7 @@ def check(study: Study, progress: Callable[[str, float, float], None] = silent) 
     }  # fmt: skip
     variants = [Refit.attempt(words, partial(laws.refit, third.fit, **change), **again)
                 for words, change in changes.items()]  # fmt: skip
+    near = laws.near_minimum(third.fit, second.fit, **again) if isinstance(second, Approach) else []
     step(4, 5)
     kaplan = NotIdentified("the rows have no params_non_embedding")
     if (non_embedding := study.rows.complete("params_non_embedding")) is not None:
@@ -350,6 +355,7 @@ def check(study: Study, progress: Callable[[str, float, float], None] = silent) 
         profile=(E, objective / third.fit.objective),
         by_compute=laws.residuals_by_compute(third.fit),
         variants=variants,
+        near=near,
         counts=_by_count(study),
         hold_out=held,
         curvature=curvature,
@@ -463,6 +469,12 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
             if high - low > 0.25 * third.law.E:
                 say(False, f"E is hardly known: 95% interval {low:.2f} to {high:.2f} nats. It is not the entropy of "
                     "the text.")  # fmt: skip
+            for near in (one for one in checks.near if one.sure):
+                (factor, runs), (low, high) = near.change, near.sure.interval("E")
+                if not low <= third.law.E <= high:
+                    say(False, f"E, {third.law.E:.3g}, comes from runs far from the minimum of their budget: the {runs} "
+                        f"within {factor:g} times of it give {low:.3g} to {high:.3g}.")  # fmt: skip
+                    break
     exponents = {
         approach.number: (approach.exponent(approach.law), approach.interval(approach.exponent))
         for approach in study.approaches

@@ -162,7 +162,7 @@ def unchecked(study, progress=None):
     from nanochin.study import Checks
 
     none = NotIdentified("the test does without")
-    return Checks([], [], (np.empty(0), np.empty(0)), [], [], [], none, none, none, none, none, len(study.N))
+    return Checks([], [], (np.empty(0), np.empty(0)), [], [], [], [], none, none, none, none, none, len(study.N))
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_checks_stand_in_the_file(run, made_up, tmp_path):
     below, above = (np.less(held["observed"], held["low"]), np.greater(held["observed"], held["high"]))
     assert held["outside"] == int(np.sum(below | above)) and len(held["rows"]) == 7
     assert held["minima"][0]["ci"][0] < held["minima"][0]["params_predicted"] < held["minima"][0]["ci"][1]
-    for one in (*found["leave_out_highest"], *found["delta"], *found["other"]):
+    for one in (*found["leave_out_highest"], *found["delta"], *found["other"], *found["near_minimum"]):
         assert all(one["ci"][name][0] <= one[name] * 1.001 for name in ("A", "B", "E", "a"))
     for how in found["counts"].values():
         for one in how.values():
@@ -435,6 +435,18 @@ def test_runs_of_pure_noise(run, tmp_path):
     study = study_runs(read_rows(tmp_path / "data.csv"), settings=Settings(bootstrap=0))
     good, first = findings(study, check(study))[0]
     assert not good and "do not follow params more closely than chance" in first
+
+
+@pytest.mark.parametrize("bent", [False, True])
+def test_an_e_that_the_ends_make_is_a_doubt(bent):
+    """Where the sizes at the ends of the isoFLOP curves are worse than the law allows, E is theirs, and it is said."""
+    rows = sweep(noise=0.001)
+    for row in rows:
+        off = abs(np.log(row["params"] / optimal(row["budget"])[0]))
+        row["loss"] *= 1 + 0.04 * bent * max(0, off - np.log(2))
+    study = study_runs(_as_rows(rows), settings=Settings(bootstrap=100))
+    said = [text for good, text in findings(study, check(study)) if "comes from runs far" in text]
+    assert len(said) == bent and all("within 4 times" in text or "within 2" in text for text in said)
 
 
 def test_copies_of_rows_are_noticed():

@@ -147,7 +147,8 @@ def test_a_report_of_approach_2_alone(made):
     study, checks, _, _ = made
     refused = laws.NotIdentified("E is at its bound: <not> identified")
     without = replace(study, results={**study.results, 3: refused})
-    some = replace(checks, leave_out=[], deltas=[], profile=(np.empty(0), np.empty(0)), by_compute=[], variants=[])
+    nothing = dict.fromkeys(("leave_out", "deltas", "by_compute", "variants", "near"), [])
+    some = replace(checks, profile=(np.empty(0), np.empty(0)), **nothing)
     drawn = figures.draw(without, some)
     page = render(without, some, drawn, Questions((1e12, 1e13)))
     assert Page(page).open == [] and "E is at its bound: &lt;not&gt; identified" in page
@@ -215,7 +216,7 @@ def test_refits_have_their_intervals(made):
     """The tables of what would change the answer give E, alpha, beta and a of each refit with its 95% interval."""
     _, checks, _, page = made
     text = " ".join(Page(page).text)
-    refits = [*checks.leave_out, *checks.deltas, *checks.variants]
+    refits = [*checks.leave_out, *checks.deltas, *checks.variants, *checks.near]
     fitted = [other for other in refits if isinstance(other.fit, laws.ParametricFit)]
     assert len(fitted) >= 12
     for other in fitted:

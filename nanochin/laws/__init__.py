@@ -41,6 +41,7 @@ from nanochin.laws.checks import (
     kaplan_procedure,
     leave_out_highest,
     loss_line,
+    near_minimum,
     profile_e,
     refit,
     residuals_by_compute,
@@ -69,5 +70,5 @@ __all__ = [
     "bootstrap", "bootstrap_seed_noise", "compute_for_loss", "delta_sensitivity", "exponents", "fit_envelope",
     "fit_isoflop", "fit_kaplan_form", "fit_parametric", "frontier_curvature", "group_budgets", "hold_out",
     "inference_optimal", "kaplan_procedure", "laws_json", "laws_text", "leave_out_highest", "load_law", "loss_line",
-    "off_optimum", "profile_e", "ratios", "refit", "residuals_by_compute",
+    "near_minimum", "off_optimum", "profile_e", "ratios", "refit", "residuals_by_compute",
 ]  # fmt: skip

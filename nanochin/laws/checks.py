@@ -1,5 +1,6 @@
 """What would change the answer, and how far it may be trusted."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,6 +55,23 @@ def leave_out_highest(fit: ParametricFit, counts=(0, 1, 3, 5, 8, 15), *, runs=No
         rows = np.sort(order[: max(0, fit.n - k)])
         own = None if runs is None else runs[rows]
         found.append(Refit.attempt(k, partial(refit, fit, rows), own, **resampling))
+    return found
+
+
+def near_minimum(fit: ParametricFit, isoflop: IsoflopFit, factors=(4.0, 2.7, 2.0), *, runs=None,
+                 **resampling) -> list[Refit]:  # fmt: skip
+    """For each of `factors` the same fit on the rows alone whose N is within it of the minimum of their budget, by
+    `isoflop`, a fit of the same rows. E is what the ends of the isoFLOP curves make of it: should they bend more than
+    the form allows, E and the exponents move as the ends go. Other arguments as in leave_out_highest."""
+    distance = np.full(fit.n, np.inf)  # |log N - log N of the minimum|
+    for budget in isoflop.budgets:
+        if budget.bracketed:
+            distance[budget.rows] = np.abs(np.log(fit.N[budget.rows] / budget.params_opt))
+    found = []
+    for factor in factors:
+        rows = np.flatnonzero(distance <= math.log(factor))
+        own = None if runs is None else runs[rows]
+        found.append(Refit.attempt((factor, len(rows)), partial(refit, fit, rows, allow_bound=True), own, **resampling))
     return found
 
 
