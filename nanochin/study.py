@@ -472,8 +472,8 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
             for near in (one for one in checks.near if one.sure):
                 (factor, runs), (low, high) = near.change, near.sure.interval("E")
                 if not low <= third.law.E <= high:
-                    say(False, f"E, {third.law.E:.3g}, comes from runs far from the minimum of their budget: the {runs} "
-                        f"within {factor:g} times of it give {low:.3g} to {high:.3g}.")  # fmt: skip
+                    say(False, f"E, {third.law.E:.3g}, comes from runs far from the minimum of their budget: the "
+                        f"{runs} within {factor:g} times of it give {low:.3g} to {high:.3g}.")  # fmt: skip
                     break
     exponents = {
         approach.number: (approach.exponent(approach.law), approach.interval(approach.exponent))
