@@ -520,7 +520,8 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
                "Kaplan's procedure": checks.kaplan}  # fmt: skip
     for what, reason in refused.items():
         if study.settings.bootstrap and isinstance(reason, NotIdentified):
-            say(reason is checks.kaplan, f"{what} could not be checked: {reason}.")
+            why = str(reason).removeprefix(f"{what.lower()}: ")
+            say(reason is checks.kaplan, f"{what} could not be checked: {why}.")
     for approach in study.approaches:
         sure = approach.sure
         if approach.why:
