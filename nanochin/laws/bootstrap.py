@@ -228,7 +228,7 @@ def _collect(fit, constants: dict, unit: str, units: int, replicates: int, facts
     if failed:
         warnings.append(f"{failed} of {replicates} replicates have no optimum and are left out of the intervals")
     if facts.get("unconfirmed"):
-        warnings.append(f"{facts['unconfirmed']} of {replicates} replicates end in an optimum that no other start reached")
+        warnings.append(f"{facts['unconfirmed']} of {replicates} replicates end where no other start led")
     if facts.get("at_bound"):
         warnings.append(f"{facts['at_bound']} of {replicates} replicates end with a constant at its bound")
     law = replace(fit.law, **{k: v[good] for k, v in constants.items()})
