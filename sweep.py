@@ -10,11 +10,9 @@ completes it, with the same rows. Rows in results/<name>/runs.csv count as done.
 
 import csv
 import io
-import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +25,7 @@ from nanochin.console import Progress, clock, count
 from nanochin.data import BPE_VOCAB, Corpus, prepare_for
 from nanochin.flops import CONVENTIONS, format_columns
 from nanochin.grid import Cell, Sweep
+from nanochin.pack import Crew
 from nanochin.runs import write_file, writing
 from nanochin.schedule import Book, End, Schedule
 from nanochin.tokenizer import Tokenizer, model_vocab
@@ -35,7 +34,6 @@ from nanochin.workers import work
 ROOT = Path(__file__).resolve().parent
 SECONDS_BETWEEN_LINES = 15.0  # of the progress view, elsewhere than on a terminal
 KEPT = (".csv", ".json", ".html", ".svg")
-PER_GPU = 4  # workers on a GPU, which a model of a few million parameters leaves idle; not measured yet
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,9 @@ class SweepOptions:
     only: tuple[str, ...] = opt((), "runs to train now, such as budget=1e12 or model=48x2 model=64x2")
     keep: bool = opt(False, "copy what is worth keeping to --results: rows, logs, laws, report; no checkpoints")
     retry_failed: bool = opt(False, "try failed runs again")
-    workers: int | None = opt(None, "runs at once; default: one a CPU core, or 4 a GPU", low=1, high=1000)
+    workers: int | None = opt(
+        None, "runs at once; default: one a CPU core, or as many a GPU as turn out to pay", low=1, high=1000
+    )
     data: tuple[str, ...] | None = opt(None, "the text, as train.py reads it; default: that of the sweep file")
     val: tuple[str, ...] | None = opt(None, "validation text; default: that of the sweep file")
     out: str = opt("sweeps-out", "folder of all sweeps")
@@ -214,7 +214,7 @@ def train_all(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, o
     """Train what has no end yet, adding sizes where `extend` asks for them. Raises UserError for what stops it."""
     folder = schedule.book.folder
     schedule.add(cells)
-    view, threads = View(schedule), []
+    view, crew = View(schedule), None
     try:
         while True:
             if not options.only:
@@ -227,43 +227,16 @@ def train_all(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, o
                 raise schedule.error
             if schedule.done:
                 break
-            if not threads:
-                threads = start(sweep, schedule, options, view)
+            crew = crew or Crew(schedule, sweep.base.device, options.workers, view.say)
             before = len(schedule.ends)
             while len(schedule.ends) == before and not schedule.error and not schedule.done:
                 with schedule.changed:
                     schedule.changed.wait(0.5)
+                crew.look(time.monotonic())
                 view.show()
     finally:
         view.close()
         schedule.stop()
-        for thread in threads:
-            thread.join()
-
-
-def start(sweep: Sweep, schedule: Schedule, options: SweepOptions, view: "View") -> list[threading.Thread]:
-    """A thread and a worker for each slot."""
-    view.say("starting workers")
-    device = sweep.base.device
-    first = schedule.first_worker(device)
-    kind = first.hello["device"]
-    gpus = 1 if ":" in device else first.hello["gpus"]  # cuda:1 is one
-    number = options.workers or {"cuda": PER_GPU * gpus, "mps": 1, "cpu": cores()}[kind]
-    number = max(1, min(number, sum(map(schedule.is_open, schedule.cells)) + 2))  # an extension may come
-    shared = kind == "cuda" and gpus > 1
-    view.say(f"{number} workers on {f'{gpus} GPUs' if shared else kind}")
-    threads = [threading.Thread(target=schedule.slot, daemon=True,
-                                args=(i, device, gpus if shared else 0, None if i or shared else first))
-               for i in range(number)]  # fmt: skip
-    if shared:  # it has not been told which GPU is its own
-        first.close()
-    for thread in threads:
-        thread.start()
-    return threads
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def losses(schedule: Schedule) -> dict[str, float | None]:
@@ -284,14 +257,14 @@ class View:
             self.live.start()
 
     def spent(self) -> tuple[float, float]:
-        """FLOPs spent, and in all; a run in progress counts by the share of it that is done."""
+        """FLOPs spent, and in all, of the runs that have not failed; one that has begun counts by its share."""
         total = spent = 0.0
         for cell in self.schedule.cells:
+            end = self.schedule.ends.get(cell.name)
+            if end and end.reason:  # nobody knows how much of it was done
+                continue
             total += cell.spent
-            if not self.schedule.is_open(cell):
-                spent += cell.spent
-            elif cell.name in self.schedule.running:
-                spent += cell.spent * self.schedule.book.progress(cell)[0]
+            spent += cell.spent * (self.schedule.book.progress(cell)[0] if self.schedule.is_open(cell) else 1.0)
         return spent, total
 
     def say(self, text: str) -> None:

@@ -10,6 +10,7 @@ folder share its runs between them: the lock of a run keeps the second out, its 
 
 import dataclasses
 import json
+import math
 import shutil
 import threading
 import time
@@ -134,10 +135,14 @@ class Schedule:
         self.running: dict[str, float] = {}  # since when
         self.busy: dict[str, float] = {}  # not before
         self.deaths: dict[str, int] = {}
-        self.error: UserError | None = None
+        self.lonely: set[str] = set()  # lacked memory beside others: tried again by themselves, when these are through
+        self.error: Exception | None = None
         self.closed = False
         self.changed = threading.Condition()
         self.workers: list[Worker] = []
+        self.threads: list[threading.Thread] = []
+        self.slots = 0  # that take runs
+        self.most = math.inf  # slots from this number on end after the run that they have
 
     def add(self, cells: list[Cell]) -> None:
         """More runs; those that have an end already keep it."""
@@ -166,13 +171,16 @@ class Schedule:
     def _ready(self, cell: Cell) -> bool:
         if not self.is_open(cell) or cell.name in self.running or self.busy.get(cell.name, 0) > time.monotonic():
             return False
+        if self.lonely & self.running.keys() or (cell.name in self.lonely and self.running):
+            return False
         return not cell.trunk or self.book.checkpoint(cell.trunk, cell.step).exists()
 
-    def take(self) -> Cell | None:
-        """The longest run that can begin now; waits for one. None when there will be no more."""
+    def take(self, number: int) -> Cell | None:
+        """The longest run that can begin now; waits for one. None when there will be no more for this slot."""
         with self.changed:
-            while not (self.closed or self.error):
-                for cell in sorted(filter(self._ready, self.cells), key=self.seconds, reverse=True):
+            while not (self.closed or self.error or number >= self.most):
+                ready = filter(self._ready, self.cells)
+                for cell in sorted(ready, key=lambda c: (c.name in self.lonely, -self.seconds(c))):
                     if end := self.book.look(cell, self.facts):  # another sweep on this folder was faster
                         self._end(cell, end)
                         continue
@@ -199,11 +207,13 @@ class Schedule:
                         self._end(cell, End(self.book.row(cell, answer["summary"])))
                     case "failed":
                         self._end(cell, self.book.failed(cell, answer["reason"]))
+                    case "full":
+                        self.lonely.add(cell.name)
                     case "busy":
                         self.busy[cell.name] = time.monotonic() + BUSY_SECONDS
                     case "stop":
                         self.error = self.error or (RunError if answer["code"] == 1 else UserError)(answer["reason"])
-                    case "died":
+                    case "died" if not self.closed:  # by our own hand
                         self.deaths[cell.name] = self.deaths.get(cell.name, 0) + 1
                         if self.deaths[cell.name] == DEATHS:
                             reason = f"its worker died {DEATHS} times ({answer['how']})"
@@ -212,31 +222,62 @@ class Schedule:
                 self.error = self.error or error
             self.changed.notify_all()
 
-    def slot(self, number: int, device: str, gpus: int, worker: Worker | None = None) -> None:
-        """What a slot's thread does: run after run, with a new worker wherever one died."""
+    def open_slot(self, number: int, device: str, gpus: int, worker: Worker | None = None) -> None:
+        """One more thread that takes runs, with the worker given or one of its own."""
+        with self.changed:
+            self.slots += 1
+        self.threads.append(threading.Thread(target=self._slot, args=(number, device, gpus, worker), daemon=True))
+        self.threads[-1].start()
+
+    def _slot(self, number: int, device: str, gpus: int, worker: Worker | None) -> None:
+        """Run after run, with a new worker wherever one died."""
         try:
-            while cell := self.take():
+            while cell := self.take(number):
+                alone = len(self.running) == 1
                 try:
                     worker = worker or self._start(number, device, gpus)
                     answer = worker.do(job(cell, self.book.folder))
                 except WorkerDied as error:
                     worker, answer = None, {"end": "died", "how": str(error)}
+                except UserError:  # no worker: there may be no room for it beside the others
+                    if not self._leave():
+                        raise
+                    self.put(cell, {"end": "busy"})
+                    return
+                if answer["end"] == "full" and alone and len(self.running) == 1:
+                    answer["end"] = "failed"
                 self.put(cell, answer)
-        except UserError as error:
+            self._leave()
+            if worker:
+                worker.close()
+        except Exception as error:  # the sweep's own thread raises it; here nobody would see it
             with self.changed:
                 self.error = self.error or error
                 self.changed.notify_all()
 
+    def _leave(self) -> bool:
+        """One slot less; not if it is the last."""
+        with self.changed:
+            others = self.slots > 1
+            self.slots -= others
+            return others
+
     def _start(self, number: int, device: str, gpus: int) -> Worker:
-        try:
-            worker = Worker(number, self.log, device, gpus)
-        except WorkerDied as error:
-            raise RunError(f"a worker ended before it began ({error}); see {self.log.name}") from None
+        worker = Worker(number, self.log, device, gpus)
         with self.changed:
             self.workers.append(worker)
             if self.closed:
                 worker.close()
+        try:
+            worker.greet()
+        except WorkerDied as error:
+            raise RunError(f"a worker ended before it began ({error}); see {self.log.name}") from None
         return worker
+
+    def done_by_running(self) -> dict[str, float]:
+        """FLOPs of each run in progress, by its log."""
+        cells = [cell for cell in self.cells if cell.name in self.running]
+        return {cell.name: cell.spent * self.book.progress(cell)[0] for cell in cells}
 
     def first_worker(self, device: str) -> Worker:
         """The worker that says what device there is."""
@@ -252,6 +293,8 @@ class Schedule:
             worker.close()
         for worker in workers:
             worker.wait()
+        for thread in self.threads:
+            thread.join()
 
 
 def job(cell: Cell, folder: Path) -> Config:

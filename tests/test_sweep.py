@@ -10,13 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from test_grid import toml
-
-import sweep
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
@@ -31,27 +28,6 @@ def table(text, cache) -> dict:
     return {"kind": "isoflop", "data": [str(text)], "val_bytes": 4096, "cache": str(cache), "seq_len": 32,
             "budgets": [4e8, 8e8], "models": ["12x1", "16x1"], "batch_tokens": 64, "device": "cpu",
             "dtype": "float32", "save_every": 0.2}  # fmt: skip
-
-
-@pytest.mark.parametrize("device, gpus, visible", [
-    ("auto", 1, 4 * [0]), ("cuda", 2, [0, 1, 0, 1, 0, 1, 0, 1]), ("cuda:1", 2, 4 * [0]),
-])  # fmt: skip
-def test_workers_of_gpus(device, gpus, visible):
-    """Four workers a GPU. Several GPUs are given out in turn, to workers of their own; where there is but one, or one
-    was named, the first worker is used too and sees what the sweep sees."""
-    slots, closed = [], []
-    first = SimpleNamespace(hello={"device": "cuda", "gpus": gpus}, close=lambda: closed.append(1))
-    schedule = SimpleNamespace(first_worker=lambda _: first, cells=range(40), is_open=lambda _: True,
-                               slot=lambda *of: slots.append(of))  # fmt: skip
-    view = SimpleNamespace(say=lambda _: None)
-    wanted = SimpleNamespace(base=SimpleNamespace(device=device))
-    for thread in sweep.start(wanted, schedule, sweep.SweepOptions("x.toml"), view):
-        thread.join()
-    slots.sort(key=lambda of: of[0])
-    shared = max(visible) > 0
-    assert [number % of_gpus if of_gpus else 0 for number, _, of_gpus, _ in slots] == visible
-    assert [worker is first for *_, worker in slots] == [not shared, *(len(visible) - 1) * [False]]
-    assert closed == ([1] if shared else [])
 
 
 class Sweeps:
