@@ -9,18 +9,21 @@ completes it, with the same rows. Rows in results/<name>/runs.csv count as done.
 """
 
 import csv
+import difflib
+import hashlib
 import io
+import json
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from filelock import FileLock
 
 from nanochin import grid
-from nanochin.config import UserError, opt, parse, run_command
+from nanochin.config import Config, UserError, opt, parse, run_command
 from nanochin.console import Progress, clock, count
 from nanochin.data import BPE_VOCAB, Corpus, prepare_for
 from nanochin.flops import CONVENTIONS, format_columns
@@ -84,6 +87,7 @@ def run(options: SweepOptions) -> int:
 
     with writing(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
+        (folder / "workers.log").touch()
     with open(folder / "workers.log", "a") as log:
         schedule = Schedule(book, facts, lambda cell: seconds(sweep, cell, cells), log, options.retry_failed)
         train_all(sweep, only(cells, options), vocab, schedule, options, len(corpus.train))
@@ -112,16 +116,22 @@ def expected_vocab(sweep: Sweep) -> int:
 def only(cells: list[Cell], options: SweepOptions) -> list[Cell]:
     """The cells that `--only` chooses, and the trunks that they need. A key given twice means either value."""
     wanted: dict[str, list[str]] = {}
+    known = [f.name for f in fields(Config)]
     for item in options.only:
         key, equals, value = item.partition("=")
-        if not equals or not (key in ("budget", "name") or hasattr(cells[0].config, key)):
-            raise UserError(f"--only {item}: expected an option of the runs, such as budget=1e12 or model=48x2")
+        if not equals or key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            raise UserError(f"--only {item}: expected an option of the runs, such as budget=1e12 or model=48x2"
+                            + (f"; did you mean {close[0]}=?" if close and equals else ""))  # fmt: skip
         wanted.setdefault(key, []).append(value)
     chosen = [cell for cell in cells
               if all(any(_matches(_attribute(cell, key), value) for value in values)
                      for key, values in wanted.items())]  # fmt: skip
     if not chosen:
-        raise UserError(f"--only {' '.join(options.only)}: no run is like that; --dry-run lists them")
+        values = {key: dict.fromkeys(_attribute(cell, key) for cell in cells) for key in wanted}
+        there = [f"{key} is {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in list(found)[:9])}"
+                 for key, found in values.items()]  # fmt: skip
+        raise UserError(f"--only {' '.join(options.only)}: no run is like that; of the runs {'; '.join(there)}")
     needed = {cell.name for cell in chosen} | {cell.trunk for cell in chosen}
     return [cell for cell in cells if cell.name in needed]
 
@@ -234,6 +244,9 @@ def train_all(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, o
                     schedule.changed.wait(0.5)
                 crew.look(time.monotonic())
                 view.show()
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+        view.say("stopping, and saving what is running; the same command goes on from there")
+        raise
     finally:
         view.close()
         schedule.stop()
@@ -248,7 +261,7 @@ class View:
 
     def __init__(self, schedule: Schedule):
         self.schedule, self.began, self.last = schedule, time.monotonic(), time.monotonic()
-        self.at_first = self.spent()[0]
+        self.at_first, self.shares = self.spent()[0], {}  # shares of the runs in progress when first seen
         self.live = None
         if sys.stdout.isatty():
             from rich.live import Live
@@ -287,13 +300,14 @@ class View:
         for cell in schedule.cells:
             if since := schedule.running.get(cell.name):
                 done, loss = schedule.book.progress(cell)
-                eta = f"ETA {clock((time.monotonic() - since) * (1 - done) / done)}" if done else ""
+                new = done - self.shares.setdefault(cell.name, done)  # a run that goes on has not done all of it now
+                eta = f"ETA {clock((time.monotonic() - since) * (1 - done) / new)}" if new > 0 else ""
                 lines.append(f"  {cell.name} {done:4.0%} {f'loss {loss:.3f}' if loss else ''} {eta}".rstrip())
         return "\n".join(lines)
 
     def show(self) -> None:
         if self.live:
-            self.live.update(self.text())
+            self.live.update(one_line_each(self.text()))
         elif time.monotonic() - self.last > SECONDS_BETWEEN_LINES:
             self.last = time.monotonic()
             print(self.text().replace("\n ", ";"), flush=True)
@@ -309,6 +323,7 @@ def settled(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict
     known = list(cells)
     while True:
         ends = {cell.name: end for cell in known if (end := book.look(cell, facts))}
+        book.strand(known, ends)
         more = grid.extend(sweep, known, {name: end.loss for name, end in ends.items()}, vocab)
         if not more:
             return known, ends
@@ -320,6 +335,7 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict)
 
     def look() -> tuple[str, bool]:
         known, ends = settled(sweep, cells, vocab, book, facts)
+        known = sorted(known, key=lambda cell: cell.name in ends)  # those to come first, should the terminal be short
         lines = [["run", "", "loss"]]
         for cell in known:
             if end := ends.get(cell.name):
@@ -329,7 +345,7 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict)
                 lines.append([cell.name, f"{done:.0%}" if loss else "waiting", f"{loss:.3f}" if loss else ""])
         runs = [cell for cell in known if not cell.is_trunk]
         ended = sum(cell.name in ends for cell in runs)
-        return format_columns(lines) + f"\n\n{ended} of {len(runs)} runs done", ended == len(runs)
+        return f"{ended} of {len(runs)} runs done\n\n{format_columns(lines)}", ended == len(runs)
 
     text, done = look()
     if not sys.stdout.isatty():
@@ -337,12 +353,19 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict)
         return 0
     from rich.live import Live
 
-    with Live(text, refresh_per_second=1) as live:
+    with Live(one_line_each(text), refresh_per_second=1) as live:
         while not done:
             time.sleep(2)
             text, done = look()
-            live.update(text)
+            live.update(one_line_each(text))
     return 0
+
+
+def one_line_each(text: str):
+    """For a live view: lines that are too long for the terminal are cut, not folded."""
+    from rich.text import Text
+
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,12 +389,11 @@ def finish(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, opti
     with FileLock(folder / ".lock"):
         table = to_csv(rows)
         path = folder / "runs.csv"
-        same = path.exists() and path.read_bytes() == table
         write_file(path, table)
         print(f"{path}: {len(rows)} runs")
         if sweep.grid.kind == "grid":
             print(best_of_grid(ordered, ends))
-        elif len(rows) == len(ordered) and not (same and (folder / "laws.json").exists()):
+        elif len(rows) == len(ordered) and not fitted(folder, table):
             return fit(folder, sweep.grid.bootstrap)
         elif (folder / "report.html").exists():
             print(f"{folder}/report.html")
@@ -411,6 +433,14 @@ def best_of_grid(cells: list[Cell], ends: dict[str, End]) -> str:
                  if (cell.plan.shape, cell.budget) == group and cell.name in ends and ends[cell.name].row]  # fmt: skip
         lines += [[name, f"{loss:.4f}", f"{loss - min(found)[0]:.4f}"] for loss, name in sorted(found)]
     return "\n" + format_columns(lines)
+
+
+def fitted(folder: Path, table: bytes) -> bool:
+    """Whether laws.json, the last file that fit.py writes, is of these very rows."""
+    try:
+        return json.loads((folder / "laws.json").read_text())["meta"]["sha256"] == hashlib.sha256(table).hexdigest()
+    except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours
+        return False
 
 
 def fit(folder: Path, bootstrap: int) -> int:

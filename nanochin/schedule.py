@@ -57,8 +57,8 @@ class Book:
             self._same(cell, folder, facts)
             if (folder / "summary.json").exists():
                 return End(self.row(cell, read_json(folder / "summary.json")))
-        elif row := self.kept.get(cell.name):
-            return self._from_results(cell, row, facts)
+        elif (row := self.kept.get(cell.name)) and (end := self._from_results(cell, row, facts)):
+            return end
         if (folder / "failed.json").exists():
             return End(reason=read_json(folder / "failed.json")["reason"])
         return None
@@ -78,6 +78,11 @@ class Book:
         if row.get("cell") != self.digest(cell):
             raise UserError(f"{self.results / 'runs.csv'}: {cell.name} was run with other options than the sweep file "
                             "now has: give the file another name, or pass --results none")  # fmt: skip
+        try:
+            float(row["loss"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{self.results / 'runs.csv'}: {cell.name} is finished with the loss {row.get('loss')!r}, "
+                            "no number: put it right, or take the row out") from None  # fmt: skip
         log, ours = self.results / "runs" / cell.name / "log.jsonl", self.of(cell) / "log.jsonl"
         if log.exists() and not ours.exists():  # its training curve
             with writing(ours):
@@ -102,6 +107,19 @@ class Book:
     def checkpoint(self, run: str, step: int) -> Path:
         return self.folder / "runs" / run / "checkpoints" / f"step-{step}"
 
+    def strand(self, cells: list[Cell], ends: dict[str, End]) -> None:
+        """Give an end to cooldowns whose trunk failed before the checkpoint that they need. Raises UserError if it is
+        finished and the checkpoint is not there: a sweep file that asks for other lengths now, or a cleaned-up disk."""
+        for cell in cells:
+            end = ends.get(cell.trunk)
+            if end is None or cell.name in ends or self.checkpoint(cell.trunk, cell.step).exists():
+                continue
+            if not end.reason:
+                raise UserError(f"{self.folder / 'runs' / cell.trunk} is finished and has no checkpoint of step "
+                                f"{cell.step}, where {cell.name} begins: delete that folder, and it is trained again "
+                                "with all that are needed")  # fmt: skip
+            ends[cell.name] = End(reason=f"its trunk {cell.trunk} failed: {end.reason}")
+
     def progress(self, cell: Cell) -> tuple[float, float | None]:
         """(share of the run that is done, its last training loss), from its log."""
         try:
@@ -120,8 +138,13 @@ def read_rows(path: Path) -> dict[str, dict]:
 
     if not path.exists():
         return {}
-    with open(path, newline="") as file:
-        return {row["run"]: row for row in csv.DictReader(file)}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return {row["run"]: row for row in csv.DictReader(file)}
+    except KeyError:
+        raise UserError(f"{path}: no column run; is it the table of a sweep?") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a table of runs: {error}") from None
 
 
 class Schedule:
@@ -152,7 +175,8 @@ class Schedule:
                 if self.retry:
                     self.book.forgive(cell)
                 if end := self.book.look(cell, self.facts):
-                    self._end(cell, end)
+                    self.ends[cell.name] = end
+            self.book.strand(self.cells, self.ends)
             self.changed.notify_all()
 
     @property
@@ -191,10 +215,8 @@ class Schedule:
 
     def _end(self, cell: Cell, end: End) -> None:
         self.ends[cell.name] = end
-        if cell.is_trunk and end.reason:
-            for cooldown in (c for c in self.cells if c.trunk == cell.name):
-                if not self.book.checkpoint(cell.name, cooldown.step).exists():
-                    self.ends.setdefault(cooldown.name, End(reason=f"its trunk {cell.name} failed: {end.reason}"))
+        if cell.is_trunk:
+            self.book.strand(self.cells, self.ends)
 
     def put(self, cell: Cell, answer: dict) -> None:
         """Take note of how a worker left a run."""
@@ -204,7 +226,7 @@ class Schedule:
             try:
                 match answer["end"]:
                     case "finished":
-                        self._end(cell, End(self.book.row(cell, answer["summary"])))
+                        self._end(cell, self.book.look(cell, self.facts))  # it may be of a text that has changed
                     case "failed":
                         self._end(cell, self.book.failed(cell, answer["reason"]))
                     case "full":
@@ -218,7 +240,7 @@ class Schedule:
                         if self.deaths[cell.name] == DEATHS:
                             reason = f"its worker died {DEATHS} times ({answer['how']})"
                             self._end(cell, self.book.failed(cell, reason))
-            except UserError as error:  # the disk will not take failed.json
+            except UserError as error:  # also a disk that will not take failed.json
                 self.error = self.error or error
             self.changed.notify_all()
 

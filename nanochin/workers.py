@@ -63,7 +63,7 @@ def work(device: str) -> None:
         if kind == "cuda":  # what this run has held may be what another worker needs
             gc.collect()
             torch.cuda.empty_cache()
-        print(f"worker {os.getpid()}: {config.name} {answer['end']}, {spent:.2f} s of CPU", file=sys.stderr)
+        _note(f"worker {os.getpid()}: {config.name} {answer['end']}, {spent:.2f} s of CPU")
         _say(answers, answer)
 
 
@@ -87,9 +87,15 @@ def _attempt(run) -> dict:
         full = for_record and "does not fit" in str(error)  # TrainingStep, with one sequence at a time
         return {"end": "full" if full else "failed" if for_record else "stop", "reason": str(error), "code": error.code}
     except Exception as error:  # whatever is wrong with one run, the others go on
-        traceback.print_exc()
+        _note(traceback.format_exc())
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return {"end": "full" if out_of_memory(error) else "failed", "reason": reason}
+
+
+def _note(text: str) -> None:
+    """A line for workers.log, for which a full disk may have no room: that is no reason to lose an answer."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _say(answers: IO[str], answer: dict) -> None:

@@ -1,6 +1,8 @@
 """nanochin/pack.py: how many workers a GPU, from made-up machines of known speed, and in a real sweep on a CPU."""
 
 import random
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -198,18 +200,21 @@ def test_memory_ends_the_ramp():
 
 
 class Book:
-    """Ends as they are told, checkpoints everywhere."""
+    """Ends of runs as they are told; there are no trunks."""
 
     folder = None
 
+    def __init__(self):
+        self.finished = set()
+
     def look(self, cell, facts):
-        return None
+        return schedule.End(row={"loss": 1.0}) if cell.name in self.finished else None
+
+    def strand(self, cells, ends):
+        pass
 
     def failed(self, cell, reason):
         return schedule.End(reason=reason)
-
-    def row(self, cell, summary):
-        return {"loss": 1.0}
 
 
 @pytest.fixture
@@ -219,10 +224,7 @@ def answers(monkeypatch):
     monkeypatch.setattr(schedule, "job", lambda cell, folder: cell)
 
     def begin(sizes: dict[str, int], memory: int, starts: int = 100):
-        import threading
-        import time
-
-        used, lock, order, workers = {}, threading.Lock(), [], []
+        used, lock, order, workers, book = {}, threading.Lock(), [], [], Book()
 
         class Fake:
             def __init__(self, number, *_):
@@ -241,7 +243,8 @@ def answers(monkeypatch):
                 time.sleep(0.1)
                 with lock:
                     del used[cell.name]
-                return {"end": "finished", "summary": {}} if fits else {"end": "full", "reason": "out of memory"}
+                    book.finished |= {cell.name} if fits else set()
+                return {"end": "finished"} if fits else {"end": "full", "reason": "out of memory"}
 
             def close(self):
                 pass
@@ -250,7 +253,7 @@ def answers(monkeypatch):
 
         monkeypatch.setattr(schedule, "Worker", Fake)
         log = SimpleNamespace(name="workers.log")
-        found = schedule.Schedule(Book(), {}, lambda cell: -ord(cell.name), log)
+        found = schedule.Schedule(book, {}, lambda cell: -ord(cell.name), log)
         found.add([SimpleNamespace(name=name, size=size, trunk=None, is_trunk=False) for name, size in sizes.items()])
         for number in range(3):
             found.open_slot(number, "cuda", 0)

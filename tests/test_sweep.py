@@ -1,6 +1,7 @@
 """sweep.py with real processes: killed, refused, side by side, with failing runs; rows must come out the same."""
 
 import csv
+import hashlib
 import json
 import os
 import resource
@@ -10,10 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from test_grid import toml
+
+import sweep
+from nanochin.schedule import End
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
@@ -28,6 +33,34 @@ def table(text, cache) -> dict:
     return {"kind": "isoflop", "data": [str(text)], "val_bytes": 4096, "cache": str(cache), "seq_len": 32,
             "budgets": [4e8, 8e8], "models": ["12x1", "16x1"], "batch_tokens": 64, "device": "cpu",
             "dtype": "float32", "save_every": 0.2}  # fmt: skip
+
+
+def test_view(monkeypatch):
+    """What has begun counts by its share, also before this sweep's workers take it up; a failed run counts nowhere; the
+    time left is by what was done since the sweep began, an ETA by what was done since the run went on."""
+    cells = [SimpleNamespace(name=name, spent=100.0, is_trunk=False, trunk=None) for name in "abcd"]
+    progress, now = {"a": 0.4, "b": 0.0, "c": 0.0, "d": 0.7}, [0.0]
+    found = SimpleNamespace(cells=cells, ends={"c": End({"loss": 1.0}), "d": End(reason="it diverged")}, running={},
+                            book=SimpleNamespace(progress=lambda cell: (progress[cell.name], 2.5)),
+                            is_open=lambda cell: cell.name in "ab")  # fmt: skip
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
+    view = sweep.View(found)
+    assert view.spent() == (140.0, 300.0) and "time left not known yet" in view.text()
+    found.running["a"], now[0] = 10.0, 10.0
+    view.text()
+    progress["a"], now[0] = 0.5, 20.0
+    assert view.text() == ("2 of 4 runs done (1 failed), 150 of 300 FLOPs, 0:20, 5:00 left\n"
+                           "  a  50% loss 2.500 ETA 0:50")  # fmt: skip
+
+
+def test_fit_anew(tmp_path):
+    """A law is taken for that of the rows only if it was fitted to these very rows: a sweep that was killed between
+    writing new rows and fitting them fits when it is run again."""
+    assert not sweep.fitted(tmp_path, b"rows")
+    (tmp_path / "laws.json").write_text("{}")
+    assert not sweep.fitted(tmp_path, b"rows")
+    (tmp_path / "laws.json").write_text(json.dumps({"meta": {"sha256": hashlib.sha256(b"rows").hexdigest()}}))
+    assert sweep.fitted(tmp_path, b"rows") and not sweep.fitted(tmp_path, b"more rows")
 
 
 class Sweeps:
@@ -202,8 +235,11 @@ def test_only(peace, sweeps, table):
     assert [row["run"] for row in sweeps.rows()] == ["8e8-16x1-s0"] and f"1 of {RUNS} runs done" in said
     either = sweeps.run("--only", "budget=8e8", "model=16x1", "model=12x1", "--dry-run")
     assert "8e8-16x1-s0" in either and "8e8-12x1-s0" in either and either.count("\n8e8-") == 2
-    assert "no run is like that" in sweeps.run("--only", "budget=7", code=2)
-    assert "expected an option of the runs" in sweeps.run("--only", "colour=7", code=2)
+    refused = {"budget=7": "no run is like that; of the runs budget is 4e+08, 8e+08",
+               "modle=16x1": "expected an option of the runs, such as budget=1e12 or model=48x2; did you mean model=?",
+               "8e8": "--only 8e8: expected an option of the runs"}  # fmt: skip
+    for what, words in refused.items():
+        assert words in sweeps.run("--only", what, code=2)
     sweeps.run()
     same(sweeps, peace)
 
@@ -263,7 +299,7 @@ def test_signalled(peace, sweeps, number, code):
     workers = children(process.pid)
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == code and "Traceback" not in err
+    assert process.returncode == code and "Traceback" not in err and "the same command goes on from there" in out
     assert all(map(gone, workers))
     sweeps.run()
     same(sweeps, peace)
@@ -398,4 +434,7 @@ def test_smoke(tmp_path):
     assert len(sweeps.trained()) <= len(rows)  # those killed are trained on, those finished are not trained again
     laws = json.loads((sweeps.out / "laws.json").read_text())
     assert laws["meta"]["n_runs"] == len(rows) and "laws.json, report.html" in said
+    assert "laws.json, report.html" not in sweeps.run()  # nor is it fitted again
+    (sweeps.out / "laws.json").write_text((sweeps.out / "laws.json").read_text().replace(laws["meta"]["sha256"], "0"))
+    assert "laws.json, report.html" in sweeps.run()
     assert "</html>" in (sweeps.out / "report.html").read_text()
