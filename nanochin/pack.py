@@ -8,6 +8,7 @@ pay ends after its run. That takes some minutes of training, none of which is lo
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from nanochin.schedule import Schedule
 
@@ -18,38 +19,67 @@ SECONDS = 30.0  # of training that each worker is watched, at least
 LINES = 5  # that each run adds to its log meanwhile, at least
 
 
+@dataclass
+class Watched:
+    """A run while we look: its last log line, and what lies between those of its lines that count."""
+
+    when: float  # the last line was seen
+    flops: float  # that it told
+    lines: int = 0  # since it began
+    spans: int = 0  # from line to line
+    work: float = 0.0  # FLOPs in them
+    time: float = 0.0  # seconds of them
+    present: float = 0.0  # seconds in which it trained as one of all
+
+
 class Window:
     """Measures the FLOP/s of `workers` runs together.
 
-    A log tells how far a run is only when a line is added, so what counts is from line to line of one run, and only
-    while every worker trains: neither start-up nor a run's end, nor a log that a resumed run cuts, are work or time.
+    A log tells how far a run is only when a line is added, so the speed of a run is that from line to line, and only
+    while every worker trains: neither start-up, nor a run's end, nor a log that a resumed run cuts, is work or time.
+    The speed of all is the mean over runs that came and went, by the time that each was there, times `workers`.
     """
 
     def __init__(self, workers: int):
         self.workers = workers
-        self.lines: dict[str, tuple[float, float, int]] = {}  # run: (time, FLOPs) of its last line, lines since we look
-        self.counted: dict[str, int] = {}  # of these, how many spans count
-        self.since = math.inf  # all workers train
-        self.work = self.time = 0.0  # FLOPs and seconds of all spans that count
+        self.runs: dict[str, Watched] = {}
+        self.since = math.inf  # every worker trains
+        self.last = 0.0  # look
 
     def look(self, now: float, done: dict[str, float]) -> float | None:
         """`done`: FLOPs of each run in progress, by its log. The FLOP/s of all, once that is known well enough."""
-        lines = {}
         for name, flops in done.items():
-            when, before, count = self.lines.get(name, (now, flops, 0))
-            if flops > before:
-                if when >= self.since:
-                    self.work, self.time = self.work + flops - before, self.time + now - when
-                    self.counted[name] = self.counted.get(name, 0) + 1
-                lines[name] = now, flops, count + 1
-            else:
-                lines[name] = (when, before, count) if flops == before else (now, flops, 0)
-        self.lines = lines
-        training = len(lines) == self.workers and all(count for *_, count in lines.values())
-        self.since = min(self.since, now) if training else math.inf
-        if self.time < SECONDS * self.workers or not all(self.counted.get(name, 0) >= LINES for name in lines):
+            run = self.runs.setdefault(name, Watched(now, flops))
+            if flops > run.flops:
+                run.lines += 1
+                if run.when >= self.since:
+                    run.spans, run.work, run.time = (
+                        run.spans + 1,
+                        run.work + flops - run.flops,
+                        run.time + now - run.when,
+                    )
+            elif flops < run.flops:
+                run.lines = 0
+            if flops != run.flops:
+                run.when, run.flops = now, flops
+        for name in self.runs.keys() - done.keys():
+            self.runs[name].lines = 0
+
+        running = [self.runs[name] for name in done]
+        if len(running) < self.workers or not all(run.lines for run in running):
+            self.since = math.inf
+        elif self.since == math.inf:
+            self.since = now
+        else:
+            for run in running:
+                run.present += now - self.last
+        self.last = now
+
+        known = [run for run in self.runs.values() if run.spans]
+        there = sum(run.present for run in known)
+        if there < SECONDS * self.workers or any(run.spans < LINES for run in running):
             return None
-        return self.workers * self.work / self.time
+        return self.workers * sum(run.present * run.work / run.time for run in known) / there
 
 
 class Ramp:

@@ -88,23 +88,34 @@ def test_short_runs(seconds, start):
     assert found.workers == 2 and found.rates == pytest.approx([100, 200, 200], rel=0.05)
 
 
-def test_run_that_ends():
-    """By hand: of two runs one ends, and what takes its place counts from its first line on, as does the other."""
+def test_run_that_ends(monkeypatch):
+    """By hand: of two runs one ends, and what takes its place counts from its first line on. All together do 30 FLOP/s
+    for 2 seconds, and 80 for one; what is between is left out."""
+    monkeypatch.setattr(pack, "SECONDS", 3)
+    monkeypatch.setattr(pack, "LINES", 1)
     window = pack.Window(2)
     lines = [
         (0, {"a": 0, "b": 0}),
         (1, {"a": 10, "b": 0}),
         (2, {"a": 20, "b": 40}),  # from here on both train
         (3, {"a": 30, "b": 60}),
-        (4, {"a": 40, "b": 80}),  # spans: a 10, 10; b 20, 20
+        (4, {"a": 40, "b": 80}),  # a 10, b 20 a second
         (5, {"a": 50}),
-        (6, {"a": 60, "c": 0}),  # a 10 while b had not ended yet
-        (9, {"a": 90, "c": 900}),
-        (10, {"a": 100, "c": 970}),
-    ]  # c 70; a 10 after its own line
+        (6, {"a": 600, "c": 0}),
+        (9, {"a": 610, "c": 900}),
+    ]  # from here on both train
     for now, done in lines:
         assert window.look(now, done) is None
-    assert (window.work, window.time) == (10 + 10 + 20 + 20 + 10 + 10 + 70, 7)
+    assert window.look(10, {"a": 620, "c": 970}) == pytest.approx((2 * 30 + 1 * 80) / 3)
+
+
+def test_unlike_runs():
+    """Two runs of different speed, one of which seldom adds a line, do what both do."""
+    window, rate, now = pack.Window(2), None, 0.0
+    while rate is None:
+        now += 0.5
+        rate = window.look(now, {"slow": 20.0 * (now // 20 * 20), "fast": 500.0 * now})
+    assert rate == pytest.approx(520) and now < 200
 
 
 def test_not_yet_training():
@@ -114,7 +125,7 @@ def test_not_yet_training():
     window = pack.Window(2)
     for now in range(1000):
         assert window.look(now, {"a": now, "b": 50.0 - (now > 500)}) is None
-    assert window.time == 0
+    assert not any(run.spans for run in window.runs.values())
     assert window.look(1000, {"a": 1000, "b": 50.0}) is None and window.since == 1000
 
 
