@@ -307,7 +307,7 @@ class View:
 
     def show(self) -> None:
         if self.live:
-            self.live.update(one_line_each(self.text()))
+            self.live.update(self.text())
         elif time.monotonic() - self.last > SECONDS_BETWEEN_LINES:
             self.last = time.monotonic()
             print(self.text().replace("\n ", ";"), flush=True)
@@ -352,20 +352,14 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict)
         print(text)
         return 0
     from rich.live import Live
+    from rich.text import Text
 
-    with Live(one_line_each(text), refresh_per_second=1) as live:
+    with Live(Text(text, no_wrap=True, overflow="ellipsis"), refresh_per_second=1) as live:
         while not done:
             time.sleep(2)
             text, done = look()
-            live.update(one_line_each(text))
+            live.update(Text(text, no_wrap=True, overflow="ellipsis"))
     return 0
-
-
-def one_line_each(text: str):
-    """For a live view: lines that are too long for the terminal are cut, not folded."""
-    from rich.text import Text
-
-    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

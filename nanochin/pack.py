@@ -53,11 +53,9 @@ class Window:
             if flops > run.flops:
                 run.lines += 1
                 if run.when >= self.since:
-                    run.spans, run.work, run.time = (
-                        run.spans + 1,
-                        run.work + flops - run.flops,
-                        run.time + now - run.when,
-                    )
+                    run.spans += 1
+                    run.work += flops - run.flops
+                    run.time += now - run.when
             elif flops < run.flops:
                 run.lines = 0
             if flops != run.flops:
