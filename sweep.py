@@ -307,7 +307,9 @@ class View:
 
     def show(self) -> None:
         if self.live:
-            self.live.update(self.text())
+            from rich.text import Text  # as it is, without colours in the middle of names
+
+            self.live.update(Text(self.text()))
         elif time.monotonic() - self.last > SECONDS_BETWEEN_LINES:
             self.last = time.monotonic()
             print(self.text().replace("\n ", ";"), flush=True)
@@ -335,14 +337,16 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict)
 
     def look() -> tuple[str, bool]:
         known, ends = settled(sweep, cells, vocab, book, facts)
-        known = sorted(known, key=lambda cell: cell.name in ends)  # those to come first, should the terminal be short
-        lines = [["run", "", "loss"]]
+        begun, waiting, through = [], [], []  # in this order, should the terminal be short
         for cell in known:
             if end := ends.get(cell.name):
-                lines.append([cell.name, "failed" if end.reason else "finished", end.reason or f"{end.loss:.4f}"])
+                word, loss = ("failed", end.reason) if end.reason else ("finished", f"{end.loss:.4f}")
+                through.append([cell.name, word, loss])
             else:
                 done, loss = book.progress(cell)
+                lines = begun if loss else waiting
                 lines.append([cell.name, f"{done:.0%}" if loss else "waiting", f"{loss:.3f}" if loss else ""])
+        lines = [["run", "", "loss"], *begun, *waiting, *through]
         runs = [cell for cell in known if not cell.is_trunk]
         ended = sum(cell.name in ends for cell in runs)
         return f"{ended} of {len(runs)} runs done\n\n{format_columns(lines)}", ended == len(runs)
@@ -381,6 +385,9 @@ def finish(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, opti
     if len(rows) < len(ordered):
         print(f"{len(rows)} of {len(ordered)} runs done; without --only the same command does the rest")
     with FileLock(folder / ".lock"):
+        for cell in ordered:
+            if cell.name in ends and ends[cell.name].row:
+                schedule.book.copy_log(cell)
         table = to_csv(rows)
         path = folder / "runs.csv"
         write_file(path, table)

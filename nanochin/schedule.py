@@ -11,7 +11,6 @@ folder share its runs between them: the lock of a run keeps the second out, its 
 import dataclasses
 import json
 import math
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import IO
 
 from nanochin.config import Config, RunError, UserError
 from nanochin.grid import Cell
-from nanochin.runs import read_json, read_log, write_json, writing
+from nanochin.runs import read_json, read_log, write_file, write_json, writing
 from nanochin.workers import Worker, WorkerDied
 
 DEATHS = 3  # of workers on one run, after which it counts as failed
@@ -83,12 +82,15 @@ class Book:
         except (KeyError, TypeError, ValueError):
             raise UserError(f"{self.results / 'runs.csv'}: {cell.name} is finished with the loss {row.get('loss')!r}, "
                             "no number: put it right, or take the row out") from None  # fmt: skip
+        return End(row)
+
+    def copy_log(self, cell: Cell) -> None:
+        """The training curve that was kept with a row, beside those of the runs that were trained here."""
         log, ours = self.results / "runs" / cell.name / "log.jsonl", self.of(cell) / "log.jsonl"
-        if log.exists() and not ours.exists():  # its training curve
+        if log.exists() and not ours.exists():
             with writing(ours):
                 ours.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(log, ours)
-        return End(row)
+            write_file(ours, log.read_bytes())
 
     def row(self, cell: Cell, summary: dict) -> dict:
         """The row of runs.csv: the run's summary, with what only the sweep knows."""

@@ -233,6 +233,8 @@ def test_only(peace, sweeps, table):
     """--only trains the runs that are asked for; without it the rest follows, and the rows are the same."""
     said = sweeps.run("--only", "budget=8e8", "model=16x1")
     assert [row["run"] for row in sweeps.rows()] == ["8e8-16x1-s0"] and f"1 of {RUNS} runs done" in said
+    status = sweeps.run("--status").splitlines()
+    assert status[0] == f"1 of {RUNS} runs done" and status[-1].split()[:2] == ["8e8-16x1-s0", "finished"]
     either = sweeps.run("--only", "budget=8e8", "model=16x1", "model=12x1", "--dry-run")
     assert "8e8-16x1-s0" in either and "8e8-12x1-s0" in either and either.count("\n8e8-") == 2
     refused = {"budget=7": "no run is like that; of the runs budget is 4e+08, 8e+08",
@@ -376,6 +378,7 @@ def test_kept_results(peace, table, tmp_path):
     peace.run("--keep")
     shutil.move(peace.folder / "results", sweeps.folder / "results")
     assert sorted({path.name for path in kept.rglob("*") if path.is_file()}) == ["log.jsonl", "plan.csv", "runs.csv"]
+    assert f"{RUNS} of {RUNS} runs done" in sweeps.run("--status") and not sweeps.out.exists()
     assert "starting workers" not in sweeps.run()
     assert (sweeps.out / "runs.csv").read_bytes() == (peace.out / "runs.csv").read_bytes()
     assert sweeps.curves() == peace.curves()
