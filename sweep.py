@@ -229,8 +229,9 @@ def train_all(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, o
         while True:
             if not options.only:
                 while more := grid.extend(sweep, schedule.cells, losses(schedule), vocab):
-                    view.say(f"no inner minimum yet: adding {', '.join(cell.name for cell in more)}")
                     schedule.add(more)
+                    if missing := [cell.name for cell in more if schedule.is_open(cell)]:
+                        view.say(f"no inner minimum yet: adding {', '.join(missing)}")
                 with FileLock(folder / ".lock"):
                     write_file(folder / "plan.csv", to_csv(plan_rows(sweep, schedule.cells, corpus_tokens)))
             if schedule.error:

@@ -63,7 +63,7 @@ class Book:
         return None
 
     def _same(self, cell: Cell, folder: Path, facts: dict) -> None:
-        theirs, shape = read_json(folder / "config.json")["identity"], cell.plan.shape
+        theirs, shape = read_json(folder / "config.json").get("identity", {}), cell.plan.shape
         ours = {f.name: getattr(cell.config, f.name) for f in dataclasses.fields(Config) if f.metadata["result"]}
         ours |= {"vocab_size": shape.vocab_size, "head_size": shape.head_size, "ffn": shape.ffn, **facts}
         for key, value in json.loads(json.dumps(ours)).items():
@@ -228,7 +228,8 @@ class Schedule:
             try:
                 match answer["end"]:
                     case "finished":
-                        self._end(cell, self.book.look(cell, self.facts))  # it may be of a text that has changed
+                        if end := self.book.look(cell, self.facts):  # which refuses one of a text that has changed
+                            self._end(cell, end)
                     case "failed":
                         self._end(cell, self.book.failed(cell, answer["reason"]))
                     case "full":

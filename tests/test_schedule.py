@@ -57,7 +57,7 @@ def scheduled(book: Book, cells: list[grid.Cell], log=None) -> Schedule:
 
 def test_look(book, cells):
     """A run has no end while it has not begun or runs; then its summary or its failure. Other text is refused."""
-    waiting, running, done, failed, other = cells[:5]
+    waiting, running, done, failed, other, broken = cells[:6]
     begun(book, running)
     finished(book, done)
     book.failed(failed, "it diverged")
@@ -66,6 +66,10 @@ def test_look(book, cells):
     assert book.look(done, FACTS).loss == 1.5 and book.look(failed, FACTS) == End(reason="it diverged")
     with pytest.raises(UserError, match="val_sha = changed, the sweep now asks for other text"):
         book.look(other, FACTS)
+    begun(book, broken)
+    (book.of(broken) / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run with"):
+        book.look(broken, FACTS)
 
 
 @pytest.mark.parametrize("table, words", [

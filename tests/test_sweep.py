@@ -335,6 +335,13 @@ def test_failed_runs(sweeps, table):
     assert sweeps.log().count(" failed, ") == log.count(" failed, ") + 1 and sweeps.rows() == rows
 
 
+def test_device_that_is_not_there(sweeps, table):
+    """The reason why no worker can begin is what the sweep says."""
+    sweeps.write(table | {"device": "cuda:99"})
+    line = sweeps.run(code=2)
+    assert line.startswith("sweep.py: --device cuda:99: not available here") and line.count("\n") == 1
+
+
 def test_changed_sweep_file(peace, table, tmp_path):
     """Another option for runs that exist is refused by name and value; more budgets are welcome."""
     sweeps = Sweeps(tmp_path / "sweep", table | {"beta1": 0.8})
@@ -437,7 +444,8 @@ def test_smoke(tmp_path):
     assert len(sweeps.trained()) <= len(rows)  # those killed are trained on, those finished are not trained again
     laws = json.loads((sweeps.out / "laws.json").read_text())
     assert laws["meta"]["n_runs"] == len(rows) and "laws.json, report.html" in said
-    assert "laws.json, report.html" not in sweeps.run()  # nor is it fitted again
+    again = sweeps.run()
+    assert "laws.json, report.html" not in again and "adding" not in again
     (sweeps.out / "laws.json").write_text((sweeps.out / "laws.json").read_text().replace(laws["meta"]["sha256"], "0"))
     assert "laws.json, report.html" in sweeps.run()
     assert "</html>" in (sweeps.out / "report.html").read_text()
