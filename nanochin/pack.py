@@ -117,7 +117,7 @@ class Ramp:
     def _settle(self, workers: int, why: str) -> None:
         rates = ", ".join(f"{rate:.3g}" for rate in self.rates)
         measured = f" ({rates} FLOP/s with 1{f' to {len(self.rates)}' if len(self.rates) > 1 else ''})" if rates else ""
-        self.workers, self.verdict = workers, f"{workers} workers a GPU: {why}{measured}"
+        self.workers, self.verdict = workers, f"{workers} worker{'s' * (workers > 1)} a GPU: {why}{measured}"
 
 
 class Crew:

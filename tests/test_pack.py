@@ -50,7 +50,7 @@ def ramp(machine: Machine, runs: int = 1000, gpus: int = 1, minutes: float = 60)
 def test_saturated(best, noise):
     """Where `best` workers give all that there is, one more is tried and not kept; the rates are the machine's."""
     found = ramp(Machine(lambda n: 100.0 * min(n, best), noise=noise))
-    assert found.workers == best and f"{best} workers a GPU: the {best + 1}" in found.verdict
+    assert found.workers == best and f"{best} worker{'s' * (best > 1)} a GPU: the {best + 1}" in found.verdict
     assert found.rates == pytest.approx([100.0 * min(n, best) for n in range(1, best + 2)], rel=0.03 if noise else 0.02)
 
 
@@ -314,6 +314,6 @@ def test_a_sweep_measures(text, cache, tmp_path, monkeypatch, capsys):
     options = sweep.SweepOptions(str(sweeps.file), out=str(tmp_path / "sweep" / "out"), results="none")
     assert sweep.run(options) == 0
     said = capsys.readouterr().out
-    assert "1 workers on cpu, more as long as they pay" in said and " workers a GPU: the " in said
+    assert "1 workers on cpu, more as long as they pay" in said and " a GPU: the " in said
     assert len({line.split(":")[0] for line in sweeps.log().splitlines() if line.startswith("worker ")}) == 2
     assert [row["status"] for row in sweeps.rows()] == 3 * ["finished"]
