@@ -169,4 +169,4 @@ def cores() -> int:
 
 
 def _ordinal(n: int) -> str:
-    return {1: "1st", 2: "2nd", 3: "3rd"}.get(n, f"{n}th")
+    return {2: "2nd", 3: "3rd"}.get(n, f"{n}th")
