@@ -9,24 +9,26 @@ completes it, with the same rows. Rows in results/<name>/runs.csv count as done.
 """
 
 import csv
+import difflib
+import hashlib
 import io
-import os
+import json
 import signal
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from filelock import FileLock
 
 from nanochin import grid
-from nanochin.config import UserError, opt, parse, run_command
+from nanochin.config import Config, UserError, opt, parse, run_command
 from nanochin.console import Progress, clock, count
 from nanochin.data import BPE_VOCAB, Corpus, prepare_for
 from nanochin.flops import CONVENTIONS, format_columns
 from nanochin.grid import Cell, Sweep
+from nanochin.pack import Crew
 from nanochin.runs import write_file, writing
 from nanochin.schedule import Book, End, Schedule
 from nanochin.tokenizer import Tokenizer, model_vocab
@@ -35,7 +37,6 @@ from nanochin.workers import work
 ROOT = Path(__file__).resolve().parent
 SECONDS_BETWEEN_LINES = 15.0  # of the progress view, elsewhere than on a terminal
 KEPT = (".csv", ".json", ".html", ".svg")
-PER_GPU = 4  # workers on a GPU, which a model of a few million parameters leaves idle; not measured yet
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,9 @@ class SweepOptions:
     only: tuple[str, ...] = opt((), "runs to train now, such as budget=1e12 or model=48x2 model=64x2")
     keep: bool = opt(False, "copy what is worth keeping to --results: rows, logs, laws, report; no checkpoints")
     retry_failed: bool = opt(False, "try failed runs again")
-    workers: int | None = opt(None, "runs at once; default: one a CPU core, or 4 a GPU", low=1, high=1000)
+    workers: int | None = opt(
+        None, "runs at once; default: one a CPU core, or as many a GPU as turn out to pay", low=1, high=1000
+    )
     data: tuple[str, ...] | None = opt(None, "the text, as train.py reads it; default: that of the sweep file")
     val: tuple[str, ...] | None = opt(None, "validation text; default: that of the sweep file")
     out: str = opt("sweeps-out", "folder of all sweeps")
@@ -84,6 +87,7 @@ def run(options: SweepOptions) -> int:
 
     with writing(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
+        (folder / "workers.log").touch()
     with open(folder / "workers.log", "a") as log:
         schedule = Schedule(book, facts, lambda cell: seconds(sweep, cell, cells), log, options.retry_failed)
         train_all(sweep, only(cells, options), vocab, schedule, options, len(corpus.train))
@@ -112,16 +116,22 @@ def expected_vocab(sweep: Sweep) -> int:
 def only(cells: list[Cell], options: SweepOptions) -> list[Cell]:
     """The cells that `--only` chooses, and the trunks that they need. A key given twice means either value."""
     wanted: dict[str, list[str]] = {}
+    known = [f.name for f in fields(Config)]
     for item in options.only:
         key, equals, value = item.partition("=")
-        if not equals or not (key in ("budget", "name") or hasattr(cells[0].config, key)):
-            raise UserError(f"--only {item}: expected an option of the runs, such as budget=1e12 or model=48x2")
+        if not equals or key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            raise UserError(f"--only {item}: expected an option of the runs, such as budget=1e12 or model=48x2"
+                            + (f"; did you mean {close[0]}=?" if close and equals else ""))  # fmt: skip
         wanted.setdefault(key, []).append(value)
     chosen = [cell for cell in cells
               if all(any(_matches(_attribute(cell, key), value) for value in values)
                      for key, values in wanted.items())]  # fmt: skip
     if not chosen:
-        raise UserError(f"--only {' '.join(options.only)}: no run is like that; --dry-run lists them")
+        values = {key: dict.fromkeys(_attribute(cell, key) for cell in cells) for key in wanted}
+        there = [f"{key} is {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in list(found)[:9])}"
+                 for key, found in values.items()]  # fmt: skip
+        raise UserError(f"--only {' '.join(options.only)}: no run is like that; of the runs {'; '.join(there)}")
     needed = {cell.name for cell in chosen} | {cell.trunk for cell in chosen}
     return [cell for cell in cells if cell.name in needed]
 
@@ -214,56 +224,33 @@ def train_all(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, o
     """Train what has no end yet, adding sizes where `extend` asks for them. Raises UserError for what stops it."""
     folder = schedule.book.folder
     schedule.add(cells)
-    view, threads = View(schedule), []
+    view, crew = View(schedule), None
     try:
         while True:
             if not options.only:
                 while more := grid.extend(sweep, schedule.cells, losses(schedule), vocab):
-                    view.say(f"no inner minimum yet: adding {', '.join(cell.name for cell in more)}")
                     schedule.add(more)
+                    if missing := [cell.name for cell in more if schedule.is_open(cell)]:
+                        view.say(f"no inner minimum yet: adding {', '.join(missing)}")
                 with FileLock(folder / ".lock"):
                     write_file(folder / "plan.csv", to_csv(plan_rows(sweep, schedule.cells, corpus_tokens)))
             if schedule.error:
                 raise schedule.error
             if schedule.done:
                 break
-            if not threads:
-                threads = start(sweep, schedule, options, view)
+            crew = crew or Crew(schedule, sweep.base.device, options.workers, view.say)
             before = len(schedule.ends)
             while len(schedule.ends) == before and not schedule.error and not schedule.done:
                 with schedule.changed:
                     schedule.changed.wait(0.5)
+                crew.look(time.monotonic())
                 view.show()
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+        view.say("stopping, and saving what is running; the same command goes on from there")
+        raise
     finally:
         view.close()
         schedule.stop()
-        for thread in threads:
-            thread.join()
-
-
-def start(sweep: Sweep, schedule: Schedule, options: SweepOptions, view: "View") -> list[threading.Thread]:
-    """A thread and a worker for each slot."""
-    view.say("starting workers")
-    device = sweep.base.device
-    first = schedule.first_worker(device)
-    kind = first.hello["device"]
-    gpus = 1 if ":" in device else first.hello["gpus"]  # cuda:1 is one
-    number = options.workers or {"cuda": PER_GPU * gpus, "mps": 1, "cpu": cores()}[kind]
-    number = max(1, min(number, sum(map(schedule.is_open, schedule.cells)) + 2))  # an extension may come
-    shared = kind == "cuda" and gpus > 1
-    view.say(f"{number} workers on {f'{gpus} GPUs' if shared else kind}")
-    threads = [threading.Thread(target=schedule.slot, daemon=True,
-                                args=(i, device, gpus if shared else 0, None if i or shared else first))
-               for i in range(number)]  # fmt: skip
-    if shared:  # it has not been told which GPU is its own
-        first.close()
-    for thread in threads:
-        thread.start()
-    return threads
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def losses(schedule: Schedule) -> dict[str, float | None]:
@@ -275,7 +262,7 @@ class View:
 
     def __init__(self, schedule: Schedule):
         self.schedule, self.began, self.last = schedule, time.monotonic(), time.monotonic()
-        self.at_first = self.spent()[0]
+        self.at_first, self.shares = self.spent()[0], {}  # shares of the runs in progress when first seen
         self.live = None
         if sys.stdout.isatty():
             from rich.live import Live
@@ -284,14 +271,14 @@ class View:
             self.live.start()
 
     def spent(self) -> tuple[float, float]:
-        """FLOPs spent, and in all; a run in progress counts by the share of it that is done."""
+        """FLOPs spent, and in all, of the runs that have not failed; one that has begun counts by its share."""
         total = spent = 0.0
         for cell in self.schedule.cells:
+            end = self.schedule.ends.get(cell.name)
+            if end and end.reason:  # nobody knows how much of it was done
+                continue
             total += cell.spent
-            if not self.schedule.is_open(cell):
-                spent += cell.spent
-            elif cell.name in self.schedule.running:
-                spent += cell.spent * self.schedule.book.progress(cell)[0]
+            spent += cell.spent * (self.schedule.book.progress(cell)[0] if self.schedule.is_open(cell) else 1.0)
         return spent, total
 
     def say(self, text: str) -> None:
@@ -314,13 +301,16 @@ class View:
         for cell in schedule.cells:
             if since := schedule.running.get(cell.name):
                 done, loss = schedule.book.progress(cell)
-                eta = f"ETA {clock((time.monotonic() - since) * (1 - done) / done)}" if done else ""
+                new = done - self.shares.setdefault(cell.name, done)  # a run that goes on has not done all of it now
+                eta = f"ETA {clock((time.monotonic() - since) * (1 - done) / new)}" if new > 0 else ""
                 lines.append(f"  {cell.name} {done:4.0%} {f'loss {loss:.3f}' if loss else ''} {eta}".rstrip())
         return "\n".join(lines)
 
     def show(self) -> None:
         if self.live:
-            self.live.update(self.text())
+            from rich.text import Text  # as it is, without colours in the middle of names
+
+            self.live.update(Text(self.text()))
         elif time.monotonic() - self.last > SECONDS_BETWEEN_LINES:
             self.last = time.monotonic()
             print(self.text().replace("\n ", ";"), flush=True)
@@ -336,6 +326,7 @@ def settled(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict
     known = list(cells)
     while True:
         ends = {cell.name: end for cell in known if (end := book.look(cell, facts))}
+        book.strand(known, ends)
         more = grid.extend(sweep, known, {name: end.loss for name, end in ends.items()}, vocab)
         if not more:
             return known, ends
@@ -347,28 +338,32 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict)
 
     def look() -> tuple[str, bool]:
         known, ends = settled(sweep, cells, vocab, book, facts)
-        lines = [["run", "", "loss"]]
+        begun, waiting, through = [], [], []  # in this order, should the terminal be short
         for cell in known:
             if end := ends.get(cell.name):
-                lines.append([cell.name, "failed" if end.reason else "finished", end.reason or f"{end.loss:.4f}"])
+                word, loss = ("failed", end.reason) if end.reason else ("finished", f"{end.loss:.4f}")
+                through.append([cell.name, word, loss])
             else:
                 done, loss = book.progress(cell)
+                lines = begun if loss else waiting
                 lines.append([cell.name, f"{done:.0%}" if loss else "waiting", f"{loss:.3f}" if loss else ""])
+        lines = [["run", "", "loss"], *begun, *waiting, *through]
         runs = [cell for cell in known if not cell.is_trunk]
         ended = sum(cell.name in ends for cell in runs)
-        return format_columns(lines) + f"\n\n{ended} of {len(runs)} runs done", ended == len(runs)
+        return f"{ended} of {len(runs)} runs done\n\n{format_columns(lines)}", ended == len(runs)
 
     text, done = look()
     if not sys.stdout.isatty():
         print(text)
         return 0
     from rich.live import Live
+    from rich.text import Text
 
-    with Live(text, refresh_per_second=1) as live:
+    with Live(Text(text, no_wrap=True, overflow="ellipsis"), refresh_per_second=1) as live:
         while not done:
             time.sleep(2)
             text, done = look()
-            live.update(text)
+            live.update(Text(text, no_wrap=True, overflow="ellipsis"))
     return 0
 
 
@@ -391,14 +386,16 @@ def finish(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, opti
     if len(rows) < len(ordered):
         print(f"{len(rows)} of {len(ordered)} runs done; without --only the same command does the rest")
     with FileLock(folder / ".lock"):
+        for cell in ordered:
+            if cell.name in ends and ends[cell.name].row:
+                schedule.book.copy_log(cell)
         table = to_csv(rows)
         path = folder / "runs.csv"
-        same = path.exists() and path.read_bytes() == table
         write_file(path, table)
         print(f"{path}: {len(rows)} runs")
         if sweep.grid.kind == "grid":
             print(best_of_grid(ordered, ends))
-        elif len(rows) == len(ordered) and not (same and (folder / "laws.json").exists()):
+        elif len(rows) == len(ordered) and not fitted(folder, table):
             return fit(folder, sweep.grid.bootstrap)
         elif (folder / "report.html").exists():
             print(f"{folder}/report.html")
@@ -438,6 +435,14 @@ def best_of_grid(cells: list[Cell], ends: dict[str, End]) -> str:
                  if (cell.plan.shape, cell.budget) == group and cell.name in ends and ends[cell.name].row]  # fmt: skip
         lines += [[name, f"{loss:.4f}", f"{loss - min(found)[0]:.4f}"] for loss, name in sorted(found)]
     return "\n" + format_columns(lines)
+
+
+def fitted(folder: Path, table: bytes) -> bool:
+    """Whether laws.json, the last file that fit.py writes, is of these very rows."""
+    try:
+        return json.loads((folder / "laws.json").read_text())["meta"]["sha256"] == hashlib.sha256(table).hexdigest()
+    except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours
+        return False
 
 
 def fit(folder: Path, bootstrap: int) -> int:

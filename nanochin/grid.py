@@ -66,6 +66,8 @@ class Grid:
 TIMES = ("lr_times", "batch_times", "warmup_times")
 # Options of train.py that a sweep decides itself.
 OURS = {"name", "out", "branch_from", "init_from", "save_steps", "sample_tokens", "threads", "keep", "log_every"}
+# A sweep has one text, which is cut into tokens in one way.
+SINGLE = {"val_bytes", "max_tokens", "skip_bad", "tokenizer", "vocab_size", "seq_len", "cache", "device"}
 BY_GRID = {"budget": "budgets", "model": "models", "tokens": "budgets", "seed": "seeds"}  # a plural says it
 
 
@@ -116,6 +118,8 @@ def read_sweep(path: str | Path, **overrides) -> Sweep:
         raise UserError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not TOML: {error}") from None
+    if twice := [key for key in table if "-" in key and key.replace("-", "_") in table]:
+        raise UserError(f"{path}: {twice[0]}: there twice, also as {twice[0].replace('-', '_')}")
     table = {key.replace("-", "_"): value for key, value in table.items()}
     table |= {key: list(value) for key, value in overrides.items() if value is not None}
     own, many = {f.name for f in fields(Grid)}, _tuples(Grid) | _tuples(Config)
@@ -130,7 +134,7 @@ def read_sweep(path: str | Path, **overrides) -> Sweep:
             raise UserError(f"{path}: unknown key {key}" + (f"; did you mean {close[0]}?" if close else ""))
         if isinstance(value, dict) or (isinstance(value, list) and not value):
             raise UserError(f"{path}: {key}: expected a value or a list of values")
-        if isinstance(value, list) and key in own and key not in many:
+        if isinstance(value, list) and (key in SINGLE or (key in own and key not in many)):
             raise UserError(f"{path}: {key}: expected one value, not a list")
 
     lists = {key: value for key, value in table.items() if key not in own | many and isinstance(value, list)}
@@ -140,7 +144,16 @@ def read_sweep(path: str | Path, **overrides) -> Sweep:
     lists = {key: tuple(getattr(_parse(Config, {key: value}, path), key) for value in values)
              for key, values in lists.items()}  # fmt: skip
     _check(grid, base, path)
+    for f in fields(Grid):
+        if f.name in table and grid.kind not in (kinds := _kinds(f)):
+            raise UserError(f"{path}: {f.name}: is for {' or '.join(kinds)}, this sweep's kind is {grid.kind}")
     return Sweep(str(path), Path(path).stem, grid, base, lists)
+
+
+def _kinds(f: dataclasses.Field) -> tuple[str, ...]:
+    """The kinds of sweeps that a key of Grid is for: those that its help begins with, all if there is none."""
+    named = tuple(f.metadata["help"].partition(": ")[0].split(", "))
+    return named if f.name != "kind" and set(named) <= set(KINDS) else KINDS
 
 
 def _tuples(cls) -> set[str]:
@@ -171,6 +184,8 @@ def _check(grid: Grid, base: Config, path) -> None:
     for key in ("budgets", "seeds", "models"):
         values = getattr(grid, key)
         need(len(set(values)) == len(values), f"{key}: the same value twice")
+    if grid.kind in ("horizons", "trunk") and not grid.models:
+        need(len(grid.budgets) > 1, "budgets: two or more, between whose optima the sizes lie; or give models")
     need(tuple(sorted(grid.budgets)) == grid.budgets or grid.kind == "grid", "budgets: must rise")
     need(not set(grid.seeds) & set(grid.centre_seeds), "centre_seeds: seeds that seeds has not")
     if grid.kind == "grid":
@@ -188,8 +203,11 @@ def plan_cells(sweep: Sweep, vocab_size: int, corpus_tokens: float | None = None
     """All cells, in the order of runs.csv. Raises UserError for a cell that cannot be, or (with `corpus_tokens`) sees
     more than `max_epochs` of its text."""
     cells = []
-    for variant in _variants(sweep):
-        cells += _PLANNERS[sweep.grid.kind](_Builder(sweep, vocab_size, *variant))
+    try:
+        for variant in _variants(sweep):
+            cells += _PLANNERS[sweep.grid.kind](_Builder(sweep, vocab_size, *variant))
+    except UserError as error:  # in the words of train.py
+        raise UserError(f"{sweep.path}: {error}") from None
     names = [cell.name for cell in cells]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{sweep.path}: two cells would be called {min(twice)}; make their options differ")
@@ -308,17 +326,14 @@ class _Builder:
         make = functools.partial(
             ladder.plan, self.make, budget=budget, tokens=tokens, model=(shape.width, shape.layers), law=self.law,
             convention=self.base.flops)  # fmt: skip
-        try:
-            plan = make(**given)
-            given["lr"] = plan.lr * self.times["lr_times"]  # not that of another batch: the multiples vary one by one
-            if self.times["batch_times"] != 1 and "batch_tokens" not in fixed:
-                sequences = max(1, round(plan.batch_tokens * self.times["batch_times"] / shape.seq_len))
-                given["batch_tokens"] = sequences * shape.seq_len
-            if "warmup_tokens" not in fixed:
-                given["warmup_tokens"] = plan.warmup_tokens * self.times["warmup_times"]
-            return make(**given)
-        except UserError as error:
-            raise UserError(f"{self.sweep.path}: {error}") from None
+        plan = make(**given)
+        given["lr"] = plan.lr * self.times["lr_times"]  # not that of another batch: the multiples vary one by one
+        if self.times["batch_times"] != 1 and "batch_tokens" not in fixed:
+            sequences = max(1, round(plan.batch_tokens * self.times["batch_times"] / shape.seq_len))
+            given["batch_tokens"] = sequences * shape.seq_len
+        if "warmup_tokens" not in fixed:
+            given["warmup_tokens"] = plan.warmup_tokens * self.times["warmup_times"]
+        return make(**given)
 
     def cell(self, stem: str, plan: ladder.Plan, seed: int, budget: float | None = None, **more) -> Cell:
         """`more`: trunk, step, is_trunk of the cell, and options of its Config."""
@@ -341,7 +356,7 @@ def _isoflop(build: _Builder) -> list[Cell]:
     for budget, centre in zip(build.grid.budgets, build.centres(), strict=True):
         shapes = build.isoflop_shapes(budget, centre)
         if not shapes:
-            raise UserError(f"{build.sweep.path}: no model can spend the budget {budget:g}")
+            raise UserError(f"no model can spend the budget {budget:g}")
         middle = min(shapes, key=lambda s, centre=centre: abs(math.log(count_params(s).total / centre)))
         for shape in shapes:
             seeds = build.grid.seeds + (build.grid.centre_seeds if shape == middle else ())
@@ -397,7 +412,7 @@ def _trunk(build: _Builder) -> list[Cell]:
         plans = [build.plan(shape, tokens=tokens, **fixed) for tokens in lengths]
         steps = [math.floor(plan.steps * (1 - share)) for plan in plans]  # up to there wsd's rate is constant
         if not all(warmup / batch < step < plan.steps for step, plan in zip(steps, plans, strict=True)):
-            raise UserError(f"{build.sweep.path}: {shape}: {min(steps)} steps leave no room for warm-up and cooldown")
+            raise UserError(f"{shape}: {min(steps)} steps leave no room for warm-up and cooldown")
         whole = build.plan(shape, tokens=steps[-1] * batch, **fixed)
         for seed in build.grid.seeds:
             trunk = build.cell(f"trunk-{shape}", whole, seed, schedule="constant", save_steps=tuple(steps),
@@ -422,4 +437,6 @@ _PLANNERS = {"isoflop": _isoflop, "horizons": _horizons, "trunk": _trunk, "grid"
 
 def _short(value) -> str:
     """1e12 -> '1e12', 0.01 -> '0.01', 'gelu' -> 'gelu', for names of folders."""
-    return re.sub(r"e[+]?(-?)0*", r"e\1", f"{value:g}") if isinstance(value, int | float) else str(value)
+    if isinstance(value, int | float):
+        return re.sub(r"e[+]?(-?)0*", r"e\1", f"{value:g}")
+    return str(value).replace("/", "_")

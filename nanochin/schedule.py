@@ -10,7 +10,7 @@ folder share its runs between them: the lock of a run keeps the second out, its 
 
 import dataclasses
 import json
-import shutil
+import math
 import threading
 import time
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import IO
 
 from nanochin.config import Config, RunError, UserError
 from nanochin.grid import Cell
-from nanochin.runs import read_json, read_log, write_json, writing
+from nanochin.runs import read_json, read_log, write_file, write_json, writing
 from nanochin.workers import Worker, WorkerDied
 
 DEATHS = 3  # of workers on one run, after which it counts as failed
@@ -56,14 +56,14 @@ class Book:
             self._same(cell, folder, facts)
             if (folder / "summary.json").exists():
                 return End(self.row(cell, read_json(folder / "summary.json")))
-        elif row := self.kept.get(cell.name):
-            return self._from_results(cell, row, facts)
+        elif (row := self.kept.get(cell.name)) and (end := self._from_results(cell, row, facts)):
+            return end
         if (folder / "failed.json").exists():
             return End(reason=read_json(folder / "failed.json")["reason"])
         return None
 
     def _same(self, cell: Cell, folder: Path, facts: dict) -> None:
-        theirs, shape = read_json(folder / "config.json")["identity"], cell.plan.shape
+        theirs, shape = read_json(folder / "config.json").get("identity", {}), cell.plan.shape
         ours = {f.name: getattr(cell.config, f.name) for f in dataclasses.fields(Config) if f.metadata["result"]}
         ours |= {"vocab_size": shape.vocab_size, "head_size": shape.head_size, "ffn": shape.ffn, **facts}
         for key, value in json.loads(json.dumps(ours)).items():
@@ -77,12 +77,20 @@ class Book:
         if row.get("cell") != self.digest(cell):
             raise UserError(f"{self.results / 'runs.csv'}: {cell.name} was run with other options than the sweep file "
                             "now has: give the file another name, or pass --results none")  # fmt: skip
+        try:
+            float(row["loss"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{self.results / 'runs.csv'}: {cell.name} is finished with the loss {row.get('loss')!r}, "
+                            "no number: put it right, or take the row out") from None  # fmt: skip
+        return End(row)
+
+    def copy_log(self, cell: Cell) -> None:
+        """The training curve that was kept with a row, beside those of the runs that were trained here."""
         log, ours = self.results / "runs" / cell.name / "log.jsonl", self.of(cell) / "log.jsonl"
-        if log.exists() and not ours.exists():  # its training curve
+        if log.exists() and not ours.exists():
             with writing(ours):
                 ours.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(log, ours)
-        return End(row)
+            write_file(ours, log.read_bytes())
 
     def row(self, cell: Cell, summary: dict) -> dict:
         """The row of runs.csv: the run's summary, with what only the sweep knows."""
@@ -100,6 +108,19 @@ class Book:
 
     def checkpoint(self, run: str, step: int) -> Path:
         return self.folder / "runs" / run / "checkpoints" / f"step-{step}"
+
+    def strand(self, cells: list[Cell], ends: dict[str, End]) -> None:
+        """Give an end to cooldowns whose trunk failed before the checkpoint that they need. Raises UserError if it is
+        finished and the checkpoint is not there: a sweep file that asks for other lengths now, or a cleaned-up disk."""
+        for cell in cells:
+            end = ends.get(cell.trunk)
+            if end is None or cell.name in ends or self.checkpoint(cell.trunk, cell.step).exists():
+                continue
+            if not end.reason:
+                raise UserError(f"{self.folder / 'runs' / cell.trunk} is finished and has no checkpoint of step "
+                                f"{cell.step}, where {cell.name} begins: delete that folder, and it is trained again "
+                                "with all that are needed")  # fmt: skip
+            ends[cell.name] = End(reason=f"its trunk {cell.trunk} failed: {end.reason}")
 
     def progress(self, cell: Cell) -> tuple[float, float | None]:
         """(share of the run that is done, its last training loss), from its log."""
@@ -119,8 +140,13 @@ def read_rows(path: Path) -> dict[str, dict]:
 
     if not path.exists():
         return {}
-    with open(path, newline="") as file:
-        return {row["run"]: row for row in csv.DictReader(file)}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return {row["run"]: row for row in csv.DictReader(file)}
+    except KeyError:
+        raise UserError(f"{path}: no column run; is it the table of a sweep?") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: cannot be read as a table of runs: {error}") from None
 
 
 class Schedule:
@@ -134,10 +160,14 @@ class Schedule:
         self.running: dict[str, float] = {}  # since when
         self.busy: dict[str, float] = {}  # not before
         self.deaths: dict[str, int] = {}
-        self.error: UserError | None = None
+        self.lonely: set[str] = set()  # lacked memory beside others: tried again by themselves, when these are through
+        self.error: Exception | None = None
         self.closed = False
         self.changed = threading.Condition()
         self.workers: list[Worker] = []
+        self.threads: list[threading.Thread] = []
+        self.slots = 0  # that take runs
+        self.most = math.inf  # slots from this number on end after the run that they have
 
     def add(self, cells: list[Cell]) -> None:
         """More runs; those that have an end already keep it."""
@@ -147,7 +177,8 @@ class Schedule:
                 if self.retry:
                     self.book.forgive(cell)
                 if end := self.book.look(cell, self.facts):
-                    self._end(cell, end)
+                    self.ends[cell.name] = end
+            self.book.strand(self.cells, self.ends)
             self.changed.notify_all()
 
     @property
@@ -166,13 +197,16 @@ class Schedule:
     def _ready(self, cell: Cell) -> bool:
         if not self.is_open(cell) or cell.name in self.running or self.busy.get(cell.name, 0) > time.monotonic():
             return False
+        if self.lonely & self.running.keys() or (cell.name in self.lonely and self.running):
+            return False
         return not cell.trunk or self.book.checkpoint(cell.trunk, cell.step).exists()
 
-    def take(self) -> Cell | None:
-        """The longest run that can begin now; waits for one. None when there will be no more."""
+    def take(self, number: int) -> Cell | None:
+        """The longest run that can begin now; waits for one. None when there will be no more for this slot."""
         with self.changed:
-            while not (self.closed or self.error):
-                for cell in sorted(filter(self._ready, self.cells), key=self.seconds, reverse=True):
+            while not (self.closed or self.error or number >= self.most):
+                ready = filter(self._ready, self.cells)
+                for cell in sorted(ready, key=lambda c: (c.name in self.lonely, -self.seconds(c))):
                     if end := self.book.look(cell, self.facts):  # another sweep on this folder was faster
                         self._end(cell, end)
                         continue
@@ -183,10 +217,8 @@ class Schedule:
 
     def _end(self, cell: Cell, end: End) -> None:
         self.ends[cell.name] = end
-        if cell.is_trunk and end.reason:
-            for cooldown in (c for c in self.cells if c.trunk == cell.name):
-                if not self.book.checkpoint(cell.name, cooldown.step).exists():
-                    self.ends.setdefault(cooldown.name, End(reason=f"its trunk {cell.name} failed: {end.reason}"))
+        if cell.is_trunk:
+            self.book.strand(self.cells, self.ends)
 
     def put(self, cell: Cell, answer: dict) -> None:
         """Take note of how a worker left a run."""
@@ -196,47 +228,81 @@ class Schedule:
             try:
                 match answer["end"]:
                     case "finished":
-                        self._end(cell, End(self.book.row(cell, answer["summary"])))
+                        if end := self.book.look(cell, self.facts):  # which refuses one of a text that has changed
+                            self._end(cell, end)
                     case "failed":
                         self._end(cell, self.book.failed(cell, answer["reason"]))
+                    case "full":
+                        self.lonely.add(cell.name)
                     case "busy":
                         self.busy[cell.name] = time.monotonic() + BUSY_SECONDS
                     case "stop":
                         self.error = self.error or (RunError if answer["code"] == 1 else UserError)(answer["reason"])
-                    case "died":
+                    case "died" if not self.closed:  # by our own hand
                         self.deaths[cell.name] = self.deaths.get(cell.name, 0) + 1
                         if self.deaths[cell.name] == DEATHS:
                             reason = f"its worker died {DEATHS} times ({answer['how']})"
                             self._end(cell, self.book.failed(cell, reason))
-            except UserError as error:  # the disk will not take failed.json
+            except UserError as error:  # also a disk that will not take failed.json
                 self.error = self.error or error
             self.changed.notify_all()
 
-    def slot(self, number: int, device: str, gpus: int, worker: Worker | None = None) -> None:
-        """What a slot's thread does: run after run, with a new worker wherever one died."""
+    def open_slot(self, number: int, device: str, gpus: int, worker: Worker | None = None) -> None:
+        """One more thread that takes runs, with the worker given or one of its own."""
+        with self.changed:
+            self.slots += 1
+        self.threads.append(threading.Thread(target=self._slot, args=(number, device, gpus, worker), daemon=True))
+        self.threads[-1].start()
+
+    def _slot(self, number: int, device: str, gpus: int, worker: Worker | None) -> None:
+        """Run after run, with a new worker wherever one died."""
         try:
-            while cell := self.take():
+            while cell := self.take(number):
+                alone = len(self.running) == 1
                 try:
                     worker = worker or self._start(number, device, gpus)
                     answer = worker.do(job(cell, self.book.folder))
                 except WorkerDied as error:
                     worker, answer = None, {"end": "died", "how": str(error)}
+                except UserError:  # no worker: there may be no room for it beside the others
+                    if not self._leave():
+                        raise
+                    self.put(cell, {"end": "busy"})
+                    return
+                if answer["end"] == "full" and alone and len(self.running) == 1:
+                    answer["end"] = "failed"
                 self.put(cell, answer)
-        except UserError as error:
+            self._leave()
+            if worker:
+                worker.close()
+        except Exception as error:  # the sweep's own thread raises it; here nobody would see it
             with self.changed:
                 self.error = self.error or error
                 self.changed.notify_all()
 
+    def _leave(self) -> bool:
+        """One slot less; not if it is the last."""
+        with self.changed:
+            others = self.slots > 1
+            self.slots -= others
+            return others
+
     def _start(self, number: int, device: str, gpus: int) -> Worker:
-        try:
-            worker = Worker(number, self.log, device, gpus)
-        except WorkerDied as error:
-            raise RunError(f"a worker ended before it began ({error}); see {self.log.name}") from None
+        worker = Worker(number, self.log, device, gpus)
         with self.changed:
             self.workers.append(worker)
             if self.closed:
                 worker.close()
+        try:
+            worker.greet()
+        except WorkerDied as error:
+            raise RunError(f"a worker ended before it began ({error}); see {self.log.name}") from None
         return worker
+
+    def done_by_running(self) -> dict[str, float]:
+        """FLOPs of each run in progress, by its log."""
+        cells = [cell for cell in self.cells if cell.name in self.running]
+        return {cell.name: cell.spent * self.book.progress(cell)[0] for cell in cells}
 
     def first_worker(self, device: str) -> Worker:
         """The worker that says what device there is."""
@@ -252,6 +318,8 @@ class Schedule:
             worker.close()
         for worker in workers:
             worker.wait()
+        for thread in self.threads:
+            thread.join()
 
 
 def job(cell: Cell, folder: Path) -> Config:

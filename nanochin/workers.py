@@ -9,6 +9,7 @@ sweep was killed, it saves what it is training, and ends.
 import contextlib
 import dataclasses
 import functools
+import gc
 import json
 import os
 import queue
@@ -46,7 +47,11 @@ def work(device: str) -> None:
     from nanochin.device import pick_device
 
     corpus = functools.cache(lambda config: train.read_corpus(config, Progress(quiet=True)))
-    _say(answers, {"device": pick_device(device).type, "gpus": torch.cuda.device_count()})
+    try:
+        kind = pick_device(device).type
+    except UserError as error:
+        return _say(answers, {"reason": str(error)})
+    _say(answers, {"device": kind, "gpus": torch.cuda.device_count()})
     while True:
         line = jobs.get()
         options = {key: tuple(value) if isinstance(value, list) else value for key, value in json.loads(line).items()}
@@ -55,7 +60,10 @@ def work(device: str) -> None:
         started = time.process_time()
         answer = _attempt(lambda config=config, text=text: train.train(config, quiet=True, corpus=corpus(text)))
         spent = time.process_time() - started
-        print(f"worker {os.getpid()}: {config.name} {answer['end']}, {spent:.2f} s of CPU", file=sys.stderr)
+        if kind == "cuda":  # what this run has held may be what another worker needs
+            gc.collect()
+            torch.cuda.empty_cache()
+        _note(f"worker {os.getpid()}: {config.name} {answer['end']}, {spent:.2f} s of CPU")
         _say(answers, answer)
 
 
@@ -63,8 +71,10 @@ TEXT = ("data", "val", "val_bytes", "tokenizer", "vocab_size", "max_tokens", "sk
 
 
 def _attempt(run) -> dict:
-    """How a run ended: finished, failed (for the record), busy (another process has it) or stop (for the user)."""
+    """How a run ended: finished, failed (for the record), full (failed for lack of the GPU's memory), busy (another
+    process has it) or stop (for the user)."""
     from nanochin.runs import BusyError, DiskError
+    from nanochin.step import out_of_memory
 
     try:
         return {"end": "finished", "summary": run()}
@@ -74,10 +84,18 @@ def _attempt(run) -> dict:
         if getattr(error, "code", 1) > 128:  # a signal: saved, and there is nobody to answer
             sys.exit(error.code)
         for_record = isinstance(error, RunError) and not isinstance(error, DiskError)
-        return {"end": "failed" if for_record else "stop", "reason": str(error), "code": error.code}
+        full = for_record and "does not fit" in str(error)  # TrainingStep, with one sequence at a time
+        return {"end": "full" if full else "failed" if for_record else "stop", "reason": str(error), "code": error.code}
     except Exception as error:  # whatever is wrong with one run, the others go on
-        traceback.print_exc()
-        return {"end": "failed", "reason": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+        _note(traceback.format_exc())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return {"end": "full" if out_of_memory(error) else "failed", "reason": reason}
+
+
+def _note(text: str) -> None:
+    """A line for workers.log, for which a full disk may have no room: that is no reason to lose an answer."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def _say(answers: IO[str], answer: dict) -> None:
@@ -109,7 +127,7 @@ class WorkerDied(Exception):
 
 
 class Worker:
-    """One process. `number` chooses its GPU where there are several (`gpus`) that it may use."""
+    """One process, to be greeted first. `number` chooses its GPU where there are several (`gpus`) that it may use."""
 
     def __init__(self, number: int, log: IO, device: str = "auto", gpus: int = 0):
         env = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -120,7 +138,12 @@ class Worker:
             [sys.executable, str(SWEEP), "--worker", device], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
             text=True, env=env, start_new_session=True)  # fmt: skip
         # start_new_session: Ctrl-C reaches the sweep alone, which closes the pipes.
+
+    def greet(self) -> None:
+        """Wait until it has begun; `hello` says on what. Raises WorkerDied, UserError if there is no such device."""
         self.hello = self._answer()
+        if reason := self.hello.get("reason"):
+            raise UserError(reason)
 
     def do(self, config: Config) -> dict:
         """Train `config` and return how it ended. Raises WorkerDied."""

@@ -58,6 +58,13 @@ def cells(sweep: grid.Sweep, **more) -> list[grid.Cell]:
         ({"centre_seeds": [0]}, "centre_seeds: seeds that seeds has not"),
         ({"centre": [1e4]}, "centre: one number for each of budgets"),
         ({"extend": [True]}, "extend: expected one value, not a list"),
+        ({"tokenizer": ["bytes", "bpe"]}, "tokenizer: expected one value, not a list"),
+        ({"seq_len": [32, 64]}, "seq_len: expected one value, not a list"),
+        ({"paired": True}, "paired: is for grid, this sweep's kind is isoflop"),
+        ({"kind": "trunk", "extend": True}, "extend: is for isoflop, this sweep's kind is trunk"),
+        ({"span": 16}, "span: is for horizons or trunk"),
+        ({"kind": "horizons", "budgets": [1e11]}, "budgets: two or more"),
+        ({"batch-tokens": 64, "batch_tokens": 64}, "batch-tokens: there twice"),
         ({"kind": "grid"}, "models: missing"),
         ({"kind": "grid", "models": ["16x1"], "paired": True}, "paired: as many models as budgets"),
     ],
@@ -67,6 +74,25 @@ def test_refused(read, keys, words):
     with pytest.raises(UserError) as error:
         read(**keys)
     assert words in str(error.value) and "some.toml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("keys, words", [({"models": ["16by1"]}, "--model 16by1: expected width x layers"),
+                                         ({"models": ["13x1"]}, "width 13: must be even"),
+                                         ({"batch_tokens": 50}, "--batch-tokens 50: must be a multiple"),
+                                         ({"warmup_times": [1000]}, "--warmup-tokens"),
+                                         ({"kind": "trunk", "cooldown": 1}, "leave no room")])  # fmt: skip
+def test_refused_by_the_plan(read, keys, words):
+    """What train.py would refuse of a run is refused before anything is trained, with the file's name, said once."""
+    with pytest.raises(UserError) as error:
+        cells(read(**keys))
+    assert words in str(error.value) and str(error.value).count("some.toml") == 1
+
+
+def test_names_are_folders(read):
+    """A path among varied values makes no folder inside the folder of runs."""
+    folder = ROOT / "results"
+    laws = [str(folder / name / "laws.json") for name in ("mini", "books")]
+    assert all("/" not in cell.name for cell in cells(read(law=laws)))
 
 
 @pytest.mark.parametrize("keys, words", [({"kind": "isoflops"}, "isoflops"), ({"lr": [0.1, -1]}, "must be above 0"),

@@ -1,6 +1,7 @@
 """sweep.py with real processes: killed, refused, side by side, with failing runs; rows must come out the same."""
 
 import csv
+import hashlib
 import json
 import os
 import resource
@@ -17,6 +18,7 @@ from conftest import ROOT
 from test_grid import toml
 
 import sweep
+from nanochin.schedule import End
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
@@ -33,25 +35,32 @@ def table(text, cache) -> dict:
             "dtype": "float32", "save_every": 0.2}  # fmt: skip
 
 
-@pytest.mark.parametrize("device, gpus, visible", [
-    ("auto", 1, 4 * [0]), ("cuda", 2, [0, 1, 0, 1, 0, 1, 0, 1]), ("cuda:1", 2, 4 * [0]),
-])  # fmt: skip
-def test_workers_of_gpus(device, gpus, visible):
-    """Four workers a GPU. Several GPUs are given out in turn, to workers of their own; where there is but one, or one
-    was named, the first worker is used too and sees what the sweep sees."""
-    slots, closed = [], []
-    first = SimpleNamespace(hello={"device": "cuda", "gpus": gpus}, close=lambda: closed.append(1))
-    schedule = SimpleNamespace(first_worker=lambda _: first, cells=range(40), is_open=lambda _: True,
-                               slot=lambda *of: slots.append(of))  # fmt: skip
-    view = SimpleNamespace(say=lambda _: None)
-    wanted = SimpleNamespace(base=SimpleNamespace(device=device))
-    for thread in sweep.start(wanted, schedule, sweep.SweepOptions("x.toml"), view):
-        thread.join()
-    slots.sort(key=lambda of: of[0])
-    shared = max(visible) > 0
-    assert [number % of_gpus if of_gpus else 0 for number, _, of_gpus, _ in slots] == visible
-    assert [worker is first for *_, worker in slots] == [not shared, *(len(visible) - 1) * [False]]
-    assert closed == ([1] if shared else [])
+def test_view(monkeypatch):
+    """What has begun counts by its share, also before this sweep's workers take it up; a failed run counts nowhere; the
+    time left is by what was done since the sweep began, an ETA by what was done since the run went on."""
+    cells = [SimpleNamespace(name=name, spent=100.0, is_trunk=False, trunk=None) for name in "abcd"]
+    progress, now = {"a": 0.4, "b": 0.0, "c": 0.0, "d": 0.7}, [0.0]
+    found = SimpleNamespace(cells=cells, ends={"c": End({"loss": 1.0}), "d": End(reason="it diverged")}, running={},
+                            book=SimpleNamespace(progress=lambda cell: (progress[cell.name], 2.5)),
+                            is_open=lambda cell: cell.name in "ab")  # fmt: skip
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
+    view = sweep.View(found)
+    assert view.spent() == (140.0, 300.0) and "time left not known yet" in view.text()
+    found.running["a"], now[0] = 10.0, 10.0
+    view.text()
+    progress["a"], now[0] = 0.5, 20.0
+    assert view.text() == ("2 of 4 runs done (1 failed), 150 of 300 FLOPs, 0:20, 5:00 left\n"
+                           "  a  50% loss 2.500 ETA 0:50")  # fmt: skip
+
+
+def test_fit_anew(tmp_path):
+    """A law is taken for that of the rows only if it was fitted to these very rows: a sweep that was killed between
+    writing new rows and fitting them fits when it is run again."""
+    assert not sweep.fitted(tmp_path, b"rows")
+    (tmp_path / "laws.json").write_text("{}")
+    assert not sweep.fitted(tmp_path, b"rows")
+    (tmp_path / "laws.json").write_text(json.dumps({"meta": {"sha256": hashlib.sha256(b"rows").hexdigest()}}))
+    assert sweep.fitted(tmp_path, b"rows") and not sweep.fitted(tmp_path, b"more rows")
 
 
 class Sweeps:
@@ -224,10 +233,15 @@ def test_only(peace, sweeps, table):
     """--only trains the runs that are asked for; without it the rest follows, and the rows are the same."""
     said = sweeps.run("--only", "budget=8e8", "model=16x1")
     assert [row["run"] for row in sweeps.rows()] == ["8e8-16x1-s0"] and f"1 of {RUNS} runs done" in said
+    status = sweeps.run("--status").splitlines()
+    assert status[0] == f"1 of {RUNS} runs done" and status[-1].split()[:2] == ["8e8-16x1-s0", "finished"]
     either = sweeps.run("--only", "budget=8e8", "model=16x1", "model=12x1", "--dry-run")
     assert "8e8-16x1-s0" in either and "8e8-12x1-s0" in either and either.count("\n8e8-") == 2
-    assert "no run is like that" in sweeps.run("--only", "budget=7", code=2)
-    assert "expected an option of the runs" in sweeps.run("--only", "colour=7", code=2)
+    refused = {"budget=7": "no run is like that; of the runs budget is 4e+08, 8e+08",
+               "modle=16x1": "expected an option of the runs, such as budget=1e12 or model=48x2; did you mean model=?",
+               "8e8": "--only 8e8: expected an option of the runs"}  # fmt: skip
+    for what, words in refused.items():
+        assert words in sweeps.run("--only", what, code=2)
     sweeps.run()
     same(sweeps, peace)
 
@@ -287,7 +301,7 @@ def test_signalled(peace, sweeps, number, code):
     workers = children(process.pid)
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == code and "Traceback" not in err
+    assert process.returncode == code and "Traceback" not in err and "the same command goes on from there" in out
     assert all(map(gone, workers))
     sweeps.run()
     same(sweeps, peace)
@@ -319,6 +333,13 @@ def test_failed_runs(sweeps, table):
     assert "--retry-failed" in sweeps.run() and sweeps.log() == log
     sweeps.run("--retry-failed")
     assert sweeps.log().count(" failed, ") == log.count(" failed, ") + 1 and sweeps.rows() == rows
+
+
+def test_device_that_is_not_there(sweeps, table):
+    """The reason why no worker can begin is what the sweep says."""
+    sweeps.write(table | {"device": "cuda:99"})
+    line = sweeps.run(code=2)
+    assert line.startswith("sweep.py: --device cuda:99: not available here") and line.count("\n") == 1
 
 
 def test_changed_sweep_file(peace, table, tmp_path):
@@ -364,6 +385,7 @@ def test_kept_results(peace, table, tmp_path):
     peace.run("--keep")
     shutil.move(peace.folder / "results", sweeps.folder / "results")
     assert sorted({path.name for path in kept.rglob("*") if path.is_file()}) == ["log.jsonl", "plan.csv", "runs.csv"]
+    assert f"{RUNS} of {RUNS} runs done" in sweeps.run("--status") and not sweeps.out.exists()
     assert "starting workers" not in sweeps.run()
     assert (sweeps.out / "runs.csv").read_bytes() == (peace.out / "runs.csv").read_bytes()
     assert sweeps.curves() == peace.curves()
@@ -422,4 +444,8 @@ def test_smoke(tmp_path):
     assert len(sweeps.trained()) <= len(rows)  # those killed are trained on, those finished are not trained again
     laws = json.loads((sweeps.out / "laws.json").read_text())
     assert laws["meta"]["n_runs"] == len(rows) and "laws.json, report.html" in said
+    again = sweeps.run()
+    assert "laws.json, report.html" not in again and "adding" not in again
+    (sweeps.out / "laws.json").write_text((sweeps.out / "laws.json").read_text().replace(laws["meta"]["sha256"], "0"))
+    assert "laws.json, report.html" in sweeps.run()
     assert "</html>" in (sweeps.out / "report.html").read_text()

@@ -1,0 +1,197 @@
+"""nanochin/schedule.py without workers: what the folders of runs say, and what a schedule makes of bad answers."""
+
+import dataclasses
+import json
+import shutil
+import time
+from types import SimpleNamespace
+
+import pytest
+from test_grid import LONG, PLAIN, toml
+
+from nanochin import grid, schedule
+from nanochin.config import Config, RunError, UserError
+from nanochin.schedule import Book, End, Schedule
+
+FACTS = {"data_sha": "text", "val_sha": "other text"}
+
+
+@pytest.fixture
+def cells(tmp_path) -> list[grid.Cell]:
+    """Trunks of three sizes, with four cooldowns each."""
+    path = tmp_path / "some.toml"
+    path.write_text(toml(PLAIN | LONG | {"kind": "trunk"}))
+    return grid.plan_cells(grid.read_sweep(path), 256)
+
+
+@pytest.fixture
+def book(tmp_path) -> Book:
+    return Book(tmp_path / "out", tmp_path / "results", lambda cell: cell.digest(**FACTS))
+
+
+def begun(book: Book, cell: grid.Cell, facts: dict = FACTS) -> None:
+    """The folder of a run as train.py leaves it when it begins."""
+    book.of(cell).mkdir(parents=True)
+    options = {f.name: getattr(cell.config, f.name) for f in dataclasses.fields(Config) if f.metadata["result"]}
+    shape = cell.plan.shape
+    resolved = {"vocab_size": shape.vocab_size, "head_size": shape.head_size, "ffn": shape.ffn, "dtype": "float32"}
+    (book.of(cell) / "config.json").write_text(json.dumps({"identity": options | resolved | facts}))
+
+
+def finished(book: Book, cell: grid.Cell, facts: dict = FACTS) -> None:
+    begun(book, cell, facts)
+    (book.of(cell) / "summary.json").write_text('{"loss": 1.5}')
+    for step in cell.config.save_steps:
+        book.checkpoint(cell.name, step).mkdir(parents=True)
+
+
+def scheduled(book: Book, cells: list[grid.Cell], log=None) -> Schedule:
+    found = Schedule(book, FACTS, lambda cell: cell.spent, log)
+    found.add(cells)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+def test_look(book, cells):
+    """A run has no end while it has not begun or runs; then its summary or its failure. Other text is refused."""
+    waiting, running, done, failed, other, broken = cells[:6]
+    begun(book, running)
+    finished(book, done)
+    book.failed(failed, "it diverged")
+    begun(book, other, FACTS | {"val_sha": "changed"})
+    assert book.look(waiting, FACTS) is None and book.look(running, FACTS) is None
+    assert book.look(done, FACTS).loss == 1.5 and book.look(failed, FACTS) == End(reason="it diverged")
+    with pytest.raises(UserError, match="val_sha = changed, the sweep now asks for other text"):
+        book.look(other, FACTS)
+    begun(book, broken)
+    (book.of(broken) / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a run with"):
+        book.look(broken, FACTS)
+
+
+@pytest.mark.parametrize("table, words", [
+    ("name,loss\na,1\n", "no column run"), ("run,loss\n{0},1\n\xff", "cannot be read"),
+    ("run,status,data_sha,val_sha,cell,loss\n{0},finished,text,other text,{1},\n", "with the loss '', no number"),
+])  # fmt: skip
+def test_kept_rows_that_are_none(book, cells, table, words):
+    """A table under results/ that is no sweep's, or a row without a loss, is named and refused."""
+    book.results.mkdir()
+    table = table.format(cells[0].name, cells[0].digest(**FACTS))
+    (book.results / "runs.csv").write_bytes(table.encode("latin-1"))
+    with pytest.raises(UserError, match=words) as error:
+        Book(book.folder, book.results, book.digest).look(cells[0], FACTS)
+    assert str(book.results / "runs.csv") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_failed_beside_a_kept_row(book, cells):
+    """A run that failed stays failed where a kept row of other text, or one of the failure, counts for nothing."""
+    book.results.mkdir()
+    (book.results / "runs.csv").write_text(f"run,status\n{cells[0].name},failed\n")
+    book.failed(cells[0], "it diverged")
+    assert Book(book.folder, book.results, book.digest).look(cells[0], FACTS) == End(reason="it diverged")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trunks
+
+
+def test_trunk_that_lacks_a_checkpoint(book, cells):
+    """A finished trunk without the checkpoint where a cooldown is to begin (the file asks for other lengths now, or a
+    disk was cleaned up) is refused rather than waited for; without its folder it is trained again."""
+    trunk, cooldown = cells[:2]
+    finished(book, trunk)
+    assert not scheduled(book, cells).is_open(trunk)
+    shutil.rmtree(book.checkpoint(trunk.name, cooldown.step))
+    with pytest.raises(UserError, match=f"no checkpoint of step {cooldown.step}.*delete that folder") as error:
+        scheduled(book, cells)
+    assert str(book.of(trunk)) in str(error.value) and cooldown.name in str(error.value)
+    shutil.rmtree(book.of(trunk))
+    assert scheduled(book, cells).is_open(trunk)
+
+
+def test_trunk_whose_cooldowns_are_done(book, cells):
+    """Checkpoints that nothing needs any more may be gone, also while the other trunks' cooldowns are not done."""
+    for cell in cells[:5]:
+        finished(book, cell)
+    shutil.rmtree(book.of(cells[0]) / "checkpoints")
+    found = scheduled(book, cells)
+    assert len(found.ends) == 5 and not found.done
+
+
+def test_failed_trunk(book, cells):
+    """Cooldowns whose trunk failed before their checkpoint failed with it; the others can be trained."""
+    trunk, first, *others = cells[:5]
+    book.failed(trunk, "it diverged")
+    book.checkpoint(trunk.name, first.step).mkdir(parents=True)
+    found = scheduled(book, cells[:5])
+    assert {name: end.reason for name, end in found.ends.items()} == {trunk.name: "it diverged"} | {
+        cell.name: f"its trunk {trunk.name} failed: it diverged" for cell in others}  # fmt: skip
+    assert found.take(0) == first and found.is_open(first) and not found.done
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def test_text_that_changed_meanwhile(book, cells):
+    """A run of another text than the sweep began with (a file was changed while it ran) stops the sweep."""
+    found = scheduled(book, cells)
+    cell = found.take(0)
+    finished(book, cell, FACTS | {"data_sha": "changed"})
+    found.put(cell, {"end": "finished"})
+    assert "data_sha = changed" in str(found.error) and cell.name not in found.ends
+
+
+def test_workers_that_die(book, cells):
+    """The third death on one run is its failure; a worker that ends because the sweep does is no death."""
+    found = scheduled(book, cells)
+    cell = found.take(0)
+    for _ in range(schedule.DEATHS - 1):
+        found.put(cell, {"end": "died", "how": "signal 9"})
+    found.stop()
+    found.put(cell, {"end": "died", "how": "exit code 143"})
+    assert not found.ends
+    found.closed = False
+    found.put(cell, {"end": "died", "how": "signal 9"})
+    assert found.ends[cell.name].reason == "its worker died 3 times (signal 9)"
+
+
+@pytest.mark.parametrize("error, what", [(KeyError("end"), KeyError), (OSError("no process"), OSError)])
+def test_no_error_is_lost_in_a_thread(book, cells, monkeypatch, error, what):
+    """What goes wrong in a slot reaches the sweep, which would wait for ever otherwise."""
+
+    def broken(*_):
+        raise error
+
+    monkeypatch.setattr(schedule, "Worker", broken)
+    found = scheduled(book, cells)
+    found.open_slot(0, "cpu", 0)
+    deadline = time.monotonic() + 30
+    while not found.error and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found.stop()
+    assert isinstance(found.error, what)
+
+
+def test_worker_without_its_device(book, cells, monkeypatch):
+    """A worker that finds no such device says so in the words of train.py, and one that just ends names the log."""
+    for hello, words in (({"reason": "--device cuda: not available here"}, "--device cuda"), (None, "see workers.log")):
+
+        class Fake:
+            def __init__(self, *_, hello=hello):
+                self.reason = hello
+
+            def greet(self):
+                raise UserError(self.reason["reason"]) if self.reason else schedule.WorkerDied(1)
+
+            def close(self):
+                pass
+
+        monkeypatch.setattr(schedule, "Worker", Fake)
+        found = scheduled(book, cells, SimpleNamespace(name="workers.log"))
+        with pytest.raises(UserError, match=words) as error:
+            found.first_worker("cuda")
+        assert isinstance(error.value, RunError) == (hello is None)
