@@ -29,7 +29,7 @@ class BenchOptions:
     out: str = opt("build/bench-sweep", "folder of the runs; give a new one for a new measurement")
     loop: int = opt(0, "runs of the loop to time, spread over the sweep; 0 = all", low=0)
     loop_threads: int | None = opt(None, "threads of each process of the loop; default: torch's choice", low=1)
-    workers: int | None = opt(None, "workers of the sweep", low=1)
+    workers: int | None = opt(None, "workers of the sweep; give it on a GPU, where they are found by trying", low=1)
 
 
 def main() -> None:

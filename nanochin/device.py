@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from nanochin import flops
-from nanochin.config import Shape, UserError
+from nanochin.config import RunError, Shape, UserError
 from nanochin.console import count
 
 KINDS = ("cuda", "mps", "cpu")
@@ -139,7 +139,8 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str
 
 
 def check_memory(params: int, device: torch.device) -> None:
-    """Refuse a model whose weights, gradients and two moments in float32 (16 bytes a parameter) cannot fit."""
+    """Raises RunError (a sweep records it and goes on) for a model whose weights, gradients and two moments in float32,
+    16 bytes a parameter, cannot fit."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
@@ -147,5 +148,5 @@ def check_memory(params: int, device: torch.device) -> None:
     else:
         return  # not told by this system
     if 16 * params > memory:
-        raise UserError(f"a model of {count(params)} parameters needs {count(16 * params)}B with its optimizer, "
+        raise RunError(f"a model of {count(params)} parameters needs {count(16 * params)}B with its optimizer, "
                         f"{device} has {count(memory)}B: choose a smaller --model or --budget")  # fmt: skip

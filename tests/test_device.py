@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import train
+from nanochin.config import RunError
 from nanochin.console import Progress
-from nanochin.device import Team, share_out
+from nanochin.device import Team, check_memory, share_out
 
 
 @pytest.mark.parametrize("name, index", [("auto", 3), ("cuda", 3), ("cuda:1", 1)])
@@ -92,6 +93,14 @@ def test_results_come_in_order(four_threads):
     assert list(team.map(lambda i: time.sleep(0.05 * (3 - i)) or i, range(4))) == [0, 1, 2, 3]
     with pytest.raises(ZeroDivisionError):
         list(team.map(lambda i: 1 / (2 - i), range(4)))
+
+
+def test_a_model_that_cannot_fit():
+    """A trillion parameters need 16 TB: refused as something that ends this run, not a sweep; a million fit."""
+    with pytest.raises(RunError, match="1T parameters needs 16TB .* choose a smaller") as error:
+        check_memory(10**12, torch.device("cpu"))
+    assert error.value.code == 1
+    check_memory(10**6, torch.device("cpu"))
 
 
 def test_kept_memory_is_not_faulted_in_again(command):
