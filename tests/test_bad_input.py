@@ -26,7 +26,6 @@ from conftest import arguments, pseudo_english
         ({"model": "100x2", "head_size": 64}, "--head-size 64: must be even and divide the width 100"),
         ({"model": "15x2"}, "width 15: must be even"),
         ({"model": "big"}, "--model big: expected width x layers"),
-        ({"model": "200000x100"}, "choose a smaller --model"),
         ({"warmup_tokens": 12_800.0}, "--warmup-tokens"),
         ({"tokenizer": "gtp2"}, "--tokenizer gtp2: unknown"),
         ({"vocab_size": 100}, "--vocab-size 100"),
@@ -46,6 +45,13 @@ def test_bad_input_is_one_line(tiny, tmp_path, options, said, refusal):
         options = options | {"data": tuple(name.format(tmp=tmp_path) for name in options["data"])}
     config = tiny(**options)
     assert said in refusal(*arguments(config))
+    assert not Path(config.out).exists()
+
+
+def test_a_model_that_does_not_fit(tiny, refusal):
+    """One line as well, before there is a folder; its exit code is that of a run that fails, which a sweep survives."""
+    config = tiny(model="200000x100")
+    assert "choose a smaller --model" in refusal(*arguments(config), code=1)
     assert not Path(config.out).exists()
 
 
