@@ -18,7 +18,7 @@ The first session on a new kind of GPU, in this order; what takes how long is es
 
     for STEP in graph eager compile; do python train.py --data README.md --model 256x4 --tokens 2e6 \\
         --step $STEP --name $STEP; done                    2 minutes; three losses that agree
-    python -m pytest -m gpu -n 10                          6 minutes, with pytest-xdist
+    python -m pytest -m gpu -n 10                          6 minutes; without pytest-xdist: -o addopts= -m gpu
     python -m bench.kernels                                at most 8 minutes; --sweep tries neighbouring tiles
     python -m bench.gpu --nanogpt ~/nanoGPT                at most 9 minutes
 """
