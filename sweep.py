@@ -9,7 +9,6 @@ completes it, with the same rows. Rows in results/<name>/runs.csv count as done.
 """
 
 import csv
-import difflib
 import hashlib
 import io
 import json
@@ -23,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from nanochin import grid
-from nanochin.config import Config, UserError, opt, parse, run_command
+from nanochin.config import Config, UserError, did_you_mean, opt, parse, run_command
 from nanochin.console import Progress, clock, count
 from nanochin.data import BPE_VOCAB, Corpus, prepare_for
 from nanochin.flops import CONVENTIONS, format_columns
@@ -120,9 +119,8 @@ def only(cells: list[Cell], options: SweepOptions) -> list[Cell]:
     for item in options.only:
         key, equals, value = item.partition("=")
         if not equals or key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            raise UserError(f"--only {item}: expected an option of the runs, such as budget=1e12 or model=48x2"
-                            + (f"; did you mean {close[0]}=?" if close and equals else ""))  # fmt: skip
+            near = did_you_mean(key, known, "=") if equals else ""
+            raise UserError(f"--only {item}: expected an option of the runs, such as budget=1e12 or model=48x2{near}")
         wanted.setdefault(key, []).append(value)
     chosen = [cell for cell in cells
               if all(any(_matches(_attribute(cell, key), value) for value in values)

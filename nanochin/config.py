@@ -315,9 +315,14 @@ def _read(parser: argparse.ArgumentParser, argv: list[str]) -> dict:
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
-        close = difflib.get_close_matches(name, list(parser._option_string_actions), n=1, cutoff=0.5)
-        parser.error(f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else ""))
+        parser.error(f"unknown option {name}" + did_you_mean(name, list(parser._option_string_actions)))
     return {key: tuple(value) if isinstance(value, list) else value for key, value in vars(given).items()}
+
+
+def did_you_mean(name: str, known: list[str], after: str = "") -> str:
+    """The end of an error: '; did you mean NAME?' with the nearest of `known` and `after`, "" if none is near."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}{after}?" if close else ""
 
 
 def _toml_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:

@@ -9,7 +9,6 @@ be given a list: each of its values, in product with the other lists (or `vary =
 """
 
 import dataclasses
-import difflib
 import functools
 import hashlib
 import itertools
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
 from nanochin import ladder
-from nanochin.config import Config, Shape, UserError, opt, parse, parse_model, shape_maker
+from nanochin.config import Config, Shape, UserError, did_you_mean, opt, parse, parse_model, shape_maker
 from nanochin.flops import count_params, flops_per_token
 from nanochin.laws import BESIROGLU, load_law
 
@@ -130,8 +129,8 @@ def read_sweep(path: str | Path, **overrides) -> Sweep:
         if key in OURS:
             raise UserError(f"{path}: {key}: decided by the sweep itself; leave it out")
         if key not in known:
-            close = difflib.get_close_matches(key, sorted(known - OURS - BY_GRID.keys()), n=1, cutoff=0.5)
-            raise UserError(f"{path}: unknown key {key}" + (f"; did you mean {close[0]}?" if close else ""))
+            near = did_you_mean(key, sorted(known - OURS - BY_GRID.keys()))
+            raise UserError(f"{path}: unknown key {key}{near}")
         if isinstance(value, dict) or (isinstance(value, list) and not value):
             raise UserError(f"{path}: {key}: expected a value or a list of values")
         if isinstance(value, list) and (key in SINGLE or (key in own and key not in many)):
