@@ -378,6 +378,17 @@ def test_impossible_choices(monkeypatch, refusal, tiny):
         pick_step("compile", torch.device("cuda", 0), 1)
 
 
+@pytest.mark.parametrize("version, known", [("2.11.0", True), ("2.13.0+cpu", False)])
+def test_older_compilers_are_told_of_the_loss(monkeypatch, version, known):
+    """Or they would take minutes to write it down; from 2.13 on they do not."""
+    lowering = pytest.importorskip("torch._inductor.lowering")
+    monkeypatch.setattr(lowering, "FALLBACK_ALLOW_LIST", set())
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    model = torch.nn.Linear(1, 1)
+    assert step.compiled(model)._orig_mod is model
+    assert lowering.FALLBACK_ALLOW_LIST == ({"nanochin::linear_cross_entropy"} if known else set())
+
+
 def test_the_record_names_it(tiny, capsys):
     """config.json and the plan on the screen say how steps run and how numbers are multiplied; the run is the same."""
     config = tiny(step="eager")
