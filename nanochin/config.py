@@ -282,7 +282,8 @@ def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentPa
     positional = [f.name.upper() for f in fields(cls) if f.metadata["positional"]]
     usage = " ".join([prog, *(["[FILE.toml]"] if file else []), *positional, "[--key=value ...]"])
     parser = _OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False,
-                            argument_default=argparse.SUPPRESS)  # fmt: skip
+                            argument_default=argparse.SUPPRESS,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     if file:
         parser.add_argument("file", nargs="?", metavar="FILE.toml", help="options in TOML, one `key = value` a line")
     hints = typing.get_type_hints(cls)
@@ -290,7 +291,7 @@ def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentPa
         kind = _value_type(hints[f.name])
         many = typing.get_origin(kind) is tuple
         kind = typing.get_args(kind)[0] if many else kind
-        default = "" if f.default in (None, MISSING, ()) else f" (default: {f.default})"
+        default = "" if f.default in (None, MISSING, (), "") else f" (default: {f.default})"
         spec = {"help": (f.metadata["help"] + default).replace("%", "%%"), "choices": f.metadata["choices"]}
         spec["type"] = {int: _read_int, float: _read_float, bool: _read_bool}.get(kind, str)
         spec["metavar"] = None if spec["choices"] else {str: "TEXT"}.get(kind, kind.__name__.upper())

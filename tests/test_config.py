@@ -105,10 +105,12 @@ def test_misspelt_option_names_the_nearest(capsys, name):
 
 
 def test_help_lists_every_option(capsys):
-    """--help has each field once with its meaning and its default, and ends with code 0."""
+    """--help has the description's own lines, each field once with its meaning and its default, and ends with code 0."""
     with pytest.raises(SystemExit) as exit:
-        read("--help")
-    words = " ".join(capsys.readouterr().out.split())
+        parse(Config, ["--help"], prog="train.py", description="Trains.\n\n    train.py    a run", file=True)
+    out = capsys.readouterr().out
+    words = " ".join(out.split())
+    assert "Trains.\n\n    train.py    a run\n" in out
     assert exit.value.code == 0
     for f in dataclasses.fields(Config):
         default = f" (default: {f.default})" if f.default not in (None, ()) else ""
