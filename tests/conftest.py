@@ -76,6 +76,16 @@ def cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(autouse=True)
+def give_back_gpu_memory(request):
+    """Several processes share a GPU, and the largest tests of kernels take up to 16 GiB of it."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 @contextmanager
 def threads(count: int):
     import torch  # not for the tests that do without

@@ -93,7 +93,7 @@ def test_cuda_graph():
 
     def step():
         loss = model(tokens[:, :-1], tokens[:, 1:])
-        return loss, *torch.autograd.grad(loss, parameters)
+        return loss.detach(), *torch.autograd.grad(loss, parameters)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
