@@ -331,6 +331,7 @@ def run_together(bench: Bench, workers: list[Worker], shape: list[int], kind: st
     answers = all_do(do="prepare", shape=shape, kind=kind, runs=streams)
     if not any("error" in answer for answer in answers):
         answers = all_do(do="run", at=time.time() + bench.seconds(0.2), seconds=bench.seconds(0.8))
+    all_do(do="clear")  # what comes next may be without some of them, and wants their memory
     errors = [answer["error"] for answer in answers if "error" in answer]
     return {"error": errors[0]} if errors else {"tokens_per_s": sum(a["tokens"] / a["seconds"] for a in answers)}
 

@@ -436,8 +436,6 @@ class Ladder:
 
     def prepare(self, shape: list[int], kind: str, runs: int) -> dict:
         """`runs` models side by side in this process, each on a stream of its own."""
-        self.steps.clear()
-        release(self.device)
         dtype, sequences = getattr(torch, self.spec["dtype"]), self.spec["sequences"]
         for _ in range(runs):
             ours = Ours(kind, shape_of(shape), sequences, sequences, self.device, dtype)
@@ -447,6 +445,11 @@ class Ladder:
         for _ in range(LOAD):
             self._step_all()
         synchronize(self.device)
+        return {}
+
+    def clear(self) -> dict:
+        self.steps.clear()
+        release(self.device)
         return {}
 
     def _step_all(self) -> None:

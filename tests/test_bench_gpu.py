@@ -242,6 +242,28 @@ def test_out_of_time():
     assert gpu.targets(rows) == []
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_models_of_the_ladder_let_go(full):
+    """After each row, timed or not, every worker gives back its memory: the next row may be without some of them."""
+    told = [[], []]
+
+    class Ladder:
+        def __init__(self, number):
+            self.number = number
+
+        def tell(self, message):
+            told[self.number].append(message["do"])
+
+        def hear(self, timeout):
+            if full and self.number and told[1][-1] == "prepare":
+                return {"error": "full"}
+            return {"tokens": 10, "seconds": 2.0}
+
+    row = gpu.run_together(bench(minutes=10), [Ladder(0), Ladder(1)], [64, 2, 32, 64, 16], "graph", 1)
+    assert row == ({"error": "full"} if full else {"tokens_per_s": 10.0})
+    assert told == 2 * [["prepare", "clear"] if full else ["prepare", "run", "clear"]]
+
+
 def test_every_size_has_its_time():
     """What is left is shared out by layers; what one size does not use goes to those after it, none of another's."""
     some, names = bench(minutes=10), list(gpu.SIZES)

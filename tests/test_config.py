@@ -105,7 +105,7 @@ def test_misspelt_option_names_the_nearest(capsys, name):
 
 
 def test_help_lists_every_option(capsys):
-    """--help has the description's own lines, each field once with its meaning and its default, and ends with code 0."""
+    """--help has the description as it is, each field once with its meaning and its default, and ends with code 0."""
     with pytest.raises(SystemExit) as exit:
         parse(Config, ["--help"], prog="train.py", description="Trains.\n\n    train.py    a run", file=True)
     out = capsys.readouterr().out
