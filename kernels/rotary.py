@@ -36,7 +36,7 @@ def _forward(X, Table, Y, M, T, H,
         sin = tl.load(Table + at + HALF, mask=inside, other=0.0)
     for i in tl.static_range(HEADS):
         head = tl.program_id(0) % groups * HEADS + i
-        here = inside & (head < H)
+        here = tl.where(head < H, inside, False)
         for part in tl.static_range(3):  # queries, keys, values
             at = rows.to(tl.int64)[:, None] * (3 * H * D) + (part * H + head) * D + cols[None, :]
             x1 = tl.load(X + at, mask=here, other=0.0).to(tl.float32)
@@ -65,7 +65,7 @@ def _backward(G, X, Table, DX, M, T, H,
         sin = tl.load(Table + at + HALF, mask=inside, other=0.0)
     for i in tl.static_range(HEADS):
         head = tl.program_id(0) % groups * HEADS + i
-        here = inside & (head < H)
+        here = tl.where(head < H, inside, False)
         for part in tl.static_range(3):
             at = rows.to(tl.int64)[:, None] * (3 * H * D) + (part * H + head) * D + cols[None, :]
             g1 = tl.load(G + at, mask=here, other=0.0).to(tl.float32)
