@@ -43,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
         r = (norm.square() / x.shape[-1] + eps).rsqrt()  # (..., 1)
         ctx.save_for_backward(x, weight, r)
-        # A tensor of its own: torch.compile before 2.13 gives no gradient to one that is also a step on the way.
+        # A tensor of its own: torch.compile of 2.11 gives no gradient to one that is also a step on the way.
         return (x * r).mul_(weight).to(x.dtype).view_as(x)
 
     @staticmethod
