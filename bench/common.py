@@ -40,6 +40,7 @@ class Worker:
         except queue.Empty:
             raise TimeoutError("no answer in time") from None
         if not line:
+            self.lines.put("")  # whoever asks again need not wait for it
             raise UserError(f"its process ended early with exit code {self.process.wait()} (see above)")
         return json.loads(line)
 
