@@ -10,6 +10,7 @@ Written as step-N.tmp, fsynced, renamed; older ones are deleted only after that.
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def newest(run: Path) -> Path | None:
 
 def steps(run: Path) -> list[int]:
     """The steps of the run's checkpoints, in order."""
-    return sorted(_step_of(folder) for folder in (run / "checkpoints").glob("step-*[0-9]"))
+    return sorted(_numbered(run, r"step-(\d+)").values())
 
 
 def newest_valid(run: Path, warn) -> Path | None:
@@ -137,12 +138,14 @@ def prune(run: Path, keep: int, always: tuple[int, ...] = ()) -> None:
     for step in steps(run)[: -max(keep, 1)]:
         if step not in always:
             shutil.rmtree(run / "checkpoints" / f"step-{step}", ignore_errors=True)
-    for leftover in (run / "checkpoints").glob("step-*.tmp"):
+    for leftover in _numbered(run, r"step-(\d+)\.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+def _numbered(run: Path, pattern: str) -> dict[Path, int]:
+    """The folders of the run's checkpoints whose whole name fits, and the step in it. Others are not ours."""
+    folders = (run / "checkpoints").glob("step-*")
+    return {folder: int(name[1]) for folder in folders if (name := re.fullmatch(pattern, folder.name))}
 
 
 def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -54,6 +54,7 @@ from nanochin.tokenizer import BPE_VOCAB, Tokenizer, check, train_bpe
 
 VERSION = 1  # of the cache folder's content; part of its name
 SHARD = 100_000_000  # tokens in a shard
+UNFINISHED = "nanochin-unfinished"  # an empty file in a cache folder that is being made: the proof that it is ours
 JOB = 1 << 20  # bytes of text that a thread encodes at a time
 BPE_SAMPLE = 1 << 25  # bytes of text that it is trained on, at most
 CHECK_WHOLE = 1 << 28  # shards up to 256 MB in all are hashed in full when opened, larger ones at both ends
@@ -296,22 +297,35 @@ def _locked(folder: Path, progress: Progress | None) -> Iterator[None]:
 def _build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
     """Make `folder` under a temporary name, then rename it: finished, or not there at all."""
     temp = folder.with_name(folder.name + ".tmp")
-    for stale in folder.parent.glob("*.tmp"):  # of runs that were killed: nobody holds their lock, or it is ours
-        lock = nullcontext() if stale == temp else FileLock(stale.with_suffix(".lock"), timeout=0)
+    for leftover in filter(_is_unfinished, folder.parent.glob("*.tmp")):
+        # Of a run that was killed: nobody holds its lock, or the lock is ours.
+        lock = nullcontext() if leftover == temp else FileLock(leftover.with_suffix(".lock"), timeout=0)
         with suppress(Timeout), lock:
-            shutil.rmtree(stale)
+            shutil.rmtree(leftover, ignore_errors=True)
+    if temp.is_symlink() or temp.exists() and not (temp.is_dir() and not any(temp.iterdir())):
+        raise UserError(f"{temp}: nothing shows that nanochin made it, so it stays; move it away or delete it")
+    temp.mkdir(exist_ok=True)
     try:
-        temp.mkdir()
+        (temp / UNFINISHED).touch()
         meta = _write(temp, recipe, progress)
+        made = sorted(path for path in temp.iterdir() if path.name != UNFINISHED)
         meta["files"] = {path.name: {"bytes": path.stat().st_size, **{kind: f(path) for kind, f in CHECKSUMS.items()}}
-                         for path in sorted(temp.iterdir())}  # fmt: skip
+                         for path in made}  # fmt: skip
         (temp / "meta.json").write_text(json.dumps(meta, indent=2))
         for path in [*temp.iterdir(), temp]:
             _fsync(path)
         temp.rename(folder)
         _fsync(folder.parent)
+        (folder / UNFINISHED).unlink()
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether `path` is a cache folder that a run of ours began. Its name alone is no proof: people call folders
+    thesis.tmp, too."""
+    named = re.fullmatch(r".+-[0-9a-f]{12}\.tmp", path.name)
+    return bool(named) and not path.is_symlink() and (path / UNFINISHED).is_file()
 
 
 def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
@@ -340,8 +354,8 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     for start, stop, _ in _pieces(val_text, val):
         val_sha.update(val_text.bytes[start:stop])
     texts = (text, val_text) if recipe.val else (text,)
-    for folder in temp.glob("*text"):
-        shutil.rmtree(folder)
+    for name in ("text", "val-text")[: len(texts)]:
+        shutil.rmtree(temp / name)
     corpus = {"name": recipe.name, "data_sha": fingerprint(recipe.train), "val_sha": val_sha.hexdigest(),
               "train_bytes": total_bytes(train), "val_bytes": total_bytes(val),
               "documents": count_documents(text, train), "val_documents": count_documents(val_text, val),

@@ -148,11 +148,16 @@ def test_leftovers_are_never_loaded(tmp_path):
 
 
 def test_prune(tmp_path):
-    """The newest `keep` and the steps named stay (in the order of numbers, not of letters); leftovers go."""
+    """The newest `keep` and the steps named stay (in the order of numbers, not of letters); leftovers go. A folder
+    whose name only resembles a checkpoint's stays."""
     save(tmp_path, steps=(2, 5, 9, 10, 100))
     (tmp_path / "checkpoints" / "step-101.tmp").mkdir()
+    others = [tmp_path / "checkpoints" / name for name in ("step-notes.tmp", "step-1.backup.tmp", "step-1-backup")]
+    for other in others:
+        other.mkdir()
     checkpoint.prune(tmp_path, keep=2, always=(5, 77))
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-100", "step-5"]
+    left = {path.name for path in (tmp_path / "checkpoints").iterdir()} - {path.name for path in others}
+    assert left == {"step-10", "step-100", "step-5"} and all(other.is_dir() for other in others)
     checkpoint.prune(tmp_path, keep=1)
     assert checkpoint.steps(tmp_path) == [100]
 

@@ -17,7 +17,7 @@ import tiktoken
 
 from nanochin import data as module
 from nanochin.config import UserError
-from nanochin.data import Windows, eval_windows, prepare, read_tokens
+from nanochin.data import UNFINISHED, Windows, eval_windows, prepare, read_tokens
 from nanochin.tokenizer import END_OF_TEXT, PATTERN, RANKS_FILE, Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -239,7 +239,9 @@ def wait_for(process: subprocess.Popen, line: str) -> None:
 def test_a_killed_run_leaves_nothing_that_counts(corpus, tmp_path):
     """kill -9 while shards are being written; the next run takes over at once, ends in the same bytes as one that was
     never interrupted, and clears away what the dead one left, also for other corpora."""
-    (tmp_path / "cache/other-0123.tmp/text").mkdir(parents=True)
+    other = tmp_path / "cache" / "other-0123456789ab.tmp"
+    (other / "text").mkdir(parents=True)
+    (other / UNFINISHED).touch()
     code = PREPARE.format(data=str(corpus), cache=str(tmp_path / "cache"), pause_at="tokenising", pause=60)
     process = child(code)
     wait_for(process, "tokenising")
@@ -255,6 +257,46 @@ def test_a_killed_run_leaves_nothing_that_counts(corpus, tmp_path):
     after = prepare((str(corpus),), cache=tmp_path / "cache")
     assert after.folder == temp.with_suffix("") and not list((tmp_path / "cache").glob("*.tmp"))
     assert contents(after.folder) == contents(prepare((str(corpus),), cache=tmp_path / "untouched").folder)
+
+
+def test_what_others_keep_in_the_cache_stays(corpus, tmp_path):
+    """Files and folders that are called .tmp but were not made here keep their bytes, get no lock file and do not
+    stand in the way; nor does a link to a folder of ours lead to the deletion of what it points to."""
+    cache = tmp_path / "cache"
+    for name in ("thesis.tmp", "books-0123456789ab.tmp", "thesis-unfinished.tmp"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "chapter.txt").write_text("precious")
+    (cache / "thesis-unfinished.tmp" / UNFINISHED).touch()  # a folder that is not named as ours are
+    (cache / "notes.tmp").write_text("precious")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / UNFINISHED).touch()
+    (cache / "link-0123456789ab.tmp").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+
+    made = prepare((str(corpus),), cache=cache).folder
+    assert before.items() <= {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}.items()
+    new = {path for path in cache.iterdir() if path not in before}
+    assert new == {made, made.with_name(made.name + ".lock")} and not (made / UNFINISHED).exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_foreign_name_in_our_place_is_refused(corpus, tmp_path, kind):
+    """Where a corpus would be made lies something of that very name: one line that names it, and it stays. An empty
+    folder, as a kill in the first moment leaves it, is taken over."""
+    folder = prepare((str(corpus),), cache=tmp_path / "first").folder
+    place = tmp_path / "cache" / (folder.name + ".tmp")
+    place.parent.mkdir()
+    precious = place / "chapter.txt" if kind == "folder" else tmp_path / "elsewhere" if kind == "link" else place
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("precious")
+    if kind == "link":
+        place.symlink_to(precious)
+    with pytest.raises(UserError, match="nothing shows that nanochin made it") as refused:
+        prepare((str(corpus),), cache=tmp_path / "cache")
+    assert str(place) in str(refused.value) and precious.read_text() == "precious"
+    precious.unlink()
+    if kind == "folder":
+        assert contents(prepare((str(corpus),), cache=tmp_path / "cache").folder) == contents(folder)
 
 
 def test_two_runs_at_once_tokenise_once(corpus, tmp_path):
