@@ -1,7 +1,13 @@
 """The shipped Triton configurations, compiled ahead of time without a GPU, and what their machine code says.
 
-    python -m bench.aot            all of them for sm_80, sm_90 and sm_100; writes bench/results/kernels_aot.md
-    python -m bench.aot --gate     the 24 most used; exit 1 with one line for each violation
+    python -m bench.aot            all of them; writes bench/results/kernels_aot_VERSION.md, VERSION of Triton
+    python -m bench.aot --gate     the most used; exit 1 with one line for each violation
+
+Triton's versions differ in what they make of the same kernel, so each has a table of its own, and the gate holds for
+both ends of what people have. The one that is not installed gets a virtual environment of its own:
+
+    python -m venv /tmp/aot && /tmp/aot/bin/pip install -r requirements.txt && /tmp/aot/bin/pip install triton==3.6.0
+    /tmp/aot/bin/python -m bench.aot --gate
 
 Each module of kernels/ that has Triton kernels names its shipped configurations in a function `aot()`, which yields
 dicts with the fields of `Build`:
@@ -13,7 +19,7 @@ dicts with the fields of `Build`:
             "signature": {"x": "*fp16", "rows": "i32", "eps": "fp32"},  # the arguments that are not constexpr
             "constexprs": {"C": 768, "BLOCK": 1024},
             "num_warps": 4, "num_stages": 1,
-            "capabilities": (80, 90, 100),                              # targets that it ships on
+            "capabilities": (80, 90, 100),                              # targets that it ships on, if not the usual
             "gate": True,                                               # one of the most used
         }
 
@@ -32,17 +38,18 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanochin.config import UserError, opt, parse, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "bench" / "results" / "kernels_aot.md"
+RESULTS = ROOT / "bench" / "results"
 MODULES = ("attention", "norms", "rotary", "activation", "cross_entropy")  # of kernels/, those that are there
-# KiB a block may have (CUDA programming guide, compute capabilities). sm_80 itself allows 163, but its configurations
-# serve sm_86, sm_89 and sm_120 as well.
-SHARED_LIMIT = {80: 99, 90: 227, 100: 227}
+# KiB of shared memory a block may have (CUDA programming guide, compute capabilities). sm_80 itself allows 163, but its
+# configurations serve the consumer cards sm_86, sm_89 and sm_120 as well.
+SHARED_LIMIT = {80: 99, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+GATED = (80, 86, 89, 90, 120)  # no spills there; sm_100 has been compiled for, never tuned
 REGISTER_MARGIN = 16  # registers a thread; what a harmless edit moves in our experience is under 10
 
 
@@ -57,7 +64,7 @@ class Build:
     constexprs: dict[str, object]
     num_warps: int
     num_stages: int
-    capabilities: tuple[int, ...] = (80, 90, 100)
+    capabilities: tuple[int, ...] = ()  # none: all of SHARED_LIMIT for the most used, else sm_80, sm_90 and sm_100
     gate: bool = False
     odd: tuple[str, ...] = ()
 
@@ -75,6 +82,8 @@ class Report:
     shared: int  # bytes a block
     mma: str  # the matrix instructions in use: HMMA, HGMMA (wgmma), UTCHMMA (tcgen05), or "-"
     serialised: bool  # ptxas made wgmma wait for one another
+    loop: int  # instructions in the shortest loop with matrix products: attention's without a mask; 0 if there is none
+    copies: int  # LDGSTS (cp.async) in all loops
     gate: bool
 
     @property
@@ -89,7 +98,8 @@ def builds() -> list[Build]:
     for module in MODULES:
         if (ROOT / "kernels" / f"{module}.py").exists():
             found += [Build(module, **fields) for fields in importlib.import_module(f"kernels.{module}").aot()]
-    return found
+    every = {True: tuple(SHARED_LIMIT), False: (80, 90, 100)}
+    return [replace(build, capabilities=build.capabilities or every[build.gate]) for build in found]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,6 +125,7 @@ def compile_and_read(build: Build, capability: int) -> Report:
         triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, sass = disassemble(made.asm["cubin"])
+    loops = loops_of(sass)
     return Report(
         module=build.module,
         label=build.label,
@@ -125,6 +136,8 @@ def compile_and_read(build: Build, capability: int) -> Report:
         shared=made.metadata.shared,
         mma=matrix_instructions(sass),
         serialised="wgmma" in log.getvalue() and "serialized" in log.getvalue(),
+        loop=min((len(loop) for loop in loops if matrix_instructions("\n".join(loop)) != "-"), default=0),
+        copies=sum("LDGSTS" in line for loop in loops for line in loop),
         gate=build.gate,
     )
 
@@ -158,6 +171,19 @@ def matrix_instructions(sass: str) -> str:
     return " ".join(found) or "-"
 
 
+def loops_of(sass: str) -> list[list[str]]:
+    """The instructions of each innermost loop of a disassembly: from where a branch jumps back to, to the branch."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.MULTILINE)]
+    places = {at: i for i, (at, _) in enumerate(code)}
+    spans = []
+    for i, (at, text) in enumerate(code):
+        target = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < at:
+            spans.append((places[int(target[1], 16)], i))
+    inner = [(a, b) for a, b in spans if not any(a <= c and d < b for c, d in spans)]
+    return [[text for _, text in code[a : b + 1]] for a, b in inner]
+
+
 def read_all(jobs: list[tuple[int, int]], processes: int) -> list[Report]:
     """The reports of (place in `builds()`, capability) pairs, in their order."""
     spawn = multiprocessing.get_context("spawn")  # compiling wants a process where no kernel has been interpreted
@@ -179,22 +205,25 @@ def _read_one(job: tuple[int, int]) -> Report:
 
 
 def violations(reports: list[Report], committed: dict[str, int]) -> list[str]:
-    """One line for everything that must not be; `committed` has registers by name, empty for another triton."""
+    """One line for everything that must not be; `committed` has registers by name, empty where this triton has no
+    table."""
     found = []
     for report in reports:
         limit, wanted = SHARED_LIMIT[report.capability], wanted_mma(report)
-        if report.spills and report.capability in (80, 90):
+        if report.spills and report.capability in GATED:
             found.append(f"{report.name}: {report.spills} local loads and stores (registers spill)")
         if report.shared > limit * 1024:
             found.append(f"{report.name}: {report.shared / 1024:.0f} KiB of shared memory, the limit is {limit}")
         if wanted not in report.mma:
             found.append(f"{report.name}: no {wanted} instruction")
-        if report.serialised and report.gate and committed:  # another triton's ptxas serialises other loops
+        if report.gate and report.serialised:
             found.append(f"{report.name}: ptxas serialises wgmma")
+        if report.gate and report.copies and wanted == "HGMMA":  # these tiles come by TMA descriptors
+            found.append(f"{report.name}: {report.copies} LDGSTS in its loops")
         before = committed.get(report.name, report.registers)
         if abs(report.registers - before) > REGISTER_MARGIN:
             found.append(
-                f"{report.name}: {report.registers} registers, {before} in {TABLE.name} (margin {REGISTER_MARGIN})"
+                f"{report.name}: {report.registers} registers, {before} in the table (margin {REGISTER_MARGIN})"
             )
     return found
 
@@ -203,7 +232,7 @@ def wanted_mma(report: Report) -> str:
     """What attention must use on tensor cores of its target; "" where there is no claim."""
     if report.module != "attention" or "fp32" in report.label:
         return ""
-    return {80: "HMMA", 90: "HGMMA", 100: "UTC"}[report.capability]
+    return {90: "HGMMA", 100: "UTC"}.get(report.capability, "HMMA")
 
 
 def table(reports: list[Report], version: str) -> str:
@@ -213,22 +242,26 @@ def table(reports: list[Report], version: str) -> str:
         "",
         f"`python -m bench.aot`, Triton {version}: every shipped configuration compiled ahead of time, disassembled.",
         "Nothing here was run. Registers are a thread's; spills are local loads and stores in the machine code; shared",
-        "memory is a block's; HGMMA is wgmma, UTC*MMA is tcgen05.mma, HMMA the older mma.",
+        "memory is a block's; HGMMA is wgmma, UTC*MMA is tcgen05.mma, HMMA the older mma. Loop: instructions in the",
+        "shortest loop with matrix products (attention's without a mask). LDGSTS: asynchronous copies in loops.",
         "",
-        "| target | kernel | configuration | warps | registers | spills | shared KiB | matrix instructions |",
-        "|---|---|---|---|---|---|---|---|",
+        "| target | kernel | configuration | warps | registers | spills | shared KiB | MMA | loop | LDGSTS |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in reports:
         mma = r.mma + " (serialised)" * r.serialised
         lines.append(f"| sm_{r.capability} | {r.module} | {r.label} | {r.warps} | {r.registers} | {r.spills} | "
-                     f"{r.shared / 1024:.1f} | {mma} |")  # fmt: skip
+                     f"{r.shared / 1024:.1f} | {mma} | {r.loop or ''} | {r.copies or ''} |")  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
-def committed_registers(text: str, version: str) -> dict[str, int]:
-    """Registers by report name in a table that this version of triton made, else {}."""
-    if f"Triton {version}:" not in text:
-        return {}
+def table_of(version: str) -> Path:
+    """Where the table of a version of triton is."""
+    return RESULTS / f"kernels_aot_{version}.md"
+
+
+def registers_of(text: str) -> dict[str, int]:
+    """Registers by report name in a table."""
     rows = [[cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("| sm_")]
     return {" ".join(row[1:4]): int(row[5]) for row in rows}
 
@@ -248,18 +281,17 @@ def main() -> None:
     jobs = [
         (place, capability) for place, build in enumerate(builds()) for capability in build.capabilities
         if options.only in f"sm_{capability} {build.module} {build.label}"
-        and (not options.gate or build.gate and capability in (80, 90))
+        and (not options.gate or build.gate and capability in GATED)
     ]  # fmt: skip
     if not jobs:
         raise UserError(f"--only {options.only}: no configuration has this in its name")
     reports = read_all(jobs, options.processes)
-    text = table(reports, triton.__version__)
-    committed = TABLE.read_text() if TABLE.exists() else ""
-    found = violations(reports, committed_registers(committed, triton.__version__))
+    text, path = table(reports, triton.__version__), table_of(triton.__version__)
+    found = violations(reports, registers_of(path.read_text()) if path.exists() else {})
     print(text)
     print("\n".join(found), file=sys.stderr)
     if not options.gate and not options.only:
-        TABLE.write_text(text)
+        path.write_text(text)
     print(f"{len(reports)} configurations, {len(found)} violations")
     sys.exit(1 if found else 0)
 

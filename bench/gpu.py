@@ -238,8 +238,8 @@ def compare(rows: list[dict]) -> None:
 
 PARTS_OF_LEDGER = {
     "matmul": ("qkv", "output projection", "feed-forward", "logits"),
-    "attention": ("attention scores", "softmax", "attention values"),
-    "norm, rotary, activation": ("rotary, qk-norm", "activation", "norms, residuals", "biases"),
+    "attention, rotary": ("rotary, qk-norm", "attention scores", "softmax", "attention values"),
+    "norm, activation": ("activation", "norms, residuals", "biases"),
     "loss": ("loss",),
 }
 

@@ -304,9 +304,9 @@ def shape_of(size: list[int]) -> Shape:
 # scales the loss's gradients.
 CATEGORIES = {
     "matmul": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "attention": ("nanochin::attention", "aten::_scaled_dot_product", "aten::_flash_attention"),
-    "norm, rotary, activation": ("nanochin::norm", "nanochin::rotary", "nanochin::activation", "aten::gelu",
-                                 "aten::sum"),
+    "attention, rotary": ("nanochin::attention", "nanochin::rotary", "aten::_scaled_dot_product",
+                          "aten::_flash_attention"),
+    "norm, activation": ("nanochin::norm", "nanochin::activation", "aten::gelu", "aten::sum"),
     "loss": ("nanochin::linear_cross_entropy", "aten::_softmax", "aten::_log_softmax", "aten::nll_loss", "aten::mul"),
     "optimizer": ("aten::_fused_adam", "aten::_foreach", "aten::linalg_vector_norm"),
     "embedding, casts": ("aten::embedding", "aten::index_select", "aten::copy_"),
@@ -370,9 +370,9 @@ def replacements() -> dict[str, dict[str, Callable]]:
     """Operations by name, each by the best way in torch that we know of."""
     compiled = functools.partial(torch.compile, dynamic=False)
 
-    def attention(backend, qkv, n_heads):
+    def attention(backend, rotate, qkv, n_heads, theta=None, qk_norm=False):
         with sdpa_kernel(backend):
-            return fallback.attention(qkv, n_heads)
+            return fallback.attention(rotate(qkv, n_heads, theta, qk_norm), n_heads)
 
     @compiled
     def rms_norm(x, weight, eps=1e-6):
@@ -399,29 +399,35 @@ def replacements() -> dict[str, dict[str, Callable]]:
         _, T, C3 = qkv.shape
         return rotate(qkv, *table(T, C3 // 3 // n_heads, theta, qkv.device, qkv.dtype), n_heads)
 
+    our_attention = kernels.attention
+
+    def rotary_apart(qkv, n_heads, theta=None, qk_norm=False):
+        return our_attention(rotary(qkv, n_heads, theta, qk_norm), n_heads)
+
     @compiled
     def gelu(x):
         return F.gelu(x)
 
     @compiled
     def linear_cross_entropy(h, weight, targets, ignore_index=-1, z_loss=0.0):
-        return F.cross_entropy(F.linear(h, weight).float(), targets, ignore_index=ignore_index)
+        return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, ignore_index=ignore_index)
 
-    flash, cudnn = (functools.partial(attention, getattr(SDPBackend, f"{name}_ATTENTION"))
-                    for name in ("FLASH", "CUDNN"))  # fmt: skip
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+    by_torch = {name: functools.partial(attention, backend, rotary) for name, backend in backends.items()}
+    our_rotary = {name: functools.partial(attention, backend, kernels.rotary) for name, backend in backends.items()}
     norms = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
-    rest = norms | {"rotary": rotary, "activation": lambda x, kind: gelu(x),
-                    "linear_cross_entropy": linear_cross_entropy}  # fmt: skip
+    activation = {"activation_linear": lambda x, weight, bias, kind: F.linear(gelu(x), weight, bias)}
+    rest = norms | activation | {"linear_cross_entropy": linear_cross_entropy}
     return {
         "nothing": {},
         "loss": {"linear_cross_entropy": linear_cross_entropy},
-        "attention, flash": {"attention": flash},
-        "attention, cuDNN": {"attention": cudnn},
+        "attention, flash": {"attention": our_rotary["flash"]},
+        "attention, cuDNN": {"attention": our_rotary["cuDNN"]},
         "norms": norms,
-        "rotary": {"rotary": rotary},
-        "activation": {"activation": rest["activation"]},
-        "all, flash": rest | {"attention": flash},
-        "all, cuDNN": rest | {"attention": cudnn},
+        "rotary": {"attention": rotary_apart},
+        "activation": activation,
+        "all, flash": rest | {"attention": by_torch["flash"]},
+        "all, cuDNN": rest | {"attention": by_torch["cuDNN"]},
         "nothing again": {},
     }
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels import fallback
 from kernels.fallback import (
     activation,
+    activation_linear,
     add_layer_norm,
     add_rms_norm,
     attention,
@@ -30,6 +31,7 @@ from kernels.fallback import (
 
 __all__ = [
     "activation",
+    "activation_linear",
     "add_layer_norm",
     "add_rms_norm",
     "attention",
@@ -44,7 +46,7 @@ __all__ = [
     "use",
 ]
 TRITON_MODULES = {
-    "activation": ("activation", "swiglu"),
+    "activation": ("activation", "activation_linear", "swiglu"),
     "attention": ("attention",),
     "cross_entropy": ("linear_cross_entropy",),
     "norms": ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"),
@@ -152,8 +154,13 @@ def _runs_triton(x: Tensor, *_, **__) -> bool:
     return x.device.type == "cuda" and _CAPABLE[x.device.index]
 
 
-def _runs_triton_attention(qkv: Tensor, n_heads: int) -> bool:
+def _runs_triton_attention(qkv: Tensor, n_heads: int, *_, **__) -> bool:
     return _runs_triton(qkv) and qkv.shape[-1] <= 3 * n_heads * 128  # the largest head that its tiles hold
+
+
+def _torch_attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bool = False) -> Tensor:
+    """PyTorch's, after whichever rotary suits the tensor."""
+    return fallback.attention(rotary(qkv, n_heads, theta, qk_norm), n_heads)
 
 
 _INTERPRETING = interpreting()
@@ -162,5 +169,7 @@ _CAPABLE: list[bool] = []  # by device index; known before torch.compile looks, 
 if has_triton() and (_INTERPRETING or torch.cuda.is_available()):
     _CAPABLE += [backend(torch.device("cuda", i))[0] == "triton" for i in range(torch.cuda.device_count())]
     for _name, _ours in _triton_operations().items():
-        _suits = _runs_triton_attention if _name == "attention" else _runs_triton
-        globals()[_name] = _choosing(_ours, getattr(fallback, _name), _suits)
+        _theirs, _suits = getattr(fallback, _name), _runs_triton
+        if _name == "attention":
+            _theirs, _suits = _torch_attention, _runs_triton_attention
+        globals()[_name] = _choosing(_ours, _theirs, _suits)

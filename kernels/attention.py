@@ -1,4 +1,5 @@
-"""Causal attention as Triton kernels: softmax(Q K^T / sqrt(D)) V on packed qkv (B, T, 3C), never storing T x T scores.
+"""Causal attention as Triton kernels: softmax(Q K^T / sqrt(D)) V on packed qkv (B, T, 3C), never storing T x T scores;
+with rotary positions and QK-norm, if asked for.
 
 What is computed is `kernels.reference.attention`. How, for one head, with Q, K, V (T, D) and c = log2(e) / sqrt(D):
 
@@ -21,7 +22,17 @@ every time.
 A head is read where it lies, qkv being (B, T, 3H heads, D), and the gradients are written into the same places of one
 packed dqkv: no transpose, no copy. On Hopper and Blackwell tiles move by TMA descriptors of (B, heads, T, D) views,
 which fill with zeros past the end of a sequence or of a narrow head and store nothing there; elsewhere by pointers with
-masks. Sums are in float32 whatever the inputs are.
+masks. L and delta are padded to whole tiles, (B, H, T rounded up to PAD), so that they need no mask. Sums are in
+float32 whatever the inputs are.
+
+Rotary positions and QK-norm. One pass beforehand (`rotary.rotate_qk`) writes the rotated queries and keys into a tensor
+of their own, qk (B, T, 2H heads, D); values stay where they are. With y = R n a rotated head, R the rotation, n = r x
+the normalised head (n = x without QK-norm) and g the gradient of y, the two backward kernels store
+
+    dx = r R^T (g - y mean(y g))              (without QK-norm R^T g: no r, no mean)
+
+straight from their accumulators; R keeps products, so mean(y g) is the mean(n R^T g) of the norm's derivative, and x is
+not needed. In qk the halves of a head are interleaved: the two numbers that R turns lie side by side.
 """
 
 import functools
@@ -33,7 +44,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.rotary import rotate_qk, table_for
+
 LOG2E = tl.constexpr(1.4426950408889634)
+PAD = tl.constexpr(128)  # L and delta have room for whole tiles
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,37 +86,81 @@ def _store(x, tile, b, head, row, T, heads, D: tl.constexpr, ROWS: tl.constexpr,
         tl.store(place, tile, mask=(rows < T - row) & (columns < D))
 
 
+@triton.jit
+def _load_rows(x, head, row, T, ROWS: tl.constexpr, TMA: tl.constexpr):
+    """(ROWS,) numbers of L or delta (B H, T rounded up); `head` counts over the batch."""
+    tl.static_assert(PAD % ROWS == 0)
+    if TMA:
+        numbers = x.load([head, row]).reshape(ROWS)
+    else:
+        numbers = tl.load(x + head.to(tl.int64) * (tl.cdiv(T, PAD) * PAD) + row + tl.arange(0, ROWS))
+    return numbers
+
+
+@triton.jit
+def _store_rows(x, numbers, head, row, T, ROWS: tl.constexpr):
+    tl.static_assert(PAD % ROWS == 0)
+    tl.store(x + head.to(tl.int64) * (tl.cdiv(T, PAD) * PAD) + row + tl.arange(0, ROWS), numbers)
+
+
+@triton.jit
+def _store_rotated_back(dqkv, g, qk, table, r, b, head, row, T, H, D: tl.constexpr, ROWS: tl.constexpr,
+                        BLOCK_D: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """The gradient of query or key head number `head` of 2H, from g (ROWS, BLOCK_D), that of its rotated form."""
+    HALF: tl.constexpr = D // 2
+    rows, columns = row + tl.arange(0, ROWS), tl.arange(0, BLOCK_D // 2)
+    inside = (rows < T)[:, None] & (columns < HALF)[None, :]
+    if r is not None:  # QK-norm
+        y = _load(qk, b, head, row, T, 2 * H, D, ROWS, BLOCK_D, TMA, False).to(tl.float32)
+        g -= y * (tl.sum(y * g, 1) / D)[:, None]
+        g *= tl.load(r + (b.to(tl.int64) * T + rows) * (2 * H) + head, mask=rows < T, other=0.0)[:, None]
+    g1, g2 = tl.split(g.reshape(ROWS, BLOCK_D // 2, 2))
+    if table is not None:
+        at = rows[:, None] * D + columns[None, :]
+        cos = tl.load(table + at, mask=inside, other=0.0)
+        sin = tl.load(table + at + HALF, mask=inside, other=0.0)
+        g1, g2 = g1 * cos + g2 * sin, g2 * cos - g1 * sin
+    place = dqkv + (b.to(tl.int64) * T + row) * (3 * H * D) + head * D
+    place += tl.arange(0, ROWS)[:, None] * (3 * H * D) + columns[None, :]
+    tl.store(place, g1.to(dqkv.dtype.element_ty), mask=inside)
+    tl.store(place + HALF, g2.to(dqkv.dtype.element_ty), mask=inside)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Forward
 
 
+# Arguments ending in _m are read or written BLOCK_M rows at a time, _n BLOCK_N: descriptors with TMA. qk is qkv itself,
+# or with ROTATED the tensor of rotated queries and keys.
+
+
 @triton.jit(do_not_specialize=["T", "H"])
-def _forward(qkv_m, qkv_n, o_m, lse, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-             BLOCK_N: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """O (B, T, C) and L (B, H, T). Arguments ending in _m are read or written BLOCK_M rows at a time, _n BLOCK_N."""
+def _forward(qk_m, qk_n, v_n, o_m, lse, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+             BLOCK_N: tl.constexpr, TMA: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
+    """O (B, T, C) and L (B, H, T rounded up), its rows past T finite."""
     h, b = tl.program_id(0), tl.program_id(2)
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the last queries see most keys: longest first
-    q = _load(qkv_m, b, h, start, T, 3 * H, D, BLOCK_M, BLOCK_D, TMA, False)
+    q = _load(qk_m, b, h, start, T, (2 if ROTATED else 3) * H, D, BLOCK_M, BLOCK_D, TMA, False)
     rows = start + tl.arange(0, BLOCK_M)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.full((BLOCK_M,), 0.0, tl.float32)
     acc = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
     diagonal = start // BLOCK_N * BLOCK_N
     end = tl.minimum(start + BLOCK_M, T)
-    acc, total, top = _attend(acc, total, top, q, qkv_n, rows, 0, diagonal, b, h, T, H, scale,
-                              D, BLOCK_D, BLOCK_N, TMA, False)  # fmt: skip
-    acc, total, top = _attend(acc, total, top, q, qkv_n, rows, diagonal, end, b, h, T, H, scale,
-                              D, BLOCK_D, BLOCK_N, TMA, True)  # fmt: skip
+    acc, total, top = _attend(acc, total, top, q, qk_n, v_n, rows, 0, diagonal, b, h, T, H, scale,
+                              D, BLOCK_D, BLOCK_N, TMA, ROTATED, False)  # fmt: skip
+    acc, total, top = _attend(acc, total, top, q, qk_n, v_n, rows, diagonal, end, b, h, T, H, scale,
+                              D, BLOCK_D, BLOCK_N, TMA, ROTATED, True)  # fmt: skip
     _store(o_m, (acc / total[:, None]).to(q.dtype), b, h, start, T, H, D, BLOCK_M, BLOCK_D, TMA)
-    tl.store(lse + (b * H + h).to(tl.int64) * T + rows, top + tl.log2(total), mask=rows < T)
+    _store_rows(lse, top + tl.log2(total), b * H + h, start, T, BLOCK_M)
 
 
 @triton.jit
-def _attend(acc, total, top, q, qkv_n, rows, begin, end, b, h, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
-            BLOCK_N: tl.constexpr, TMA: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
+def _attend(acc, total, top, q, qk_n, v_n, rows, begin, end, b, h, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
+            BLOCK_N: tl.constexpr, TMA: tl.constexpr, ROTATED: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
     """The running sums after the keys begin .. end."""
     for n in tl.range(begin, end, BLOCK_N):
-        k = _load(qkv_n, b, H + h, n, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
+        k = _load(qk_n, b, H + h, n, T, (2 if ROTATED else 3) * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
         s = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if DIAGONAL:
             s = tl.where(rows[:, None] >= n + tl.arange(0, BLOCK_N)[None, :], s, float("-inf"))
@@ -110,7 +168,7 @@ def _attend(acc, total, top, q, qkv_n, rows, begin, end, b, h, T, H, scale, D: t
         p = tl.exp2(s * (scale * LOG2E) - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(p, 1)
-        v = _load(qkv_n, b, 2 * H + h, n, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
+        v = _load(v_n, b, 2 * H + h, n, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         top = new_top
     return acc, total, top
@@ -121,34 +179,40 @@ def _attend(acc, total, top, q, qkv_n, rows, begin, end, b, h, T, H, scale, D: t
 
 
 @triton.jit(do_not_specialize=["T", "H"])
-def _backward_q(qkv_m, qkv_n, o_m, do_m, lse, delta, dqkv_m, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """delta (B, H, T) and the queries' third of dqkv."""
+def _backward_q(qk_m, qk_n, v_n, o_m, do_m, lse, delta, dqkv, dqkv_m, table, r, T, H, scale, D: tl.constexpr,
+                BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+                ROTATED: tl.constexpr):  # fmt: skip
+    """delta (B, H, T rounded up) and the queries' third of dqkv."""
     h, b = tl.program_id(0), tl.program_id(2)
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
     rows = start + tl.arange(0, BLOCK_M)
-    of_head = (b * H + h).to(tl.int64) * T
     do = _load(do_m, b, h, start, T, H, D, BLOCK_M, BLOCK_D, TMA, False)
     o = _load(o_m, b, h, start, T, H, D, BLOCK_M, BLOCK_D, TMA, False)
     dl = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    tl.store(delta + of_head + rows, dl, mask=rows < T)
-    q = _load(qkv_m, b, h, start, T, 3 * H, D, BLOCK_M, BLOCK_D, TMA, False)
-    L = tl.load(lse + of_head + rows, mask=rows < T, other=float("inf"))
+    _store_rows(delta, dl, b * H + h, start, T, BLOCK_M)
+    q = _load(qk_m, b, h, start, T, (2 if ROTATED else 3) * H, D, BLOCK_M, BLOCK_D, TMA, False)
+    L = _load_rows(lse, b * H + h, start, T, BLOCK_M, False)
     dq = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
     diagonal = start // BLOCK_N * BLOCK_N
-    dq = _sum_dq(dq, q, do, L, dl, qkv_n, rows, 0, diagonal, b, h, T, H, scale, D, BLOCK_D, BLOCK_N, TMA, False)
     end = tl.minimum(start + BLOCK_M, T)
-    dq = _sum_dq(dq, q, do, L, dl, qkv_n, rows, diagonal, end, b, h, T, H, scale, D, BLOCK_D, BLOCK_N, TMA, True)
-    _store(dqkv_m, (dq * scale).to(q.dtype), b, h, start, T, 3 * H, D, BLOCK_M, BLOCK_D, TMA)
+    dq = _sum_dq(dq, q, do, L, dl, qk_n, v_n, rows, 0, diagonal, b, h, T, H, scale,
+                 D, BLOCK_D, BLOCK_N, TMA, ROTATED, False)  # fmt: skip
+    dq = _sum_dq(dq, q, do, L, dl, qk_n, v_n, rows, diagonal, end, b, h, T, H, scale,
+                 D, BLOCK_D, BLOCK_N, TMA, ROTATED, True)  # fmt: skip
+    dq *= scale
+    if ROTATED:
+        _store_rotated_back(dqkv, dq, qk_m, table, r, b, h, start, T, H, D, BLOCK_M, BLOCK_D, TMA)
+    else:
+        _store(dqkv_m, dq.to(q.dtype), b, h, start, T, 3 * H, D, BLOCK_M, BLOCK_D, TMA)
 
 
 @triton.jit
-def _sum_dq(dq, q, do, L, dl, qkv_n, rows, begin, end, b, h, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
-            BLOCK_N: tl.constexpr, TMA: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
+def _sum_dq(dq, q, do, L, dl, qk_n, v_n, rows, begin, end, b, h, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
+            BLOCK_N: tl.constexpr, TMA: tl.constexpr, ROTATED: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
     """dQ sqrt(D) after the keys begin .. end."""
     for n in tl.range(begin, end, BLOCK_N):
-        k = _load(qkv_n, b, H + h, n, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
-        v = _load(qkv_n, b, 2 * H + h, n, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
+        k = _load(qk_n, b, H + h, n, T, (2 if ROTATED else 3) * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
+        v = _load(v_n, b, 2 * H + h, n, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
         s = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
         if DIAGONAL:
             s = tl.where(rows[:, None] >= n + tl.arange(0, BLOCK_N)[None, :], s, float("-inf"))
@@ -160,43 +224,45 @@ def _sum_dq(dq, q, do, L, dl, qkv_n, rows, begin, end, b, h, T, H, scale, D: tl.
 
 
 @triton.jit(do_not_specialize=["T", "H"])
-def _backward_kv(qkv_m, qkv_n, do_m, lse, delta, dqkv_n, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+def _backward_kv(qk_m, qk_n, v_n, do_m, lse_m, delta_m, dqkv, dqkv_n, table, r, T, H, scale, D: tl.constexpr,
+                 BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+                 ROTATED: tl.constexpr):  # fmt: skip
     """The keys' and the values' third of dqkv. Here the first block is the longest: all queries see its keys."""
     h, start, b = tl.program_id(0), tl.program_id(1) * BLOCK_N, tl.program_id(2)
-    k = _load(qkv_n, b, H + h, start, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, False)
-    v = _load(qkv_n, b, 2 * H + h, start, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, False)
-    of_head = (b * H + h).to(tl.int64) * T
-    lse += of_head
-    delta += of_head
+    k = _load(qk_n, b, H + h, start, T, (2 if ROTATED else 3) * H, D, BLOCK_N, BLOCK_D, TMA, False)
+    v = _load(v_n, b, 2 * H + h, start, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, False)
     dk = tl.full((BLOCK_N, BLOCK_D), 0.0, tl.float32)
     dv = tl.full((BLOCK_N, BLOCK_D), 0.0, tl.float32)
     first = start // BLOCK_M * BLOCK_M
     past = (start + BLOCK_N + BLOCK_M - 1) // BLOCK_M * BLOCK_M  # from here on every query sees every key
-    dk, dv = _sum_dkv(dk, dv, k, v, qkv_m, do_m, lse, delta, start, first, tl.minimum(past, T), b, h, T, H, scale,
-                      D, BLOCK_D, BLOCK_M, BLOCK_N, TMA, True)  # fmt: skip
-    dk, dv = _sum_dkv(dk, dv, k, v, qkv_m, do_m, lse, delta, start, past, T, b, h, T, H, scale,
-                      D, BLOCK_D, BLOCK_M, BLOCK_N, TMA, False)  # fmt: skip
-    _store(dqkv_n, (dk * scale).to(k.dtype), b, H + h, start, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA)
-    _store(dqkv_n, dv.to(k.dtype), b, 2 * H + h, start, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA)
+    dk, dv = _sum_dkv(dk, dv, k, v, qk_m, do_m, lse_m, delta_m, start, first, tl.minimum(past, T), b, h, T, H, scale,
+                      D, BLOCK_D, BLOCK_M, BLOCK_N, TMA, ROTATED, True)  # fmt: skip
+    dk, dv = _sum_dkv(dk, dv, k, v, qk_m, do_m, lse_m, delta_m, start, past, T, b, h, T, H, scale,
+                      D, BLOCK_D, BLOCK_M, BLOCK_N, TMA, ROTATED, False)  # fmt: skip
+    _store(dqkv_n, dv.to(v.dtype), b, 2 * H + h, start, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA)
+    dk *= scale
+    if ROTATED:
+        _store_rotated_back(dqkv, dk, qk_n, table, r, b, H + h, start, T, H, D, BLOCK_N, BLOCK_D, TMA)
+    else:
+        _store(dqkv_n, dk.to(k.dtype), b, H + h, start, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA)
 
 
 @triton.jit
-def _sum_dkv(dk, dv, k, v, qkv_m, do_m, lse, delta, start, begin, end, b, h, T, H, scale, D: tl.constexpr,
+def _sum_dkv(dk, dv, k, v, qk_m, do_m, lse_m, delta_m, start, begin, end, b, h, T, H, scale, D: tl.constexpr,
              BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-             DIAGONAL: tl.constexpr):  # fmt: skip
-    """dK sqrt(D) and dV after the queries begin .. end."""
+             ROTATED: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
+    """dK sqrt(D) and dV after the queries begin .. end. Rows past T add nothing: their dO and delta are 0."""
     for m in tl.range(begin, end, BLOCK_M):
-        rows = m + tl.arange(0, BLOCK_M)
-        q = _load(qkv_m, b, h, m, T, 3 * H, D, BLOCK_M, BLOCK_D, TMA, False)
-        L = tl.load(lse + rows, mask=rows < T, other=float("inf"))  # makes P zero past T
+        q = _load(qk_m, b, h, m, T, (2 if ROTATED else 3) * H, D, BLOCK_M, BLOCK_D, TMA, False)
+        L = _load_rows(lse_m, b * H + h, m, T, BLOCK_M, TMA)
         s = tl.dot(k, q.T, input_precision="ieee")  # S^T (BLOCK_N, BLOCK_M)
         if DIAGONAL:
+            rows = m + tl.arange(0, BLOCK_M)
             s = tl.where(rows[None, :] >= start + tl.arange(0, BLOCK_N)[:, None], s, float("-inf"))
         p = tl.exp2(s * (scale * LOG2E) - L[None, :])
         do = _load(do_m, b, h, m, T, H, D, BLOCK_M, BLOCK_D, TMA, False)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        dl = tl.load(delta + rows, mask=rows < T, other=0.0)
+        dl = _load_rows(delta_m, b * H + h, m, T, BLOCK_M, TMA)
         dp = tl.dot(v, do.T, input_precision="ieee")
         ds = p * (dp - dl[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
@@ -215,26 +281,35 @@ class Tile(NamedTuple):
 
 
 # By target and head size (64 serves the smaller ones too), for _forward, _backward_q and _backward_kv. None spills
-# registers on sm_80 and sm_90 (bench/results/kernels_aot.md), where two blocks of the first two fit on a multiprocessor
-# at D = 64, one at D = 128.
+# registers on sm_80 and sm_90 (bench/results/kernels_aot_*.md), where two blocks of the first two fit on a
+# multiprocessor at D = 64, one at D = 128. BLOCK_M of _backward_kv divides that of the other two: it reads L and delta
+# of whole blocks, past T as well, which they must have written.
 TILES = {
     ("sm_90", 64): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 3)),
     ("sm_90", 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
     ("sm_100", 64): (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     ("sm_100", 128): (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    ("sm_80", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 64, 4, 2)),
+    ("sm_80", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
     ("sm_80", 128): (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
     # head sizes that are no multiple of 8, whose heads start at odd places: pointers, on any target
-    ("odd", 64): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 2)),
-    ("odd", 128): (Tile(128, 32, 8, 3), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    ("odd", 64): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 8, 2)),
+    ("odd", 128): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 64, 8, 2)),
     # sequences of at most 64, on any target
-    ("short", 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 4, 2)),
+    ("short", 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 8, 2)),
     ("short", 128): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 3)),
     # float32, whose products run without tensor cores, on any target
     ("float32", 64): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     ("float32", 128): (Tile(32, 16, 8, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)),
 }
 KERNELS = (_forward, _backward_q, _backward_kv)
+# To be timed beside them on sm_90 (python -m bench.kernels --sweep), by kernel and head size: two programs on a
+# multiprocessor where the shipped tiles allow one, or larger tiles.
+CANDIDATES = {
+    (_forward, 128): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
+    (_backward_kv, 64): (Tile(32, 128, 8, 2),),
+    (_backward_kv, 128): (Tile(64, 128, 8, 2),),
+}
+TARGETS = {9: "sm_90", 10: "sm_100"}  # by major compute capability, all others sm_80
 
 
 @functools.cache
@@ -242,7 +317,7 @@ def target_of(device: torch.device) -> str:
     """The rows of TILES for a device. Consumer cards (sm_86, sm_89, sm_120) have less shared memory than sm_80, whose
     tiles fit them."""
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
-    return {9: "sm_90", 10: "sm_100"}.get(major, "sm_80")
+    return TARGETS.get(major, "sm_80")
 
 
 def configure(kernel, target: str, dtype: torch.dtype, T: int, D: int) -> dict:
@@ -255,109 +330,142 @@ def configure(kernel, target: str, dtype: torch.dtype, T: int, D: int) -> dict:
             "num_warps": tile.warps, "num_stages": tile.stages}  # fmt: skip
 
 
-GATE = {(90, 128), (90, 64), (90, 32), (90, 96), (80, 128), (80, 64)}  # most used: capability and head size
+GATED_HEADS = {80: (64, 128), 86: (64, 128), 89: (64, 128), 90: (32, 64, 96, 128), 120: (64, 128)}  # most used
 
 
 def aot():
-    """For bench.aot: every row of TILES on every target, and head sizes that need padding."""
-    cases = [(torch.bfloat16, 1024, D) for D in (128, 64, 32, 16, 96, 24, 90, 50, 26, 10)]
-    cases += [(dtype, T, D) for dtype, T in ((torch.bfloat16, 64), (torch.float32, 1024)) for D in (128, 64)]
-    for capability in (90, 80, 100):
-        for dtype, T, D in cases:
-            for kernel in KERNELS:
-                options = configure(kernel, f"sm_{capability}", dtype, T, D)
+    """For bench.aot: every row of TILES on every target, head sizes that need padding, with and without positions."""
+    cases = [(torch.bfloat16, 1024, D, " rotary") for D in (128, 64, 32, 16, 96, 24, 90, 50, 26, 10)]
+    cases += [(torch.bfloat16, 1024, D, also) for D in (128, 64) for also in ("", " rotary qk-norm")]
+    cases += [(dtype, T, D, " rotary") for dtype, T in ((torch.bfloat16, 64), (torch.float32, 1024)) for D in (128, 64)]
+    for capability in (90, 80, 86, 89, 120, 100):
+        for dtype, T, D, also in cases:
+            gate = T > 64 and dtype != torch.float32 and D in GATED_HEADS.get(capability, ()) and also == " rotary"
+            for kernel in KERNELS if gate or capability in (80, 90, 100) else ():
+                if kernel is _forward and "qk-norm" in also:
+                    continue  # it does not see the norm
+                options = configure(kernel, TARGETS.get(capability // 10, "sm_80"), dtype, T, D)
+                options["ROTATED"] = bool(also)
+                absent = ([] if also else ["table"]) + ([] if "qk-norm" in also else ["r"])
+                options |= {name: None for name in absent if name in kernel.arg_names}
                 name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
                 yield {
-                    "label": f"{kernel.__name__[1:]} {name} D{D} T{'<=' if T == 64 else '>'}64",
+                    "label": f"{kernel.__name__[1:]} {name} D{D} T{'<=' if T == 64 else '>'}64{also}",
                     "kernel": kernel,
                     "signature": {arg: _type_of(arg, name, options) for arg in kernel.arg_names if arg not in options},
                     "constexprs": {arg: options[arg] for arg in kernel.arg_names if arg in options},
                     "num_warps": options["num_warps"],
                     "num_stages": options["num_stages"],
                     "capabilities": (capability,),
-                    "gate": (capability, D) in GATE and name == "bf16" and T > 64,
+                    "gate": gate,
                     "odd": ("T", "H"),
                 }
 
 
 def _type_of(argument: str, dtype: str, options: dict) -> str:
-    if argument in ("T", "H"):
-        return "i32"
-    if argument in ("scale", "lse", "delta"):
-        return "fp32" if argument == "scale" else "*fp32"
+    if argument in ("T", "H", "scale"):
+        return "fp32" if argument == "scale" else "i32"
+    kind = "fp32" if argument in ("lse", "delta", "lse_m", "delta_m", "table", "r") else dtype
+    if not options["TMA"] or argument[-2:] not in ("_m", "_n"):
+        return f"*{kind}"
     rows = options[f"BLOCK_{argument[-1].upper()}"]
-    return f"tensordesc<{dtype}[1, 1, {rows}, {options['BLOCK_D']}]>" if options["TMA"] else f"*{dtype}"
+    block = f"1, {rows}" if argument in ("lse_m", "delta_m") else f"1, 1, {rows}, {options['BLOCK_D']}"
+    return f"tensordesc<{kind}[{block}]>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Operators
 
 
-def _launch(kernel, qkv: Tensor, n_heads: int, **tensors: Tensor) -> None:
+def _launch(kernel, qkv: Tensor, n_heads: int, *, rotated: bool, **arguments: Tensor | None) -> None:
     """One program for each block of each head; those of a batch element run together, for they share its rows."""
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_heads
     options = configure(kernel, target_of(qkv.device), qkv.dtype, T, D)
-    options["TMA"] &= all(x.data_ptr() % 16 == 0 for x in tensors.values())
+    options["TMA"] &= all(x is None or x.data_ptr() % 16 == 0 for x in arguments.values())
     if options["TMA"]:
-        for name in [name for name in tensors if name[-2:] in ("_m", "_n")]:
-            heads = tensors[name].view(B, T, -1, D).transpose(1, 2)  # (B, heads, T, D)
-            block = [1, 1, options[f"BLOCK_{name[-1].upper()}"], options["BLOCK_D"]]
-            tensors[name] = TensorDescriptor(heads, list(heads.shape), list(heads.stride()), block)
+        for name in [name for name in arguments if name[-2:] in ("_m", "_n")]:
+            rows = options[f"BLOCK_{name[-1].upper()}"]
+            if name in ("lse_m", "delta_m"):
+                view, block = arguments[name].flatten(0, 1), [1, rows]  # (B H, T rounded up)
+            else:
+                view = arguments[name].view(B, T, -1, D).transpose(1, 2)  # (B, heads, T, D)
+                block = [1, 1, rows, options["BLOCK_D"]]
+            arguments[name] = TensorDescriptor(view, list(view.shape), list(view.stride()), block)
     rows = options["BLOCK_N" if kernel is _backward_kv else "BLOCK_M"]
-    kernel[n_heads, triton.cdiv(T, rows), B](**tensors, T=T, H=n_heads, scale=D**-0.5, **options)
+    grid = n_heads, triton.cdiv(T, rows), B
+    kernel[grid](**arguments, T=T, H=n_heads, scale=D**-0.5, ROTATED=rotated, **options)
 
 
 @torch.library.custom_op("nanochin::attention", mutates_args=())
-def _attention(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
-    B, T, C3 = qkv.shape
+def _attention(qkv: Tensor, table: Tensor | None, n_heads: int, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> O (B, T, C), L (B, H, T rounded up); and what `rotary.rotate_qk` makes, empty where there is nothing to
+    rotate or normalise."""
     qkv = qkv.contiguous()
-    o, lse = qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_heads, T, dtype=torch.float32)
-    _launch(_forward, qkv, n_heads, qkv_m=qkv, qkv_n=qkv, o_m=o, lse=lse)
-    return o, lse
+    rotated = table is not None or qk_norm
+    o, lse, qk, r = _outputs(qkv, table, n_heads, qk_norm)
+    if rotated:
+        rotate_qk(qkv, table, qk, r if qk_norm else None, n_heads)
+    q = qk if rotated else qkv
+    _launch(_forward, qkv, n_heads, rotated=rotated, qk_m=q, qk_n=q, v_n=qkv, o_m=o, lse=lse)
+    return o, lse, qk, r
 
 
 @_attention.register_fake
-def _(qkv, n_heads):
+def _outputs(qkv, table, n_heads, qk_norm):
     B, T, C3 = qkv.shape
-    return qkv.new_empty(B, T, C3 // 3), qkv.new_empty(B, n_heads, T, dtype=torch.float32)
+    rotated = table is not None or qk_norm
+    float32 = functools.partial(qkv.new_empty, dtype=torch.float32)
+    padded = (T + PAD.value - 1) // PAD.value * PAD.value
+    o, lse = qkv.new_empty(B, T, C3 // 3), float32((B, n_heads, padded))
+    qk, r = (B, T, C3 // 3 * 2) if rotated else 0, (B, T, 2 * n_heads) if qk_norm else 0
+    return o, lse, qkv.new_empty(qk), float32(r)
 
 
 @torch.library.custom_op("nanochin::attention_backward", mutates_args=())
-def _attention_backward(do: Tensor, qkv: Tensor, o: Tensor, lse: Tensor, n_heads: int) -> Tensor:
+def _attention_backward(
+    do: Tensor, qkv: Tensor, table: Tensor | None, o: Tensor, lse: Tensor, qk: Tensor, r: Tensor, n_heads: int
+) -> Tensor:
+    """The gradient of qkv."""
     do, qkv, o = do.contiguous(), qkv.contiguous(), o.contiguous()
     dqkv, delta = torch.empty_like(qkv), torch.empty_like(lse)
-    _launch(_backward_q, qkv, n_heads, qkv_m=qkv, qkv_n=qkv, o_m=o, do_m=do, lse=lse, delta=delta, dqkv_m=dqkv)
-    _launch(_backward_kv, qkv, n_heads, qkv_m=qkv, qkv_n=qkv, do_m=do, lse=lse, delta=delta, dqkv_n=dqkv)
+    rotated, r = qk.numel() > 0, r if r.numel() else None
+    q = qk if rotated else qkv
+    launch = functools.partial(_launch, qkv=qkv, n_heads=n_heads, rotated=rotated, qk_m=q, qk_n=q, v_n=qkv, do_m=do,
+                               dqkv=dqkv, table=table, r=r)  # fmt: skip
+    launch(_backward_q, o_m=o, lse=lse, delta=delta, dqkv_m=dqkv)
+    launch(_backward_kv, lse_m=lse, delta_m=delta, dqkv_n=dqkv)
     return dqkv
 
 
 @_attention_backward.register_fake
-def _(do, qkv, o, lse, n_heads):
+def _(do, qkv, table, o, lse, qk, r, n_heads):
     return qkv.new_empty(qkv.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    (qkv, ctx.n_heads), (o, lse) = inputs, output
-    ctx.save_for_backward(qkv, o, lse)
-    ctx.mark_non_differentiable(lse)
+    qkv, table, ctx.n_heads, _ = inputs
+    o, *kept = output
+    ctx.save_for_backward(qkv, table, o, *kept)
+    ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, do, _):
-    return _attention_backward(do, *ctx.saved_tensors, ctx.n_heads), None
+def _backward(ctx, do, *_):
+    return _attention_backward(do, *ctx.saved_tensors, ctx.n_heads), None, None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _forward_flops(qkv, n_heads, *_, **__) -> int:
+def _forward_flops(qkv, table, n_heads, qk_norm, **_) -> int:
     B, T, C3 = qkv
     return 4 * B * T * T * (C3 // 3)
 
 
 def _backward_flops(do, qkv, *_, **__) -> int:
-    return 2 * _forward_flops(qkv, None)
+    B, T, C3 = qkv
+    return 8 * B * T * T * (C3 // 3)
 
 
 # For FlopCounterMode(custom_mapping=...): two products of T x T x D a head, not halved for the mask, nor counting what
@@ -368,8 +476,10 @@ FLOP_FORMULAS = {
 }
 
 
-def attention(qkv: Tensor, n_heads: int) -> Tensor:
-    """Causal self-attention on packed qkv (B, T, 3C) -> (B, T, C), in float32, float16 or bfloat16.
+def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bool = False) -> Tensor:
+    """Causal self-attention on packed qkv (B, T, 3C) -> (B, T, C), in float32, float16 or bfloat16. With `theta`
+    queries and keys are first rotated to positions 0..T-1, with `qk_norm` divided by their root mean square before
+    that, as `rotary` does.
 
     Raises ValueError for another dtype, and if qkv does not hold three times `n_heads` heads of at most 128.
     """
@@ -378,4 +488,4 @@ def attention(qkv: Tensor, n_heads: int) -> Tensor:
         raise ValueError(f"attention: qkv of width {C3} is not 3 x {n_heads} heads of at most 128 numbers")
     if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"attention: qkv is {qkv.dtype}, the kernels compute in float32, float16 and bfloat16")
-    return _attention(qkv, n_heads)[0]
+    return _attention(qkv, table_for(qkv, n_heads, theta), n_heads, qk_norm)[0]

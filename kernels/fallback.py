@@ -14,9 +14,9 @@ from torch import Tensor
 from kernels import reference
 
 
-def attention(qkv: Tensor, n_heads: int) -> Tensor:
-    """Causal self-attention on packed qkv (B, T, 3C) -> (B, T, C)."""
+def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bool = False) -> Tensor:
     B, T, C3 = qkv.shape
+    qkv = rotary(qkv, n_heads, theta, qk_norm)
     q, k, v = qkv.view(B, T, 3, n_heads, C3 // 3 // n_heads).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
@@ -132,6 +132,10 @@ def activation(x: Tensor, kind: str) -> Tensor:
     return swiglu(x)
 
 
+def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    return F.linear(activation(x, kind), weight, bias)
+
+
 def swiglu(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -161,6 +165,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         keep = keep.to(wide)
         loss = torch.zeros((), dtype=wide, device=h.device)
         dh = torch.empty_like(h) if train else h
+        ctx.dtype, weight = weight.dtype, weight.to(h.dtype)  # float32 beside bf16 is multiplied as bf16
         dweight = torch.zeros_like(weight, dtype=wide) if train else None
         # A few MB of logits, about what a core keeps in its cache; at least 256 rows, for the products to be fast.
         rows = max(256, 2**20 // len(weight))
@@ -177,7 +182,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dweight += p.T @ x
         count = keep.sum().clamp(min=1)
         ctx.save_for_backward(dh, dweight, count)
-        ctx.dtype = weight.dtype
         return loss / count
 
     @staticmethod

@@ -61,7 +61,7 @@ def _backward(G, GTotal, X, W, Stats, DX, Partial, M, C,
     w = tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     db = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for start in range(program * ROWS, M, programs * ROWS):
+    for start in tl.range(program * ROWS, M, programs * ROWS, num_stages=2):  # the next rows are on their way
         rows = start + tl.arange(0, ROWS)
         inside = (rows < M)[:, None] & (cols < C)[None, :]
         at = rows.to(tl.int64)[:, None] * C + cols[None, :]
@@ -94,7 +94,7 @@ def _backward(G, GTotal, X, W, Stats, DX, Partial, M, C,
 
 def _config(C: int) -> dict:
     """Whole rows, as many as make 4096 numbers: 32 a thread forward (4 warps) and 16 backward (8), which keeps all of
-    them in registers (bench/results/kernels_aot.md). Wider rows take more warps."""
+    them in registers (bench/results/kernels_aot_*.md). Wider rows take more warps."""
     block = triton.next_power_of_2(C)
     return {"ROWS": min(32, max(1, 4096 // block)), "BLOCK": block}
 

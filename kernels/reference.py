@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 
-def attention(qkv: Tensor, n_heads: int) -> Tensor:
-    """Causal self-attention, softmax(Q K^T / sqrt(D)) V, on packed qkv (B, T, 3C) -> (B, T, C)."""
+def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bool = False) -> Tensor:
+    """Causal self-attention, softmax(Q K^T / sqrt(D)) V, on packed qkv (B, T, 3C) -> (B, T, C). `theta` rotates
+    queries and keys first, `qk_norm` normalises them, as `rotary` does."""
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_heads
+    qkv = rotary(qkv, n_heads, theta, qk_norm)
     q, k, v = qkv.view(B, T, 3, n_heads, D).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
     scores = (q @ k.transpose(-2, -1)) * D**-0.5  # (B, H, T, T)
     future = torch.ones(T, T, dtype=torch.bool, device=qkv.device).triu(1)
@@ -83,6 +85,12 @@ def activation(x: Tensor, kind: str) -> Tensor:
     return swiglu(x)
 
 
+def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
+    """activation(x, kind) weight^T + bias: x (..., F), or (..., 2F) for swiglu; weight (C, F) -> (..., C)."""
+    y = activation(x, kind) @ weight.T
+    return y if bias is None else y + bias
+
+
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up, gate and up being the two halves of the last dimension: (..., 2F) -> (..., F)."""
     gate, up = x.chunk(2, dim=-1)
@@ -97,7 +105,7 @@ def linear_cross_entropy(
     h (M, C), weight (V, C), targets (M,) -> scalar. No target at all gives 0, not NaN.
     """
     keep = targets != ignore_index
-    logits = (h @ weight.T)[keep]  # (kept, V)
+    logits = (h @ weight.to(h.dtype).T)[keep]  # (kept, V)
     log_z = logits.logsumexp(-1)
     nll = log_z - logits.gather(1, targets[keep][:, None])[:, 0]
     return (nll + z_loss * log_z.square()).sum() / keep.sum().clamp(min=1)

@@ -6,7 +6,9 @@ Forward, for the halves (x1, x2) of each query and key head of size D, at positi
 Backward, g the gradient of y: the rotation by the opposite angle, then the derivative of the norm:
     h  =  (g1 cos + g2 sin, g2 cos - g1 sin)
     dx =  r (h - n mean(n h)),  r the inverse root mean square
-Values and their gradients are copied, since the result is a new packed tensor.
+`rotary` gives a new packed tensor, so it copies the values. Attention does without: `rotate_qk` writes queries and keys
+alone, each head's halves interleaved, x1[0] x2[0] x1[1] ..., which changes no product of a query and a key. The pairs
+that belong together then lie side by side in the accumulators of attention's backward, which rotates them back itself.
 
 A program takes a block of tokens and a few heads: the table is read once for all of them, and what neighbouring
 programs read lies side by side.
@@ -23,9 +25,10 @@ EPS = 1e-6
 
 
 @triton.jit
-def _forward(X, Table, Y, M, T, H,
-             ROTATE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
+def _forward(X, Table, Y, R, M, T, H,
+             ROTATE: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, APART: tl.constexpr,
              D: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """Y: packed like X; or APART, queries and keys alone, halves interleaved, and R (B T, 2H) the norm's r."""
     HALF: tl.constexpr = D // 2
     groups = tl.cdiv(H, HEADS)
     rows, cols = tl.program_id(0) // groups * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
@@ -37,7 +40,7 @@ def _forward(X, Table, Y, M, T, H,
     for i in tl.static_range(HEADS):
         head = tl.program_id(0) % groups * HEADS + i
         here = tl.where(head < H, inside, False)
-        for part in tl.static_range(3):  # queries, keys, values
+        for part in tl.static_range(2 if APART else 3):  # queries, keys, values
             at = rows.to(tl.int64)[:, None] * (3 * H * D) + (part * H + head) * D + cols[None, :]
             x1 = tl.load(X + at, mask=here, other=0.0).to(tl.float32)
             x2 = tl.load(X + at + HALF, mask=here, other=0.0).to(tl.float32)
@@ -45,10 +48,19 @@ def _forward(X, Table, Y, M, T, H,
                 if NORM:
                     r = (1 / tl.sqrt(tl.sum(x1 * x1 + x2 * x2, 1) / D + EPS))[:, None]
                     x1, x2 = x1 * r, x2 * r
+                    if APART:
+                        at_r = rows.to(tl.int64)[:, None] * (2 * H) + part * H + head
+                        tl.store(R + at_r, r, mask=tl.where(head < H, rows < M, False)[:, None])
                 if ROTATE:
                     x1, x2 = x1 * cos - x2 * sin, x1 * sin + x2 * cos
-            tl.store(Y + at, x1.to(Y.dtype.element_ty), mask=here)
-            tl.store(Y + at + HALF, x2.to(Y.dtype.element_ty), mask=here)
+            if APART:
+                both = tl.interleave(x1, x2).to(Y.dtype.element_ty)  # (ROWS, 2 BLOCK)
+                pairs = tl.arange(0, 2 * BLOCK)[None, :]
+                at = rows.to(tl.int64)[:, None] * (2 * H * D) + (part * H + head) * D + pairs
+                tl.store(Y + at, both, mask=tl.where(head < H, (rows < M)[:, None] & (pairs < D), False))
+            else:
+                tl.store(Y + at, x1.to(Y.dtype.element_ty), mask=here)
+                tl.store(Y + at + HALF, x2.to(Y.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -90,28 +102,39 @@ def _config(H: int, D: int) -> dict:
     return {"D": D, "HEADS": min(4, H), "ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": 4}
 
 
-def _launch(kernel, *tensors: Tensor | None, out: Tensor, table: Tensor | None, n_heads: int, qk_norm: bool) -> Tensor:
-    B, T, C3 = out.shape
+def _launch(kernel, *tensors: Tensor | None, like: Tensor, n_heads: int, **options) -> None:
+    """`like` (B, T, 3C)."""
+    B, T, C3 = like.shape
     config = _config(n_heads, C3 // 3 // n_heads)
     programs = triton.cdiv(B * T, config["ROWS"]) * triton.cdiv(n_heads, config["HEADS"])
-    kernel[(programs,)](*tensors, table, out, B * T, T, n_heads,
-                        ROTATE=table is not None, NORM=qk_norm, EPS=EPS, **config)  # fmt: skip
-    return out
+    kernel[(programs,)](*tensors, B * T, T, n_heads, EPS=EPS, **options, **config)
+
+
+def rotate_qk(qkv: Tensor, table: Tensor | None, qk: Tensor, r: Tensor | None, n_heads: int) -> None:
+    """For attention. Fills qk (B, T, 2C) with the queries and keys of qkv (B, T, 3C), normalised and rotated by a table
+    (T, D) of cos | sin, interleaved. r (B, T, 2H) float32 asks for QK-norm and gets r of each head."""
+    _launch(_forward, qkv, table, qk, r, like=qkv, n_heads=n_heads,
+            ROTATE=table is not None, NORM=r is not None, APART=True)  # fmt: skip
 
 
 @torch.library.custom_op("nanochin::rotary", mutates_args=())
 def rotate(qkv: Tensor, table: Tensor | None, n_heads: int, qk_norm: bool) -> Tensor:
     """Packed qkv (B, T, 3C) with queries and keys normalised and rotated by a table (T, D) of cos | sin."""
     qkv = qkv.contiguous()
-    return _launch(_forward, qkv, out=torch.empty_like(qkv), table=table, n_heads=n_heads, qk_norm=qk_norm)
+    out = torch.empty_like(qkv)
+    _launch(_forward, qkv, table, out, None, like=qkv, n_heads=n_heads,
+            ROTATE=table is not None, NORM=qk_norm, APART=False)  # fmt: skip
+    return out
 
 
 @torch.library.custom_op("nanochin::rotary_backward", mutates_args=())
 def rotate_backward(grad: Tensor, qkv: Tensor | None, table: Tensor | None, n_heads: int) -> Tensor:
     """Gradient of qkv (B, T, 3C); `qkv` itself only with QK-norm."""
     grad, qkv = grad.contiguous(), None if qkv is None else qkv.contiguous()
-    return _launch(_backward, grad, qkv, out=torch.empty_like(grad), table=table, n_heads=n_heads,
-                   qk_norm=qkv is not None)  # fmt: skip
+    out = torch.empty_like(grad)
+    _launch(_backward, grad, qkv, table, out, like=grad, n_heads=n_heads,
+            ROTATE=table is not None, NORM=qkv is not None)  # fmt: skip
+    return out
 
 
 @rotate.register_fake
@@ -144,14 +167,22 @@ def aot():
             warps = config.pop("num_warps")
             options = {"ROTATE": True, "NORM": norm, "EPS": EPS} | config
             ints = {"M": "i32", "T": "i32", "H": "i32"}
+            forward = {"X": "*bf16", "Table": "*fp32", "Y": "*bf16"} | ints
             backward = {"G": "*bf16", "Table": "*fp32", "DX": "*bf16"} | ints | ({"X": "*bf16"} if norm else {})
             for direction, kernel, signature, constexprs in (
-                ("forward", _forward, {"X": "*bf16", "Table": "*fp32", "Y": "*bf16"} | ints, options),
+                (
+                    "for attention",
+                    _forward,
+                    forward | ({"R": "*fp32"} if norm else {}),
+                    options | {"APART": True} | ({} if norm else {"R": None}),
+                ),
+                ("forward", _forward, forward, options | {"APART": False, "R": None}),
                 ("backward", _backward, backward, options if norm else options | {"X": None}),
             ):
                 label = f"rotary{' and qk-norm' if norm else ''} {direction} bf16 D{D}"
                 yield {"label": label, "kernel": kernel, "signature": signature, "constexprs": constexprs,
-                       "num_warps": warps, "num_stages": 3, "odd": ("H",)}  # fmt: skip
+                       "num_warps": warps, "num_stages": 3, "odd": ("H",),
+                       "gate": direction == "for attention" and D == 64}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,12 +194,16 @@ def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False
     root mean square first; `theta` None does only that."""
     if theta is None and not qk_norm:
         return qkv
+    return rotate(qkv, table_for(qkv, n_heads, theta), n_heads, qk_norm)
+
+
+def table_for(qkv: Tensor, n_heads: int, theta: float | None) -> Tensor | None:
+    """cos | sin (T, D) for the positions of packed qkv (B, T, 3C); None without rotation."""
     _, T, C3 = qkv.shape
     # A compiled graph makes the table itself, once for all layers: a tensor of its own that outlives it would be a
     # hazard under CUDA graphs, whose memory is reused.
     make = _table if torch.compiler.is_compiling() else _kept_table
-    table = None if theta is None else make(T, C3 // 3 // n_heads, theta, qkv.device)
-    return rotate(qkv, table, n_heads, qk_norm)
+    return None if theta is None else make(T, C3 // 3 // n_heads, theta, qkv.device)
 
 
 def _table(T: int, D: int, theta: float, device: torch.device) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from nanochin.checkpoint import load_run
 from nanochin.config import Shape, UserError, opt, parse, run_command
 from nanochin.gpt2 import gpt2_name
-from nanochin.model import GPT, Rotary
+from nanochin.model import GPT, ROTARY_THETA
 from nanochin.runs import find_run, writing
 from nanochin.tokenizer import END_OF_TEXT, Tokenizer
 
@@ -125,7 +125,7 @@ def to_neox(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
     return tensors, {
         "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", **sizes(shape), "layer_norm_eps": 1e-5,
         "attention_bias": True, "use_parallel_residual": False,
-        "rotary_pct": 1.0, "rotary_emb_base": Rotary.theta, "rope_parameters": rope() | {"partial_rotary_factor": 1.0},
+        "rotary_pct": 1.0, "rotary_emb_base": ROTARY_THETA, "rope_parameters": rope() | {"partial_rotary_factor": 1.0},
     }  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def to_llama(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes(shape),
         "num_key_value_heads": shape.heads, "head_dim": shape.head_size, "rms_norm_eps": 1e-6,
         "attention_bias": shape.bias, "mlp_bias": shape.bias or not gated,
-        "rope_theta": Rotary.theta, "rope_parameters": rope(),
+        "rope_theta": ROTARY_THETA, "rope_parameters": rope(),
     }  # fmt: skip
 
 
@@ -175,7 +175,7 @@ def sizes(shape: Shape) -> dict:
 
 def rope() -> dict:
     """As `transformers` 5 has it; older versions read rope_theta or rotary_emb_base."""
-    return {"rope_type": "default", "rope_theta": Rotary.theta}
+    return {"rope_type": "default", "rope_theta": ROTARY_THETA}
 
 
 def norms(shape: Shape) -> list[tuple[int, str, str]]:

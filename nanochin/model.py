@@ -22,8 +22,10 @@ class Linear(nn.Linear):
     """Keeps its weight in float32 and multiplies in the dtype of its input (bf16 on a GPU), without autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, *self.cast(x.dtype))
+
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
 
 class RMSNorm(nn.Module):
@@ -58,33 +60,21 @@ class LayerNorm(nn.Module):
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
-class Rotary(nn.Module):
-    """Rotates (and with qk_norm normalises) the queries and keys of packed qkv (B, T, 3C). No parameters."""
-
-    theta = 10_000.0  # the base of the angles' frequencies
-
-    def __init__(self, shape: Shape):
-        super().__init__()
-        self.heads, self.qk_norm = shape.heads, shape.qk_norm
-        if shape.positions != "rotary":
-            self.theta = None  # no rotation, QK-norm alone
-
-    def forward(self, qkv: Tensor) -> Tensor:
-        return kernels.rotary(qkv, self.heads, self.theta, self.qk_norm)
+ROTARY_THETA = 10_000.0  # the base of the rotary angles' frequencies
 
 
 class Attention(nn.Module):
     def __init__(self, shape: Shape):
         super().__init__()
         C = shape.width
-        self.heads = shape.heads
+        self.heads, self.qk_norm = shape.heads, shape.qk_norm
+        self.theta = ROTARY_THETA if shape.positions == "rotary" else None
         self.qkv = Linear(C, 3 * C, bias=shape.bias)
-        self.place = Rotary(shape) if shape.positions == "rotary" or shape.qk_norm else nn.Identity()
         self.out = Linear(C, C, bias=shape.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.place(self.qkv(x))  # (B, T, 3C)
-        return self.out(kernels.attention(qkv, self.heads))  # (B, T, C)
+        qkv = self.qkv(x)  # (B, T, 3C)
+        return self.out(kernels.attention(qkv, self.heads, self.theta, self.qk_norm))  # (B, T, C)
 
 
 class FeedForward(nn.Module):
@@ -96,7 +86,8 @@ class FeedForward(nn.Module):
         self.down = Linear(F, C, bias=shape.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(kernels.activation(self.up(x), self.kind))
+        x = self.up(x)  # (B, T, F), or 2F for swiglu
+        return kernels.activation_linear(x, *self.down.cast(x.dtype), self.kind)  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -159,8 +150,8 @@ class GPT(nn.Module):
         h = self.norm(x)
         for block in self.blocks:
             h, x = block(h, x)
-        weight = self.head.weight.to(self.dtype)  # (V, C)
+        weight = self.head.weight  # (V, C)
         if targets is None:
-            return F.linear(h, weight).float()
+            return F.linear(h, weight.to(self.dtype)).float()
         z_loss = self.z_loss if torch.is_grad_enabled() else 0.0  # steers training, is no part of a measured loss
         return kernels.linear_cross_entropy(h.flatten(0, 1), weight, targets.flatten(), z_loss=z_loss)

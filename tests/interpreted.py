@@ -30,6 +30,8 @@ def load(name: str) -> ModuleType:
         return importlib.import_module(module)
     skip_if_it_cannot_interpret()
     if module not in _interpreted:
+        if name == "attention":
+            load("rotary")  # whose kernel it launches
         _let_launches_interpret()
         sys.modules.pop(module, None)  # decorated for a GPU, if somebody has imported it
         operation = getattr(kernels, name, None)

@@ -29,6 +29,29 @@ def test_activation(kind, size, dtype):
     compare(lambda x: activation.activation(x, kind), exact, exact, [randn(*size, scale=3.0)], dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", TORCH)
+def test_activation_linear(kind, bias, dtype):
+    """The activation and the product after it: values and the gradients of x, weight and bias."""
+    F_, C = 48, 24
+    inputs = [randn(2, 21, F_ * (1 + (kind == "swiglu"))), randn(C, F_, seed=1), *[randn(C, seed=2)] * bias]
+    exact = lambda x, w, b=None: F.linear(TORCH[kind](x), w, b)  # noqa: E731
+    compare(lambda x, w, b=None: activation.activation_linear(x, w, b, kind), exact, exact, inputs, dtype)
+
+
+def test_activation_linear_keeps_only_its_input():
+    """What is saved for the backward is x and the weight, and the gradient is that of the activation kept."""
+    x, weight = randn(10, 36).float().to(DEVICE).requires_grad_(), randn(8, 36, seed=1).float().to(DEVICE)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        out = activation.activation_linear(x, weight, None, "gelu")
+    assert [t.data_ptr() for t in kept] == [x.data_ptr(), weight.data_ptr()]
+    want = torch.autograd.grad(F.linear(activation.activation(x, "gelu"), weight).sum(), x)[0]
+    assert torch.equal(torch.autograd.grad(out.sum(), x)[0], want)
+    repeats(lambda x, w: activation.activation_linear(x, w, None, "gelu"), x, weight)
+
+
 def test_values_by_hand():
     """GELU of 1 is the normal distribution's 0.8413, its tanh form 0.8412; ReLU squared of 3 is 9; silu(1) x 2."""
     x = torch.tensor([[1.0, -40.0, 3.0, 2.0]], device=DEVICE)
@@ -57,9 +80,13 @@ def test_repeats_compiles_and_passes_opcheck(kind):
     repeats(lambda x: activation.activation(x, kind), x)
     repeats(lambda x: activation.activation(x.T, kind), x)
     torch.library.opcheck(activation.activate, (x, kind))
+    grad = torch.ones(10, 18 if kind == "swiglu" else 36, device=DEVICE)
+    torch.library.opcheck(activation.activate_backward, (grad, x.detach(), kind, True))
 
 
 def test_unknown_kind():
     """A kind that does not exist is named."""
     with pytest.raises(ValueError, match="tanh"):
         activation.activation(torch.zeros(1, 2, device=DEVICE), "tanh")
+    with pytest.raises(ValueError, match="tanh"):
+        activation.activation_linear(torch.zeros(1, 2, device=DEVICE), torch.zeros(3, 2, device=DEVICE), None, "tanh")

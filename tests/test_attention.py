@@ -30,6 +30,11 @@ NARROW = [(2, 40, 2, 2), (1, 70, 2, 10), (1, 20, 3, 12), (2, 33, 1, 14), (1, 67,
 POINTERS = [(size, dtype, "sm_80") for size in SIZES for dtype in (torch.float32, torch.float16)]
 POINTERS += [(size, torch.float16, "sm_90") for size in NARROW]  # 56 by descriptors, the others cannot be
 DESCRIPTORS = [(size, torch.float16, "sm_90") for size in SIZES[2:]] + [((2, 21, 2, 24), torch.float16, "sm_90")]
+ROTATED = [(size, dtype, "sm_80") for size in SIZES[:3] for dtype in (torch.float32, torch.float16)]
+ROTATED += [((2, 33, 1, 14), torch.float16, "sm_80"), ((1, 70, 2, 10), torch.float32, "sm_80")]
+ROTATED += [
+    (size, torch.float16, "sm_90") for size in [(1, 130, 2, 64), (2, 129, 1, 40), (1, 70, 1, 96), (2, 21, 2, 2)]
+]
 LARGE = [(3, 1000, 2, 64), (2, 1024, 12, 64), (1, 1000, 3, 128), (1, 4096, 2, 128), (1, 4096, 2, 40), (2, 777, 5, 96)]
 COMPILED = [(size, dtype, target) for size in SIZES + NARROW + LARGE for target in TARGETS
             for dtype in (torch.float32, torch.float16, torch.bfloat16)]  # fmt: skip
@@ -42,9 +47,12 @@ def sdpa(qkv: torch.Tensor, n_heads: int) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C3 // 3)
 
 
-def check(qkv: torch.Tensor, n_heads: int, dtype: torch.dtype, at_least: float = 0.0) -> None:
-    compare(lambda x: attention(x, n_heads), lambda x: sdpa(x, n_heads),
-            lambda x: reference.attention(x, n_heads), [qkv], dtype, at_least=at_least)  # fmt: skip
+def check(qkv: torch.Tensor, n_heads: int, dtype: torch.dtype, at_least: float = 0.0, **positions) -> None:
+    def theirs(x):
+        return sdpa(reference.rotary(x, n_heads, **positions) if positions else x, n_heads)
+
+    compare(lambda x: attention(x, n_heads, **positions), theirs,
+            lambda x: reference.attention(x, n_heads, **positions), [qkv], dtype, at_least=at_least)  # fmt: skip
 
 
 @pytest.mark.parametrize("size, dtype, target", COMPILED if CUDA else POINTERS + DESCRIPTORS, ids=str)
@@ -53,6 +61,29 @@ def test_attention(size, dtype, target, monkeypatch):
     monkeypatch.setattr(kernels, "target_of", lambda device: target)
     B, T, H, D = size
     check(randn(B, T, 3 * H * D), H, dtype)
+
+
+@pytest.mark.parametrize("theta, qk_norm", [(10_000.0, False), (100.0, True), (None, True)])
+@pytest.mark.parametrize("size, dtype, target", COMPILED if CUDA else ROTATED, ids=str)
+def test_rotary_and_qk_norm(size, dtype, target, theta, qk_norm, monkeypatch):
+    """Queries and keys rotated and normalised on the way in, their gradients on the way out: heads with and without
+    padding, whose halves begin at even and odd places, by pointers and by descriptors."""
+    monkeypatch.setattr(kernels, "target_of", lambda device: target)
+    B, T, H, D = size
+    check(randn(B, T, 3 * H * D), H, dtype, theta=theta, qk_norm=qk_norm)
+
+
+def test_far_positions():
+    """A query at the last position and a key at the first, both of one frequency, meet at the cosine of their distance
+    that Python computes."""
+    T, theta = 600, 10_000.0
+    qkv = torch.zeros(1, T, 12, dtype=torch.float32)
+    qkv[0, -1, 1] = 30.0  # the query's first half, second frequency: theta^(-1/2) = 0.01
+    qkv[0, 0, 5] = 1.0  # the first key likewise; the other keys are zero
+    qkv[0, 0, 8:] = 1.0
+    weight = attention(qkv.to(DEVICE), 1, theta)[0, -1, 0].item()
+    e = math.exp(30.0 * math.cos((T - 1) * 0.01) / 2)
+    assert weight == pytest.approx(e / (e + T - 1), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -71,7 +102,9 @@ def test_equal_rows():
 
 def test_repeating_gives_the_same_bits():
     """Two runs, and a third one under torch.compile."""
-    repeats(lambda x: attention(x, 2), randn(2, 70, 3 * 2 * 16).to(DEVICE, torch.float16).requires_grad_())
+    x = randn(2, 70, 3 * 2 * 16).to(DEVICE, torch.float16).requires_grad_()
+    repeats(lambda x: attention(x, 2), x)
+    repeats(lambda x: attention(x, 2, 100.0, True), x)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -99,8 +132,9 @@ def test_batch_and_heads_do_not_meet(target, monkeypatch):
     assert spoilt[1:].isnan().all()
 
 
+@pytest.mark.parametrize("positions", [(), (100.0, True)], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
-def test_nothing_is_written_past_the_end(target, monkeypatch):
+def test_nothing_is_written_past_the_end(target, positions, monkeypatch):
     """Behind every new tensor lies a margin that keeps its numbers, at a length and head size that end within tiles."""
     margins = []
 
@@ -109,8 +143,11 @@ def test_nothing_is_written_past_the_end(target, monkeypatch):
         margins.append(whole[math.prod(size) :])
         return whole[: math.prod(size)].view(size)
 
-    def new_empty(x, *size, dtype=None, **others):  # with others it is Triton's interpreter that asks
-        return guarded(size, dtype=dtype or x.dtype, device=x.device) if not others else plain(x, *size, **others)
+    def new_empty(x, *size, dtype=None, **others):
+        if others:  # it is Triton's interpreter that asks
+            return plain(x, *size, **others)
+        size = size if isinstance(size[0], int) else size[0]
+        return guarded(size, dtype=dtype or x.dtype, device=x.device)
 
     plain = torch.Tensor.new_empty
     monkeypatch.setattr(kernels, "target_of", lambda device: target)
@@ -118,8 +155,9 @@ def test_nothing_is_written_past_the_end(target, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "new_empty", new_empty)
         patch.setattr(torch, "empty_like", lambda x: guarded(x.shape, dtype=x.dtype, device=x.device))
-        attention(qkv, 2).sum().backward()
-    assert len(margins) == 4 and all((margin == 7).all() for margin in margins)  # o, lse, delta, dqkv
+        attention(qkv, 2, *positions).sum().backward()
+    # o, lse, delta, dqkv; rotated queries and keys, their root mean squares
+    assert len(margins) >= 4 + len(positions) and all((margin == 7).all() for margin in margins)
 
 
 def test_any_strides():
@@ -134,10 +172,12 @@ def test_any_strides():
 
 def test_operators_keep_torch_s_rules():
     """Schema, fake tensors, autograd registration and tracing, as torch checks them."""
-    qkv = randn(2, 7, 3 * 2 * 8).to(DEVICE, torch.float32)
-    torch.library.opcheck(torch.ops.nanochin.attention.default, (qkv.requires_grad_(), 2))
-    o, lse = torch.ops.nanochin.attention(qkv.detach(), 2)
-    torch.library.opcheck(torch.ops.nanochin.attention_backward.default, (o, qkv.detach(), o, lse, 2))
+    qkv = randn(1, 100, 3 * 2 * 8).to(DEVICE, torch.float16)  # one block of queries, so that all of L is written
+    for table, qk_norm in ((None, False), (kernels.table_for(qkv, 2, 100.0), True)):
+        forward, backward = torch.ops.nanochin.attention.default, torch.ops.nanochin.attention_backward.default
+        torch.library.opcheck(forward, (qkv.clone().requires_grad_(), table, 2, qk_norm))
+        o, *kept = forward(qkv, table, 2, qk_norm)
+        torch.library.opcheck(backward, (o, qkv, table, o, *kept, 2))
 
 
 def test_flops_are_those_of_the_ledger():
@@ -145,7 +185,7 @@ def test_flops_are_those_of_the_ledger():
     shape = make_shape(48, 1, vocab_size=5, seq_len=20)
     qkv = randn(3, 20, 3 * 48).to(DEVICE, torch.float32).requires_grad_()
     with FlopCounterMode(display=False, custom_mapping=kernels.FLOP_FORMULAS) as counter:
-        attention(qkv, shape.heads).sum().backward()
+        attention(qkv, shape.heads, 10_000.0).sum().backward()
     rows = [row for row in ledger(shape) if row.operation.startswith("attention")]
     assert len(rows) == 2 and counter.get_total_flops() == 3 * sum(3 * row.physical for row in rows)
     assert counter.get_total_flops() < count_flops(shape, 3 * 20)["physical"]
@@ -175,20 +215,21 @@ def test_every_shipped_configuration_is_reached():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-def test_cuda_graph():
+@pytest.mark.parametrize("positions", [(), (100.0, True)], ids=str)
+def test_cuda_graph(positions):
     """Captured and replayed on new numbers, forward and backward."""
     qkv = randn(2, 200, 3 * 128).to(DEVICE, torch.bfloat16).requires_grad_()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.autograd.grad(attention(qkv, 2).sum(), qkv)
+        torch.autograd.grad(attention(qkv, 2, *positions).sum(), qkv)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        (grad,) = torch.autograd.grad(attention(qkv, 2).sum(), qkv)
+        (grad,) = torch.autograd.grad(attention(qkv, 2, *positions).sum(), qkv)
     with torch.no_grad():
         qkv.copy_(randn(2, 200, 3 * 128, seed=5))
     graph.replay()
-    assert torch.equal(grad, torch.autograd.grad(attention(qkv, 2).sum(), qkv)[0])
+    assert torch.equal(grad, torch.autograd.grad(attention(qkv, 2, *positions).sum(), qkv)[0])
 
 
 @pytest.mark.gpu
@@ -202,6 +243,7 @@ def test_compute_sanitizer():
         for T, D in ((129, 64), (100, 24), (300, 128)):
             qkv = torch.randn(2, T, 3 * 2 * D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             attention(qkv, 2).sum().backward()
+            attention(qkv, 2, 100.0, True).sum().backward()
         torch.cuda.synchronize()
     """)
     command = ["compute-sanitizer", "--report-api-errors=no", "--error-exitcode=1", sys.executable, "-c", code]

@@ -47,6 +47,27 @@ def test_loss_and_gradients(size, z_loss, dtype):
             [randn(M, C), randn(V, C, seed=1, scale=0.3)], dtype)  # fmt: skip
 
 
+@pytest.mark.parametrize("size", [(7, 96, 257), (64, 32, 4096)], ids=str)
+def test_a_float32_weight_beside_half_precision(size):
+    """The parameter itself may be given: it is multiplied in h's dtype and gets a float32 gradient that was not rounded
+    to half precision on its way, where PyTorch's is."""
+    M, C, V = size
+    targets = draw_targets(M, V)
+    h, weight = randn(M, C).to(DEVICE, torch.float16), randn(V, C, seed=1, scale=0.3).half().float().to(DEVICE)
+
+    def gradients(loss, dtype):
+        xs = [h.to(dtype).requires_grad_(), weight.to(torch.promote_types(dtype, torch.float32)).requires_grad_()]
+        return torch.autograd.grad(loss(*xs), xs)
+
+    ours = gradients(lambda h, w: linear_cross_entropy(h, w, targets), torch.float16)
+    theirs = gradients(lambda h, w: torch_loss(h, w.to(h.dtype), targets, 0.0), torch.float16)
+    exact = gradients(lambda h, w: reference.linear_cross_entropy(h, w, targets), torch.float64)
+    assert [x.dtype for x in ours] == [torch.float16, torch.float32] == [x.dtype for x in theirs]
+    for got, peer, want in zip(ours, theirs, exact, strict=True):
+        assert (got.double() - want).abs().max() <= 2 * (peer.double() - want).abs().max()
+    assert not torch.equal(ours[1], ours[1].half().float())
+
+
 @pytest.mark.parametrize("rows", [1, 5, 16])
 def test_chunks(rows, monkeypatch):
     """Cut into chunks of few rows, the last one shorter, the loss and its gradients are the same."""

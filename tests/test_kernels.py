@@ -54,6 +54,16 @@ def test_attention(size, dtype):
     compare(lambda x: fallback.attention(x, H), sdpa, lambda x: reference.attention(x, H), inputs, dtype)
 
 
+@pytest.mark.parametrize("theta, qk_norm", [(100.0, False), (100.0, True), (None, True)])
+def test_attention_with_positions_is_rotary_then_attention(theta, qk_norm):
+    """The same bits as the two operations one after the other, by the fallback and by the reference."""
+    qkv = randn(2, 7, 3 * 3 * 8).float()
+    for by in (fallback, reference):
+        apart = by.attention(by.rotary(qkv, 3, theta, qk_norm), 3)
+        assert torch.equal(by.attention(qkv, 3, theta, qk_norm), apart)
+        assert not torch.equal(apart, by.attention(qkv, 3))
+
+
 def test_reference_attention_is_the_formula():
     """The reference itself, against loops over batch, head and position."""
     B, T, H, D = 2, 5, 3, 4

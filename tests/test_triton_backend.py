@@ -40,6 +40,7 @@ def train(implementation, shape, steps):
 
 
 @pytest.mark.parametrize("options", [
+    {},
     {"qk_norm": True},
     {"norm": "layernorm", "positions": "learned", "activation": "swiglu", "bias": True, "tied": False},
 ])  # fmt: skip
@@ -192,6 +193,7 @@ computed_by_triton(kernels.rms_norm, torch.ones(2, 4).double(), torch.ones(4))
 computed_by_triton(kernels.rms_norm, torch.ones(2, 4).bfloat16(), torch.ones(4))
 computed_by_triton(kernels.attention, torch.ones(1, 2, 3 * 128), 1)
 computed_by_triton(kernels.attention, torch.ones(1, 2, 3 * 130), 1)
+computed_by_triton(kernels.attention, torch.ones(1, 2, 3 * 130), 1, 100.0)  # its rotation
 computed_by_triton(kernels.rotary, torch.ones(1, 2, 3 * 16), 2, 100.0)
 """
-    assert python(code, TRITON_INTERPRET="1") == ["True", "False", "False", "True", "False", "True"]
+    assert python(code, TRITON_INTERPRET="1") == ["True", "False", "False", "True", "False", "True", "True"]

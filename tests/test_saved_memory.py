@@ -1,0 +1,77 @@
+"""What a step keeps for its backward pass: counted from shapes, and on the real thing."""
+
+import pytest
+import torch
+from interpreted import DEVICE, MARKS, load_all
+
+import kernels
+from bench.saved_memory import extrapolate, of_ours, saved, total
+from nanochin.config import make_shape
+from nanochin.model import GPT
+
+pytestmark = MARKS
+
+
+def of_a_real_step(shape, sequences: int) -> int:
+    """Bytes that a step in float16 saves, on Triton operations that run."""
+    load_all()
+    model, tokens = GPT(shape, dtype=torch.float16).to(DEVICE), torch.zeros(sequences, shape.seq_len, dtype=torch.long)
+    tokens = tokens.to(DEVICE)
+    with kernels.use("triton"):
+        return total(saved(lambda: model(tokens, tokens), list(model.parameters())))
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True, "norm": "layernorm"}, {"activation": "swiglu"}])
+def test_shapes_alone_give_what_a_step_saves(options):
+    """Fake tensors and tensors with numbers in them are saved alike."""
+    load_all()
+    shape = make_shape(32, 2, vocab_size=77, seq_len=40, head_size=16, **options)
+    assert total(of_ours(shape, 2, torch.float16)) == of_a_real_step(shape, 2)
+
+
+@pytest.mark.parametrize("activation, ups", [("gelu", 1), ("relu2", 1), ("swiglu", 2)])
+def test_bytes_a_token_and_layer(activation, ups):
+    """By hand, in half precision: packed qkv 3C, rotated queries and keys 2C, attention's result C, two sums of the
+    residual stream 2C, both normalised 2C, the feed-forward before its activation F or 2F; in float32 a number a head
+    for softmax and one for each norm. Not the activation, which is as large as what it is made from. Beside them the
+    matrices in half precision."""
+    C, H, T = 64, 4, 128
+    load_all()
+    sizes = [total(of_ours(make_shape(C, layers, vocab_size=77, seq_len=T, head_size=16, activation=activation), 3))
+             for layers in (1, 2)]  # fmt: skip
+    shape = make_shape(C, 1, vocab_size=77, seq_len=T, head_size=16, activation=activation)
+    F = shape.ffn
+    weights = 2 * (4 * C * C + C * F * (ups + 1))
+    assert sizes[1] - sizes[0] == weights + 3 * T * (2 * (10 * C + ups * F) + 4 * (H + 2))
+
+
+def test_full_size_follows_from_small_ones():
+    """Bytes are linear in layers and in sequences, which is how a compiled model is counted."""
+    load_all()
+
+    def count(layers, sequences):
+        return total(of_ours(make_shape(32, layers, vocab_size=77, seq_len=128, head_size=16), sequences))
+
+    assert extrapolate(count, 5, 7) == count(5, 7)
+
+
+def test_it_sees_what_pytorch_saves():
+    """exp saves its result, a product both factors, a sum nothing. A parameter does not count, nor does a storage that
+    is seen a second time."""
+    w, x = torch.nn.Parameter(torch.ones(8)), torch.ones(8, requires_grad=True)
+    assert total(saved(lambda: x.exp().sum(), [w])) == 32
+    assert total(saved(lambda: (w * x).sum(), [w])) == 32
+    assert total(saved(lambda: (w * x * x.view(2, 4).view(8)).sum(), [w])) == 64
+    assert saved(lambda: x.sum(), [w]) == []
+
+
+def test_the_command(command):
+    """The table for 124M, whose total its rows add up to; a folder that is no nanoGPT is one line."""
+    done = command("-m", "bench.saved_memory")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("|")][2:]
+    sizes = [float(row[3]) for row in rows]
+    assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.02) and sizes[-1] < 16.66 / 2
+    assert rows[-1][0].strip() == "all"
+    done = command("-m", "bench.saved_memory", "--nanogpt", "nowhere")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere" in done.stderr
