@@ -3,8 +3,8 @@
     python -m bench.aot            all of them; writes bench/results/kernels_aot_VERSION.md, VERSION of Triton
     python -m bench.aot --gate     the most used; exit 1 with one line for each violation
 
-Triton's versions differ in what they make of the same kernel, so each has a table of its own, and the gate holds for
-both ends of what people have. The one that is not installed gets a virtual environment of its own:
+Versions of Triton compile the same kernel differently, so each has its own table. The gate must pass on the oldest
+version that we support and on the pinned one. For the one that is not installed:
 
     python -m venv /tmp/aot && /tmp/aot/bin/pip install -r requirements.txt && /tmp/aot/bin/pip install triton==3.6.0
     /tmp/aot/bin/python -m bench.aot --gate
@@ -83,7 +83,7 @@ class Report:
     mma: str  # the matrix instructions in use: HMMA, HGMMA (wgmma), UTCHMMA (tcgen05), or "-"
     serialised: bool  # ptxas made wgmma wait for one another
     loop: int  # instructions in the shortest loop with matrix products: attention's without a mask; 0 if there is none
-    copies: int  # LDGSTS (cp.async) in all loops
+    copies: int  # LDGSTS (cp.async) in innermost loops
     gate: bool
 
     @property

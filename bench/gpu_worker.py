@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 import train
 from bench.common import NanoGPT, error_text
-from kernels import fallback, reference
+from bench.kernel_cases import tables, torch_rotary
+from kernels import fallback
 from nanochin.config import Shape, make_shape
 from nanochin.model import GPT
 from nanochin.optim import Adam
@@ -383,21 +384,10 @@ def replacements() -> dict[str, dict[str, Callable]]:
         total = x + residual
         return F.rms_norm(total, total.shape[-1:], weight.to(x.dtype), eps), total
 
-    @functools.cache
-    def table(T, D, theta, device, dtype):
-        return tuple(x[:, None].to(dtype) for x in reference.rotary_table(T, D, theta, device))
-
-    @compiled
-    def rotate(qkv, cos, sin, n_heads):
-        B, T, C3 = qkv.shape
-        qk, v = qkv.view(B, T, 3 * n_heads, -1).split((2 * n_heads, n_heads), dim=2)
-        x1, x2 = qk.chunk(2, dim=-1)
-        qk = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-        return torch.cat((qk, v), dim=2).view(B, T, C3)
+    rotate = compiled(torch_rotary)
 
     def rotary(qkv, n_heads, theta, qk_norm=False):
-        _, T, C3 = qkv.shape
-        return rotate(qkv, *table(T, C3 // 3 // n_heads, theta, qkv.device, qkv.dtype), n_heads)
+        return rotate(qkv, *tables(qkv, n_heads), qk_norm)
 
     our_attention = kernels.attention
 

@@ -481,11 +481,14 @@ def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bo
     queries and keys are first rotated to positions 0..T-1, with `qk_norm` divided by their root mean square before
     that, as `rotary` does.
 
-    Raises ValueError for another dtype, and if qkv does not hold three times `n_heads` heads of at most 128.
+    Raises ValueError for another dtype, if qkv does not hold three times `n_heads` heads of at most 128, and with
+    `theta` or `qk_norm` if a head has an odd size.
     """
     C3 = qkv.shape[-1]
     if C3 % (3 * n_heads) or C3 // (3 * n_heads) > 128:
         raise ValueError(f"attention: qkv of width {C3} is not 3 x {n_heads} heads of at most 128 numbers")
+    if (theta is not None or qk_norm) and C3 // (3 * n_heads) % 2:
+        raise ValueError(f"attention: heads of {C3 // (3 * n_heads)} have no two halves to rotate or normalise")
     if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"attention: qkv is {qkv.dtype}, the kernels compute in float32, float16 and bfloat16")
     return _attention(qkv, table_for(qkv, n_heads, theta), n_heads, qk_norm)[0]

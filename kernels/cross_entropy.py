@@ -65,9 +65,9 @@ def _loss_and_gradient(Logits, Targets, Loss, M, V, stride, ignore_index, z_loss
 
 
 def _config(V: int, train: bool) -> dict:
-    """16 numbers a thread at a time, of one row, or of several short ones: 8192 in 512 threads with the second pass, so
-    that a multiprocessor runs only 2 programs. Their rows, 264 of 100 kB at V = 50k in bf16, fit an H100's L2 of 50 MB;
-    those of 4 or 5 programs of 256 threads, which do for one pass, would not."""
+    """16 numbers per thread, from one row or several short ones. Training uses 8192 numbers in 512 threads: at 64
+    registers only two programs fit a multiprocessor, and their 264 rows (27 MB at V = 50k) should stay in an H100's L2
+    of 50 MB until the second pass. Without gradients there is no second pass: 4096 numbers in 256 threads."""
     size, warps = (8192, 16) if train else (4096, 8)
     block = min(size, triton.next_power_of_2(V))
     return {"ROWS": min(64, size // block), "BLOCK": block, "num_warps": warps}
@@ -171,7 +171,7 @@ def linear_cross_entropy(
     """Mean over the targets that are not `ignore_index` of -log softmax(h weight^T)[target] + z_loss log(Z)^2.
 
     h (M, C), weight (V, C), targets (M,) -> float32 scalar. No target at all gives 0; one outside 0..V-1 gives NaN.
-    Beside h in half precision the weight may stay float32; so does its gradient then, which is never rounded.
+    The weight may be float32 beside half-precision h; its gradient is then float32 too, never rounded to half.
     """
     train = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     return head(h, weight, targets, ignore_index, z_loss, train)[0]

@@ -1,4 +1,4 @@
-"""Rotary positions and QK-norm on packed QKV, one pass each way; `kernels.reference.rotary` in Triton.
+"""Rotary positions and QK-norm, one pass each way; `kernels.reference.rotary` in Triton.
 
 Forward, for the halves (x1, x2) of each query and key head of size D, at position t, all in float32:
     n  =  x (mean(x^2) + 1e-6)^(-1/2)                                        (only with QK-norm; else n = x)
@@ -6,9 +6,10 @@ Forward, for the halves (x1, x2) of each query and key head of size D, at positi
 Backward, g the gradient of y: the rotation by the opposite angle, then the derivative of the norm:
     h  =  (g1 cos + g2 sin, g2 cos - g1 sin)
     dx =  r (h - n mean(n h)),  r the inverse root mean square
-`rotary` gives a new packed tensor, so it copies the values. Attention does without: `rotate_qk` writes queries and keys
-alone, each head's halves interleaved, x1[0] x2[0] x1[1] ..., which changes no product of a query and a key. The pairs
-that belong together then lie side by side in the accumulators of attention's backward, which rotates them back itself.
+Attention calls `rotate_qk`, which writes queries and keys alone and interleaves the halves of each head, x1[0] x2[0]
+x1[1] ...: this changes no product of a query and a key. A pair then lies in neighbouring columns of the accumulators of
+attention's backward, which rotates it back itself. `rotary` is for heads too large for our attention kernels: it has a
+backward of its own and returns a packed tensor, values copied.
 
 A program takes a block of tokens and a few heads: the table is read once for all of them, and what neighbouring
 programs read lies side by side.

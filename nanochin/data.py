@@ -297,13 +297,14 @@ def _locked(folder: Path, progress: Progress | None) -> Iterator[None]:
 def _build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
     """Make `folder` under a temporary name, then rename it: finished, or not there at all."""
     temp = folder.with_name(folder.name + ".tmp")
-    for leftover in filter(_is_unfinished, folder.parent.glob("*.tmp")):
-        # Of a run that was killed: nobody holds its lock, or the lock is ours.
-        lock = nullcontext() if leftover == temp else FileLock(leftover.with_suffix(".lock"), timeout=0)
-        with suppress(Timeout), lock:
-            shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in folder.parent.glob("*.tmp"):
+        with suppress(OSError):  # somebody else's; Timeout is one, too: another run is still writing it
+            if _is_unfinished(leftover):
+                with nullcontext() if leftover == temp else FileLock(leftover.with_suffix(".lock"), timeout=0):
+                    _discard(leftover)
     if temp.is_symlink() or temp.exists() and not (temp.is_dir() and not any(temp.iterdir())):
-        raise UserError(f"{temp}: nothing shows that nanochin made it, so it stays; move it away or delete it")
+        raise UserError(f"{temp}: already exists and is not a temporary folder of nanochin's; move or delete it, then "
+                        "run again")  # fmt: skip
     temp.mkdir(exist_ok=True)
     try:
         (temp / UNFINISHED).touch()
@@ -318,14 +319,25 @@ def _build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
         _fsync(folder.parent)
         (folder / UNFINISHED).unlink()
     finally:
-        shutil.rmtree(temp, ignore_errors=True)
+        _discard(temp)
 
 
 def _is_unfinished(path: Path) -> bool:
-    """Whether `path` is a cache folder that a run of ours began. Its name alone is no proof: people call folders
-    thesis.tmp, too."""
+    """Whether `path` is a cache folder that a run of ours began. Its name alone is no proof."""
     named = re.fullmatch(r".+-[0-9a-f]{12}\.tmp", path.name)
     return bool(named) and not path.is_symlink() and (path / UNFINISHED).is_file()
+
+
+def _discard(temp: Path) -> None:
+    """Delete an unfinished folder; what proves that it is ours goes last, in case this is interrupted."""
+    with suppress(OSError):
+        for path in temp.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != UNFINISHED:
+                path.unlink()
+        (temp / UNFINISHED).unlink(missing_ok=True)
+        temp.rmdir()
 
 
 def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:

@@ -115,7 +115,7 @@ def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
         Row("embedding", appendix_f=2 * T * V * C, elementwise=learned * T * C, weights=learned * T * C,
             activations=2 * T * C),
         product("qkv", L * 2 * T * C * 3 * C, weights=L * 3 * C * C, activations=L * 4 * T * C),
-        # Can be done where queries and keys, or their gradients, are written or read anyway: no traffic of its own.
+        # A lower bound: rotation can be fused into kernels that read or write queries and keys anyway.
         Row("rotary, qk-norm", elementwise=L * T * 2 * C * per_qk),
         # The scores stay on chip (FlashAttention): queries and keys are read here, values and results below.
         product("attention scores", L * 2 * pairs * C, causal=L * 2 * kept * C, activations=L * 2 * T * C),

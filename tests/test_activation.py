@@ -52,6 +52,14 @@ def test_activation_linear_keeps_only_its_input():
     repeats(lambda x, w: activation.activation_linear(x, w, None, "gelu"), x, weight)
 
 
+def test_activation_linear_of_a_frozen_weight():
+    """Only x gets a gradient, the same as beside a weight that learns."""
+    x, weight = randn(10, 36).float().to(DEVICE).requires_grad_(), randn(8, 36, seed=1).float().to(DEVICE)
+    alone = torch.autograd.grad(activation.activation_linear(x, weight, None, "gelu").sum(), x)[0]
+    out = activation.activation_linear(x, weight.requires_grad_(), None, "gelu")
+    assert torch.equal(torch.autograd.grad(out.sum(), [x, weight])[0], alone)
+
+
 def test_values_by_hand():
     """GELU of 1 is the normal distribution's 0.8413, its tanh form 0.8412; ReLU squared of 3 is 9; silu(1) x 2."""
     x = torch.tensor([[1.0, -40.0, 3.0, 2.0]], device=DEVICE)

@@ -31,6 +31,7 @@ POINTERS = [(size, dtype, "sm_80") for size in SIZES for dtype in (torch.float32
 POINTERS += [(size, torch.float16, "sm_90") for size in NARROW]  # 56 by descriptors, the others cannot be
 DESCRIPTORS = [(size, torch.float16, "sm_90") for size in SIZES[2:]] + [((2, 21, 2, 24), torch.float16, "sm_90")]
 ROTATED = [(size, dtype, "sm_80") for size in SIZES[:3] for dtype in (torch.float32, torch.float16)]
+ROTATED += [((1, 20, 5, 16), torch.float16, "sm_90")]  # heads that do not fill a group of four
 ROTATED += [((2, 33, 1, 14), torch.float16, "sm_80"), ((1, 70, 2, 10), torch.float32, "sm_80")]
 ROTATED += [
     (size, torch.float16, "sm_90") for size in [(1, 130, 2, 64), (2, 129, 1, 40), (1, 70, 1, 96), (2, 21, 2, 2)]
@@ -107,8 +108,9 @@ def test_repeating_gives_the_same_bits():
     repeats(lambda x: attention(x, 2, 100.0, True), x)
 
 
+@pytest.mark.parametrize("positions", [(), (100.0, True)], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
-def test_batch_and_heads_do_not_meet(target, monkeypatch):
+def test_batch_and_heads_do_not_meet(target, positions, monkeypatch):
     """Permuting sequences and heads permutes the bits of values and gradients, and a sequence of NaN spoils no other,
     though its rows follow within the same block."""
     B, T, H, D = 3, 70, 2, 16
@@ -116,7 +118,7 @@ def test_batch_and_heads_do_not_meet(target, monkeypatch):
 
     def run(qkv, seed):
         qkv = qkv.detach().requires_grad_()
-        out = attention(qkv, H)
+        out = attention(qkv, H, *positions)
         return out.detach(), torch.autograd.grad(out, qkv, seed)[0]
 
     def permute(x):
@@ -156,8 +158,8 @@ def test_nothing_is_written_past_the_end(target, positions, monkeypatch):
         patch.setattr(torch.Tensor, "new_empty", new_empty)
         patch.setattr(torch, "empty_like", lambda x: guarded(x.shape, dtype=x.dtype, device=x.device))
         attention(qkv, 2, *positions).sum().backward()
-    # o, lse, delta, dqkv; rotated queries and keys, their root mean squares
-    assert len(margins) >= 4 + len(positions) and all((margin == 7).all() for margin in margins)
+    # o, lse, delta, dqkv; rotated queries and keys, their root mean squares (empty without positions)
+    assert len(margins) == 6 and all((margin == 7).all() for margin in margins)
 
 
 def test_any_strides():
@@ -196,6 +198,9 @@ def test_what_it_refuses(width, heads):
     """Heads above 128 and widths that heads do not divide, in one line, as other dtypes are."""
     with pytest.raises(ValueError, match=rf"width {width} is not 3 x {heads} heads of at most 128"):
         attention(torch.zeros(1, 2, width, device=DEVICE), heads)
+    for positions in ((100.0, False), (None, True)):
+        with pytest.raises(ValueError, match="heads of 5 have no two halves"):
+            attention(torch.zeros(1, 2, 15, device=DEVICE), 1, *positions)
     with pytest.raises(ValueError, match="qkv is torch.float64"):
         attention(torch.zeros(1, 2, 48, device=DEVICE, dtype=torch.float64), 1)
 
@@ -211,6 +216,14 @@ def test_every_shipped_configuration_is_reached():
                     used.add(tuple(options[key] for key in ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")))
                     assert not options["TMA"] or D % 8 == 0 and target != "sm_80" and dtype != torch.float32
     assert used == {tuple(tile) for tiles in kernels.TILES.values() for tile in tiles}
+
+
+def test_rows_past_the_end_are_written_before_they_are_read():
+    """dK and dV read L and delta in blocks of BLOCK_M, past the end of a sequence as well: those blocks divide what
+    the forward and dQ write, and these the room that there is."""
+    for forward, backward_q, backward_kv in kernels.TILES.values():
+        assert forward.m % backward_kv.m == backward_q.m % backward_kv.m == 0
+        assert kernels.PAD.value % forward.m == kernels.PAD.value % backward_q.m == 0
 
 
 @pytest.mark.gpu

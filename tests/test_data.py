@@ -1,6 +1,7 @@
 """From files to training windows: what the shards hold, what faults leave behind, which windows are drawn."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+from filelock import FileLock
 
 from nanochin import data as module
 from nanochin.config import UserError
@@ -271,12 +273,39 @@ def test_what_others_keep_in_the_cache_stays(corpus, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / UNFINISHED).touch()
     (cache / "link-0123456789ab.tmp").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    alive = cache / "other-0123456789ab.tmp"  # another corpus, which a run that is still alive is writing
+    alive.mkdir()
+    (alive / UNFINISHED).touch()
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
-    made = prepare((str(corpus),), cache=cache).folder
+    with FileLock(alive.with_suffix(".lock")):
+        made = prepare((str(corpus),), cache=cache).folder
     assert before.items() <= {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}.items()
-    new = {path for path in cache.iterdir() if path not in before}
+    new = {path for path in cache.iterdir() if path not in before} - {alive.with_suffix(".lock")}
     assert new == {made, made.with_name(made.name + ".lock")} and not (made / UNFINISHED).exists()
+
+
+def test_interrupted_while_clearing_away(corpus, tmp_path, monkeypatch):
+    """Wherever deleting a leftover is broken off, what is left is still known as ours, and the next run clears it."""
+    folder = prepare((str(corpus),), cache=tmp_path / "first").folder
+    temp = tmp_path / "cache" / (folder.name + ".tmp")
+    for after in range(4):
+        (temp / "text").mkdir(parents=True, exist_ok=True)
+        for name in (UNFINISHED, "train-00000.bin", "text/part", "zzz"):
+            (temp / name).touch()
+        count = itertools.count()
+
+        def unlink(path, *args, after=after, count=count, plain=os.unlink, **kwargs):
+            if next(count) >= after:
+                raise KeyboardInterrupt
+            plain(path, *args, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "unlink", unlink)
+            prepare((str(corpus),), cache=tmp_path / "cache")
+        assert (temp / UNFINISHED).exists()
+    made = prepare((str(corpus),), cache=tmp_path / "cache").folder
+    assert contents(made) == contents(folder) and not temp.exists()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
@@ -291,7 +320,7 @@ def test_a_foreign_name_in_our_place_is_refused(corpus, tmp_path, kind):
     precious.write_text("precious")
     if kind == "link":
         place.symlink_to(precious)
-    with pytest.raises(UserError, match="nothing shows that nanochin made it") as refused:
+    with pytest.raises(UserError, match="not a temporary folder of nanochin's") as refused:
         prepare((str(corpus),), cache=tmp_path / "cache")
     assert str(place) in str(refused.value) and precious.read_text() == "precious"
     precious.unlink()

@@ -308,6 +308,7 @@ def test_a_sweep_measures(text, cache, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pack, "LINES", 1)
     monkeypatch.setattr(pack, "CEILING", 2)
     table = {"kind": "grid", "data": [str(text)], "val_bytes": 4096, "cache": str(cache), "seq_len": 32,
+             # long enough that the second run is still there when a second worker has started
              "budgets": [6e9, 6.1e9, 6.2e9], "models": ["16x1"], "batch_tokens": 64, "device": "cpu",
              "dtype": "float32"}  # fmt: skip
     sweeps = Sweeps(tmp_path / "sweep", table)
