@@ -181,8 +181,8 @@ def check(ours: Callable, peer: Callable, exact: Callable, inputs: list[Tensor])
     return None
 
 
-def check_all(bench: Bench) -> dict[str, str | None]:
-    """By operation what is wrong with it at a size of its own: odd, and not one that is timed."""
+def check_all(bench: Bench, only: str = "") -> dict[str, str | None]:
+    """By operation, all or `only` one, what is wrong with it at a size of its own: odd, and not one that is timed."""
     import kernels
     from kernels import fallback, reference
 
@@ -207,6 +207,8 @@ def check_all(bench: Bench) -> dict[str, str | None]:
     }
     wrong = {}
     for name, (inputs, options) in arguments.items():
+        if only not in ("", name):
+            continue
         operation = name.partition(",")[0]
 
         def by(module, operation=operation, options=options):
@@ -230,22 +232,31 @@ def sweep(bench: Bench) -> None:
     for case in all_cases(bench):
         if not bench.dry and not any(shape in case.shape for shape in shapes):
             continue
-        for direction, module, name, kernel, numbers in tunables(case):
-            module = importlib.import_module(f"kernels.{module}")
-            kernel = None if kernel is None else module.KERNELS[kernel]
-            what = f"{case.operation} {direction} {case.shape}" + (f" {kernel.__name__}" if kernel else "")
-            try:
-                tried = dict(neighbours(case, direction, module, name, kernel, numbers, bench))
-            except Exception as error:
-                print(f"{what}: as shipped {type(error).__name__}: {error}")
-                continue
-            times = {change: took for change, took in tried.items() if took}
-            best, shipped = min(times, key=times.get), times["as shipped"]
-            print(f"{what}: as shipped {shipped * 1e6:.1f} us; ship {best}: {times[best] * 1e6:.1f} us "
-                  f"({shipped / times[best]:.3f}x; {len(tried) - len(times)} of {len(tried)} failed)",
-                  flush=True)  # fmt: skip
-            if bench.dry:  # one direction shows that it works
-                break
+        for found in tuned(case, bench):
+            print(f"{found['what']}: as shipped {found['shipped_us']:.1f} us; ship {found['best']}: "
+                  f"{found['best_us']:.1f} us ({found['gain']:.3f}x; {found['failed']} of {found['tried']} failed)"
+                  if "error" not in found else f"{found['what']}: as shipped {found['error']}", flush=True)  # fmt: skip
+
+
+def tuned(case: Case, bench: Bench) -> Iterator[dict]:
+    """For each kernel of a case the fastest configuration, and microseconds by configuration; in a dry run the first
+    kernel alone, which shows that it works."""
+    for direction, module, name, kernel, numbers in tunables(case):
+        module = importlib.import_module(f"kernels.{module}")
+        kernel = None if kernel is None else module.KERNELS[kernel]
+        what = f"{case.operation} {direction} {case.shape}" + (f" {kernel.__name__}" if kernel else "")
+        try:
+            tried = dict(neighbours(case, direction, module, name, kernel, numbers, bench))
+        except Exception as error:
+            yield {"what": what, "error": f"{type(error).__name__}: {error}"}
+            continue
+        us = {change: 1e6 * took for change, took in tried.items() if took}
+        best = min(us, key=us.get)
+        yield {"what": what, "shipped_us": us["as shipped"], "best": best, "best_us": us[best],
+               "gain": us["as shipped"] / us[best], "us": us, "tried": len(tried),
+               "failed": len(tried) - len(us)}  # fmt: skip
+        if bench.dry:
+            return
 
 
 def tunables(case: Case) -> Iterator[tuple]:

@@ -1,0 +1,257 @@
+"""What a few minutes on a GPU are spent on: rows in order of value, each kept as soon as it is measured.
+
+    bench/gpu_check.sh --part first --minutes 4 --out DIR
+    python -m bench.gpu_table DIR                              the table, each row beside its goal
+
+DIR/PART.jsonl gets a line per row, flushed to the disk. Called again, it measures the rows that are missing or failed.
+Rows run in worker processes, so that one that hangs, crashes or breaks the device's context costs itself alone: it is
+cut off at its limit and the next one starts a new process. Checks of the kernels come first, in several processes at
+once, which compiles the kernels on all cores. No torch here.
+
+    first     device; every kernel against float64; 124M by graph and eager; ceilings; attention, norms and loss beside
+              their peers; the GPU tests in bf16
+    second    124M beside nanoGPT compiled (--nanogpt); `python train.py`; compute-sanitizer
+    tiles     the shipped tiles and their neighbours
+    sizes     10M, 50M, 350M
+"""
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.common import Worker
+from nanochin.config import UserError, opt, parse, run_command
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("first", "second", "tiles", "sizes")
+LATE = "not measured: out of time"
+# bench.kernels.check_all's names, bench.gpu_jobs.COMPILED's, and cases as bench.gpu_jobs.case finds them
+CHECKS = ("attention", "attention, rotary", "attention, rotary, QK-norm", "add_rms_norm", "linear_cross_entropy",
+          "activation_linear", "rms_norm", "add_layer_norm", "layer_norm", "rotary", "swiglu")  # fmt: skip
+COMPILED = ("attention", "loss", "norms", "activation")
+ATTENTION = tuple(f"D{D} T{T} 65536 tokens" for T in (1024, 2048) for D in (64, 128))
+CASES = (("attention", ATTENTION[0]), ("attention", ATTENTION[1]), ("add_rms_norm", "C768 65536 tokens"),
+         ("linear_cross_entropy", "C768 V50257 16384 tokens"), ("rotary attention", ATTENTION[0]),
+         ("attention", ATTENTION[2]), ("attention", ATTENTION[3]), ("gelu", "F3072 65536 tokens"))  # fmt: skip
+TUNED = (("rotary attention", ATTENTION[0]), ("rotary attention", ATTENTION[1]), ("add_rms_norm", "C768 65536 tokens"),
+         ("linear_cross_entropy", "C768 V50257 16384 tokens"), ("gelu", "F3072 65536 tokens"))  # fmt: skip
+TESTS = "dtype2 or bfloat16 or graph or kinds_agree or losses"
+TESTED = ("attention", "norms", "rotary", "activation", "cross_entropy", "step", "triton_backend")
+SANITIZED = """
+import torch
+from kernels.attention import attention
+for T, D in ((129, 64), (300, 128)):
+    qkv = torch.randn(2, T, 6 * D, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    attention(qkv, 2, 10_000.0).sum().backward()
+torch.cuda.synchronize()
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What to measure: a method of bench.gpu_jobs.Jobs, or a command."""
+
+    name: str
+    do: str = ""
+    arguments: dict = field(default_factory=dict)
+    seconds: float = 30.0  # what it may take
+    together: bool = False  # with others of its kind at once
+    command: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    results: str = ""  # a glob of JSON files that the command leaves, the last of which becomes part of the row
+
+
+def plan(part: str, out: Path, nanogpt: str | None, minutes: float, dry: bool) -> list[Row]:
+    """The rows of a part, the most valuable first."""
+    python = sys.executable
+    if part == "first":
+        rows = [Row("device", "about", together=True)]
+        rows += [Row(f"check {name}", "check", {"name": name}, 90, together=True) for name in CHECKS]
+        rows += [Row(f"compile {name}", "compile", {"name": name}, 90, together=True) for name in COMPILED]
+        rows += [Row(f"124M {kind}", "step", {"size": "124M", "kind": kind}, 60) for kind in ("graph", "eager")]
+        rows += [Row("ceilings", "ceilings")]
+        rows += [Row(f"{name} {shape}", "case", {"operation": name, "shape": shape}, 30) for name, shape in CASES]
+        tests = [f"tests/test_{name}.py" for name in TESTED]
+        chosen = ("-m", "not slow", "-k", "repeating") if dry else ("-m", "gpu", "-n", "6", "-k", TESTS)
+        return [*rows, Row("GPU tests", seconds=110, command=(
+            python, "-m", "pytest", "-o", "addopts=", "-q", "--timeout", "60", *chosen, *tests))]  # fmt: skip
+    if part == "second":
+        beside = ["--nanogpt", nanogpt] if nanogpt else []
+        rows = [of_bench_gpu("124M", out, 0.65 * minutes, beside, dry)]
+        small = ("--data", "README.md", "--model", "16x1", "--tokens", "3e4", "--val-bytes", "2048") if dry else ()
+        rows += [Row("train.py", seconds=90, command=(python, "train.py", "--out", str(out / "runs"), *small),
+                     results=str(out / "runs" / "*" / "summary.json"))]  # fmt: skip
+        sanitizer = ("compute-sanitizer", "--report-api-errors=no", "--error-exitcode=1")
+        return [*rows, Row("compute-sanitizer", seconds=90, command=(*sanitizer, python, "-c", SANITIZED),
+                           environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))]  # fmt: skip
+    if part == "tiles":
+        return [Row("device", "about"), *(Row(f"{name} {shape}", "tiles", {"operation": name, "shape": shape}, 120)
+                                          for name, shape in TUNED)]  # fmt: skip
+    return [of_bench_gpu(size, out, 0.3 * minutes, [], dry) for size in ("10M", "50M", "350M")]
+
+
+def of_bench_gpu(size: str, out: Path, minutes: float, more: list[str], dry: bool) -> Row:
+    """A size by bench.gpu, which leaves its own table too."""
+    folder = out / f"gpu_{size}"
+    command = [sys.executable, "-m", "bench.gpu", "--sizes", size, "--parts", "sizes", "--minutes", f"{minutes:g}",
+               "--out", str(folder), *more]  # fmt: skip
+    command += ["--dry-run"] * dry
+    return Row(size, seconds=60 * minutes + 15, command=tuple(command), results=str(folder / "*.json"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows on the disk
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The rows of a part, on the disk. Several threads write."""
+
+    path: Path
+    dry: bool
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def read(self, any_kind: bool = False) -> dict[str, dict]:
+        """The last line of each row. A line that was cut off counts as missing. Raises UserError if real rows would
+        stand beside those of a dry run, unless told to read `any_kind`."""
+        rows = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                row = json.loads(line)
+                rows[row["row"]] = row
+            except (ValueError, KeyError, TypeError):
+                continue
+        if not any_kind and any(row.get("dry", False) != self.dry for row in rows.values()):
+            raise UserError(f"{self.path}: holds rows of {'a real' if self.dry else 'a dry'} run; give another --out")
+        return rows
+
+    def add(self, name: str, got: dict, seconds: float) -> None:
+        line = json.dumps({"row": name, "dry": self.dry, "seconds": round(seconds, 2), **got})
+        with self.lock, open(self.path, "ab+") as file:
+            file.seek(0, os.SEEK_END)
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = ("" if file.read() == b"\n" else "\n") + line  # after a line that was cut off
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        print(f"{name}: {got.get('error') or 'done'} ({seconds:.1f} s)", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def measure(rows: list[Row], kept: Kept, deadline: float) -> None:
+    """Those that may run together first, then one after the other, until `deadline` on time.monotonic()."""
+    together = queue.SimpleQueue()
+    for row in rows:
+        if row.together:
+            together.put(row)
+    number = min(together.qsize(), 2 if kept.dry else max(2, (os.cpu_count() or 2) // 2))
+    threads = [threading.Thread(target=in_turn, args=(together, kept, deadline)) for _ in range(number)]
+    alone = queue.SimpleQueue()
+    for row in rows:
+        if not row.together:
+            alone.put(row)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    in_turn(alone, kept, deadline)
+
+
+def in_turn(rows: queue.SimpleQueue, kept: Kept, deadline: float) -> None:
+    """Rows by one worker process, which a row that fails takes with it."""
+    worker = None
+    while True:
+        try:
+            row = rows.get_nowait()
+        except queue.Empty:
+            break
+        start = time.monotonic()
+        limit = min(row.seconds * (10 if kept.dry else 1), deadline - start)
+        if limit < 1:
+            print(f"{row.name}: {LATE}", flush=True)
+            continue
+        if row.command:
+            if worker:
+                worker.close(10)  # its memory is wanted
+            worker, got = None, run_row(row, limit)
+        else:
+            worker = worker or Worker("bench.common", {"module": "bench.gpu_jobs", "dry": kept.dry})
+            try:
+                got = worker.ask({"do": row.do, **row.arguments}, limit)
+            except (UserError, TimeoutError) as error:
+                got = {"error": f"{type(error).__name__}: {error}"}
+            if "error" in got:  # a broken context would fail all that follow
+                worker.process.kill()
+                worker = None
+        kept.add(row.name, got, time.monotonic() - start)
+    if worker:
+        worker.close(10)
+
+
+def run_row(row: Row, limit: float) -> dict:
+    """The end of what a command prints, what it leaves as JSON, and an error if it fails."""
+    try:
+        done = subprocess.run(row.command, cwd=ROOT, capture_output=True, text=True, timeout=limit, errors="replace",
+                              env=without_interpreter() | dict(row.environment))  # fmt: skip
+    except FileNotFoundError:
+        return {"error": f"{row.command[0]}: not installed here"}
+    except subprocess.TimeoutExpired as error:
+        return {"error": f"cut off after {limit:.0f} s", "tail": (error.stdout or b"").decode(errors="replace")[-1000:]}
+    got = {"tail": done.stdout[-1500:]}
+    left = sorted(ROOT.glob(row.results) if not row.results.startswith("/") else Path("/").glob(row.results[1:]),
+                  key=lambda path: path.stat().st_mtime) if row.results else []  # fmt: skip
+    if left:
+        got["result"] = json.loads(left[-1].read_text())
+    if done.returncode:
+        got |= {"error": f"exit code {done.returncode}", "stderr": done.stderr[-1500:]}
+    return got
+
+
+def without_interpreter() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@dataclass(frozen=True)
+class Options:
+    part: str = opt("first", "what to measure", choices=PARTS)
+    minutes: float = opt(4.0, "rows that are not begun by then are left for another call", above=0)
+    out: str = opt("gpu-check", "folder of the rows")
+    nanogpt: str = opt(".peer/nanoGPT", "a checkout of karpathy/nanoGPT; without it its rows are left out")
+    dry_run: bool = opt(False, "tiny shapes on a CPU, interpreted: whether all parts work, no more")
+
+
+def main() -> None:
+    start = time.monotonic()
+    options = parse(Options, prog="bench/gpu_check.sh", description=__doc__)
+    if options.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # for the workers
+    out = Path(options.out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    kept = Kept(out / f"{options.part}.jsonl", options.dry_run)
+    there = (Path(options.nanogpt) / "model.py").exists()
+    if options.part == "second" and not there:
+        print(f"nanoGPT left out: {options.nanogpt} has no model.py", flush=True)
+    nanogpt = str(Path(options.nanogpt).resolve()) if there else None
+    known = kept.read()
+    missing = [row for row in plan(options.part, out, nanogpt, options.minutes, options.dry_run)
+               if "error" in known.get(row.name, {"error": "missing"})]  # fmt: skip
+    measure(missing, kept, start + 60 * options.minutes)
+    found = kept.read()
+    names = [row.name for row in plan(options.part, out, nanogpt, options.minutes, options.dry_run)]
+    good = [name for name in names if "error" not in found.get(name, {"error": ""})]
+    print(f"{kept.path}: {len(good)} of {len(names)} rows ({time.monotonic() - start:.0f} s)")
+    sys.exit(0 if len(good) == len(names) else 1)
+
+
+if __name__ == "__main__":
+    run_command(main, "bench/gpu_check.sh")
