@@ -13,6 +13,7 @@ once, which compiles the kernels on all cores. No torch here.
     second    124M beside nanoGPT compiled (--nanogpt); `python train.py`; compute-sanitizer
     tiles     the shipped tiles and their neighbours
     sizes     10M, 50M, 350M
+    sweep     sweeps/quick.toml on text that is tokenised already: train.bin and val.bin in --tokens
 """
 
 import json
@@ -29,7 +30,7 @@ from bench.common import Worker
 from nanochin.config import UserError, opt, parse, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("first", "second", "tiles", "sizes")
+PARTS = ("first", "second", "tiles", "sizes", "sweep")
 LATE = "not measured: out of time"
 # bench.kernels.check_all's names, bench.gpu_jobs.COMPILED's, and cases as bench.gpu_jobs.case finds them
 CHECKS = ("attention", "attention, rotary", "attention, rotary, QK-norm", "add_rms_norm", "linear_cross_entropy",
@@ -64,12 +65,24 @@ class Row:
     together: bool = False  # with others of its kind at once
     command: tuple[str, ...] = ()
     environment: tuple[tuple[str, str], ...] = ()
-    results: str = ""  # a glob of JSON files that the command leaves, the last of which becomes part of the row
+    results: str = ""  # a glob, in the folder for work, of JSON files of which the last becomes part of the row
+    text: str = ""  # a file there, which does as well
 
 
-def plan(part: str, out: Path, nanogpt: str | None, minutes: float, dry: bool) -> list[Row]:
+@dataclass(frozen=True)
+class Place:
+    """What the plan depends on beside the part."""
+
+    work: Path  # where commands leave their files
+    minutes: float
+    nanogpt: str | None = None
+    tokens: str = ""
+    dry: bool = False
+
+
+def plan(part: str, place: Place) -> list[Row]:
     """The rows of a part, the most valuable first."""
-    python = sys.executable
+    python, dry = sys.executable, place.dry
     if part == "first":
         rows = [Row("device", "about", together=True)]
         rows += [Row(f"check {name}", "check", {"name": name}, 90, together=True) for name in CHECKS]
@@ -82,27 +95,41 @@ def plan(part: str, out: Path, nanogpt: str | None, minutes: float, dry: bool) -
         return [*rows, Row("GPU tests", seconds=110, command=(
             python, "-m", "pytest", "-o", "addopts=", "-q", "--timeout", "60", *chosen, *tests))]  # fmt: skip
     if part == "second":
-        beside = ["--nanogpt", nanogpt] if nanogpt else []
-        rows = [of_bench_gpu("124M", out, 0.65 * minutes, beside, dry)]
+        rows = [of_bench_gpu("124M", place, 0.65, ["--nanogpt", place.nanogpt] if place.nanogpt else [])]
         small = ("--data", "README.md", "--model", "16x1", "--tokens", "3e4", "--val-bytes", "2048") if dry else ()
-        rows += [Row("train.py", seconds=90, command=(python, "train.py", "--out", str(out / "runs"), *small),
-                     results=str(out / "runs" / "*" / "summary.json"))]  # fmt: skip
+        rows += [Row("train.py", seconds=90, command=(python, "train.py", "--out", str(place.work / "runs"), *small),
+                     results="runs/*/summary.json")]  # fmt: skip
         sanitizer = ("compute-sanitizer", "--report-api-errors=no", "--error-exitcode=1")
         return [*rows, Row("compute-sanitizer", seconds=90, command=(*sanitizer, python, "-c", SANITIZED),
                            environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))]  # fmt: skip
     if part == "tiles":
         return [Row("device", "about"), *(Row(f"{name} {shape}", "tiles", {"operation": name, "shape": shape}, 120)
                                           for name, shape in TUNED)]  # fmt: skip
-    return [of_bench_gpu(size, out, 0.3 * minutes, [], dry) for size in ("10M", "50M", "350M")]
+    if part == "sizes":
+        return [of_bench_gpu(size, place, 0.3, []) for size in ("10M", "50M", "350M")]
+    data = ("README.md", "LOG.md") if dry else (f"{place.tokens}/train.bin", f"{place.tokens}/val.bin")
+    return [Row("quick", seconds=60 * place.minutes, results="quick/laws.json", text="quick/runs.csv", command=(
+        python, "sweep.py", str(place.work / "quick.toml"), "--data", data[0], "--val", data[1], "--out",
+        str(place.work), "--results", "none"))]  # fmt: skip
 
 
-def of_bench_gpu(size: str, out: Path, minutes: float, more: list[str], dry: bool) -> Row:
-    """A size by bench.gpu, which leaves its own table too."""
-    folder = out / f"gpu_{size}"
+def write_sweep(place: Place) -> None:
+    """sweeps/quick.toml for text that is tokenised already, or a tiny one."""
+    text = (ROOT / "sweeps" / "quick.toml").read_text().replace('tokenizer = "bpe"\n', "")
+    if place.dry:
+        text = 'kind = "grid"\nseq_len = 32\nbudgets = [2e9, 4e9]\nmodels = ["8x1", "16x1"]\nbatch_tokens = 128\n'
+        text += 'val_bytes = 2048\nbootstrap = 20\ndevice = "cpu"\n'
+    place.work.mkdir(parents=True, exist_ok=True)
+    (place.work / "quick.toml").write_text(text)
+
+
+def of_bench_gpu(size: str, place: Place, share: float, more: list[str]) -> Row:
+    """A size by bench.gpu."""
+    folder, minutes, dry = place.work / f"gpu_{size}", share * place.minutes, place.dry
     command = [sys.executable, "-m", "bench.gpu", "--sizes", size, "--parts", "sizes", "--minutes", f"{minutes:g}",
                "--out", str(folder), *more]  # fmt: skip
     command += ["--dry-run"] * dry
-    return Row(size, seconds=60 * minutes + 15, command=tuple(command), results=str(folder / "*.json"))
+    return Row(size, seconds=60 * minutes + 15, command=tuple(command), results=f"gpu_{size}/*.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,14 +175,14 @@ class Kept:
 # Measuring
 
 
-def measure(rows: list[Row], kept: Kept, deadline: float) -> None:
+def measure(rows: list[Row], kept: Kept, work: Path, deadline: float) -> None:
     """Those that may run together first, then one after the other, until `deadline` on time.monotonic()."""
     together = queue.SimpleQueue()
     for row in rows:
         if row.together:
             together.put(row)
     number = min(together.qsize(), 2 if kept.dry else max(2, (os.cpu_count() or 2) // 2))
-    threads = [threading.Thread(target=in_turn, args=(together, kept, deadline)) for _ in range(number)]
+    threads = [threading.Thread(target=in_turn, args=(together, kept, work, deadline)) for _ in range(number)]
     alone = queue.SimpleQueue()
     for row in rows:
         if not row.together:
@@ -164,10 +191,10 @@ def measure(rows: list[Row], kept: Kept, deadline: float) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    in_turn(alone, kept, deadline)
+    in_turn(alone, kept, work, deadline)
 
 
-def in_turn(rows: queue.SimpleQueue, kept: Kept, deadline: float) -> None:
+def in_turn(rows: queue.SimpleQueue, kept: Kept, work: Path, deadline: float) -> None:
     """Rows by one worker process, which a row that fails takes with it."""
     worker = None
     while True:
@@ -183,7 +210,7 @@ def in_turn(rows: queue.SimpleQueue, kept: Kept, deadline: float) -> None:
         if row.command:
             if worker:
                 worker.close(10)  # its memory is wanted
-            worker, got = None, run_row(row, limit)
+            worker, got = None, run_row(row, work, limit)
         else:
             worker = worker or Worker("bench.common", {"module": "bench.gpu_jobs", "dry": kept.dry})
             try:
@@ -198,8 +225,8 @@ def in_turn(rows: queue.SimpleQueue, kept: Kept, deadline: float) -> None:
         worker.close(10)
 
 
-def run_row(row: Row, limit: float) -> dict:
-    """The end of what a command prints, what it leaves as JSON, and an error if it fails."""
+def run_row(row: Row, work: Path, limit: float) -> dict:
+    """The end of what a command prints, what it leaves as JSON in `work`, and an error if it fails."""
     try:
         done = subprocess.run(row.command, cwd=ROOT, capture_output=True, text=True, timeout=limit, errors="replace",
                               env=without_interpreter() | dict(row.environment))  # fmt: skip
@@ -208,10 +235,11 @@ def run_row(row: Row, limit: float) -> dict:
     except subprocess.TimeoutExpired as error:
         return {"error": f"cut off after {limit:.0f} s", "tail": (error.stdout or b"").decode(errors="replace")[-1000:]}
     got = {"tail": done.stdout[-1500:]}
-    left = sorted(ROOT.glob(row.results) if not row.results.startswith("/") else Path("/").glob(row.results[1:]),
-                  key=lambda path: path.stat().st_mtime) if row.results else []  # fmt: skip
+    left = sorted(work.glob(row.results), key=lambda path: path.stat().st_mtime) if row.results else []
     if left:
         got["result"] = json.loads(left[-1].read_text())
+    if row.text and (work / row.text).exists():
+        got["text"] = (work / row.text).read_text()
     if done.returncode:
         got |= {"error": f"exit code {done.returncode}", "stderr": done.stderr[-1500:]}
     return got
@@ -227,12 +255,16 @@ class Options:
     minutes: float = opt(4.0, "rows that are not begun by then are left for another call", above=0)
     out: str = opt("gpu-check", "folder of the rows")
     nanogpt: str = opt(".peer/nanoGPT", "a checkout of karpathy/nanoGPT; without it its rows are left out")
+    tokens: str = opt(".peer/tokens", "part sweep: a folder with train.bin and val.bin")
     dry_run: bool = opt(False, "tiny shapes on a CPU, interpreted: whether all parts work, no more")
 
 
 def main() -> None:
     start = time.monotonic()
     options = parse(Options, prog="bench/gpu_check.sh", description=__doc__)
+    tokens = Path(options.tokens)
+    if options.part == "sweep" and not options.dry_run and not (tokens / "train.bin").exists():
+        raise UserError(f"--tokens {tokens}: has no train.bin and val.bin; bench/README.md says how to make them")
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # for the workers
     out = Path(options.out).resolve()
@@ -242,15 +274,17 @@ def main() -> None:
     if options.part == "second" and not there:
         print(f"nanoGPT left out: {options.nanogpt} has no model.py", flush=True)
     nanogpt = str(Path(options.nanogpt).resolve()) if there else None
-    known = kept.read()
-    missing = [row for row in plan(options.part, out, nanogpt, options.minutes, options.dry_run)
-               if "error" in known.get(row.name, {"error": "missing"})]  # fmt: skip
-    measure(missing, kept, start + 60 * options.minutes)
+    work = ROOT / "build" / f"gpu-check-{os.getpid()}"
+    place = Place(work, options.minutes, nanogpt, str(tokens.resolve()), options.dry_run)
+    if options.part == "sweep":
+        write_sweep(place)
+    rows, known = plan(options.part, place), kept.read()
+    missing = [row for row in rows if "error" in known.get(row.name, {"error": "missing"})]
+    measure(missing, kept, work, start + 60 * options.minutes)
     found = kept.read()
-    names = [row.name for row in plan(options.part, out, nanogpt, options.minutes, options.dry_run)]
-    good = [name for name in names if "error" not in found.get(name, {"error": ""})]
-    print(f"{kept.path}: {len(good)} of {len(names)} rows ({time.monotonic() - start:.0f} s)")
-    sys.exit(0 if len(good) == len(names) else 1)
+    good = [row for row in rows if "error" not in found.get(row.name, {"error": "missing"})]
+    print(f"{kept.path}: {len(good)} of {len(rows)} rows ({time.monotonic() - start:.0f} s)")
+    sys.exit(0 if len(good) == len(rows) else 1)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ def make(spec: dict) -> "Jobs":
         torch.set_num_threads(1)
     elif not torch.cuda.is_available():
         raise UserError("there is no CUDA device here, so there is nothing to measure (--dry-run runs the code)")
+    kernel_bench.repeat_backwards()
     return Jobs(spec["dry"])
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpu_check import ATTENTION, PARTS, Kept, plan
+from bench.gpu_check import ATTENTION, PARTS, Kept, Place, plan
 from nanochin.config import UserError, opt, parse, run_command
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -120,6 +120,8 @@ def markdown(rows: dict[str, dict], planned: list[str], dry: bool) -> str:
                  + ", ".join(f"{name} {ms:.2f}" for name, ms in split.items()) + "."]  # fmt: skip
         text += ["", "What to change first, by the share of a step that reaching the goal would save:", ""]
         text += [f"- {gain:.1%}: {what}" for gain, what in to_change_first(found, split)] or ["- nothing is behind"]
+    if law := good.get("sweep quick", {}).get("result", {}).get("approach2"):
+        text += ["", f"sweeps/quick.toml: a = {law['a']:.3f}, 95% {law.get('a_ci')}, by Approach 2."]
     tuned = [one for row in good.values() for one in row.get("tiles", []) if one.get("gain", 0) > 1.02]
     if tuned:
         text += ["", "Tiles that are faster than the shipped ones:", ""]
@@ -159,7 +161,7 @@ def main() -> None:
         found = kept.read(any_kind=True)
         dry = dry or any(row["dry"] for row in found.values())
         rows |= {f"{part} {name}": row for name, row in found.items()}
-        planned += [f"{part} {row.name}" for row in plan(part, folder, None, 4, False) if row.do != "compile"]
+        planned += [f"{part} {row.name}" for row in plan(part, Place(folder, 4.0)) if row.do != "compile"]
     if not rows:
         raise UserError(f"{folder}: no rows of bench/gpu_check.sh there")
     text = markdown(rows, planned, dry)

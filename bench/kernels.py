@@ -15,7 +15,6 @@ operation must read and write once.
 
 import functools
 import importlib
-import json
 import math
 import os
 import statistics
@@ -39,6 +38,7 @@ from bench.kernel_cases import (
     rotary_attention_cases,
 )
 from nanochin.config import UserError, opt, parse, run_command
+from nanochin.runs import write_file, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -48,6 +48,9 @@ class Options:
     sweep: bool = opt(False, "try the neighbours of the configurations in kernels/ and print which to ship")
     dry_run: bool = opt(False, "tiny shapes on the CPU, interpreted: whether this command works, no more")
     minutes: float = opt(7.5, "what is not timed by then is left out, with a note", above=0)
+    only: tuple[str, ...] = opt((), "cases whose operation and shape contain one of these, such as 'attention D64'; "
+                                    "writes nothing without --out")  # fmt: skip
+    out: str = opt("", "folder of the JSON and the table (default: bench/results)")
 
 
 @dataclass(frozen=True)
@@ -225,12 +228,12 @@ def check_all(bench: Bench, only: str = "") -> dict[str, str | None]:
 # Sweep
 
 
-def sweep(bench: Bench) -> None:
+def sweep(bench: Bench, only: tuple[str, ...]) -> None:
     """Times the shipped configurations, their neighbours, half and double in one number at a time, and attention's
     CANDIDATES, and prints the fastest whose results agree."""
     shapes = ("D64 T1024 65536", "D128 T1024 65536", "C768 65536", "H12", "F3072", "C768 V50257 16384", "C320 V8192")
     for case in all_cases(bench):
-        if not bench.dry and not any(shape in case.shape for shape in shapes):
+        if not wanted(case, only) or not only and not bench.dry and not any(shape in case.shape for shape in shapes):
             continue
         for found in tuned(case, bench):
             print(f"{found['what']}: as shipped {found['shipped_us']:.1f} us; ship {found['best']}: "
@@ -329,9 +332,28 @@ def neighbours(case, direction, module, name, kernel, numbers, bench) -> Iterato
 # Command
 
 
+def wanted(case: Case, only: tuple[str, ...]) -> bool:
+    return not only or any(text in f"{case.operation} {case.shape}" for text in only)
+
+
+def repeat_backwards() -> None:
+    """Let torch.compile make backwards that run many times over one forward, for many shapes."""
+    from torch._dynamo import config as dynamo  # not before TRITON_INTERPRET is set: it imports triton
+    from torch._functorch import config as functorch
+
+    functorch.donated_buffer = False
+    dynamo.recompile_limit = 64
+
+
 def all_cases(bench: Bench) -> Iterator[Case]:
     for cases in (attention_cases, rotary_attention_cases, norm_cases, elementwise_cases, loss_cases):
         yield from cases(bench)
+
+
+def keep(path: Path, record: dict, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path.with_suffix(".json"), record)
+    write_file(path.with_suffix(".md"), text.encode())
 
 
 def markdown(rows: list[Row], about: dict) -> str:
@@ -398,14 +420,12 @@ def main() -> None:
     cuda = device.type == "cuda"
     bench = Bench(device, torch.bfloat16 if cuda else torch.float32, options.dry_run, start + 60 * options.minutes,
                   torch.cuda.get_device_properties(device).L2_cache_size if cuda else 0)  # fmt: skip
-    from torch._dynamo import config as dynamo  # not before TRITON_INTERPRET is set: it imports triton
-    from torch._functorch import config as functorch
-
-    functorch.donated_buffer = False  # a compiled backward runs many times over one forward
-    dynamo.recompile_limit = 64
+    if not any(wanted(case, options.only) for case in all_cases(bench)):
+        raise UserError(f"--only {' '.join(options.only)}: no case has this in its operation and shape")
+    repeat_backwards()
     torch.manual_seed(0)
     if options.sweep:
-        return sweep(bench)
+        return sweep(bench, options.only)
 
     import triton
 
@@ -413,17 +433,15 @@ def main() -> None:
              "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "triton": triton.__version__,
              "cuda": torch.version.cuda, "dtype": str(bench.dtype).split(".")[1], "backend": why}  # fmt: skip
     about |= {"checks": check_all(bench), "ceilings": ceilings(bench)}
-    rows = []
-    for case in all_cases(bench):
+    rows, text = [], ""
+    for case in filter(lambda case: wanted(case, options.only), all_cases(bench)):
         rows += run_case(case, bench, about["ceilings"])
         print(f"{time.monotonic() - start:4.0f} s  {case.operation} {case.shape}", file=sys.stderr)
-    text = markdown(rows, about) + "\n" + "\n".join(targets(rows)) + "\n"
+        text = markdown(rows, about) + "\n" + "\n".join(targets(rows)) + "\n"
+        if options.out or not (options.dry_run or options.only):  # what is known so far
+            path = Path(options.out or RESULTS) / f"kernels_{'dry' if options.dry_run else about['device']}"
+            keep(path.with_name(path.name.replace(" ", "_")), about | {"rows": [asdict(row) for row in rows]}, text)
     print(text)
-    if not options.dry_run:
-        path = RESULTS / f"kernels_{about['device'].replace(' ', '_')}"
-        record = about | {"rows": [asdict(row) for row in rows]}
-        path.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-        path.with_suffix(".md").write_text(text)
     if wrong := [name for name, text in about["checks"].items() if text]:
         raise UserError(f"wrong results, see the table: {', '.join(wrong)}")
 

@@ -264,6 +264,15 @@ def test_models_of_the_ladder_let_go(full):
     assert told == 2 * [["prepare", "clear"] if full else ["prepare", "run", "clear"]]
 
 
+def test_parts_share_the_minutes_that_are_given():
+    """One part alone has all of them; several end one after the other, in proportion to their shares."""
+    alone, two = bench(minutes=10, parts=("sizes",)), bench(minutes=10, parts=("ablation", "ladder"))
+    assert alone.left("sizes") == pytest.approx(600, abs=1)
+    assert two.left("ablation") == pytest.approx(600 * 11 / 24, abs=1)
+    assert two.left("ladder") == pytest.approx(600, abs=1)
+    assert bench(minutes=10).left("sizes") == pytest.approx(456, abs=1)
+
+
 def test_every_size_has_its_time():
     """What is left is shared out by layers; what one size does not use goes to those after it, none of another's."""
     some, names = bench(minutes=10), list(gpu.SIZES)

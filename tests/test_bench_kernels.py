@@ -1,5 +1,6 @@
 """The kernel bench: its whole code on tiny shapes, and what it says where there is nothing to time."""
 
+import json
 import subprocess
 import sys
 import time
@@ -38,6 +39,19 @@ def test_the_loss_has_its_products_for_comparison(table):
     whos = {who for operation, _, who in table if operation == "linear_cross_entropy"}
     assert {"ours", "matrix products alone", "eager", "torch.compile"} <= whos
     assert ("F.linear_cross_entropy" in whos) == hasattr(torch.nn.functional, "linear_cross_entropy")
+
+
+def test_some_cases_into_a_folder(command, tmp_path):
+    """--only keeps what contains the text, --out writes its rows and table there; a text that fits nothing is an
+    error."""
+    pytest.importorskip("triton")
+    done = command("-m", "bench.kernels", "--dry-run", "--only", "rms_norm C24", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "kernels_dry.json").read_text())["rows"]
+    assert {row["operation"] for row in rows} == {"rms_norm", "add_rms_norm"}
+    assert "| rms_norm | C24" in (tmp_path / "kernels_dry.md").read_text()
+    done = command("-m", "bench.kernels", "--dry-run", "--only", "no such case")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no such case" in done.stderr
 
 
 @pytest.mark.skipif(CUDA, reason="cuDNN runs here")
