@@ -19,6 +19,8 @@ once, which compiles the kernels on all cores. No torch here.
 import json
 import os
 import queue
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -28,6 +30,7 @@ from pathlib import Path
 
 from bench.common import Worker
 from nanochin.config import UserError, opt, parse, run_command
+from nanochin.runs import writing
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("first", "second", "tiles", "sizes", "sweep")
@@ -67,6 +70,7 @@ class Row:
     environment: tuple[tuple[str, str], ...] = ()
     results: str = ""  # a glob, in the folder for work, of JSON files of which the last becomes part of the row
     text: str = ""  # a file there, which does as well
+    expect: str = ""  # a pattern that the output must contain
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,8 @@ def plan(part: str, place: Place) -> list[Row]:
         rows += [Row("ceilings", "ceilings")]
         rows += [Row(f"{name} {shape}", "case", {"operation": name, "shape": shape}, 30) for name, shape in CASES]
         tests = [f"tests/test_{name}.py" for name in TESTED]
-        chosen = ("-m", "not slow", "-k", "repeating") if dry else ("-m", "gpu", "-n", "6", "-k", TESTS)
-        return [*rows, Row("GPU tests", seconds=110, command=(
+        chosen = ("-m", "not slow", "-k", "repeating") if dry else ("-m", "gpu", "-n", "auto", "-k", TESTS)
+        return [*rows, Row("GPU tests", seconds=110, expect=r"\d+ passed", command=(
             python, "-m", "pytest", "-o", "addopts=", "-q", "--timeout", "60", *chosen, *tests))]  # fmt: skip
     if part == "second":
         rows = [of_bench_gpu("124M", place, 0.65, ["--nanogpt", place.nanogpt] if place.nanogpt else [])]
@@ -240,6 +244,8 @@ def run_row(row: Row, work: Path, limit: float) -> dict:
         got["result"] = json.loads(left[-1].read_text())
     if row.text and (work / row.text).exists():
         got["text"] = (work / row.text).read_text()
+    if not re.search(row.expect, done.stdout):
+        got["error"] = f"its output does not contain {row.expect}"
     if done.returncode:
         got |= {"error": f"exit code {done.returncode}", "stderr": done.stderr[-1500:]}
     return got
@@ -262,13 +268,16 @@ class Options:
 def main() -> None:
     start = time.monotonic()
     options = parse(Options, prog="bench/gpu_check.sh", description=__doc__)
+    if not options.dry_run and not shutil.which("nvidia-smi"):
+        raise UserError("there is no NVIDIA GPU here (no nvidia-smi): nothing to measure; --dry-run runs the code")
     tokens = Path(options.tokens)
     if options.part == "sweep" and not options.dry_run and not (tokens / "train.bin").exists():
         raise UserError(f"--tokens {tokens}: has no train.bin and val.bin; bench/README.md says how to make them")
     if options.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # for the workers
     out = Path(options.out).resolve()
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     kept = Kept(out / f"{options.part}.jsonl", options.dry_run)
     there = (Path(options.nanogpt) / "model.py").exists()
     if options.part == "second" and not there:

@@ -20,10 +20,25 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many processes as cores:
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """What `-n auto` is: a process a core for the whole suite, only this one where files are named or -k chooses."""
+    """What `-n auto` is: a process a core for the whole suite, only this one where files are named or -k chooses; on a
+    GPU as many as its memory holds."""
     few = config.option.keyword or any(".py" in arg for arg in config.args)
     cores = min(os.cpu_count() or 1, 10)
+    if config.option.markexpr == "gpu":
+        few, cores = False, min(cores, int(gpu_gib() // GPU_TEST_GIB) or 1)
     return 0 if few or cores == 1 else cores
+
+
+GPU_TEST_GIB = 17  # the largest tests of kernels hold up to 16, and a process half a GiB for its context
+
+
+def gpu_gib() -> float:
+    """Memory of the first GPU; 0 without one."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) / 1024
+    except (OSError, subprocess.CalledProcessError, IndexError, ValueError):
+        return 0.0
 
 
 def pseudo_english(size: int, seed: int = 0) -> str:

@@ -113,6 +113,23 @@ def test_commands(code, error, tmp_path):
     assert "not installed" in gpu_check.run_row(Row("x", command=("no-such-program",)), tmp_path, 2.0)["error"]
 
 
+def test_output_that_must_be_there(tmp_path):
+    """A command that ends well without what it is run for has failed: no test passed."""
+    command = (sys.executable, "-c", "print('3 skipped')")
+    assert "passed" in gpu_check.run_row(Row("x", command=command, expect=r"\d+ passed"), tmp_path, 5.0)["error"]
+    assert "error" not in gpu_check.run_row(Row("x", command=command, expect=r"\d+ skipped"), tmp_path, 5.0)
+
+
+def test_what_it_refuses(command, tmp_path):
+    """Without a GPU nothing is measured and nothing written; a folder without rows makes no table."""
+    env = {"PATH": "/nowhere"}
+    done = command("-m", "bench.gpu_check", "--out", tmp_path / "out", env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no NVIDIA GPU" in done.stderr
+    assert not (tmp_path / "out").exists()
+    done = command("-m", "bench.gpu_table", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no rows" in done.stderr
+
+
 def test_every_planned_row_exists():
     """Checks and cases are those of bench.kernels, rows have names of their own, and the parts' limits leave room."""
     pytest.importorskip("triton")

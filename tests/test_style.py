@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -65,3 +66,14 @@ def test_dependencies_point_one_way():
             assert ours <= {"config", "flops", "laws"}, (path, ours)
         if path.parent.name == "kernels":
             assert not ours, path
+
+
+@pytest.mark.parametrize("gib, marked, processes", [(79.6, "gpu", 4), (24.0, "gpu", 0), (79.6, "not gpu", 8)])
+def test_gpu_tests_fit_the_memory(monkeypatch, gib, marked, processes):
+    """As many processes as hold 17 GiB each; other tests take one a core."""
+    import conftest
+
+    monkeypatch.setattr(conftest, "gpu_gib", lambda: gib)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    config = SimpleNamespace(option=SimpleNamespace(keyword="", markexpr=marked), args=["tests"])
+    assert conftest.pytest_xdist_auto_num_workers(config) == processes
