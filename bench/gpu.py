@@ -183,6 +183,7 @@ def run_size(bench: Bench, name: str, rows: list[dict], workers: list[Worker], u
                 got += answer.get("seconds", [])
     for row, seconds in zip(rows, turns, strict=True):
         finish_row(bench, row, seconds, size, tokens)
+    compare(rows)  # and again with memory at the same micro-batch, which may come too late
     split = more_of_ours(bench, name, rows, workers) if left() > 0 else {}
     compare(rows)
     return split
@@ -484,9 +485,15 @@ def main() -> None:
     if started:
         record |= {"sizes": [], "splits": []}
     for i, (size, (rows, workers)) in enumerate(started.items()):
-        split = run_size(bench, size, rows, workers, time.monotonic() + time_for(bench, list(started)[i:]))
-        close(workers)
         record["sizes"] += rows
+        try:
+            split = run_size(bench, size, rows, workers, time.monotonic() + time_for(bench, list(started)[i:]))
+        finally:  # also if interrupted
+            for row in rows:
+                if "tokens_per_s" not in row:
+                    row.setdefault("error", LATE)
+            keep()
+        close(workers)
         record["splits"] += [split] if split else []
         say(f"size {size}")
     if ablation:

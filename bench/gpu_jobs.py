@@ -5,7 +5,8 @@ import math
 import platform
 import statistics
 import subprocess
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 
 import numpy
 import torch
@@ -102,18 +103,21 @@ class Jobs:
             found["split_ms"] = {name: us / 1e3 for name, us in profile(ours.step, self.device).items()}
         return found
 
-    def case(self, operation: str, shape: str) -> dict:
-        """One operation beside its peers."""
+    def case(self, operation: str, shape: str, seconds: float) -> dict:
+        """One operation beside its peers; what is not begun within `seconds` is left out."""
         case = self._find(operation, shape)
         for name in SLOW:
             case.contenders.pop(name, None)
-        rows = [asdict(row) for row in kernel_bench.run_case(case, self.bench, self.limits)]
+        rows = [asdict(row) for row in kernel_bench.run_case(case, self._until(seconds), self.limits)]
         failed = [row["error"] for row in rows if row["who"] == "ours" and row["error"]]
         return {"rows": rows} | ({"error": failed[0]} if failed else {})
 
-    def tiles(self, operation: str, shape: str) -> dict:
-        """The shipped configurations of one operation and those next to them."""
-        return {"tiles": list(kernel_bench.tuned(self._find(operation, shape), self.bench))}
+    def tiles(self, operation: str, shape: str, seconds: float) -> dict:
+        """The shipped configurations of one operation and those next to them, as many as `seconds` allow."""
+        return {"tiles": list(kernel_bench.tuned(self._find(operation, shape), self._until(seconds)))}
+
+    def _until(self, seconds: float) -> kernel_bench.Bench:
+        return self.bench if self.bench.dry else replace(self.bench, deadline=time.monotonic() + seconds)
 
     def _find(self, operation: str, shape: str) -> kernel_bench.Case:
         for case in kernel_bench.all_cases(self.bench):
