@@ -14,13 +14,8 @@ A step is STEP_TOKENS tokens, accumulated over micro-batches as large as fit. MF
 peak; "nanoGPT's count" is 6 N + 12 L C T a token with N = all parameters but position embeddings, "physical" what runs
 (nanochin/flops.py), attention in full in both.
 
-The first session on a new kind of GPU, in this order; what takes how long is estimated:
-
-    for STEP in graph eager compile; do python train.py --data README.md --model 256x4 --tokens 2e6 \\
-        --step $STEP --name $STEP; done                    2 minutes; three losses that agree
-    python -m pytest -m gpu -n 10                          6 minutes; without pytest-xdist: -o addopts= -m gpu
-    python -m bench.kernels                                at most 8 minutes; --sweep tries neighbouring tiles
-    python -m bench.gpu --nanogpt ~/nanoGPT                at most 9 minutes
+On a new kind of GPU begin with bench/gpu_check.sh (bench/README.md), which runs parts of this in the order of their
+value.
 """
 
 import json
