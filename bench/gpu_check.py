@@ -194,7 +194,7 @@ def measure(rows: list[Row], kept: Kept, work: Path, deadline: float) -> None:
     for row in rows:
         if row.together:
             together.put(row)
-    number = min(together.qsize(), 2 if kept.dry else max(2, (os.cpu_count() or 2) // 2))
+    number = min(together.qsize(), 2 if kept.dry else os.cpu_count() or 2)
     alone = queue.SimpleQueue()
     for row in rows:
         if not row.together:
