@@ -37,7 +37,7 @@ from nanochin.runs import writing
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("first", "second", "tiles", "sizes", "sweep")
 LATE = "not measured: out of time"
-# bench.kernels.check_all's names, bench.gpu_jobs.COMPILED's, and cases as bench.gpu_jobs.case finds them
+# Names of bench.kernels.check_all, operations of bench.gpu_jobs.Jobs.compile, cases of bench.kernels
 CHECKS = ("attention", "attention, rotary", "attention, rotary, QK-norm", "add_rms_norm", "linear_cross_entropy",
           "activation_linear", "rms_norm", "add_layer_norm", "layer_norm", "rotary", "swiglu")  # fmt: skip
 COMPILED = ("attention", "loss", "norms", "activation")
@@ -190,15 +190,10 @@ class Kept:
 
 def measure(rows: list[Row], kept: Kept, work: Path, deadline: float) -> None:
     """Those that may run together first, then one after the other, until `deadline` on time.monotonic()."""
-    together = queue.SimpleQueue()
+    together, alone = queue.SimpleQueue(), queue.SimpleQueue()
     for row in rows:
-        if row.together:
-            together.put(row)
+        (together if row.together else alone).put(row)
     number = min(together.qsize(), 2 if kept.dry else os.cpu_count() or 2)
-    alone = queue.SimpleQueue()
-    for row in rows:
-        if not row.together:
-            alone.put(row)
     first = min(deadline, time.monotonic() + TOGETHER * (10 if kept.dry else 1))
     threads = [threading.Thread(target=in_turn, args=(together, kept, work, first)) for _ in range(number)]
     for thread in threads:
