@@ -75,7 +75,8 @@ def messages() -> Iterator[tuple[object, Callable[[object], None]]]:
 def serve(spec: dict) -> None:
     """In a worker: {"do": NAME, ...} calls a method of what `make(spec)` of the module spec["module"] returns, and is
     answered with its result or {"error": text}. torch is loaded at once, the rest by the first message: until then the
-    worker has no context on a GPU, which takes half a GiB of it."""
+    worker has no context on a GPU, which takes half a GiB of it. spec["environment"] holds for this process."""
+    os.environ.update(spec.get("environment", {}))
     import torch  # noqa: F401
 
     worker = None

@@ -221,7 +221,9 @@ def in_turn(rows: queue.SimpleQueue, kept: Kept, work: Path, deadline: float) ->
                 worker.close(10)  # its memory is wanted
             worker, got = None, run_row(row, work, limit)
         else:
-            worker = worker or Worker("bench.common", {"module": "bench.gpu_jobs", "dry": kept.dry})
+            environment = {"TRITON_INTERPRET": "1"} if kept.dry else {}
+            spec = {"module": "bench.gpu_jobs", "dry": kept.dry, "environment": environment}
+            worker = worker or Worker("bench.common", spec)
             try:
                 limited = {"seconds": max(1.0, limit - 8)} if row.do in ("case", "tiles") else {}  # its process starts
                 got = worker.ask({"do": row.do, **row.arguments, **limited}, limit)
@@ -243,7 +245,7 @@ def run_row(row: Row, work: Path, limit: float) -> dict:
     try:
         process = subprocess.Popen(row.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                    errors="replace", start_new_session=True,
-                                   env=without_interpreter() | dict(row.environment))  # fmt: skip
+                                   env=os.environ | dict(row.environment))  # fmt: skip
     except FileNotFoundError:
         return {"error": f"{row.command[0]}: not installed here"}
     got = {}
@@ -292,10 +294,6 @@ def untimed(result) -> str:
     return ""
 
 
-def without_interpreter() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-
-
 @dataclass(frozen=True)
 class Options:
     part: str = opt("first", "what to measure", choices=PARTS)
@@ -314,8 +312,6 @@ def main() -> None:
     tokens = Path(options.tokens)
     if options.part == "sweep" and not options.dry_run and not (tokens / "train.bin").exists():
         raise UserError(f"--tokens {tokens}: has no train.bin and val.bin; bench/README.md says how to make them")
-    if options.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"  # for the workers
     out = Path(options.out).resolve()
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)

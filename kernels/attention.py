@@ -458,14 +458,13 @@ def _backward(ctx, do, *_):
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _forward_flops(qkv, table, n_heads, qk_norm, **_) -> int:
+def _forward_flops(qkv, *_, **__) -> int:
     B, T, C3 = qkv
     return 4 * B * T * T * (C3 // 3)
 
 
 def _backward_flops(do, qkv, *_, **__) -> int:
-    B, T, C3 = qkv
-    return 8 * B * T * T * (C3 // 3)
+    return 2 * _forward_flops(qkv)
 
 
 # For FlopCounterMode(custom_mapping=...): two products of T x T x D a head, not halved for the mask, nor counting what
