@@ -59,19 +59,24 @@ class FitOptions:
     # How to fit.
     delta: float = opt(1e-3, "delta of the Huber loss on log-loss residuals", above=0)
     fixed_e: float | None = opt(None, "irreducible loss E, if it is known", low=0)
-    bootstrap: int | None = opt(None, "resamples for the intervals, 0 = none; default: 4000, fewer of very many rows",
-                                low=0, high=10**6)  # fmt: skip
+    bootstrap: int | None = opt(
+        None, "resamples for the intervals, 0 = none; default: 4000, fewer of very many rows", low=0, high=10**6
+    )
     cluster: str = opt("auto", "what is resampled; auto: runs, if rows name them", choices=("auto", "run", "row"))
     seed: int = opt(0, "seed of the resampling", low=0)
 
     # What to ask.
-    budget: tuple[float, ...] = opt((), "training FLOPs to allocate; default: around those of the runs",
-                                    low=1, high=MOST)  # fmt: skip
+    budget: tuple[float, ...] = opt(
+        (), "training FLOPs to allocate; default: around those of the runs", low=1, high=MOST
+    )
     target_loss: float | None = opt(None, "what does this loss cost?", above=0)
     inference_tokens: float | None = opt(None, "tokens that the model will serve", low=1, high=MOST)
     unique_tokens: float | None = opt(None, "tokens of text that there are", low=1, high=MOST)
-    trials: tuple[str, ...] = opt((), "runs that train.py --law made after these were fitted: shown beside what the "
-                                  "law had predicted of them, not fitted")  # fmt: skip
+    trials: tuple[str, ...] = opt(
+        (),
+        "runs that train.py --law made after these were fitted: shown beside what the "
+        "law had predicted of them, not fitted",
+    )
     figures: str = opt("all", "all: SVG, and PNG if matplotlib is there", choices=("all", "svg", "none"))
 
 
@@ -86,8 +91,9 @@ def main() -> None:
         if note:
             progress.say(note)
         study = study_runs(rows, curves, settings, progress)
-    questions = Questions(options.budget or around(study), options.target_loss, options.inference_tokens,
-                          options.unique_tokens)  # fmt: skip
+    questions = Questions(
+        options.budget or around(study), options.target_loss, options.inference_tokens, options.unique_tokens
+    )
     answers = answer(study.best, questions)
     print(first_screen(study, answers), flush=True)
 
@@ -112,8 +118,10 @@ def require_output(options: FitOptions) -> Path:
     ours = set(files_of_earlier_fit(out))
     wanted = [name for name in OURS if not name.endswith(UNWANTED[options.figures])]
     if others := [name for name in wanted if (out / name).exists() and name not in ours]:
-        raise UserError(f"--out {out}: {', '.join(others)} there would be written over, and no earlier fit has written "
-                        f"{'it' if len(others) == 1 else 'them'}; move, delete or name another folder")  # fmt: skip
+        raise UserError(
+            f"--out {out}: {', '.join(others)} there would be written over, and no earlier fit has written "
+            f"{'it' if len(others) == 1 else 'them'}; move, delete or name another folder"
+        )
     return out
 
 
@@ -146,8 +154,11 @@ def around(study: Study) -> tuple[float, ...]:
 
 def first_screen(study: Study, answers: Answers) -> str:
     N, D, C = study.N, study.D, study.C
-    lines = [f"{study.rows.source}: {len(N)} runs, N {count(N.min())} to {count(N.max())}, D {count(D.min())} to "
-             f"{count(D.max())}, C {C.min():.3g} to {C.max():.3g} FLOPs ({study.convention})", ""]  # fmt: skip
+    lines = [
+        f"{study.rows.source}: {len(N)} runs, N {count(N.min())} to {count(N.max())}, D {count(D.min())} to "
+        f"{count(D.max())}, C {C.min():.3g} to {C.max():.3g} FLOPs ({study.convention})",
+        "",
+    ]
     table = [["", "a", "95%", "b", "95%", "a + b"]]
     for number, found in study.results.items():
         if isinstance(found, Approach):
@@ -211,8 +222,15 @@ def between(ends: tuple[float, float], show="{:.3g}".format) -> str:
 # In files
 
 
-def write(study: Study, checks: Checks, questions: Questions, answers: Answers, trials: list[Trial],
-          options: FitOptions, out: Path) -> str:  # fmt: skip
+def write(
+    study: Study,
+    checks: Checks,
+    questions: Questions,
+    answers: Answers,
+    trials: list[Trial],
+    options: FitOptions,
+    out: Path,
+) -> str:
     """laws.json, figures, report.html: each whole or as it was before. Figures that an earlier fit wrote here and this
     one does not are deleted; nothing else in the folder is touched."""
     built = versions()
@@ -265,8 +283,9 @@ def files_of_earlier_fit(out: Path) -> list[str]:
         return []
 
 
-def contents(study: Study, checks: Checks, questions: Questions, answers: Answers, trials: list[Trial],
-             meta: dict) -> dict:  # fmt: skip
+def contents(
+    study: Study, checks: Checks, questions: Questions, answers: Answers, trials: list[Trial], meta: dict
+) -> dict:
     """laws.json: each approach with its intervals and its optima of the budgets that were asked, the answers, the
     checks."""
 
@@ -301,14 +320,21 @@ def describe(study: Study, options: FitOptions) -> dict:
 
     sure = study.best.sure
     return {
-        "source": study.rows.source, "sha256": study.rows.sha256,
+        "source": study.rows.source,
+        "sha256": study.rows.sha256,
         "curves": study.curves.source if study.curves else None,
-        "curves_sha256": study.curves.sha256 if study.curves else None, "params_convention": options.params,
-        "flops_convention": study.flops_convention, "flops_name": study.flops_name,
+        "curves_sha256": study.curves.sha256 if study.curves else None,
+        "params_convention": options.params,
+        "flops_convention": study.flops_convention,
+        "flops_name": study.flops_name,
         **{name: only(name) for name in ("tokenizer", "seq_len", "data_sha", "val_sha")},
-        "n_runs": len(study.N), "dropped": study.rows.dropped, "bootstrap": study.settings.bootstrap,
-        "cluster": None if sure is None else sure.unit, "level": 95, "seed": options.seed,
-    }  # fmt: skip
+        "n_runs": len(study.N),
+        "dropped": study.rows.dropped,
+        "bootstrap": study.settings.bootstrap,
+        "cluster": None if sure is None else sure.unit,
+        "level": 95,
+        "seed": options.seed,
+    }
 
 
 def command() -> str:

@@ -122,13 +122,17 @@ def only(cells: list[Cell], options: SweepOptions) -> list[Cell]:
             near = did_you_mean(key, known, "=") if equals else ""
             raise UserError(f"--only {item}: expected an option of the runs, such as budget=1e12 or model=48x2{near}")
         wanted.setdefault(key, []).append(value)
-    chosen = [cell for cell in cells
-              if all(any(_matches(_attribute(cell, key), value) for value in values)
-                     for key, values in wanted.items())]  # fmt: skip
+    chosen = [
+        cell
+        for cell in cells
+        if all(any(_matches(_attribute(cell, key), value) for value in values) for key, values in wanted.items())
+    ]
     if not chosen:
         values = {key: dict.fromkeys(_attribute(cell, key) for cell in cells) for key in wanted}
-        there = [f"{key} is {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in list(found)[:9])}"
-                 for key, found in values.items()]  # fmt: skip
+        there = [
+            f"{key} is {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in list(found)[:9])}"
+            for key, found in values.items()
+        ]
         raise UserError(f"--only {' '.join(options.only)}: no run is like that; of the runs {'; '.join(there)}")
     needed = {cell.name for cell in chosen} | {cell.trunk for cell in chosen}
     return [cell for cell in cells if cell.name in needed]
@@ -198,13 +202,17 @@ def grid_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: S
     alone = sum(cell.plan.flops["physical"] for cell in chosen if not cell.is_trunk)
     said = [f"{sweep.name}: {sum(not cell.is_trunk for cell in chosen)} runs, {spent:.3g} FLOPs (physical)"]
     if any(cell.is_trunk for cell in chosen):
-        said.append(f"in {sum(cell.is_trunk for cell in chosen)} trunks with their cooldowns; each run from scratch "
-                    f"would be {alone:.3g}, {alone / spent:.2f} times as many")  # fmt: skip
+        said.append(
+            f"in {sum(cell.is_trunk for cell in chosen)} trunks with their cooldowns; each run from scratch "
+            f"would be {alone:.3g}, {alone / spent:.2f} times as many"
+        )
     if sweep.grid.throughput:
         hours = sum(seconds(sweep, cell, []) for cell in chosen) / 3600
         shared = f", {hours / options.workers:.3g} with {options.workers}" if options.workers else ""
-        said.append(f"{hours:.3g} hours of one worker{shared}, at {sweep.grid.throughput:g} FLOP/s and "
-                    f"{sweep.grid.step_seconds:g} s a step ({sweep.grid.assumes or 'assumed'})")  # fmt: skip
+        said.append(
+            f"{hours:.3g} hours of one worker{shared}, at {sweep.grid.throughput:g} FLOP/s and "
+            f"{sweep.grid.step_seconds:g} s a step ({sweep.grid.assumes or 'assumed'})"
+        )
     if corpus_tokens:
         most = max(row["epochs"] for row in rows)
         said.append(f"text of {count(corpus_tokens)} tokens, seen at most {most:.2g} times")
@@ -217,8 +225,9 @@ def grid_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: S
 # The training
 
 
-def train_all(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, options: SweepOptions,
-              corpus_tokens: float) -> None:  # fmt: skip
+def train_all(
+    sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, options: SweepOptions, corpus_tokens: float
+) -> None:
     """Train what has no end yet, adding sizes where `extend` asks for them. Raises UserError for what stops it."""
     folder = schedule.book.folder
     schedule.add(cells)
@@ -293,9 +302,11 @@ class View:
         left = f"{clock((total - spent) / rate)} left" if rate > 0 else "time left not known yet"
         runs = [cell for cell in schedule.cells if not cell.is_trunk]
         failed = sum(bool(end.reason) for end in dict(schedule.ends).values())
-        lines = [f"{sum(cell.name in schedule.ends for cell in runs)} of {len(runs)} runs done"
-                 + (f" ({failed} failed)" if failed else "")
-                 + f", {spent:.3g} of {total:.3g} FLOPs, {clock(elapsed)}, {left}"]  # fmt: skip
+        lines = [
+            f"{sum(cell.name in schedule.ends for cell in runs)} of {len(runs)} runs done"
+            + (f" ({failed} failed)" if failed else "")
+            + f", {spent:.3g} of {total:.3g} FLOPs, {clock(elapsed)}, {left}"
+        ]
         for cell in schedule.cells:
             if since := schedule.running.get(cell.name):
                 done, loss = schedule.book.progress(cell)
@@ -429,8 +440,11 @@ def best_of_grid(cells: list[Cell], ends: dict[str, End]) -> str:
     """The runs of each model, best first, with their distance from it."""
     lines = [["run", "loss", "above best"]]
     for group in dict.fromkeys((cell.plan.shape, cell.budget) for cell in cells):
-        found = [(ends[cell.name].loss, cell.name) for cell in cells
-                 if (cell.plan.shape, cell.budget) == group and cell.name in ends and ends[cell.name].row]  # fmt: skip
+        found = [
+            (ends[cell.name].loss, cell.name)
+            for cell in cells
+            if (cell.plan.shape, cell.budget) == group and cell.name in ends and ends[cell.name].row
+        ]
         lines += [[name, f"{loss:.4f}", f"{loss - min(found)[0]:.4f}"] for loss, name in sorted(found)]
     return "\n" + format_columns(lines)
 

@@ -116,9 +116,17 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
     law = laws.load_law(config.law, config.law_approach) if config.law else laws.BESIROGLU
     make = shape_maker(config, model_vocab(corpus.tokenizer, config.vocab_size), seq_len)
     plan = ladder.plan(
-        make, budget=budget, model=config.model and parse_model(config.model), tokens=config.tokens, law=law,
-        convention=config.flops, batch_tokens=config.batch_tokens, lr=config.lr, warmup_tokens=config.warmup_tokens,
-        beta2=config.beta2)  # fmt: skip
+        make,
+        budget=budget,
+        model=config.model and parse_model(config.model),
+        tokens=config.tokens,
+        law=law,
+        convention=config.flops,
+        batch_tokens=config.batch_tokens,
+        lr=config.lr,
+        warmup_tokens=config.warmup_tokens,
+        beta2=config.beta2,
+    )
     shape = plan.shape
     check_memory(plan.params.total, device)
     dtype, why_dtype = pick_dtype(config.dtype, device, shape)
@@ -162,8 +170,13 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         # Model and optimizer: new, from another run or GPT-2's weights, or as this run's newest checkpoint has them.
         model = GPT(plan.shape, dtype=job.dtype, seed=config.seed, z_loss=config.z_loss).to(device)
         optimizer = Adam(model, config.optimizer, config.lr, (config.beta1, config.beta2), config.weight_decay)
-        state = {"step": 0, "seconds": 0.0, "lap": 0.0, "recent": [],
-                 "micro_batch": config.micro_batch or first_micro_batch(job)}  # fmt: skip
+        state = {
+            "step": 0,
+            "seconds": 0.0,
+            "lap": 0.0,
+            "recent": [],
+            "micro_batch": config.micro_batch or first_micro_batch(job),
+        }
         if last := checkpoint.newest_valid(run.folder, warn=progress.say):
             state = checkpoint.load(last, model, optimizer)
             progress.say(f"going on from {last}")
@@ -175,8 +188,9 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         run.loggers.extend(loggers.open_logger(name, run.folder, record, state["step"]) for name in config.loggers)
         peak, peak_source = peak_of(device, job.dtype)
         sequences = plan.batch_tokens // config.seq_len
-        train_on = TrainingStep(job.step, optimizer_step, model, optimizer, state["micro_batch"], config.clip,
-                                sequences, progress.say)  # fmt: skip
+        train_on = TrainingStep(
+            job.step, optimizer_step, model, optimizer, state["micro_batch"], config.clip, sequences, progress.say
+        )
         if not quiet:
             show_plan(job, run, train_on, peak_source)
 
@@ -210,8 +224,12 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
                     with watch.paused():
                         pending = [pair.tolist() for pair in recent]
                         check_finite(pending, step, run)
-                        state = {"seconds": watch.seconds(), "lap": lap, "recent": pending,
-                                 "micro_batch": train_on.micro_batch}  # fmt: skip
+                        state = {
+                            "seconds": watch.seconds(),
+                            "lap": lap,
+                            "recent": pending,
+                            "micro_batch": train_on.micro_batch,
+                        }
                         checkpoint.save(run.folder, step, model, optimizer, state)
                         checkpoint.prune(run.folder, config.keep, config.save_steps)
                         last_save = time.monotonic()
@@ -262,8 +280,14 @@ def optimizer_step(model, optimizer: Adam, batch: Tensor, micro_batch: int, clip
 def learning_rate(config: Config, step: int) -> float:
     """The schedule's fraction of the peak rate at `step` of a resolved config."""
     return lr_at(
-        step, round(config.tokens / config.batch_tokens), config.warmup_tokens / config.batch_tokens, config.schedule,
-        config.cycle, config.final_lr, config.cooldown)  # fmt: skip
+        step,
+        round(config.tokens / config.batch_tokens),
+        config.warmup_tokens / config.batch_tokens,
+        config.schedule,
+        config.cycle,
+        config.final_lr,
+        config.cooldown,
+    )
 
 
 def first_micro_batch(job: Job) -> int:
@@ -324,8 +348,9 @@ def describe(job: Job) -> dict:
     """config.json: what was asked and resolved, what defines the result, and everything it ran on."""
     corpus = job.corpus
     initial = {"init_sha": gpt2.initial_sha(job.config.init_from)} if job.config.init_from else {}
-    identity = runs.identity(job.config, device=job.device.type, data_sha=corpus.data_sha, val_sha=corpus.val_sha,
-                             **initial)  # fmt: skip
+    identity = runs.identity(
+        job.config, device=job.device.type, data_sha=corpus.data_sha, val_sha=corpus.val_sha, **initial
+    )
     return {
         "identity": identity,
         "options": dataclasses.asdict(job.config),
@@ -377,8 +402,10 @@ def check_finite(recent: list[list[float]], step: int, run: runs.Run) -> None:
     for number, pair in enumerate(recent, start=step - len(recent) + 1):
         if not all(map(math.isfinite, pair)):
             last = checkpoint.newest(run.folder)
-            raise RunError(f"step {number}: loss {pair[0]}, gradient norm {pair[1]}; the run diverged, try a lower "
-                           f"--lr. Last good checkpoint: {last or 'none yet'}")  # fmt: skip
+            raise RunError(
+                f"step {number}: loss {pair[0]}, gradient norm {pair[1]}; the run diverged, try a lower "
+                f"--lr. Last good checkpoint: {last or 'none yet'}"
+            )
 
 
 def progress_note(row: dict) -> str:
@@ -407,16 +434,19 @@ def find_branch(config: Config, record: dict) -> Path:
         raise UserError(f"{what}: no such checkpoint; there are steps {', '.join(there) or 'none'} (--save-steps)")
     done = int(step)
     if done * config.batch_tokens >= config.tokens:
-        raise UserError(f"{what}: it has seen {done * config.batch_tokens} tokens already, "
-                        f"--tokens {config.tokens:g} must be more")  # fmt: skip
+        raise UserError(
+            f"{what}: it has seen {done * config.batch_tokens} tokens already, --tokens {config.tokens:g} must be more"
+        )
     try:
         trunk_config = Config(**theirs["options"])
     except TypeError as error:
         raise UserError(f"{what}: {folder / 'config.json'} is of another version of nanochin ({error})") from None
     for i in range(done):
         if learning_rate(trunk_config, i) != learning_rate(config, i):
-            raise UserError(f"{what}: from step {i} on its learning rate is not that of this run; branch at that "
-                            "step or before, or from a --schedule constant run")  # fmt: skip
+            raise UserError(
+                f"{what}: from step {i} on its learning rate is not that of this run; branch at that "
+                "step or before, or from a --schedule constant run"
+            )
     return folder / "checkpoints" / f"step-{step}"
 
 

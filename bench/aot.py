@@ -114,9 +114,10 @@ def compile_and_read(build: Build, capability: int) -> Report:
 
     arguments = {name: build.signature.get(name, "constexpr") for name in build.kernel.arg_names}
     sixteen = [
-        (i,) for i, (name, kind) in enumerate(arguments.items())
+        (i,)
+        for i, (name, kind) in enumerate(arguments.items())
         if kind.startswith("*") or kind == "i32" and name not in build.odd
-    ]  # fmt: skip
+    ]
     attributes = {place: [["tt.divisibility", 16]] for place in sixteen}
     source = ASTSource(build.kernel, arguments, build.constexprs, attributes)
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
@@ -250,8 +251,10 @@ def table(reports: list[Report], version: str) -> str:
     ]
     for r in reports:
         mma = r.mma + " (serialised)" * r.serialised
-        lines.append(f"| sm_{r.capability} | {r.module} | {r.label} | {r.warps} | {r.registers} | {r.spills} | "
-                     f"{r.shared / 1024:.1f} | {mma} | {r.loop or ''} | {r.copies or ''} |")  # fmt: skip
+        lines.append(
+            f"| sm_{r.capability} | {r.module} | {r.label} | {r.warps} | {r.registers} | {r.spills} | "
+            f"{r.shared / 1024:.1f} | {mma} | {r.loop or ''} | {r.copies or ''} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -279,10 +282,12 @@ def main() -> None:
     import triton
 
     jobs = [
-        (place, capability) for place, build in enumerate(builds()) for capability in build.capabilities
+        (place, capability)
+        for place, build in enumerate(builds())
+        for capability in build.capabilities
         if options.only in f"sm_{capability} {build.module} {build.label}"
         and (not options.gate or build.gate and capability in GATED)
-    ]  # fmt: skip
+    ]
     if not jobs:
         raise UserError(f"--only {options.only}: no configuration has this in its name")
     reports = read_all(jobs, options.processes)

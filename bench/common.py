@@ -104,8 +104,15 @@ class NanoGPT:
         sys.path.insert(0, checkout)
         from model import GPT, GPTConfig  # the checkout's model.py
 
-        config = GPTConfig(block_size=shape.seq_len, vocab_size=shape.vocab_size, n_layer=shape.layers,
-                           n_head=shape.heads, n_embd=shape.width, dropout=0.0, bias=False)  # fmt: skip
+        config = GPTConfig(
+            block_size=shape.seq_len,
+            vocab_size=shape.vocab_size,
+            n_layer=shape.layers,
+            n_head=shape.heads,
+            n_embd=shape.width,
+            dropout=0.0,
+            bias=False,
+        )
         with contextlib.redirect_stdout(io.StringIO()):
             self.model = GPT(config).to(device)
             self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)

@@ -221,8 +221,14 @@ def main() -> None:
     if options.wrong_way:
         lines = [["resamples are optimised by", "80% interval of a", "width", "steps"]]
         for row in wrong_way(N, D, loss, options.resamples):
-            lines.append([row["how"], f"{row['low']:.4f} to {row['high']:.4f}", f"{row['high'] - row['low']:.4f}",
-                          "-" if math.isnan(row["steps"]) else f"{row['steps']:.0f}"])  # fmt: skip
+            lines.append(
+                [
+                    row["how"],
+                    f"{row['low']:.4f} to {row['high']:.4f}",
+                    f"{row['high'] - row['low']:.4f}",
+                    "-" if math.isnan(row["steps"]) else f"{row['steps']:.0f}",
+                ]
+            )
         return print(format_columns(lines))
     rows = compare(N, D, loss, options)
     memory = {n: peak_memory(n) for n in (1000, 100_000)}
@@ -247,15 +253,25 @@ def main() -> None:
 
         source = "240 made-up runs" if options.runs is None else f"{len(N)} rows of {Path(options.runs).name}"
         shown = shlex.join(Path(a).name if a == options.runs else a for a in sys.argv[1:])
-        about = {"command": f"python -m bench.fit {shown}".strip(), "source": source, "cpu": cpu_name(), "threads": 1,
-                 "date": time.strftime("%Y-%m-%d"), "python": sys.version.split()[0], "numpy": np.__version__,
-                 "scipy": scipy.__version__}  # fmt: skip
+        about = {
+            "command": f"python -m bench.fit {shown}".strip(),
+            "source": source,
+            "cpu": cpu_name(),
+            "threads": 1,
+            "date": time.strftime("%Y-%m-%d"),
+            "python": sys.version.split()[0],
+            "numpy": np.__version__,
+            "scipy": scipy.__version__,
+        }
         kept = asdict(options) | {"runs": options.runs and Path(options.runs).name}
         result = about | {"options": kept, "rows": rows, "memory_mb": memory, "commands": commands}
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
-        note = (f"{source}; {about['cpu']}, one thread, numpy {about['numpy']}, scipy {about['scipy']}, "
-                f"{about['date']}; CPU seconds, ratios to nanochin in the same run"
-                + f"; {options.remark}" * bool(options.remark))  # fmt: skip
+        note = (
+            f"{source}; {about['cpu']}, one thread, numpy {about['numpy']}, scipy {about['scipy']}, "
+            f"{about['date']}; CPU seconds, ratios to nanochin in the same run"
+            + f"; {options.remark}"
+            * bool(options.remark)
+        )
         Path(options.json).with_suffix(".md").write_text(f"`{about['command']}`\n\n{note}\n\n```\n{text}\n```\n")
 
 

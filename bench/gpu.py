@@ -133,8 +133,14 @@ def start_size(bench: Bench, name: str) -> tuple[list[dict], list[Worker]]:
     if bench.options.nanogpt:
         variants += [{"who": "nanoGPT", "kind": "compile", "sdpa": sdpa} for sdpa in ("flash", "cudnn")]
     sequences, most = bench.sequences(name)
-    spec = {"role": "variant", "shape": bench.sizes[name], "sequences": sequences, "most": most,
-            "others": len(variants) - 1, "nanogpt": bench.options.nanogpt}  # fmt: skip
+    spec = {
+        "role": "variant",
+        "shape": bench.sizes[name],
+        "sequences": sequences,
+        "most": most,
+        "others": len(variants) - 1,
+        "nanogpt": bench.options.nanogpt,
+    }
     return [{"size": name} | variant for variant in variants], [bench.worker(**spec, **v) for v in variants]
 
 
@@ -194,10 +200,15 @@ def finish_row(bench: Bench, row: dict, seconds: list[float], size: tuple[int, .
     median = statistics.median(seconds)
     speed = tokens / median
     nanogpt_count = 6 * flops.count_params(shape).total + 12 * layers * width * T
-    row |= {"ms": 1e3 * median, "ms_min": 1e3 * min(seconds), "ms_max": 1e3 * max(seconds), "tokens_per_s": speed,
-            "mfu_nanogpt_count": bench.peak and nanogpt_count * speed / bench.peak,
-            "mfu_physical": bench.peak and flops.flops_per_token(shape) * speed / bench.peak,
-            "compile_seconds": max(0.0, row["first_steps_seconds"] - 5 * median)}  # fmt: skip
+    row |= {
+        "ms": 1e3 * median,
+        "ms_min": 1e3 * min(seconds),
+        "ms_max": 1e3 * max(seconds),
+        "tokens_per_s": speed,
+        "mfu_nanogpt_count": bench.peak and nanogpt_count * speed / bench.peak,
+        "mfu_physical": bench.peak and flops.flops_per_token(shape) * speed / bench.peak,
+        "compile_seconds": max(0.0, row["first_steps_seconds"] - 5 * median),
+    }
 
 
 def more_of_ours(bench: Bench, name: str, rows: list[dict], workers: list[Worker]) -> dict:
@@ -217,8 +228,13 @@ def more_of_ours(bench: Bench, name: str, rows: list[dict], workers: list[Worker
         return {"size": name, **answer}
     graph = next((r["ms"] for r in rows if r["kind"] == "graph" and "ms" in r), None)
     busy = sum(answer["split_ms"].values())
-    return {"size": name, "split_ms": answer["split_ms"], "floor_ms": floor(bench, name),
-            "gap_eager_ms": answer["wall_ms"] - busy, "gap_graph_ms": graph and graph - busy}  # fmt: skip
+    return {
+        "size": name,
+        "split_ms": answer["split_ms"],
+        "floor_ms": floor(bench, name),
+        "gap_eager_ms": answer["wall_ms"] - busy,
+        "gap_graph_ms": graph and graph - busy,
+    }
 
 
 def compare(rows: list[dict]) -> None:
@@ -252,8 +268,9 @@ def floor(bench: Bench, name: str) -> dict[str, float]:
     vector = known.float32 if known else bench.ceilings["flops"] / 1e12 / 15  # TFLOP/s without matrix units
     device = flops.Device("", None, bench.ceilings["flops"] / 1e12, None, vector, bench.ceilings["bytes"] / 1e9)
     sequences, _ = bench.sequences(name)
-    floors = {row.operation: 1e3 * flops.floor_seconds(row, sequences, device, "bfloat16")
-              for row in flops.ledger(shape)}  # fmt: skip
+    floors = {
+        row.operation: 1e3 * flops.floor_seconds(row, sequences, device, "bfloat16") for row in flops.ledger(shape)
+    }
     found = {part: sum(floors.get(row, 0.0) for row in rows) for part, rows in PARTS_OF_LEDGER.items()}
     found["optimizer"] = 1e3 * 28 * flops.count_params(shape).total / bench.ceilings["bytes"]
     return found
@@ -356,14 +373,15 @@ def markdown(record: dict) -> str:
     about = record["about"]
     ceilings = about["ceilings"]
     lines = [
-        f"# The training step on {about['device']}", "",
+        f"# The training step on {about['device']}",
+        "",
         f"`{about['command']}`, {about['date']}, torch {about['versions']['torch']}, "
         f"Triton {about['versions']['triton']}, {about['dtype']}, commit {about['versions']['git']}.",
         f"Ceilings measured in this run: {ceilings['flops'] / 1e12:.0f} TFLOP/s (matrix product), "
         f"{ceilings['bytes'] / 1e9:.0f} GB/s (copy). MFU against {count(about['peak'] or math.nan)}FLOP/s as "
         "published, by nanoGPT's count (6 N + 12 L C T) and the physical one.",
         f"Medians of blocks of steps of {STEP_TOKENS} tokens; x nanoGPT: our speed over its fastest variant's.",
-    ]  # fmt: skip
+    ]
     rows = []
     for row in record.get("sizes", []):
         who = f"{row['who']} {row['kind']}" + (f", {row['sdpa']}" if "sdpa" in row else "")
@@ -376,32 +394,65 @@ def markdown(record: dict) -> str:
                      cell(row["ready_seconds"]), cell(row.get("times_nanogpt"), 2)])  # fmt: skip
     if rows:
         lines += ["", "## Sizes"]
-        lines += table("size | who | tokens/s | ms | MFU % nanoGPT's | MFU % physical | sequences at once | peak GiB | "
-                       "compile s | ready after s | x nanoGPT", rows)  # fmt: skip
+        lines += table(
+            "size | who | tokens/s | ms | MFU % nanoGPT's | MFU % physical | sequences at once | peak GiB | "
+            "compile s | ready after s | x nanoGPT",
+            rows,
+        )
         if any(row["who"] == "nanoGPT" for row in record["sizes"]):
-            lines += ["", "nanoGPT's sequences at once are as many as its step holds uncompiled; compiled, as it is "
-                      "timed, it may hold more."]  # fmt: skip
+            lines += [
+                "",
+                "nanoGPT's sequences at once are as many as its step holds uncompiled; compiled, as it is "
+                "timed, it may hold more.",
+            ]
         lines += ["", *targets(record["sizes"])]
-    lines += [f"- {split['size']}, where its time goes: {failed(split)}" for split in record.get("splits", [])
-              if "error" in split]  # fmt: skip
+    lines += [
+        f"- {split['size']}, where its time goes: {failed(split)}"
+        for split in record.get("splits", [])
+        if "error" in split
+    ]
     if splits := [split for split in record.get("splits", []) if "split_ms" in split]:
         lines += ["", "## Where our step's time goes, ms of the device; in brackets the floor"]
         parts = list(splits[0]["split_ms"])
-        rows = [[split["size"], *(f"{cell(split['split_ms'][part], 2)} ({cell(split['floor_ms'].get(part), 2) or '-'})"
-                                  for part in parts), cell(split["gap_eager_ms"], 2), cell(split["gap_graph_ms"], 2)]
-                for split in splits]  # fmt: skip
+        rows = [
+            [
+                split["size"],
+                *(
+                    f"{cell(split['split_ms'][part], 2)} ({cell(split['floor_ms'].get(part), 2) or '-'})"
+                    for part in parts
+                ),
+                cell(split["gap_eager_ms"], 2),
+                cell(split["gap_graph_ms"], 2),
+            ]
+            for split in splits
+        ]
         lines += table(f"size | {' | '.join(parts)} | gaps, eager | gaps, graph", rows)
     if record.get("ablation"):
-        rows = [[row.get("size", ""), row.get("by_torch", ""), failed(row) if "error" in row else cell(row["ms"], 2),
-                 cell(row.get("times_ours"), 3), cell(row.get("peak_bytes"), 1, 2**-30)]
-                for row in record["ablation"]]  # fmt: skip
+        rows = [
+            [
+                row.get("size", ""),
+                row.get("by_torch", ""),
+                failed(row) if "error" in row else cell(row["ms"], 2),
+                cell(row.get("times_ours"), 3),
+                cell(row.get("peak_bytes"), 1, 2**-30),
+            ]
+            for row in record["ablation"]
+        ]
         lines += ["", "## Our step, with parts of it given to torch"]
         lines += table("size | by torch | ms | x ours | peak GiB", rows)
     if record.get("ladder"):
-        rows = [[row["model"], row["kind"], str(row["processes"]), str(row["streams"]),
-                 failed(row) if "error" in row else count(row["tokens_per_s"]),
-                 count(row["flops_per_s"]) if "flops_per_s" in row else "", cell(row.get("times_alone"), 2)]
-                for row in record["ladder"]]  # fmt: skip
+        rows = [
+            [
+                row["model"],
+                row["kind"],
+                str(row["processes"]),
+                str(row["streams"]),
+                failed(row) if "error" in row else count(row["tokens_per_s"]),
+                count(row["flops_per_s"]) if "flops_per_s" in row else "",
+                cell(row.get("times_alone"), 2),
+            ]
+            for row in record["ladder"]
+        ]
         vocab, T = LADDER_SHAPE
         lines += ["", f"## Sizes of a sweep, {LADDER_TOKENS} tokens a step, V {vocab}, T {T}, all runs together"]
         lines += table("model | step | processes | streams | tokens/s | FLOP/s | x one graph alone", rows)
@@ -419,9 +470,11 @@ def targets(rows: list[dict]) -> list[str]:
         memory = next((row["memory_over_nanogpt"] for row in ours if row.get("memory_over_nanogpt")), None)
         mfu = best["mfu_nanogpt_count"]
         faster = cell(best.get("times_nanogpt"), 2) or "-"
-        lines.append(f"- {name}: fastest is {best['kind']}; MFU by nanoGPT's count {cell(mfu, 1, 100) or '-'}% (goal "
-                     f"{TARGETS[name]:.0%}), {faster}x nanoGPT (goal {FASTER}), memory {cell(memory, 2) or '-'}x "
-                     f"nanoGPT's at its micro-batch (goal {LEANER} at V 50k)")  # fmt: skip
+        lines.append(
+            f"- {name}: fastest is {best['kind']}; MFU by nanoGPT's count {cell(mfu, 1, 100) or '-'}% (goal "
+            f"{TARGETS[name]:.0%}), {faster}x nanoGPT (goal {FASTER}), memory {cell(memory, 2) or '-'}x "
+            f"nanoGPT's at its micro-batch (goal {LEANER} at V 50k)"
+        )
     return lines
 
 
@@ -459,11 +512,20 @@ def main() -> None:
     started = {size: start_size(bench, size) for size in bench.sizes if "sizes" in options.parts}
     ablation = [start_ablation(bench)] if "ablation" in options.parts else []
     ladder = start_ladder(bench) if "ladder" in options.parts else []
-    record = {"about": {
-        "command": " ".join(["python -m bench.gpu", *sys.argv[1:]]), "device": name, "date": time.strftime("%Y-%m-%d"),
-        "dtype": str(dtype).split(".")[1], "ceilings": ceilings, "peak": peak, "memory_bytes": memory,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(), "versions": versions(),
-        "cuda": torch.version.cuda}}  # fmt: skip
+    record = {
+        "about": {
+            "command": " ".join(["python -m bench.gpu", *sys.argv[1:]]),
+            "device": name,
+            "date": time.strftime("%Y-%m-%d"),
+            "dtype": str(dtype).split(".")[1],
+            "ceilings": ceilings,
+            "peak": peak,
+            "memory_bytes": memory,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "versions": versions(),
+            "cuda": torch.version.cuda,
+        }
+    }
 
     def keep() -> None:
         """What is known so far; of a dry run only where a folder is named."""

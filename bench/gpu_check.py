@@ -42,11 +42,23 @@ CHECKS = ("attention", "attention, rotary", "attention, rotary, QK-norm", "add_r
           "activation_linear", "rms_norm", "add_layer_norm", "layer_norm", "rotary", "swiglu")  # fmt: skip
 COMPILED = ("attention", "loss", "norms", "activation")
 ATTENTION = tuple(f"D{D} T{T} 65536 tokens" for T in (1024, 2048) for D in (64, 128))
-CASES = (("attention", ATTENTION[0]), ("attention", ATTENTION[1]), ("add_rms_norm", "C768 65536 tokens"),
-         ("linear_cross_entropy", "C768 V50257 16384 tokens"), ("attention", ATTENTION[2]), ("attention", ATTENTION[3]),
-         ("gelu", "F3072 65536 tokens"), ("rotary attention", ATTENTION[0]))  # fmt: skip
-TUNED = (("rotary attention", ATTENTION[0]), ("rotary attention", ATTENTION[1]), ("add_rms_norm", "C768 65536 tokens"),
-         ("linear_cross_entropy", "C768 V50257 16384 tokens"), ("gelu", "F3072 65536 tokens"))  # fmt: skip
+CASES = (
+    ("attention", ATTENTION[0]),
+    ("attention", ATTENTION[1]),
+    ("add_rms_norm", "C768 65536 tokens"),
+    ("linear_cross_entropy", "C768 V50257 16384 tokens"),
+    ("attention", ATTENTION[2]),
+    ("attention", ATTENTION[3]),
+    ("gelu", "F3072 65536 tokens"),
+    ("rotary attention", ATTENTION[0]),
+)
+TUNED = (
+    ("rotary attention", ATTENTION[0]),
+    ("rotary attention", ATTENTION[1]),
+    ("add_rms_norm", "C768 65536 tokens"),
+    ("linear_cross_entropy", "C768 V50257 16384 tokens"),
+    ("gelu", "F3072 65536 tokens"),
+)
 TESTS = "(dtype2 or bfloat16 or graph or kinds_agree or losses) and not sm_80"
 # The longest last.
 TESTED = ("step", "triton_backend", "norms", "cross_entropy", "activation", "rotary", "attention")
@@ -109,14 +121,29 @@ def plan(part: str, place: Place) -> list[Row]:
         # Without nanoGPT under another name, so that a call that has it does not take the row for done.
         rows = [of_bench_gpu("124M" if more or dry else "124M without nanoGPT", place, 0.55, more)]
         small = ("--data", "README.md", "--model", "16x1", "--tokens", "3e4", "--val-bytes", "2048") if dry else ()
-        rows += [Row("train.py", seconds=90, command=(python, "train.py", "--out", str(place.work / "runs"), *small),
-                     results="runs/*/summary.json")]  # fmt: skip
+        rows += [
+            Row(
+                "train.py",
+                seconds=90,
+                command=(python, "train.py", "--out", str(place.work / "runs"), *small),
+                results="runs/*/summary.json",
+            )
+        ]
         sanitizer = ("compute-sanitizer", "--report-api-errors=no", "--error-exitcode=1")
-        return [*rows, Row("compute-sanitizer", seconds=90, command=(*sanitizer, python, "-c", SANITIZED),
-                           environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))]  # fmt: skip
+        return [
+            *rows,
+            Row(
+                "compute-sanitizer",
+                seconds=90,
+                command=(*sanitizer, python, "-c", SANITIZED),
+                environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+            ),
+        ]
     if part == "tiles":
-        return [Row("device", "about"), *(Row(f"{name} {shape}", "tiles", {"operation": name, "shape": shape}, 120)
-                                          for name, shape in TUNED)]  # fmt: skip
+        return [
+            Row("device", "about"),
+            *(Row(f"{name} {shape}", "tiles", {"operation": name, "shape": shape}, 120) for name, shape in TUNED),
+        ]
     if part == "sizes":
         return [of_bench_gpu(size, place, 0.3, []) for size in ("10M", "50M", "350M")]
     data = ("README.md", "LOG.md") if dry else (f"{place.tokens}/train.bin", f"{place.tokens}/val.bin")
@@ -243,9 +270,16 @@ def run_row(row: Row, work: Path, limit: float) -> dict:
     interrupted, with all its processes, and killed five seconds later; what it has left until then is kept."""
     begun = time.time()
     try:
-        process = subprocess.Popen(row.command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   errors="replace", start_new_session=True,
-                                   env=os.environ | dict(row.environment))  # fmt: skip
+        process = subprocess.Popen(
+            row.command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+            env=os.environ | dict(row.environment),
+        )
     except FileNotFoundError:
         return {"error": f"{row.command[0]}: not installed here"}
     got = {}

@@ -41,16 +41,26 @@ class Jobs:
 
     def about(self) -> dict:
         """The device and the versions of what runs on it."""
-        found = {"versions": versions(), "python": platform.python_version(), "numpy": numpy.__version__,
-                 "kernels": kernels.backend(self.device)[1]}  # fmt: skip
+        found = {
+            "versions": versions(),
+            "python": platform.python_version(),
+            "numpy": numpy.__version__,
+            "kernels": kernels.backend(self.device)[1],
+        }
         if self.device.type != "cuda":
             return found | {"device": "a CPU: these numbers mean nothing"}
         known = torch.cuda.get_device_properties(self.device)
-        driver = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-                                capture_output=True, text=True).stdout.strip()  # fmt: skip
-        return found | {"device": known.name, "driver": driver, "cuda": torch.version.cuda,
-                        "memory_bytes": known.total_memory, "multiprocessors": known.multi_processor_count,
-                        "l2_bytes": known.L2_cache_size}  # fmt: skip
+        driver = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+        ).stdout.strip()
+        return found | {
+            "device": known.name,
+            "driver": driver,
+            "cuda": torch.version.cuda,
+            "memory_bytes": known.total_memory,
+            "multiprocessors": known.multi_processor_count,
+            "l2_bytes": known.L2_cache_size,
+        }
 
     def check(self, name: str) -> dict:
         """One operation against float64, forward and every gradient."""
@@ -91,8 +101,9 @@ class Jobs:
         width, layers, head, vocab, T = TINY if self.bench.dry else SIZES[size]
         sequences = 2 if self.bench.dry else STEP_TOKENS // T
         release(self.device)
-        ours = Ours(kind, shape_of([width, layers, head, vocab, T]), sequences, sequences, self.device,
-                    self.bench.dtype)  # fmt: skip
+        ours = Ours(
+            kind, shape_of([width, layers, head, vocab, T]), sequences, sequences, self.device, self.bench.dtype
+        )
         losses = []
         peak = peak_bytes(lambda: losses.extend(float(ours.step()[0]) for _ in range(6)), self.device)
         if not all(map(math.isfinite, losses)):

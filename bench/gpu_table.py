@@ -46,18 +46,35 @@ def lines(rows: dict[str, dict]) -> Iterator[Line]:
         D, T, *_ = shape.split()
         us = times(rows.get(f"first attention {shape}"))
         if T == "T1024":
-            yield Line(f"attention forward {D} {T}, speed over SDPA cuDNN", ratio(us, "forward", "SDPA cuDNN", "ours"),
-                       1.0 if D == "D64" else 0.95, part="attention, rotary")  # fmt: skip
-        yield Line(f"attention backward {D} {T}, speed over SDPA flash", ratio(us, "backward", "SDPA flash", "ours"),
-                   1.2, part="attention, rotary")  # fmt: skip
+            yield Line(
+                f"attention forward {D} {T}, speed over SDPA cuDNN",
+                ratio(us, "forward", "SDPA cuDNN", "ours"),
+                1.0 if D == "D64" else 0.95,
+                part="attention, rotary",
+            )
+        yield Line(
+            f"attention backward {D} {T}, speed over SDPA flash",
+            ratio(us, "backward", "SDPA flash", "ours"),
+            1.2,
+            part="attention, rotary",
+        )
     norm = rows.get("first add_rms_norm C768 65536 tokens", {}).get("rows", [])
     for direction in ("forward", "backward"):
         shares = [row["of_ceiling"] for row in norm if (row["direction"], row["who"]) == (direction, "ours")]
-        yield Line(f"add + RMSNorm {direction}, share of a copy's bandwidth", shares[0] if shares else None, 0.9,
-                   part="norm, activation")  # fmt: skip
+        yield Line(
+            f"add + RMSNorm {direction}, share of a copy's bandwidth",
+            shares[0] if shares else None,
+            0.9,
+            part="norm, activation",
+        )
     us = times(rows.get("first linear_cross_entropy C768 V50257 16384 tokens"))
-    yield Line("output layer and loss, time over that of their matrix products",
-               ratio(us, "both", "ours", "matrix products alone"), 1.15, most=True, part="loss")  # fmt: skip
+    yield Line(
+        "output layer and loss, time over that of their matrix products",
+        ratio(us, "both", "ours", "matrix products alone"),
+        1.15,
+        most=True,
+        part="loss",
+    )
     beside = sizes_of(rows.get("second 124M")) or sizes_of(rows.get("second 124M without nanoGPT"))
     speeds = [rows.get(f"first 124M {kind}", {}).get("tokens_per_s", 0) for kind in ("graph", "eager")]
     speeds += [row.get("tokens_per_s", 0) for row in beside if row["who"] == "nanochin"]
@@ -114,12 +131,17 @@ def markdown(rows: dict[str, dict], planned: list[str], dry: bool) -> str:
     text += [f"| {' | '.join(line.cells())} |" for line in found]
     for kind in ("graph", "eager"):
         if row := good.get(f"first 124M {kind}"):
-            text += ["", f"124M by {kind}, 65,536 tokens a step: {row['ms']:.1f} ms, {row['tokens_per_s']:,.0f} "
-                     f"tokens/s, {row['peak_bytes'] / 2**30:.1f} GiB at most, loss {row['losses'][0]:.4f}, after "
-                     f"{len(row['losses'])} steps {row['losses'][-1]:.4f}."]  # fmt: skip
+            text += [
+                "",
+                f"124M by {kind}, 65,536 tokens a step: {row['ms']:.1f} ms, {row['tokens_per_s']:,.0f} "
+                f"tokens/s, {row['peak_bytes'] / 2**30:.1f} GiB at most, loss {row['losses'][0]:.4f}, after "
+                f"{len(row['losses'])} steps {row['losses'][-1]:.4f}.",
+            ]
     if split := good.get("first 124M eager", {}).get("split_ms"):
-        text += ["", "Milliseconds of the device by part: "
-                 + ", ".join(f"{name} {ms:.2f}" for name, ms in split.items()) + "."]  # fmt: skip
+        text += [
+            "",
+            "Milliseconds of the device by part: " + ", ".join(f"{name} {ms:.2f}" for name, ms in split.items()) + ".",
+        ]
         text += ["", "What to change first, by the share of a step that reaching the goal would save:", ""]
         text += [f"- {gain:.1%}: {what}" for gain, what in to_change_first(found, split)] or ["- nothing is behind"]
     if law := good.get("sweep quick", {}).get("result", {}).get("approach2"):
@@ -128,8 +150,9 @@ def markdown(rows: dict[str, dict], planned: list[str], dry: bool) -> str:
     if tuned:
         text += ["", "Tiles that are faster than the shipped ones:", ""]
         text += [f"- {one['what']}: {one['best']}, {one['gain']:.2f}x" for one in tuned]
-    failed = [f"- {name}: {rows[name]['error'] if name in rows else 'not measured'}" for name in planned
-              if name not in good]  # fmt: skip
+    failed = [
+        f"- {name}: {rows[name]['error'] if name in rows else 'not measured'}" for name in planned if name not in good
+    ]
     text += ["", "Rows that failed or are missing:", "", *failed] if failed else []
     return "\n".join(text) + "\n"
 
@@ -144,11 +167,16 @@ def heading(good: dict[str, dict], dry: bool) -> list[str]:
     versions = about.get("versions", {})
     text = [f"# Measured on {about.get('device', 'a device that no row names')}", ""]
     text += ["**A dry run on a CPU: these numbers mean nothing.**", ""] if dry else []
-    text += [f"`bench/gpu_check.sh`, torch {versions.get('torch', '?')}, Triton {versions.get('triton', '?')}, driver "
-             f"{about.get('driver', '?')}, commit {versions.get('git', '?')}.", ""]  # fmt: skip
+    text += [
+        f"`bench/gpu_check.sh`, torch {versions.get('torch', '?')}, Triton {versions.get('triton', '?')}, driver "
+        f"{about.get('driver', '?')}, commit {versions.get('git', '?')}.",
+        "",
+    ]
     if ceilings := good.get("first ceilings"):
-        text += [f"Ceilings: {ceilings['flops'] / 1e12:.0f} TFLOP/s (matrix product), "
-                 f"{ceilings['bytes'] / 1e9:.0f} GB/s (copy)."]  # fmt: skip
+        text += [
+            f"Ceilings: {ceilings['flops'] / 1e12:.0f} TFLOP/s (matrix product), "
+            f"{ceilings['bytes'] / 1e9:.0f} GB/s (copy)."
+        ]
     return text
 
 

@@ -135,8 +135,9 @@ class Ours:
         self.batch = torch.randint(shape.vocab_size, (sequences, shape.seq_len + 1))
         optimizer = Adam(self.model, "adamw", 1e-3, (0.9, 0.95), 0.1)
         record = {} if device.type == "cuda" else {"record": Replay}
-        self.train_on = Fixed(kind, train.optimizer_step, self.model, optimizer, micro_batch, 1.0, 0, Fixed.refuse,
-                              **record)  # fmt: skip
+        self.train_on = Fixed(
+            kind, train.optimizer_step, self.model, optimizer, micro_batch, 1.0, 0, Fixed.refuse, **record
+        )
         self.parameters = optimizer.parameters
 
     @property
@@ -305,13 +306,17 @@ def shape_of(size: list[int]) -> Shape:
 # scales the loss's gradients.
 CATEGORIES = {
     "matmul": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "attention, rotary": ("nanochin::attention", "nanochin::rotary", "aten::_scaled_dot_product",
-                          "aten::_flash_attention"),
+    "attention, rotary": (
+        "nanochin::attention",
+        "nanochin::rotary",
+        "aten::_scaled_dot_product",
+        "aten::_flash_attention",
+    ),
     "norm, activation": ("nanochin::norm", "nanochin::activation", "aten::gelu", "aten::sum"),
     "loss": ("nanochin::linear_cross_entropy", "aten::_softmax", "aten::_log_softmax", "aten::nll_loss", "aten::mul"),
     "optimizer": ("aten::_fused_adam", "aten::_foreach", "aten::linalg_vector_norm"),
     "embedding, casts": ("aten::embedding", "aten::index_select", "aten::copy_"),
-}  # fmt: skip
+}
 
 
 def profile(function: Callable[[], object], device: torch.device) -> dict[str, float]:

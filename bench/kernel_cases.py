@@ -79,9 +79,16 @@ def attention_cases(bench: Bench) -> Iterator[Case]:
         if tokens == 65536 or bench.dry:  # each shape takes it 10 s to compile
             contenders["flex_attention"] = Contender(lambda q, k, v, mask=mask: flex(q, k, v, block_mask=mask()), split)
         forward = 2 * B * H * T * T * D
-        yield Case("attention", "attention", f"D{D} T{T} {tokens} tokens",
-                   lambda size=(B, T, 3 * H * D): [bench.randn(*size)], contenders, ("forward", "backward"),
-                   {"forward": forward, "backward": 2.5 * forward}, {})  # fmt: skip
+        yield Case(
+            "attention",
+            "attention",
+            f"D{D} T{T} {tokens} tokens",
+            lambda size=(B, T, 3 * H * D): [bench.randn(*size)],
+            contenders,
+            ("forward", "backward"),
+            {"forward": forward, "backward": 2.5 * forward},
+            {},
+        )
 
 
 def rotary_attention_cases(bench: Bench) -> Iterator[Case]:
@@ -104,9 +111,16 @@ def rotary_attention_cases(bench: Bench) -> Iterator[Case]:
             backend = getattr(SDPBackend, f"{name.upper()}_ATTENTION")
             contenders[f"SDPA {name}"] = Contender(functools.partial(sdpa, H=H, backend=backend))
         forward = 2 * tokens * H * T * D
-        yield Case("rotary attention", "rotary attention", f"D{D} T{T} {tokens} tokens",
-                   lambda size=(tokens // T, T, 3 * H * D): [bench.randn(*size)], contenders, ("forward", "backward"),
-                   {"forward": forward, "backward": 2.5 * forward}, {})  # fmt: skip
+        yield Case(
+            "rotary attention",
+            "rotary attention",
+            f"D{D} T{T} {tokens} tokens",
+            lambda size=(tokens // T, T, 3 * H * D): [bench.randn(*size)],
+            contenders,
+            ("forward", "backward"),
+            {"forward": forward, "backward": 2.5 * forward},
+            {},
+        )
 
 
 def torch_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, qk_norm: bool = False) -> Tensor:
@@ -156,8 +170,11 @@ def norm_cases(bench: Bench) -> Iterator[Case]:
             for add in (False, True):
                 eager = functools.partial(torch_add_norm if add else torch_norm, name)
                 operation = f"add_{name}" if add else name
-                contenders = {"ours": Contender(getattr(kernels, operation)), "eager": Contender(eager),
-                              "torch.compile": Contender(bench.compiled(eager))}  # fmt: skip
+                contenders = {
+                    "ours": Contender(getattr(kernels, operation)),
+                    "eager": Contender(eager),
+                    "torch.compile": Contender(bench.compiled(eager)),
+                }
                 if not add and (theirs := liger(f"liger_{name}")):
                     eps = 1e-6 if name == "rms_norm" else 1e-5
                     contenders["Liger"] = Contender(lambda *xs, f=theirs, eps=eps: f(*xs, eps))
@@ -168,8 +185,9 @@ def norm_cases(bench: Bench) -> Iterator[Case]:
 
                 number = tokens * C * torch.finfo(bench.dtype).bits // 8
                 moved = {"forward": (4 if add else 2) * number, "backward": (4 if add else 3) * number}
-                yield Case("norms", operation, f"C{C} {tokens} tokens", inputs, contenders, ("forward", "backward"),
-                           {}, moved)  # fmt: skip
+                yield Case(
+                    "norms", operation, f"C{C} {tokens} tokens", inputs, contenders, ("forward", "backward"), {}, moved
+                )
 
 
 def elementwise_cases(bench: Bench) -> Iterator[Case]:
@@ -185,17 +203,34 @@ def elementwise_cases(bench: Bench) -> Iterator[Case]:
         return {who: Contender(function) for who, function in functions.items()}
 
     for norm in (False, True):
-        contenders = against(lambda qkv, norm=norm: torch_rotary(qkv, *tables(qkv, H), norm),
-                             lambda x, norm=norm: kernels.rotary(x, H, 10_000.0, norm))  # fmt: skip
+        contenders = against(
+            lambda qkv, norm=norm: torch_rotary(qkv, *tables(qkv, H), norm),
+            lambda x, norm=norm: kernels.rotary(x, H, 10_000.0, norm),
+        )
         moved = {"forward": 6 * B * T * H * D * size, "backward": (10 if norm else 6) * B * T * H * D * size}
-        yield Case("elementwise", "rotary and qk-norm" if norm else "rotary", f"H{H} D{D} T{T} {B * T} tokens",
-                   lambda: [bench.randn(B, T, 3 * H * D)], contenders, ("forward", "backward"), {}, moved)  # fmt: skip
+        yield Case(
+            "elementwise",
+            "rotary and qk-norm" if norm else "rotary",
+            f"H{H} D{D} T{T} {B * T} tokens",
+            lambda: [bench.randn(B, T, 3 * H * D)],
+            contenders,
+            ("forward", "backward"),
+            {},
+            moved,
+        )
     for kind, theirs, ups in (("gelu", F.gelu, 1), ("swiglu", swiglu, 2)):
         contenders = against(theirs, lambda x, kind=kind: kernels.activation(x, kind))
         number = B * T * width * size
-        yield Case("elementwise", kind, f"F{width} {B * T} tokens", lambda u=ups: [bench.randn(B * T, u * width)],
-                   contenders, ("forward", "backward"), {},
-                   {"forward": (1 + ups) * number, "backward": (1 + 2 * ups) * number})  # fmt: skip
+        yield Case(
+            "elementwise",
+            kind,
+            f"F{width} {B * T} tokens",
+            lambda u=ups: [bench.randn(B * T, u * width)],
+            contenders,
+            ("forward", "backward"),
+            {},
+            {"forward": (1 + ups) * number, "backward": (1 + 2 * ups) * number},
+        )
 
 
 def loss_cases(bench: Bench) -> Iterator[Case]:
@@ -217,16 +252,25 @@ def loss_cases(bench: Bench) -> Iterator[Case]:
         contenders = {
             "ours": Contender(kernels.linear_cross_entropy),
             "matrix products alone": Contender(_ThreeProducts.apply, lambda inputs: [inputs[0], pad(inputs[1])]),
-            "eager": Contender(eager), "torch.compile": Contender(bench.compiled(eager)),
-        }  # fmt: skip
+            "eager": Contender(eager),
+            "torch.compile": Contender(bench.compiled(eager)),
+        }
         if hasattr(F, "linear_cross_entropy"):
             contenders["F.linear_cross_entropy"] = Contender(F.linear_cross_entropy)
             chunked = functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
             contenders["F.linear_cross_entropy chunked"] = Contender(chunked)
         if theirs := liger("liger_fused_linear_cross_entropy"):
             contenders["Liger"] = Contender(theirs)
-        yield Case("loss", "linear_cross_entropy", f"C{C} V{V} {tokens} tokens", inputs, contenders, ("both",),
-                   {"both": 6 * tokens * C * V}, {})  # fmt: skip
+        yield Case(
+            "loss",
+            "linear_cross_entropy",
+            f"C{C} V{V} {tokens} tokens",
+            inputs,
+            contenders,
+            ("both",),
+            {"both": 6 * tokens * C * V},
+            {},
+        )
 
 
 class _ThreeProducts(torch.autograd.Function):

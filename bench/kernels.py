@@ -48,8 +48,10 @@ class Options:
     sweep: bool = opt(False, "try the neighbours of the configurations in kernels/ and print which to ship")
     dry_run: bool = opt(False, "tiny shapes on the CPU, interpreted: whether this command works, no more")
     minutes: float = opt(7.5, "what is not timed by then is left out, with a note", above=0)
-    only: tuple[str, ...] = opt((), "cases whose operation and shape contain one of these, such as 'attention D64'; "
-                                    "writes nothing without --out")  # fmt: skip
+    only: tuple[str, ...] = opt(
+        (),
+        "cases whose operation and shape contain one of these, such as 'attention D64'; writes nothing without --out",
+    )
     out: str = opt("", "folder of the JSON and the table (default: bench/results)")
 
 
@@ -155,8 +157,14 @@ def run_contender(case, direction, who, inputs, bench, limits) -> Row:
         return Row(**place, error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200])
     flops, moved = case.flops.get(direction), case.bytes.get(direction)
     share = flops / took / limits["flops"] if flops else moved / took / limits["bytes"]
-    return Row(**place, us=took * 1e6, tflops=flops and flops / took / 1e12, gbs=moved and moved / took / 1e9,
-               of_ceiling=share, peak_mib=peak)  # fmt: skip
+    return Row(
+        **place,
+        us=took * 1e6,
+        tflops=flops and flops / took / 1e12,
+        gbs=moved and moved / took / 1e9,
+        of_ceiling=share,
+        peak_mib=peak,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -236,9 +244,13 @@ def sweep(bench: Bench, only: tuple[str, ...]) -> None:
         if not wanted(case, only) or not only and not bench.dry and not any(shape in case.shape for shape in shapes):
             continue
         for found in tuned(case, bench):
-            print(f"{found['what']}: as shipped {found['shipped_us']:.1f} us; ship {found['best']}: "
-                  f"{found['best_us']:.1f} us ({found['gain']:.3f}x; {found['failed']} of {found['tried']} failed)"
-                  if "error" not in found else f"{found['what']}: as shipped {found['error']}", flush=True)  # fmt: skip
+            print(
+                f"{found['what']}: as shipped {found['shipped_us']:.1f} us; ship {found['best']}: "
+                f"{found['best_us']:.1f} us ({found['gain']:.3f}x; {found['failed']} of {found['tried']} failed)"
+                if "error" not in found
+                else f"{found['what']}: as shipped {found['error']}",
+                flush=True,
+            )
 
 
 def tuned(case: Case, bench: Bench) -> Iterator[dict]:
@@ -255,9 +267,16 @@ def tuned(case: Case, bench: Bench) -> Iterator[dict]:
             continue
         us = {change: 1e6 * took for change, took in tried.items() if took}
         best = min(us, key=us.get)
-        yield {"what": what, "shipped_us": us["as shipped"], "best": best, "best_us": us[best],
-               "gain": us["as shipped"] / us[best], "us": us, "tried": len(tried),
-               "failed": len(tried) - len(us)}  # fmt: skip
+        yield {
+            "what": what,
+            "shipped_us": us["as shipped"],
+            "best": best,
+            "best_us": us[best],
+            "gain": us["as shipped"] / us[best],
+            "us": us,
+            "tried": len(tried),
+            "failed": len(tried) - len(us),
+        }
         if bench.dry:
             return
 
@@ -307,10 +326,11 @@ def neighbours(case, direction, module, name, kernel, numbers, bench) -> Iterato
     changes = [
         {number: value}
         for number in numbers
-        for value in ((seen[number] - 1, seen[number] + 1) if number == "num_stages"
-                      else (seen[number] // 2, seen[number] * 2))
+        for value in (
+            (seen[number] - 1, seen[number] + 1) if number == "num_stages" else (seen[number] // 2, seen[number] * 2)
+        )
         if value >= 1
-    ]  # fmt: skip
+    ]
     if kernel is not None:
         candidates = importlib.import_module("kernels.attention").CANDIDATES.get((kernel, seen["D"]), ())
         changes += [dict(zip(numbers, tile, strict=True)) for tile in candidates]
@@ -321,8 +341,10 @@ def neighbours(case, direction, module, name, kernel, numbers, bench) -> Iterato
         try:
             torch.manual_seed(0)  # the same seeds of the gradients
             got, took = run(change)
-            same = all(torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2 * b.abs().max().item())
-                       for a, b in zip(got, want, strict=True))  # fmt: skip
+            same = all(
+                torch.allclose(a.float(), b.float(), rtol=2e-2, atol=2e-2 * b.abs().max().item())
+                for a, b in zip(got, want, strict=True)
+            )
             yield label, took if same else None
         except Exception:  # too much shared memory, say
             yield label, None
@@ -392,15 +414,21 @@ def targets(rows: list[Row]) -> list[str]:
     short = lambda shape: "T512 " in shape or "T1024 " in shape  # noqa: E731
     norms = [row.of_ceiling for row in rows if row.group == "norms" and row.who == "ours" and row.of_ceiling]
     found = [
-        ("attention forward, T <= 1024: time of SDPA flash / ours, at least 1.2",
-         ratios("SDPA flash", "ours", "forward", where=short), min),
-        ("attention forward, T <= 1024: time of SDPA cuDNN / ours, at least 0.9",
-         ratios("SDPA cuDNN", "ours", "forward", where=short), min),
+        (
+            "attention forward, T <= 1024: time of SDPA flash / ours, at least 1.2",
+            ratios("SDPA flash", "ours", "forward", where=short),
+            min,
+        ),
+        (
+            "attention forward, T <= 1024: time of SDPA cuDNN / ours, at least 0.9",
+            ratios("SDPA cuDNN", "ours", "forward", where=short),
+            min,
+        ),
         ("attention backward: time of SDPA flash / ours, at least 1", ratios("SDPA flash", "ours", "backward"), min),
         ("norms: share of copy bandwidth, at least 0.9", norms, min),
         ("loss: time of ours / its matrix products, at most 1.2", ratios("ours", "matrix products alone", "both"), max),
         ("loss: memory of ours / eager, below 0.25", ratios("ours", "eager", "both", "peak_mib"), max),
-    ]  # fmt: skip
+    ]
     return [f"- {target}; worst of {len(values)}: {worst(values):.2f}" for target, values, worst in found if values]
 
 
@@ -418,8 +446,13 @@ def main() -> None:
     if backend == "fallback":
         raise UserError(f"nothing of ours to time: {why}")
     cuda = device.type == "cuda"
-    bench = Bench(device, torch.bfloat16 if cuda else torch.float32, options.dry_run, start + 60 * options.minutes,
-                  torch.cuda.get_device_properties(device).L2_cache_size if cuda else 0)  # fmt: skip
+    bench = Bench(
+        device,
+        torch.bfloat16 if cuda else torch.float32,
+        options.dry_run,
+        start + 60 * options.minutes,
+        torch.cuda.get_device_properties(device).L2_cache_size if cuda else 0,
+    )
     if not any(wanted(case, options.only) for case in all_cases(bench)):
         raise UserError(f"--only {' '.join(options.only)}: no case has this in its operation and shape")
     repeat_backwards()
@@ -429,9 +462,15 @@ def main() -> None:
 
     import triton
 
-    about = {"device": torch.cuda.get_device_name(device) if cuda else "a CPU, interpreted: these times mean nothing",
-             "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "triton": triton.__version__,
-             "cuda": torch.version.cuda, "dtype": str(bench.dtype).split(".")[1], "backend": why}  # fmt: skip
+    about = {
+        "device": torch.cuda.get_device_name(device) if cuda else "a CPU, interpreted: these times mean nothing",
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "dtype": str(bench.dtype).split(".")[1],
+        "backend": why,
+    }
     about |= {"checks": check_all(bench), "ceilings": ceilings(bench)}
     rows, text = [], ""
     for case in filter(lambda case: wanted(case, options.only), all_cases(bench)):

@@ -66,8 +66,9 @@ def total(groups: list[Saved]) -> int:
 def of_ours(shape: Shape, sequences: int, dtype: torch.dtype = torch.bfloat16) -> list[Saved]:
     """Our model's on Triton operations."""
     with kernels.use("triton"):  # a first step makes the table of angles, which is kept for good and must not be fake
-        importlib.import_module("kernels.rotary").table_for(torch.empty(1, shape.seq_len, 3 * shape.width), shape.heads,
-                                                            ROTARY_THETA)  # fmt: skip
+        importlib.import_module("kernels.rotary").table_for(
+            torch.empty(1, shape.seq_len, 3 * shape.width), shape.heads, ROTARY_THETA
+        )
     with FakeTensorMode(allow_non_fake_inputs=True), kernels.use("triton"):
         model, tokens = GPT(shape, dtype=dtype), torch.zeros(sequences, shape.seq_len, dtype=torch.long)
         return saved(lambda: model(tokens, tokens), list(model.parameters()))
@@ -83,8 +84,15 @@ def of_nanogpt(folder: str, shape: Shape, sequences: int, *, compiled: bool) -> 
         raise UserError(
             f"--nanogpt {folder}: has no model.py; give a checkout of github.com/karpathy/nanoGPT"
         ) from None
-    config = theirs.GPTConfig(block_size=shape.seq_len, vocab_size=shape.vocab_size, n_layer=shape.layers,
-                              n_head=shape.heads, n_embd=shape.width, dropout=0.0, bias=False)  # fmt: skip
+    config = theirs.GPTConfig(
+        block_size=shape.seq_len,
+        vocab_size=shape.vocab_size,
+        n_layer=shape.layers,
+        n_head=shape.heads,
+        n_embd=shape.width,
+        dropout=0.0,
+        bias=False,
+    )
     torch._dynamo.reset()
     with contextlib.nullcontext() if compiled else FakeTensorMode(), contextlib.redirect_stdout(io.StringIO()):
         model, tokens = theirs.GPT(config), torch.zeros(sequences, shape.seq_len, dtype=torch.long)
@@ -109,8 +117,10 @@ def table(groups: list[Saved], tokens: int) -> str:
     lines = ["| shape | dtype | tensors | GiB | bytes a token |", "|---|---|---|---|---|"]
     for group in groups:
         if group.bytes > total(groups) / 1000:
-            lines.append(f"| {' x '.join(map(str, group.shape))} | {str(group.dtype).split('.')[1]} | {group.count} | "
-                         f"{group.bytes / 2**30:.3f} | {group.bytes / tokens:,.0f} |")  # fmt: skip
+            lines.append(
+                f"| {' x '.join(map(str, group.shape))} | {str(group.dtype).split('.')[1]} | {group.count} | "
+                f"{group.bytes / 2**30:.3f} | {group.bytes / tokens:,.0f} |"
+            )
     return "\n".join([*lines, f"| all | | | {total(groups) / 2**30:.2f} | {total(groups) / tokens:,.0f} |"])
 
 
@@ -120,8 +130,9 @@ class Options:
 
 
 def main() -> None:
-    options = parse(Options, prog="python -m bench.saved_memory",
-                    description="What a step keeps for its backward pass.")  # fmt: skip
+    options = parse(
+        Options, prog="python -m bench.saved_memory", description="What a step keeps for its backward pass."
+    )
     if not kernels.has_triton():
         raise UserError("counting what Triton operations keep needs triton: pip install triton")
     ours = of_ours(SHAPE, SEQUENCES)

@@ -199,9 +199,17 @@ def main() -> None:
     text = table(rows, peak)
     print(f"{text}\n\nspeed and memory are ratios to nanoGPT's fastest variant; {source}")
     if options.json:
-        about = {"command": "python -m bench.train_throughput " + " ".join(sys.argv[1:]), "device": device_name(device),
-                 "cpu": cpu_name(), "threads": options.threads, "date": time.strftime("%Y-%m-%d"), "load": load(),
-                 "peak_flops": peak, "peak_source": source, "versions": versions()}  # fmt: skip
+        about = {
+            "command": "python -m bench.train_throughput " + " ".join(sys.argv[1:]),
+            "device": device_name(device),
+            "cpu": cpu_name(),
+            "threads": options.threads,
+            "date": time.strftime("%Y-%m-%d"),
+            "load": load(),
+            "peak_flops": peak,
+            "peak_source": source,
+            "versions": versions(),
+        }
         Path(options.json).write_text(json.dumps(about | {"options": asdict(options), "rows": rows}, indent=1) + "\n")
         note = f"{about['cpu']}, {device}, {options.threads} threads, torch {torch.__version__}, {about['date']}"
         Path(options.json).with_suffix(".md").write_text(f"`{about['command']}`\n\n{note}\n\n```\n{text}\n```\n")

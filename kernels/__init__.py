@@ -97,8 +97,10 @@ def flop_formulas() -> dict:
         return 2 * forward(q, q)
 
     aten = torch.ops.aten
-    formulas = {aten._scaled_dot_product_flash_attention_for_cpu: forward,
-                aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}  # fmt: skip
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: forward,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
     for name in TRITON_MODULES:
         formulas |= getattr(sys.modules.get(f"kernels.{name}"), "FLOP_FORMULAS", {})
     return formulas

@@ -182,9 +182,14 @@ def aot():
             ("forward", _forward, ("X", "Y")),
             ("backward", _backward, ("G", "X", "DX", "Y")),
         ):
-            yield {"label": f"{kind} {direction} bf16", "kernel": kernel,
-                   "signature": dict.fromkeys(pointers, "*bf16") | {"M": "i32", "F": "i32"},
-                   "constexprs": {"KIND": kind} | config, "num_warps": warps, "num_stages": 3}  # fmt: skip
+            yield {
+                "label": f"{kind} {direction} bf16",
+                "kernel": kernel,
+                "signature": dict.fromkeys(pointers, "*bf16") | {"M": "i32", "F": "i32"},
+                "constexprs": {"KIND": kind} | config,
+                "num_warps": warps,
+                "num_stages": 3,
+            }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -75,8 +75,9 @@ def _load(x, b, head, row, T, heads, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_
 
 
 @triton.jit
-def _store(x, tile, b, head, row, T, heads, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-           TMA: tl.constexpr):  # fmt: skip
+def _store(
+    x, tile, b, head, row, T, heads, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
+):
     """Rows before T and columns before D of `tile`."""
     if TMA:
         x.store([b, head, row, 0], tile.reshape(1, 1, ROWS, BLOCK_D))
@@ -147,10 +148,12 @@ def _forward(qk_m, qk_n, v_n, o_m, lse, T, H, scale, D: tl.constexpr, BLOCK_D: t
     acc = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
     diagonal = start // BLOCK_N * BLOCK_N
     end = tl.minimum(start + BLOCK_M, T)
-    acc, total, top = _attend(acc, total, top, q, qk_n, v_n, rows, 0, diagonal, b, h, T, H, scale,
-                              D, BLOCK_D, BLOCK_N, TMA, ROTATED, False)  # fmt: skip
-    acc, total, top = _attend(acc, total, top, q, qk_n, v_n, rows, diagonal, end, b, h, T, H, scale,
-                              D, BLOCK_D, BLOCK_N, TMA, ROTATED, True)  # fmt: skip
+    acc, total, top = _attend(
+        acc, total, top, q, qk_n, v_n, rows, 0, diagonal, b, h, T, H, scale, D, BLOCK_D, BLOCK_N, TMA, ROTATED, False
+    )
+    acc, total, top = _attend(
+        acc, total, top, q, qk_n, v_n, rows, diagonal, end, b, h, T, H, scale, D, BLOCK_D, BLOCK_N, TMA, ROTATED, True
+    )
     _store(o_m, (acc / total[:, None]).to(q.dtype), b, h, start, T, H, D, BLOCK_M, BLOCK_D, TMA)
     _store_rows(lse, top + tl.log2(total), b * H + h, start, T, BLOCK_M)
 
@@ -195,10 +198,12 @@ def _backward_q(qk_m, qk_n, v_n, o_m, do_m, lse, delta, dqkv, dqkv_m, table, r, 
     dq = tl.full((BLOCK_M, BLOCK_D), 0.0, tl.float32)
     diagonal = start // BLOCK_N * BLOCK_N
     end = tl.minimum(start + BLOCK_M, T)
-    dq = _sum_dq(dq, q, do, L, dl, qk_n, v_n, rows, 0, diagonal, b, h, T, H, scale,
-                 D, BLOCK_D, BLOCK_N, TMA, ROTATED, False)  # fmt: skip
-    dq = _sum_dq(dq, q, do, L, dl, qk_n, v_n, rows, diagonal, end, b, h, T, H, scale,
-                 D, BLOCK_D, BLOCK_N, TMA, ROTATED, True)  # fmt: skip
+    dq = _sum_dq(
+        dq, q, do, L, dl, qk_n, v_n, rows, 0, diagonal, b, h, T, H, scale, D, BLOCK_D, BLOCK_N, TMA, ROTATED, False
+    )
+    dq = _sum_dq(
+        dq, q, do, L, dl, qk_n, v_n, rows, diagonal, end, b, h, T, H, scale, D, BLOCK_D, BLOCK_N, TMA, ROTATED, True
+    )
     dq *= scale
     if ROTATED:
         _store_rotated_back(dqkv, dq, qk_m, table, r, b, h, start, T, H, D, BLOCK_M, BLOCK_D, TMA)
@@ -326,8 +331,15 @@ def configure(kernel, target: str, dtype: torch.dtype, T: int, D: int) -> dict:
     tma = half and aligned and target != "sm_80"
     rows = "float32" if not half else "odd" if not aligned else "short" if T <= 64 else target
     tile = TILES[rows, 64 if D <= 64 else 128][KERNELS.index(kernel)]
-    return {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "BLOCK_M": tile.m, "BLOCK_N": tile.n, "TMA": tma,
-            "num_warps": tile.warps, "num_stages": tile.stages}  # fmt: skip
+    return {
+        "D": D,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_M": tile.m,
+        "BLOCK_N": tile.n,
+        "TMA": tma,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
 
 
 GATED_HEADS = {80: (64, 128), 86: (64, 128), 89: (64, 128), 90: (32, 64, 96, 128), 120: (64, 128)}  # most used

@@ -60,8 +60,9 @@ def _loss_and_gradient(Logits, Targets, Loss, M, V, stride, ignore_index, z_loss
             x = tl.load(row[:, None] + cols[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
             dx = tl.exp2((x.to(tl.float32) - top[:, None]) * LOG2E) * scale[:, None]
             dx = tl.where(cols[None, :] == target[:, None], dx - 1, dx)
-            tl.store(row[:, None] + cols[None, :], dx.to(Logits.dtype.element_ty), mask=inside,
-                     eviction_policy="evict_first")  # fmt: skip
+            tl.store(
+                row[:, None] + cols[None, :], dx.to(Logits.dtype.element_ty), mask=inside, eviction_policy="evict_first"
+            )
 
 
 def _config(V: int, train: bool) -> dict:
@@ -99,7 +100,8 @@ def head(
         logits = buffer[: len(x), :V]
         torch.mm(x, weight.T, out=logits)
         _loss_and_gradient[(triton.cdiv(len(x), config["ROWS"]),)](
-            logits, target, loss, len(x), V, stride, ignore_index, z_loss, GRADIENT=train, **config)  # fmt: skip
+            logits, target, loss, len(x), V, stride, ignore_index, z_loss, GRADIENT=train, **config
+        )
         if train:
             torch.mm(logits, weight, out=dh[chunk])
             _add_product(dweight, logits, x, first=start == 0)
@@ -154,11 +156,26 @@ def aot():
         for train in (False, True):
             config = _config(V, train)
             warps = config.pop("num_warps")
-            signature = {"Logits": "*bf16", "Targets": "*i64", "Loss": "*fp32", "M": "i32", "V": "i32", "stride": "i32",
-                         "ignore_index": "i32", "z_loss": "fp32"}  # fmt: skip
-            yield {"label": f"cross-entropy{' and gradient' if train else ''} bf16 V{V}", "kernel": _loss_and_gradient,
-                   "signature": signature, "constexprs": {"GRADIENT": train} | config, "num_warps": warps,
-                   "num_stages": 3, "odd": ("M", "V", "ignore_index"), "gate": V == 50257 and train}  # fmt: skip
+            signature = {
+                "Logits": "*bf16",
+                "Targets": "*i64",
+                "Loss": "*fp32",
+                "M": "i32",
+                "V": "i32",
+                "stride": "i32",
+                "ignore_index": "i32",
+                "z_loss": "fp32",
+            }
+            yield {
+                "label": f"cross-entropy{' and gradient' if train else ''} bf16 V{V}",
+                "kernel": _loss_and_gradient,
+                "signature": signature,
+                "constexprs": {"GRADIENT": train} | config,
+                "num_warps": warps,
+                "num_stages": 3,
+                "odd": ("M", "V", "ignore_index"),
+                "gate": V == 50257 and train,
+            }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

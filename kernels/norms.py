@@ -194,10 +194,28 @@ def _contiguous(*tensors):
 
 def aot():
     """The shipped configurations for bench.aot: bf16 activations, float32 weights, with the residual."""
-    forward = {"X": "*bf16", "Residual": "*bf16", "W": "*fp32", "Y": "*bf16", "Total": "*bf16", "Stats": "*fp32",
-               "M": "i32", "C": "i32", "eps": "fp32"}  # fmt: skip
-    backward = {"G": "*bf16", "GTotal": "*bf16", "X": "*bf16", "W": "*fp32", "Stats": "*fp32", "DX": "*bf16",
-                "Partial": "*fp32", "M": "i32", "C": "i32"}  # fmt: skip
+    forward = {
+        "X": "*bf16",
+        "Residual": "*bf16",
+        "W": "*fp32",
+        "Y": "*bf16",
+        "Total": "*bf16",
+        "Stats": "*fp32",
+        "M": "i32",
+        "C": "i32",
+        "eps": "fp32",
+    }
+    backward = {
+        "G": "*bf16",
+        "GTotal": "*bf16",
+        "X": "*bf16",
+        "W": "*fp32",
+        "Stats": "*fp32",
+        "DX": "*bf16",
+        "Partial": "*fp32",
+        "M": "i32",
+        "C": "i32",
+    }
     kinds = {
         "add_rms_norm": ({"CENTRED": False, "ADD": True, "BIAS": False}, forward, {"B": None}),
         "add_layer_norm": ({"CENTRED": True, "ADD": True, "BIAS": True}, forward | {"B": "*fp32"}, {}),
@@ -209,9 +227,15 @@ def aot():
                 ("backward", _backward, backward, options, _backward_config(C)),
             ):
                 warps = config.pop("num_warps")
-                yield {"label": f"{name} {direction} bf16 C{C}", "kernel": kernel, "signature": signature,
-                       "constexprs": constexprs | config, "num_warps": warps, "num_stages": 3,
-                       "gate": C == 768 and name == "add_rms_norm"}  # fmt: skip
+                yield {
+                    "label": f"{name} {direction} bf16 C{C}",
+                    "kernel": kernel,
+                    "signature": signature,
+                    "constexprs": constexprs | config,
+                    "num_warps": warps,
+                    "num_stages": 3,
+                    "gate": C == 768 and name == "add_rms_norm",
+                }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

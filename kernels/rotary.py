@@ -114,8 +114,9 @@ def _launch(kernel, *tensors: Tensor | None, like: Tensor, n_heads: int, **optio
 def rotate_qk(qkv: Tensor, table: Tensor | None, qk: Tensor, r: Tensor | None, n_heads: int) -> None:
     """For attention. Fills qk (B, T, 2C) with the queries and keys of qkv (B, T, 3C), normalised and rotated by a table
     (T, D) of cos | sin, interleaved. r (B, T, 2H) float32 asks for QK-norm and gets r of each head."""
-    _launch(_forward, qkv, table, qk, r, like=qkv, n_heads=n_heads,
-            ROTATE=table is not None, NORM=r is not None, APART=True)  # fmt: skip
+    _launch(
+        _forward, qkv, table, qk, r, like=qkv, n_heads=n_heads, ROTATE=table is not None, NORM=r is not None, APART=True
+    )
 
 
 @torch.library.custom_op("nanochin::rotary", mutates_args=())
@@ -123,8 +124,9 @@ def rotate(qkv: Tensor, table: Tensor | None, n_heads: int, qk_norm: bool) -> Te
     """Packed qkv (B, T, 3C) with queries and keys normalised and rotated by a table (T, D) of cos | sin."""
     qkv = qkv.contiguous()
     out = torch.empty_like(qkv)
-    _launch(_forward, qkv, table, out, None, like=qkv, n_heads=n_heads,
-            ROTATE=table is not None, NORM=qk_norm, APART=False)  # fmt: skip
+    _launch(
+        _forward, qkv, table, out, None, like=qkv, n_heads=n_heads, ROTATE=table is not None, NORM=qk_norm, APART=False
+    )
     return out
 
 
@@ -133,8 +135,9 @@ def rotate_backward(grad: Tensor, qkv: Tensor | None, table: Tensor | None, n_he
     """Gradient of qkv (B, T, 3C); `qkv` itself only with QK-norm."""
     grad, qkv = grad.contiguous(), None if qkv is None else qkv.contiguous()
     out = torch.empty_like(grad)
-    _launch(_backward, grad, qkv, table, out, like=grad, n_heads=n_heads,
-            ROTATE=table is not None, NORM=qkv is not None)  # fmt: skip
+    _launch(
+        _backward, grad, qkv, table, out, like=grad, n_heads=n_heads, ROTATE=table is not None, NORM=qkv is not None
+    )
     return out
 
 
@@ -181,9 +184,16 @@ def aot():
                 ("backward", _backward, backward, options if norm else options | {"X": None}),
             ):
                 label = f"rotary{' and qk-norm' if norm else ''} {direction} bf16 D{D}"
-                yield {"label": label, "kernel": kernel, "signature": signature, "constexprs": constexprs,
-                       "num_warps": warps, "num_stages": 3, "odd": ("H",),
-                       "gate": direction == "for attention" and D == 64}  # fmt: skip
+                yield {
+                    "label": label,
+                    "kernel": kernel,
+                    "signature": signature,
+                    "constexprs": constexprs,
+                    "num_warps": warps,
+                    "num_stages": 3,
+                    "odd": ("H",),
+                    "gate": direction == "for attention" and D == 64,
+                }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

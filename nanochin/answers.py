@@ -16,12 +16,18 @@ from nanochin.laws import LEVELS, DataConstrained, Law, NotIdentified, PowerLaw
 from nanochin.study import Approach, attempt
 
 SHOWN = {  # quantity: what heads its column, and how it is printed
-    "flops": ("C", "{:g} FLOPs".format), "target_loss": ("loss", "{:g}".format),
-    "inference_tokens": ("tokens served", count), "unique_tokens": ("unique tokens", count),
-    "least_flops": ("least C", "{:.3g}".format), "params": ("N", count), "tokens": ("D", count),
-    "tokens_per_param": ("D/N", three), "epochs": ("epochs", three),
-    "loss": ("loss", "{:.4f}".format), "compute_saved": ("compute saved", "{:.1%}".format),
-}  # fmt: skip
+    "flops": ("C", "{:g} FLOPs".format),
+    "target_loss": ("loss", "{:g}".format),
+    "inference_tokens": ("tokens served", count),
+    "unique_tokens": ("unique tokens", count),
+    "least_flops": ("least C", "{:.3g}".format),
+    "params": ("N", count),
+    "tokens": ("D", count),
+    "tokens_per_param": ("D/N", three),
+    "epochs": ("epochs", three),
+    "loss": ("loss", "{:.4f}".format),
+    "compute_saved": ("compute saved", "{:.1%}".format),
+}
 
 
 @dataclass(frozen=True)
@@ -165,5 +171,7 @@ def estimates(approach: Approach, quantities: Callable) -> list[Estimate]:
     drawn = np.where(np.isnan(drawn), np.inf, drawn)  # what a loss costs that a replicate cannot reach
     method = "linear" if np.isfinite(drawn).all() else "nearest"
     ends = {level: np.percentile(drawn, (50 - level / 2, 50 + level / 2), axis=1, method=method) for level in LEVELS}
-    return [Estimate(float(value), {level: (float(low[j]), float(high[j])) for level, (low, high) in ends.items()})
-            for j, value in enumerate(values)]  # fmt: skip
+    return [
+        Estimate(float(value), {level: (float(low[j]), float(high[j])) for level, (low, high) in ends.items()})
+        for j, value in enumerate(values)
+    ]

@@ -42,15 +42,31 @@ def need(module: str, what: str):
         raise UserError(f"{what} needs a library: pip install {module}") from None
 
 
-def opt(default, help: str, *, choices: tuple | None = None, above: float | None = None, low: float | None = None,
-        high: float | None = None, result: bool = True, positional: bool = False):  # fmt: skip
+def opt(
+    default,
+    help: str,
+    *,
+    choices: tuple | None = None,
+    above: float | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    result: bool = True,
+    positional: bool = False,
+):
     """One option: default, meaning, allowed values (`above` excludes its bound, `low` and `high` include theirs).
 
     `result=False` leaves it out of the run's identity (the hash in its name): it cannot change what is learned, or
     what it resolves to stands there instead (the data's fingerprint for its path, model and tokens for the budget).
     """
-    meta = {"help": help, "choices": choices, "above": above, "low": low, "high": high, "result": result,
-            "positional": positional}  # fmt: skip
+    meta = {
+        "help": help,
+        "choices": choices,
+        "above": above,
+        "low": low,
+        "high": high,
+        "result": result,
+        "positional": positional,
+    }
     return field(default=default, metadata=meta)
 
 
@@ -88,8 +104,11 @@ class Config:
 
     # Data.
     data: tuple[str, ...] | None = opt(
-        None, "python, python-all, files, folders, globs (text: .txt .jsonl .parquet, also .gz .xz .zst; tokens: "
-        ".bin), or hf:OWNER/NAME[:CONFIG], a data set of the Hugging Face hub", result=False)  # fmt: skip
+        None,
+        "python, python-all, files, folders, globs (text: .txt .jsonl .parquet, also .gz .xz .zst; tokens: "
+        ".bin), or hf:OWNER/NAME[:CONFIG], a data set of the Hugging Face hub",
+        result=False,
+    )
     val: tuple[str, ...] | None = opt(
         None, "validation text; default: files named val*, else documents by hash", result=False
     )
@@ -139,10 +158,18 @@ class Config:
     # Execution: how, not what.
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps", result=False)
     dtype: str = opt("auto", "compute dtype (weights stay float32)", choices=("auto", "float32", "bfloat16"))
-    kernels: str = opt("auto", "auto: Triton's on a GPU that they suit; fallback: PyTorch operations, to compare",
-                       choices=("auto", "fallback"), result=False)  # fmt: skip
-    step: str = opt("auto", "how a step runs: eager, compile (torch.compile) or graph (one CUDA graph); auto: as suits",
-                    choices=("auto", "eager", "compile", "graph"), result=False)  # fmt: skip
+    kernels: str = opt(
+        "auto",
+        "auto: Triton's on a GPU that they suit; fallback: PyTorch operations, to compare",
+        choices=("auto", "fallback"),
+        result=False,
+    )
+    step: str = opt(
+        "auto",
+        "how a step runs: eager, compile (torch.compile) or graph (one CUDA graph); auto: as suits",
+        choices=("auto", "eager", "compile", "graph"),
+        result=False,
+    )
     micro_batch: int | None = opt(
         None, "sequences per forward pass of a new run; default: as many as fit", low=1, high=10**6, result=False
     )
@@ -152,8 +179,9 @@ class Config:
     name: str | None = opt(None, "name of the run; default: a stem and a hash of the options", result=False)
     out: str = opt("runs", "folder of all runs", result=False)
     branch_from: str | None = opt(None, "RUN@STEP: start from another run's checkpoint (cooldowns)")
-    init_from: str | None = opt(None, "GPT-2's weights to start from: a folder of transformers, or a .safetensors file",
-                                result=False)  # fmt: skip
+    init_from: str | None = opt(
+        None, "GPT-2's weights to start from: a folder of transformers, or a .safetensors file", result=False
+    )
     log_every: int | None = opt(None, "steps between log lines; default: 200 lines a run", low=1, result=False)
     eval_every: int = opt(0, "steps between evaluations; 0 = at the end only", low=0, result=False)
     save_every: float = opt(60.0, "seconds between checkpoints; 0 = at the end only", low=0, result=False)
@@ -192,14 +220,28 @@ class Shape:
         return f"{self.width}x{self.layers}"
 
 
-def make_shape(width: int, layers: int, *, vocab_size: int, seq_len: int, head_size: int | None = None,
-               ffn: int | None = None, **options) -> Shape:  # fmt: skip
+def make_shape(
+    width: int,
+    layers: int,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    head_size: int | None = None,
+    ffn: int | None = None,
+    **options,
+) -> Shape:
     """Shape with its defaults filled in.
 
     Raises UserError for sizes below 1, a width that the head size does not divide, an odd head size.
     """
-    for name, value in (("width", width), ("layers", layers), ("vocab-size", vocab_size), ("seq-len", seq_len),
-                        ("head-size", head_size), ("ffn", ffn)):  # fmt: skip
+    for name, value in (
+        ("width", width),
+        ("layers", layers),
+        ("vocab-size", vocab_size),
+        ("seq-len", seq_len),
+        ("head-size", head_size),
+        ("ffn", ffn),
+    ):
         if value is not None and (value != int(value) or not 1 <= value < 2**31):
             raise UserError(f"--{name} {value}: must be a whole number from 1 to 2^31")
     if head_size is None:
@@ -214,9 +256,18 @@ def make_shape(width: int, layers: int, *, vocab_size: int, seq_len: int, head_s
 def shape_maker(config: Config, vocab_size: int, seq_len: int) -> Callable[[int, int], Shape]:
     """make(width, layers): `make_shape` with all else as `config` says."""
     return functools.partial(
-        make_shape, vocab_size=vocab_size, seq_len=seq_len, head_size=config.head_size, ffn=config.ffn,
-        norm=config.norm, positions=config.positions, activation=config.activation, bias=config.bias,
-        tied=config.tied, qk_norm=config.qk_norm)  # fmt: skip
+        make_shape,
+        vocab_size=vocab_size,
+        seq_len=seq_len,
+        head_size=config.head_size,
+        ffn=config.ffn,
+        norm=config.norm,
+        positions=config.positions,
+        activation=config.activation,
+        bias=config.bias,
+        tied=config.tied,
+        qk_norm=config.qk_norm,
+    )
 
 
 def default_head_size(width: int) -> int:
@@ -281,9 +332,14 @@ def run_command(main, prog: str) -> None:
 def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentParser:
     positional = [f.name.upper() for f in fields(cls) if f.metadata["positional"]]
     usage = " ".join([prog, *(["[FILE.toml]"] if file else []), *positional, "[--key=value ...]"])
-    parser = _OneLineParser(prog=prog, usage=usage, description=description, allow_abbrev=False,
-                            argument_default=argparse.SUPPRESS,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = _OneLineParser(
+        prog=prog,
+        usage=usage,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     if file:
         parser.add_argument("file", nargs="?", metavar="FILE.toml", help="options in TOML, one `key = value` a line")
     hints = typing.get_type_hints(cls)

@@ -82,10 +82,18 @@ class Corpus:
     format: str = "text"  # or that of the token files
 
 
-def prepare(data: tuple[str, ...], *, val: tuple[str, ...] | None = None, tokenizer: str | None = None,
-            vocab_size: int | None = None, val_bytes: int = 1 << 20, max_tokens: float | None = None,
-            skip_bad: bool = False, cache: str | Path = "cache",
-            progress: Progress | None = None) -> Corpus:  # fmt: skip
+def prepare(
+    data: tuple[str, ...],
+    *,
+    val: tuple[str, ...] | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
+    val_bytes: int = 1 << 20,
+    max_tokens: float | None = None,
+    skip_bad: bool = False,
+    cache: str | Path = "cache",
+    progress: Progress | None = None,
+) -> Corpus:
     """Training and validation tokens of `data`, from the folder `cache` or made and kept there, or of token files.
 
     data: `python`, `python-all`, `hf:` data sets, or files, folders and globs. The validation text is `val`; else the
@@ -119,11 +127,14 @@ def prepare(data: tuple[str, ...], *, val: tuple[str, ...] | None = None, tokeni
         if hold_tokens(train_files + val_files):
             return _open(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size, progress)
         if tokenizer and tokenizer.startswith("ids-"):
-            raise UserError(f"--tokenizer {tokenizer}: is for token files, but {train_files[0].path} is text: name the "
-                            "tokenizer that the model is to read it with, such as gpt2")  # fmt: skip
+            raise UserError(
+                f"--tokenizer {tokenizer}: is for token files, but {train_files[0].path} is text: name the "
+                "tokenizer that the model is to read it with, such as gpt2"
+            )
         vocab_size = (vocab_size or BPE_VOCAB) if tokenizer == "bpe" else None
-        recipe = Recipe(corpus_name(data), train_files, val_files, val_bytes, tokenizer or "bytes", vocab_size,
-                        skip_bad)  # fmt: skip
+        recipe = Recipe(
+            corpus_name(data), train_files, val_files, val_bytes, tokenizer or "bytes", vocab_size, skip_bad
+        )
         folder = Path(cache) / f"{recipe.name}-{recipe.key()}"
         if not folder.exists():
             with _locked(folder, progress):
@@ -131,16 +142,25 @@ def prepare(data: tuple[str, ...], *, val: tuple[str, ...] | None = None, tokeni
                     _build(folder, recipe, progress)
         corpus = load(folder)
         if corpus.skipped_records and not skip_bad:
-            raise UserError(f"--data: {corpus.skipped_records} lines or rows of it have no text; --skip-bad goes on "
-                            "without such")  # fmt: skip
+            raise UserError(
+                f"--data: {corpus.skipped_records} lines or rows of it have no text; --skip-bad goes on without such"
+            )
         return corpus
 
 
 def prepare_for(config: Config, data: tuple[str, ...], progress: Progress | None = None) -> Corpus:
     """`prepare` as the options of a run say."""
-    return prepare(data, val=config.val, tokenizer=config.tokenizer, vocab_size=config.vocab_size,
-                   val_bytes=config.val_bytes, max_tokens=config.max_tokens, skip_bad=config.skip_bad,
-                   cache=config.cache, progress=progress)  # fmt: skip
+    return prepare(
+        data,
+        val=config.val,
+        tokenizer=config.tokenizer,
+        vocab_size=config.vocab_size,
+        val_bytes=config.val_bytes,
+        max_tokens=config.max_tokens,
+        skip_bad=config.skip_bad,
+        cache=config.cache,
+        progress=progress,
+    )
 
 
 def load(folder: str | Path) -> Corpus:
@@ -164,8 +184,10 @@ def load(folder: str | Path) -> Corpus:
         if CHECKSUMS[check](path) != file[check]:
             raise UserError(f"{path}: its content has changed since it was written; {again}")
     tokenizer = Tokenizer.load(meta["tokenizer"], folder)
-    train, val = (Tokens([folder / name for name in sorted(files) if name.startswith(side)], tokenizer.dtype)
-                  for side in ("train-", "val-"))  # fmt: skip
+    train, val = (
+        Tokens([folder / name for name in sorted(files) if name.startswith(side)], tokenizer.dtype)
+        for side in ("train-", "val-")
+    )
     return Corpus(train, val, tokenizer, folder=folder, **about)
 
 
@@ -184,8 +206,15 @@ def read_tokens(data: tuple[str, ...], tokenizer: Tokenizer, max_bytes: int | No
         return np.concatenate(list(encode(text, ranges, tokenizer, Stage("tokenising")))), total_bytes(ranges)
 
 
-def _fetch(max_tokens: float | None, tokenizer: str, vocab_size: int | None, folder: Path, progress: Progress | None,
-           option: str, items: tuple[str, ...]) -> tuple[str, ...]:  # fmt: skip
+def _fetch(
+    max_tokens: float | None,
+    tokenizer: str,
+    vocab_size: int | None,
+    folder: Path,
+    progress: Progress | None,
+    option: str,
+    items: tuple[str, ...],
+) -> tuple[str, ...]:
     """`items` with the data sets of the hub among them as files in `folder`, streamed there the first time."""
     paths = []
     for item in items:
@@ -204,15 +233,26 @@ def _fetch(max_tokens: float | None, tokenizer: str, vocab_size: int | None, fol
 # Token files, which are used as they are
 
 
-def _open(name: str, train: list[File], val: list[File], val_bytes: int, tokenizer: str | None,
-          vocab_size: int | None, progress: Progress | None) -> Corpus:  # fmt: skip
+def _open(
+    name: str,
+    train: list[File],
+    val: list[File],
+    val_bytes: int,
+    tokenizer: str | None,
+    vocab_size: int | None,
+    progress: Progress | None,
+) -> Corpus:
     """Token files as a corpus. Without validation files blocks of the tokens are held out, at most 5% of them."""
     if tokenizer == "bpe":
-        raise UserError("--tokenizer bpe: is trained on text, these are token files; name the tokenizer that wrote "
-                        "them, or give --vocab-size")  # fmt: skip
+        raise UserError(
+            "--tokenizer bpe: is trained on text, these are token files; name the tokenizer that wrote "
+            "them, or give --vocab-size"
+        )
     if tokenizer is None and vocab_size is None:
-        raise UserError(f"{train[0].path}: what its ids mean is not in the file{pickle_beside(train[0].path)}; give "
-                        "--tokenizer, such as gpt2, or --vocab-size")  # fmt: skip
+        raise UserError(
+            f"{train[0].path}: what its ids mean is not in the file{pickle_beside(train[0].path)}; give "
+            "--tokenizer, such as gpt2, or --vocab-size"
+        )
     tokenizer = Tokenizer.load(tokenizer or f"ids-{vocab_size}")
     stage = Stage("checking", sum(file.size for file in train + val), progress)
     tokens, sha = _map(train, tokenizer, stage)
@@ -303,15 +343,18 @@ def _build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
                 with nullcontext() if leftover == temp else FileLock(leftover.with_suffix(".lock"), timeout=0):
                     _discard(leftover)
     if temp.is_symlink() or temp.exists() and not (temp.is_dir() and not any(temp.iterdir())):
-        raise UserError(f"{temp}: already exists and is not a temporary folder of nanochin's; move or delete it, then "
-                        "run again")  # fmt: skip
+        raise UserError(
+            f"{temp}: already exists and is not a temporary folder of nanochin's; move or delete it, then run again"
+        )
     temp.mkdir(exist_ok=True)
     try:
         (temp / UNFINISHED).touch()
         meta = _write(temp, recipe, progress)
         made = sorted(path for path in temp.iterdir() if path.name != UNFINISHED)
-        meta["files"] = {path.name: {"bytes": path.stat().st_size, **{kind: f(path) for kind, f in CHECKSUMS.items()}}
-                         for path in made}  # fmt: skip
+        meta["files"] = {
+            path.name: {"bytes": path.stat().st_size, **{kind: f(path) for kind, f in CHECKSUMS.items()}}
+            for path in made
+        }
         (temp / "meta.json").write_text(json.dumps(meta, indent=2))
         for path in [*temp.iterdir(), temp]:
             _fsync(path)
@@ -368,10 +411,17 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     texts = (text, val_text) if recipe.val else (text,)
     for name in ("text", "val-text")[: len(texts)]:
         shutil.rmtree(temp / name)
-    corpus = {"name": recipe.name, "data_sha": fingerprint(recipe.train), "val_sha": val_sha.hexdigest(),
-              "train_bytes": total_bytes(train), "val_bytes": total_bytes(val),
-              "documents": count_documents(text, train), "val_documents": count_documents(val_text, val),
-              "skipped_bytes": sum(t.skipped for t in texts), "skipped_records": sum(t.bad for t in texts)}  # fmt: skip
+    corpus = {
+        "name": recipe.name,
+        "data_sha": fingerprint(recipe.train),
+        "val_sha": val_sha.hexdigest(),
+        "train_bytes": total_bytes(train),
+        "val_bytes": total_bytes(val),
+        "documents": count_documents(text, train),
+        "val_documents": count_documents(val_text, val),
+        "skipped_bytes": sum(t.skipped for t in texts),
+        "skipped_records": sum(t.bad for t in texts),
+    }
     return {"version": VERSION, "tokenizer": tokenizer.name, "corpus": corpus}
 
 
@@ -484,8 +534,10 @@ class Windows:
 
     def __init__(self, tokens: Tokens | np.ndarray, seq_len: int, seed: int):
         if len(tokens) < seq_len + 1:
-            raise UserError(f"--seq-len {seq_len}: the training text has only {len(tokens)} tokens, less than one "
-                            "window; give more text or a shorter length")  # fmt: skip
+            raise UserError(
+                f"--seq-len {seq_len}: the training text has only {len(tokens)} tokens, less than one "
+                "window; give more text or a shorter length"
+            )
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         self.per_epoch = (len(tokens) - 1) // seq_len
 

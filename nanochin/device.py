@@ -104,10 +104,12 @@ def pick_dtype(name: str, device: torch.device, shape: Shape) -> tuple[torch.dty
 
 def precision(dtype: torch.dtype) -> dict:
     """How numbers are multiplied and added, for the record, in torch's words: `highest` is float32 without TF32."""
-    return {"activations": str(dtype).split(".")[1], "weights": "float32",
-            "float32_matmul": torch.get_float32_matmul_precision(),
-            "bf16_reduced_precision_reduction": bool(
-                torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction)}  # fmt: skip
+    return {
+        "activations": str(dtype).split(".")[1],
+        "weights": "float32",
+        "float32_matmul": torch.get_float32_matmul_precision(),
+        "bf16_reduced_precision_reduction": bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction),
+    }
 
 
 def has_fast_bf16() -> bool:
@@ -148,5 +150,7 @@ def check_memory(params: int, device: torch.device) -> None:
     else:
         return  # not told by this system
     if 16 * params > memory:
-        raise RunError(f"a model of {count(params)} parameters needs {count(16 * params)}B with its optimizer, "
-                        f"{device} has {count(memory)}B: choose a smaller --model or --budget")  # fmt: skip
+        raise RunError(
+            f"a model of {count(params)} parameters needs {count(16 * params)}B with its optimizer, "
+            f"{device} has {count(memory)}B: choose a smaller --model or --budget"
+        )

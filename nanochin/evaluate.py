@@ -55,8 +55,10 @@ def main() -> None:
     with Progress(quiet=not sys.stdout.isatty()) as progress:
         loss, bpb = evaluate(model, tokens, text_bytes, progress)
     per_byte = f"{bpb:.4f} bits per byte" if bpb else "bits per byte unknown"
-    print(f"{Path(folder).name}: loss {loss:.4f} nats per token, {per_byte} "
-          f"({count(len(tokens))} tokens, {count(text_bytes)} bytes)")  # fmt: skip
+    print(
+        f"{Path(folder).name}: loss {loss:.4f} nats per token, {per_byte} "
+        f"({count(len(tokens))} tokens, {count(text_bytes)} bytes)"
+    )
 
 
 if __name__ == "__main__":

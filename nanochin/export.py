@@ -59,8 +59,11 @@ def export(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
     with writing(folder), tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as around:
         aside = Path(around, "export")
         aside.mkdir()
-        save_file({name: t.contiguous().clone() for name, t in tensors.items()}, aside / "model.safetensors",
-                  metadata={"format": "pt"})  # fmt: skip
+        save_file(
+            {name: t.contiguous().clone() for name, t in tensors.items()},
+            aside / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         files = {"config.json": config, "generation_config.json": ends}
         if not tokenizer.numbers:
             files |= tokenizer_files(tokenizer, model.shape.seq_len)
@@ -95,11 +98,19 @@ def to_gpt2(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
         theirs, transposed = gpt2_name(name, shape.layers)
         tensors[theirs] = tensor.T if transposed else tensor
     return tensors, {
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": shape.width, "n_layer": shape.layers,
-        "n_head": shape.heads, "n_inner": shape.ffn, "n_positions": shape.seq_len,
-        "activation_function": ACTIVATIONS[shape.activation], "layer_norm_epsilon": 1e-5,
-        "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-    }  # fmt: skip
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_embd": shape.width,
+        "n_layer": shape.layers,
+        "n_head": shape.heads,
+        "n_inner": shape.ffn,
+        "n_positions": shape.seq_len,
+        "activation_function": ACTIVATIONS[shape.activation],
+        "layer_norm_epsilon": 1e-5,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
 
 
 def to_neox(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
@@ -123,10 +134,16 @@ def to_neox(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
     for kind in ("weight", "bias"):
         tensors[f"gpt_neox.final_layer_norm.{kind}"] = full[f"blocks.{shape.layers - 1}.norm2.{kind}"]
     return tensors, {
-        "architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", **sizes(shape), "layer_norm_eps": 1e-5,
-        "attention_bias": True, "use_parallel_residual": False,
-        "rotary_pct": 1.0, "rotary_emb_base": ROTARY_THETA, "rope_parameters": rope() | {"partial_rotary_factor": 1.0},
-    }  # fmt: skip
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        **sizes(shape),
+        "layer_norm_eps": 1e-5,
+        "attention_bias": True,
+        "use_parallel_residual": False,
+        "rotary_pct": 1.0,
+        "rotary_emb_base": ROTARY_THETA,
+        "rope_parameters": rope() | {"partial_rotary_factor": 1.0},
+    }
 
 
 def to_llama(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
@@ -159,18 +176,29 @@ def to_llama(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
             }
     tensors["model.norm.weight"] = ours[f"blocks.{shape.layers - 1}.norm2.weight"]
     return tensors, {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes(shape),
-        "num_key_value_heads": shape.heads, "head_dim": shape.head_size, "rms_norm_eps": 1e-6,
-        "attention_bias": shape.bias, "mlp_bias": shape.bias or not gated,
-        "rope_theta": ROTARY_THETA, "rope_parameters": rope(),
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **sizes(shape),
+        "num_key_value_heads": shape.heads,
+        "head_dim": shape.head_size,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": shape.bias,
+        "mlp_bias": shape.bias or not gated,
+        "rope_theta": ROTARY_THETA,
+        "rope_parameters": rope(),
+    }
 
 
 def sizes(shape: Shape) -> dict:
     """What NeoX and Llama call by the same names."""
-    return {"hidden_size": shape.width, "intermediate_size": shape.ffn, "num_hidden_layers": shape.layers,
-            "num_attention_heads": shape.heads, "hidden_act": ACTIVATIONS[shape.activation],
-            "max_position_embeddings": shape.seq_len}  # fmt: skip
+    return {
+        "hidden_size": shape.width,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "hidden_act": ACTIVATIONS[shape.activation],
+        "max_position_embeddings": shape.seq_len,
+    }
 
 
 def rope() -> dict:
@@ -214,11 +242,27 @@ def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, dict]:
         pattern = {"Regex": oniguruma(tokenizer.encoding._pat_str)}
         split = [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    special = {"id": tokenizer.eot, "content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False,
-               "normalized": False, "special": True}  # fmt: skip
-    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
-             "vocab": vocab, "merges": merges}  # fmt: skip
+    special = {
+        "id": tokenizer.eot,
+        "content": END_OF_TEXT,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": True,
+        "vocab": vocab,
+        "merges": merges,
+    }
     return {
         "tokenizer.json": {
             "version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,

@@ -50,18 +50,32 @@ from nanochin.study import Approach, Checks, Study
 NAMES = ("curves", "isoflop", "optimum", "surface", "residuals", "hold-out", "certainty")  # of all that may be drawn
 COLOUR = {1: "green", 2: "orange", 3: "blue"}
 MODELS = (  # Hoffmann et al. 2022, Table 1: parameters, tokens; where their names stand in a plot of N and in others
-    ("LaMDA", 137e9, 168e9, "left", "left"), ("GPT-3", 175e9, 300e9, "below", "above left"),
-    ("Gopher", 280e9, 300e9, "left", "above"), ("MT-NLG", 530e9, 270e9, "right", "right"),
+    ("LaMDA", 137e9, 168e9, "left", "left"),
+    ("GPT-3", 175e9, 300e9, "below", "above left"),
+    ("Gopher", 280e9, 300e9, "left", "above"),
+    ("MT-NLG", 530e9, 270e9, "right", "right"),
     ("Chinchilla", 70e9, 1.4e12, "below", "above left"),
-)  # fmt: skip
-SIDES = {"left": ("end", (-7, 3)), "right": ("start", (7, 4)), "below": ("start", (5, 13)), "above": ("start", (3, -6)),
-         "above left": ("end", (-3, -6))}  # fmt: skip
+)
+SIDES = {
+    "left": ("end", (-7, 3)),
+    "right": ("start", (7, 4)),
+    "below": ("start", (5, 13)),
+    "above": ("start", (3, -6)),
+    "above left": ("end", (-3, -6)),
+}
 MOST = 2500  # points in one panel; of more, evenly spaced ones are drawn
 
 
 def draw(study: Study, checks: Checks) -> list[Figure]:
-    figures = (curves(study), isoflop(study), optimum(study), surface(study), residuals(study, checks),
-               hold_out(study, checks), certainty(study, checks))  # fmt: skip
+    figures = (
+        curves(study),
+        isoflop(study),
+        optimum(study),
+        surface(study),
+        residuals(study, checks),
+        hold_out(study, checks),
+        certainty(study, checks),
+    )
     return [figure for figure in figures if figure]
 
 
@@ -93,8 +107,12 @@ def curves(study: Study) -> Figure | None:
     strokes = np.full((3, len(changes) - 1), np.nan)
     strokes[0], strokes[1] = fit.flops[changes[:-1]], fit.flops[changes[1:] - 1]
     winners = Line(strokes.T.ravel(), np.repeat(fit.params[changes[:-1]], 3), "ink", "winner", width=3)
-    size = Panel(f"Size of the winner ({study.convention})", _flops_axis(study), _params_axis(study),
-                 (*_with_band(first, x, 0), winners))  # fmt: skip
+    size = Panel(
+        f"Size of the winner ({study.convention})",
+        _flops_axis(study),
+        _params_axis(study),
+        (*_with_band(first, x, 0), winners),
+    )
     text = (
         f"At each of {len(fit.flops)} FLOP counts the run with the lowest smoothed loss wins; {fit.late_share:.0%} of "
         "the winners are in the last 15% of their run. A minimum over noisy runs is biased low."
@@ -119,19 +137,35 @@ def isoflop(study: Study) -> Figure | None:
         marks.append(Line(np.exp(x), y, colour, dash="" if budget.bracketed else "dot", width=1.3))
         if budget.bracketed:
             N, above = fit.N[rows] / budget.params_opt, fit.loss[rows] - budget.loss_opt
-            flat += [Line(np.exp(x) / budget.params_opt, y - budget.loss_opt, colour, width=1.0),
-                     Points(N, above, colour, "", hover, 2.6)]  # fmt: skip
+            flat += [
+                Line(np.exp(x) / budget.params_opt, y - budget.loss_opt, colour, width=1.0),
+                Points(N, above, colour, "", hover, 2.6),
+            ]
     found = [budget for budget in fit.budgets if budget.bracketed]
     sure = [second.sure.at_budget(i) if second.sure else {} for i, b in enumerate(fit.budgets) if b.bracketed]
     ends = [one.get("params_opt", (np.nan, np.nan)) for one in sure]
-    hover = [f"C = {budget.flops:.3g}: N_opt = {count(budget.params_opt)}, D_opt = {count(budget.tokens_opt)}, "
-             f"loss {budget.loss_opt:.4f}; bracketed in {one.get('share', np.nan):.0%} of the resamples"
-             for budget, one in zip(found, sure, strict=True)]  # fmt: skip
-    vertices = Points([b.params_opt for b in found], [b.loss_opt for b in found], "ink", "minimum, with its 95%",
-                      hover, 3.4, "diamond", x_range=tuple(np.array(ends).T) if second.sure else None)  # fmt: skip
+    hover = [
+        f"C = {budget.flops:.3g}: N_opt = {count(budget.params_opt)}, D_opt = {count(budget.tokens_opt)}, "
+        f"loss {budget.loss_opt:.4f}; bracketed in {one.get('share', np.nan):.0%} of the resamples"
+        for budget, one in zip(found, sure, strict=True)
+    ]
+    vertices = Points(
+        [b.params_opt for b in found],
+        [b.loss_opt for b in found],
+        "ink",
+        "minimum, with its 95%",
+        hover,
+        3.4,
+        "diamond",
+        x_range=tuple(np.array(ends).T) if second.sure else None,
+    )
     losses = Panel(f"IsoFLOP curves ({study.convention})", _params_axis(study), Axis(LOSS), (*marks, vertices))
-    above = Panel(f"The same, laid over one another ({study.convention})", Axis("parameters over the minimum's", True),
-                  Axis("loss above the minimum, nats"), tuple(flat))  # fmt: skip
+    above = Panel(
+        f"The same, laid over one another ({study.convention})",
+        Axis("parameters over the minimum's", True),
+        Axis("loss above the minimum, nats"),
+        tuple(flat),
+    )
     refused = [f"{budget.flops:.2g} FLOPs: {budget.reason}" for budget in fit.budgets if not budget.bracketed]
     text = "Dotted curves have no minimum inside the sizes that were tried and count for nothing" if refused else ""
     text += f" ({'; '.join(refused)})." if refused else ""
@@ -157,8 +191,11 @@ def _optimum_panel(study: Study, x: np.ndarray, which: int, title: str, axis: Ax
     for approach, shape, size, label in minima:
         if isinstance(approach, Approach):
             found = [budget for budget in approach.fit.budgets if budget.bracketed]
-            sure = [approach.sure.at_budget(i) if approach.sure else {}
-                    for i, b in enumerate(approach.fit.budgets) if b.bracketed]  # fmt: skip
+            sure = [
+                approach.sure.at_budget(i) if approach.sure else {}
+                for i, b in enumerate(approach.fit.budgets)
+                if b.bracketed
+            ]
             C, y = [b.flops for b in found], [(b.params_opt, b.tokens_opt)[which] for b in found]
             hover = [f"{label}: {count(value)} at {flops:.3g} FLOPs" for flops, value in zip(C, y, strict=True)]
             ends = [one.get(("params_opt", "tokens_opt")[which], (np.nan, np.nan)) for one in sure]
@@ -191,8 +228,7 @@ def _contours(study: Study, law: Law) -> Panel:
     sizes, tokens = (np.geomspace(x.min() / 1.6, x.max() * 1.6, 120) for x in (N, D))
     left, right = np.log(L.min() - law.E), np.log(L.max() - law.E)
     levels = law.E + np.exp(np.linspace(left, right, 11)[1:-1])  # even in log(L - E)
-    marks = [_contour(law, level, sizes, tokens, colour)
-             for level, colour in zip(levels, reversed(SCALE), strict=True)]  # fmt: skip
+    marks = [_contour(law, level, sizes, tokens, colour) for level, colour in zip(levels, reversed(SCALE), strict=True)]
     names = _names(marks, levels, sizes, tokens)
     keep = _evenly(len(N), MOST)
     nearest = np.abs(np.log(np.maximum(L[keep, None] - law.E, 1e-9)) - np.log(levels - law.E)).argmin(1)
@@ -202,8 +238,12 @@ def _contours(study: Study, law: Law) -> Panel:
     best_D = law.tokens_for(best_N)
     marks.append(Line(best_D, best_N, "ink", "frontier", width=2.4))
     count_of = f"N {study.settings.params}"
-    return Panel(f"Loss by the law ({count_of})", Axis("tokens D", True, tokens[0], tokens[-1]),
-                 Axis(f"parameters {count_of}", True, sizes[0], sizes[-1]), (*marks, *names))  # fmt: skip
+    return Panel(
+        f"Loss by the law ({count_of})",
+        Axis("tokens D", True, tokens[0], tokens[-1]),
+        Axis(f"parameters {count_of}", True, sizes[0], sizes[-1]),
+        (*marks, *names),
+    )
 
 
 def _contour(law: Law, level: float, N: np.ndarray, D: np.ndarray, colour: str) -> Line:
@@ -248,17 +288,21 @@ def residuals(study: Study, checks: Checks) -> Figure | None:
 
     def cloud(values: np.ndarray) -> list:
         none = np.empty(0)
-        return [Line(np.array([values.min(), values.max()]), np.zeros(2), "grey", width=1),
-                Points(values[keep], left[keep], colours, "", hover, 2.8),
-                Points(none, none, SCALE[0], f"N = {count(study.N.min())}"),
-                Points(none, none, SCALE[8], f"N = {count(study.N.max())}")]  # fmt: skip
+        return [
+            Line(np.array([values.min(), values.max()]), np.zeros(2), "grey", width=1),
+            Points(values[keep], left[keep], colours, "", hover, 2.8),
+            Points(none, none, SCALE[0], f"N = {count(study.N.min())}"),
+            Points(none, none, SCALE[8], f"N = {count(study.N.max())}"),
+        ]
 
     steps = []
     for part in checks.by_compute:
         ends, middle, sd = np.array([part["flops_low"], part["flops_high"]]), 100 * part["median"], 100 * part["sd"]
         hover_part = f"{part['n']} runs: median {middle:+.2f}%, robust sd {sd:.2f}%"
-        steps += [Band(ends, np.full(2, middle - sd), np.full(2, middle + sd), "blue", "robust sd"),
-                  Line(ends, np.full(2, middle), "blue", "median", width=2, hover=hover_part)]  # fmt: skip
+        steps += [
+            Band(ends, np.full(2, middle - sd), np.full(2, middle + sd), "blue", "robust sd"),
+            Line(ends, np.full(2, middle), "blue", "median", width=2, hover=hover_part),
+        ]
     C, ratio = 6 * study.N * study.D, study.D / study.N
     count_of = f"N {study.settings.params}"
     by_compute = Panel(
@@ -268,8 +312,12 @@ def residuals(study: Study, checks: Checks) -> Figure | None:
         f"Residuals by D / N ({count_of})", Axis("tokens per parameter D / N", True), axis, tuple(cloud(ratio))
     )
     beyond = int(np.sum(np.abs(left) > limit))
-    return Figure("residuals", "What the law leaves unexplained", (by_compute, by_ratio),
-                  f"{beyond} of {len(left)} points lie beyond the frame." if beyond else "")  # fmt: skip
+    return Figure(
+        "residuals",
+        "What the law leaves unexplained",
+        (by_compute, by_ratio),
+        f"{beyond} of {len(left)} points lie beyond the frame." if beyond else "",
+    )
 
 
 def hold_out(study: Study, checks: Checks) -> Figure | None:
@@ -279,21 +327,27 @@ def hold_out(study: Study, checks: Checks) -> Figure | None:
     N, L = study.N[held.rows], study.L[held.rows]
     sure = (held.low, held.high) if np.isfinite(held.low).all() else None
     hover = [f"{_run(study, i)}: predicted {p:.4f}" for i, p in zip(held.rows, held.predicted, strict=True)]
-    size = [Points(N, held.predicted, "blue", "predicted, 95%", hover, 4, "ring", y_range=sure),
-            Points(N, L, "red", "observed, not fitted", hover, 3.2)]  # fmt: skip
+    size = [
+        Points(N, held.predicted, "blue", "predicted, 95%", hover, 4, "ring", y_range=sure),
+        Points(N, L, "red", "observed, not fitted", hover, 3.2),
+    ]
     ends = np.array([min(L.min(), held.predicted.min()), max(L.max(), held.predicted.max())])
     for C, measured, predicted, _ in held.optima:
-        size += [Line(np.full(2, measured), ends, "red", "measured minimum", "dot",
-                      hover=f"{count(measured)} at {C:.3g}"),
-                 Line(np.full(2, predicted), ends, "blue", "predicted minimum", "dash",
-                      hover=f"{count(predicted)} at {C:.3g}")]  # fmt: skip
+        size += [
+            Line(np.full(2, measured), ends, "red", "measured minimum", "dot", hover=f"{count(measured)} at {C:.3g}"),
+            Line(
+                np.full(2, predicted), ends, "blue", "predicted minimum", "dash", hover=f"{count(predicted)} at {C:.3g}"
+            ),
+        ]
     fit, keep = held.fit, _evenly(held.fit.n, MOST)
     inside, everything = fit.law.loss(fit.N, fit.D), np.concatenate([study.L, held.predicted])
     diagonal = np.array([everything.min(), everything.max()])
     words = [f"observed {a:.4f}, by the law {b:.4f}" for a, b in zip(fit.loss[keep], inside[keep], strict=True)]
-    scatter = (Line(diagonal, diagonal, "grey", "equal", width=1),
-               Points(fit.loss[keep], inside[keep], "grey", "fitted", words, 2.2),
-               Points(L, held.predicted, "red", "held out", hover, 3.4))  # fmt: skip
+    scatter = (
+        Line(diagonal, diagonal, "grey", "equal", width=1),
+        Points(fit.loss[keep], inside[keep], "grey", "fitted", words, 2.2),
+        Points(L, held.predicted, "red", "held out", hover, 3.4),
+    )
     predicted, observed = Axis(f"predicted {LOSS}", True), Axis(f"observed {LOSS}", True)
     panels = (
         Panel(f"The largest budget, predicted ({study.convention})", _params_axis(study), Axis(LOSS), tuple(size)),
@@ -305,22 +359,39 @@ def hold_out(study: Study, checks: Checks) -> Figure | None:
 def certainty(study: Study, checks: Checks) -> Figure:
     """The forest of exponents, ours above those of others, and how firmly E is held."""
     none = (np.nan, np.nan)
-    found = [(f"Approach {approach.number}", approach.exponent(approach.law), approach.interval(approach.exponent),
-              COLOUR[approach.number]) for approach in study.approaches]  # fmt: skip
+    found = [
+        (
+            f"Approach {approach.number}",
+            approach.exponent(approach.law),
+            approach.interval(approach.exponent),
+            COLOUR[approach.number],
+        )
+        for approach in study.approaches
+    ]
     third = study.results[3]
     if isinstance(third, Approach) and not study.cost.is_6nd:
         found.append(("3, for 6ND (Eq. 4)", third.law.a, third.interval("a"), "blue"))
     if isinstance(study.akima, Approach):
         found.append(("Approach 2 by Akima", study.akima.law.a, study.akima.interval("a"), "orange"))
-    found += [(f"3, {other.change}", third.exponent(other.fit.law),
-               other.sure.interval(third.exponent) if other.sure else none, "sky")
-              for other in checks.variants if not isinstance(other.fit, NotIdentified)]  # fmt: skip
+    found += [
+        (
+            f"3, {other.change}",
+            third.exponent(other.fit.law),
+            other.sure.interval(third.exponent) if other.sure else none,
+            "sky",
+        )
+        for other in checks.variants
+        if not isinstance(other.fit, NotIdentified)
+    ]
     if isinstance(checks.kaplan, KaplanProcedure):
         found.append(("Kaplan's procedure", checks.kaplan.a, checks.kaplan.intervals.get(95, none), "red"))
-    found += [("Hoffmann 1 (80%)", HOFFMANN_1.a, (0.488, 0.502), "grey"),
-              ("Hoffmann 2 (80%)", HOFFMANN_2.a, (0.462, 0.534), "grey"),
-              ("Hoffmann 3 (80%)", HOFFMANN.a, (0.454, 0.455), "grey"),
-              ("Besiroglu", BESIROGLU.a, none, "grey"), ("Kaplan 2020", KAPLAN.a, none, "grey")]  # fmt: skip
+    found += [
+        ("Hoffmann 1 (80%)", HOFFMANN_1.a, (0.488, 0.502), "grey"),
+        ("Hoffmann 2 (80%)", HOFFMANN_2.a, (0.462, 0.534), "grey"),
+        ("Hoffmann 3 (80%)", HOFFMANN.a, (0.454, 0.455), "grey"),
+        ("Besiroglu", BESIROGLU.a, none, "grey"),
+        ("Kaplan 2020", KAPLAN.a, none, "grey"),
+    ]
     ticks = [(float(len(found) - i), name) for i, (name, *_) in enumerate(found)]
     marks = [Line(np.array([0.5, 0.5]), np.array([0.0, len(found) + 1]), "grey", dash="dot", width=1)]
     for (y, _), (name, a, (low, high), colour) in zip(ticks, found, strict=True):
@@ -339,8 +410,10 @@ def _profile(study: Study, E: np.ndarray, rise: np.ndarray) -> Panel:
     order = np.argsort(np.append(E, third.law.E))
     E = np.append(E, third.law.E)[order]
     rise, (low, high) = np.append(rise, 1.0)[order], third.interval("E")
-    marks = [Line(E, rise, "blue", "best objective", width=2),
-             Points([third.law.E], [1.0], "blue", f"E = {third.law.E:.4g}", [f"E = {third.law.E:.6g}"], 4)]  # fmt: skip
+    marks = [
+        Line(E, rise, "blue", "best objective", width=2),
+        Points([third.law.E], [1.0], "blue", f"E = {third.law.E:.4g}", [f"E = {third.law.E:.6g}"], 4),
+    ]
     if np.isfinite(low):
         marks.insert(0, Band(np.array([low, high]), np.zeros(2), np.full(2, 9.0), "blue", "95% by bootstrap"))
     near = E[rise < 1.6]
@@ -400,11 +473,13 @@ def _models(x: np.ndarray, which: int) -> list:
 def _others(study: Study, x: np.ndarray, which: int) -> list:
     """What the laws of others say that N (0), D (1) or D/N (2) should be, in our FLOPs (see laws.advice)."""
     marks = []
-    for law, colour, dash, label in ((HOFFMANN_1, "purple", "", "Hoffmann 2022, Approach 1"),
-                                     (HOFFMANN_2, "purple", "dot", "Hoffmann 2022, Approach 2"),
-                                     (HOFFMANN, "purple", "dash", "Hoffmann 2022, Approach 3"),
-                                     (BESIROGLU, "grey", "dot", "Besiroglu 2024"),
-                                     (KAPLAN, "red", "dash", "Kaplan 2020 (non-embedding)")):  # fmt: skip
+    for law, colour, dash, label in (
+        (HOFFMANN_1, "purple", "", "Hoffmann 2022, Approach 1"),
+        (HOFFMANN_2, "purple", "dot", "Hoffmann 2022, Approach 2"),
+        (HOFFMANN, "purple", "dash", "Hoffmann 2022, Approach 3"),
+        (BESIROGLU, "grey", "dot", "Besiroglu 2024"),
+        (KAPLAN, "red", "dash", "Kaplan 2020 (non-embedding)"),
+    ):
         N, D = advice(law, study.cost, x)
         marks.append(Line(x, (N, D, D / N)[which], colour, label, dash))
     return marks

@@ -20,8 +20,13 @@ from nanochin.model import GPT
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 GPT2_VOCAB = 50257
 PLACES = {"embed": "transformer.wte", "positions": "transformer.wpe", "head": "lm_head"}
-PARTS = {"attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "norm1": "ln_2",
-         "feed_forward.up": "mlp.c_fc", "feed_forward.down": "mlp.c_proj"}  # fmt: skip
+PARTS = {
+    "attention.qkv": "attn.c_attn",
+    "attention.out": "attn.c_proj",
+    "norm1": "ln_2",
+    "feed_forward.up": "mlp.c_fc",
+    "feed_forward.down": "mlp.c_proj",
+}
 
 
 def gpt2_name(name: str, layers: int) -> tuple[str, bool]:
@@ -55,9 +60,18 @@ def initial_options(config: Config) -> Config:
         raise UserError(f"{what}: these are not GPT-2's weights (no wte, wpe or h.0.mlp.c_fc)") from None
     layers = sum(name.endswith("ln_1.weight") for name in sizes)
     told = _told(config.init_from, C)
-    theirs = {"model": f"{C}x{layers}", "head_size": told.pop("head_size", config.head_size or 64), "ffn": F,
-              "vocab_size": V, "norm": "layernorm", "positions": "learned", "bias": True, "qk_norm": False,
-              "tied": "lm_head.weight" not in sizes, "activation": "gelu_tanh"} | told  # fmt: skip
+    theirs = {
+        "model": f"{C}x{layers}",
+        "head_size": told.pop("head_size", config.head_size or 64),
+        "ffn": F,
+        "vocab_size": V,
+        "norm": "layernorm",
+        "positions": "learned",
+        "bias": True,
+        "qk_norm": False,
+        "tied": "lm_head.weight" not in sizes,
+        "activation": "gelu_tanh",
+    } | told
     for f in dataclasses.fields(Config):
         given = getattr(config, f.name)
         if f.name in theirs and given not in (f.default, theirs[f.name]):
@@ -116,8 +130,12 @@ def _told(path: str, width: int) -> dict:
         raise UserError(f"{file}: not the configuration of a model ({error})") from None
     if told.get("model_type") != "gpt2":
         raise UserError(f"{file}: model_type {told.get('model_type')}, only gpt2 can be imported")
-    ours = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False}  # fmt: skip
+    ours = {
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }
     for key, value in ours.items():
         if told.get(key, value) != value:
             raise UserError(f"{file}: {key} {told[key]}, our model has {value}")
@@ -125,8 +143,11 @@ def _told(path: str, width: int) -> dict:
         raise UserError(f"{file}: n_head {heads!r} does not divide the width {width}")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise UserError(f"{file}: activation_function {activation}, our model has {' '.join(ACTIVATIONS)}")
-    return {"head_size": width // heads, "activation": ACTIVATIONS[activation],
-            "tied": told.get("tie_word_embeddings", True)}  # fmt: skip
+    return {
+        "head_size": width // heads,
+        "activation": ACTIVATIONS[activation],
+        "tied": told.get("tie_word_embeddings", True),
+    }
 
 
 def _files(path: str) -> list[Path]:

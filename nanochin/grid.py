@@ -32,9 +32,13 @@ KINDS = ("isoflop", "horizons", "trunk", "grid")
 class Grid:
     """The keys of a sweep file that are not options of train.py."""
 
-    kind: str | None = opt(None, "isoflop: sizes at each budget (Approach 2 and 3); horizons: each size at several "
-                           "lengths (Approach 1); trunk: the same by cooldowns from one constant-rate run a size; "
-                           "grid: any product", choices=KINDS)  # fmt: skip
+    kind: str | None = opt(
+        None,
+        "isoflop: sizes at each budget (Approach 2 and 3); horizons: each size at several "
+        "lengths (Approach 1); trunk: the same by cooldowns from one constant-rate run a size; "
+        "grid: any product",
+        choices=KINDS,
+    )
     budgets: tuple[float, ...] = opt((), "training FLOPs, as --flops counts them", above=0)
     models: tuple[str, ...] = opt((), "the sizes, such as 16x2 48x2; default: of the ladder, around the optimum")
     sizes: int = opt(7, "how many sizes", low=1)
@@ -46,14 +50,21 @@ class Grid:
     extend_limit: int = opt(3, "sizes added to a budget, at most", low=1)
     horizons: int = opt(4, "horizons, trunk: lengths of each size", low=2)
     span: float = opt(16.0, "horizons, trunk: the longest over the shortest", above=1)
-    reach: float = opt(4.0, "horizons, trunk: the longest costs this many times the budget that its size is best for, "
-                       "and the largest budget at most", above=0)  # fmt: skip
+    reach: float = opt(
+        4.0,
+        "horizons, trunk: the longest costs this many times the budget that its size is best for, "
+        "and the largest budget at most",
+        above=0,
+    )
     paired: bool = opt(False, "grid: the first model goes with the first budget (or tokens), and so on")
     lr_times: tuple[float, ...] = opt((1.0,), "multiples of the learning rate by rule", above=0)
     batch_times: tuple[float, ...] = opt((1.0,), "multiples of the batch by rule", above=0)
     warmup_times: tuple[float, ...] = opt((1.0,), "multiples of the warm-up by rule", low=0)
-    vary: str = opt("product", "lists: their product, or one at a time around the first value of the others",
-                    choices=("product", "one"))  # fmt: skip
+    vary: str = opt(
+        "product",
+        "lists: their product, or one at a time around the first value of the others",
+        choices=("product", "one"),
+    )
     bootstrap: int = opt(4000, "resamples of the fit at the end", low=0)
     max_epochs: float | None = opt(None, "refuse a cell that sees its text more often", above=0)
     corpus_tokens: float | None = opt(None, "expected tokens of the text: --dry-run need not read it", above=0)
@@ -98,8 +109,11 @@ class Cell:
 
     def digest(self, data_sha: str, val_sha: str) -> str:
         """A hash of all that the sweep decides about the run, and of its text: equal hash, equal run."""
-        decided = {f.name: value for f in fields(Config)
-                   if f.metadata["result"] and (value := getattr(self.config, f.name)) != f.default}  # fmt: skip
+        decided = {
+            f.name: value
+            for f in fields(Config)
+            if f.metadata["result"] and (value := getattr(self.config, f.name)) != f.default
+        }
         known = json.dumps([decided, data_sha, val_sha], sort_keys=True)
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
@@ -140,8 +154,10 @@ def read_sweep(path: str | Path, **overrides) -> Sweep:
     scalars = {key: value for key, value in table.items() if key not in own and key not in lists}
     grid = _parse(Grid, {key: value for key, value in table.items() if key in own}, path)
     base = _parse(Config, scalars, path)
-    lists = {key: tuple(getattr(_parse(Config, {key: value}, path), key) for value in values)
-             for key, values in lists.items()}  # fmt: skip
+    lists = {
+        key: tuple(getattr(_parse(Config, {key: value}, path), key) for value in values)
+        for key, values in lists.items()
+    }
     _check(grid, base, path)
     for f in fields(Grid):
         if f.name in table and grid.kind not in (kinds := _kinds(f)):
@@ -158,8 +174,7 @@ def _kinds(f: dataclasses.Field) -> tuple[str, ...]:
 def _tuples(cls) -> set[str]:
     """The options that take several values."""
     hints = get_type_hints(cls)
-    return {name for name, hint in hints.items()
-            if any(get_origin(arm) is tuple for arm in (hint, *get_args(hint)))}  # fmt: skip
+    return {name for name, hint in hints.items() if any(get_origin(arm) is tuple for arm in (hint, *get_args(hint)))}
 
 
 def _parse(cls, table: dict, path):
@@ -214,8 +229,10 @@ def plan_cells(sweep: Sweep, vocab_size: int, corpus_tokens: float | None = None
     for cell in cells:
         if most and corpus_tokens and cell.plan.tokens > most * corpus_tokens:
             epochs = cell.plan.tokens / corpus_tokens
-            raise UserError(f"{sweep.path}: {cell.name} would see its text {epochs:.2g} times, max_epochs is {most:g}: "
-                            "give more text, fewer small sizes or a smaller budget")  # fmt: skip
+            raise UserError(
+                f"{sweep.path}: {cell.name} would see its text {epochs:.2g} times, max_epochs is {most:g}: "
+                "give more text, fewer small sizes or a smaller budget"
+            )
     return cells
 
 
@@ -265,8 +282,9 @@ def _variants(sweep: Sweep):
         chosen = itertools.product(*axes.values())
     else:  # the first of all, then each list in turn
         first = [values[0] for values in axes.values()]
-        chosen = [tuple(first)] + [(*first[:i], value, *first[i + 1 :])
-                                   for i, values in enumerate(axes.values()) for value in values[1:]]  # fmt: skip
+        chosen = [tuple(first)] + [
+            (*first[:i], value, *first[i + 1 :]) for i, values in enumerate(axes.values()) for value in values[1:]
+        ]
     for values in chosen:
         point = dict(zip(axes, values, strict=True))
         told = {key: value for key, value in point.items() if len(axes[key]) > 1}
@@ -294,15 +312,26 @@ class _Builder:
         """The optimal N expected at each budget."""
         if self.grid.centre:
             return list(self.grid.centre)
-        best = [ladder.plan(self.make, budget=budget, law=self.law, convention=self.base.flops,
-                            batch_tokens=self.base.batch_tokens) for budget in self.grid.budgets]  # fmt: skip
+        best = [
+            ladder.plan(
+                self.make, budget=budget, law=self.law, convention=self.base.flops, batch_tokens=self.base.batch_tokens
+            )
+            for budget in self.grid.budgets
+        ]
         return [plan.params.total for plan in best]
 
     def isoflop_shapes(self, budget: float, centre: float) -> list[Shape]:
         if self.grid.models:
             return [shape for shape in map(self.named, self.grid.models) if self.can_spend(budget, shape)]
-        plans = ladder.isoflop(self.make, budget, sizes=self.grid.sizes, spread=self.grid.spread, centre=centre,
-                               convention=self.base.flops, batch_tokens=self.base.batch_tokens)  # fmt: skip
+        plans = ladder.isoflop(
+            self.make,
+            budget,
+            sizes=self.grid.sizes,
+            spread=self.grid.spread,
+            centre=centre,
+            convention=self.base.flops,
+            batch_tokens=self.base.batch_tokens,
+        )
         return [plan.shape for plan in plans]
 
     def can_spend(self, budget: float, shape: Shape) -> bool:
@@ -320,11 +349,21 @@ class _Builder:
 
     def plan(self, shape: Shape, budget: float | None = None, tokens: float | None = None, **fixed) -> ladder.Plan:
         """The run of this shape by the rules, with this variant's multiples of them."""
-        given = {"batch_tokens": self.base.batch_tokens, "lr": self.base.lr, "beta2": self.base.beta2,
-                 "warmup_tokens": self.base.warmup_tokens} | fixed  # fmt: skip
+        given = {
+            "batch_tokens": self.base.batch_tokens,
+            "lr": self.base.lr,
+            "beta2": self.base.beta2,
+            "warmup_tokens": self.base.warmup_tokens,
+        } | fixed
         make = functools.partial(
-            ladder.plan, self.make, budget=budget, tokens=tokens, model=(shape.width, shape.layers), law=self.law,
-            convention=self.base.flops)  # fmt: skip
+            ladder.plan,
+            self.make,
+            budget=budget,
+            tokens=tokens,
+            model=(shape.width, shape.layers),
+            law=self.law,
+            convention=self.base.flops,
+        )
         plan = make(**given)
         given["lr"] = plan.lr * self.times["lr_times"]  # not that of another batch: the multiples vary one by one
         if self.times["batch_times"] != 1 and "batch_tokens" not in fixed:
@@ -371,8 +410,14 @@ def _lengths(build: _Builder) -> list[tuple[Shape, list[float]]]:
         shapes = [build.named(model) for model in grid.models]
     else:
         ends = math.log(centres[0]), math.log(centres[-1])
-        plans = ladder.isoflop(build.make, budgets[-1], sizes=grid.sizes, centre=math.exp(sum(ends) / 2),
-                               spread=math.exp((ends[1] - ends[0]) / 2), convention=convention)  # fmt: skip
+        plans = ladder.isoflop(
+            build.make,
+            budgets[-1],
+            sizes=grid.sizes,
+            centre=math.exp(sum(ends) / 2),
+            spread=math.exp((ends[1] - ends[0]) / 2),
+            convention=convention,
+        )
         shapes = [plan.shape for plan in plans]
     found = []
     for shape in shapes:
@@ -414,13 +459,22 @@ def _trunk(build: _Builder) -> list[Cell]:
             raise UserError(f"{shape}: {min(steps)} steps leave no room for warm-up and cooldown")
         whole = build.plan(shape, tokens=steps[-1] * batch, **fixed)
         for seed in build.grid.seeds:
-            trunk = build.cell(f"trunk-{shape}", whole, seed, schedule="constant", save_steps=tuple(steps),
-                               is_trunk=True)  # fmt: skip
+            trunk = build.cell(
+                f"trunk-{shape}", whole, seed, schedule="constant", save_steps=tuple(steps), is_trunk=True
+            )
             cells.append(trunk)
             for plan, step in zip(plans, steps, strict=True):
-                cells.append(build.cell(
-                    f"{shape}-{plan.tokens / 1e6:.3g}M", plan, seed, schedule="wsd", trunk=trunk.name, step=step,
-                    branch_from=f"{trunk.name}@{step}"))  # fmt: skip
+                cells.append(
+                    build.cell(
+                        f"{shape}-{plan.tokens / 1e6:.3g}M",
+                        plan,
+                        seed,
+                        schedule="wsd",
+                        trunk=trunk.name,
+                        step=step,
+                        branch_from=f"{trunk.name}@{step}",
+                    )
+                )
     return cells
 
 

@@ -166,8 +166,10 @@ def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> 
         case True, True, True:
             cost = price(shape) * tokens
             if abs(cost / budget - 1) > 0.01:
-                raise UserError(f"--budget {budget:g}: --model {shape} on --tokens {tokens:g} costs {cost:.4g} FLOPs "
-                                f"({convention}); leave one of the three out")  # fmt: skip
+                raise UserError(
+                    f"--budget {budget:g}: --model {shape} on --tokens {tokens:g} costs {cost:.4g} FLOPs "
+                    f"({convention}); leave one of the three out"
+                )
             return shape, tokens
 
         case False, True, True:
@@ -180,8 +182,10 @@ def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> 
             shape = min(_ladder(make), key=lambda s: abs(math.log(price(s) * tokens / budget)))
             why["model"] = "the ladder's shape whose cost on these tokens comes nearest the budget"
             if abs(price(shape) * tokens / budget - 1) > 0.25:
-                raise UserError(f"--budget {budget:g}: no shape costs that on --tokens {tokens:g}; the nearest, "
-                                f"--model {shape}, would take --tokens {budget / price(shape):.3g}")  # fmt: skip
+                raise UserError(
+                    f"--budget {budget:g}: no shape costs that on --tokens {tokens:g}; the nearest, "
+                    f"--model {shape}, would take --tokens {budget / price(shape):.3g}"
+                )
             return shape, tokens
 
         case False, True, False:
@@ -224,8 +228,10 @@ def affordable(make: Make, budget: float, convention: str, batch_tokens: int | N
     if not able:
         smallest = min(price, key=price.get)
         least = _up(_least_tokens(smallest, batch_tokens) * price[smallest])
-        raise UserError(f"--budget {budget:g}: too small for every shape of the ladder at --seq-len "
-                        f"{smallest.seq_len}; the smallest, {smallest}, needs --budget {least}")  # fmt: skip
+        raise UserError(
+            f"--budget {budget:g}: too small for every shape of the ladder at --seq-len "
+            f"{smallest.seq_len}; the smallest, {smallest}, needs --budget {least}"
+        )
     return able
 
 
@@ -236,12 +242,16 @@ def _batch(shape: Shape, tokens: float, given: int | None, convention: str, why:
     if given is not None and (given < T or given % T):
         raise UserError(f"--batch-tokens {given}: must be a multiple of --seq-len {T}")
     if tokens < least and given is not None:
-        raise UserError(f"{tokens:.4g} tokens for {shape} are less than one step of --batch-tokens {given}: it takes "
-                        f"--budget {_up(least * price)}")  # fmt: skip
+        raise UserError(
+            f"{tokens:.4g} tokens for {shape} are less than one step of --batch-tokens {given}: it takes "
+            f"--budget {_up(least * price)}"
+        )
     if tokens < least:
         shorter = f" or --seq-len {math.floor(tokens / MIN_STEPS)}" if tokens >= MIN_STEPS else ""
-        raise UserError(f"{tokens:.4g} tokens for {shape} are fewer than {MIN_STEPS} steps of one {T}-token sequence: "
-                        f"it takes --tokens {MIN_STEPS * T} (--budget {_up(least * price)}){shorter}")  # fmt: skip
+        raise UserError(
+            f"{tokens:.4g} tokens for {shape} are fewer than {MIN_STEPS} steps of one {T}-token sequence: "
+            f"it takes --tokens {MIN_STEPS * T} (--budget {_up(least * price)}){shorter}"
+        )
     if given is not None:
         return given
     why["batch_tokens"] = "0.03 D^0.69"
@@ -286,8 +296,9 @@ def _up(value: float) -> str:
 # The isoFLOP grid
 
 
-def isoflop(make: Make, budget: float, *, sizes: int = 7, spread: float = 4.0, centre: float | None = None,
-            **options) -> list[Plan]:  # fmt: skip
+def isoflop(
+    make: Make, budget: float, *, sizes: int = 7, spread: float = 4.0, centre: float | None = None, **options
+) -> list[Plan]:
     """Plans for one budget: up to `sizes` shapes of the ladder, evenly spaced in log N from 1/`spread` to `spread`
     times `centre`, or the law's choice, smallest first. Shapes that cannot spend the budget are left out; `options` go
     to `plan`."""
@@ -337,9 +348,17 @@ def _grid_table(grid: list[Plan], best: Plan, options: GridOptions) -> str:
     heading += ["epochs"] * bool(options.corpus_tokens) + ["hours"] * bool(options.throughput)
     rows = [heading]
     for p in grid:
-        row = [f"{p.shape}{'*' if p.shape == best.shape else ''}", count(p.params.total), count(p.params.with_head),
-               count(p.tokens), f"{p.tokens / p.params.total:.3g}", str(p.batch_tokens), str(p.steps), f"{p.lr:.2g}",
-               *(f"{flops:.3e}" for flops in p.flops.values())]  # fmt: skip
+        row = [
+            f"{p.shape}{'*' if p.shape == best.shape else ''}",
+            count(p.params.total),
+            count(p.params.with_head),
+            count(p.tokens),
+            f"{p.tokens / p.params.total:.3g}",
+            str(p.batch_tokens),
+            str(p.steps),
+            f"{p.lr:.2g}",
+            *(f"{flops:.3e}" for flops in p.flops.values()),
+        ]
         if options.corpus_tokens:
             row.append(f"{p.tokens / options.corpus_tokens:.3g}")
         if options.throughput:

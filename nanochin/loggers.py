@@ -21,8 +21,9 @@ def open_logger(name: str, folder: Path, options: dict, step: int) -> tuple[Call
         import wandb
 
         try:
-            run = wandb.init(project="nanochin", id=folder.name, name=folder.name, resume="allow", dir=folder,
-                             config=options)  # fmt: skip
+            run = wandb.init(
+                project="nanochin", id=folder.name, name=folder.name, resume="allow", dir=folder, config=options
+            )
         except wandb.Error as error:
             reason = " ".join(str(error).split())
             raise RunError(f"--loggers wandb: {reason}; WANDB_MODE=offline needs no account") from None

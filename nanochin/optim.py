@@ -24,8 +24,14 @@ class Adam:
         self.decoupled = {"adamw": True, "adam": False}[kind]
         self.lr: float | Tensor = lr
         self.betas, self.weight_decay = betas, weight_decay
-        self.state = {p: {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                          "exp_avg_sq": torch.zeros_like(p)} for p in self.parameters}  # fmt: skip
+        self.state = {
+            p: {
+                "step": torch.zeros((), device=p.device),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+            for p in self.parameters
+        }
 
     @torch.no_grad()
     def step(self) -> None:
@@ -70,8 +76,10 @@ def lr_at(
     """
     horizon = cycle * steps if schedule == "cosine" else steps
     if warmup_steps >= horizon:
-        raise UserError(f"--warmup-tokens: warm-up of {warmup_steps:g} steps in a {schedule} schedule of {horizon:g}"
-                        "; use a shorter warm-up")  # fmt: skip
+        raise UserError(
+            f"--warmup-tokens: warm-up of {warmup_steps:g} steps in a {schedule} schedule of {horizon:g}"
+            "; use a shorter warm-up"
+        )
     warmup = min(1.0, (step + 1) / (warmup_steps + 1))
     start = steps * (1 - cooldown) if schedule == "wsd" else warmup_steps
     progress = min(1.0, max(0.0, (step - start) / (horizon - start))) if horizon > start else 0.0

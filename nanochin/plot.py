@@ -21,10 +21,15 @@ from nanochin.config import UserError
 
 # Okabe and Ito's colours, which stay apart for colour-blind eyes, (light, dark) backgrounds; q0..q8 are viridis.
 COLOURS = {
-    "blue": ("#0072b2", "#56a9e0"), "orange": ("#d98c00", "#f0b133"), "green": ("#009e73", "#2fc39a"),
-    "red": ("#d55e00", "#f5813f"), "purple": ("#b75c92", "#e39cc5"), "sky": ("#3f9fd8", "#8fd0f5"),
-    "grey": ("#7a828c", "#8b95a1"), "ink": ("#1c2128", "#e6e9ee"),
-}  # fmt: skip
+    "blue": ("#0072b2", "#56a9e0"),
+    "orange": ("#d98c00", "#f0b133"),
+    "green": ("#009e73", "#2fc39a"),
+    "red": ("#d55e00", "#f5813f"),
+    "purple": ("#b75c92", "#e39cc5"),
+    "sky": ("#3f9fd8", "#8fd0f5"),
+    "grey": ("#7a828c", "#8b95a1"),
+    "ink": ("#1c2128", "#e6e9ee"),
+}
 VIRIDIS = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#8fbf27", "#c3b70e")
 VIRIDIS_DARK = ("#8f6fd6", "#7c83dd", "#6496dc", "#4fa9d0", "#43bcbc", "#4bcb9d", "#78d876", "#b3df4c", "#f5e626")
 SCALE = [f"q{i}" for i in range(9)]
@@ -160,8 +165,12 @@ def _ticks(low: float, high: float, log: bool, room: int, powers: bool) -> list[
         first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
         step = max(1, math.ceil((last - first + 1) / room))
         digits = (1, 3) if 2 * (last - first + 1) <= room else (1,)
-        return [(at, number(at, powers)) for k in range(first - 1, last + 1) if k % step == 0
-                for at in (float(f"{d}e{k}") for d in digits)]  # fmt: skip
+        return [
+            (at, number(at, powers))
+            for k in range(first - 1, last + 1)
+            if k % step == 0
+            for at in (float(f"{d}e{k}") for d in digits)
+        ]
     if log and high / low > 3:
         first = math.floor(math.log10(low))
         return [
@@ -206,9 +215,13 @@ STYLE = (
     ".fig .mark{fill:var(--c);fill-opacity:.85;stroke:var(--paper);stroke-width:.6}"
     ".fig .open{fill:var(--paper);stroke:var(--c);stroke-width:1.6}.fig .mark:hover,.fig .open:hover{stroke:var(--ink);"
     "stroke-width:2}" + "".join(f".fig .{name}{{--c:var(--{name})}}" for name in COLOURS)
-)  # fmt: skip
-_PAGE = {"paper": ("#ffffff", "#14181d"), "soft": ("#57606a", "#a3adb8"), "grid": ("#eceff2", "#262c34"),
-         "edge": ("#c3cad1", "#444d57")}  # fmt: skip
+)
+_PAGE = {
+    "paper": ("#ffffff", "#14181d"),
+    "soft": ("#57606a", "#a3adb8"),
+    "grid": ("#eceff2", "#262c34"),
+    "edge": ("#c3cad1", "#444d57"),
+}
 
 
 def variables(scheme: int) -> str:
@@ -221,12 +234,16 @@ def to_svg(figure: Figure) -> str:
     panels = [panel_svg(panel, f"{figure.name}{i}") for i, panel in enumerate(figure.panels)]
     height = max(panel_height(panel) for panel in figure.panels)
     width = WIDTH * len(panels)
-    placed = "".join(panel.replace("<svg ", f'<svg x="{WIDTH * i}" width="{WIDTH}" height="{panel_height(p)}" ', 1)
-                     for i, (panel, p) in enumerate(zip(panels, figure.panels, strict=True)))  # fmt: skip
+    placed = "".join(
+        panel.replace("<svg ", f'<svg x="{WIDTH * i}" width="{WIDTH}" height="{panel_height(p)}" ', 1)
+        for i, (panel, p) in enumerate(zip(panels, figure.panels, strict=True))
+    )
     style = f":root{{{variables(0)}}}@media(prefers-color-scheme:dark){{:root{{{variables(1)}}}}}{STYLE}"
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
-            f"<title>{html.escape(figure.title)}</title><style>{style}</style>"
-            f'<rect width="{width}" height="{height}" style="fill:var(--paper)"/>{placed}</svg>\n')  # fmt: skip
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
+        f"<title>{html.escape(figure.title)}</title><style>{style}</style>"
+        f'<rect width="{width}" height="{height}" style="fill:var(--paper)"/>{placed}</svg>\n'
+    )
 
 
 def _words(text: str) -> str:
@@ -245,23 +262,31 @@ def panel_svg(panel: Panel, name: str) -> str:
     """One panel; `name` must be unique on its page. Its classes want STYLE and `variables` around it."""
     x, y, box = scales(panel)
     left, right, top, bottom = box
-    inside = [f'<clipPath id="{name}"><rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"/>'
-              f'</clipPath><text class="title" x="13" y="18">{_words(panel.title)}</text>']  # fmt: skip
+    inside = [
+        f'<clipPath id="{name}"><rect x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"/>'
+        f'</clipPath><text class="title" x="13" y="18">{_words(panel.title)}</text>'
+    ]
     for at, text in x.ticks:
         px = left + x(at) * (right - left)
-        inside.append(f'<path class="grid" d="M{px:.1f} {top}V{bottom}"/>'
-                      f'<text class="tick" x="{px:.1f}" y="{bottom + 16}" text-anchor="middle">{_words(text)}'
-                      "</text>")  # fmt: skip
+        inside.append(
+            f'<path class="grid" d="M{px:.1f} {top}V{bottom}"/>'
+            f'<text class="tick" x="{px:.1f}" y="{bottom + 16}" text-anchor="middle">{_words(text)}'
+            "</text>"
+        )
     for at, text in y.ticks:
         py = bottom - y(at) * (bottom - top)
-        inside.append(f'<path class="grid" d="M{left} {py:.1f}H{right}"/><text class="tick" x="{left - 6}" '
-                      f'y="{py + 3.5:.1f}" text-anchor="end">{_words(text)}</text>')  # fmt: skip
+        inside.append(
+            f'<path class="grid" d="M{left} {py:.1f}H{right}"/><text class="tick" x="{left - 6}" '
+            f'y="{py + 3.5:.1f}" text-anchor="end">{_words(text)}</text>'
+        )
     middle = (left + right) / 2
     inside.append(f'<text x="{middle:.0f}" y="{bottom + 36}" text-anchor="middle">{_words(panel.x.label)}</text>')
     if panel.y.label:
         middle = (top + bottom) / 2
-        inside.append(f'<text transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle">'
-                      f"{_words(panel.y.label)}</text>")  # fmt: skip
+        inside.append(
+            f'<text transform="translate(13 {middle:.0f}) rotate(-90)" text-anchor="middle">'
+            f"{_words(panel.y.label)}</text>"
+        )
     place = _Place(x, y, box)
     inside.append(
         f'<g clip-path="url(#{name})">'
@@ -271,8 +296,10 @@ def panel_svg(panel: Panel, name: str) -> str:
     inside.append(f'<rect class="frame" x="{left}" y="{top}" width="{right - left}" height="{bottom - top}"/>')
     inside += [_draw(mark, place) for mark in panel.marks if isinstance(mark, Note)]
     inside += [_legend_row(row, HEIGHT + 11 + LEGEND_ROW * i) for i, row in enumerate(_legend_rows(panel))]
-    return (f'<svg class="fig" viewBox="0 0 {WIDTH} {panel_height(panel)}" role="img" '
-            f'aria-label="{html.escape(panel.title)}">' + "".join(inside) + "</svg>")  # fmt: skip
+    return (
+        f'<svg class="fig" viewBox="0 0 {WIDTH} {panel_height(panel)}" role="img" '
+        f'aria-label="{html.escape(panel.title)}">' + "".join(inside) + "</svg>"
+    )
 
 
 def scales(panel: Panel) -> tuple[Scale, Scale, tuple[float, float, float, float]]:
@@ -302,8 +329,10 @@ def _draw(mark, place: _Place) -> str:
     match mark:
         case Line():
             hover = f"<title>{html.escape(mark.hover or mark.label)}</title>" if mark.hover or mark.label else ""
-            return (f'<path class="line {mark.colour} {mark.dash}" stroke-width="{mark.width}" '
-                    f'd="{_path(place(mark.x, mark.y))}">{hover}</path>')  # fmt: skip
+            return (
+                f'<path class="line {mark.colour} {mark.dash}" stroke-width="{mark.width}" '
+                f'd="{_path(place(mark.x, mark.y))}">{hover}</path>'
+            )
         case Band():
             edge = np.concatenate([place(mark.x, mark.low), place(mark.x, mark.high)[::-1]])
             edge = edge[np.isfinite(edge).all(1)]
@@ -312,14 +341,18 @@ def _draw(mark, place: _Place) -> str:
             if not (-1e-9 <= place.x(mark.x) <= 1 + 1e-9 and -1e-9 <= place.y(mark.y) <= 1 + 1e-9):  # nor nan
                 return ""
             ((px, py),) = place(mark.x, mark.y) + np.array(mark.shift)
-            return (f'<text class="note" x="{px:.1f}" y="{py:.1f}" text-anchor="{mark.anchor}">'
-                    f"{_words(mark.text)}</text>")  # fmt: skip
+            return (
+                f'<text class="note" x="{px:.1f}" y="{py:.1f}" text-anchor="{mark.anchor}">{_words(mark.text)}</text>'
+            )
     drawn = []
     for ends, horizontal in ((mark.x_range, True), (mark.y_range, False)):
         if ends is not None:
             pairs = [place(end, mark.y) if horizontal else place(mark.x, end) for end in ends]
-            path = "".join(f"M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" for (a, b), (c, d) in zip(*pairs, strict=True)
-                           if math.isfinite(a + b + c + d))  # fmt: skip
+            path = "".join(
+                f"M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}"
+                for (a, b), (c, d) in zip(*pairs, strict=True)
+                if math.isfinite(a + b + c + d)
+            )
             colour = mark.colour if isinstance(mark.colour, str) else "ink"
             drawn.append(f'<path class="line {colour}" stroke-width="1.6" d="{path}"/>')
     same = isinstance(mark.colour, str)
@@ -445,8 +478,16 @@ def _plot(axes, mark) -> None:
         case Note():
             shift = (0.75 * mark.shift[0], -0.75 * mark.shift[1])
             align = {"start": "left", "middle": "center", "end": "right"}[mark.anchor]
-            axes.annotate(mark.text, (mark.x, mark.y), shift, textcoords="offset points", fontsize=7, color=colour,
-                          ha=align, annotation_clip=True)  # fmt: skip
+            axes.annotate(
+                mark.text,
+                (mark.x, mark.y),
+                shift,
+                textcoords="offset points",
+                fontsize=7,
+                color=colour,
+                ha=align,
+                annotation_clip=True,
+            )
         case Points():
             for ends, error in ((mark.x_range, "xerr"), (mark.y_range, "yerr")):
                 if ends is not None:
@@ -455,6 +496,13 @@ def _plot(axes, mark) -> None:
                     axes.errorbar(mark.x, mark.y, **{error: reach}, fmt="none", ecolor=colour, elinewidth=1.2)
             ring = mark.shape == "ring"
             face = {"facecolors": "white", "edgecolors": colour} if ring else {"c": colour}
-            axes.scatter(mark.x, mark.y, s=(1.6 * mark.size) ** 2, label=label, zorder=3, **face,
-                         marker={"diamond": "D", "cross": "x"}.get(mark.shape, "o"),
-                         linewidths=1.2 if ring or mark.shape == "cross" else 0)  # fmt: skip
+            axes.scatter(
+                mark.x,
+                mark.y,
+                s=(1.6 * mark.size) ** 2,
+                label=label,
+                zorder=3,
+                **face,
+                marker={"diamond": "D", "cross": "x"}.get(mark.shape, "o"),
+                linewidths=1.2 if ring or mark.shape == "cross" else 0,
+            )

@@ -49,8 +49,15 @@ class Provenance:
     versions: str
 
 
-def render(study: Study, checks: Checks, figures: list[Figure], questions: Questions, answers: Answers,
-           trials: list[Trial], provenance: Provenance) -> str:  # fmt: skip
+def render(
+    study: Study,
+    checks: Checks,
+    figures: list[Figure],
+    questions: Questions,
+    answers: Answers,
+    trials: list[Trial],
+    provenance: Provenance,
+) -> str:
     """The report as a text."""
     name = html.escape("/".join(Path(study.rows.source).parts[-2:]))
     forest = "".join(_panels(figure) for figure in figures if figure.name == "certainty")
@@ -78,8 +85,11 @@ def render(study: Study, checks: Checks, figures: list[Figure], questions: Quest
     )
     data = f'<script type="application/json" id="law">{_table_of_optima(study)}</script>'
     script = f"{data}\n<script>{(HERE / 'report.js').read_text()}</script>"
-    return (f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>' + "\n".join(body)
-            + f"</main>\n{script}</body></html>\n")  # fmt: skip
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><main>'
+        + "\n".join(body)
+        + f"</main>\n{script}</body></html>\n"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,8 +155,12 @@ def ci(estimate: Estimate, show) -> str:
 
 
 SHOW = {name: show for name, (_, show) in SHOWN.items()} | {
-    "flops": flops, "least_flops": flops, "target_loss": "{:.4f}".format, "tokens_per_param": three, "epochs": three,
-}  # fmt: skip
+    "flops": flops,
+    "least_flops": flops,
+    "target_loss": "{:.4f}".format,
+    "tokens_per_param": three,
+    "epochs": three,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,18 +183,24 @@ def _header(study: Study, checks: Checks, name: str) -> str:
         )
     doubts = sum(not good for good, _ in findings(study, checks))
     sure.append(f"The checks below raise {doubts or 'no'} doubt{'s' * (doubts != 1)}.")
-    return (f'<header><p class="eyebrow">nanochin · scaling law</p><h1>{title}</h1><p class="lead">{what}</p>'
-            f'<p class="lead">{" ".join(sure)}</p></header>')  # fmt: skip
+    return (
+        f'<header><p class="eyebrow">nanochin · scaling law</p><h1>{title}</h1><p class="lead">{what}</p>'
+        f'<p class="lead">{" ".join(sure)}</p></header>'
+    )
 
 
 SYMBOL = {  # and what it means, on hover
-    "E": ("E", "loss of an endless model on endless text, nats"), "A": ("A", "scale of what the size costs"),
+    "E": ("E", "loss of an endless model on endless text, nats"),
+    "A": ("A", "scale of what the size costs"),
     "B": ("B", "scale of what the data cost"),
-    "alpha": ("α", "exponent of the size"), "beta": ("β", "exponent of the data"),
-    "a": ("a", "optimal parameters grow as C^a"), "b": ("b", "optimal tokens grow as C^b"),
-    "G": ("G", "scale of the optimal parameters"), "k_N": ("k<sub>N</sub>", "scale of the optimal parameters"),
+    "alpha": ("α", "exponent of the size"),
+    "beta": ("β", "exponent of the data"),
+    "a": ("a", "optimal parameters grow as C^a"),
+    "b": ("b", "optimal tokens grow as C^b"),
+    "G": ("G", "scale of the optimal parameters"),
+    "k_N": ("k<sub>N</sub>", "scale of the optimal parameters"),
     "k_D": ("k<sub>D</sub>", "scale of the optimal tokens"),
-}  # fmt: skip
+}
 
 
 def _law(study: Study) -> str:
@@ -189,7 +209,8 @@ def _law(study: Study) -> str:
         terms = ((law.A, "N", law.alpha), (law.B, "D", law.beta))
         formula = f"L(N, D) = {four(law.E)}" + "".join(
             f" + <span class=frac><span>{four(scale)}</span><span>{x}<sup>{power:.4f}</sup></span></span>"
-            for scale, x, power in terms)  # fmt: skip
+            for scale, x, power in terms
+        )
         frontier = "For 6ND = C the optimum is N = G (C/6)<sup>a</sup>, D = (C/6)<sup>b</sup> / G."
         if not study.cost.is_6nd:
             frontier += f" {frontier_in_words(study)} What to train is said for such C."
@@ -214,8 +235,10 @@ def _answers(study: Study, answers: list[Answer]) -> str:
     """The box for one's own budget, and the optimum of some."""
     budgets = [answer.asked["flops"] for answer in answers]
     usual = max((C for C in budgets if C / study.C.max() <= 1.01), default=budgets[0])
-    ask = ('<p class="ask"><label>My budget <input id="budget" inputmode="decimal" autocomplete="off" '
-           f'value="{usual:.3g}"> FLOPs</label></p><p id="answer" class="answer"></p>')  # fmt: skip
+    ask = (
+        '<p class="ask"><label>My budget <input id="budget" inputmode="decimal" autocomplete="off" '
+        f'value="{usual:.3g}"> FLOPs</label></p><p id="answer" class="answer"></p>'
+    )
     rows = []
     for C, answer in zip(budgets, answers, strict=True):
         inside = 0.99 * study.C.min() <= C <= 1.01 * study.C.max()
@@ -267,8 +290,10 @@ def _hold_out(study: Study, held: HoldOut | NotIdentified, most: int = 40) -> st
     """What was predicted of the runs held out, and of the minima of their budgets, beside what came."""
     if isinstance(held, NotIdentified):
         return ""
-    minima = [[flops(C), count(told) + between(ends, count), count(seen), f"{100 * (told / seen - 1):+.0f}%"]
-              for C, seen, told, ends in held.optima]  # fmt: skip
+    minima = [
+        [flops(C), count(told) + between(ends, count), count(seen), f"{100 * (told / seen - 1):+.0f}%"]
+        for C, seen, told, ends in held.optima
+    ]
     parts = [table(["C", "N predicted", "N measured", "off by"], minima)] if minima else []
     rows = []
     for j, i in list(enumerate(held.rows))[:most]:
@@ -295,32 +320,50 @@ def _sensitivity(checks: Checks) -> list[str]:
             rows = [_constants(words(refit.change), refit) for refit in refits]
             parts.append(f'<h3>{title}</h3><div class="dense">{table(head, rows)}</div>')
 
-    fits("Without the runs of highest loss", checks.leave_out,
-         lambda k: f"without the {k} highest of these" if k else f"all {checks.runs} that were fitted")  # fmt: skip
-    fits("With another δ, below which residuals count as squares and above it as distances", checks.deltas,
-         lambda delta: f"δ = {flops(delta)}")  # fmt: skip
+    fits(
+        "Without the runs of highest loss",
+        checks.leave_out,
+        lambda k: f"without the {k} highest of these" if k else f"all {checks.runs} that were fitted",
+    )
+    fits(
+        "With another δ, below which residuals count as squares and above it as distances",
+        checks.deltas,
+        lambda delta: f"δ = {flops(delta)}",
+    )
     fits("With another objective or form", checks.variants, str)
-    fits("With those runs alone whose N is near the minimum of their budget", checks.near,
-         lambda near: f"within {near[0]:g} times of it: {near[1]} runs")  # fmt: skip
+    fits(
+        "With those runs alone whose N is near the minimum of their budget",
+        checks.near,
+        lambda near: f"within {near[0]:g} times of it: {near[1]} runs",
+    )
     if any(refit.sure for refit in checks.variants):
         parts.append(f"<p><small>95% intervals by {SENSITIVITY} resamples of each fit.</small></p>")
     if not isinstance(form := checks.kaplan_form, NotIdentified):
-        formula = ("((N<sub>c</sub>/N)<sup>α<sub>N</sub>/α<sub>D</sub></sup> + D<sub>c</sub>/D)"
-                   "<sup>α<sub>D</sub></sup>")  # fmt: skip
-        values = (f"N<sub>c</sub> {form.N_c:.4g}, D<sub>c</sub> {form.D_c:.4g}, α<sub>N</sub> {form.alpha_N:.4f}, "
-                  f"α<sub>D</sub> {form.alpha_D:.4f}, objective {form.objective:.6g}")  # fmt: skip
+        formula = "((N<sub>c</sub>/N)<sup>α<sub>N</sub>/α<sub>D</sub></sup> + D<sub>c</sub>/D)<sup>α<sub>D</sub></sup>"
+        values = (
+            f"N<sub>c</sub> {form.N_c:.4g}, D<sub>c</sub> {form.D_c:.4g}, α<sub>N</sub> {form.alpha_N:.4f}, "
+            f"α<sub>D</sub> {form.alpha_D:.4f}, objective {form.objective:.6g}"
+        )
         parts.append(f"<p>The form of Kaplan et al. 2020, {formula}, knows no E: {values}.</p>")
     if checks.by_compute:
-        rows = [[f"{flops(part['flops_low'])} to {flops(part['flops_high'])}", str(part["n"]),
-                 f"{100 * part['median']:+.2f}%", f"{100 * part['sd']:.2f}%"]
-                for part in checks.by_compute]  # fmt: skip
+        rows = [
+            [
+                f"{flops(part['flops_low'])} to {flops(part['flops_high'])}",
+                str(part["n"]),
+                f"{100 * part['median']:+.2f}%",
+                f"{100 * part['sd']:.2f}%",
+            ]
+            for part in checks.by_compute
+        ]
         parts.append("<h3>Residuals by compute</h3>" + table(["6ND", "runs", "median", "robust sd"], rows))
     if checks.counts:
         rows = [
             [convention.replace("_", " "), *(_exponent(fit) for fit in both)] for convention, *both in checks.counts
         ]
-        parts.append("<h3>Counting the parameters in another way</h3>"
-                     + table(["N counts", "a, approach 3", "a, approach 2"], rows))  # fmt: skip
+        parts.append(
+            "<h3>Counting the parameters in another way</h3>"
+            + table(["N counts", "a, approach 3", "a, approach 2"], rows)
+        )
     if not isinstance(checks.kaplan, NotIdentified):
         parts.append(f"<p>{kaplan_in_words(checks.kaplan)}</p>")
     return parts or ["<p>Approach 3 gives no law for these runs, so there is nothing to vary.</p>"]
@@ -360,8 +403,10 @@ def _other_questions(study: Study, questions: Questions, answers: Answers) -> li
     N, D = law.optimal(C)
     loss = law.loss(N, D)
     targets = [law.E + share * (loss - law.E) for share in (1, 0.9, 0.8, 0.5)]
-    start = (f"<p>By Approach 3, where not said otherwise for {flops(C)} FLOPs, whose optimum is N = {count(N)}, "
-             f"D = {count(D)} with loss {loss:.4f}.</p>")  # fmt: skip
+    start = (
+        f"<p>By Approach 3, where not said otherwise for {flops(C)} FLOPs, whose optimum is N = {count(N)}, "
+        f"D = {count(D)} with loss {loss:.4f}.</p>"
+    )
     return [
         start,
         _other_sizes(best, C, N),
@@ -382,8 +427,10 @@ def _trials(trials: list[Trial]) -> str:
     rows = [[html.escape(one.run), flops(one.flops), count(one.params), count(one.tokens),
              four(one.predicted) + between((one.low, one.high), four), four(one.loss), f"{100 * one.off:+.2f}%",
              "inside" if one.inside else "<strong>outside</strong>"] for one in trials]  # fmt: skip
-    words = ("<p>Runs that are no part of the fit. The law's forecast of each, an interval of 95% for a single run, "
-             "was written into its config.json before its first step.</p>")  # fmt: skip
+    words = (
+        "<p>Runs that are no part of the fit. The law's forecast of each, an interval of 95% for a single run, "
+        "was written into its config.json before its first step.</p>"
+    )
     return words + table(["run", "C", "N", "D", "predicted", "reached", "off by", ""], rows)
 
 
@@ -438,13 +485,17 @@ def _provenance(study: Study, provenance: Provenance) -> str:
     )
     curves = study.curves
     facts = {
-        "command": provenance.command, "commit": provenance.commit, "data": study.rows.source,
+        "command": provenance.command,
+        "commit": provenance.commit,
+        "data": study.rows.source,
         "SHA-256 of the data": study.rows.sha256,
         **({"curves": curves.source, "SHA-256 of the curves": curves.sha256} if curves else {}),
-        "counted as": study.convention, "objective":
-        f"sum of Huber losses of log-loss residuals, δ = {study.settings.delta:g}", "resampled": how,
-        "intervals": "95%, percentiles of the resamples", "versions": provenance.versions,
-    }  # fmt: skip
+        "counted as": study.convention,
+        "objective": f"sum of Huber losses of log-loss residuals, δ = {study.settings.delta:g}",
+        "resampled": how,
+        "intervals": "95%, percentiles of the resamples",
+        "versions": provenance.versions,
+    }
     return "<dl>" + "".join(f"<dt>{k}</dt><dd><code>{html.escape(v)}</code></dd>" for k, v in facts.items()) + "</dl>"
 
 

@@ -124,8 +124,11 @@ def read_logs(folder: str | Path, rows: Rows) -> Rows | None:
     """Training curves of the runs in `rows`, from the log.jsonl of their folders in `folder` or `folder`/runs; None
     if there are none. N and the FLOPs of a token are those of `rows`; the hash is of the logs, one after the other in
     the order of `rows`."""
-    folders = {log.parent.name: log.parent for pattern in ("*/log.jsonl", "runs/*/log.jsonl")
-               for log in sorted(Path(folder).glob(pattern))}  # fmt: skip
+    folders = {
+        log.parent.name: log.parent
+        for pattern in ("*/log.jsonl", "runs/*/log.jsonl")
+        for log in sorted(Path(folder).glob(pattern))
+    }
     of_run = [name for name in rows.numbers if name.startswith("params")]  # N, however it is counted
     per_token = {name: rows[name] / rows["tokens"] for name in rows.numbers if name.startswith("flops")}
     numbers = {name: array("d") for name in ("tokens", "loss", *of_run, *per_token)}
@@ -173,8 +176,10 @@ def parse_columns(text: str | None) -> dict[str, str]:
             raise UserError(f"--columns {text}: expected pairs such as params=N,tokens=D, not {pair!r}")
         if ours not in COLUMNS:
             close = difflib.get_close_matches(ours, COLUMNS, n=1)
-            raise UserError(f"--columns {text}: {ours!r} is no column of ours"
-                            + (f"; did you mean {close[0]}?" if close else f" ({', '.join(COLUMNS)})"))  # fmt: skip
+            raise UserError(
+                f"--columns {text}: {ours!r} is no column of ours"
+                + (f"; did you mean {close[0]}?" if close else f" ({', '.join(COLUMNS)})")
+            )
         if ours in found:
             raise UserError(f"--columns {text}: {ours} is given twice")
         if theirs in found.values():
@@ -196,8 +201,10 @@ def all_or_no_flops(rows: Rows, skip_bad: bool = False) -> Rows:
         return rows
     if skip_bad:
         return rows.keep(~blank, "without flops")
-    raise UserError(f"{rows.source}: {rows.blanks.get('flops', 'a row')}: flops is blank, and other rows have it; fill "
-                    "it in, pass --skip-bad to leave such rows out, or --flops=6nd")  # fmt: skip
+    raise UserError(
+        f"{rows.source}: {rows.blanks.get('flops', 'a row')}: flops is blank, and other rows have it; fill "
+        "it in, pass --skip-bad to leave such rows out, or --flops=6nd"
+    )
 
 
 def best_tuning(rows: Rows) -> Rows:
@@ -263,11 +270,15 @@ def require_usable(rows: Rows) -> None:
         raise UserError(f"{who}: all runs are at one budget, 6ND = {C.mean():.3g}; a law needs runs at two or more")
     for name in ("tokenizer", "vocab_size", "val_sha"):
         if name in rows.labels and len(used := rows.labels[name].used()) > 1:
-            raise UserError(f"{who}: {len(used)} different {name} ({used[0][:12]}, {used[1][:12]}), so that their "
-                            "losses cannot be compared; fit each by itself")  # fmt: skip
+            raise UserError(
+                f"{who}: {len(used)} different {name} ({used[0][:12]}, {used[1][:12]}), so that their "
+                "losses cannot be compared; fit each by itself"
+            )
     if min(by_chance(rows["params"], rows["tokens"], rows["loss"])) > CHANCE:
-        raise UserError(f"{who}: the losses follow neither params nor tokens more closely than chance would have it (F "
-                        "test); they tell no law")  # fmt: skip
+        raise UserError(
+            f"{who}: the losses follow neither params nor tokens more closely than chance would have it (F "
+            "test); they tell no law"
+        )
 
 
 def by_chance(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
@@ -297,8 +308,9 @@ def by_chance(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> tuple[float, fl
 Table = Iterator
 
 
-def _read_file(path: Path, needed: tuple[str, ...], columns: dict[str, str], skip_bad: bool,
-               lenient: bool = False) -> Rows:  # fmt: skip
+def _read_file(
+    path: Path, needed: tuple[str, ...], columns: dict[str, str], skip_bad: bool, lenient: bool = False
+) -> Rows:
     """`lenient`: of `columns` only those count that are there."""
     try:
         with open(path, "rb") as file:
@@ -388,8 +400,10 @@ def _read_summaries(folder: Path, columns: dict[str, str], skip_bad: bool) -> Ro
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder}: a summary.json cannot be read: {error}") from None
     sha256 = hashlib.sha256("".join(texts).encode()).hexdigest()
-    objects = ((str(path.relative_to(folder)), _json_object(path, "all of it", text))
-               for path, text in zip(paths, texts, strict=True))  # fmt: skip
+    objects = (
+        (str(path.relative_to(folder)), _json_object(path, "all of it", text))
+        for path, text in zip(paths, texts, strict=True)
+    )
     table = _table_of_objects(objects)
     return _collect(str(folder), sha256, next(table), table, NEEDED, columns, skip_bad)
 
@@ -398,8 +412,15 @@ def _read_summaries(folder: Path, columns: dict[str, str], skip_bad: bool) -> Ro
 # Cells
 
 
-def _collect(source: str, sha256: str, header: list[str], table: Table, needed: tuple[str, ...],
-             columns: dict[str, str], skip_bad: bool) -> Rows:  # fmt: skip
+def _collect(
+    source: str,
+    sha256: str,
+    header: list[str],
+    table: Table,
+    needed: tuple[str, ...],
+    columns: dict[str, str],
+    skip_bad: bool,
+) -> Rows:
     """Stream a table into columns, leaving out (and counting) unfinished runs and, with `skip_bad`, bad lines."""
     spots = _find_columns(source, header, needed, columns)
     numeric = {name: i for name, i in spots.items() if name not in LABELS}
@@ -435,8 +456,11 @@ def _collect(source: str, sha256: str, header: list[str], table: Table, needed: 
 
     filled = {name: np.array(column) for name, column in zip(numeric, numbers, strict=True)}
     filled = {name: column for name, column in filled.items() if name in needed or not np.isnan(column).all()}
-    labels = {name: Labels(np.array(column), tuple(known))
-              for name, column, known in zip(worded, codes, words, strict=True) if any(known)}  # fmt: skip
+    labels = {
+        name: Labels(np.array(column), tuple(known))
+        for name, column, known in zip(worded, codes, words, strict=True)
+        if any(known)
+    }
     return Rows(source, sha256, filled, labels, dict(dropped), blanks)
 
 

@@ -96,8 +96,10 @@ def _same_run(folder: Path, ours: dict) -> None:
     theirs = read_json(folder / "config.json")["identity"]
     for key in sorted(theirs.keys() | ours.keys()):
         if theirs.get(key) != ours.get(key):
-            raise UserError(f"{folder} holds a run with {key} = {theirs.get(key)}, this one has {ours.get(key)}: "
-                            f"choose another --name, or delete that folder")  # fmt: skip
+            raise UserError(
+                f"{folder} holds a run with {key} = {theirs.get(key)}, this one has {ours.get(key)}: "
+                f"choose another --name, or delete that folder"
+            )
 
 
 def find_run(run: str, out: str = "runs") -> Path:
@@ -141,8 +143,12 @@ def versions() -> dict:
     except (OSError, subprocess.CalledProcessError):
         commit = None
     packages = ("torch", "triton", "numpy", "tiktoken", "safetensors")
-    return {"git": commit, "python": platform.python_version(), "platform": platform.platform(),
-            **{package: version(package) for package in packages}}  # fmt: skip
+    return {
+        "git": commit,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{package: version(package) for package in packages},
+    }
 
 
 def read_log(folder: Path) -> list[dict]:

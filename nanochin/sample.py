@@ -48,8 +48,9 @@ def main() -> None:
     ids = list(tokenizer.encode(options.prompt.encode())) if options.prompt else [tokenizer.eot]
     device = next(model.parameters()).device
     prompt = torch.tensor([int(i) for i in ids], device=device)
-    ids = generate(model, prompt, options.tokens, temperature=options.temperature, top_k=options.top_k,
-                   seed=options.seed)  # fmt: skip
+    ids = generate(
+        model, prompt, options.tokens, temperature=options.temperature, top_k=options.top_k, seed=options.seed
+    )
     sys.stdout.reconfigure(errors="replace")  # the text may hold what this terminal's encoding cannot show
     print(tokenizer.decode(ids[0 if options.prompt else 1 :].tolist()))
 

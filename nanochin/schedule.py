@@ -68,20 +68,26 @@ class Book:
         ours |= {"vocab_size": shape.vocab_size, "head_size": shape.head_size, "ffn": shape.ffn, **facts}
         for key, value in json.loads(json.dumps(ours)).items():
             if theirs.get(key) != value and value not in (None, "auto"):
-                raise UserError(f"{folder} holds a run with {key} = {theirs.get(key)}, the sweep now asks for {value}: "
-                                "give the sweep file another name, or delete that folder")  # fmt: skip
+                raise UserError(
+                    f"{folder} holds a run with {key} = {theirs.get(key)}, the sweep now asks for {value}: "
+                    "give the sweep file another name, or delete that folder"
+                )
 
     def _from_results(self, cell: Cell, row: dict, facts: dict) -> End | None:
         if row.get("status") != "finished" or any(row.get(key) != sha for key, sha in facts.items()):
             return None  # nothing, or of another text: that of `python` is another with every version of Python
         if row.get("cell") != self.digest(cell):
-            raise UserError(f"{self.results / 'runs.csv'}: {cell.name} was run with other options than the sweep file "
-                            "now has: give the file another name, or pass --results none")  # fmt: skip
+            raise UserError(
+                f"{self.results / 'runs.csv'}: {cell.name} was run with other options than the sweep file "
+                "now has: give the file another name, or pass --results none"
+            )
         try:
             float(row["loss"])
         except (KeyError, TypeError, ValueError):
-            raise UserError(f"{self.results / 'runs.csv'}: {cell.name} is finished with the loss {row.get('loss')!r}, "
-                            "no number: put it right, or take the row out") from None  # fmt: skip
+            raise UserError(
+                f"{self.results / 'runs.csv'}: {cell.name} is finished with the loss {row.get('loss')!r}, "
+                "no number: put it right, or take the row out"
+            ) from None
         return End(row)
 
     def copy_log(self, cell: Cell) -> None:
@@ -94,8 +100,13 @@ class Book:
 
     def row(self, cell: Cell, summary: dict) -> dict:
         """The row of runs.csv: the run's summary, with what only the sweep knows."""
-        return summary | {"kind": cell.kind, "budget": cell.budget, "trunk": cell.trunk, "flops_spent": cell.spent,
-                          "cell": self.digest(cell)}  # fmt: skip
+        return summary | {
+            "kind": cell.kind,
+            "budget": cell.budget,
+            "trunk": cell.trunk,
+            "flops_spent": cell.spent,
+            "cell": self.digest(cell),
+        }
 
     def failed(self, cell: Cell, reason: str) -> End:
         with writing(self.of(cell)):
@@ -117,9 +128,11 @@ class Book:
             if end is None or cell.name in ends or self.checkpoint(cell.trunk, cell.step).exists():
                 continue
             if not end.reason:
-                raise UserError(f"{self.folder / 'runs' / cell.trunk} is finished and has no checkpoint of step "
-                                f"{cell.step}, where {cell.name} begins: delete that folder, and it is trained again "
-                                "with all that are needed")  # fmt: skip
+                raise UserError(
+                    f"{self.folder / 'runs' / cell.trunk} is finished and has no checkpoint of step "
+                    f"{cell.step}, where {cell.name} begins: delete that folder, and it is trained again "
+                    "with all that are needed"
+                )
             ends[cell.name] = End(reason=f"its trunk {cell.trunk} failed: {end.reason}")
 
     def progress(self, cell: Cell) -> tuple[float, float | None]:

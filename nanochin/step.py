@@ -188,8 +188,10 @@ class TrainingStep:
     def _smaller(self) -> int:
         if self.micro_batch == 1:
             shape = self.model.shape
-            raise RunError(f"one sequence of {shape.seq_len} tokens through {shape} does not fit {self.device}: "
-                           "choose a smaller --model or --seq-len")  # fmt: skip
+            raise RunError(
+                f"one sequence of {shape.seq_len} tokens through {shape} does not fit {self.device}: "
+                "choose a smaller --model or --seq-len"
+            )
         return self.micro_batch // 2
 
     def _stay_near(self) -> None:

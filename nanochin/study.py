@@ -117,8 +117,10 @@ def resamples(n: int, asked: int | None) -> tuple[int, str]:
         return asked, ""
     chosen = int(np.clip(WORK / n, LEAST, USUAL))
     minutes = math.ceil(n * chosen / WORK)
-    note = (f"{n:,} rows are many: {chosen} resamples instead of {USUAL}, about {minutes} minute{'s' * (minutes > 1)}; "
-            f"--bootstrap={USUAL} insists")  # fmt: skip
+    note = (
+        f"{n:,} rows are many: {chosen} resamples instead of {USUAL}, about {minutes} minute{'s' * (minutes > 1)}; "
+        f"--bootstrap={USUAL} insists"
+    )
     return chosen, note if chosen < USUAL else ""
 
 
@@ -126,8 +128,12 @@ def silent(stage: str, done: float, total: float) -> None:
     """Progress that nobody wants to see."""
 
 
-def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None = None,
-               progress: Callable[[str, float, float], None] = silent) -> Study:  # fmt: skip
+def study_runs(
+    rows: Rows,
+    curves: Rows | None = None,
+    settings: Settings | None = None,
+    progress: Callable[[str, float, float], None] = silent,
+) -> Study:
     """Fit what can be fitted; `progress` is told (stage, done, total). Raises UserError if no approach can."""
     settings = settings or Settings()
     replicates, note = resamples(len(rows), settings.bootstrap)
@@ -139,8 +145,10 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
     N, D, L = _params(rows, settings.params), rows["tokens"], rows["loss"]
     C, flops_convention, flops_name = _flops(rows, settings.flops)
     if settings.fixed_e is not None and settings.fixed_e >= L.min():
-        raise UserError(f"--fixed-e {settings.fixed_e:g}: {rows.source} has a loss of {L.min():g}, below it; E is the "
-                        "loss that no model beats")  # fmt: skip
+        raise UserError(
+            f"--fixed-e {settings.fixed_e:g}: {rows.source} has a loss of {L.min():g}, below it; E is the "
+            "loss that no model beats"
+        )
     unit = _unit(rows, settings.cluster)
     cost = Cost.of(N, D, C)
     reach = float(C.min()), float(max(C.max(), 1.01 * C.min()))
@@ -152,8 +160,15 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
             return fit
         given = {} if number == 1 else {"runs": unit}
         told = partial(progress, f"resampling for approach {number}")
-        sure = settings.bootstrap and attempt(laws.bootstrap, fit, replicates=settings.bootstrap, seed=settings.seed,
-                                              verify=verify, progress=told, **given)  # fmt: skip
+        sure = settings.bootstrap and attempt(
+            laws.bootstrap,
+            fit,
+            replicates=settings.bootstrap,
+            seed=settings.seed,
+            verify=verify,
+            progress=told,
+            **given,
+        )
         why = str(sure) if isinstance(sure, NotIdentified) else ""
         return Approach(number, fit, sure if isinstance(sure, Bootstrap) else None, reach, why)
 
@@ -168,12 +183,22 @@ def study_runs(rows: Rows, curves: Rows | None = None, settings: Settings | None
     akima = NotIdentified(f"more than {MOST_CHECKED} runs: a spline through all of them would follow their noise")
     if len(N) <= MOST_CHECKED:
         akima = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, method="akima", **labels)
-    parametric = attempt(laws.fit_parametric, N, D, L, delta=settings.delta, E=settings.fixed_e,
-                         params_convention=settings.params, cost=cost)  # fmt: skip
+    parametric = attempt(
+        laws.fit_parametric,
+        N,
+        D,
+        L,
+        delta=settings.delta,
+        E=settings.fixed_e,
+        params_convention=settings.params,
+        cost=cost,
+    )
     results = {1: approach(1, envelope), 2: approach(2, parabola), 3: approach(3, parametric)}
     if not any(isinstance(found, Approach) for found in results.values()):
-        reasons = "; ".join(str(found) if f"{found}".startswith("Approach") else f"Approach {number}: {found}"
-                            for number, found in results.items())  # fmt: skip
+        reasons = "; ".join(
+            str(found) if f"{found}".startswith("Approach") else f"Approach {number}: {found}"
+            for number, found in results.items()
+        )
         raise UserError(f"{rows.source}: no law can be told from these runs: {reasons}")
     if not isinstance(akima, NotIdentified):
         noise = settings.bootstrap and attempt(
@@ -254,10 +279,17 @@ class Checks:
 
         def refits(every: list[Refit]) -> list[dict]:
             names = ("a", "alpha", "beta", "E", "A", "B")
-            return [{"change": str(one.change)} | (of(one.fit) if isinstance(one.fit, NotIdentified) else
-                    of(one.fit.law, *names) | {"objective": one.fit.objective}
-                    | ({"ci": {name: one.sure.interval(name) for name in names}} if one.sure else {}))
-                    for one in every]  # fmt: skip
+            return [
+                {"change": str(one.change)}
+                | (
+                    of(one.fit)
+                    if isinstance(one.fit, NotIdentified)
+                    else of(one.fit.law, *names)
+                    | {"objective": one.fit.objective}
+                    | ({"ci": {name: one.sure.interval(name) for name in names}} if one.sure else {})
+                )
+                for one in every
+            ]
 
         def exponent(found) -> dict:
             if isinstance(found, NotIdentified):
@@ -267,25 +299,34 @@ class Checks:
 
         held = of(self.hold_out, "bias", "error", "in_sample_error", "reach", "rows", "predicted", "observed")
         if isinstance(self.hold_out, laws.HoldOut):
-            held["minima"] = [{"flops": C, "params_measured": seen, "params_predicted": told}
-                              | ({"ci": ends} if np.isfinite(ends[0]) else {})
-                              for C, seen, told, ends in self.hold_out.optima]  # fmt: skip
+            held["minima"] = [
+                {"flops": C, "params_measured": seen, "params_predicted": told}
+                | ({"ci": ends} if np.isfinite(ends[0]) else {})
+                for C, seen, told, ends in self.hold_out.optima
+            ]
             if self.hold_out.bootstrap:
                 held |= of(self.hold_out, "low", "high", "outside")
         E, rise = self.profile
         return {
-            "runs": self.runs, "hold_out": held, "curvature": of(self.curvature, "quadratic", "intervals"),
+            "runs": self.runs,
+            "hold_out": held,
+            "curvature": of(self.curvature, "quadratic", "intervals"),
             "loss_line": of(self.loss_line, "exponent", "flops", "measured", "predicted"),
             "kaplan_procedure": of(self.kaplan, "a", "simulated", "intervals", "between", "levels", "flops", "params"),
             "kaplan_form": of(self.kaplan_form, "N_c", "D_c", "alpha_N", "alpha_D", "objective"),
-            "leave_out_highest": refits(self.leave_out), "delta": refits(self.deltas), "other": refits(self.variants),
-            "near_minimum": [found | {"change": f"within {one.change[0]:g} times", "runs": one.change[1]}
-                             for one, found in zip(self.near, refits(self.near), strict=True)],
-            "counts": {how: {"approach3": exponent(third), "approach2": exponent(second)}
-                       for how, third, second in self.counts},
+            "leave_out_highest": refits(self.leave_out),
+            "delta": refits(self.deltas),
+            "other": refits(self.variants),
+            "near_minimum": [
+                found | {"change": f"within {one.change[0]:g} times", "runs": one.change[1]}
+                for one, found in zip(self.near, refits(self.near), strict=True)
+            ],
+            "counts": {
+                how: {"approach3": exponent(third), "approach2": exponent(second)} for how, third, second in self.counts
+            },
             "residuals_by_compute": self.by_compute,
             "profile_E": [[float(e), float(r)] for e, r in zip(E, rise, strict=True) if np.isfinite(r)],
-        }  # fmt: skip
+        }
 
 
 def check(study: Study, progress: Callable[[str, float, float], None] = silent) -> Checks:
@@ -335,12 +376,14 @@ def check(study: Study, progress: Callable[[str, float, float], None] = silent) 
     step(3, 5)
     lower = min(0.98 * third.law.E, 0.99 * float(L.min()))
     changes = {
-        "least squares": {"delta": np.inf}, "Huber on the loss itself": {"space": "linear"},
+        "least squares": {"delta": np.inf},
+        "Huber on the loss itself": {"space": "linear"},
         "alpha = beta": {"tied": True},
         f"E fixed below, at {lower:.4g}": {"E": lower},
-    }  # fmt: skip
-    variants = [Refit.attempt(words, partial(laws.refit, third.fit, **change), **again)
-                for words, change in changes.items()]  # fmt: skip
+    }
+    variants = [
+        Refit.attempt(words, partial(laws.refit, third.fit, **change), **again) for words, change in changes.items()
+    ]
     near = laws.near_minimum(third.fit, second.fit, **again) if isinstance(second, Approach) else []
     step(4, 5)
     kaplan = NotIdentified("the rows have no params_non_embedding")
@@ -381,16 +424,18 @@ def _by_count(study: Study) -> list:
     def approach(number: int, fit) -> Approach | NotIdentified:
         if isinstance(fit, NotIdentified):
             return fit
-        sure = replicates and attempt(laws.bootstrap, fit, runs=study.unit, replicates=replicates, seed=settings.seed,
-                                      verify=0)  # fmt: skip
+        sure = replicates and attempt(
+            laws.bootstrap, fit, runs=study.unit, replicates=replicates, seed=settings.seed, verify=0
+        )
         return Approach(number, fit, sure if isinstance(sure, Bootstrap) else None, reach)
 
     for convention, name in COUNTS.items():
         if convention == settings.params:
             found.append((convention, study.results[3], study.results[2]))
         elif (N := study.rows.complete(name)) is not None:
-            parametric = attempt(laws.fit_parametric, N, D, L, delta=settings.delta, E=settings.fixed_e,
-                                 cost=Cost.of(N, D, C))  # fmt: skip
+            parametric = attempt(
+                laws.fit_parametric, N, D, L, delta=settings.delta, E=settings.fixed_e, cost=Cost.of(N, D, C)
+            )
             isoflop = attempt(laws.fit_isoflop, N, D, L, C, budget=study.rows.get("budget"))
             found.append((convention, approach(3, parametric), approach(2, isoflop)))
     return found if len(found) > 1 else []
@@ -403,8 +448,10 @@ def _by_count(study: Study) -> list:
 def frontier_in_words(study: Study) -> str:
     """What a token costs where that is not 6N, and what this makes of Eq. 4."""
     cost, third = study.cost, study.results[3]
-    said = (f"C is {study.flops_name}: the runs spent 6ND {'times' if cost.s > 0 else 'over'} 1 + {cost.c:.3g} / "
-            f"N^{cost.q:.3g}, give or take {100 * cost.misfit:.1f}%")  # fmt: skip
+    said = (
+        f"C is {study.flops_name}: the runs spent 6ND {'times' if cost.s > 0 else 'over'} 1 + {cost.c:.3g} / "
+        f"N^{cost.q:.3g}, give or take {100 * cost.misfit:.1f}%"
+    )
     if not isinstance(third, Approach):
         return f"{said}."
     low, high = third.interval(third.exponent)
@@ -425,8 +472,10 @@ def _on_found_budgets(fit) -> tuple[bool, str]:
     without = attempt(fit.without, narrow)
     if narrow and isinstance(without, PowerLaw):
         which = ", ".join(f"{budget.flops:.3g} of {budget.n_runs}" for budget in narrow)
-        said += (f"; sizes span less than {NARROW}x in {len(narrow)} of them ({which} runs), without which it is "
-                 f"{without.a:.3f}")  # fmt: skip
+        said += (
+            f"; sizes span less than {NARROW}x in {len(narrow)} of them ({which} runs), without which it is "
+            f"{without.a:.3f}"
+        )
     return not narrow, said + "."
 
 
@@ -434,8 +483,10 @@ def kaplan_in_words(found: laws.KaplanProcedure) -> str:
     where = f"at {len(found.flops)} of {found.levels} {'levels between the runs' if found.between else 'budgets'}"
     low, high = found.intervals.get(95, (np.nan, np.nan))
     ends = f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""
-    return (f"Kaplan's procedure (non-embedding N and C, losses interpolated, {where}) gives a = {found.a:.3f}{ends}; "
-            f"the law's losses in their place give {found.simulated:.3f}.")  # fmt: skip
+    return (
+        f"Kaplan's procedure (non-embedding N and C, losses interpolated, {where}) gives a = {found.a:.3f}{ends}; "
+        f"the law's losses in their place give {found.simulated:.3f}."
+    )
 
 
 def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
@@ -447,8 +498,11 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
 
     for what, chance in zip(("params", "tokens"), by_chance(study.N, study.D, study.L), strict=True):
         if chance > CHANCE:
-            say(False, f"The losses do not follow {what} more closely than chance would have it (F test, p = "
-                f"{chance:.2f}): what the law says of {what} is noise.")  # fmt: skip
+            say(
+                False,
+                f"The losses do not follow {what} more closely than chance would have it (F test, p = "
+                f"{chance:.2f}): what the law says of {what} is noise.",
+            )
     for number, found in study.results.items():
         if isinstance(found, NotIdentified) and (number != 1 or study.curves is not None):
             say(False, f"Approach {number} gives no law: {str(found).removeprefix(f'Approach {number}: ')}.")
@@ -457,23 +511,32 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
         say(study.cost.misfit < BAD_COST, frontier_in_words(study))
     if isinstance(third, Approach):
         fit, sure = third.fit, third.sure
-        say(2 * fit.starts_agreeing >= fit.starts,
+        say(
+            2 * fit.starts_agreeing >= fit.starts,
             f"{fit.starts_agreeing} of {fit.starts} starts end in the same optimum, where the gradient is "
-            f"{fit.gradient_norm:.0e} of its terms.")  # fmt: skip
+            f"{fit.gradient_norm:.0e} of its terms.",
+        )
         if sure is not None:
-            say(sure.worse == 0 and sure.failed < FEW_FAIL * sure.replicates,
+            say(
+                sure.worse == 0 and sure.failed < FEW_FAIL * sure.replicates,
                 f"{sure.replicates} resamples of {sure.units} {sure.unit}s; at {sure.verified} of their optima the "
                 f"gradient is at most {sure.gradient_norm:.0e} of its terms and the Hessian positive definite; "
-                f"{sure.checked} fitted again from other starts, {sure.worse} of them to a better one.")  # fmt: skip
+                f"{sure.checked} fitted again from other starts, {sure.worse} of them to a better one.",
+            )
             low, high = third.interval("E")
             if high - low > 0.25 * third.law.E:
-                say(False, f"E is hardly known: 95% interval {low:.2f} to {high:.2f} nats. It is not the entropy of "
-                    "the text.")  # fmt: skip
+                say(
+                    False,
+                    f"E is hardly known: 95% interval {low:.2f} to {high:.2f} nats. It is not the entropy of the text.",
+                )
             for near in (one for one in checks.near if one.sure):
                 (factor, runs), (low, high) = near.change, near.sure.interval("E")
                 if not low <= third.law.E <= high:
-                    say(False, f"E, {third.law.E:.3g}, comes from runs far from the minimum of their budget: the "
-                        f"{runs} within {factor:g} times of it give {low:.3g} to {high:.3g}.")  # fmt: skip
+                    say(
+                        False,
+                        f"E, {third.law.E:.3g}, comes from runs far from the minimum of their budget: the "
+                        f"{runs} within {factor:g} times of it give {low:.3g} to {high:.3g}.",
+                    )
                     break
     exponents = {
         approach.number: (approach.exponent(approach.law), approach.interval(approach.exponent))
@@ -487,37 +550,54 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
         say(not apart, f"Approaches {', '.join(map(str, exponents))} give a = {values}{compared}.")
     first, second = study.results[1], study.results[2]
     if isinstance(first, Approach) and first.fit.late_share < 0.5:
-        say(False, f"Approach 1: only {first.fit.late_share:.0%} of the winners are in the last 15% of their run, in "
-            "the paper all; in the middle of a decaying schedule the loss is too high.")  # fmt: skip
+        say(
+            False,
+            f"Approach 1: only {first.fit.late_share:.0%} of the winners are in the last 15% of their run, in "
+            "the paper all; in the middle of a decaying schedule the loss is too high.",
+        )
     if isinstance(second, Approach) and study.rows.get("budget") is None:
         say(*_on_found_budgets(second.fit))
     held = checks.hold_out
     if isinstance(held, laws.HoldOut):
-        say(held.error < 3 * max(held.in_sample_error, 1e-3),
+        say(
+            held.error < 3 * max(held.in_sample_error, 1e-3),
             f"Fitted without the {len(held.rows)} largest runs and asked about them, the law is off by "
             f"{100 * held.error:.2f}% (median; {100 * held.bias:+.2f}% on balance), inside by "
-            f"{100 * held.in_sample_error:.2f}%; they lie {held.reach:.2g} times beyond the rest.")  # fmt: skip
+            f"{100 * held.in_sample_error:.2f}%; they lie {held.reach:.2g} times beyond the rest.",
+        )
         if held.bootstrap:
             m = len(held.rows)
-            say(held.outside <= max(1, 0.15 * m), f"{held.outside} of these {m} losses lie outside the 95% interval "
-                f"that was predicted of them, where {0.05 * m:.2g} are to be expected.")  # fmt: skip
+            say(
+                held.outside <= max(1, 0.15 * m),
+                f"{held.outside} of these {m} losses lie outside the 95% interval "
+                f"that was predicted of them, where {0.05 * m:.2g} are to be expected.",
+            )
         elif held.why:
             say(False, f"The hold-out has no intervals: {held.why}.")
     if isinstance(checks.curvature, laws.Curvature):
         low, high = checks.curvature.intervals[95]
         bends = f"bends {'down' if checks.curvature.quadratic < 0 else 'up'}, more than chance would make it"
-        say(not checks.curvature.significant,
+        say(
+            not checks.curvature.significant,
             f"In log-log the frontier {bends if checks.curvature.significant else 'has no bend beyond chance'}: "
-            f"quadratic term {checks.curvature.quadratic:+.3f} [{low:+.3f}, {high:+.3f}].")  # fmt: skip
+            f"quadratic term {checks.curvature.quadratic:+.3f} [{low:+.3f}, {high:+.3f}].",
+        )
     if isinstance(checks.loss_line, laws.LossLine):
         straight = checks.loss_line
-        say(True, f"The least losses of the budgets go as C^-{straight.exponent:.4f}; the straight line through those "
+        say(
+            True,
+            f"The least losses of the budgets go as C^-{straight.exponent:.4f}; the straight line through those "
             f"of the smaller ones is off by {100 * (straight.predicted / straight.measured - 1):+.2f}% at the "
-            "largest.")  # fmt: skip
+            "largest.",
+        )
     if isinstance(checks.kaplan, laws.KaplanProcedure):
         say(True, kaplan_in_words(checks.kaplan))
-    refused = {"Hold-out": held, "Curvature": checks.curvature, "Kaplan's form": checks.kaplan_form,
-               "Kaplan's procedure": checks.kaplan}  # fmt: skip
+    refused = {
+        "Hold-out": held,
+        "Curvature": checks.curvature,
+        "Kaplan's form": checks.kaplan_form,
+        "Kaplan's procedure": checks.kaplan,
+    }
     for what, reason in refused.items():
         if study.settings.bootstrap and isinstance(reason, NotIdentified):
             why = str(reason).removeprefix(f"{what.lower()}: ")
@@ -533,12 +613,18 @@ def findings(study: Study, checks: Checks) -> list[tuple[bool, str]]:
     if study.settings.cluster == "row" and "run" in study.rows.labels:
         n, runs = len(study.N), len(np.unique(_unit(study.rows, "run")))
         if runs < n:
-            say(False, f"{n} rows belong to {runs} runs, but --cluster=row draws each by itself, as if rows of one run "
-                "did not share its luck: the intervals are too narrow.")  # fmt: skip
+            say(
+                False,
+                f"{n} rows belong to {runs} runs, but --cluster=row draws each by itself, as if rows of one run "
+                "did not share its luck: the intervals are too narrow.",
+            )
     copies = 0 if "run" in study.rows.labels else identical(study.N, study.D, study.L)
     if copies:
-        say(False, f"{copies} rows are identical to others, and no column run tells whether they are copies: each "
-            "counts as a run of its own, so if they are, the intervals are too narrow.")  # fmt: skip
+        say(
+            False,
+            f"{copies} rows are identical to others, and no column run tells whether they are copies: each "
+            "counts as a run of its own, so if they are, the intervals are too narrow.",
+        )
     if study.note:
         say(True, f"{study.note}.")
     unique = study.rows.get("unique_tokens")

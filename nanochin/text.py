@@ -161,8 +161,10 @@ def find_files(data: Iterable[str], option: str = "--data", progress: Progress |
     stage = Stage("hashing", sum(sizes), progress)
     groups = stage.map(lambda group: [hash_file(path, stage) for path in group], _groups(found, sizes))
     shas = [sha for group in groups for sha in group]
-    return sorted(File(key, sha, path, format, size)
-                  for (path, (key, format)), sha, size in zip(found.items(), shas, sizes, strict=True))  # fmt: skip
+    return sorted(
+        File(key, sha, path, format, size)
+        for (path, (key, format)), sha, size in zip(found.items(), shas, sizes, strict=True)
+    )
 
 
 def fingerprint(files: list[File]) -> str:
@@ -203,8 +205,10 @@ def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
             continue
         inside = [(file, key, _format(file)) for file, key in _walk(path) if _format(file) in IN_FOLDERS]
         if not inside:
-            raise UserError(f"{option} {item}: no text in this folder; looked for {' '.join(IN_FOLDERS)}, "
-                            f"also with {' '.join(UNPACKERS)}")  # fmt: skip
+            raise UserError(
+                f"{option} {item}: no text in this folder; looked for {' '.join(IN_FOLDERS)}, "
+                f"also with {' '.join(UNPACKERS)}"
+            )
         yield from inside
 
 

@@ -57,8 +57,10 @@ def open_tokens(path: str) -> TokenFile:
         known = " or ".join(map(str, LLM_C))
         raise UserError(f"{path}: magic {magic} is not one of training tokens (llm.c's {known})")
     if size % 2:
-        raise UserError(f"{path}: {size} bytes, an odd number, cannot be nanoGPT's uint16 tokens, and it has neither "
-                        "llm.c's magic nor an .idx beside it")  # fmt: skip
+        raise UserError(
+            f"{path}: {size} bytes, an odd number, cannot be nanoGPT's uint16 tokens, and it has neither "
+            "llm.c's magic nor an .idx beside it"
+        )
     return TokenFile(path, "nanoGPT", np.memmap(path, "<u2", mode="r").view(np.ndarray))
 
 
@@ -67,8 +69,10 @@ def _llm_c(path: str, magic: int, version: int, count: int, size: int) -> np.nda
     if version != expected:
         raise UserError(f"{path}: version {version} of llm.c's magic {magic}; known is {expected}")
     if count < 1 or size != HEADER + count * np.dtype(kind).itemsize:
-        raise UserError(f"{path}: {size} bytes, but {HEADER} + {np.dtype(kind).itemsize} x the {count} tokens of its "
-                        f"header make {HEADER + count * np.dtype(kind).itemsize}; it is damaged")  # fmt: skip
+        raise UserError(
+            f"{path}: {size} bytes, but {HEADER} + {np.dtype(kind).itemsize} x the {count} tokens of its "
+            f"header make {HEADER + count * np.dtype(kind).itemsize}; it is damaged"
+        )
     return np.memmap(path, kind, mode="r", offset=HEADER).view(np.ndarray)
 
 
@@ -88,8 +92,10 @@ def _megatron(path: str, idx: str) -> np.ndarray:
 
     content = np.memmap(idx, np.uint8, mode="r") if os.path.getsize(idx) else np.zeros(0, np.uint8)
     if content[: len(MEGATRON)].tobytes() != MEGATRON:
-        raise UserError(f"{idx}: not Megatron's index (it begins with {content[:9].tobytes()!r}, not {MEGATRON!r}); "
-                        f"move it away to read {path} without it")  # fmt: skip
+        raise UserError(
+            f"{idx}: not Megatron's index (it begins with {content[:9].tobytes()!r}, not {MEGATRON!r}); "
+            f"move it away to read {path} without it"
+        )
     if len(content) < 34:
         disagree(f"{len(content)} bytes, less than its header")
     version, code, sequences, documents = struct.unpack("<QBQQ", content[9:34].tobytes())
@@ -146,8 +152,10 @@ def check_ids(files: list[TokenFile], tokenizer: Tokenizer, stage: Stage) -> Non
         if found:
             file, position, value = found
             whose = "--vocab-size" if tokenizer.numbers else f"--tokenizer {tokenizer.name} has"
-            raise UserError(f"{file.path}: token id {value} at position {position} is beyond the vocabulary ({whose} "
-                            f"{vocab_size}); read as {file.format}'s format")  # fmt: skip
+            raise UserError(
+                f"{file.path}: token id {value} at position {position} is beyond the vocabulary ({whose} "
+                f"{vocab_size}); read as {file.format}'s format"
+            )
 
 
 def validation_beside(files: list[File]) -> list[str]:

@@ -31,9 +31,11 @@ class Trial:
         return self.low <= self.loss <= self.high
 
     def __str__(self) -> str:
-        return (f"{self.run}, {self.flops:.3g} FLOPs: predicted {self.predicted:.4f} (95%: {self.low:.4f} to "
-                f"{self.high:.4f}), reached {self.loss:.4f}, {100 * self.off:+.2f}%, "
-                f"{'inside' if self.inside else 'OUTSIDE'}")  # fmt: skip
+        return (
+            f"{self.run}, {self.flops:.3g} FLOPs: predicted {self.predicted:.4f} (95%: {self.low:.4f} to "
+            f"{self.high:.4f}), reached {self.loss:.4f}, {100 * self.off:+.2f}%, "
+            f"{'inside' if self.inside else 'OUTSIDE'}"
+        )
 
     def to_json(self) -> dict:
         return asdict(self) | {"off": self.off, "inside": self.inside}
@@ -49,7 +51,10 @@ def read_trial(folder: str | Path) -> Trial:
     row, before = read_json(folder / "summary.json"), read_json(folder / "config.json").get("predicted") or {}
     found = {key: before.get(f"predicted_{key}") for key in ("loss", "low", "high")}
     if not all(isinstance(value, float) and math.isfinite(value) for value in found.values()):
-        raise UserError(f"--trials {folder}: no law predicted its loss with an interval; train it with --law "
-                        "laws.json, of a fit on the same text")  # fmt: skip
-    return Trial(row["name"], row["params"], row["tokens"], row["flops"], found["loss"], found["low"], found["high"],
-                 row["loss"])  # fmt: skip
+        raise UserError(
+            f"--trials {folder}: no law predicted its loss with an interval; train it with --law "
+            "laws.json, of a fit on the same text"
+        )
+    return Trial(
+        row["name"], row["params"], row["tokens"], row["flops"], found["loss"], found["low"], found["high"], row["loss"]
+    )

@@ -135,8 +135,14 @@ class Worker:
             visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
             env["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number % gpus]
         self.process = subprocess.Popen(
-            [sys.executable, str(SWEEP), "--worker", device], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-            text=True, env=env, start_new_session=True)  # fmt: skip
+            [sys.executable, str(SWEEP), "--worker", device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=env,
+            start_new_session=True,
+        )
         # start_new_session: Ctrl-C reaches the sweep alone, which closes the pipes.
 
     def greet(self) -> None:

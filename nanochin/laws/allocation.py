@@ -23,8 +23,9 @@ def _reachable(law: Law, loss):
     """`loss`, nan where it is E or less."""
     above = loss > law.E
     if not np.any(above):
-        raise NotIdentified(f"loss {loss:g}: no compute reaches it, since this law's irreducible loss E is "
-                            f"{np.max(law.E):.6g}")  # fmt: skip
+        raise NotIdentified(
+            f"loss {loss:g}: no compute reaches it, since this law's irreducible loss E is {np.max(law.E):.6g}"
+        )
     return loss if np.all(above) else np.where(above, loss, np.nan)
 
 
@@ -118,8 +119,10 @@ class DataConstrained:
         N = math.exp((low + high) / 2)
         D = self.law.cost.tokens(N, C)
         if D / unique_tokens - 1 > 20 * self.R_D:  # worth exp(-20) a token
-            raise NotIdentified(f"{C:g} FLOPs are more than {unique_tokens:g} unique tokens can use: neither more "
-                                "epochs nor more parameters lower the loss")  # fmt: skip
+            raise NotIdentified(
+                f"{C:g} FLOPs are more than {unique_tokens:g} unique tokens can use: neither more "
+                "epochs nor more parameters lower the loss"
+            )
         return N, D
 
 

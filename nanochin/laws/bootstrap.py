@@ -91,8 +91,9 @@ class Bootstrap:
         }
 
 
-def bootstrap(fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: int = 200,
-              progress: Progress | None = None) -> Bootstrap:  # fmt: skip
+def bootstrap(
+    fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: int = 200, progress: Progress | None = None
+) -> Bootstrap:
     """Resample runs with replacement and fit each replicate to convergence. `fit` is a ParametricFit, IsoflopFit or
     EnvelopeFit; `runs` (n,) are the ids that rows share (default: each row is a run of its own; an envelope knows its
     runs). Of Approach 3 every replicate's optimum is verified by its gradient and Hessian, and `verify` replicates are
@@ -146,8 +147,9 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
     """Each replicate by Newton steps from the fit's own optimum. The first `verify` of them (they are exchangeable),
     and those that fail, again from four starts far from it and from each other; if that mends a single one, then all
     the others too."""
-    surface = Surface.of(fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=fit.fixed_e, tied=fit.tied,
-                         weights=fit.weights)  # fmt: skip
+    surface = Surface.of(
+        fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=fit.fixed_e, tied=fit.tied, weights=fit.weights
+    )
     starts = projected_starts(surface, 12)
     warm, others = surface.z(fit.law), [starts[-1], *starts[::4]]
     size = max(1, BATCH // fit.n)
@@ -219,8 +221,16 @@ def bootstrap_seed_noise(
     return _collect(fit, constants, "seed noise", len(fit.N), replicates, {}, [], optima)
 
 
-def _collect(fit, constants: dict, unit: str, units: int, replicates: int, facts: dict, warnings: list,
-             optima: tuple | None = None) -> Bootstrap:  # fmt: skip
+def _collect(
+    fit,
+    constants: dict,
+    unit: str,
+    units: int,
+    replicates: int,
+    facts: dict,
+    warnings: list,
+    optima: tuple | None = None,
+) -> Bootstrap:
     good = np.isfinite(np.stack(list(constants.values()))).all(0)
     failed = int((~good).sum())
     if failed > replicates / 2:

@@ -20,8 +20,15 @@ BETWEEN = 33  # levels of C_kaplan where the budgets have too few optima
 
 def refit(fit: ParametricFit, rows=slice(None), **changes) -> ParametricFit:
     """The same fit on some of its rows, or with another delta, space, E or tied."""
-    options = {"delta": fit.delta, "space": fit.space, "E": fit.fixed_e, "tied": fit.tied, "name": fit.law.name,
-               "params_convention": fit.law.params_convention, "cost": fit.law.cost}  # fmt: skip
+    options = {
+        "delta": fit.delta,
+        "space": fit.space,
+        "E": fit.fixed_e,
+        "tied": fit.tied,
+        "name": fit.law.name,
+        "params_convention": fit.law.params_convention,
+        "cost": fit.law.cost,
+    }
     return fit_parametric(fit.N[rows], fit.D[rows], fit.loss[rows], weights=fit.weights[rows], **options | changes)
 
 
@@ -58,8 +65,9 @@ def leave_out_highest(fit: ParametricFit, counts=(0, 1, 3, 5, 8, 15), *, runs=No
     return found
 
 
-def near_minimum(fit: ParametricFit, isoflop: IsoflopFit, factors=(4.0, 2.7, 2.0), *, runs=None,
-                 **resampling) -> list[Refit]:  # fmt: skip
+def near_minimum(
+    fit: ParametricFit, isoflop: IsoflopFit, factors=(4.0, 2.7, 2.0), *, runs=None, **resampling
+) -> list[Refit]:
     """For each of `factors` the same fit on the rows alone whose N is within it of the minimum of their budget, by
     `isoflop`, a fit of the same rows. E is what the ends of the isoFLOP curves make of it: should they bend more than
     the form allows, E and the exponents move as the ends go. Other arguments as in leave_out_highest."""
@@ -85,8 +93,9 @@ def profile_e(fit: ParametricFit, points: int = 41) -> tuple[np.ndarray, np.ndar
     """(E (points,), objective (points,)): everything else optimised with E held fixed, from 0 to the lowest loss. How
     flat this is tells how well E is known; nan where no optimum was found."""
     grid = np.linspace(0, fit.loss.min() * (1 - 1e-3), points)
-    surface = Surface.of(fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=None, tied=fit.tied,
-                         weights=fit.weights)  # fmt: skip
+    surface = Surface.of(
+        fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=None, tied=fit.tied, weights=fit.weights
+    )
     starts = [surface.z(fit.law), *projected_starts(surface, 12)[3::4]]
     best = np.full(points, np.inf)
     for start in starts:
@@ -105,8 +114,15 @@ def residuals_by_compute(fit: ParametricFit, bins: int = 3) -> list[dict]:
             continue
         r = fit.residuals[rows]
         middle = float(np.median(r))
-        table.append({"flops_low": float(C[rows].min()), "flops_high": float(C[rows].max()), "n": len(rows),
-                      "median": middle, "sd": float(1.4826 * np.median(np.abs(r - middle)))})  # fmt: skip
+        table.append(
+            {
+                "flops_low": float(C[rows].min()),
+                "flops_high": float(C[rows].max()),
+                "n": len(rows),
+                "median": middle,
+                "sd": float(1.4826 * np.median(np.abs(r - middle))),
+            }
+        )
     return table
 
 
@@ -249,8 +265,9 @@ def loss_line(fit: IsoflopFit) -> LossLine:
     """Raises NotIdentified below 4 bracketed budgets: the line is to be held against one that it has not seen."""
     good = sorted((b.flops, b.loss_opt) for b in fit.budgets if b.bracketed)
     if len(good) < MIN_CURVATURE:
-        raise NotIdentified(f"the line of least losses needs {MIN_CURVATURE} budgets with a bracketed minimum, "
-                            f"but has {len(good)}")  # fmt: skip
+        raise NotIdentified(
+            f"the line of least losses needs {MIN_CURVATURE} budgets with a bracketed minimum, but has {len(good)}"
+        )
     log_c, log_l = np.log(good).T
     start, slope = line(log_c[:-1], log_l[:-1])
     return LossLine(float(-line(log_c, log_l)[1]), *map(float, good[-1]), float(np.exp(start + slope * log_c[-1])))
@@ -277,8 +294,17 @@ class KaplanProcedure:
     params: np.ndarray  # N_opt (non-embedding) there
 
 
-def kaplan_procedure(params_non_embedding, D, loss, law_loss, *, budget=None, noise: float | None = None,
-                     replicates: int = 0, seed: int = 0) -> KaplanProcedure:  # fmt: skip
+def kaplan_procedure(
+    params_non_embedding,
+    D,
+    loss,
+    law_loss,
+    *,
+    budget=None,
+    noise: float | None = None,
+    replicates: int = 0,
+    seed: int = 0,
+) -> KaplanProcedure:
     """At equal C_kaplan = 6 N_non_embedding D interpolate each size's loss, take the minimum over sizes, regress
     log N on log C. `law_loss` (n,) is the fitted law's loss of every row; `budget` (n,) groups the rows, and there is
     one C_kaplan a budget, the geometric mean of its rows'. If fewer than 3 of these have a bracketed minimum,
@@ -294,8 +320,10 @@ def kaplan_procedure(params_non_embedding, D, loss, law_loss, *, budget=None, no
         optima = _kaplan_optima(N, C, both, levels)
     there = np.isfinite(optima).all(0)
     if there.sum() < 2:
-        raise NotIdentified("Kaplan's procedure needs 2 levels of C_kaplan with a bracketed minimum over sizes, but "
-                            f"has {there.sum()}, tried at {few} budgets and at {BETWEEN} levels between")  # fmt: skip
+        raise NotIdentified(
+            "Kaplan's procedure needs 2 levels of C_kaplan with a bracketed minimum over sizes, but "
+            f"has {there.sum()}, tried at {few} budgets and at {BETWEEN} levels between"
+        )
     x, intervals = levels[there], {}
     _, (a, simulated) = line(x, np.log(optima[:, there]))
     if replicates and noise is not None:

@@ -40,8 +40,12 @@ class EnvelopeFit:
         out = self.law.constants()
         if bootstrap is not None:
             out |= {"a_ci": list(bootstrap.interval("a")), "b_ci": list(bootstrap.interval("b"))} | bootstrap.to_json()
-        return out | {"points": int(self.bracketed.sum()), "late_share": self.late_share, "n_curves": len(self.runs),
-                      "n_winners": len(np.unique(self.winner[self.bracketed]))}  # fmt: skip
+        return out | {
+            "points": int(self.bracketed.sum()),
+            "late_share": self.late_share,
+            "n_curves": len(self.runs),
+            "n_winners": len(np.unique(self.winner[self.bracketed])),
+        }
 
 
 def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 10, name: str = "Approach 1",
@@ -80,13 +84,22 @@ def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 1
     bracketed = (np.nanmin(there, 0) < sizes[winner]) & (sizes[winner] < np.nanmax(there, 0))
     won = np.unique(sizes[winner][bracketed])
     if len(won) < 2:
-        raise NotIdentified(f"Approach 1: {len(won)} of {different} sizes ever have the lowest loss while smaller and "
-                            "larger ones are trained as far; it needs 2")  # fmt: skip
+        raise NotIdentified(
+            f"Approach 1: {len(won)} of {different} sizes ever have the lowest loss while smaller and "
+            "larger ones are trained as far; it needs 2"
+        )
     x = log_c[bracketed]
     k_N, a = line(x, np.log(sizes[winner])[bracketed])
     k_D, b = line(x, log_tokens[winner, at][bracketed])
-    law = PowerLaw(name, float(np.exp(k_N)), float(a), float(np.exp(k_D)), float(b),
-                   params_convention=params_convention, flops_convention=flops_convention)  # fmt: skip
+    law = PowerLaw(
+        name,
+        float(np.exp(k_N)),
+        float(a),
+        float(np.exp(k_D)),
+        float(b),
+        params_convention=params_convention,
+        flops_convention=flops_convention,
+    )
     ends = np.array([c[-1] for c, *_ in curves])
     late = float((log_c >= ends[winner] + np.log(LATE))[bracketed].mean())
     shown = {str(r): (np.exp(c), smoothed, n) for r, (c, _, smoothed, n) in zip(runs, curves, strict=True)}
@@ -104,8 +117,9 @@ def gaussian_smooth(values, window: int) -> np.ndarray:
     kernel = np.exp(-0.5 * (offset / (window / 4)) ** 2)
     index = np.arange(len(values))[:, None] + offset
     inside = (index >= 0) & (index < len(values))
-    intercept, _ = line(np.broadcast_to(offset.astype(float), index.shape), values[np.clip(index, 0, len(values) - 1)],
-                        kernel * inside)  # fmt: skip
+    intercept, _ = line(
+        np.broadcast_to(offset.astype(float), index.shape), values[np.clip(index, 0, len(values) - 1)], kernel * inside
+    )
     return intercept
 
 

@@ -138,10 +138,15 @@ def fit_isoflop(N, D, loss, C=None, *, budget=None, tolerance: float = 0.1, meth
         of = {}
         for b in budgets:
             of.setdefault(b.reason, []).extend([] if b.bracketed else [f"{b.flops:.3g}"])
-        reasons = "; ".join(f"{', '.join(at[:3])}{f' and {len(at) - 3} more' * (len(at) > 3)} FLOPs: {reason}"
-                            for reason, at in of.items() if at)  # fmt: skip
-        raise NotIdentified(f"Approach 2 needs at least {MIN_BUDGETS} budgets with a bracketed minimum, but has "
-                            f"{len(good)} of {len(budgets)}{f' ({reasons})' if reasons else ''}")  # fmt: skip
+        reasons = "; ".join(
+            f"{', '.join(at[:3])}{f' and {len(at) - 3} more' * (len(at) > 3)} FLOPs: {reason}"
+            for reason, at in of.items()
+            if at
+        )
+        raise NotIdentified(
+            f"Approach 2 needs at least {MIN_BUDGETS} budgets with a bracketed minimum, but has "
+            f"{len(good)} of {len(budgets)}{f' ({reasons})' if reasons else ''}"
+        )
     law = _power_laws(good, name, params_convention, flops_convention)
     return IsoflopFit(law, method, budgets, _noise(budgets, N, loss), left_out, N, D, loss, C)
 
@@ -154,8 +159,15 @@ def _power_laws(budgets, name: str, params_convention: str, flops_convention: st
     log_c = np.log([b.flops for b in budgets])
     k_N, a = line(log_c, np.log([b.params_opt for b in budgets]))
     k_D, b = line(log_c, np.log([b.tokens_opt for b in budgets]))
-    return PowerLaw(name, float(np.exp(k_N)), float(a), float(np.exp(k_D)), float(b),
-                    params_convention=params_convention, flops_convention=flops_convention)  # fmt: skip
+    return PowerLaw(
+        name,
+        float(np.exp(k_N)),
+        float(a),
+        float(np.exp(k_D)),
+        float(b),
+        params_convention=params_convention,
+        flops_convention=flops_convention,
+    )
 
 
 def line(x, y, weights=None):
@@ -275,8 +287,9 @@ def akima(x, y, at) -> np.ndarray:
     w1, w2 = np.abs(m[:, 3:] - m[:, 2:-1]), np.abs(m[:, 1:-2] - m[:, :-3])
     total = w1 + w2
     flat = total <= 1e-9 * np.abs(m).max(1, keepdims=True) + 1e-300
-    tangent = np.where(flat, (m[:, 1:-2] + m[:, 2:-1]) / 2,
-                       (w1 * m[:, 1:-2] + w2 * m[:, 2:-1]) / np.where(flat, 1, total))  # fmt: skip
+    tangent = np.where(
+        flat, (m[:, 1:-2] + m[:, 2:-1]) / 2, (w1 * m[:, 1:-2] + w2 * m[:, 2:-1]) / np.where(flat, 1, total)
+    )
     gap = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 2)
     h, t = np.diff(x)[gap], at - x[gap]
     left, right, chord = tangent[:, gap], tangent[:, gap + 1], slope[:, gap]
@@ -351,5 +364,8 @@ def _lines(flops, N, D) -> dict[str, np.ndarray]:
         fits = [line(log_c, np.log(np.where(good, v, 1)), w) for v in (N, D)]
     enough = good.sum(1) >= MIN_BUDGETS
     names = (("k_N", "a"), ("k_D", "b"))
-    return {name: np.where(enough, np.exp(v) if name[0] == "k" else v, np.nan)
-            for pair, both in zip(fits, names, strict=True) for v, name in zip(pair, both, strict=True)}  # fmt: skip
+    return {
+        name: np.where(enough, np.exp(v) if name[0] == "k" else v, np.nan)
+        for pair, both in zip(fits, names, strict=True)
+        for v, name in zip(pair, both, strict=True)
+    }

@@ -180,8 +180,10 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
         except TypeError:
             usable = False
         if not usable:
-            raise UserError(f"--law {path}: {key} needs a cost of c >= 0, q from 0 to 1 and s of 1 or -1, but has "
-                            f"{laws[key]['cost']!r}")  # fmt: skip
+            raise UserError(
+                f"--law {path}: {key} needs a cost of c >= 0, q from 0 to 1 and s of 1 or -1, but has "
+                f"{laws[key]['cost']!r}"
+            )
         law = Law(name, **constants, params_convention=params, cost=cost, meta=meta, **_scatter(laws[key]))
     else:
         flops = convention("flops_convention", CONVENTIONS)

@@ -34,8 +34,9 @@ class Optimum:
     gradient_norm: np.ndarray | None = None  # (K,), see Surface.gradient_norm
 
 
-def minimise(evaluate: Evaluate, theta, lower, upper, weight, tolerance: float = TOLERANCE, damping=0.0,
-             most: int = MAX_STEPS) -> Optimum:  # fmt: skip
+def minimise(
+    evaluate: Evaluate, theta, lower, upper, weight, tolerance: float = TOLERANCE, damping=0.0, most: int = MAX_STEPS
+) -> Optimum:
     """Minimise K problems of p unknowns from theta (K, p), each within lower <= theta <= upper, (p,) or (K, p); weight
     (K,) is what the objective's terms weigh in sum. A coordinate with lower == upper is held fixed. After `most` steps
     a problem is given up."""

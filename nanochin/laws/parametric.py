@@ -48,10 +48,18 @@ class ParametricFit:
         law = self.law
         out = {k: float(getattr(law, k)) for k in ("E", "A", "B", "alpha", "beta", "a", "b", "G")}
         out["cost"] = vars(law.cost)
-        out |= {"delta": None if math.isinf(self.delta) else self.delta, "space": self.space,
-                "objective": self.objective, "n": self.n, "starts": self.starts,
-                "starts_agreeing": self.starts_agreeing, "gradient_norm": self.gradient_norm,
-                "at_bound": list(self.at_bound), "fixed_E": self.fixed_e, "tied": self.tied}  # fmt: skip
+        out |= {
+            "delta": None if math.isinf(self.delta) else self.delta,
+            "space": self.space,
+            "objective": self.objective,
+            "n": self.n,
+            "starts": self.starts,
+            "starts_agreeing": self.starts_agreeing,
+            "gradient_norm": self.gradient_norm,
+            "at_bound": list(self.at_bound),
+            "fixed_E": self.fixed_e,
+            "tied": self.tied,
+        }
         if bootstrap is not None:
             out |= bootstrap.to_json() | {"noise": self.noise, "replicates": bootstrap.sample(200)}  # for Law.forecast
         return out
@@ -83,8 +91,9 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: fl
         raise NotIdentified(f"Approach 3: none of {len(z)} starts converged")
     agreeing = found.converged & agree(found.objective, found.objective[best], surface.weights.sum())
     if agreeing.sum() < 2 <= len(found.theta):
-        raise NotIdentified(f"Approach 3: only 1 of {len(found.theta)} starts ends in the lowest optimum: it is not "
-                            f"confirmed; add runs")  # fmt: skip
+        raise NotIdentified(
+            f"Approach 3: only 1 of {len(found.theta)} starts ends in the lowest optimum: it is not confirmed; add runs"
+        )
     z = found.theta[best : best + 1]
     bounds = tuple(n for n, at in zip(NAMES, surface.at_bound(z)[0], strict=True) if at)
     if bounds and not allow_bound:
@@ -156,8 +165,9 @@ def fit_kaplan_form(N, D, loss, *, delta: float = 1e-3) -> KaplanForm:
     level = float(np.median(surface.target))
     if level <= 0.05:
         raise NotIdentified("Kaplan's form: needs losses above 1 nat")
-    starts = np.array([(c, level / c - t, k, level / c + t) for c in (0.05, 0.1, 0.3) for k in (0.5, 1.0, 2.0)
-                       for t in (-0.7, 0.7)])  # fmt: skip
+    starts = np.array(
+        [(c, level / c - t, k, level / c + t) for c in (0.05, 0.1, 0.3) for k in (0.5, 1.0, 2.0) for t in (-0.7, 0.7)]
+    )
     lower, upper = np.array([1e-3, -1e4, 1e-3, -1e4]), np.array([10.0, 1e4, 100.0, 1e4])
     weight = np.full(len(starts), float(len(x)))
     for wider in (d for d in (0.1, 1e-2) if d > delta):
@@ -173,5 +183,13 @@ def fit_kaplan_form(N, D, loss, *, delta: float = 1e-3) -> KaplanForm:
     if not 0 < N_c < math.inf or not 0 < D_c < math.inf:
         raise NotIdentified("Kaplan's form: the loss hardly falls with N or with D")
     agreeing = found.converged & agree(found.objective, found.objective[best], len(x))
-    return KaplanForm(float(N_c), float(D_c), float(c * k), float(c), float(found.objective[best]), delta,
-                      len(starts), int(agreeing.sum()))  # fmt: skip
+    return KaplanForm(
+        float(N_c),
+        float(D_c),
+        float(c * k),
+        float(c),
+        float(found.objective[best]),
+        delta,
+        len(starts),
+        int(agreeing.sum()),
+    )

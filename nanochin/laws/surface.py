@@ -58,8 +58,10 @@ class Surface:
         if loss.size and not np.exp(-SCALE) < loss.min() <= loss.max() < np.exp(SCALE):
             raise NotIdentified(f"Approach 3: losses from {loss.min():.3g} to {loss.max():.3g} are no nats per token")
         if E is not None and not 0 <= E < loss.min(initial=np.inf):
-            raise NotIdentified(f"Approach 3: E is fixed at {E:g}, but must be at least 0 and below the lowest loss, "
-                                f"{loss.min(initial=np.inf):.6g}")  # fmt: skip
+            raise NotIdentified(
+                f"Approach 3: E is fixed at {E:g}, but must be at least 0 and below the lowest loss, "
+                f"{loss.min(initial=np.inf):.6g}"
+            )
         if len(N) < MIN_ROWS:
             raise NotIdentified(f"Approach 3 needs at least {MIN_ROWS} usable rows, but has {len(N)}")
         for what, v in (("model sizes", N), ("token counts", D)):
@@ -71,8 +73,9 @@ class Surface:
         x, y, one = x - centre[0], y - centre[1], np.ones(len(N))
         for what, v in (("one budget (6 N D)", x + y), ("one ratio D/N", y - x)):
             if np.ptp(v) < NARROW:
-                raise NotIdentified(f"Approach 3 cannot tell N from D: all runs are at {what}, within "
-                                    f"{np.exp(np.ptp(v)):.3g}x")  # fmt: skip
+                raise NotIdentified(
+                    f"Approach 3 cannot tell N from D: all runs are at {what}, within {np.exp(np.ptp(v)):.3g}x"
+                )
         spread = np.linalg.svd(np.stack([x, y]), compute_uv=False)
         if spread[1] < 1e-3 * spread[0]:
             raise NotIdentified("Approach 3 cannot tell N from D: all runs lie on one line in log N and log D")
@@ -98,8 +101,13 @@ class Surface:
 
     def z(self, law: Law) -> np.ndarray:
         """(p,), the inverse of `law`."""
-        theta = [np.log(law.A) - law.alpha * self.centre[0], law.alpha, np.log(law.B) - law.beta * self.centre[1],
-                 law.beta, law.E]  # fmt: skip
+        theta = [
+            np.log(law.A) - law.alpha * self.centre[0],
+            law.alpha,
+            np.log(law.B) - law.beta * self.centre[1],
+            law.beta,
+            law.E,
+        ]
         return np.array(theta)[[0, 1, 2, 4] if self.free.shape[1] == 4 else slice(None)]
 
     def at_bound(self, z) -> np.ndarray:
