@@ -11,6 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from nanochin.config import Shape, UserError
 
@@ -18,9 +19,9 @@ from nanochin.config import Shape, UserError
 class Worker:
     """`python -m MODULE --worker SPEC`, which answers each line of JSON that it is told with another one."""
 
-    def __init__(self, module: str, spec: dict):
+    def __init__(self, module: str, spec: dict, checkout: Path | None = None):
         command = [sys.executable, "-m", module, "--worker", json.dumps(spec)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=checkout)
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
