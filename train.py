@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # OpenMP's threads sleep while they wait, from before torch loads it: spinning, two of them make a run many times slower
-# as soon as another program wants a core (LOG.md). In a step each works on its own (nanochin/device.py, Team).
+# as soon as another program wants a core (LOG.md). In a step each works on its own (nanochin/step.py, Shards).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
 from nanochin import checkpoint, gpt2, ladder, laws, loggers, runs
@@ -43,7 +43,6 @@ from nanochin.config import (
 from nanochin.console import Progress, clock, count, table
 from nanochin.data import Corpus, Windows, prepare_for
 from nanochin.device import (
-    Team,
     check_memory,
     device_name,
     keep_freed_memory,
@@ -56,7 +55,7 @@ from nanochin.evaluate import evaluate
 from nanochin.model import GPT
 from nanochin.optim import Adam, default_final, lr_at
 from nanochin.sample import generate
-from nanochin.step import TrainingStep, pick_step
+from nanochin.step import Shards, TrainingStep, pick_step
 from nanochin.tokenizer import model_vocab
 
 # What `python train.py` does with no option, by kind of device and never by a timing, so that the same command is
@@ -189,7 +188,7 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         peak, peak_source = peak_of(device, job.dtype)
         sequences = plan.batch_tokens // config.seq_len
         train_on = TrainingStep(
-            job.step, optimizer_step, model, optimizer, state["micro_batch"], config.clip, sequences, progress.say
+            job.step, train_step, model, optimizer, state["micro_batch"], config.clip, sequences, progress.say
         )
         if not quiet:
             show_plan(job, run, train_on, peak_source)
@@ -246,32 +245,23 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         return run.summary
 
 
-def optimizer_step(model, optimizer: Adam, batch: Tensor, micro_batch: int, clip: float, team: Team) -> Tensor:
-    """One step on batch (n, T+1) in pieces of `micro_batch` sequences -> (loss, gradient norm before clipping).
+def train_step(shards: Shards, optimizer: Adam, batch: Tensor, micro_batch: int, clip: float) -> Tensor:
+    """One step on batch (n, T+1), `micro_batch` sequences at a time -> (loss, gradient norm before clipping).
 
     The gradient is that of the mean over all n x T tokens, however the batch is cut; it is added up in the order of the
     sequences, so that the same cuts give the same bits.
     """
 
-    def of_piece(piece: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        loss = model(piece[:, :-1], piece[:, 1:]) * (len(piece) / len(batch))
-        return loss.detach(), torch.autograd.grad(loss, optimizer.parameters)
+    def accumulate(model: nn.Module, sequences: Tensor) -> Tensor:
+        total = 0.0
+        for micro in sequences.split(micro_batch):
+            loss = model(micro[:, :-1], micro[:, 1:]) * (len(micro) / len(batch))
+            loss.backward()
+            total = total + loss.detach()
+        return total
 
-    def of_share(share: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return added(map(of_piece, share.split(micro_batch)))
-
-    def added(parts) -> tuple[Tensor, tuple[Tensor, ...]]:
-        loss, gradients = next(parts)
-        for more in parts:
-            loss = loss + more[0]
-            torch._foreach_add_(gradients, more[1])
-            del more  # before the next piece is made: with its gradients there would be three sets in memory
-        return loss, gradients
-
-    loss, gradients = added(iter(team.map(of_share, batch.chunk(team.size))))
-    for parameter, gradient in zip(optimizer.parameters, gradients, strict=True):
-        parameter.grad = gradient
-    norm = torch.nn.utils.clip_grad_norm_(optimizer.parameters, clip or math.inf)
+    loss = shards.run(accumulate, batch)
+    norm = nn.utils.clip_grad_norm_(optimizer.parameters, clip or math.inf)
     optimizer.step()
     optimizer.zero_grad()
     return torch.stack((loss, norm))
@@ -498,7 +488,7 @@ def show_plan(job: Job, run: runs.Run, train_on: TrainingStep, peak_source: str)
     forecast = predicted(job)
     if corpus.format != "text":
         text = f"token files ({corpus.format}), {count(len(corpus.val))} tokens for validation"
-    threads = train_on.team.size
+    threads = len(train_on.shards.models)
     at_once = f"{min(train_on.micro_batch, math.ceil(plan.batch_tokens / config.seq_len / threads))} sequences"
     if threads > 1:
         at_once += f" on each of {threads} threads"

@@ -134,9 +134,9 @@ class Ours:
         self.model = GPT(shape, dtype=dtype).to(device)
         self.batch = torch.randint(shape.vocab_size, (sequences, shape.seq_len + 1))
         optimizer = Adam(self.model, "adamw", 1e-3, (0.9, 0.95), 0.1)
-        record = {} if device.type == "cuda" else {"record": Replay}
+        capture = {} if device.type == "cuda" else {"capture": Replay}
         self.train_on = Fixed(
-            kind, train.optimizer_step, self.model, optimizer, micro_batch, 1.0, 0, Fixed.refuse, **record
+            kind, train.train_step, self.model, optimizer, micro_batch, 1.0, 0, Fixed.refuse, **capture
         )
         self.parameters = optimizer.parameters
 

@@ -92,14 +92,14 @@ def our_step(spec: dict, shape, batch, device):
     from nanochin.model import GPT
     from nanochin.optim import Adam
     from nanochin.step import TrainingStep
-    from train import optimizer_step
+    from train import train_step
 
     if device.type == "cpu":
         keep_freed_memory()
     model = GPT(shape, dtype=getattr(torch, spec["dtype"])).to(device)
     optimizer = Adam(model, "adamw", 1e-3, (0.9, 0.95), 0.1)
     kind = "compile" if spec["compile"] else "eager"
-    step = TrainingStep(kind, optimizer_step, model, optimizer, len(batch), 1.0, len(batch))
+    step = TrainingStep(kind, train_step, model, optimizer, len(batch), 1.0, len(batch))
     return lambda: step(batch, 1e-3)[0].item()
 
 

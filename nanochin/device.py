@@ -4,9 +4,7 @@ import ctypes
 import functools
 import os
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -41,49 +39,6 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_threshold = -1, -3  # as malloc.h numbers them
         libc.mallopt(m_mmap_threshold, 2**30)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def share_out(threads: int, sequences: int, seq_len: int, width: int) -> tuple[int, int]:
-    """(threads that take some of the `sequences` of a batch each, threads inside the operations of each) on a CPU with
-    `threads`; what remains is left idle, which is faster than to be waited for (all measured on two cores, LOG.md).
-    """
-    work = sequences * seq_len * width  # numbers in one layer's activations
-    # 1. A share of fewer than 2^14 does not repay its thread: Python, which threads take in turns, is most of its time.
-    members = max(1, min(threads, sequences, work // 2**14))
-    # 2. An operation on fewer than 2^17 a thread takes no longer than it takes a sleeping thread to wake.
-    return members, max(1, min(threads // members, work // members // 2**17))
-
-
-class Team:
-    """The threads among which `train.optimizer_step` shares out the sequences of a batch; often just the one we are on.
-
-    On a CPU two threads with half of the batch each meet once a step. Two threads in every operation meet hundreds of
-    times: that is as fast only if they spin while they wait, and then crawls as soon as another program runs (LOG.md).
-    """
-
-    def __init__(self, members: int = 1, threads: int | None = None):
-        """threads: inside the operations of each member, and of ours within `with team:`; None: as they are."""
-        self.size, self.threads = members, threads
-        self.map = map
-        if members > 1:
-            before, started = torch.get_num_threads(), threading.Barrier(members)
-            pool = ThreadPoolExecutor(members, "team", _set_own_threads, (threads or before,))
-            list(pool.map(lambda _: started.wait(), range(members)))
-            torch.set_num_threads(before)
-            self.map = pool.map
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.threads or self.before)
-
-    def __exit__(self, *_) -> None:
-        torch.set_num_threads(self.before)
-
-
-def _set_own_threads(count: int) -> None:
-    """The threads of operations called by the current thread: torch keeps that number for each thread apart."""
-    torch.set_num_threads(count)
-    torch.get_num_threads()  # the first look takes over the process's latest setting, so let it be this one
 
 
 def pick_dtype(name: str, device: torch.device, shape: Shape) -> tuple[torch.dtype, str]:

@@ -1,30 +1,32 @@
-"""How a training step runs: operation by operation, with the model compiled, or recorded and repeated by one launch.
+"""How a training step runs: operation by operation, with the model compiled, or captured and replayed by one launch.
 
     eager     every operation is started by Python; on a CPU the sequences of a batch are shared out among threads
     compile   torch.compile takes the model's forward and backward; accumulation, clipping and Adam stay as they are
     graph     the whole step is one CUDA graph: the host copies a batch and a learning rate, and launches once
 
-What a step computes is written in train.py (`optimizer_step`) and is the same in all three. Losses and gradient norms
-stay on the device, and nothing in a step waits for it.
+What a step computes stands in train.py (`train_step`) and is the same in all three. Losses and gradient norms stay on
+the device, and nothing in a step waits for it.
 """
 
+import copy
 import functools
 import gc
 import math
+import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kernels
 from nanochin.config import RunError, UserError
-from nanochin.device import Team, share_out
 from nanochin.optim import Adam
 
 KINDS = ("eager", "compile", "graph")
-WARM_UP = 3  # steps before a graph is recorded: they compile kernels and fill caches, which a recording cannot
+WARM_UP = 3  # steps before a graph is captured: they compile kernels and fill caches, which a capture cannot
 
 
 class Choice(NamedTuple):
@@ -56,7 +58,7 @@ def pick_step(asked: str, device: torch.device, params: int) -> tuple[str, str]:
     return row.kind, row.why
 
 
-def compiled(model: torch.nn.Module) -> Callable[..., Tensor]:
+def compiled(model: nn.Module) -> Callable[..., Tensor]:
     """torch.compile of the model."""
     if torch.__version__ < (2, 13):
         # Older ones write down, for a log that nobody reads, an operation that they do not know with all that went into
@@ -67,16 +69,86 @@ def compiled(model: torch.nn.Module) -> Callable[..., Tensor]:
     return torch.compile(model, dynamic=False)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# CPU threads
+
+
+def share_out(threads: int, sequences: int, seq_len: int, width: int) -> tuple[int, int]:
+    """(threads that take some of the `sequences` of a batch each, threads inside the operations of each) on a CPU with
+    `threads`; what remains is left idle, which is faster than to be waited for (all measured on two cores, LOG.md).
+    """
+    work = sequences * seq_len * width  # numbers in one layer's activations
+    # 1. A share of fewer than 2^14 does not repay its thread: Python, which threads take in turns, is most of its time.
+    members = max(1, min(threads, sequences, work // 2**14))
+    # 2. An operation on fewer than 2^17 a thread takes no longer than it takes a sleeping thread to wake.
+    return members, max(1, min(threads // members, work // members // 2**17))
+
+
+class Shards:
+    """Where the forward and backward passes of a step run: on the thread that we are on, or, on a CPU, each share of
+    the sequences on a thread of its own, with a replica of the model that has the same weights and its own gradients.
+
+    On a CPU two threads with half of the batch each meet once a step. Two threads in every operation meet hundreds of
+    times: that is as fast only if they spin while they wait, and then crawls as soon as another program runs (LOG.md).
+    """
+
+    def __init__(self, model: nn.Module, members: int = 1, threads: int | None = None):
+        """threads: inside the operations of each member, and of ours within `with shards:`; None: as they are."""
+        self.threads = threads
+        self.models = [model, *(replica(model) for _ in range(members - 1))]
+        if members > 1:
+            before, started = torch.get_num_threads(), threading.Barrier(members)
+            self.pool = ThreadPoolExecutor(members, "shard", _set_own_threads, (threads or before,))
+            list(self.pool.map(lambda _: started.wait(), range(members)))
+            torch.set_num_threads(before)
+
+    def run(self, function: Callable[[nn.Module, Tensor], Tensor], batch: Tensor) -> Tensor:
+        """The sum of function(model, share) over the shares of the batch. The gradients that it leaves in the .grad of
+        the replicas are added to those of the model, in the order of the sequences."""
+        if len(self.models) == 1:
+            return function(self.models[0], batch)
+        for model in self.models[1:]:
+            model.zero_grad()
+        total, *others = self.pool.map(function, self.models, batch.chunk(len(self.models)))
+        for model, loss in zip(self.models[1:], others, strict=False):  # fewer shares where they come out uneven
+            total = total + loss
+            ours, theirs = ([p.grad for p in each.parameters()] for each in (self.models[0], model))
+            torch._foreach_add_(ours, theirs)
+        return total
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or self.before)
+
+    def __exit__(self, *_) -> None:
+        torch.set_num_threads(self.before)
+
+
+def replica(model: nn.Module) -> nn.Module:
+    """The same model once more: it shares the weights in memory and has gradients of its own."""
+    return copy.deepcopy(model, memo={id(p): nn.Parameter(p.detach()) for p in model.parameters()})
+
+
+def _set_own_threads(count: int) -> None:
+    """The threads of operations called by the current thread: torch keeps that number for each thread apart."""
+    torch.set_num_threads(count)
+    torch.get_num_threads()  # the first look takes over the process's latest setting, so let it be this one
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA graphs
+
+
 class CudaGraph:
-    """`function`, which takes no argument and whose tensors stay where they are, called `WARM_UP` times, then recorded
+    """`function`, which takes no argument and whose tensors stay where they are, called `WARM_UP` times, then captured
     as a CUDA graph and replayed. It returns the same tensor each time.
 
-    A recording keeps its memory. Where less than `reserve` bytes would be left for all else (an evaluation), the device
-    is as good as full: raises torch.OutOfMemoryError.
+    A captured graph keeps its memory. Where less than `reserve` bytes would be left for all else (an evaluation), the
+    device is as good as full: raises torch.OutOfMemoryError.
     """
 
     def __init__(self, function: Callable[[], Tensor], reserve: int, stream: torch.cuda.Stream):
-        """stream: recording needs another one than the default; the warm-up runs on it too, since some of the caches
+        """stream: a capture needs another one than the default; the warm-up runs on it too, since some of the caches
         that it fills are kept by stream."""
         self.function, self.reserve, self.stream = function, reserve, stream
         self.calls, self.graph, self.output = 0, None, None
@@ -90,19 +162,23 @@ class CudaGraph:
             torch.cuda.current_stream().wait_stream(self.stream)
             return output
         if self.graph is None:
-            self._record()
+            self._capture()
         self.graph.replay()
         return self.output
 
-    def _record(self) -> None:
-        gc.collect()  # an older graph that was freed during the recording would spoil it
+    def _capture(self) -> None:
+        gc.collect()  # an older graph that is freed during the capture would spoil it
         graph = torch.cuda.CUDAGraph()
-        # The outer block brings back the usual stream even where a recording is broken off and cannot be ended.
+        # The outer block brings back the usual stream even where a capture is broken off and cannot be ended.
         with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
             output = self.function()
         if torch.cuda.mem_get_info()[0] < self.reserve:
-            raise torch.OutOfMemoryError(f"less than {self.reserve} bytes left beside the recorded step")
+            raise torch.OutOfMemoryError(f"less than {self.reserve} bytes left beside the captured step")
         self.graph, self.output = graph, output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step
 
 
 class TrainingStep:
@@ -110,44 +186,55 @@ class TrainingStep:
     a tensor on the device, for which the host does not wait.
 
     `micro_batch` sequences go through the model at once; it is halved when the device's memory runs out. A kind that
-    fails for another reason in its first steps gives way to eager, and `say` is told. The result does not depend on
+    fails for another reason in its first steps falls back to eager, and `say` is told. The result does not depend on
     any of this but for rounding.
     """
 
     AHEAD = 2  # steps: enough to keep a device busy, few enough for signals to be answered and pinned batches reused
-    RESERVE = 2**31  # bytes beside a recorded step: an evaluation takes 16k tokens and up to 1 GiB of logits at a time
+    RESERVE = 2**31  # bytes beside a captured step: an evaluation takes 16k tokens and up to 1 GiB of logits at a time
 
-    def __init__(self, kind: str, function: Callable[..., Tensor], model: torch.nn.Module, optimizer: Adam,
-                 micro_batch: int, clip: float, sequences: int, say: Callable[[str], None] = print,
-                 record: Callable[..., Callable[[], Tensor]] = CudaGraph):  # fmt: skip
-        """function: train.optimizer_step. sequences: of a batch. record(function, reserve, stream): a CUDA graph, which
+    def __init__(
+        self,
+        kind: str,
+        function: Callable[[Shards, Adam, Tensor, int, float], Tensor],
+        model: nn.Module,
+        optimizer: Adam,
+        micro_batch: int,
+        clip: float,
+        sequences: int,
+        say: Callable[[str], None] = print,
+        capture: Callable[..., Callable[[], Tensor]] = CudaGraph,
+    ):
+        """function: train.train_step. sequences: of a batch. capture(function, reserve, stream): a CUDA graph, which
         tests replace."""
         self.function, self.model, self.optimizer, self.clip = function, model, optimizer, clip
-        self.sequences, self.say, self.record = sequences, say, record
+        self.sequences, self.say, self.capture = sequences, say, capture
         self.device = optimizer.parameters[0].device
         self.events: deque = deque()  # the ends of the last steps
-        # One for all recordings: cuBLAS keeps 32 MiB for every stream that it has seen.
+        # One for all captures: cuBLAS keeps 32 MiB for every stream that it has seen.
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self._begin(kind, micro_batch)
 
     def _begin(self, kind: str, micro_batch: int) -> None:
-        self.kind, self.micro_batch = kind, micro_batch
-        self.forward = compiled(self.model) if kind == "compile" else self.model
-        self.team = Team()
+        self.kind = kind
+        self.shards = Shards(compiled(self.model) if kind == "compile" else self.model)
         if kind == "eager" and self.device.type == "cpu":
             shape = self.model.shape
-            self.team = Team(*share_out(torch.get_num_threads(), self.sequences, shape.seq_len, shape.width))
+            shares = share_out(torch.get_num_threads(), self.sequences, shape.seq_len, shape.width)
+            self.shards = Shards(self.model, *shares)
         self.cut(micro_batch)
 
     def cut(self, micro_batch: int) -> None:
-        """From here on that many sequences at once; a recording of other cuts is dropped."""
+        """From here on that many sequences at once; a graph of other cuts is dropped."""
         self.micro_batch, self.done = micro_batch, 0  # done: steps of this kind and cut
-        self.recorded = self.batch = None
+        self.graph = self.batch = None
 
     def __call__(self, batch: Tensor, lr: float) -> Tensor:
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()  # which torch keeps for the batches to come
         while True:
             try:
-                pair = self._run(batch, lr)
+                pair = self._replay(batch, lr) if self.kind == "graph" else self._run(batch, lr)
                 break
             except Exception as error:
                 full = out_of_memory(error)
@@ -159,38 +246,34 @@ class TrainingStep:
             if full:
                 self.cut(self._smaller())
             else:
-                self.say(f"--step {self.kind} failed, going on with eager: {why}")
+                self.say(f"step {self.kind} failed, falling back to eager: {why}")
                 self._begin("eager", self.micro_batch)
         self.done += 1
         self._stay_near()
         return pair
 
-    def _run(self, batch: Tensor, lr: float) -> Tensor:
-        if self.device.type == "cuda":
-            batch = batch.pin_memory()  # which torch keeps for the batches to come
-        if self.kind != "graph":
-            self.optimizer.lr = lr
-            with self.team:
-                return self._bound(batch.to(self.device, non_blocking=True))()
-        if self.recorded is None or self.batch.shape != batch.shape:
-            self.batch = torch.empty_like(batch, device=self.device)
-            self.optimizer.lr = torch.zeros((), device=self.device)
-            reserve = self.RESERVE if self.micro_batch > 1 else 0
-            self.recorded = self.record(self._bound(self.batch), reserve, self.stream)
-        self.batch.copy_(batch, non_blocking=True)
-        self.optimizer.lr.fill_(lr)
-        return self.recorded().clone()  # the next step overwrites it
+    def _run(self, batch: Tensor, lr: float | Tensor) -> Tensor:
+        self.optimizer.lr = lr
+        batch = batch.to(self.device, non_blocking=True)
+        with self.shards:
+            return self.function(self.shards, self.optimizer, batch, self.micro_batch, self.clip)
 
-    def _bound(self, batch: Tensor) -> Callable[[], Tensor]:
-        arguments = self.forward, self.optimizer, batch, self.micro_batch, self.clip, self.team
-        return functools.partial(self.function, *arguments)
+    def _replay(self, batch: Tensor, lr: float) -> Tensor:
+        if self.graph is None or self.batch.shape != batch.shape:
+            self.batch = torch.empty_like(batch, device=self.device)
+            self.lr = torch.zeros((), device=self.device)
+            reserve = self.RESERVE if self.micro_batch > 1 else 0
+            self.graph = self.capture(functools.partial(self._run, self.batch, self.lr), reserve, self.stream)
+        self.batch.copy_(batch, non_blocking=True)
+        self.lr.fill_(lr)
+        return self.graph().clone()  # the next step overwrites it
 
     def _smaller(self) -> int:
         if self.micro_batch == 1:
             shape = self.model.shape
             raise RunError(
                 f"one sequence of {shape.seq_len} tokens through {shape} does not fit {self.device}: "
-                "choose a smaller --model or --seq-len"
+                "choose a smaller `model` or `seq_len`"
             )
         return self.micro_batch // 2
 
@@ -204,7 +287,7 @@ class TrainingStep:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether this error, or one that it came from, is about the device's memory: a recording that is broken off by it
+    """Whether this error, or one that it came from, is about the device's memory: a capture that is broken off by it
     may end in another error. What CUDA, cuBLAS and Triton allocate themselves fails with a mere RuntimeError."""
     while error is not None:
         full = any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))

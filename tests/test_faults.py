@@ -434,9 +434,9 @@ def test_file_too_large(uninterrupted, usual):
 @pytest.fixture
 def interrupted(uninterrupted, usual, tiny, monkeypatch) -> Config:
     """The usual run, left at step 45 by an error that is not ours."""
-    calls, original = itertools.count(1), train.optimizer_step
+    calls, original = itertools.count(1), train.train_step
     with monkeypatch.context() as patch:
-        patch.setattr(train, "optimizer_step", lambda *args: 1 / 0 if next(calls) == 45 else original(*args))
+        patch.setattr(train, "train_step", lambda *args: 1 / 0 if next(calls) == 45 else original(*args))
         with pytest.raises(ZeroDivisionError):
             train.train(usual, quiet=True)
     assert checkpoint.steps(Path(usual.out) / "run") == [20, 40]
@@ -481,19 +481,19 @@ def test_damaged_shard(tiny, tmp_path, damage, refusal):
 def test_not_a_number(uninterrupted, usual, monkeypatch, what, main, refusal):
     """NaN in a weight or in a loss stops the run with the step it was seen at; the last good checkpoint is kept, and
     good."""
-    calls, original = itertools.count(1), train.optimizer_step
+    calls, original = itertools.count(1), train.train_step
 
-    def poisoned(model, *args):
-        out = original(model, *args)
+    def poisoned(shards, *args):
+        out = original(shards, *args)
         if next(calls) == 45:
             if what == "loss":
                 return torch.tensor([float("inf"), 1.0])
             with torch.no_grad():
-                model.blocks[0].attention.out.weight[0, 0] = float("nan")
+                shards.models[0].blocks[0].attention.out.weight[0, 0] = float("nan")
         return out
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "optimizer_step", poisoned)
+        patch.setattr(train, "train_step", poisoned)
         line = refusal(*arguments(usual), code=1)
     folder = Path(usual.out) / "run"
     last = folder / "checkpoints" / "step-40"
@@ -520,7 +520,7 @@ def test_divergence(tiny, refusal):
 def test_divergence_at_the_last_step(tiny, monkeypatch, refusal):
     """A model that is broken by its very last step gets no summary."""
     monkeypatch.setattr("nanochin.model.GPT.forward", lambda self, x, y: self.embed.weight.sum() * float("nan"))
-    monkeypatch.setattr(train, "optimizer_step", lambda *_: torch.zeros(2))
+    monkeypatch.setattr(train, "train_step", lambda *_: torch.zeros(2))
     config = tiny(name="run", tokens=128.0)
     line = refusal(*arguments(config), code=1)
     assert "step 1: validation loss nan; the run diverged" in line

@@ -46,11 +46,11 @@ def test_a_run_that_goes_on_is_told_once(tiny, monkeypatch):
     """After an interruption the steps that are trained again replace those that tensorboard had seen."""
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
     config = tiny(name="run", loggers=("tensorboard",), save_steps=(40,), keep=9)
-    real, steps = train.optimizer_step, []
-    monkeypatch.setattr(train, "optimizer_step", lambda *a: steps.append(1) or (1 / (len(steps) < 75) and real(*a)))
+    real, steps = train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda *a: steps.append(1) or (1 / (len(steps) < 75) and real(*a)))
     with pytest.raises(ZeroDivisionError):
         train.train(config, quiet=True)
-    monkeypatch.setattr(train, "optimizer_step", real)
+    monkeypatch.setattr(train, "train_step", real)
     train.train(config, quiet=True)
     folder = Path(config.out) / "run"
     found, rows = told(folder), expected(folder)

@@ -220,11 +220,11 @@ def test_a_stopped_run_goes_on(tiny, tmp_path, monkeypatch):
     whole = tiny(name="whole", **options)
     train.train(whole, quiet=True)
     stopped = tiny(name="stopped", **options)
-    real, steps = train.optimizer_step, []
-    monkeypatch.setattr(train, "optimizer_step", lambda *a: steps.append(1) or (1 / (len(steps) < 60) and real(*a)))
+    real, steps = train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda *a: steps.append(1) or (1 / (len(steps) < 60) and real(*a)))
     with pytest.raises(ZeroDivisionError):
         train.train(stopped, quiet=True)
-    monkeypatch.setattr(train, "optimizer_step", real)
+    monkeypatch.setattr(train, "train_step", real)
     train.train(stopped, quiet=True)
     a, b = (Path(c.out, c.name, "checkpoints/step-100/model.safetensors").read_bytes() for c in (whole, stopped))
     assert a == b

@@ -15,12 +15,12 @@ import train
 from nanochin import checkpoint, runs
 from nanochin.config import Config, RunError, UserError, make_shape
 from nanochin.console import Progress
-from nanochin.device import Team
 from nanochin.evaluate import evaluate
 from nanochin.flops import count_flops
 from nanochin.model import GPT
 from nanochin.optim import Adam
 from nanochin.sample import generate
+from nanochin.step import Shards
 from nanochin.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -107,8 +107,8 @@ def test_model_learns(tiny):
 def test_micro_batch_changes_nothing(tiny, monkeypatch):
     """However the batch is cut, the windows come in the same order and the losses agree to rounding."""
     seen, logs = [], []
-    original = train.optimizer_step
-    monkeypatch.setattr(train, "optimizer_step", lambda *args: seen.append(args[2].clone()) or original(*args))
+    original = train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *args: seen.append(args[2].clone()) or original(*args))
     for micro_batch in (4, 3, 1):  # 3 does not divide the 4 sequences of a batch
         seen.clear()
         _, _, rows = run(tiny(out=f"{tiny().out}{micro_batch}", micro_batch=micro_batch, log_every=1))
@@ -123,14 +123,14 @@ def test_micro_batch_changes_nothing(tiny, monkeypatch):
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 6])
 def test_accumulated_gradient_is_that_of_the_batch(micro_batch, members, four_threads, monkeypatch):
     """The gradient that reaches the optimizer is the one of the mean over the whole batch, whoever shares it out."""
-    team = Team(members)
     model = GPT(make_shape(16, 2, vocab_size=31, seq_len=8))
+    shards = Shards(model, members)
     batch = torch.randint(31, (6, 9), generator=torch.Generator().manual_seed(0))
     expected = torch.autograd.grad(model(batch[:, :-1], batch[:, 1:]), list(model.parameters()))
     norm = torch.stack([g.double().norm() for g in expected]).norm().item()
     optimizer, seen = Adam(model, "adamw", 0.0, (0.9, 0.99), 0.0), []
     monkeypatch.setattr(optimizer, "step", lambda: seen.extend(p.grad.clone() for p in model.parameters()))
-    loss, reported = train.optimizer_step(model, optimizer, batch, micro_batch, 0.0, team)
+    loss, reported = train.train_step(shards, optimizer, batch, micro_batch, 0.0)
     for a, b in zip(seen, expected, strict=True):
         assert (a - b).norm() < 1e-5 * b.norm()
     assert reported.item() == pytest.approx(norm, rel=1e-5)
@@ -165,7 +165,7 @@ def test_clipping(monkeypatch):
     batch = torch.randint(31, (2, 9), generator=torch.Generator().manual_seed(0))
     optimizer, seen = Adam(model, "adamw", 0.0, (0.9, 0.99), 0.0), []
     monkeypatch.setattr(optimizer, "step", lambda: seen.append([p.grad.clone() for p in model.parameters()]))
-    norms = [train.optimizer_step(model, optimizer, batch, 2, clip, Team())[1].item() for clip in (0.0, 0.01, 1e9)]
+    norms = [train.train_step(Shards(model), optimizer, batch, 2, clip)[1].item() for clip in (0.0, 0.01, 1e9)]
     after = [torch.stack([g.norm() for g in gradient]).norm().item() for gradient in seen]
     assert norms[0] == norms[1] == norms[2] > 0.1
     assert after == pytest.approx([norms[0], 0.01, norms[0]], rel=1e-4)
@@ -175,16 +175,16 @@ def test_out_of_memory_halves_the_micro_batch(tiny, monkeypatch):
     """Twice out of memory: the run goes on with a quarter of the micro-batch and the same token batch and losses."""
     usual = {"batch_tokens": 512, "tokens": 10_240.0, "log_every": 1, "eval_every": 5}
     _, _, expected = run(tiny(out=tiny().out + "0", **usual))
-    original, sizes = train.optimizer_step, []
+    original, sizes = train.train_step, []
 
-    def short_of_memory(model, optimizer, batch, micro_batch, *more):
+    def short_of_memory(shards, optimizer, batch, micro_batch, *more):
         sizes.append(micro_batch)
         if len(sizes) in (6, 7):
-            model(batch[:1, :-1], batch[:1, 1:]).backward()  # it had begun
+            shards.models[0](batch[:1, :-1], batch[:1, 1:]).backward()  # it had begun
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return original(model, optimizer, batch, micro_batch, *more)
+        return original(shards, optimizer, batch, micro_batch, *more)
 
-    monkeypatch.setattr(train, "optimizer_step", short_of_memory)
+    monkeypatch.setattr(train, "train_step", short_of_memory)
     _, folder, rows = run(tiny(**usual))
     assert sizes == 6 * [16] + [8] + 15 * [4]
     assert losses(rows) == pytest.approx(losses(expected), rel=1e-5)
@@ -199,7 +199,7 @@ def test_one_sequence_that_does_not_fit(tiny, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(train, "optimizer_step", no_memory)
+    monkeypatch.setattr(train, "train_step", no_memory)
     with pytest.raises(RunError, match="one sequence of 32 tokens through 16x1 does not fit cpu"):
         run(tiny())
 
@@ -228,13 +228,13 @@ def rate_by_hand(schedule, step, steps=100, warmup=10):
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_schedule_reaches_the_log(tiny, schedule, monkeypatch):
     """The rates in the log, and those the optimizer steps with, are the schedule's, computed by hand."""
-    used, original = [], train.optimizer_step
+    used, original = [], train.train_step
 
-    def spy(model, optimizer, *rest):
+    def spy(shards, optimizer, *rest):
         used.append({optimizer.lr})
-        return original(model, optimizer, *rest)
+        return original(shards, optimizer, *rest)
 
-    monkeypatch.setattr(train, "optimizer_step", spy)
+    monkeypatch.setattr(train, "train_step", spy)
     _, _, rows = run(tiny(schedule=schedule, warmup_tokens=1280.0, log_every=1))
     expected = [0.01 * rate_by_hand(schedule, step) for step in range(1, 101)]
     assert [row["lr"] for row in rows if "lr" in row] == pytest.approx(expected, rel=1e-9)
@@ -330,7 +330,7 @@ def test_finished_run_is_not_trained_again(tiny, monkeypatch, capsys):
     """The same command on a finished run says what came out and touches nothing."""
     summary, folder, _ = run(tiny())
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
-    monkeypatch.setattr(train, "optimizer_step", None)
+    monkeypatch.setattr(train, "train_step", None)
     assert train.train(tiny()) == summary
     assert f"{folder} is finished: loss {summary['loss']:.4f}" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.name != ".lock"}
