@@ -18,9 +18,8 @@ import numpy as np
 
 from nanochin import figures, laws, plot, report
 from nanochin.answers import SHOWN, Answer, Answers, Questions, answer, estimates, optimum
-from nanochin.config import UserError, opt, parse, run_command
-from nanochin.console import Progress, count
-from nanochin.flops import CONVENTIONS, PARAM_CONVENTIONS, format_columns
+from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError, opt, parse, run_command
+from nanochin.console import Progress, count, format_columns
 from nanochin.laws import Law, NotIdentified
 from nanochin.rows import (
     Rows,
@@ -53,8 +52,10 @@ class FitOptions:
     curves: str | None = opt(None, "table of training curves for Approach 1: run, params, tokens, loss")
     skip_bad: bool = opt(False, "leave out lines that cannot be used, and count them")
     drop: int = opt(0, "leave out this many runs of highest loss", low=0)
-    params: str = opt("total", "how N is counted", choices=PARAM_CONVENTIONS)
-    flops: str | None = opt(None, "how C is counted; default: the column flops, else 6nd", choices=tuple(CONVENTIONS))
+    params: str = opt("total", "how N is counted", choices=tuple(PARAM_CONVENTIONS))
+    flops: str | None = opt(
+        None, "how C is counted; default: the column flops, else 6nd", choices=tuple(FLOP_CONVENTIONS)
+    )
 
     # How to fit.
     delta: float = opt(1e-3, "delta of the Huber loss on log-loss residuals", above=0)

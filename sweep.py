@@ -22,10 +22,9 @@ from pathlib import Path
 from filelock import FileLock
 
 from nanochin import grid
-from nanochin.config import Config, UserError, did_you_mean, opt, parse, run_command
-from nanochin.console import Progress, clock, count
+from nanochin.config import FLOP_CONVENTIONS, Config, UserError, did_you_mean, opt, parse, run_command
+from nanochin.console import Progress, clock, count, format_columns
 from nanochin.data import BPE_VOCAB, Corpus, prepare_for
-from nanochin.flops import CONVENTIONS, format_columns
 from nanochin.grid import Cell, Sweep
 from nanochin.pack import Crew
 from nanochin.runs import write_file, writing
@@ -174,7 +173,7 @@ def plan_rows(sweep: Sweep, cells: list[Cell], corpus_tokens: float) -> list[dic
             "tokens": plan.tokens, "tokens_per_param": plan.tokens / params.total,
             "epochs": plan.tokens / corpus_tokens, "steps": plan.steps, "batch_tokens": plan.batch_tokens,
             "lr": plan.lr, "warmup_tokens": plan.warmup_tokens, "beta2": plan.beta2, "seed": cell.config.seed,
-            "flops_spent": cell.spent, **{f"flops_{key}": plan.flops[key] for key in CONVENTIONS}, "hours": hours,
+            "flops_spent": cell.spent, **{f"flops_{key}": plan.flops[key] for key in FLOP_CONVENTIONS}, "hours": hours,
         })  # fmt: skip
     return rows
 
@@ -184,7 +183,7 @@ def grid_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: S
     short = {"params": "N total", "params_non_embedding": "blocks", "params_with_head": "with head",
              "tokens": "tokens", "tokens_per_param": "D/N", "epochs": "epochs", "steps": "steps",
              "batch_tokens": "batch", "lr": "lr", "flops_spent": "spent",
-             **{f"flops_{key}": key for key in CONVENTIONS}, "hours": "hours"}  # fmt: skip
+             **{f"flops_{key}": key for key in FLOP_CONVENTIONS}, "hours": "hours"}  # fmt: skip
     counts = {"params", "params_non_embedding", "params_with_head", "tokens"}
     chosen = only(cells, options)
     rows = plan_rows(sweep, chosen, corpus_tokens)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import kernels
 from nanochin import checkpoint, gpt2, ladder, laws, loggers, runs
 from nanochin.config import (
-    FLOP_CONVENTIONS,
+    PARAM_CONVENTIONS,
     Config,
     RunError,
     UserError,
@@ -54,6 +54,7 @@ from nanochin.device import (
 from nanochin.evaluate import evaluate
 from nanochin.model import GPT
 from nanochin.optim import Adam, default_final, lr_at
+from nanochin.runrow import RunRow, flops_column, params_column
 from nanochin.sample import generate
 from nanochin.step import Shards, TrainingStep, pick_step
 from nanochin.tokenizer import model_vocab
@@ -238,7 +239,7 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         # What came out.
         seconds = watch.seconds()
         loss, bpb = log_evaluation(job, step, model, run, progress)
-        run.finish(summarise(job, record, name, loss, bpb, seconds))
+        run.finish(summarise(job, record, name, loss, bpb, seconds).summary())
         progress.close()
         if not quiet:
             show_result(job, run, model)
@@ -415,10 +416,12 @@ def find_branch(config: Config, record: dict) -> Path:
         raise UserError(f"{what}: expected RUN@STEP")
     folder = runs.find_run(trunk, config.out)
     theirs = runs.read_json(folder / "config.json")
-    free = {"tokens", "schedule", "cycle", "final_lr", "cooldown", "branch_from"}
-    for key, value in record["identity"].items():
-        if key not in free and theirs["identity"].get(key) != value:
-            raise UserError(f"{what}: that run has {key} = {theirs['identity'].get(key)}, this one {value}")
+    free = {"tokens", "schedule", "cycle", "final_lr", "cooldown", "branch_from", "init_sha"}
+    before, ours = (
+        {key: value for key, value in one["identity"].items() if key not in free} for one in (theirs, record)
+    )
+    if key := runs.first_difference(before, ours):
+        raise UserError(f"{what}: that run has {key} = {before.get(key)}, this one {ours.get(key)}")
     there = [str(number) for number in checkpoint.steps(folder)]
     if step not in there:
         raise UserError(f"{what}: no such checkpoint; there are steps {', '.join(there) or 'none'} (--save-steps)")
@@ -440,24 +443,40 @@ def find_branch(config: Config, record: dict) -> Path:
     return folder / "checkpoints" / f"step-{step}"
 
 
-def summarise(job: Job, record: dict, name: str, loss: float, bpb: float | None, seconds: float) -> dict:
-    """summary.json, which is also the run's row of runs.csv: the columns that nanochin/rows.py reads, and more."""
+def summarise(job: Job, record: dict, name: str, loss: float, bpb: float | None, seconds: float) -> RunRow:
     config, plan, corpus = job.config, job.plan, job.corpus
-    unique = min(plan.tokens, job.windows.per_epoch * config.seq_len)
-    return {
-        "run": name, "name": name, "status": "finished",
-        "params": plan.params.total, "params_non_embedding": plan.params.non_embedding,
-        "params_with_head": plan.params.with_head, "tokens": plan.tokens, "loss": loss, "val_bpb": bpb,
-        "flops": plan.flops["physical"], **{f"flops_{key}": plan.flops[key] for key in FLOP_CONVENTIONS[1:]},
-        "budget": config.budget, "kind": "single",
-        "trunk": config.branch_from and config.branch_from.rpartition("@")[0],
-        "width": plan.shape.width, "layers": plan.shape.layers, "vocab_size": plan.shape.vocab_size,
-        "seq_len": config.seq_len, "tokenizer": corpus.tokenizer.name, "data_sha": corpus.data_sha,
-        "val_sha": corpus.val_sha, "unique_tokens": unique, "epochs": epochs(job), "seed": config.seed,
-        "schedule": config.schedule, "horizon": config.cycle * plan.tokens, "lr": config.lr,
-        "batch_tokens": plan.batch_tokens, "beta2": config.beta2, "warmup_tokens": plan.warmup_tokens,
-        **record["predicted"], "seconds": seconds, "device": record["device"], "threads": record["threads"],
-    }  # fmt: skip
+    return RunRow(
+        run=name,
+        name=name,
+        **{params_column(convention): getattr(plan.params, convention) for convention in PARAM_CONVENTIONS},
+        tokens=plan.tokens,
+        loss=loss,
+        val_bpb=bpb,
+        **{flops_column(convention): flops for convention, flops in plan.flops.items()},
+        budget=config.budget,
+        kind="single",
+        trunk=config.branch_from and config.branch_from.rpartition("@")[0],
+        width=plan.shape.width,
+        layers=plan.shape.layers,
+        vocab_size=plan.shape.vocab_size,
+        seq_len=config.seq_len,
+        tokenizer=corpus.tokenizer.name,
+        data_sha=corpus.data_sha,
+        val_sha=corpus.val_sha,
+        unique_tokens=min(plan.tokens, job.windows.per_epoch * config.seq_len),
+        epochs=epochs(job),
+        seed=config.seed,
+        schedule=config.schedule,
+        horizon=config.cycle * plan.tokens,
+        lr=config.lr,
+        batch_tokens=plan.batch_tokens,
+        beta2=config.beta2,
+        warmup_tokens=plan.warmup_tokens,
+        **record["predicted"],
+        seconds=seconds,
+        device=record["device"],
+        threads=record["threads"],
+    )
 
 
 def epochs(job: Job) -> float:

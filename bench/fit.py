@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochin.config import UserError, opt, parse, run_command
-from nanochin.flops import format_columns
+from nanochin.console import format_columns
 from nanochin.laws import BESIROGLU, HOFFMANN, bootstrap, fit_parametric
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

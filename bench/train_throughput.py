@@ -20,8 +20,8 @@ from pathlib import Path
 
 from bench.common import NanoGPT, Worker, messages
 from nanochin.config import Shape, UserError, make_shape, opt, parse, run_command
-from nanochin.console import count
-from nanochin.flops import flops_per_token, format_columns
+from nanochin.console import count, format_columns
+from nanochin.flops import flops_per_token
 
 # name: width, layers, head size, vocabulary, context, sequences a step. S and M are nanoGPT-like with a vocabulary of
 # 4096; t64 and t96 are as wide and deep as the default run on a CPU and a neighbour of it on the ladder, with fewer

@@ -51,12 +51,14 @@ def opt(
     low: float | None = None,
     high: float | None = None,
     result: bool = True,
+    later: bool = False,
     positional: bool = False,
 ):
     """One option: default, meaning, allowed values (`above` excludes its bound, `low` and `high` include theirs).
 
     `result=False` leaves it out of the run's identity (the hash in its name): it cannot change what is learned, or
     what it resolves to stands there instead (the data's fingerprint for its path, model and tokens for the budget).
+    `later=True` is for one that did not exist in version 0.1: left out at its default, it renames no older run.
     """
     meta = {
         "help": help,
@@ -65,6 +67,7 @@ def opt(
         "low": low,
         "high": high,
         "result": result,
+        "later": later,
         "positional": positional,
     }
     return field(default=default, metadata=meta)
@@ -85,11 +88,38 @@ def check(options) -> None:
                 raise UserError(f"{_flag(f.name)} {number:g}: must be at most {meta['high']:g}")
 
 
-FLOP_CONVENTIONS = ("physical", "causal", "appendix_f", "table_a4", "6nd", "kaplan")  # counted in flops.py
+FLOP_CONVENTIONS = {  # counted in flops.py
+    "physical": "matrix products that run: logits counted, lookup 0, attention in full T x T",
+    "causal": "the same, attention counted only where the causal mask lets it look",
+    "appendix_f": "all eight rows of Appendix F of Hoffmann et al. 2022, lookup and softmax included",
+    "table_a4": "its rows inside the layers only: what the paper's Table A4 was computed from",
+    "6nd": "6 x total parameters x tokens",
+    "kaplan": "6 x non-embedding parameters x tokens",
+}
+PARAM_CONVENTIONS = {
+    "total": "every trained number, a tied matrix once",
+    "non_embedding": "without token and position embedding and without the output matrix (Kaplan et al. 2020)",
+    "with_head": "entries of the matrices that are multiplied by: layers and output matrix, no lookup",
+}
 
 
 @dataclass(frozen=True)
-class Config:
+class ShapeOptions:
+    """What fixes a model's shape beside width, layers, vocabulary and context. The default is the GPT of Chinchilla;
+    `norm=layernorm positions=learned bias=true activation=gelu_tanh` is GPT-2, `activation=swiglu tied=false` Llama."""
+
+    head_size: int | None = opt(None, "head size; default: by width, 16 from 32 to 128 wide, 64 from 512 on")
+    ffn: int | None = opt(None, "feed-forward width; default 4C (swiglu: 8C/3 rounded up to a multiple of 8)")
+    norm: str = opt("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
+    positions: str = opt("rotary", "positions", choices=("rotary", "learned"))
+    activation: str = opt("gelu", "feed-forward activation", choices=("gelu", "gelu_tanh", "relu2", "swiglu"))
+    bias: bool = opt(False, "biases in linear layers and in layernorm")
+    tied: bool = opt(True, "output matrix shared with the embedding")
+    qk_norm: bool = opt(False, "RMS-normalise queries and keys")
+
+
+@dataclass(frozen=True)
+class Config(ShapeOptions):
     """One training run. None means: derived, and printed with the reason before the run starts."""
 
     # What to train: any two of budget, model and tokens give the third; budget alone asks the law.
@@ -98,7 +128,7 @@ class Config:
     )
     model: str | None = opt(None, "width x layers, such as 256x4")
     tokens: float | None = opt(None, "training tokens D", above=0)
-    flops: str = opt("physical", "FLOP convention of the budget", choices=FLOP_CONVENTIONS, result=False)
+    flops: str = opt("physical", "FLOP convention of the budget", choices=tuple(FLOP_CONVENTIONS), result=False)
     law: str | None = opt(None, "laws.json of a fit; default: the constants of Besiroglu et al. 2024", result=False)
     law_approach: int = opt(3, "which approach of laws.json chooses the model", choices=(1, 2, 3), result=False)
 
@@ -125,17 +155,6 @@ class Config:
     )
     seq_len: int | None = opt(None, "context length T in tokens", low=1)
     cache: str = opt("cache", "folder of tokenised shards", result=False)
-
-    # Model: GPT as in Chinchilla by default; `--norm layernorm --positions learned --bias
-    # --activation gelu_tanh` is GPT-2, `--activation swiglu --tied=false` is Llama.
-    head_size: int | None = opt(None, "head size; default: by width, 16 from 32 to 128 wide, 64 from 512 on")
-    ffn: int | None = opt(None, "feed-forward width; default 4C (swiglu: 8C/3 rounded up to a multiple of 8)")
-    norm: str = opt("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
-    positions: str = opt("rotary", "positions", choices=("rotary", "learned"))
-    activation: str = opt("gelu", "feed-forward activation", choices=("gelu", "gelu_tanh", "relu2", "swiglu"))
-    bias: bool = opt(False, "biases in linear layers and in layernorm")
-    tied: bool = opt(True, "output matrix shared with the embedding")
-    qk_norm: bool = opt(False, "RMS-normalise queries and keys")
 
     # Optimisation: None follows the numbered rules in nanochin/ladder.py.
     optimizer: str = opt("adamw", "adamw (decoupled decay) or adam (L2 in the gradient)", choices=("adamw", "adam"))
@@ -253,21 +272,10 @@ def make_shape(
     return Shape(width, layers, vocab_size, seq_len, head_size, ffn, **options)
 
 
-def shape_maker(config: Config, vocab_size: int, seq_len: int) -> Callable[[int, int], Shape]:
-    """make(width, layers): `make_shape` with all else as `config` says."""
-    return functools.partial(
-        make_shape,
-        vocab_size=vocab_size,
-        seq_len=seq_len,
-        head_size=config.head_size,
-        ffn=config.ffn,
-        norm=config.norm,
-        positions=config.positions,
-        activation=config.activation,
-        bias=config.bias,
-        tied=config.tied,
-        qk_norm=config.qk_norm,
-    )
+def shape_maker(options: ShapeOptions, vocab_size: int, seq_len: int) -> Callable[[int, int], Shape]:
+    """make(width, layers): `make_shape` with all else as the options say."""
+    more = {f.name: getattr(options, f.name) for f in fields(ShapeOptions)}
+    return functools.partial(make_shape, vocab_size=vocab_size, seq_len=seq_len, **more)
 
 
 def default_head_size(width: int) -> int:
@@ -343,8 +351,10 @@ def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentPa
     if file:
         parser.add_argument("file", nargs="?", metavar="FILE.toml", help="options in TOML, one `key = value` a line")
     hints = typing.get_type_hints(cls)
-    for f in fields(cls):
-        kind = _value_type(hints[f.name])
+    for f in sorted(
+        fields(cls), key=lambda f: f.name not in cls.__annotations__
+    ):  # a class's own before inherited ones
+        kind = value_type(hints[f.name])
         many = typing.get_origin(kind) is tuple
         kind = typing.get_args(kind)[0] if many else kind
         default = "" if f.default in (None, MISSING, (), "") else f" (default: {f.default})"
@@ -399,7 +409,7 @@ def _toml_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
     return argv
 
 
-def _value_type(hint):
+def value_type(hint):
     """`float | None` -> float."""
     if isinstance(hint, types.UnionType):
         hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)

@@ -22,6 +22,13 @@ def table(title: str, rows: list[tuple[str, str, str]]) -> None:
     Console(width=None if sys.stdout.isatty() else 130, highlight=False).print(grid)
 
 
+def format_columns(rows: list[list[str]]) -> str:
+    """Rows of text, the heading first, as aligned columns: the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (" ".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)) for row in rows)
+    return "\n".join(f"{row[0]:{widths[0]}} {line}" for row, line in zip(rows, lines, strict=True))
+
+
 class Progress:
     """Called with (stage, done, total, note); a new stage starts a new bar. `quiet` shows nothing (sweeps)."""
 

@@ -11,19 +11,22 @@ B batch, T sequence, C width, H heads, F feed-forward width, V vocabulary, L lay
 """
 
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from nanochin.config import Config, Shape, UserError, make_shape, opt, parse, parse_model, run_command
+from nanochin.config import (
+    FLOP_CONVENTIONS,
+    Shape,
+    ShapeOptions,
+    UserError,
+    opt,
+    parse,
+    parse_model,
+    run_command,
+    shape_maker,
+)
+from nanochin.console import format_columns
 
-CONVENTIONS = {
-    "physical": "matrix products that run: logits counted, lookup 0, attention in full T x T",
-    "causal": "the same, attention counted only where the causal mask lets it look",
-    "appendix_f": "all eight rows of Appendix F of Hoffmann et al. 2022, lookup and softmax included",
-    "table_a4": "its rows inside the layers only: what the paper's Table A4 was computed from",
-    "6nd": "6 x total parameters x tokens",
-    "kaplan": "6 x non-embedding parameters x tokens",
-}
 OPERATION_CONVENTIONS = ("physical", "causal", "appendix_f", "table_a4")  # those that count operations
 
 
@@ -31,16 +34,13 @@ OPERATION_CONVENTIONS = ("physical", "causal", "appendix_f", "table_a4")  # thos
 # Parameters
 
 
-@dataclass(frozen=True)
-class Params:
-    """Parameter counts of a shape; which one is called N moves a fitted exponent by up to 0.25 at small scale."""
+class Params(NamedTuple):
+    """Parameter counts of a shape, by PARAM_CONVENTIONS; which one is called N moves a fitted exponent by up to 0.25 at
+    small scale."""
 
-    total: int  # every trained number, a tied matrix once
-    non_embedding: int  # without token and position embedding and without the output matrix (Kaplan et al. 2020)
-    with_head: int  # entries of the matrices that are multiplied by: layers and output matrix, no lookup
-
-
-PARAM_CONVENTIONS = tuple(f.name for f in fields(Params))
+    total: int
+    non_embedding: int
+    with_head: int
 
 
 def count_params(shape: Shape) -> Params:
@@ -138,8 +138,8 @@ def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
 
 def flops_per_token(shape: Shape, convention: str = "physical", seq_len: int | None = None) -> float:
     """Training FLOPs (3 x forward) of one token in sequences of `seq_len` (default: the shape's own)."""
-    if convention not in CONVENTIONS:
-        raise UserError(f"--flops {convention}: must be one of {', '.join(CONVENTIONS)}")
+    if convention not in FLOP_CONVENTIONS:
+        raise UserError(f"--flops {convention}: must be one of {', '.join(FLOP_CONVENTIONS)}")
     T = _sequence(shape, seq_len)
     return _sequence_flops(shape, T)[convention] / T
 
@@ -273,49 +273,19 @@ def floor_seconds(row: Row, sequences: int, device: Device, dtype: str) -> float
 # Command
 
 
-def _like_train(option: str):
-    """An option of train.py: same default, same help."""
-    f = Config.__dataclass_fields__[option]
-    return field(default=f.default, metadata=f.metadata)
-
-
-@dataclass(frozen=True)
-class ShapeOptions:
-    """What fixes a shape beside width and layers; shared with nanochin.ladder."""
-
-    vocab_size: int = opt(256, "vocabulary V", low=1)
-    seq_len: int = opt(256, "context length T in tokens", low=1)
-    head_size: int | None = _like_train("head_size")
-    ffn: int | None = _like_train("ffn")
-    norm: str = _like_train("norm")
-    positions: str = _like_train("positions")
-    activation: str = _like_train("activation")
-    bias: bool = _like_train("bias")
-    tied: bool = _like_train("tied")
-    qk_norm: bool = _like_train("qk_norm")
-
-    def make(self, width: int, layers: int) -> Shape:
-        return make_shape(width, layers, **{f.name: getattr(self, f.name) for f in fields(ShapeOptions)})
-
-
 @dataclass(frozen=True)
 class LedgerOptions(ShapeOptions):
     model: str = opt("768x12", "width x layers")
+    vocab_size: int = opt(256, "vocabulary V", low=1)
+    seq_len: int = opt(256, "context length T in tokens", low=1)
     batch_tokens: int | None = opt(None, "tokens of a step, taken in one pass (default: 16 sequences)", low=1)
     device: str = opt("H100 SXM", "device of the time floor, as torch names it or as listed in nanochin/flops.py")
     dtype: str = opt("bfloat16", "dtype of activations and weights", choices=tuple(BYTES))
 
 
-def format_columns(rows: list[list[str]]) -> str:
-    """Rows of text, the heading first, as aligned columns: the first to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (" ".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)) for row in rows)
-    return "\n".join(f"{row[0]:{widths[0]}} {line}" for row, line in zip(rows, lines, strict=True))
-
-
 def main() -> None:
     options = parse(LedgerOptions, prog="python -m nanochin.flops", description="Exact FLOPs of a shape.")
-    shape = options.make(*parse_model(options.model))
+    shape = shape_maker(options, options.vocab_size, options.seq_len)(*parse_model(options.model))
     T = shape.seq_len
     batch = 16 * T if options.batch_tokens is None else options.batch_tokens
     if batch % T:
@@ -365,10 +335,10 @@ def _ledger_table(shape: Shape, sequences: int, device: Device, dtype: str) -> s
 def _convention_table(shape: Shape, batch: int) -> str:
     of_6nd = flops_per_token(shape, "6nd")
     lines = [["convention", "FLOPs/token", "FLOPs/step", "/ 6nd"]]
-    for convention in CONVENTIONS:
+    for convention in FLOP_CONVENTIONS:
         token = flops_per_token(shape, convention)
         lines.append([convention, _flops(token), _flops(token * batch), f"{token / of_6nd:.4f}"])
-    meanings = ["", *CONVENTIONS.values()]
+    meanings = ["", *FLOP_CONVENTIONS.values()]
     lines = format_columns(lines).split("\n")
     return "\n".join(f"{line}   {meaning}".rstrip() for line, meaning in zip(lines, meanings, strict=True))
 

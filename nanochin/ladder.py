@@ -10,16 +10,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanochin.config import Shape, UserError, opt, parse, run_command
-from nanochin.console import count
+from nanochin.config import FLOP_CONVENTIONS, Shape, ShapeOptions, UserError, opt, parse, run_command, shape_maker
+from nanochin.console import count, format_columns
 from nanochin.flops import (
-    CONVENTIONS,
     Params,
-    ShapeOptions,
     count_flops,
     count_params,
     flops_per_token,
-    format_columns,
 )
 from nanochin.laws import BESIROGLU, Law, PowerLaw, load_law
 
@@ -315,8 +312,10 @@ def isoflop(
 
 @dataclass(frozen=True)
 class GridOptions(ShapeOptions):
+    vocab_size: int = opt(256, "vocabulary V", low=1)
+    seq_len: int = opt(256, "context length T in tokens", low=1)
     budget: tuple[float, ...] = opt((), "training FLOPs to spend, one or several", above=0)
-    flops: str = opt("physical", "FLOP convention of the budgets", choices=tuple(CONVENTIONS))
+    flops: str = opt("physical", "FLOP convention of the budgets", choices=tuple(FLOP_CONVENTIONS))
     law: str | None = opt(None, "laws.json of a fit; default: the constants of Besiroglu et al. 2024")
     law_approach: int = opt(3, "which approach of laws.json chooses the model", choices=(1, 2, 3))
     sizes: int = opt(7, "shapes a budget", low=1)
@@ -330,11 +329,11 @@ def main() -> None:
     if not options.budget:
         raise UserError("--budget: name at least one, such as --budget 1e15 3e15")
     law = BESIROGLU if options.law is None else load_law(options.law, options.law_approach)
-    total = 0.0
+    make, total = shape_maker(options, options.vocab_size, options.seq_len), 0.0
     for budget in options.budget:
         bound = {"law": law, "convention": options.flops}
-        best = plan(options.make, budget=budget, **bound)
-        grid = isoflop(options.make, budget, sizes=options.sizes, spread=options.spread, **bound)
+        best = plan(make, budget=budget, **bound)
+        grid = isoflop(make, budget, sizes=options.sizes, spread=options.spread, **bound)
         print(f"{budget:g} FLOPs ({options.flops}): {best.shape}, {best.why['model']}")
         print(_grid_table(grid, best, options), end="\n\n")
         total += sum(p.flops[options.flops] for p in grid)
@@ -344,7 +343,7 @@ def main() -> None:
 
 def _grid_table(grid: list[Plan], best: Plan, options: GridOptions) -> str:
     """One line a shape; * marks the law's choice."""
-    heading = ["shape", "params", "with_head", "tokens", "D/N", "batch", "steps", "lr", *CONVENTIONS]
+    heading = ["shape", "params", "with_head", "tokens", "D/N", "batch", "steps", "lr", *FLOP_CONVENTIONS]
     heading += ["epochs"] * bool(options.corpus_tokens) + ["hours"] * bool(options.throughput)
     rows = [heading]
     for p in grid:

@@ -25,13 +25,12 @@ from typing import TextIO
 import numpy as np
 
 from nanochin.config import UserError
+from nanochin.runrow import columns_of
 from nanochin.runs import read_log
 
 NEEDED = ("params", "tokens", "loss")
-OPTIONAL = ("params_non_embedding", "params_with_head", "flops", "flops_causal", "flops_appendix_f", "flops_table_a4",
-            "flops_6nd", "flops_kaplan", "budget", "horizon", "width", "layers", "unique_tokens")  # fmt: skip
-LABELS = ("run", "status", "kind", "trunk", "tokenizer", "vocab_size", "seq_len", "data_sha", "val_sha", "seed",
-          "schedule", "lr", "batch_tokens", "beta2")  # fmt: skip
+OPTIONAL = tuple(name for name in columns_of("number") if name not in NEEDED)
+LABELS = columns_of("label")
 COLUMNS = NEEDED + OPTIONAL + LABELS
 TUNING = ("lr", "batch_tokens", "beta2")
 SAME = ("kind", "trunk", "tokenizer", "vocab_size", "seq_len", "data_sha", "val_sha", "seed", "schedule")

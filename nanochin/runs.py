@@ -94,12 +94,11 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
 
 def _same_run(folder: Path, ours: dict) -> None:
     theirs = read_json(folder / "config.json")["identity"]
-    for key in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(key) != ours.get(key):
-            raise UserError(
-                f"{folder} holds a run with {key} = {theirs.get(key)}, this one has {ours.get(key)}: "
-                f"choose another --name, or delete that folder"
-            )
+    if key := first_difference(theirs, ours):
+        raise UserError(
+            f"{folder} holds a run with {key} = {theirs.get(key)}, this one has {ours.get(key)}: "
+            f"choose another --name, or delete that folder"
+        )
 
 
 def find_run(run: str, out: str = "runs") -> Path:
@@ -111,9 +110,23 @@ def find_run(run: str, out: str = "runs") -> Path:
 
 
 def identity(config: Config, **facts) -> dict:
-    """What defines the result of a run: the resolved options that can change it, and facts about the data."""
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["result"]}
+    """What defines the result of a run: the resolved options that can change it, and facts about the data. An option
+    that came later is left out at its default, so that older runs keep their names."""
+    options = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.metadata["result"] and not (f.metadata["later"] and value == f.default):
+            options[f.name] = value
     return json.loads(json.dumps(options | facts))
+
+
+def first_difference(theirs: dict, ours: dict) -> str | None:
+    """The first key, in alphabetical order, in which two identities differ; one that is absent has its default."""
+    defaults = {f.name: f.default for f in dataclasses.fields(Config)}
+    for key in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(key, defaults.get(key)) != ours.get(key, defaults.get(key)):
+            return key
+    return None
 
 
 def run_name(corpus: str, identity: dict) -> str:

@@ -17,8 +17,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from nanochin.config import UserError
-from nanochin.flops import CONVENTIONS, PARAM_CONVENTIONS
+from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError
 from nanochin.laws.cost import SIX_ND, Cost
 
 
@@ -186,7 +185,7 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
             )
         law = Law(name, **constants, params_convention=params, cost=cost, meta=meta, **_scatter(laws[key]))
     else:
-        flops = convention("flops_convention", CONVENTIONS)
+        flops = convention("flops_convention", FLOP_CONVENTIONS)
         constants = {c: constant(c) for c in ("k_N", "a", "k_D", "b")}
         law = PowerLaw(name, **constants, params_convention=params, flops_convention=flops, meta=meta)
     try:
