@@ -563,7 +563,7 @@ def show_result(job: Job, run: runs.Run, model: GPT) -> None:
         start = torch.tensor([tokenizer.eot], device=job.device)
         ids = generate(model, start, job.config.sample_tokens)[1:]
         print(f"\n----- a sample -----\n{tokenizer.decode(ids.tolist())}\n--------------------")
-    print(f'\n{run.folder}   (python -m nanochin.sample {run.folder} --prompt "..." for more)')
+    print(f'\n{run.folder}   (python -m nanochin sample {run.folder} --prompt "..." for more)')
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import functools
 import importlib
 import math
 import os
+import re
 import signal
 import sys
 import tomllib
@@ -23,7 +24,10 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can put right: printed as one line without a traceback, exit code 2."""
+    """Something the user can put right: printed as one line without a traceback, exit code 2.
+
+    A library function names its parameters in backquotes, as in "`seq_len` 0: ...": in a notebook that is what they are
+    called, and a command prints them as its options (`with_flags`)."""
 
     code = 2
 
@@ -81,11 +85,11 @@ def check(options) -> None:
             if not isinstance(number, int | float):
                 continue
             if meta["above"] is not None and not number > meta["above"]:
-                raise UserError(f"{_flag(f.name)} {number:g}: must be above {meta['above']:g}")
+                raise UserError(f"`{f.name}` {number:g}: must be above {meta['above']:g}")
             if meta["low"] is not None and not number >= meta["low"]:
-                raise UserError(f"{_flag(f.name)} {number:g}: must be at least {meta['low']:g}")
+                raise UserError(f"`{f.name}` {number:g}: must be at least {meta['low']:g}")
             if meta["high"] is not None and not number <= meta["high"]:
-                raise UserError(f"{_flag(f.name)} {number:g}: must be at most {meta['high']:g}")
+                raise UserError(f"`{f.name}` {number:g}: must be at most {meta['high']:g}")
 
 
 FLOP_CONVENTIONS = {  # counted in flops.py
@@ -256,17 +260,17 @@ def make_shape(
     for name, value in (
         ("width", width),
         ("layers", layers),
-        ("vocab-size", vocab_size),
-        ("seq-len", seq_len),
-        ("head-size", head_size),
+        ("vocab_size", vocab_size),
+        ("seq_len", seq_len),
+        ("head_size", head_size),
         ("ffn", ffn),
     ):
         if value is not None and (value != int(value) or not 1 <= value < 2**31):
-            raise UserError(f"--{name} {value}: must be a whole number from 1 to 2^31")
+            raise UserError(f"`{name}` {value}: must be a whole number from 1 to 2^31")
     if head_size is None:
         head_size = default_head_size(width)
     if head_size % 2 or width % head_size:
-        raise UserError(f"--head-size {head_size}: must be even and divide the width {width}")
+        raise UserError(f"`head_size` {head_size}: must be even and divide the width {width}")
     if ffn is None:
         ffn = 4 * width if options.get("activation") != "swiglu" else 8 * math.ceil(width / 3)
     return Shape(width, layers, vocab_size, seq_len, head_size, ffn, **options)
@@ -294,7 +298,7 @@ def parse_model(text: str) -> tuple[int, int]:
     try:
         width, layers = (int(part) for part in text.lower().split("x"))
     except ValueError:
-        raise UserError(f"--model {text}: expected width x layers, such as 256x4") from None
+        raise UserError(f"`model` {text}: expected width x layers, such as 256x4") from None
     return width, layers
 
 
@@ -316,8 +320,13 @@ def parse(cls, argv: list[str] | None = None, *, prog: str, description: str, fi
     try:
         check(options)
     except UserError as error:
-        parser.error(str(error))
+        parser.error(with_flags(error))
     return options
+
+
+def with_flags(error: Exception) -> str:
+    """The message of an error with the options of a command in place of parameters: `seq_len` becomes --seq-len."""
+    return re.sub("`([a-z][a-z0-9_]*)`", lambda name: _flag(name[1]), str(error))
 
 
 def run_command(main, prog: str) -> None:
@@ -328,13 +337,19 @@ def run_command(main, prog: str) -> None:
         sys.stdout.flush()
         sys.exit(code or 0)
     except UserError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {with_flags(error)}", file=sys.stderr)
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(128 + 13)  # as if by SIGPIPE
+
+
+def run_renamed(main, name: str) -> None:
+    """`run_command` for python -m nanochin.NAME, as the commands were called up to version 0.1."""
+    print(f"python -m nanochin.{name} is now called python -m nanochin {name}", file=sys.stderr)
+    run_command(main, f"python -m nanochin {name}")
 
 
 def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentParser:

@@ -108,27 +108,27 @@ def prepare(
     """
     check(tokenizer or "bytes", vocab_size)
     if max_tokens and not any(item.startswith(hub.PREFIX) for item in (*data, *(val or ()))):
-        raise UserError(f"--max-tokens {max_tokens:g}: is for hf: data sets; --tokens says how long to train")
+        raise UserError(f"`max_tokens` {max_tokens:g}: is for hf: data sets; `tokens` says how long to train")
     if val_bytes < 1024:
-        raise UserError(f"--val-bytes {val_bytes}: too little to measure a loss on; give 1024 or more")
+        raise UserError(f"`val_bytes` {val_bytes}: too little to measure a loss on; give 1024 or more")
     with _os_errors(cache):
         fetch = partial(_fetch, max_tokens, tokenizer or "bytes", vocab_size, Path(cache) / "hub", progress)
-        data, val = fetch("--data", data), fetch("--val", val or ())
-        train_files = find_files(data, "--data", progress)
-        val_files = find_files(val, "--val", progress) or [file for file in train_files if file.is_validation]
+        data, val = fetch("data", data), fetch("val", val or ())
+        train_files = find_files(data, "data", progress)
+        val_files = find_files(val, "val", progress) or [file for file in train_files if file.is_validation]
         if not val and len(val_files) == len(train_files):
             val_files = []  # a corpus that is itself called validation
         if not val_files:
-            val_files = find_files(validation_beside(train_files), "--val", progress)
+            val_files = find_files(validation_beside(train_files), "val", progress)
         held = {file.sha for file in val_files}
         train_files = [file for file in train_files if file.sha not in held]
         if not train_files:
-            raise UserError(f"--val {' '.join(val or data)}: the same files as --data; nothing is left to train on")
+            raise UserError(f"`val` {' '.join(val or data)}: the same files as `data`; nothing is left to train on")
         if hold_tokens(train_files + val_files):
             return _open(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size, progress)
         if tokenizer and tokenizer.startswith("ids-"):
             raise UserError(
-                f"--tokenizer {tokenizer}: is for token files, but {train_files[0].path} is text: name the "
+                f"`tokenizer` {tokenizer}: is for token files, but {train_files[0].path} is text: name the "
                 "tokenizer that the model is to read it with, such as gpt2"
             )
         vocab_size = (vocab_size or BPE_VOCAB) if tokenizer == "bpe" else None
@@ -143,7 +143,7 @@ def prepare(
         corpus = load(folder)
         if corpus.skipped_records and not skip_bad:
             raise UserError(
-                f"--data: {corpus.skipped_records} lines or rows of it have no text; --skip-bad goes on without such"
+                f"`data`: {corpus.skipped_records} lines or rows of it have no text; `skip_bad` goes on without such"
             )
         return corpus
 
@@ -245,13 +245,13 @@ def _open(
     """Token files as a corpus. Without validation files blocks of the tokens are held out, at most 5% of them."""
     if tokenizer == "bpe":
         raise UserError(
-            "--tokenizer bpe: is trained on text, these are token files; name the tokenizer that wrote "
-            "them, or give --vocab-size"
+            "`tokenizer` bpe: is trained on text, these are token files; name the tokenizer that wrote "
+            "them, or give `vocab_size`"
         )
     if tokenizer is None and vocab_size is None:
         raise UserError(
             f"{train[0].path}: what its ids mean is not in the file{pickle_beside(train[0].path)}; give "
-            "--tokenizer, such as gpt2, or --vocab-size"
+            "`tokenizer`, such as gpt2, or `vocab_size`"
         )
     tokenizer = Tokenizer.load(tokenizer or f"ids-{vocab_size}")
     stage = Stage("checking", sum(file.size for file in train + val), progress)
@@ -263,7 +263,7 @@ def _open(
     else:
         tokens, held = hold_out(tokens, min(keep, int(MAX_HELD_OUT * len(tokens))))
     if len(held) < 2:
-        raise UserError(f"{(val or train)[0].path}: too few tokens to keep some for validation; give --val")
+        raise UserError(f"{(val or train)[0].path}: too few tokens to keep some for validation; give `val`")
     val_sha = hashlib.sha256()
     for part in held.parts:
         val_sha.update(part.astype("<i8").tobytes())
@@ -313,7 +313,7 @@ def _os_errors(place: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = "; make room or choose another --cache" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        advice = "; make room or choose another `cache`" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise UserError(f"{error.filename or place}: {error.strerror or error}{advice}") from error
 
 
@@ -535,7 +535,7 @@ class Windows:
     def __init__(self, tokens: Tokens | np.ndarray, seq_len: int, seed: int):
         if len(tokens) < seq_len + 1:
             raise UserError(
-                f"--seq-len {seq_len}: the training text has only {len(tokens)} tokens, less than one "
+                f"`seq_len` {seq_len}: the training text has only {len(tokens)} tokens, less than one "
                 "window; give more text or a shorter length"
             )
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed

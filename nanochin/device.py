@@ -23,9 +23,9 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
+        raise UserError(f"`device` {name}: not available here ({str(error).splitlines()[0]})") from None
     if device.type not in KINDS:
-        raise UserError(f"--device {name}: choose from {', '.join(KINDS)}")
+        raise UserError(f"`device` {name}: choose from {', '.join(KINDS)}")
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())  # torch.cuda.set_device takes no other
     return device
@@ -107,5 +107,5 @@ def check_memory(params: int, device: torch.device) -> None:
     if 16 * params > memory:
         raise RunError(
             f"a model of {count(params)} parameters needs {count(16 * params)}B with its optimizer, "
-            f"{device} has {count(memory)}B: choose a smaller --model or --budget"
+            f"{device} has {count(memory)}B: choose a smaller `model` or `budget`"
         )

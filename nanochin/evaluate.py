@@ -1,4 +1,4 @@
-"""Loss and bits per byte of a run on any text: python -m nanochin.evaluate RUN --data PATH"""
+"""Loss and bits per byte of a run on any text: python -m nanochin evaluate RUN --data PATH"""
 
 import math
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from nanochin.checkpoint import load_run
-from nanochin.config import UserError, opt, parse, run_command
+from nanochin.config import UserError, opt, parse, run_renamed
 from nanochin.console import Progress, count
 from nanochin.data import Tokens, eval_windows, read_tokens
 from nanochin.model import GPT
@@ -45,10 +45,10 @@ def evaluate(model: GPT, tokens: Tokens, text_bytes: int, progress=None) -> tupl
     return total / count, total / math.log(2) / text_bytes if text_bytes else None
 
 
-def main() -> None:
-    options = parse(EvaluateOptions, prog="python -m nanochin.evaluate", description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    options = parse(EvaluateOptions, argv, prog="python -m nanochin evaluate", description=__doc__)
     if not options.data:
-        raise UserError("--data: name the text to evaluate on")
+        raise UserError("`data`: name the text to evaluate on")
     folder = find_run(options.run, options.out)
     model, tokenizer, _ = load_run(folder)
     tokens, text_bytes = read_tokens(options.data, tokenizer)
@@ -62,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "python -m nanochin.evaluate")
+    run_renamed(main, "evaluate")

@@ -1,4 +1,4 @@
-"""A run as a folder that `transformers` loads: python -m nanochin.export RUN OUT
+"""A run as a folder that `transformers` loads: python -m nanochin export RUN OUT
 
 Written are config.json, generation_config.json, model.safetensors (float32) and, where the tokenizer is known,
 tokenizer.json and tokenizer_config.json; none of it needs `transformers` to be installed here. The architecture is
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanochin.checkpoint import load_run
-from nanochin.config import Shape, UserError, opt, parse, run_command
+from nanochin.config import Shape, UserError, opt, parse, run_renamed
 from nanochin.gpt2 import gpt2_name
 from nanochin.model import GPT, ROTARY_THETA
 from nanochin.runs import find_run, writing
@@ -78,11 +78,11 @@ def export(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
 def architecture(shape: Shape):
     """The function that converts a model of this shape. Raises UserError naming the options that none expresses."""
     if shape.qk_norm:
-        refused = "--qk-norm"
+        refused = "`qk_norm`"
     elif shape.norm == "rmsnorm" and shape.positions == "learned":
-        refused = "--norm rmsnorm with --positions learned"
+        refused = "`norm` rmsnorm with `positions` learned"
     elif shape.norm == "layernorm" and shape.activation == "swiglu":
-        refused = "--norm layernorm with --activation swiglu"
+        refused = "`norm` layernorm with `activation` swiglu"
     else:
         return to_llama if shape.norm == "rmsnorm" else to_gpt2 if shape.positions == "learned" else to_neox
     raise UserError(f"this run cannot be exported: neither Llama nor GPT-2 nor GPT-NeoX has {refused}")
@@ -301,8 +301,8 @@ def oniguruma(pattern: str) -> str:
     return pattern.replace("{1,3}+", "{1,3}").replace("{1,2}+", "{1,2}").replace("$", r"\z")
 
 
-def main() -> None:
-    options = parse(ExportOptions, prog="python -m nanochin.export", description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    options = parse(ExportOptions, argv, prog="python -m nanochin export", description=__doc__)
     model, tokenizer, _ = load_run(find_run(options.run, options.out))
     name = export(model, tokenizer, options.folder)
     print(f'{options.folder}: {name}; AutoModelForCausalLM.from_pretrained("{options.folder}") loads it')
@@ -311,4 +311,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "python -m nanochin.export")
+    run_renamed(main, "export")

@@ -1,6 +1,6 @@
 """Exact parameter and FLOP counts of a shape, under every convention in use, and the peaks of known devices.
 
-    python -m nanochin.flops --model 768x12 --vocab-size 50304 --seq-len 1024
+    python -m nanochin flops --model 768x12 --vocab-size 50304 --seq-len 1024
 
 Everything is read off one ledger: a row for each operation of the model, integers for one sequence of T tokens,
 and a column for each convention that counts operations. A multiply-add is 2 FLOPs, a backward pass costs twice
@@ -22,7 +22,7 @@ from nanochin.config import (
     opt,
     parse,
     parse_model,
-    run_command,
+    run_renamed,
     shape_maker,
 )
 from nanochin.console import format_columns
@@ -139,7 +139,7 @@ def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
 def flops_per_token(shape: Shape, convention: str = "physical", seq_len: int | None = None) -> float:
     """Training FLOPs (3 x forward) of one token in sequences of `seq_len` (default: the shape's own)."""
     if convention not in FLOP_CONVENTIONS:
-        raise UserError(f"--flops {convention}: must be one of {', '.join(FLOP_CONVENTIONS)}")
+        raise UserError(f"`flops` {convention}: must be one of {', '.join(FLOP_CONVENTIONS)}")
     T = _sequence(shape, seq_len)
     return _sequence_flops(shape, T)[convention] / T
 
@@ -149,7 +149,7 @@ def count_flops(shape: Shape, tokens: float, seq_len: int | None = None) -> dict
     float64: at 2^63 = 9.2e18 an integer of a fixed size would overflow."""
     T = _sequence(shape, seq_len)
     if not 0 < tokens < 1e30:
-        raise UserError(f"--tokens {tokens}: must be above 0 and below 1e30")
+        raise UserError(f"`tokens` {tokens}: must be above 0 and below 1e30")
     exact = int(tokens) if tokens == int(tokens) else tokens
     return {convention: flops * exact / T for convention, flops in _sequence_flops(shape, T).items()}
 
@@ -164,9 +164,9 @@ def _sequence_flops(shape: Shape, T: int) -> dict[str, int]:
 def _sequence(shape: Shape, seq_len: int | None) -> int:
     T = shape.seq_len if seq_len is None else seq_len
     if T < 1 or T % 1:
-        raise UserError(f"--seq-len {T}: must be a whole number from 1")
+        raise UserError(f"`seq_len` {T}: must be a whole number from 1")
     if shape.positions == "learned" and shape.seq_len < T:
-        raise UserError(f"--seq-len {T}: the model learns positions for {shape.seq_len} tokens only")
+        raise UserError(f"`seq_len` {T}: the model learns positions for {shape.seq_len} tokens only")
     return int(T)
 
 
@@ -245,7 +245,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     for a dtype that its matrix units lack: no MFU then, rather than a guessed one."""
     device = find_device(device_name)
     if dtype not in BYTES:
-        raise UserError(f"--dtype {dtype}: peaks are listed for {', '.join(BYTES)}")
+        raise UserError(f"`dtype` {dtype}: peaks are listed for {', '.join(BYTES)}")
     peak = getattr(device, dtype) if device else None
     return None if peak is None else peak * 1e12
 
@@ -283,18 +283,18 @@ class LedgerOptions(ShapeOptions):
     dtype: str = opt("bfloat16", "dtype of activations and weights", choices=tuple(BYTES))
 
 
-def main() -> None:
-    options = parse(LedgerOptions, prog="python -m nanochin.flops", description="Exact FLOPs of a shape.")
+def main(argv: list[str] | None = None) -> None:
+    options = parse(LedgerOptions, argv, prog="python -m nanochin flops", description="Exact FLOPs of a shape.")
     shape = shape_maker(options, options.vocab_size, options.seq_len)(*parse_model(options.model))
     T = shape.seq_len
     batch = 16 * T if options.batch_tokens is None else options.batch_tokens
     if batch % T:
-        raise UserError(f"--batch-tokens {batch}: must be a multiple of --seq-len {T}")
+        raise UserError(f"`batch_tokens` {batch}: must be a multiple of `seq_len` {T}")
     device = find_device(options.device)
     if device is None:
-        raise UserError(f"--device {options.device}: not known; known are {', '.join(DEVICES)}")
+        raise UserError(f"`device` {options.device}: not known; known are {', '.join(DEVICES)}")
     if getattr(device, options.dtype) is None:
-        raise UserError(f"--dtype {options.dtype}: {options.device} has no matrix units for it")
+        raise UserError(f"`dtype` {options.dtype}: {options.device} has no matrix units for it")
 
     params = count_params(shape)
     print(
@@ -348,4 +348,4 @@ def _flops(number: float) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, "python -m nanochin.flops")
+    run_renamed(main, "flops")

@@ -47,12 +47,12 @@ def gpt2_name(name: str, layers: int) -> tuple[str, bool]:
 
 
 def initial_options(config: Config) -> Config:
-    """`config` with the shape of the weights that --init-from names.
+    """`config` with the shape of the weights that `init_from` names.
 
     Raises UserError for weights that are no GPT-2, for options that ask for another shape than theirs, and where it is
     not said how to go on: the rules and laws that fill in length and learning rate are for training from scratch.
     """
-    what, sizes = f"--init-from {config.init_from}", {name: shape for name, shape, _ in _tensors(config.init_from)}
+    what, sizes = f"`init_from` {config.init_from}", {name: shape for name, shape, _ in _tensors(config.init_from)}
     try:
         (V, C), (T, _) = sizes["transformer.wte.weight"], sizes["transformer.wpe.weight"]
         F = sizes["transformer.h.0.mlp.c_fc.weight"][1]
@@ -75,13 +75,13 @@ def initial_options(config: Config) -> Config:
     for f in dataclasses.fields(Config):
         given = getattr(config, f.name)
         if f.name in theirs and given not in (f.default, theirs[f.name]):
-            raise UserError(f"--{f.name.replace('_', '-')} {given}: {what} has {theirs[f.name]}; leave the option out")
+            raise UserError(f"`{f.name}` {given}: {what} has {theirs[f.name]}; leave the option out")
     if (config.seq_len or T) > T:
-        raise UserError(f"--seq-len {config.seq_len}: {what} has learned {T} positions; give that or less")
+        raise UserError(f"`seq_len` {config.seq_len}: {what} has learned {T} positions; give that or less")
     if config.tokenizer == "bpe":
-        raise UserError(f"--tokenizer bpe: is trained anew, its ids mean nothing to {what}")
+        raise UserError(f"`tokenizer` bpe: is trained anew, its ids mean nothing to {what}")
     if config.lr is None or not (config.tokens or config.budget):
-        raise UserError(f"{what}: say how to go on, with --tokens and --lr (3e-5 is usual for GPT-2)")
+        raise UserError(f"{what}: say how to go on, with `tokens` and `lr` (3e-5 is usual for GPT-2)")
     tokenizer = config.tokenizer or ("gpt2" if V == GPT2_VOCAB else f"ids-{V}")
     return dataclasses.replace(config, **theirs, seq_len=config.seq_len or T, tokenizer=tokenizer)
 
@@ -97,16 +97,16 @@ def load_initial(path: str, model: GPT) -> None:
         if name == "lm_head.weight" and model.shape.tied:
             continue
         if name not in ours:
-            raise UserError(f"--init-from {path}: tensor {name} has no place in this model")
+            raise UserError(f"`init_from` {path}: tensor {name} has no place in this model")
         parameter, transposed = ours.pop(name)
         tensor = read().T if transposed else read()
         if name == "transformer.wpe.weight":
             tensor = tensor[: len(parameter)]  # a shorter --seq-len
         if tensor.shape != parameter.shape:
-            raise UserError(f"--init-from {path}: tensor {name} is {shape}, where {list(parameter.shape)} is wanted")
+            raise UserError(f"`init_from` {path}: tensor {name} is {shape}, where {list(parameter.shape)} is wanted")
         parameter.copy_(tensor)
     if ours:
-        raise UserError(f"--init-from {path}: tensor {next(iter(ours))} is missing")
+        raise UserError(f"`init_from` {path}: tensor {next(iter(ours))} is missing")
 
 
 def initial_sha(path: str) -> str:
@@ -154,14 +154,14 @@ def _files(path: str) -> list[Path]:
     """The .safetensors files of a checkpoint folder, or the one that was named."""
     if Path(path).is_file():
         if Path(path).suffix != ".safetensors":
-            raise UserError(f"--init-from {path}: not .safetensors; a pickle is not read, it can run any program")
+            raise UserError(f"`init_from` {path}: not .safetensors; a pickle is not read, it can run any program")
         return [Path(path)]
     files = sorted(Path(path).glob("model*.safetensors"))
     if not files:
         reason = "no such file or folder" if not Path(path).exists() else "no model.safetensors in this folder"
         if list(Path(path).glob("pytorch_model*.bin")):
             reason += " (pytorch_model.bin is a pickle, which can run any program: save it again as safetensors)"
-        raise UserError(f"--init-from {path}: {reason}")
+        raise UserError(f"`init_from` {path}: {reason}")
     return files
 
 

@@ -43,13 +43,13 @@ class Source:
 
 
 def parse(item: str, option: str, max_tokens: float | None, tokenizer: str, vocab_size: int | None) -> Source:
-    """Raises UserError for a form that is not hf:OWNER/NAME[:CONFIG], and without --max-tokens."""
+    """Raises UserError for a form that is not hf:OWNER/NAME[:CONFIG], and without `max_tokens`."""
     dataset, _, config = item.removeprefix(PREFIX).partition(":")
     if not re.fullmatch(r"[^\s:]*[^\s:/]", dataset):
-        raise UserError(f"{option} {item}: expected hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
+        raise UserError(f"`{option}` {item}: expected hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
     if max_tokens is None:
-        raise UserError(f"{option} {item}: say how much of it to read, such as --max-tokens 1e8")
-    return Source(f"{option} {item}", dataset, config or None, max_tokens, tokenizer, vocab_size)
+        raise UserError(f"`{option}` {item}: say how much of it to read, such as `max_tokens` 1e8")
+    return Source(f"`{option}` {item}", dataset, config or None, max_tokens, tokenizer, vocab_size)
 
 
 def stream(source: Source, path: Path, progress: Progress | None) -> None:
@@ -77,7 +77,7 @@ def stream(source: Source, path: Path, progress: Progress | None) -> None:
             file.flush()
             os.fsync(file.fileno())
         if not aside.stat().st_size:
-            raise UserError(f"{source.what}: its first document alone exceeds --max-tokens {source.max_tokens:g}")
+            raise UserError(f"{source.what}: its first document alone exceeds `max_tokens` {source.max_tokens:g}")
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -91,7 +91,7 @@ def _texts(source: Source) -> Iterator[str | None]:
     try:
         for row in datasets.load_dataset(source.dataset, source.config, split="train", streaming=True):
             if "text" not in row:
-                raise UserError(f"{source.what}: no column `text`; it has {', '.join(row)}")
+                raise UserError(f"{source.what}: no column 'text'; it has {', '.join(row)}")
             yield row["text"] if isinstance(row["text"], str) else None
     except UserError:
         raise

@@ -1,6 +1,6 @@
 """From a budget to a run: a ladder of shapes, and the plan that a law makes of it.
 
-    python -m nanochin.ladder --budget 1e15 3e15 1e16
+    python -m nanochin ladder --budget 1e15 3e15 1e16
 
 `plan` turns any two of budget, model and tokens into the third, asks the law where only one is given, and derives
 batch, learning rate, warm-up and beta2 by the numbered rules below.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanochin.config import FLOP_CONVENTIONS, Shape, ShapeOptions, UserError, opt, parse, run_command, shape_maker
+from nanochin.config import FLOP_CONVENTIONS, Shape, ShapeOptions, UserError, opt, parse, run_renamed, shape_maker
 from nanochin.console import count, format_columns
 from nanochin.flops import (
     Params,
@@ -128,9 +128,9 @@ def plan(
         why["beta2"] = "0.99 for batches up to 262,144 tokens, else 0.95"
     _positive("lr", lr, below=1e6)
     if not 0 <= warmup_tokens <= tokens:
-        raise UserError(f"--warmup-tokens {warmup_tokens:g}: must be from 0 to the run's {tokens} tokens")
+        raise UserError(f"`warmup_tokens` {warmup_tokens:g}: must be from 0 to the run's {tokens} tokens")
     if not 0 <= beta2 < 1:
-        raise UserError(f"--beta2 {beta2:g}: must be at least 0 and below 1")
+        raise UserError(f"`beta2` {beta2:g}: must be at least 0 and below 1")
 
     predicted = law.loss(_count(shape, law), tokens) if isinstance(law, Law) else None
     flops = count_flops(shape, tokens)
@@ -158,13 +158,13 @@ def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> 
 
     match budget is not None, model is not None, tokens is not None:
         case False, False, False:
-            raise UserError("nothing to plan from: give --budget, --model or --tokens")
+            raise UserError("nothing to plan from: give `budget`, `model` or `tokens`")
 
         case True, True, True:
             cost = price(shape) * tokens
             if abs(cost / budget - 1) > 0.01:
                 raise UserError(
-                    f"--budget {budget:g}: --model {shape} on --tokens {tokens:g} costs {cost:.4g} FLOPs "
+                    f"`budget` {budget:g}: `model` {shape} on `tokens` {tokens:g} costs {cost:.4g} FLOPs "
                     f"({convention}); leave one of the three out"
                 )
             return shape, tokens
@@ -180,8 +180,8 @@ def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> 
             why["model"] = "the ladder's shape whose cost on these tokens comes nearest the budget"
             if abs(price(shape) * tokens / budget - 1) > 0.25:
                 raise UserError(
-                    f"--budget {budget:g}: no shape costs that on --tokens {tokens:g}; the nearest, "
-                    f"--model {shape}, would take --tokens {budget / price(shape):.3g}"
+                    f"`budget` {budget:g}: no shape costs that on `tokens` {tokens:g}; the nearest, "
+                    f"`model` {shape}, would take `tokens` {budget / price(shape):.3g}"
                 )
             return shape, tokens
 
@@ -226,8 +226,8 @@ def affordable(make: Make, budget: float, convention: str, batch_tokens: int | N
         smallest = min(price, key=price.get)
         least = _up(_least_tokens(smallest, batch_tokens) * price[smallest])
         raise UserError(
-            f"--budget {budget:g}: too small for every shape of the ladder at --seq-len "
-            f"{smallest.seq_len}; the smallest, {smallest}, needs --budget {least}"
+            f"`budget` {budget:g}: too small for every shape of the ladder at `seq_len` "
+            f"{smallest.seq_len}; the smallest, {smallest}, needs `budget` {least}"
         )
     return able
 
@@ -237,17 +237,17 @@ def _batch(shape: Shape, tokens: float, given: int | None, convention: str, why:
     T, price = shape.seq_len, flops_per_token(shape, convention)
     least = _least_tokens(shape, given)
     if given is not None and (given < T or given % T):
-        raise UserError(f"--batch-tokens {given}: must be a multiple of --seq-len {T}")
+        raise UserError(f"`batch_tokens` {given}: must be a multiple of `seq_len` {T}")
     if tokens < least and given is not None:
         raise UserError(
-            f"{tokens:.4g} tokens for {shape} are less than one step of --batch-tokens {given}: it takes "
-            f"--budget {_up(least * price)}"
+            f"{tokens:.4g} tokens for {shape} are less than one step of `batch_tokens` {given}: it takes "
+            f"`budget` {_up(least * price)}"
         )
     if tokens < least:
-        shorter = f" or --seq-len {math.floor(tokens / MIN_STEPS)}" if tokens >= MIN_STEPS else ""
+        shorter = f" or `seq_len` {math.floor(tokens / MIN_STEPS)}" if tokens >= MIN_STEPS else ""
         raise UserError(
             f"{tokens:.4g} tokens for {shape} are fewer than {MIN_STEPS} steps of one {T}-token sequence: "
-            f"it takes --tokens {MIN_STEPS * T} (--budget {_up(least * price)}){shorter}"
+            f"it takes `tokens` {MIN_STEPS * T} (`budget` {_up(least * price)}){shorter}"
         )
     if given is not None:
         return given
@@ -261,7 +261,7 @@ def _least_tokens(shape: Shape, batch_tokens: int | None) -> float:
 
 
 def _ladder(make: Make) -> list[Shape]:
-    """The shapes of the ladder that the bound options allow: `--head-size 128` leaves its multiples."""
+    """The shapes of the ladder that the bound options allow: a head size of 128 leaves its multiples."""
     shapes = []
     for width, layers in LADDER:
         try:
@@ -280,7 +280,7 @@ def _count(shape: Shape, law: Law | PowerLaw) -> int:
 
 def _positive(option: str, value: float, below: float) -> None:
     if not 0 < value < below:
-        raise UserError(f"--{option} {value:g}: must be above 0 and below {below:g}")
+        raise UserError(f"`{option}` {value:g}: must be above 0 and below {below:g}")
 
 
 def _up(value: float) -> str:
@@ -324,10 +324,10 @@ class GridOptions(ShapeOptions):
     throughput: float | None = opt(None, "sustained FLOP/s, in the convention of --flops: adds hours", above=0)
 
 
-def main() -> None:
-    options = parse(GridOptions, prog="python -m nanochin.ladder", description="The isoFLOP grid of budgets.")
+def main(argv: list[str] | None = None) -> None:
+    options = parse(GridOptions, argv, prog="python -m nanochin ladder", description="The isoFLOP grid of budgets.")
     if not options.budget:
-        raise UserError("--budget: name at least one, such as --budget 1e15 3e15")
+        raise UserError("`budget`: name at least one, such as `budget` 1e15 3e15")
     law = BESIROGLU if options.law is None else load_law(options.law, options.law_approach)
     make, total = shape_maker(options, options.vocab_size, options.seq_len), 0.0
     for budget in options.budget:
@@ -367,4 +367,4 @@ def _grid_table(grid: list[Plan], best: Plan, options: GridOptions) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main, "python -m nanochin.ladder")
+    run_renamed(main, "ladder")

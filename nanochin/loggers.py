@@ -9,7 +9,7 @@ from nanochin.config import RunError, need
 def check(names: tuple[str, ...]) -> None:
     """Raises UserError for a logger whose library is not installed."""
     for name in names:
-        need(name, f"--loggers {name}")
+        need(name, f"`loggers` {name}")
 
 
 def open_logger(name: str, folder: Path, options: dict, step: int) -> tuple[Callable[[dict], None], Callable[[], None]]:
@@ -26,7 +26,7 @@ def open_logger(name: str, folder: Path, options: dict, step: int) -> tuple[Call
             )
         except wandb.Error as error:
             reason = " ".join(str(error).split())
-            raise RunError(f"--loggers wandb: {reason}; WANDB_MODE=offline needs no account") from None
+            raise RunError(f"`loggers` wandb: {reason}; WANDB_MODE=offline needs no account") from None
         return lambda row: run.log(row, step=row["step"]), run.finish
 
     from torch.utils.tensorboard import SummaryWriter

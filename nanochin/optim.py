@@ -77,7 +77,7 @@ def lr_at(
     horizon = cycle * steps if schedule == "cosine" else steps
     if warmup_steps >= horizon:
         raise UserError(
-            f"--warmup-tokens: warm-up of {warmup_steps:g} steps in a {schedule} schedule of {horizon:g}"
+            f"`warmup_tokens`: warm-up of {warmup_steps:g} steps in a {schedule} schedule of {horizon:g}"
             "; use a shorter warm-up"
         )
     warmup = min(1.0, (step + 1) / (warmup_steps + 1))

@@ -172,18 +172,18 @@ def parse_columns(text: str | None) -> dict[str, str]:
     for pair in text.split(",") if text else []:
         ours, equals, theirs = (part.strip() for part in pair.partition("="))
         if not (equals and ours and theirs):
-            raise UserError(f"--columns {text}: expected pairs such as params=N,tokens=D, not {pair!r}")
+            raise UserError(f"`columns` {text}: expected pairs such as params=N,tokens=D, not {pair!r}")
         if ours not in COLUMNS:
             close = difflib.get_close_matches(ours, COLUMNS, n=1)
             raise UserError(
-                f"--columns {text}: {ours!r} is no column of ours"
+                f"`columns` {text}: {ours!r} is no column of ours"
                 + (f"; did you mean {close[0]}?" if close else f" ({', '.join(COLUMNS)})")
             )
         if ours in found:
-            raise UserError(f"--columns {text}: {ours} is given twice")
+            raise UserError(f"`columns` {text}: {ours} is given twice")
         if theirs in found.values():
             other = next(name for name, taken in found.items() if taken == theirs)
-            raise UserError(f"--columns {text}: {other} and {ours} cannot both be the column {theirs!r}")
+            raise UserError(f"`columns` {text}: {other} and {ours} cannot both be the column {theirs!r}")
         found[ours] = theirs
     return found
 
@@ -202,7 +202,7 @@ def all_or_no_flops(rows: Rows, skip_bad: bool = False) -> Rows:
         return rows.keep(~blank, "without flops")
     raise UserError(
         f"{rows.source}: {rows.blanks.get('flops', 'a row')}: flops is blank, and other rows have it; fill "
-        "it in, pass --skip-bad to leave such rows out, or --flops=6nd"
+        "it in, pass `skip_bad` to leave such rows out, or `flops` 6nd"
     )
 
 
@@ -441,7 +441,7 @@ def _collect(
         if not good:  # slowly now: a blank is welcome where a column is optional
             problem, values = _look(cells, width, numeric, needed)
             if problem and not skip_bad:
-                raise UserError(f"{source}: {place}: {problem}; put it right, or pass --skip-bad to leave it out")
+                raise UserError(f"{source}: {place}: {problem}; put it right, or pass `skip_bad` to leave it out")
             if problem:
                 dropped["not usable"] += 1
                 continue
@@ -491,15 +491,15 @@ def _find_columns(source: str, header: list[str], needed: tuple[str, ...], colum
             spots[name] = header.index(theirs)
             if name in needed and (same := [other for other in needed if spots.get(other) == spots[name]])[1:]:
                 raise UserError(
-                    f"{source}: {same[0]} and {same[1]} cannot both be the column {theirs!r}; see --columns"
+                    f"{source}: {same[0]} and {same[1]} cannot both be the column {theirs!r}; see `columns`"
                 )
         elif name in columns:
-            raise UserError(f"{source}: no column {theirs!r} for --columns {name}={theirs}; it has {_listed(header)}")
+            raise UserError(f"{source}: no column {theirs!r} for `columns` {name}={theirs}; it has {_listed(header)}")
         elif name in needed:
             lower = {there.lower(): there for there in header}
             near = [lower[there] for there in lower if there in ALIASES[name]]
             near += [lower[there] for there in difflib.get_close_matches(name, lower, n=1)]
-            what_to_do = f"did you mean --columns {name}={near[0]}?" if near else f"name it with --columns {name}=..."
+            what_to_do = f"did you mean `columns` {name}={near[0]}?" if near else f"name it with `columns` {name}=..."
             raise UserError(f"{source}: no column {name!r} among {_listed(header)}; {what_to_do}")
     return spots
 

@@ -75,7 +75,7 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise BusyError(f"{folder}: another process is training this run; wait for it or choose --name") from None
+        raise BusyError(f"{folder}: another process is training this run; wait for it or choose `name`") from None
     except OSError as error:
         raise DiskError(f"{folder}: cannot write: {error.strerror}") from None
     with lock:  # the lock counts: this releases the acquisition above too, on every way out
@@ -97,7 +97,7 @@ def _same_run(folder: Path, ours: dict) -> None:
     if key := first_difference(theirs, ours):
         raise UserError(
             f"{folder} holds a run with {key} = {theirs.get(key)}, this one has {ours.get(key)}: "
-            f"choose another --name, or delete that folder"
+            f"choose another `name`, or delete that folder"
         )
 
 

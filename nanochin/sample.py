@@ -1,4 +1,4 @@
-"""Text from a finished run: python -m nanochin.sample RUN --prompt "def " """
+"""Text from a finished run: python -m nanochin sample RUN --prompt "def " """
 
 import sys
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanochin.checkpoint import load_run
-from nanochin.config import opt, parse, run_command
+from nanochin.config import opt, parse, run_renamed
 from nanochin.model import GPT
 from nanochin.runs import find_run
 
@@ -42,8 +42,8 @@ def generate(
     return ids
 
 
-def main() -> None:
-    options = parse(SampleOptions, prog="python -m nanochin.sample", description=__doc__.strip())
+def main(argv: list[str] | None = None) -> None:
+    options = parse(SampleOptions, argv, prog="python -m nanochin sample", description=__doc__.strip())
     model, tokenizer, _ = load_run(find_run(options.run, options.out))
     ids = list(tokenizer.encode(options.prompt.encode())) if options.prompt else [tokenizer.eot]
     device = next(model.parameters()).device
@@ -56,4 +56,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "python -m nanochin.sample")
+    run_renamed(main, "sample")

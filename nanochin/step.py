@@ -30,7 +30,7 @@ WARM_UP = 3  # steps before a graph is captured: they compile kernels and fill c
 
 
 class Choice(NamedTuple):
-    """A row of the table that `--step auto` reads: up to so many parameters on such a device, what and why."""
+    """A row of the table that step "auto" reads: up to so many parameters on such a device, what and why."""
 
     device: str
     params: float
@@ -49,9 +49,9 @@ CHOICES = (
 def pick_step(asked: str, device: torch.device, params: int) -> tuple[str, str]:
     """(kind, why). Raises UserError for a kind that this device cannot run."""
     if asked == "graph" and device.type != "cuda":
-        raise UserError(f"--step graph: CUDA graphs need a CUDA device, this is {device.type}; use eager or compile")
+        raise UserError(f"`step` graph: CUDA graphs need a CUDA device, this is {device.type}; use eager or compile")
     if asked == "compile" and device.type == "cuda" and not kernels.has_triton():
-        raise UserError("--step compile: on a GPU torch.compile needs triton, which is not installed; use graph")
+        raise UserError("`step` compile: on a GPU torch.compile needs triton, which is not installed; use graph")
     if asked != "auto":
         return asked, "as asked"
     row = next(row for row in CHOICES if row.device == device.type and params <= row.params)

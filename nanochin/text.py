@@ -147,7 +147,7 @@ class File:
         return bool(re.search(r"(?<![a-z])val(id|idation)?(?![a-z])", self.key.lower())) and self.format != ".py"
 
 
-def find_files(data: Iterable[str], option: str = "--data", progress: Progress | None = None) -> list[File]:
+def find_files(data: Iterable[str], option: str = "data", progress: Progress | None = None) -> list[File]:
     """The files that `data` names, each once, in an order that does not depend on how they were named.
 
     An item is `python` (the interpreter's standard library, without tests), `python-all` (and all installed
@@ -194,19 +194,19 @@ def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
     if not named and os.path.exists(item + ".idx"):
         named = [item + ".idx"]  # Megatron names a pair of files by what they share
     if not named:
-        raise UserError(f"{option} {item}: no such file or folder")
+        raise UserError(f"`{option}` {item}: no such file or folder")
     for path in map(os.path.abspath, named):
         if not os.path.isdir(path):
             path = re.sub(r"\.idx$", TOKENS, path)  # the .bin is where the tokens are
             format = _format(path)
             if format in PICKLES:
-                raise UserError(f"{option} {path}: not read: a pickle can run any program; give text or token files")
+                raise UserError(f"`{option}` {path}: not read: a pickle can run any program; give text or token files")
             yield path, os.path.basename(path), format if format in (*READERS, TOKENS) else ""
             continue
         inside = [(file, key, _format(file)) for file, key in _walk(path) if _format(file) in IN_FOLDERS]
         if not inside:
             raise UserError(
-                f"{option} {item}: no text in this folder; looked for {' '.join(IN_FOLDERS)}, "
+                f"`{option}` {item}: no text in this folder; looked for {' '.join(IN_FOLDERS)}, "
                 f"also with {' '.join(UNPACKERS)}"
             )
         yield from inside
@@ -291,12 +291,12 @@ def read_parquet(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool
     with parquet.ParquetFile(path) as file:
         columns, rows = file.schema_arrow, file.metadata.num_rows
         if "text" not in columns.names:
-            raise UserError(f"{path}: no column `text`; it has {', '.join(columns.names)}")
+            raise UserError(f"{path}: no column 'text'; it has {', '.join(columns.names)}")
         kind = columns.field("text").type
         if arrow.types.is_dictionary(kind):
             kind = kind.value_type
         if str(kind) not in ("string", "large_string", "string_view"):
-            raise UserError(f"{path}: column `text` is {kind}, not string")
+            raise UserError(f"{path}: column 'text' is {kind}, not string")
         for batch in file.iter_batches(1024, columns=["text"]):
             column = batch.column(0).cast(arrow.large_string()).cast(arrow.large_binary())
             for text in column.to_pylist():  # bytes, for `_read_part` to decode
@@ -363,7 +363,7 @@ def _read_part(
     def on_bad(where: str, what: str) -> None:
         nonlocal bad
         if not skip_bad:
-            raise UserError(f"{where}: {what}; --skip-bad goes on without such")
+            raise UserError(f"{where}: {what}; `skip_bad` goes on without such")
         bad += 1
 
     decoder = codecs.getincrementaldecoder("utf-8")("ignore")
@@ -426,7 +426,7 @@ def split(text: Text, val_bytes: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 < np.diff(ends, prepend=0)[held].sum() <= total / 4:
             held = hashes == hashes.min()
         if held.all():
-            raise UserError("--data: too little text, or all the same, to keep some for validation; give --val")
+            raise UserError("`data`: too little text, or all the same, to keep some for validation; give `val`")
     units = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
     return _merge(units[~held]), _merge(units[held])
 

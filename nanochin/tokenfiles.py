@@ -131,7 +131,7 @@ def hold_tokens(files: list[File]) -> bool:
     """Whether these are token files. Raises UserError if some are and some are not."""
     kinds = {file.format == TOKENS: file.path for file in files}
     if len(kinds) > 1:
-        raise UserError(f"--data, --val: {kinds[True]} holds tokens, {kinds[False]} text; name files of one kind only")
+        raise UserError(f"`data`, `val`: {kinds[True]} holds tokens, {kinds[False]} text; name files of one kind only")
     return True in kinds
 
 
@@ -151,7 +151,7 @@ def check_ids(files: list[TokenFile], tokenizer: Tokenizer, stage: Stage) -> Non
     for found in stage.map(first_wrong, [(file, i) for file in files for i in range(0, len(file.ids), SCAN)]):
         if found:
             file, position, value = found
-            whose = "--vocab-size" if tokenizer.numbers else f"--tokenizer {tokenizer.name} has"
+            whose = "`vocab_size`" if tokenizer.numbers else f"`tokenizer` {tokenizer.name} has"
             raise UserError(
                 f"{file.path}: token id {value} at position {position} is beyond the vocabulary ({whose} "
                 f"{vocab_size}); read as {file.format}'s format"

@@ -118,7 +118,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < vocab_size - 1:
-        raise UserError(f"--vocab-size {vocab_size}: the text yields only {len(ranks) + 1}; use that or less")
+        raise UserError(f"`vocab_size` {vocab_size}: the text yields only {len(ranks) + 1}; use that or less")
     return _bpe(ranks)
 
 
@@ -131,7 +131,7 @@ def model_vocab(tokenizer: Tokenizer, vocab_size: int | None) -> int:
         return tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
         raise UserError(
-            f"--vocab-size {vocab_size}: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids; "
+            f"`vocab_size` {vocab_size}: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids; "
             "leave the option out or give more"
         )
     return vocab_size
@@ -142,9 +142,9 @@ def check(name: str, vocab_size: int | None = None) -> None:
     known = ["bytes", "bpe", *tiktoken.list_encoding_names()]
     if name not in known and not NUMBERS.fullmatch(name):
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
-        raise UserError(f"--tokenizer {name}: unknown; did you mean {' or '.join(close)}?")
+        raise UserError(f"`tokenizer` {name}: unknown; did you mean {' or '.join(close)}?")
     if name == "bpe" and vocab_size is not None and vocab_size < 257:
-        raise UserError(f"--vocab-size {vocab_size}: bpe needs at least 257 (256 bytes and end-of-text)")
+        raise UserError(f"`vocab_size` {vocab_size}: bpe needs at least 257 (256 bytes and end-of-text)")
 
 
 def _bpe(ranks: dict[bytes, int]) -> Tokenizer:
@@ -185,6 +185,6 @@ def _named_encoding(name: str) -> tiktoken.Encoding:
         return result[0]
     reason = type(result[0]).__name__ if result else f"no answer in {DOWNLOAD_SECONDS} s"
     raise UserError(
-        f"--tokenizer {name}: tiktoken cannot download its ranks ({reason}); set TIKTOKEN_CACHE_DIR to a "
-        "folder that holds them, or use --tokenizer bytes or bpe"
+        f"`tokenizer` {name}: tiktoken cannot download its ranks ({reason}); set TIKTOKEN_CACHE_DIR to a "
+        "folder that holds them, or use `tokenizer` bytes or bpe"
     )

@@ -71,10 +71,10 @@ def test_bad_input_to_the_commands(tiny, command, main):
     folder = Path(tiny().out) / "run"
     weights = folder / "checkpoints" / "step-100" / "model.safetensors"
     os.truncate(weights, 100)
-    sample = command("-m", "nanochin.sample", folder)
-    assert sample.stderr == f"python -m nanochin.sample: {weights}: truncated or corrupted (SHA-256 differs)\n"
-    evaluate = command("-m", "nanochin.evaluate", "nobody", "--data", tiny().data[0])
-    assert evaluate.stderr.startswith("python -m nanochin.evaluate: nobody: no run folder")
+    sample = command("-m", "nanochin", "sample", folder)
+    assert sample.stderr == f"python -m nanochin sample: {weights}: truncated or corrupted (SHA-256 differs)\n"
+    evaluate = command("-m", "nanochin", "evaluate", "nobody", "--data", tiny().data[0])
+    assert evaluate.stderr.startswith("python -m nanochin evaluate: nobody: no run folder")
     assert evaluate.stderr.count("\n") == 1
     assert (sample.returncode, sample.stdout) == (evaluate.returncode, evaluate.stdout) == (2, "")
 

@@ -1,11 +1,12 @@
 import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
 
-from nanochin.config import Config, Shape, UserError, check, make_shape, opt, parse, parse_model
+from nanochin.config import Config, Shape, UserError, check, make_shape, opt, parse, parse_model, with_flags
 
 
 def read(*argv, cls=Config):
@@ -191,7 +192,7 @@ def test_values_out_of_bounds_from_python():
     """`check` refuses what the command line refuses, for configs made in Python (sweeps)."""
     check(Config(save_steps=(1, 2)))
     for wrong in ({"lr": 0.0}, {"seed": -1}, {"final_lr": 1.01}, {"save_steps": (1, 0)}, {"lr": float("nan")}):
-        with pytest.raises(UserError, match="--"):
+        with pytest.raises(UserError, match="must be"):
             check(Config(**wrong))
 
 
@@ -214,16 +215,16 @@ def test_shape_defaults():
 @pytest.mark.parametrize(
     "width, layers, options, said",
     [
-        (100, 2, {"head_size": 64}, "--head-size 64: must be even and divide the width 100"),
-        (9, 2, {"head_size": 3}, "--head-size 3: must be even"),
+        (100, 2, {"head_size": 64}, "`head_size` 64: must be even and divide the width 100"),
+        (9, 2, {"head_size": 3}, "`head_size` 3: must be even"),
         (7, 2, {}, "width 7: must be even"),
-        (0, 2, {}, "--width 0"),
-        (64, 0, {}, "--layers 0"),
-        (64, -1, {}, "--layers -1"),
-        (64, 2, {"head_size": 0}, "--head-size 0"),
-        (64, 2, {"ffn": 0}, "--ffn 0"),
-        (64, 2, {"vocab_size": 1e30}, "--vocab-size 1e+30"),
-        (2**31, 2, {}, "--width 2147483648"),
+        (0, 2, {}, "`width` 0"),
+        (64, 0, {}, "`layers` 0"),
+        (64, -1, {}, "`layers` -1"),
+        (64, 2, {"head_size": 0}, "`head_size` 0"),
+        (64, 2, {"ffn": 0}, "`ffn` 0"),
+        (64, 2, {"vocab_size": 1e30}, "`vocab_size` 1e+30"),
+        (2**31, 2, {}, "`width` 2147483648"),
     ],
 )
 def test_impossible_shapes(width, layers, options, said):
@@ -248,3 +249,27 @@ def test_closed_pipe_is_no_traceback():
     assert process.stdout.readline() == b"line\n"
     process.stdout.close()
     assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+def test_parameters_are_named_as_options():
+    """A library's error names parameters in backquotes, a command the options of that name."""
+    error = UserError("`batch_tokens` 100: must be a multiple of `seq_len` 32; see a`b and `N`")
+    assert with_flags(error) == "--batch-tokens 100: must be a multiple of --seq-len 32; see a`b and `N`"
+
+
+def test_commands(command):
+    """python -m nanochin lists its commands and runs them without loading torch for those that do not need it; an
+    unknown one names the nearest; the names of version 0.1 work and say what they are called now."""
+    listed = command("-m", "nanochin", "--help")
+    assert listed.returncode == 0
+    for name in ("sample", "evaluate", "export", "ladder", "flops"):
+        assert re.search(rf"^ +{name} ", listed.stdout, re.MULTILINE)
+        assert command("-m", "nanochin", name, "--help").stdout.startswith(f"usage: python -m nanochin {name} ")
+    wrong = command("-m", "nanochin", "flop")
+    assert (wrong.returncode, wrong.stdout) == (2, "") and "did you mean flops?" in wrong.stderr
+    new, old = (command("-m", *name, "--model=16x1") for name in (["nanochin", "flops"], ["nanochin.flops"]))
+    assert new.stdout == old.stdout and "is now called python -m nanochin flops" in old.stderr and not new.stderr

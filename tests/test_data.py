@@ -201,10 +201,10 @@ def test_progress_names_the_stages(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"tokenizer": "bpe", "vocab_size": 256}, "--vocab-size 256: bpe needs at least 257"),
-    ({"tokenizer": "gtp2"}, "--tokenizer gtp2: unknown; did you mean gpt2"),
-    ({"val": ("nowhere.txt",)}, "--val nowhere.txt: no such file or folder"),
-    ({"val_bytes": 10}, "--val-bytes 10: too little"),
+    ({"tokenizer": "bpe", "vocab_size": 256}, "`vocab_size` 256: bpe needs at least 257"),
+    ({"tokenizer": "gtp2"}, "`tokenizer` gtp2: unknown; did you mean gpt2"),
+    ({"val": ("nowhere.txt",)}, "`val` nowhere.txt: no such file or folder"),
+    ({"val_bytes": 10}, "`val_bytes` 10: too little"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(corpus, tmp_path, options, message):
     """Each names the option and its value, and leaves no folder in the cache."""
@@ -372,7 +372,7 @@ def test_no_space_left_is_told_with_what_to_do(corpus, tmp_path, monkeypatch):
         return real("/dev/full" if str(path).endswith("train-00000.bin") else path, mode, *args, **kwargs)
 
     monkeypatch.setattr("builtins.open", full)
-    with pytest.raises(UserError, match="No space left on device; make room or choose another --cache") as error:
+    with pytest.raises(UserError, match="No space left on device; make room or choose another `cache`") as error:
         prepare((str(corpus),), cache=tmp_path / "cache")
     assert str(tmp_path / "cache") in str(error.value)
 
@@ -405,7 +405,7 @@ def test_skipped_lines_are_in_the_record(corpus, tmp_path):
     with open(corpus / "part-1.jsonl", "a") as file:
         file.write("\n{broken\n" + json.dumps({"text": words(1000, 200)}) + "\nnull\n")
     for _ in range(2):
-        with pytest.raises(UserError, match="--skip-bad goes on without such"):
+        with pytest.raises(UserError, match="`skip_bad` goes on without such"):
             prepare((str(corpus),), cache=tmp_path / "cache")
         found = prepare((str(corpus),), cache=tmp_path / "cache", skip_bad=True)
         assert found.skipped_records == 2 and found.documents + found.val_documents == 101
@@ -471,7 +471,7 @@ def test_windows_come_from_shards_too(corpus, tmp_path, monkeypatch):
 def test_too_few_tokens_for_one_window():
     """T+1 tokens are one window, T are an error that says how many there are."""
     assert Windows(np.arange(9), 8, seed=0).batch(0, 2).tolist()[0] == list(range(9))
-    with pytest.raises(UserError, match="--seq-len 8: the training text has only 8 tokens"):
+    with pytest.raises(UserError, match="`seq_len` 8: the training text has only 8 tokens"):
         Windows(np.arange(8), 8, seed=0)
 
 

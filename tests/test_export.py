@@ -103,9 +103,9 @@ def test_odd_shapes(tmp_path, options):
 
 
 @pytest.mark.parametrize(("options", "refused"), [
-    ({"qk_norm": True}, "--qk-norm"),
-    ({"norm": "rmsnorm", "positions": "learned"}, "--norm rmsnorm with --positions learned"),
-    ({"norm": "layernorm", "activation": "swiglu"}, "--norm layernorm with --activation swiglu"),
+    ({"qk_norm": True}, "`qk_norm`"),
+    ({"norm": "rmsnorm", "positions": "learned"}, "`norm` rmsnorm with `positions` learned"),
+    ({"norm": "layernorm", "activation": "swiglu"}, "`norm` layernorm with `activation` swiglu"),
 ], ids=str)  # fmt: skip
 def test_options_that_no_architecture_has_are_named(tmp_path, options, refused):
     """One line that names them, and no folder."""
@@ -224,7 +224,7 @@ def exported(tiny, tmp_path, command) -> tuple[Path, Path]:
     config = tiny(name="run", tokenizer="bpe", vocab_size=300, model="32x2", lr=0.02)
     train.train(config, quiet=True)
     run, out = Path(config.out) / "run", tmp_path / "exported"
-    done = command("-m", "nanochin.export", run, out)
+    done = command("-m", "nanochin", "export", run, out)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{out}: LlamaForCausalLM; AutoModelForCausalLM.from_pretrained")
     return run, out
@@ -249,7 +249,7 @@ def test_a_run_is_exported_by_the_command(exported, tiny):
 def test_the_command_refuses_in_one_line(tiny, tmp_path, command):
     """A run that cannot be exported: one line, exit code 2, no folder."""
     train.train(tiny(name="run", qk_norm=True), quiet=True)
-    done = command("-m", "nanochin.export", "run", tmp_path / "out", "--out", tiny().out)
+    done = command("-m", "nanochin", "export", "run", tmp_path / "out", "--out", tiny().out)
     assert done.returncode == 2 and done.stderr.endswith("has --qk-norm\n") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

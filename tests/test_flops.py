@@ -222,14 +222,14 @@ def test_float64_beyond_int64():
 def test_bad_input():
     """Unknown conventions, lengths and token counts are named."""
     learned = make_shape(4, 1, vocab_size=5, seq_len=8, positions="learned")
-    with pytest.raises(UserError, match="--flops tflops"):
+    with pytest.raises(UserError, match="`flops` tflops"):
         flops_per_token(learned, "tflops")
-    with pytest.raises(UserError, match="--seq-len 9: the model learns positions for 8"):
+    with pytest.raises(UserError, match="`seq_len` 9: the model learns positions for 8"):
         ledger(learned, 9)
-    with pytest.raises(UserError, match="--seq-len 0"):
+    with pytest.raises(UserError, match="`seq_len` 0"):
         ledger(learned, 0)
     for tokens in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="--tokens"):
+        with pytest.raises(UserError, match="`tokens`"):
             count_flops(learned, tokens)
 
 
@@ -291,7 +291,7 @@ def test_table_of_devices_is_consistent():
         if device.tf32 is not None:
             assert device.tf32 == pytest.approx(device.float16 / 2, rel=0.02)
         assert device.float16 >= 1.9 * device.float32 or name in ("L40", "RTX 3080")
-    with pytest.raises(UserError, match="--dtype int8"):
+    with pytest.raises(UserError, match="`dtype` int8"):
         peak_flops("NVIDIA H200", "int8")
 
 
@@ -313,7 +313,7 @@ def test_floor_and_intensity_by_hand():
 
 
 def run(*argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "nanochin.flops", *argv], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "nanochin", "flops", *argv], capture_output=True, text=True)
 
 
 def test_command_prints_the_ledger():

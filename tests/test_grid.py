@@ -76,10 +76,10 @@ def test_refused(read, keys, words):
     assert words in str(error.value) and "some.toml" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("keys, words", [({"models": ["16by1"]}, "--model 16by1: expected width x layers"),
+@pytest.mark.parametrize("keys, words", [({"models": ["16by1"]}, "`model` 16by1: expected width x layers"),
                                          ({"models": ["13x1"]}, "width 13: must be even"),
-                                         ({"batch_tokens": 50}, "--batch-tokens 50: must be a multiple"),
-                                         ({"warmup_times": [1000]}, "--warmup-tokens"),
+                                         ({"batch_tokens": 50}, "`batch_tokens` 50: must be a multiple"),
+                                         ({"warmup_times": [1000]}, "`warmup_tokens`"),
                                          ({"kind": "trunk", "cooldown": 1}, "leave no room")])  # fmt: skip
 def test_refused_by_the_plan(read, keys, words):
     """What train.py would refuse of a run is refused before anything is trained, with the file's name, said once."""

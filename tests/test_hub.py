@@ -80,7 +80,7 @@ def test_rows_without_text(dataset, tmp_path):
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"id": [0, 1, 2], "text": ["a", None, "b" * 3000]}), dataset / "train-0.parquet")
-    with pytest.raises(UserError, match=r'jsonl, line 2: no string "text" in it; --skip-bad'):
+    with pytest.raises(UserError, match=r'jsonl, line 2: no string "text" in it; `skip_bad`'):
         prepare((f"hf:{dataset}",), max_tokens=1e9, cache=tmp_path / "cache")
     corpus = prepare((f"hf:{dataset}",), max_tokens=1e9, skip_bad=True, cache=tmp_path / "cache")
     assert corpus.skipped_records == 1 and b"b" * 3000 in documents(corpus)
@@ -96,10 +96,10 @@ def test_what_cannot_be_streamed_is_one_line(dataset, tmp_path):
         folder.mkdir()
         parquet.write_table(pyarrow.table({"content": ["x"], "url": ["y"]}), folder / f"{name}.parquet")
     for item, limit, said in [
-        (f"hf:{tmp_path}/nowhere", 1e6, f"--data hf:{tmp_path}/nowhere: .*Error: "),
-        (f"hf:{empty}", 1e6, f"--data hf:{empty}: "),
-        (f"hf:{other}", 1e6, "no column `text`; it has content, url"),
-        (f"hf:{dataset}", 10, "its first document alone exceeds --max-tokens 10"),
+        (f"hf:{tmp_path}/nowhere", 1e6, f"`data` hf:{tmp_path}/nowhere: .*Error: "),
+        (f"hf:{empty}", 1e6, f"`data` hf:{empty}: "),
+        (f"hf:{other}", 1e6, "no column 'text'; it has content, url"),
+        (f"hf:{dataset}", 10, "its first document alone exceeds `max_tokens` 10"),
     ]:
         with pytest.raises(UserError, match=said) as error:
             prepare((item,), max_tokens=limit, cache=tmp_path / "cache")
@@ -110,21 +110,21 @@ def test_what_cannot_be_streamed_is_one_line(dataset, tmp_path):
 def test_without_the_library_the_command_is_named(tmp_path, monkeypatch):
     """Without `datasets` the error is the install command."""
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="--data hf:a/b needs a library: pip install datasets"):
+    with pytest.raises(UserError, match="`data` hf:a/b needs a library: pip install datasets"):
         prepare(("hf:a/b",), max_tokens=1e6, cache=tmp_path)
 
 
 def test_names_are_taken_apart():
     """OWNER/NAME and CONFIG; what is not of that form, or has no limit, is refused; what asks for other text is
     another file."""
-    source = parse("hf:HuggingFaceFW/fineweb-edu:sample-10BT", "--data", 1e8, "bytes", None)
+    source = parse("hf:HuggingFaceFW/fineweb-edu:sample-10BT", "data", 1e8, "bytes", None)
     assert (source.dataset, source.config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
     assert source.place.endswith("/fineweb-edu-sample-10BT.jsonl")
-    others = [parse("hf:HuggingFaceFW/fineweb-edu:sample-10BT", "--data", *rest).place
+    others = [parse("hf:HuggingFaceFW/fineweb-edu:sample-10BT", "data", *rest).place
               for rest in ((1e9, "bytes", None), (1e8, "bpe", 300), (1e8, "bpe", 301))]  # fmt: skip
     assert len({source.place, *others}) == 4
     for item in ("hf:", "hf:a/", "hf:a b"):
         with pytest.raises(UserError, match="expected hf:OWNER/NAME"):
-            parse(item, "--data", 1e6, "bytes", None)
-    with pytest.raises(UserError, match=r"--val hf:a/b: say how much of it to read, such as --max-tokens 1e8"):
-        parse("hf:a/b", "--val", None, "bytes", None)
+            parse(item, "data", 1e6, "bytes", None)
+    with pytest.raises(UserError, match=r"`val` hf:a/b: say how much of it to read, such as `max_tokens` 1e8"):
+        parse("hf:a/b", "val", None, "bytes", None)

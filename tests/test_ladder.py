@@ -197,30 +197,30 @@ def test_what_is_given_is_taken():
 @pytest.mark.parametrize(
     "options, says",
     [
-        ({}, "give --budget, --model or --tokens"),
-        ({"budget": 0}, "--budget 0"),
-        ({"budget": -1e15}, "--budget -1e+15"),
-        ({"budget": math.nan}, "--budget nan"),
-        ({"budget": math.inf}, "--budget inf"),
-        ({"budget": 1e35}, "--budget 1e+35"),
-        ({"tokens": 0}, "--tokens 0"),
-        ({"tokens": 1e25}, "--tokens 1e+25"),
-        ({"model": (0, 3)}, "--width 0"),
+        ({}, "give `budget`, `model` or `tokens`"),
+        ({"budget": 0}, "`budget` 0"),
+        ({"budget": -1e15}, "`budget` -1e+15"),
+        ({"budget": math.nan}, "`budget` nan"),
+        ({"budget": math.inf}, "`budget` inf"),
+        ({"budget": 1e35}, "`budget` 1e+35"),
+        ({"tokens": 0}, "`tokens` 0"),
+        ({"tokens": 1e25}, "`tokens` 1e+25"),
+        ({"model": (0, 3)}, "`width` 0"),
         ({"model": (7, 3)}, "width 7"),
-        ({"budget": 1e6}, "the smallest, 6x1, needs --budget "),
-        ({"budget": 1e9, "model": (256, 4)}, "fewer than 100 steps of one 128-token sequence: it takes --tokens 12800"),
-        ({"budget": 1e11, "model": (256, 4)}, " or --seq-len 47"),
+        ({"budget": 1e6}, "the smallest, 6x1, needs `budget` "),
+        ({"budget": 1e9, "model": (256, 4)}, "fewer than 100 steps of one 128-token sequence: it takes `tokens` 12800"),
+        ({"budget": 1e11, "model": (256, 4)}, " or `seq_len` 47"),
         ({"model": (256, 4), "tokens": 50}, "50 tokens for 256x4 are fewer than 100 steps"),
         ({"budget": 1e15, "model": (256, 4), "tokens": 1e8}, "leave one of the three out"),
-        ({"budget": 1e12, "tokens": 1e12}, "no shape costs that on --tokens 1e+12; the nearest, --model 6x1,"),
-        ({"budget": 1e20, "tokens": 1e6}, "no shape costs that on --tokens 1e+06; the nearest, --model 1792x26,"),
-        ({"budget": 1e14, "batch_tokens": 1000}, "--batch-tokens 1000: must be a multiple of --seq-len 128"),
-        ({"budget": 1e14, "batch_tokens": 0}, "--batch-tokens 0"),
-        ({"model": (64, 2), "tokens": 1e6, "batch_tokens": 2**20}, "less than one step of --batch-tokens 1048576"),
-        ({"budget": 1e14, "lr": 0.0}, "--lr 0"),
-        ({"budget": 1e14, "beta2": 1.0}, "--beta2 1"),
-        ({"model": (64, 2), "tokens": 1e6, "warmup_tokens": 2e6}, "--warmup-tokens 2e+06"),
-        ({"budget": 1e14, "convention": "flops"}, "--flops flops"),
+        ({"budget": 1e12, "tokens": 1e12}, "no shape costs that on `tokens` 1e+12; the nearest, `model` 6x1,"),
+        ({"budget": 1e20, "tokens": 1e6}, "no shape costs that on `tokens` 1e+06; the nearest, `model` 1792x26,"),
+        ({"budget": 1e14, "batch_tokens": 1000}, "`batch_tokens` 1000: must be a multiple of `seq_len` 128"),
+        ({"budget": 1e14, "batch_tokens": 0}, "`batch_tokens` 0"),
+        ({"model": (64, 2), "tokens": 1e6, "batch_tokens": 2**20}, "less than one step of `batch_tokens` 1048576"),
+        ({"budget": 1e14, "lr": 0.0}, "`lr` 0"),
+        ({"budget": 1e14, "beta2": 1.0}, "`beta2` 1"),
+        ({"model": (64, 2), "tokens": 1e6, "warmup_tokens": 2e6}, "`warmup_tokens` 2e+06"),
+        ({"budget": 1e14, "convention": "flops"}, "`flops` flops"),
     ],
 )
 def test_impossible_plans_are_named(options, says):
@@ -237,7 +237,7 @@ def test_suggested_budgets_suffice(model, batch_tokens):
     """The budget that a refusal names is accepted, and is at most a tenth more than needed."""
     with pytest.raises(UserError) as error:
         plan(make, budget=1e5, model=model, batch_tokens=batch_tokens)
-    suggested = float(str(error.value).split("--budget ")[-1].split()[0].rstrip(")"))
+    suggested = float(str(error.value).split("`budget` ")[-1].split()[0].rstrip(")"))
     assert plan(make, budget=suggested, model=model, batch_tokens=batch_tokens).steps >= 1
     with pytest.raises(UserError):
         plan(make, budget=suggested / 1.15, model=model, batch_tokens=batch_tokens)
@@ -262,7 +262,7 @@ def test_isoflop_brackets_the_optimum():
 
 
 def run(*argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "nanochin.ladder", *argv], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "nanochin", "ladder", *argv], capture_output=True, text=True)
 
 
 def test_command_prints_the_grid(tmp_path):

@@ -142,7 +142,7 @@ def test_bad_laws_are_named(tmp_path, laws, approach, says):
     path = write(tmp_path, laws)
     with pytest.raises(UserError) as error:
         load_law(path, approach)
-    assert f"--law {path}: " in str(error.value)
+    assert f"`law` {path}: " in str(error.value)
     assert says in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -150,7 +150,7 @@ def test_bad_laws_are_named(tmp_path, laws, approach, says):
 def test_unreadable_laws_are_named(tmp_path):
     """A missing file and a folder."""
     for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(UserError, match=f"--law {path}: "):
+        with pytest.raises(UserError, match=f"`law` {path}: "):
             load_law(path)
 
 

@@ -116,7 +116,7 @@ def test_without_loggers_there_is_no_trace(tiny, command):
 def test_a_missing_library_names_the_command(tiny, monkeypatch, refusal, name):
     """Before anything is read or made: one line with the install command."""
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=f"--loggers {name} needs a library: pip install {name}"):
+    with pytest.raises(UserError, match=f"`loggers` {name} needs a library: pip install {name}"):
         loggers.check((name,))
     assert f"pip install {name}" in refusal(*arguments(tiny(loggers=(name,), data=("nowhere.txt",))))
     assert not Path(tiny().out).exists()

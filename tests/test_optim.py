@@ -192,7 +192,7 @@ def test_wsd_without_flat_part_or_without_cooldown(cooldown):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_warmup_longer_than_the_run_is_refused(schedule):
     """One line that names the option."""
-    with pytest.raises(UserError, match="--warmup-tokens: warm-up of 100 steps"):
+    with pytest.raises(UserError, match="`warmup_tokens`: warm-up of 100 steps"):
         rate(0, steps=100, warmup=100, schedule=schedule)
 
 

@@ -85,7 +85,7 @@ def test_flops_of_some_rows_only(tmp_path):
     rows = [[*row, 7e9 * i + 1e9] for i, row in enumerate(ROWS)]
     rows[5][3] = ""
     table = read_rows(write(tmp_path / "a.csv", rows, [*HEADER, "flops"]))
-    with pytest.raises(UserError, match="a.csv: line 7: flops is blank.*--skip-bad.*--flops=6nd"):
+    with pytest.raises(UserError, match="a.csv: line 7: flops is blank.*`skip_bad`.*`flops` 6nd"):
         all_or_no_flops(table)
     some = all_or_no_flops(table, skip_bad=True)
     assert some["flops"].tolist() == [7e9 * i + 1e9 for i in (0, 1, 2, 3, 4, 6, 7)]
@@ -115,7 +115,7 @@ def test_mapped_columns(tmp_path):
 @pytest.mark.parametrize("text", ["params", "params=", "=N", "parms=N", "params=N,params=M"])
 def test_columns_that_cannot_be_mapped(text):
     """A mapping that says nothing, or names no column of ours, is refused by its text."""
-    with pytest.raises(UserError, match="--columns"):
+    with pytest.raises(UserError, match="`columns`"):
         parse_columns(text)
 
 
@@ -132,9 +132,9 @@ def test_one_column_is_not_two(tmp_path):
 
 @pytest.mark.parametrize(
     "header, hint",
-    [(["N", "tokens", "loss"], "--columns params=N"), (["params", "Tokens", "loss"], "--columns tokens=Tokens"),
-     (["params", "n_tokens", "loss"], "--columns tokens=n_tokens"), (["params", "tokens", "val_loss"], "loss=val_loss"),
-     (["params", "tokens", "xyz"], "--columns loss=...")],
+    [(["N", "tokens", "loss"], "`columns` params=N"), (["params", "Tokens", "loss"], "`columns` tokens=Tokens"),
+     (["params", "n_tokens", "loss"], "`columns` tokens=n_tokens"), (["params", "tokens", "val_loss"], "loss=val_loss"),
+     (["params", "tokens", "xyz"], "`columns` loss=...")],
 )  # fmt: skip
 def test_missing_column_names_the_nearest(tmp_path, header, hint):
     """A missing column is named, with the likeliest one of the file."""
@@ -162,7 +162,7 @@ def test_a_bad_value_is_named_by_line_and_column(tmp_path, value, column):
     rows[4][HEADER.index(column)] = value
     path = write(tmp_path / "runs.csv", rows)
     text = refused(path)
-    assert "line 6" in text and column in text and (value or "blank") in text and "--skip-bad" in text
+    assert "line 6" in text and column in text and (value or "blank") in text and "`skip_bad`" in text
     left = read_rows(path, skip_bad=True)
     assert len(left) == 7 and left.dropped == {"not usable": 1}
     assert left["loss"].tolist() == [row[2] for i, row in enumerate(ROWS) if i != 4]
@@ -341,7 +341,7 @@ def test_curves_by_their_own_names_or_by_those_of_the_runs(tmp_path):
     for i, header in enumerate((["run", "N", "D", "val"], ["run", "N", "tokens", "loss"])):
         other = read_curves(write(tmp_path / f"{i}.csv", rows, header), columns)
         assert all(other[name].tolist() == plain[name].tolist() for name in HEADER)
-    with pytest.raises(UserError, match="no column 'D' for --columns"):
+    with pytest.raises(UserError, match="no column 'D' for `columns`"):
         read_rows(tmp_path / "a.csv", {"tokens": "D"})
 
 

@@ -6,10 +6,11 @@ import shutil
 import subprocess
 
 import pytest
+from conftest import ROOT
 
 import train
 from nanochin import runs
-from nanochin.config import Config, RunError, UserError
+from nanochin.config import Config, RunError, UserError, opt
 from nanochin.console import Progress
 
 RECORD = {"identity": {"lr": 0.1, "model": "16x1", "seed": 0}, "options": {}}
@@ -65,6 +66,29 @@ def test_identity_has_what_changes_the_result(tiny, option):
     usual = {"vocab_size": 290}  # both bytes and our BPE can have that
     same = identity_of(tiny(**usual)) == identity_of(tiny(**usual | {option: OTHER[option]}))
     assert same is not changes_result[option]
+
+
+def test_records_of_version_0_1():
+    """The identity of a kept run, its name, and that a new option neither renames it nor makes it another run."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(Config):
+        dropout: float = opt(0.0, "an option that came later", later=True)
+
+    kept = json.loads((ROOT / "results/books-3e13/config.json").read_text())["identity"]
+    assert runs.run_name("gutenberg-train", kept) == "gutenberg-train-96x2-17M-6352345a"
+    facts = {key: kept[key] for key in ("device", "data_sha", "val_sha")}
+    options = {key: value for key, value in kept.items() if key not in facts}
+    assert runs.identity(Config(**options), **facts) == kept == runs.identity(Later(**options), **facts)
+    other = runs.identity(Later(**options, dropout=0.1), **facts)
+    assert other == kept | {"dropout": 0.1} and runs.first_difference(kept, other) == "dropout"
+
+
+def test_a_key_that_is_absent_has_its_default():
+    """Identities with and without a key are equal if its value is the default, whoever lacks it."""
+    ours = {"model": "16x1", "clip": 1.0}
+    assert runs.first_difference({"model": "16x1"}, ours) is None is runs.first_difference(ours, {"model": "16x1"})
+    assert runs.first_difference({"model": "16x1", "clip": 0.5}, {"model": "16x1"}) == "clip"
 
 
 def test_other_text_is_another_run(tiny, text, tmp_path):

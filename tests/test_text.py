@@ -272,7 +272,7 @@ def test_a_small_text_keeps_something_on_both_sides(tmp_path, size):
 def test_a_text_that_is_all_the_same_cannot_be_split(tmp_path):
     """Where every block equals every other none can be held out: an error that asks for --val."""
     text = read(write(tmp_path / "a.txt", "a" * 20 * BLOCK), folder=tmp_path / "flat")
-    with pytest.raises(UserError, match="give --val"):
+    with pytest.raises(UserError, match="give `val`"):
         split(text, 1 << 20)
 
 
@@ -391,8 +391,8 @@ def test_parquet_as_others_store_text(tmp_path):
 def test_parquet_without_text_lists_its_columns(tmp_path):
     """No column `text`, one of numbers, or a file that is no parquet: one line with what is there."""
     for name, columns, said in [
-        ("a", {"content": ["x"], "url": ["y"]}, r"a\.parquet: no column `text`; it has content, url"),
-        ("b", {"text": [1, 2]}, r"b\.parquet: column `text` is int64, not string"),
+        ("a", {"content": ["x"], "url": ["y"]}, r"a\.parquet: no column 'text'; it has content, url"),
+        ("b", {"text": [1, 2]}, r"b\.parquet: column 'text' is int64, not string"),
     ]:
         with pytest.raises(UserError, match=said):
             read(parquet(tmp_path / f"{name}.parquet", **columns), folder=tmp_path / name)
@@ -418,7 +418,7 @@ def test_bad_lines_are_refused_or_counted(tmp_path):
     for i, line in enumerate(bad):
         path = write(tmp_path / f"{i}.jsonl", good * 2 + "\n" + line + good)
         what = "not JSON" if i == 0 else 'no string "text" in it'
-        with pytest.raises(UserError, match=rf"{i}\.jsonl, line 4: {what}.*; --skip-bad goes on without such"):
+        with pytest.raises(UserError, match=rf"{i}\.jsonl, line 4: {what}.*; `skip_bad` goes on without such"):
             read(path, folder=tmp_path / f"flat{i}")
     text = read_text(find_files([str(tmp_path)]), tmp_path / "flat", Stage("reading"), skip_bad=True)
     assert documents(text) == [b"good"] * 15 and text.bad == 5
@@ -427,7 +427,7 @@ def test_bad_lines_are_refused_or_counted(tmp_path):
 def test_null_rows_of_parquet_are_bad(tmp_path):
     """A null is named by its row, or counted."""
     path = parquet(tmp_path / "a.parquet", rows=2, text=["a", "b", None, "c", None])
-    with pytest.raises(UserError, match=r"a\.parquet, row 3: null is no text; --skip-bad"):
+    with pytest.raises(UserError, match=r"a\.parquet, row 3: null is no text; `skip_bad`"):
         read(path, folder=tmp_path / "flat")
     text = read_text(find_files([str(path)]), tmp_path / "flat2", Stage("reading"), skip_bad=True)
     assert documents(text) == [b"a", b"b", b"c"] and text.bad == 2

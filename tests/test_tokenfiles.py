@@ -241,9 +241,9 @@ def test_evaluate_reads_them_too(tiny, tmp_path, command):
     val = nanogpt(tmp_path / "val.bin", some_ids(500, seed=2))
     config = tiny(name="run", data=(str(path),), vocab_size=V)
     loss = train.train(config, quiet=True)["loss"]
-    done = command("-m", "nanochin.evaluate", Path(config.out) / "run", "--data", val)
+    done = command("-m", "nanochin", "evaluate", Path(config.out) / "run", "--data", val)
     assert done.stdout.startswith(f"run: loss {loss:.4f} nats per token, bits per byte unknown"), done.stderr
-    done = command("-m", "nanochin.sample", Path(config.out) / "run", "--prompt", "1 2 dog")
+    done = command("-m", "nanochin", "sample", Path(config.out) / "run", "--prompt", "1 2 dog")
     assert done.returncode == 2 and "'dog' is not a token id below 300" in done.stderr
 
 
@@ -262,9 +262,9 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path, monkeypatch):
     data = (str(tmp_path),)
     with pytest.raises(UserError, match=r"train_1\.bin: token id 300 at position 700 is beyond the vocabulary .* 300"):
         prepare(data, vocab_size=V, cache=tmp_path)
-    with pytest.raises(UserError, match=r"train_1\.bin: token id 60000 at position 999 .*--vocab-size 301"):
+    with pytest.raises(UserError, match=r"train_1\.bin: token id 60000 at position 999 .*`vocab_size` 301"):
         prepare(data, vocab_size=V + 1, cache=tmp_path)
-    with pytest.raises(UserError, match=r"train_0\.bin: token id \d+ at position \d+ .*--tokenizer bytes has 256"):
+    with pytest.raises(UserError, match=r"train_0\.bin: token id \d+ at position \d+ .*`tokenizer` bytes has 256"):
         prepare(data, tokenizer="bytes", cache=tmp_path)
     assert len(prepare(data, vocab_size=60_001, cache=tmp_path).train) == 1900
     ids[3] = -1
@@ -344,7 +344,7 @@ def test_the_vocabulary_is_not_guessed_nor_unpickled(tmp_path):
     """Without --tokenizer or --vocab-size the ids mean nothing; meta.pkl is mentioned and never loaded, nor is a
     pickle that is named as data."""
     path = nanogpt(tmp_path / "train.bin", some_ids(100))
-    with pytest.raises(UserError, match=r"train\.bin: what its ids mean is not in the file; give --tokenizer"):
+    with pytest.raises(UserError, match=r"train\.bin: what its ids mean is not in the file; give `tokenizer`"):
         prepare((str(path),), cache=tmp_path)
     meta = tmp_path / "meta.pkl"
     meta.write_bytes(pickle.dumps(Bomb(tmp_path)))
@@ -367,13 +367,13 @@ def test_text_and_tokens_do_not_mix(tmp_path):
     (tmp_path / "input.txt").write_text("text")
     with pytest.raises(UserError, match=r"train\.bin holds tokens, .*input\.txt text; name files of one kind"):
         prepare((str(tmp_path),), vocab_size=V, cache=tmp_path / "cache")
-    with pytest.raises(UserError, match="--tokenizer bpe: is trained on text, these are token files"):
+    with pytest.raises(UserError, match="`tokenizer` bpe: is trained on text, these are token files"):
         prepare((str(path),), tokenizer="bpe", cache=tmp_path / "cache")
-    with pytest.raises(UserError, match="--max-tokens 100: is for hf: data sets"):
+    with pytest.raises(UserError, match="`max_tokens` 100: is for hf: data sets"):
         prepare((str(path),), vocab_size=V, max_tokens=100, cache=tmp_path / "cache")
-    with pytest.raises(UserError, match=r"few\.bin: too few tokens to keep some for validation; give --val"):
+    with pytest.raises(UserError, match=r"few\.bin: too few tokens to keep some for validation; give `val`"):
         prepare((str(nanogpt(tmp_path / "few.bin", range(20))),), vocab_size=V, cache=tmp_path / "cache")
-    with pytest.raises(UserError, match="--tokenizer ids-300: is for token files, but"):
+    with pytest.raises(UserError, match="`tokenizer` ids-300: is for token files, but"):
         prepare((str(tmp_path / "input.txt"),), tokenizer="ids-300", val_bytes=1024, cache=tmp_path / "cache")
 
 

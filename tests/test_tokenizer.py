@@ -125,15 +125,15 @@ def test_model_vocab_pads_but_never_cuts(bpe):
     """--vocab-size may exceed the tokenizer's ids (rows of padding), never fall below them."""
     assert model_vocab(bpe, None) == 600
     assert model_vocab(bpe, 640) == 640
-    with pytest.raises(UserError, match=r"--vocab-size 599: tokenizer bpe has 600 ids"):
+    with pytest.raises(UserError, match=r"`vocab_size` 599: tokenizer bpe has 600 ids"):
         model_vocab(bpe, 599)
 
 
 def test_vocabularies_that_cannot_be_trained():
     """Below 257 there is no room for bytes and end-of-text; too little text cannot fill the vocabulary."""
-    with pytest.raises(UserError, match="--vocab-size 256: bpe needs at least 257"):
+    with pytest.raises(UserError, match="`vocab_size` 256: bpe needs at least 257"):
         train_bpe(["text"], 256)
-    with pytest.raises(UserError, match=r"--vocab-size 400: the text yields only 260; use that or less"):
+    with pytest.raises(UserError, match=r"`vocab_size` 400: the text yields only 260; use that or less"):
         train_bpe([" aab" * 500], 400)
     assert train_bpe(["anything"], 257).encode(b"any").tolist() == [*b"any"]
 
@@ -141,7 +141,7 @@ def test_vocabularies_that_cannot_be_trained():
 @pytest.mark.parametrize(("name", "nearest"), [("gtp2", "gpt2"), ("byte", "bytes"), ("cl100k", "cl100k_base")])
 def test_an_unknown_name_names_the_nearest(name, nearest):
     """A misspelt tokenizer is one line with the known name nearest to it."""
-    with pytest.raises(UserError, match=f"--tokenizer {name}: unknown; did you mean .*{nearest}") as error:
+    with pytest.raises(UserError, match=f"`tokenizer` {name}: unknown; did you mean .*{nearest}") as error:
         Tokenizer.load(name)
     assert "\n" not in str(error.value)
 
@@ -177,7 +177,7 @@ def test_without_network_and_cache_one_line_says_what_to_do(silent_proxy, monkey
     if not silent:
         silent_proxy.close()
     with pytest.raises(
-        UserError, match="--tokenizer p50k_edit: .*TIKTOKEN_CACHE_DIR.*--tokenizer bytes or bpe"
+        UserError, match="`tokenizer` p50k_edit: .*TIKTOKEN_CACHE_DIR.*`tokenizer` bytes or bpe"
     ) as error:
         Tokenizer.load("p50k_edit")
     assert ("no answer" in str(error.value)) == silent and "\n" not in str(error.value)

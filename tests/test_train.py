@@ -361,7 +361,7 @@ def test_what_is_shown(tiny, capsys):
     plan = train.resolve(config, Progress(quiet=True)).plan
     for said in ("made-up", "16x1", f"{plan.lr:.3g}", "0.03 D^0.69", f"{plan.flops['physical']:.3e}", "float32",
                  f"validation loss {summary['loss']:.4f} nats per token, {summary['val_bpb']:.4f} bits per byte",
-                 "a sample", f"{Path(config.out) / summary['name']}   (python -m nanochin.sample"):  # fmt: skip
+                 "a sample", f"{Path(config.out) / summary['name']}   (python -m nanochin sample"):  # fmt: skip
         assert said in out
     train.train(dataclasses.replace(config, seed=1), quiet=True)
     assert capsys.readouterr().out == ""
@@ -479,9 +479,9 @@ def test_sampling_follows_the_distribution():
 
 
 def test_commands_on_a_run(tiny, command, tmp_path):
-    """`python -m nanochin.sample` and `nanochin.evaluate` from the shell give what the functions give."""
+    """`python -m nanochin sample` and `evaluate` from the shell give what the functions give."""
     summary, folder, _ = run(tiny(tokenizer="bpe", vocab_size=300))
-    done = command("-m", "nanochin.sample", folder, "--prompt=The ", "--tokens=20", "--temperature=0")
+    done = command("-m", "nanochin", "sample", folder, "--prompt=The ", "--tokens=20", "--temperature=0")
     model, tokenizer, _ = checkpoint.load_run(folder)
     ids = generate(model, torch.tensor([int(i) for i in tokenizer.encode(b"The ")]), 20, temperature=0)
     assert (done.returncode, done.stderr, done.stdout) == (0, "", tokenizer.decode(ids.tolist()) + "\n")
@@ -492,7 +492,7 @@ def test_commands_on_a_run(tiny, command, tmp_path):
     with torch.no_grad():
         nats = nats_by_hand(model, ids)
     bpb = nats / math.log(2) / len(text.read_bytes())
-    done = command("-m", "nanochin.evaluate", summary["name"], f"--out={folder.parent}", "--data", text)
+    done = command("-m", "nanochin", "evaluate", summary["name"], f"--out={folder.parent}", "--data", text)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"loss {nats / (len(ids) - 1):.4f} nats per token, {bpb:.4f} bits per byte" in done.stdout
 

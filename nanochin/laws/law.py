@@ -145,28 +145,28 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
     try:
         laws = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--law {path}: {error.strerror}") from None
+        raise UserError(f"`law` {path}: {error.strerror}") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"--law {path}: not JSON: {error}") from None
+        raise UserError(f"`law` {path}: not JSON: {error}") from None
     key = f"approach{approach}"
     meta = laws.get("meta") if isinstance(laws, dict) else None
     if not isinstance(meta, dict) or key not in laws:
-        raise UserError(f"--law {path}: not a laws.json of fit.py: it needs the keys {key} and meta")
+        raise UserError(f"`law` {path}: not a laws.json of fit.py: it needs the keys {key} and meta")
     if not isinstance(laws[key], dict):
         reasons = meta.get("reasons") or {}
-        raise UserError(f"--law {path}: no approach {approach} in it ({reasons.get(key, 'the fit gave none')})")
+        raise UserError(f"`law` {path}: no approach {approach} in it ({reasons.get(key, 'the fit gave none')})")
 
     def constant(name: str) -> float:
         value = laws[key].get(name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value < math.inf or (value == 0 and name != "E"):
-            raise UserError(f"--law {path}: {key} needs {name}, a finite number above 0, but has {value!r}")
+            raise UserError(f"`law` {path}: {key} needs {name}, a finite number above 0, but has {value!r}")
         return float(value)
 
     def convention(name: str, known) -> str:
         value = meta.get(name)
         if value not in known:
-            raise UserError(f"--law {path}: meta needs {name}, one of {', '.join(known)}, but has {value!r}")
+            raise UserError(f"`law` {path}: meta needs {name}, one of {', '.join(known)}, but has {value!r}")
         return value
 
     name = f"{Path(path).name}, approach {approach}"
@@ -180,7 +180,7 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
             usable = False
         if not usable:
             raise UserError(
-                f"--law {path}: {key} needs a cost of c >= 0, q from 0 to 1 and s of 1 or -1, but has "
+                f"`law` {path}: {key} needs a cost of c >= 0, q from 0 to 1 and s of 1 or -1, but has "
                 f"{laws[key]['cost']!r}"
             )
         law = Law(name, **constants, params_convention=params, cost=cost, meta=meta, **_scatter(laws[key]))
@@ -193,7 +193,7 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
     except (OverflowError, ZeroDivisionError):
         extremes = [math.inf]
     if not all(0 < n < math.inf for n in extremes):
-        raise UserError(f"--law {path}: the constants of {key} are too extreme to plan with: {constants}")
+        raise UserError(f"`law` {path}: the constants of {key} are too extreme to plan with: {constants}")
     return law
 
 

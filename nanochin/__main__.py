@@ -1,0 +1,32 @@
+"""The commands beside train.py, sweep.py and fit.py: python -m nanochin COMMAND ...
+
+    sample     text from a run
+    evaluate   loss and bits per byte of a run on any text
+    export     a run as a folder that transformers and lm-eval load
+    ladder     which models a budget can buy
+    flops      where the FLOPs of a shape go
+
+python -m nanochin COMMAND --help says more.
+"""
+
+import importlib
+import sys
+
+from nanochin.config import UserError, did_you_mean, run_command
+
+COMMANDS = ("sample", "evaluate", "export", "ladder", "flops")  # each a module of nanochin with a `main`
+
+
+def main() -> None:
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("--help", "-h"):
+        print(__doc__.strip())
+    elif name in COMMANDS:
+        command = importlib.import_module(f"nanochin.{name}")
+        run_command(lambda: command.main(sys.argv[2:]), f"python -m nanochin {name}")
+    else:
+        raise UserError(f"unknown command {name}{did_you_mean(name, list(COMMANDS))} (see --help)")
+
+
+if __name__ == "__main__":
+    run_command(main, "python -m nanochin")

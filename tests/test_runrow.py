@@ -1,0 +1,69 @@
+"""The record of a run: what was written before is read, and written again in the same bytes."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+from conftest import ROOT
+
+from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError
+from nanochin.runrow import TYPES, RunRow, columns_of, flops_column, params_column, read_csv, to_csv
+
+TABLES = sorted(ROOT.glob("results/*/runs.csv"))
+ROW = RunRow("a", params=10, tokens=100, loss=2.5, flops=6e3, budget=1e4)
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.parent.name)
+def test_kept_tables_come_back_in_the_same_bytes(path):
+    """Every kept runs.csv: its columns are ours in our order, and no digit of a number changes."""
+    rows = read_csv(path)
+    assert to_csv(rows.values()) == path.read_bytes()
+    assert all(isinstance(row.loss, float) and isinstance(row.tokens, int) for row in rows.values())
+
+
+def test_summaries_come_back():
+    """summary.json of a run of version 0.1."""
+    record = json.loads((ROOT / "results/books-3e13/summary.json").read_text())
+    assert RunRow.of(record).summary() == record
+
+
+def test_records_of_other_versions():
+    """A column that a record lacks has its default, one that we do not know is left out."""
+    row = RunRow.of(
+        {"run": "a", "params": "10", "tokens": 100, "loss": "2.5", "flops": "6e3", "budget": 1e4, "mood": 1}
+    )
+    assert row == ROW and row.status == "finished" and row.threads is None
+    assert read_csv(ROOT / "nowhere.csv") == {}
+
+
+def test_reason_is_a_column_only_of_failed_runs(tmp_path):
+    """A table in which a run failed has the reason, commas and all; the others have no such column."""
+    failed = replace(ROW, run="b", status="failed", loss=None, reason='no room, as "they" say\nit')
+    assert to_csv([ROW]).decode().splitlines()[0].endswith(",flops_spent,cell")
+    path = tmp_path / "runs.csv"
+    path.write_bytes(to_csv([ROW, failed]))
+    assert read_csv(path) == {"a": ROW, "b": failed}
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("run,loss\na,1.2.3\n", "loss is '1.2.3', not a number"),
+        ("name,loss\na,1\n", "no column run"),
+        (b"\xff", "utf-8"),
+    ],
+)
+def test_what_is_no_table(tmp_path, text, words):
+    """The file, the column and the value."""
+    path = tmp_path / "runs.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=words) as error:
+        read_csv(path)
+    assert str(path) in str(error.value)
+
+
+def test_conventions_have_columns():
+    """Every count of parameters and FLOPs has a column of numbers that fit.py reads."""
+    wanted = {*map(params_column, PARAM_CONVENTIONS), *map(flops_column, FLOP_CONVENTIONS), "tokens", "loss"}
+    assert wanted <= set(columns_of("number")) and not set(columns_of("number")) & set(columns_of("label"))
+    assert set(asdict(ROW)) == set(TYPES) and set(TYPES.values()) == {int, float, str}
