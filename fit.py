@@ -20,6 +20,7 @@ from nanochin import figures, laws, plot, report
 from nanochin.answers import SHOWN, Answer, Answers, Questions, answer, estimates, optimum
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError, opt, parse, run_command
 from nanochin.console import Progress, count, format_columns
+from nanochin.files import versions, write_file, writing
 from nanochin.laws import Law, NotIdentified
 from nanochin.rows import (
     Rows,
@@ -31,7 +32,6 @@ from nanochin.rows import (
     read_rows,
     require_usable,
 )
-from nanochin.runs import versions, write_file, writing
 from nanochin.study import Approach, Checks, Settings, Study, check, findings, resamples, study_runs
 from nanochin.trials import Trial, read_trial
 

@@ -25,9 +25,9 @@ from nanochin import grid
 from nanochin.config import FLOP_CONVENTIONS, Config, UserError, did_you_mean, opt, parse, run_command
 from nanochin.console import Progress, clock, count, format_columns
 from nanochin.data import BPE_VOCAB, Corpus, prepare_for
+from nanochin.files import write_file, writing
 from nanochin.grid import Cell, Sweep
 from nanochin.pack import Crew
-from nanochin.runs import write_file, writing
 from nanochin.schedule import Book, End, Schedule
 from nanochin.tokenizer import Tokenizer, model_vocab
 from nanochin.workers import work

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from nanochin import checkpoint, gpt2, ladder, laws, loggers, runs
+from nanochin import checkpoint, files, gpt2, ladder, laws, loggers, runs
 from nanochin.config import (
     PARAM_CONVENTIONS,
     Config,
@@ -163,8 +163,8 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
             progress.say(f"{run.folder} is finished: loss {run.summary['loss']:.4f}")
             return run.summary
         # A prediction stands as it was made before the first step, whatever law a call that goes on names.
-        record["predicted"] = runs.read_json(run.folder / "config.json").get("predicted") or record["predicted"]
-        with runs.writing(run.folder):
+        record["predicted"] = files.read_json(run.folder / "config.json").get("predicted") or record["predicted"]
+        with files.writing(run.folder):
             corpus.tokenizer.save(run.folder)
 
         # Model and optimizer: new, from another run or GPT-2's weights, or as this run's newest checkpoint has them.
@@ -357,7 +357,7 @@ def describe(job: Job) -> dict:
         "step": [job.step, job.why_step],
         "precision": precision(job.dtype),
         "predicted": predicted(job),  # before it is known what comes out
-        "versions": runs.versions(),
+        "versions": files.versions(),
     }  # fmt: skip
 
 
@@ -415,7 +415,7 @@ def find_branch(config: Config, record: dict) -> Path:
     if not trunk:
         raise UserError(f"{what}: expected RUN@STEP")
     folder = runs.find_run(trunk, config.out)
-    theirs = runs.read_json(folder / "config.json")
+    theirs = files.read_json(folder / "config.json")
     free = {"tokens", "schedule", "cycle", "final_lr", "cooldown", "branch_from", "init_sha"}
     before, ours = (
         {key: value for key, value in one["identity"].items() if key not in free} for one in (theirs, record)

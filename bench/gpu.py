@@ -493,7 +493,7 @@ def main() -> None:
     import torch
 
     from bench import kernels as kernel_bench
-    from nanochin.runs import versions
+    from nanochin.files import versions
 
     if not options.dry_run and not torch.cuda.is_available():
         raise UserError("there is no CUDA device here, so there is nothing to time (--dry-run runs the code)")

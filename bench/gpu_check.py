@@ -32,7 +32,7 @@ from pathlib import Path
 
 from bench.common import Worker
 from nanochin.config import UserError, opt, parse, run_command
-from nanochin.runs import writing
+from nanochin.files import writing
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("first", "second", "tiles", "sizes", "sweep")

@@ -16,7 +16,7 @@ from bench import kernels as kernel_bench
 from bench.gpu import SIZES, STEP_TOKENS
 from bench.gpu_worker import Ours, peak_bytes, profile, release, shape_of, time_steps
 from nanochin.config import UserError
-from nanochin.runs import versions
+from nanochin.files import versions
 
 TINY = (32, 1, 16, 64, 16)  # width, layers, head size, vocabulary, context of a dry run
 # Left to bench.kernels, since they compile for many seconds.

@@ -38,7 +38,7 @@ from bench.kernel_cases import (
     rotary_attention_cases,
 )
 from nanochin.config import UserError, opt, parse, run_command
-from nanochin.runs import write_file, write_json
+from nanochin.files import write_file, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

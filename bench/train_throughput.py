@@ -185,7 +185,7 @@ def main() -> None:
     import torch
 
     from nanochin.device import device_name, has_fast_bf16, peak_of, pick_device
-    from nanochin.runs import versions
+    from nanochin.files import versions
 
     device = pick_device(options.device)
     torch.set_num_threads(options.threads)

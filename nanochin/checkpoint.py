@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanochin.config import Shape, UserError
+from nanochin.files import fsync, read_json, replacing, sha256_of, writing
 from nanochin.model import GPT
 from nanochin.optim import Adam
-from nanochin.runs import fsync_folder, read_json, writing
 from nanochin.tokenizer import Tokenizer
 
 
@@ -41,15 +41,12 @@ def save(run: Path, step: int, model: nn.Module, optimizer: Adam, state: dict) -
             for part, named in tensors.items():
                 path = aside / f"{part}.safetensors"
                 _save_tensors(named, path)
-                digests[path.name] = _sha256(path)
+                digests[path.name] = sha256_of(path)
             state = {"step": step, **state, "sha256": digests}
-            with open(aside / "state.json", "w") as file:
-                json.dump(state | {"state_sha256": _digest(state)}, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            fsync_folder(aside)
+            with replacing(aside / "state.json") as file:
+                file.write(json.dumps(state | {"state_sha256": _digest(state)}, indent=1).encode())
             os.rename(aside, final)
-            fsync_folder(final.parent)
+            fsync(final.parent)
         except OSError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
@@ -87,7 +84,7 @@ def verify(folder: Path) -> dict:
         path = folder / name
         if not path.exists():
             raise UserError(f"{path}: missing")
-        if _sha256(path) != digest:
+        if sha256_of(path) != digest:
             raise UserError(f"{path}: truncated or corrupted (SHA-256 differs)")
     return state
 
@@ -168,14 +165,8 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         save_file(tensors, path)
     except SafetensorError as error:  # what it makes of a full disk
         raise OSError(str(error)) from None
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
+    fsync(path)
 
 
 def _digest(state: dict) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

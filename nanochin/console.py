@@ -30,7 +30,8 @@ def format_columns(rows: list[list[str]]) -> str:
 
 
 class Progress:
-    """Called with (stage, done, total, note); a new stage starts a new bar. `quiet` shows nothing (sweeps)."""
+    """How far a piece of work is: called with (stage, done, total, note), perhaps from another thread. A new stage
+    starts a new bar; `quiet` shows nothing (sweeps)."""
 
     def __init__(self, quiet: bool = False):
         self.quiet, self.stage = quiet, None

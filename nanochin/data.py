@@ -14,7 +14,6 @@ copies of the text, and leave nothing behind when the program is killed.
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -30,10 +29,11 @@ from filelock import FileLock, Timeout
 
 from nanochin import hub
 from nanochin.config import Config, UserError
+from nanochin.console import Progress
+from nanochin.files import fsync, sha256_of
 from nanochin.text import (
     MAX_HELD_OUT,
     File,
-    Progress,
     Stage,
     Text,
     Tokens,
@@ -42,7 +42,6 @@ from nanochin.text import (
     count_documents,
     find_files,
     fingerprint,
-    hash_file,
     read_text,
     split,
     thin,
@@ -357,9 +356,9 @@ def _build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
         }
         (temp / "meta.json").write_text(json.dumps(meta, indent=2))
         for path in [*temp.iterdir(), temp]:
-            _fsync(path)
+            fsync(path)
         temp.rename(folder)
-        _fsync(folder.parent)
+        fsync(folder.parent)
         (folder / UNFINISHED).unlink()
     finally:
         _discard(temp)
@@ -508,16 +507,7 @@ def _hash_ends(path: Path) -> str:
     return sha.hexdigest()
 
 
-CHECKSUMS = {"sha256": hash_file, "sha256_ends": _hash_ends}
-
-
-def _fsync(path: Path) -> None:
-    with suppress(PermissionError):  # Windows does not open folders
-        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+CHECKSUMS = {"sha256": sha256_of, "sha256_ends": _hash_ends}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

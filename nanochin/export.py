@@ -24,9 +24,10 @@ from torch import Tensor
 
 from nanochin.checkpoint import load_run
 from nanochin.config import Shape, UserError, opt, parse, run_renamed
+from nanochin.files import writing
 from nanochin.gpt2 import gpt2_name
 from nanochin.model import GPT, ROTARY_THETA
-from nanochin.runs import find_run, writing
+from nanochin.runs import find_run
 from nanochin.tokenizer import END_OF_TEXT, Tokenizer
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2", "swiglu": "silu"}

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanochin.config import Config, UserError
+from nanochin.files import sha256_of
 from nanochin.model import GPT
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
@@ -113,8 +114,7 @@ def initial_sha(path: str) -> str:
     """SHA-256 of the weights' files: part of the identity of a run that starts from them."""
     sha = hashlib.sha256()
     for file in _files(path):
-        with open(file, "rb") as stream:
-            sha.update(hashlib.file_digest(stream, "sha256").digest())
+        sha.update(bytes.fromhex(sha256_of(file)))
     return sha.hexdigest()
 
 

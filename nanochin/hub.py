@@ -7,7 +7,6 @@ The `datasets` library (optional) reads them; since version 4 it runs no code of
 import hashlib
 import importlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,9 @@ from itertools import chain, islice
 from pathlib import Path
 
 from nanochin.config import UserError, need
-from nanochin.text import Progress, Stage
+from nanochin.console import Progress
+from nanochin.files import replacing
+from nanochin.text import Stage
 from nanochin.tokenizer import BPE_VOCAB, Tokenizer, train_bpe
 
 PREFIX = "hf:"
@@ -60,27 +61,21 @@ def stream(source: Source, path: Path, progress: Progress | None) -> None:
     """
     tokenizer, texts = _counter(source, _texts(source))
     stage = Stage("streaming", int(source.max_tokens), progress)
-    aside, total = path.with_suffix(".tmp"), 1  # end-of-text at the start
+    total = 1  # end-of-text at the start
 
     def count(documents: list[str | None]) -> list[tuple[str | None, int]]:
         return [(text, len(tokenizer.encode((text or "").encode("utf-8", "ignore"))) + 1) for text in documents]
 
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            batches = iter(lambda: list(islice(texts, AT_ONCE)), [])
-            for text, tokens in chain.from_iterable(stage.map(count, batches)):
-                total += tokens
-                if total > source.max_tokens:
-                    break
-                file.write(json.dumps({"text": text}) + "\n")
-                stage.add(tokens)
-            file.flush()
-            os.fsync(file.fileno())
-        if not aside.stat().st_size:
+    with replacing(path) as file:
+        batches = iter(lambda: list(islice(texts, AT_ONCE)), [])
+        for text, tokens in chain.from_iterable(stage.map(count, batches)):
+            total += tokens
+            if total > source.max_tokens:
+                break
+            file.write((json.dumps({"text": text}) + "\n").encode())
+            stage.add(tokens)
+        if not file.tell():
             raise UserError(f"{source.what}: its first document alone exceeds `max_tokens` {source.max_tokens:g}")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _texts(source: Source) -> Iterator[str | None]:

@@ -9,26 +9,19 @@ runs/<name>/config.json     resolved options, identity, versions, device, data f
 import dataclasses
 import hashlib
 import json
-import os
-import platform
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nanochin.config import Config, RunError, UserError
+from nanochin.config import Config, UserError
 from nanochin.console import three
+from nanochin.files import DiskError, read_json, write_file, write_json, writing
 
 
 class BusyError(UserError):
     """Another process is training this run."""
-
-
-class DiskError(RunError):
-    """The disk refused to take a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,35 +128,6 @@ def run_name(corpus: str, identity: dict) -> str:
     return f"{corpus}-{identity['model']}-{three(identity['tokens'] / 1e6)}M-{digest[:8]}"
 
 
-def versions() -> dict:
-    """Versions of what a result depends on, and the commit of this checkout (None outside git), with -dirty where
-    tracked files differ from it; those in folders called results do not count, for runs write there."""
-
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    def git(*words: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        if git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude,glob)**/results/**"):
-            commit += "-dirty"
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    packages = ("torch", "triton", "numpy", "tiktoken", "safetensors")
-    return {
-        "git": commit,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **{package: version(package) for package in packages},
-    }
-
-
 def read_log(folder: Path) -> list[dict]:
     """The rows of log.jsonl; a last line that a kill cut off is left out."""
     rows = []
@@ -173,54 +137,3 @@ def read_log(folder: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files that are whole or absent
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); delete it or restore it") from None
-
-
-def write_json(path: Path, value: dict) -> None:
-    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write aside, fsync, rename: a reader sees the old file or the new one, never half of one."""
-    aside = path.with_name(path.name + ".tmp")
-    with writing(path):
-        with open(aside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        fsync_folder(path.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make a rename inside `folder` survive a power cut (a no-op where folders cannot be opened, as on Windows)."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-class writing:  # noqa: N801  (reads as a word: `with writing(path):`)
-    """Turns an OSError inside the block (disk full, no permission) into one line that names the path."""
-
-    def __init__(self, path: Path, remark: str = ""):
-        self.path, self.remark = path, remark
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, OSError):
-            raise DiskError(f"{self.path}: cannot write: {error.strerror or error}{self.remark}") from None

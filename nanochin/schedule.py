@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import IO
 
 from nanochin.config import Config, RunError, UserError
+from nanochin.files import read_json, write_file, write_json, writing
 from nanochin.grid import Cell
-from nanochin.runs import read_json, read_log, write_file, write_json, writing
+from nanochin.runs import read_log
 from nanochin.workers import Worker, WorkerDied
 
 DEATHS = 3  # of workers on one run, after which it counts as failed

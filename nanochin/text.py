@@ -30,13 +30,13 @@ from pathlib import Path
 import numpy as np
 
 from nanochin.config import UserError, need
+from nanochin.console import Progress
+from nanochin.files import sha256_of
 
 BLOCK = 1 << 16  # bytes: unit of thinning, and of hashing where documents are too few
 PIECE = 1 << 20  # bytes read at a time
 PART = 1 << 23  # bytes of files that one thread hashes, or reads into one part of the flat text
 MAX_HELD_OUT = 0.05  # share of the text that is kept for validation, at most
-
-Progress = Callable[[str, int, int], None]  # (stage, bytes done, bytes in all)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,17 +118,6 @@ class Stage:
             pool.shutdown(cancel_futures=True)
 
 
-def hash_file(path: str | Path, stage: Stage | None = None) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    sha = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while piece := file.read(PIECE):
-            sha.update(piece)
-            if stage:
-                stage.add(len(piece))
-    return sha.hexdigest()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -159,7 +148,7 @@ def find_files(data: Iterable[str], option: str = "data", progress: Progress | N
             found[path] = min((key, format), found.get(path, (key, format)))
     sizes = [os.path.getsize(path) for path in found]
     stage = Stage("hashing", sum(sizes), progress)
-    groups = stage.map(lambda group: [hash_file(path, stage) for path in group], _groups(found, sizes))
+    groups = stage.map(lambda group: [sha256_of(path, stage.add) for path in group], _groups(found, sizes))
     shas = [sha for group in groups for sha in group]
     return sorted(
         File(key, sha, path, format, size)

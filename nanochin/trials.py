@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nanochin.config import UserError
-from nanochin.runs import read_json
+from nanochin.files import read_json
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ TEXT = ("data", "val", "val_bytes", "tokenizer", "vocab_size", "max_tokens", "sk
 def _attempt(run) -> dict:
     """How a run ended: finished, failed (for the record), full (failed for lack of the GPU's memory), busy (another
     process has it) or stop (for the user)."""
-    from nanochin.runs import BusyError, DiskError
+    from nanochin.files import DiskError
+    from nanochin.runs import BusyError
     from nanochin.step import out_of_memory
 
     try:

@@ -1,9 +1,7 @@
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
 
 import pytest
 from conftest import ROOT
@@ -191,81 +189,3 @@ def test_no_log_yet(tmp_path):
     """A run that has logged nothing has nothing to cut."""
     runs.Run(tmp_path).cut_log(0)
     assert not (tmp_path / "log.jsonl").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files that are whole or absent
-
-
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_write_file_keeps_the_old_one_on_failure(tmp_path, monkeypatch, call):
-    """A disk that refuses at any point leaves the old content, and the error names the file."""
-    path = tmp_path / "file.json"
-    runs.write_file(path, b"old")
-
-    def refuse(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, refuse)
-        with pytest.raises(RunError, match=f"{path}: cannot write: No space left on device"):
-            runs.write_file(path, b"new")
-    assert path.read_bytes() == b"old"
-    runs.write_file(path, b"new")
-    assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file.json"]
-
-
-def test_write_file_never_shows_half_a_file(tmp_path, monkeypatch):
-    """Whenever the new content is not yet complete on disk, a reader still sees the old file."""
-    path, seen, fsync = tmp_path / "file.json", [], os.fsync
-    runs.write_file(path, b"old")
-
-    def look(handle):
-        seen.append(path.read_bytes())
-        fsync(handle)
-
-    monkeypatch.setattr(os, "fsync", look)
-    runs.write_file(path, b"new")
-    assert seen == [b"old", b"new"]  # the file before its rename, then the folder
-
-
-def test_versions_of_what_a_result_depends_on():
-    """The record has the versions in use."""
-    import numpy
-    import torch
-
-    versions = runs.versions()
-    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0] and versions["numpy"] == numpy.__version__
-    assert versions["git"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", versions["git"])
-
-
-def test_a_commit_that_is_not_what_ran(tmp_path, monkeypatch):
-    """The commit of the folder of the code; -dirty when a tracked file differs from it, staged or not, but not for
-    files that git does not know or that runs write to a folder results; None outside git and without git."""
-    home = tmp_path / "code" / "nanochin"
-    (home.parent / "results").mkdir(parents=True)
-    home.mkdir()
-    for path in (home / "runs.py", home.parent / "fit.py", home.parent / "results" / "laws.json"):
-        path.write_text("1")
-    monkeypatch.setattr(runs, "__file__", str(home / "runs.py"))
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    assert runs.versions()["git"] is None
-
-    def git(*words):
-        name = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
-        done = subprocess.run(["git", "-C", home.parent, *name, *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    git("init", "-q")
-    git("add", "-A")
-    git("commit", "-qm", "all")
-    commit = git("rev-parse", "HEAD")
-    (home.parent / "new.txt").write_text("1")
-    (home.parent / "results" / "laws.json").write_text("2")
-    assert runs.versions()["git"] == commit
-    (home.parent / "fit.py").write_text("2")
-    assert runs.versions()["git"] == f"{commit}-dirty"
-    git("add", "fit.py")
-    assert runs.versions()["git"] == f"{commit}-dirty"
-    monkeypatch.setenv("PATH", "")
-    assert runs.versions()["git"] is None

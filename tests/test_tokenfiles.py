@@ -15,6 +15,7 @@ from nanochin import checkpoint, runs
 from nanochin import tokenfiles as module
 from nanochin.config import UserError
 from nanochin.data import prepare, read_tokens
+from nanochin.files import read_json
 from nanochin.text import Tokens
 from nanochin.tokenfiles import hold_out, open_tokens
 from nanochin.tokenizer import Tokenizer
@@ -184,7 +185,7 @@ def test_every_format_trains(tiny, tmp_path, write):
     assert summary["loss"] < 0.8 * np.log(V) and summary["val_bpb"] is None and summary["tokenizer"] == "ids-300"
     folder = Path(config.out) / summary["name"]
     format = {nanogpt: "nanoGPT", megatron: "Megatron"}.get(write, "llm.c")
-    assert runs.read_json(folder / "config.json")["corpus"]["format"] == format
+    assert read_json(folder / "config.json")["corpus"]["format"] == format
     _, tokenizer, _ = checkpoint.load_run(folder)
     assert tokenizer.decode([7, 299]) == "7 299" and tokenizer.encode(b"7 299").tolist() == [7, 299]
     assert train.train(config, quiet=True) == summary

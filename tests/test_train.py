@@ -16,6 +16,7 @@ from nanochin import checkpoint, runs
 from nanochin.config import Config, RunError, UserError, make_shape
 from nanochin.console import Progress
 from nanochin.evaluate import evaluate
+from nanochin.files import read_json
 from nanochin.flops import count_flops
 from nanochin.model import GPT
 from nanochin.optim import Adam
@@ -379,7 +380,7 @@ def test_law_predicts_the_runs_of_its_own_text_only(tiny, tmp_path, capsys):
     def train_by(name: str, **changed) -> tuple[dict, dict]:
         law.write_text(json.dumps({"approach3": constants | scatter, "meta": meta | changed}))
         summary, folder, _ = run(tiny(law=str(law), name=name))
-        return summary, runs.read_json(folder / "config.json")["predicted"]
+        return summary, read_json(folder / "config.json")["predicted"]
 
     loss = 1 + 20 * first["params"] ** -0.4 + 30 * first["tokens"] ** -0.4
     want = pytest.approx([loss, loss * math.exp(-0.0392), loss * math.exp(0.0392)], rel=1e-3)

@@ -20,7 +20,6 @@ from nanochin.laws.surface import BATCH, Surface, projected_starts
 LEVELS = (80, 95)  # percent
 NO_FACTS = {"at_bound": 0, "checked": 0, "worse": 0, "unconfirmed": 0, "gradient_norm": 0.0, "verified": 0}
 FEW = 10  # independent runs; with fewer, percentiles are warned about
-Progress = Callable[[int, int], None]
 CONSTANTS = {Law: ("E", "A", "B", "alpha", "beta", "a", "b", "G"), PowerLaw: ("k_N", "a", "k_D", "b")}
 
 
@@ -92,7 +91,13 @@ class Bootstrap:
 
 
 def bootstrap(
-    fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: int = 200, progress: Progress | None = None
+    fit,
+    *,
+    runs=None,
+    replicates: int = 4000,
+    seed: int = 0,
+    verify: int = 200,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Bootstrap:
     """Resample runs with replacement and fit each replicate to convergence. `fit` is a ParametricFit, IsoflopFit or
     EnvelopeFit; `runs` (n,) are the ids that rows share (default: each row is a run of its own; an envelope knows its
@@ -123,7 +128,7 @@ def bootstrap(
 
 
 def resample(
-    runs, replicates: int, seed: int, progress: Progress | None = None
+    runs, replicates: int, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[int, Callable[[int], Iterator[np.ndarray]]]:
     """How many runs there are among the ids `runs` (n,), and a function of a batch size that yields weights (k, n):
     how often the run of each row was drawn. Raises NotIdentified with fewer than 3 runs."""

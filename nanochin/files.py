@@ -1,0 +1,116 @@
+"""Files that are whole or absent, their hashes, and the versions that a record names."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import BinaryIO
+
+from nanochin.config import RunError, UserError
+
+PIECE = 1 << 20  # bytes that are hashed at a time
+
+
+class DiskError(RunError):
+    """The disk refused to take a file."""
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); delete it or restore it") from None
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write aside, fsync, rename: a reader sees the old file or the new one, never half of one."""
+    with writing(path), replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written in the block, which takes the place of `path` at its end, or never."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, survive a power cut."""
+    with suppress(PermissionError):  # Windows does not open folders
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class writing:  # noqa: N801  (reads as a word: `with writing(path):`)
+    """Turns an OSError inside the block (disk full, no permission) into one line that names the path."""
+
+    def __init__(self, path: Path, remark: str = ""):
+        self.path, self.remark = path, remark
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, OSError):
+            raise DiskError(f"{self.path}: cannot write: {error.strerror or error}{self.remark}") from None
+
+
+def sha256_of(path: str | Path, told: Callable[[int], object] = lambda _: None) -> str:
+    """SHA-256 of a file, in hexadecimal; `told` is called with the bytes of each piece that is done."""
+    sha = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(PIECE):
+            sha.update(piece)
+            told(len(piece))
+    return sha.hexdigest()
+
+
+def versions() -> dict:
+    """Versions of what a result depends on, and the commit of this checkout (None outside git), with -dirty where
+    tracked files differ from it; those in folders called results do not count, for runs write there."""
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        if git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude,glob)**/results/**"):
+            commit += "-dirty"
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    packages = ("torch", "triton", "numpy", "tiktoken", "safetensors")
+    return {
+        "git": commit,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{package: version(package) for package in packages},
+    }
