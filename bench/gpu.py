@@ -3,19 +3,17 @@
     python -m bench.gpu --nanogpt ~/nanoGPT    writes bench/results/gpu_<device>.json and .md
     python -m bench.gpu --dry-run              the same code on tiny shapes on a CPU: its times mean nothing
 
-Four parts, the most valuable first: every size, ours in each kind of step and nanoGPT's model and step compiled with
-either kernel for attention, each in a process of its own that takes turns with the others; where the time of our step
-goes, beside what the device's measured matrix product and copy would need; our step with one kernel after the other
-given to torch; the sizes of a sweep, alone and several on one device. What fails is a row with its error's text; what
-is not timed by the deadline says so. All processes load torch before anything is timed and those of a size compile at
-the same time, so their seconds until they are ready are those of a busy host.
+For every size ours in each kind of step and nanoGPT's model and step compiled with either kernel for attention, each in
+a process of its own that takes turns with the others; then where the time of our step goes, beside what the device's
+measured matrix product and copy would need. What fails is a row with its error's text; what is not timed by the
+deadline says so. All processes load torch before anything is timed and those of a size compile at the same time, so
+their seconds until they are ready are those of a busy host.
 
 A step is STEP_TOKENS tokens, accumulated over micro-batches as large as fit. MFU is against the published dense
 peak; "nanoGPT's count" is 6 N + 12 L C T a token with N = all parameters but position embeddings, "physical" what runs
 (nanochin/flops.py), attention in full in both.
 
-On a new kind of GPU begin with bench/gpu_check.sh (bench/README.md), which runs parts of this in the order of their
-value.
+On a new kind of GPU begin with bench/gpu_check.sh (bench/README.md), which runs this after what takes less time.
 """
 
 import json
@@ -40,13 +38,6 @@ SIZES = {
     "10M": (320, 6, 64, 8192, 512),
     "350M": (1024, 24, 64, 50304, 1024),
 }
-LADDER = [(64, 2), (128, 3), (192, 3), (256, 4), (384, 6), (512, 8), (640, 10), (768, 12)]
-LADDER_SHAPE = 8192, 512  # V, T
-LADDER_TOKENS = 32_768  # a step
-PACKED = [(64, 2), (256, 4), (512, 8)]  # of the ladder, in so many processes or on so many streams at once
-PROCESSES, STREAMS = (2, 4, 8), (4,)
-# Of the minutes, shared out among the parts that are asked for.
-SHARES = {"sizes": 0.76, "ablation": 0.11, "ladder": 0.13}
 LAYERS = 18  # how many take as long to compile as the rest of a size does: a guess, by which sizes share their time
 TURNS, SPLIT = 30.0, 10.0  # seconds for what follows once a size's variants are ready, and of them for its profile
 LATE = "not timed: out of time"
@@ -60,7 +51,6 @@ class Options:
     nanogpt: str | None = opt(None, "a checkout of karpathy/nanoGPT to time in turns with ours")
     minutes: float = opt(8.5, "what is not timed by then is left out, with a note", above=0)
     sizes: tuple[str, ...] = opt(tuple(SIZES), f"which of {', '.join(SIZES)}")
-    parts: tuple[str, ...] = opt(tuple(SHARES), f"which of {', '.join(SHARES)}")
     out: str = opt(str(RESULTS), "folder of the JSON and the table")
     dry_run: bool = opt(False, "tiny shapes on the CPU: whether this command works, no more")
 
@@ -76,11 +66,9 @@ class Bench:
     peak: float | None  # FLOP/s, published
     device: str  # its name
 
-    def left(self, part: str) -> float:
-        """Seconds until the part has to end."""
-        asked = [name for name in SHARES if name in self.options.parts or name == part]
-        until = sum(SHARES[name] for name in asked[: asked.index(part) + 1]) / sum(SHARES[name] for name in asked)
-        return self.start + 60 * self.options.minutes * until - time.monotonic()
+    def left(self) -> float:
+        """Seconds until all has to be timed."""
+        return self.start + 60 * self.options.minutes - time.monotonic()
 
     def sequences(self, size: str) -> tuple[int, int]:
         """Of a step, and at once at most."""
@@ -134,7 +122,6 @@ def start_size(bench: Bench, name: str) -> tuple[list[dict], list[Worker]]:
         variants += [{"who": "nanoGPT", "kind": "compile", "sdpa": sdpa} for sdpa in ("flash", "cudnn")]
     sequences, most = bench.sequences(name)
     spec = {
-        "role": "variant",
         "shape": bench.sizes[name],
         "sequences": sequences,
         "most": most,
@@ -148,7 +135,7 @@ def time_for(bench: Bench, names: list[str]) -> float:
     """Seconds for the first of the sizes that are still to come: its share of what is left goes by its layers, as
     compiling does, so that no size takes the time of another one."""
     weights = [LAYERS + bench.sizes[name][1] for name in names]
-    return bench.left("sizes") * weights[0] / sum(weights)
+    return bench.left() * weights[0] / sum(weights)
 
 
 def run_size(bench: Bench, name: str, rows: list[dict], workers: list[Worker], until: float) -> dict:
@@ -277,82 +264,6 @@ def floor(bench: Bench, name: str) -> dict[str, float]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Ablation, ladder
-
-
-def start_ablation(bench: Bench) -> Worker:
-    name = next(iter(bench.sizes))
-    sequences, most = bench.sequences(name)
-    most = max(1, most // 2)  # torch's loss takes more memory
-    return bench.worker(role="ablation", shape=bench.sizes[name], sequences=sequences, most=most)
-
-
-def run_ablation(bench: Bench, worker: Worker) -> list[dict]:
-    """Rows of the first size's graph step with kernels given to torch; times_ours is its time over that of our own."""
-    name = next(iter(bench.sizes))
-    if bench.left("ablation") < bench.seconds(20):
-        return [{"size": name, "error": LATE}]
-    until = time.time() + bench.left("ablation") - bench.seconds(8)
-    answer = ask(worker, bench.left("ablation") + 15, "run", seconds=bench.seconds(1.0), until=until)
-    if "error" in answer:
-        return [{"size": name, **answer}]
-    rows = [{"size": name, **row} for row in answer["rows"]]
-    ours = [s for row in rows if row["by_torch"].startswith("nothing") for s in row.get("seconds", [])]
-    for row in rows:
-        if "error" not in row:
-            row["ms"] = 1e3 * statistics.median(row.pop("seconds"))
-            row["times_ours"] = row["ms"] / 1e3 / statistics.median(ours) if ours else None
-    return rows
-
-
-def start_ladder(bench: Bench) -> list[Worker]:
-    dry = bench.options.dry_run
-    sequences, processes = (2, 2) if dry else (LADDER_TOKENS // LADDER_SHAPE[1], max(PROCESSES))
-    return [bench.worker(role="ladder", sequences=sequences) for _ in range(processes)]
-
-
-def run_ladder(bench: Bench, workers: list[Worker]) -> list[dict]:
-    """Rows of tokens/s of the ladder's sizes: by graph alone, in several processes, on several streams of one, and
-    eager."""
-    dry = bench.options.dry_run
-    vocab, T = (64, 16) if dry else LADDER_SHAPE
-    alone, packed = ([(16, 1)], [(16, 1)]) if dry else (LADDER, PACKED)
-    plans = [(shape, "graph", 1, 1) for shape in alone]
-    plans += [(shape, "graph", n, 1) for shape in packed for n in PROCESSES if n <= len(workers)]
-    plans += [(shape, "graph", 1, n) for shape in packed for n in ((2,) if dry else STREAMS)]
-    plans += [(shape, "eager", 1, 1) for shape in packed]
-    rows = []
-    for (width, layers), kind, processes, streams in plans:
-        shape = make_shape(width, layers, vocab_size=vocab, seq_len=T)
-        row = {"model": str(shape), "kind": kind, "processes": processes, "streams": streams}
-        row |= run_together(bench, workers[:processes], [width, layers, shape.head_size, vocab, T], kind, streams)
-        rows.append(row)
-        if "tokens_per_s" in row:
-            row["flops_per_s"] = flops.flops_per_token(shape) * row["tokens_per_s"]
-            alone_speed = next(r for r in rows if r["model"] == row["model"]).get("tokens_per_s")
-            row["times_alone"] = alone_speed and row["tokens_per_s"] / alone_speed
-    return rows
-
-
-def run_together(bench: Bench, workers: list[Worker], shape: list[int], kind: str, streams: int) -> dict:
-    """{"tokens_per_s": of all together} or {"error": text}."""
-    if bench.left("ladder") < bench.seconds(4):
-        return {"error": LATE}
-
-    def all_do(**message) -> list[dict]:
-        for worker in workers:
-            worker.tell(message)
-        return [hear(worker, max(1.0, bench.left("ladder"))) for worker in workers]
-
-    answers = all_do(do="prepare", shape=shape, kind=kind, runs=streams)
-    if not any("error" in answer for answer in answers):
-        answers = all_do(do="run", at=time.time() + bench.seconds(0.2), seconds=bench.seconds(0.8))
-    all_do(do="clear")  # what comes next may be without some of them, and wants their memory
-    errors = [answer["error"] for answer in answers if "error" in answer]
-    return {"error": errors[0]} if errors else {"tokens_per_s": sum(a["tokens"] / a["seconds"] for a in answers)}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
@@ -427,35 +338,6 @@ def markdown(record: dict) -> str:
             for split in splits
         ]
         lines += table(f"size | {' | '.join(parts)} | gaps, eager | gaps, graph", rows)
-    if record.get("ablation"):
-        rows = [
-            [
-                row.get("size", ""),
-                row.get("by_torch", ""),
-                failed(row) if "error" in row else cell(row["ms"], 2),
-                cell(row.get("times_ours"), 3),
-                cell(row.get("peak_bytes"), 1, 2**-30),
-            ]
-            for row in record["ablation"]
-        ]
-        lines += ["", "## Our step, with parts of it given to torch"]
-        lines += table("size | by torch | ms | x ours | peak GiB", rows)
-    if record.get("ladder"):
-        rows = [
-            [
-                row["model"],
-                row["kind"],
-                str(row["processes"]),
-                str(row["streams"]),
-                failed(row) if "error" in row else count(row["tokens_per_s"]),
-                count(row["flops_per_s"]) if "flops_per_s" in row else "",
-                cell(row.get("times_alone"), 2),
-            ]
-            for row in record["ladder"]
-        ]
-        vocab, T = LADDER_SHAPE
-        lines += ["", f"## Sizes of a sweep, {LADDER_TOKENS} tokens a step, V {vocab}, T {T}, all runs together"]
-        lines += table("model | step | processes | streams | tokens/s | FLOP/s | x one graph alone", rows)
     return "\n".join(lines) + "\n"
 
 
@@ -485,9 +367,8 @@ def targets(rows: list[dict]) -> list[str]:
 def main() -> None:
     options = parse(Options, prog="python -m bench.gpu", description=__doc__)
     start = time.monotonic()
-    for given, known, flag in ((options.sizes, SIZES, "--sizes"), (options.parts, SHARES, "--parts")):
-        if unknown := set(given) - set(known):
-            raise UserError(f"{flag} {sorted(unknown)[0]}: choose from {', '.join(known)}")
+    if unknown := set(options.sizes) - set(SIZES):
+        raise UserError(f"--sizes {sorted(unknown)[0]}: choose from {', '.join(SIZES)}")
     if options.nanogpt and not (Path(options.nanogpt) / "model.py").exists():
         raise UserError(f"--nanogpt {options.nanogpt}: no model.py there; name a checkout of karpathy/nanoGPT")
     import torch
@@ -509,9 +390,7 @@ def main() -> None:
     peak = flops.peak_flops(name, "bfloat16") if cuda else ceilings["flops"]
     bench = Bench(options, start, sizes, ceilings, peak, name)
     # All processes load torch now, before anything is timed.
-    started = {size: start_size(bench, size) for size in bench.sizes if "sizes" in options.parts}
-    ablation = [start_ablation(bench)] if "ablation" in options.parts else []
-    ladder = start_ladder(bench) if "ladder" in options.parts else []
+    started = {size: start_size(bench, size) for size in bench.sizes}
     record = {
         "about": {
             "command": " ".join(["python -m bench.gpu", *sys.argv[1:]]),
@@ -524,7 +403,9 @@ def main() -> None:
             "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "versions": versions(),
             "cuda": torch.version.cuda,
-        }
+        },
+        "sizes": [],
+        "splits": [],
     }
 
     def keep() -> None:
@@ -539,8 +420,6 @@ def main() -> None:
         print(f"{time.monotonic() - start:4.0f} s  {what}", file=sys.stderr, flush=True)
         keep()
 
-    if started:
-        record |= {"sizes": [], "splits": []}
     for i, (size, (rows, workers)) in enumerate(started.items()):
         record["sizes"] += rows
         try:
@@ -553,14 +432,6 @@ def main() -> None:
         close(workers)
         record["splits"] += [split] if split else []
         say(f"size {size}")
-    if ablation:
-        record["ablation"] = run_ablation(bench, *ablation)
-        close(ablation)
-        say("ablation")
-    if ladder:
-        record["ladder"] = run_ladder(bench, ladder)
-        close(ladder)
-        say("ladder")
     record["about"]["seconds"] = time.monotonic() - start
     keep()
     print(markdown(record))

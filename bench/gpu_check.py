@@ -166,7 +166,7 @@ def of_bench_gpu(name: str, place: Place, share: float, more: list[str]) -> Row:
     """A size, with which the name begins, by bench.gpu."""
     size = name.split()[0]
     folder, minutes, dry = place.work / f"gpu_{size}", share * place.minutes, place.dry
-    command = [sys.executable, "-m", "bench.gpu", "--sizes", size, "--parts", "sizes", "--minutes", f"{minutes:g}",
+    command = [sys.executable, "-m", "bench.gpu", "--sizes", size, "--minutes", f"{minutes:g}",
                "--out", str(folder), *more]  # fmt: skip
     command += ["--dry-run"] * dry
     return Row(name, seconds=60 * minutes + 15, command=tuple(command), results=f"gpu_{size}/*.json")

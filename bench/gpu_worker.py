@@ -1,6 +1,6 @@
-"""The processes of bench.gpu: one variant of a training step each, or the ablation, or the sizes of a sweep.
+"""The processes of bench.gpu: one variant of a training step each.
 
-What a message asks for is a method of `Variant`, `Ablation` or `Ladder`; the dictionary that it returns is the answer.
+What a message asks for is a method of `Variant`; the dictionary that it returns is the answer.
 What takes turns lets go of the device's memory after each, so that whoever is next can fill it.
 """
 
@@ -9,20 +9,13 @@ import gc
 import random
 import statistics
 import time
-import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
 import train
-from bench.common import NanoGPT, error_text
-from bench.kernel_cases import tables, torch_rotary
-from kernels import fallback
+from bench.common import NanoGPT
 from nanochin.config import Shape, make_shape
 from nanochin.model import GPT
 from nanochin.optim import Adam
@@ -34,7 +27,7 @@ LOAD = WARM_UP + 2  # steps until one is like any other: a graph's warm-up, its 
 SHRINKING = 30.0  # seconds of trying ever smaller micro-batches, once waiting for the others' memory was in vain
 
 
-def make(spec: dict) -> "Variant | Ablation | Ladder":
+def make(spec: dict) -> "Variant":
     torch.manual_seed(0)
     if spec["dry"]:
         torch.set_num_threads(1)
@@ -42,7 +35,7 @@ def make(spec: dict) -> "Variant | Ablation | Ladder":
     else:
         torch.cuda.set_device(0)
         compile_backward_first()
-    return {"variant": Variant, "ablation": Ablation, "ladder": Ladder}[spec["role"]](spec)
+    return Variant(spec)
 
 
 def compile_backward_first() -> None:
@@ -340,132 +333,3 @@ def profile(function: Callable[[], object], device: torch.device) -> dict[str, f
             total += event.self_device_time_total
     split["other"] += max(0.0, total - sum(split.values()))  # of kernels that no operation is known to have launched
     return split
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Ablation: our step with one kernel after the other given to torch
-
-
-class Ablation:
-    def __init__(self, spec: dict):
-        self.device = device_of(spec)
-        self.most, dtype = spec["most"], getattr(torch, spec["dtype"])
-        self.ours = Ours("graph", shape_of(spec["shape"]), spec["sequences"], self.most, self.device, dtype)
-
-    def run(self, seconds: float, until: float) -> dict:
-        """Rows {"by_torch": name, "seconds": ...}; "nothing" is our own step, first and last. until: on time.time()."""
-        rows = []
-        for name, instead in replacements().items():
-            row = {"by_torch": name}
-            try:
-                if time.time() > until:
-                    raise TimeoutError("not timed: out of time")
-                with kernels.use("auto", **instead):
-                    self.ours.cut(self.most)
-                    release(self.device)
-                    row["peak_bytes"] = peak_bytes(lambda: [self.ours.step() for _ in range(LOAD)], self.device)
-                    row["seconds"] = time_steps(self.ours.step, self.device, seconds)
-            except Exception as error:
-                traceback.print_exc()
-                row["error"] = error_text(error)
-            rows.append(row)
-        return {"rows": rows}
-
-
-def replacements() -> dict[str, dict[str, Callable]]:
-    """Operations by name, each by the best way in torch that we know of."""
-    compiled = functools.partial(torch.compile, dynamic=False)
-
-    def attention(backend, rotate, qkv, n_heads, theta=None, qk_norm=False):
-        with sdpa_kernel(backend):
-            return fallback.attention(rotate(qkv, n_heads, theta, qk_norm), n_heads)
-
-    @compiled
-    def rms_norm(x, weight, eps=1e-6):
-        return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), eps)
-
-    @compiled
-    def add_rms_norm(x, residual, weight, eps=1e-6):
-        total = x + residual
-        return F.rms_norm(total, total.shape[-1:], weight.to(x.dtype), eps), total
-
-    rotate = compiled(torch_rotary)
-
-    def rotary(qkv, n_heads, theta, qk_norm=False):
-        return rotate(qkv, *tables(qkv, n_heads), qk_norm)
-
-    our_attention = kernels.attention
-
-    def rotary_apart(qkv, n_heads, theta=None, qk_norm=False):
-        return our_attention(rotary(qkv, n_heads, theta, qk_norm), n_heads)
-
-    @compiled
-    def gelu(x):
-        return F.gelu(x)
-
-    @compiled
-    def linear_cross_entropy(h, weight, targets, ignore_index=-1, z_loss=0.0):
-        return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, ignore_index=ignore_index)
-
-    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
-    by_torch = {name: functools.partial(attention, backend, rotary) for name, backend in backends.items()}
-    our_rotary = {name: functools.partial(attention, backend, kernels.rotary) for name, backend in backends.items()}
-    norms = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
-    activation = {"activation_linear": lambda x, weight, bias, kind: F.linear(gelu(x), weight, bias)}
-    rest = norms | activation | {"linear_cross_entropy": linear_cross_entropy}
-    return {
-        "nothing": {},
-        "loss": {"linear_cross_entropy": linear_cross_entropy},
-        "attention, flash": {"attention": our_rotary["flash"]},
-        "attention, cuDNN": {"attention": our_rotary["cuDNN"]},
-        "norms": norms,
-        "rotary": {"attention": rotary_apart},
-        "activation": activation,
-        "all, flash": rest | {"attention": by_torch["flash"]},
-        "all, cuDNN": rest | {"attention": by_torch["cuDNN"]},
-        "nothing again": {},
-    }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The ladder's sizes, alone and with others on the same device
-
-
-class Ladder:
-    def __init__(self, spec: dict):
-        self.spec, self.device, self.steps = spec, device_of(spec), []
-
-    def prepare(self, shape: list[int], kind: str, runs: int) -> dict:
-        """`runs` models side by side in this process, each on a stream of its own."""
-        dtype, sequences = getattr(torch, self.spec["dtype"]), self.spec["sequences"]
-        for _ in range(runs):
-            ours = Ours(kind, shape_of(shape), sequences, sequences, self.device, dtype)
-            stream = torch.cuda.Stream() if self.device.type == "cuda" and runs > 1 else None
-            self.steps.append((ours, stream))
-        synchronize(self.device)
-        for _ in range(LOAD):
-            self._step_all()
-        synchronize(self.device)
-        return {}
-
-    def clear(self) -> dict:
-        self.steps.clear()
-        release(self.device)
-        return {}
-
-    def _step_all(self) -> None:
-        for ours, stream in self.steps:
-            with torch.cuda.stream(stream) if stream else nullcontext():
-                ours.step()
-
-    def run(self, at: float, seconds: float) -> dict:
-        """Steps from `at`, on time.time(), for so long: tokens, and the seconds that they took."""
-        time.sleep(max(0.0, at - time.time()))
-        start, number = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            self._step_all()
-            number += 1
-        synchronize(self.device)
-        took = time.perf_counter() - start
-        tokens = sum(ours.batch[:, 1:].numel() for ours, _ in self.steps)
-        return {"tokens": number * tokens, "seconds": took}

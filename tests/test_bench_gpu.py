@@ -10,17 +10,13 @@ import pytest
 import torch
 from conftest import ROOT
 
-import kernels
 from bench import gpu, gpu_worker
 from bench.common import Worker
 from nanochin import flops
 from nanochin.config import UserError, make_shape
-from nanochin.model import GPT
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REPLACED = ["nothing", "loss", "attention, flash", "attention, cuDNN", "norms", "rotary", "activation", "all, flash",
-            "all, cuDNN", "nothing again"]  # fmt: skip
 # What the bench uses of a nanoGPT checkout's model.py.
 NANOGPT = """
 from dataclasses import dataclass
@@ -102,43 +98,8 @@ def test_time_is_split(report):
     assert float(split["gaps, eager"]) > float("-inf")
 
 
-def test_ablation(report):
-    """Every kernel of ours is given to torch in turn; what cannot run here is a row with the error's text."""
-    rows = {row[1]: row for row in report["Our step"][1:]}
-    assert list(rows) == REPLACED
-    for name, row in rows.items():
-        if "cuDNN" in name and not torch.cuda.is_available():
-            assert row[2].startswith("RuntimeError")
-        else:
-            assert float(row[2]) > 0 and float(row[3]) > 0
-
-
-def test_the_ladder_alone_and_packed(report):
-    """Sizes of a sweep alone, in two processes at once, and on two streams."""
-    rows = [row[1:4] for row in report["Sizes of a sweep"][1:]]
-    assert rows == [["graph", "1", "1"], ["graph", "2", "1"], ["graph", "1", "2"], ["eager", "1", "1"]]
-    assert all(float(row[6]) > 0 for row in report["Sizes of a sweep"][1:])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The parts
-
-
-@pytest.mark.parametrize("name", [name for name in REPLACED if "cuDNN" not in name])
-def test_what_replaces_a_kernel_computes_the_same(name, monkeypatch):
-    """Loss and gradients with an operation given to torch are those of the reference."""
-    monkeypatch.setattr(torch, "compile", lambda function=None, **_: function or (lambda decorated: decorated))
-    instead = gpu_worker.replacements()[name]
-    model = GPT(make_shape(32, 2, vocab_size=61, seq_len=16, head_size=16)).double()
-    model.dtype = torch.float64
-    tokens = torch.randint(61, (2, 17), generator=torch.Generator().manual_seed(0))
-    found = []
-    for implementation, functions in (("reference", {}), ("reference", instead)):
-        with kernels.use(implementation, **functions):
-            loss = model(tokens[:, :-1], tokens[:, 1:])
-        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    for ours, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(theirs.double(), ours, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("limit, expected", [(1e9, 64), (740, 64), (739, 32), (230, 8), (50, 1)])
@@ -237,47 +198,16 @@ def test_out_of_time():
     late = bench(minutes=1e-6)
     rows = [{"size": "124M", "who": "nanochin", "kind": kind} for kind in ("graph", "eager")]
     assert gpu.run_size(late, "124M", rows, [None, None], time.monotonic()) == {}
-    for row in (*rows, *gpu.run_ablation(late, None), *gpu.run_ladder(late, 8 * [None])):
+    for row in rows:
         assert row["error"] == "not timed: out of time"
     assert gpu.targets(rows) == []
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_models_of_the_ladder_let_go(full):
-    """After each row, timed or not, every worker gives back its memory: the next row may be without some of them."""
-    told = [[], []]
-
-    class Ladder:
-        def __init__(self, number):
-            self.number = number
-
-        def tell(self, message):
-            told[self.number].append(message["do"])
-
-        def hear(self, timeout):
-            if full and self.number and told[1][-1] == "prepare":
-                return {"error": "full"}
-            return {"tokens": 10, "seconds": 2.0}
-
-    row = gpu.run_together(bench(minutes=10), [Ladder(0), Ladder(1)], [64, 2, 32, 64, 16], "graph", 1)
-    assert row == ({"error": "full"} if full else {"tokens_per_s": 10.0})
-    assert told == 2 * [["prepare", "clear"] if full else ["prepare", "run", "clear"]]
-
-
-def test_parts_share_the_minutes_that_are_given():
-    """One part alone has all of them; several end one after the other, in proportion to their shares."""
-    alone, two = bench(minutes=10, parts=("sizes",)), bench(minutes=10, parts=("ablation", "ladder"))
-    assert alone.left("sizes") == pytest.approx(600, abs=1)
-    assert two.left("ablation") == pytest.approx(600 * 11 / 24, abs=1)
-    assert two.left("ladder") == pytest.approx(600, abs=1)
-    assert bench(minutes=10).left("sizes") == pytest.approx(456, abs=1)
 
 
 def test_every_size_has_its_time():
     """What is left is shared out by layers; what one size does not use goes to those after it, none of another's."""
     some, names = bench(minutes=10), list(gpu.SIZES)
     times = [gpu.time_for(some, names[i:]) for i in range(len(names))]
-    whole = gpu.SHARES["sizes"] * 600
+    whole = 600
     assert times[0] == pytest.approx(whole * (18 + 12) / (4 * 18 + 12 + 8 + 6 + 24), rel=1e-3)
     assert times[-1] == pytest.approx(whole, rel=1e-3) and times == sorted(times)
 
@@ -399,10 +329,9 @@ def test_the_table_of_failures():
     record = {"about": {"device": "x", "command": "c", "date": "d", "dtype": "bfloat16", "peak": None,
                         "ceilings": {"flops": 1.0, "bytes": 1.0}, "versions": {"torch": "", "triton": "", "git": ""}},
               "sizes": [{"size": "124M", "who": "nanochin", "kind": "graph", "error": "a | b"}],
-              "splits": [{"size": "124M", "error": "e"}], "ablation": [{"error": "e"}],
-              "ladder": [{"model": "64x2", "kind": "graph", "processes": 1, "streams": 1, "error": "e"}]}  # fmt: skip
+              "splits": [{"size": "124M", "error": "e"}]}  # fmt: skip
     text = gpu.markdown(json.loads(json.dumps(record)))
-    assert "a / b" in text and text.count("| e |") == 2 and "where its time goes: e" in text
+    assert "a / b" in text and "where its time goes: e" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to time")
@@ -411,8 +340,8 @@ def test_without_a_gpu_there_is_nothing_to_time(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gpu", "--sizes", "10M"])
     with pytest.raises(UserError, match="no CUDA device here"):
         gpu.main()
-    monkeypatch.setattr(sys, "argv", ["gpu", "--parts", "sizes", "moon"])
-    with pytest.raises(UserError, match="--parts moon: choose from sizes, ablation, ladder"):
+    monkeypatch.setattr(sys, "argv", ["gpu", "--sizes", "10M", "moon"])
+    with pytest.raises(UserError, match="--sizes moon: choose from 124M, 50M"):
         gpu.main()
     monkeypatch.setattr(sys, "argv", ["gpu", "--nanogpt", "/nowhere"])
     with pytest.raises(UserError, match="no model.py there"):
