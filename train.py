@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 # OpenMP's threads sleep while they wait, from before torch loads it: spinning, two of them make a run many times slower
@@ -29,33 +28,16 @@ from torch import Tensor, nn
 
 import kernels
 from nanochin import checkpoint, files, gpt2, ladder, laws, loggers, runs
-from nanochin.config import (
-    PARAM_CONVENTIONS,
-    Config,
-    RunError,
-    UserError,
-    check,
-    parse,
-    parse_model,
-    run_command,
-    shape_maker,
-)
-from nanochin.console import Progress, clock, count, table
+from nanochin.branch import find_branch
+from nanochin.config import Config, RunError, check, parse, parse_model, run_command, shape_maker
+from nanochin.console import Progress
 from nanochin.data import Corpus, Windows, prepare_for
-from nanochin.device import (
-    check_memory,
-    device_name,
-    keep_freed_memory,
-    peak_of,
-    pick_device,
-    pick_dtype,
-    precision,
-)
+from nanochin.device import check_memory, keep_freed_memory, peak_of, pick_device, pick_dtype
+from nanochin.display import progress_note, show_plan, show_result
 from nanochin.evaluate import evaluate
 from nanochin.model import GPT
-from nanochin.optim import Adam, default_final, lr_at
-from nanochin.runrow import RunRow, flops_column, params_column
-from nanochin.sample import generate
+from nanochin.optim import Adam, default_final, learning_rate
+from nanochin.record import Job, describe, summarise
 from nanochin.step import Shards, TrainingStep, pick_step
 from nanochin.tokenizer import model_vocab
 
@@ -67,22 +49,6 @@ DEFAULTS = {
     "mps": {"budget": 1e14, "seq_len": 512, "data": ("python-all",)},
     "cuda": {"budget": 1e15, "seq_len": 1024, "data": ("python-all",)},
 }
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything decided before the first step. `config` has no None left that matters."""
-
-    config: Config
-    plan: ladder.Plan
-    law: laws.Law | laws.PowerLaw
-    corpus: Corpus
-    windows: Windows
-    device: torch.device
-    dtype: torch.dtype
-    why_dtype: str
-    step: str  # eager, compile or graph
-    why_step: str
 
 
 def read_corpus(config: Config, progress: Progress) -> Corpus:
@@ -268,19 +234,6 @@ def train_step(shards: Shards, optimizer: Adam, batch: Tensor, micro_batch: int,
     return torch.stack((loss, norm))
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """The schedule's fraction of the peak rate at `step` of a resolved config."""
-    return lr_at(
-        step,
-        round(config.tokens / config.batch_tokens),
-        config.warmup_tokens / config.batch_tokens,
-        config.schedule,
-        config.cycle,
-        config.final_lr,
-        config.cooldown,
-    )
-
-
 def first_micro_batch(job: Job) -> int:
     """Sequences a forward pass: 4096 tokens on a CPU (its cache), 64k on a GPU; halved when memory runs out."""
     tokens = 4096 if job.device.type == "cpu" else 65536
@@ -335,32 +288,6 @@ def catch_signals():
 # Records
 
 
-def describe(job: Job) -> dict:
-    """config.json: what was asked and resolved, what defines the result, and everything it ran on."""
-    corpus = job.corpus
-    initial = {"init_sha": gpt2.initial_sha(job.config.init_from)} if job.config.init_from else {}
-    identity = runs.identity(
-        job.config, device=job.device.type, data_sha=corpus.data_sha, val_sha=corpus.val_sha, **initial
-    )
-    return {
-        "identity": identity,
-        "options": dataclasses.asdict(job.config),
-        "shape": dataclasses.asdict(job.plan.shape),
-        "corpus": {"name": corpus.name, "tokenizer": corpus.tokenizer.name, "train_tokens": len(corpus.train),
-                   "train_bytes": corpus.train_bytes, "val_tokens": len(corpus.val), "val_bytes": corpus.val_bytes,
-                   "data_sha": corpus.data_sha, "val_sha": corpus.val_sha, "documents": corpus.documents,
-                   "skipped_bytes": corpus.skipped_bytes, "skipped_records": corpus.skipped_records,
-                   "format": corpus.format},
-        "device": device_name(job.device),
-        "threads": torch.get_num_threads(),
-        "kernels": kernels.backend(job.device, job.config.kernels),
-        "step": [job.step, job.why_step],
-        "precision": precision(job.dtype),
-        "predicted": predicted(job),  # before it is known what comes out
-        "versions": files.versions(),
-    }  # fmt: skip
-
-
 def log_row(job: Job, step: int, recent: list[Tensor], run: runs.Run) -> dict:
     """One object of log.jsonl: means over the steps since the last one. Waits for the device; raises RunError for a
     loss or norm that is not finite."""
@@ -397,173 +324,6 @@ def check_finite(recent: list[list[float]], step: int, run: runs.Run) -> None:
                 f"step {number}: loss {pair[0]}, gradient norm {pair[1]}; the run diverged, try a lower "
                 f"--lr. Last good checkpoint: {last or 'none yet'}"
             )
-
-
-def progress_note(row: dict) -> str:
-    mfu = f"  MFU {row['mfu']:.0%}" if row["mfu"] else ""
-    return f"loss {row['loss']:.3f}  {count(row['tokens_per_s'])} tok/s{mfu}"
-
-
-def find_branch(config: Config, record: dict) -> Path:
-    """The checkpoint that --branch-from RUN@STEP names: weights, moments and data position of another run.
-
-    Only the length of the run and its schedule may differ from that run, and the schedule only after STEP (a cooldown
-    from its trunk); anything else would be no run that could have been trained from scratch, and raises UserError.
-    """
-    what = f"--branch-from {config.branch_from}"
-    trunk, _, step = config.branch_from.rpartition("@")
-    if not trunk:
-        raise UserError(f"{what}: expected RUN@STEP")
-    folder = runs.find_run(trunk, config.out)
-    theirs = files.read_json(folder / "config.json")
-    free = {"tokens", "schedule", "cycle", "final_lr", "cooldown", "branch_from", "init_sha"}
-    before, ours = (
-        {key: value for key, value in one["identity"].items() if key not in free} for one in (theirs, record)
-    )
-    if key := runs.first_difference(before, ours):
-        raise UserError(f"{what}: that run has {key} = {before.get(key)}, this one {ours.get(key)}")
-    there = [str(number) for number in checkpoint.steps(folder)]
-    if step not in there:
-        raise UserError(f"{what}: no such checkpoint; there are steps {', '.join(there) or 'none'} (--save-steps)")
-    done = int(step)
-    if done * config.batch_tokens >= config.tokens:
-        raise UserError(
-            f"{what}: it has seen {done * config.batch_tokens} tokens already, --tokens {config.tokens:g} must be more"
-        )
-    try:
-        trunk_config = Config(**theirs["options"])
-    except TypeError as error:
-        raise UserError(f"{what}: {folder / 'config.json'} is of another version of nanochin ({error})") from None
-    for i in range(done):
-        if learning_rate(trunk_config, i) != learning_rate(config, i):
-            raise UserError(
-                f"{what}: from step {i} on its learning rate is not that of this run; branch at that "
-                "step or before, or from a --schedule constant run"
-            )
-    return folder / "checkpoints" / f"step-{step}"
-
-
-def summarise(job: Job, record: dict, name: str, loss: float, bpb: float | None, seconds: float) -> RunRow:
-    config, plan, corpus = job.config, job.plan, job.corpus
-    return RunRow(
-        run=name,
-        name=name,
-        **{params_column(convention): getattr(plan.params, convention) for convention in PARAM_CONVENTIONS},
-        tokens=plan.tokens,
-        loss=loss,
-        val_bpb=bpb,
-        **{flops_column(convention): flops for convention, flops in plan.flops.items()},
-        budget=config.budget,
-        kind="single",
-        trunk=config.branch_from and config.branch_from.rpartition("@")[0],
-        width=plan.shape.width,
-        layers=plan.shape.layers,
-        vocab_size=plan.shape.vocab_size,
-        seq_len=config.seq_len,
-        tokenizer=corpus.tokenizer.name,
-        data_sha=corpus.data_sha,
-        val_sha=corpus.val_sha,
-        unique_tokens=min(plan.tokens, job.windows.per_epoch * config.seq_len),
-        epochs=epochs(job),
-        seed=config.seed,
-        schedule=config.schedule,
-        horizon=config.cycle * plan.tokens,
-        lr=config.lr,
-        batch_tokens=plan.batch_tokens,
-        beta2=config.beta2,
-        warmup_tokens=plan.warmup_tokens,
-        **record["predicted"],
-        seconds=seconds,
-        device=record["device"],
-        threads=record["threads"],
-    )
-
-
-def epochs(job: Job) -> float:
-    return job.plan.tokens / (job.windows.per_epoch * job.config.seq_len)
-
-
-def predicted(job: Job) -> dict:
-    """What the law says of this run's loss, with a 95% interval where its file carries one; nothing (None) if it was
-    fitted on another tokenizer, text, or context."""
-    meta, plan, corpus = job.law.meta, job.plan, job.corpus
-    same = meta.get("seq_len") in (None, str(job.config.seq_len)) and meta.get("val_sha") in (None, corpus.val_sha)
-    same = same and (meta.get("tokenizer"), meta.get("data_sha")) == (corpus.tokenizer.name, corpus.data_sha)
-    loss = plan.predicted_loss if same else None
-    ends = loss and job.law.forecast(getattr(plan.params, job.law.params_convention), plan.tokens)
-    low, high = ends or (None, None)
-    return {"predicted_loss": loss, "predicted_low": low, "predicted_high": high}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is shown
-
-
-def show_plan(job: Job, run: runs.Run, train_on: TrainingStep, peak_source: str) -> None:
-    config, plan, corpus, why = job.config, job.plan, job.corpus, job.plan.why
-    backend, why_backend = kernels.backend(job.device, config.kernels)
-    params = plan.params
-    text = f"{count(corpus.train_bytes)}B in {corpus.documents} documents, {count(corpus.val_bytes)}B held out"
-    forecast = predicted(job)
-    if corpus.format != "text":
-        text = f"token files ({corpus.format}), {count(len(corpus.val))} tokens for validation"
-    threads = len(train_on.shards.models)
-    at_once = f"{min(train_on.micro_batch, math.ceil(plan.batch_tokens / config.seq_len / threads))} sequences"
-    if threads > 1:
-        at_once += f" on each of {threads} threads"
-    rows = [
-        ("text", f"{corpus.name}", f"{text}; sha {corpus.data_sha[:12]}"),
-        ("tokenizer", corpus.tokenizer.name, f"{plan.shape.vocab_size} tokens; {count(len(corpus.train))} to train on"),
-        ("model", f"{plan.shape}", why.get("model", "as asked")),
-        ("N parameters", count(params.total), f"total; {count(params.non_embedding)} without embedding and head, "
-         f"{count(params.with_head)} with head"),
-        ("D tokens", count(plan.tokens), why.get("tokens", "as asked")),
-        *([("loss", f"{forecast['predicted_loss']:.4f}", f"predicted by {job.law.name}{by_interval(forecast)}")]
-          if forecast["predicted_loss"] else []),
-        ("D / N", f"{plan.tokens / params.total:.1f}", f"tokens per parameter; {epochs(job):.2f} epochs of the text"),
-        ("C FLOPs", f"{plan.flops['physical']:.3e}", f"physical; 6ND is {plan.flops['6nd']:.3e}"),
-        ("steps", f"{plan.steps}", f"{config.schedule}, to {config.final_lr:g} of the peak rate"),
-        ("context", f"{config.seq_len}", "tokens"),
-        ("batch", f"{count(plan.batch_tokens)} tokens",
-         f"{why.get('batch_tokens', 'as asked')}; micro-batch {at_once}"),
-        ("learning rate", f"{plan.lr:.3g}", why.get("lr", "as asked")),
-        ("warm-up", f"{count(plan.warmup_tokens)} tokens", why.get("warmup_tokens", "as asked")),
-        ("beta2", f"{plan.beta2}", why.get("beta2", "as asked")),
-        ("device", device_name(job.device), f"{torch.get_num_threads()} CPU threads; {peak_source}"),
-        ("dtype", config.dtype, job.why_dtype),
-        ("operations", backend, why_backend),
-        ("step", job.step, job.why_step),
-        ("run", str(run.folder), "the same command goes on where it stopped"),
-    ]  # fmt: skip
-    table("nanochin", rows)
-    if epochs(job) > 1:
-        print(f"warning: {epochs(job):.1f} epochs of the text; the law assumes less than one, expect a higher loss")
-    if corpus.skipped_bytes:
-        print(f"note: {corpus.skipped_bytes} bytes of the text are not UTF-8 and were skipped")
-    if corpus.skipped_records:
-        print(f"note: {corpus.skipped_records} lines or rows have no text and were skipped (--skip-bad)")
-    if config.init_from:
-        print(f"note: the weights are GPT-2's, from {config.init_from}")
-
-
-def by_interval(forecast: dict) -> str:
-    low, high = forecast["predicted_low"], forecast["predicted_high"]
-    return f" (95%: {low:.4f} to {high:.4f})" if low else ""
-
-
-def show_result(job: Job, run: runs.Run, model: GPT) -> None:
-    summary, tokenizer = run.summary, job.corpus.tokenizer
-    bpb = f"{summary['val_bpb']:.4f} bits per byte" if summary["val_bpb"] else "bits per byte unknown"
-    law = summary["predicted_loss"]
-    law = f", the law predicted {law:.4f}{by_interval(summary)}" if law else ""
-    print(
-        f"\nvalidation loss {summary['loss']:.4f} nats per token, {bpb}{law}; {clock(summary['seconds'])} of training"
-    )
-    if job.config.sample_tokens:
-        start = torch.tensor([tokenizer.eot], device=job.device)
-        ids = generate(model, start, job.config.sample_tokens)[1:]
-        print(f"\n----- a sample -----\n{tokenizer.decode(ids.tolist())}\n--------------------")
-    print(f'\n{run.folder}   (python -m nanochin sample {run.folder} --prompt "..." for more)')
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from nanochin.config import UserError
+from nanochin.config import Config, UserError
 
 
 class Adam:
@@ -90,3 +90,16 @@ def lr_at(
         "constant": 1.0,
     }[schedule]
     return min(warmup, final + (1 - final) * shape)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """The schedule's fraction of the peak rate at `step` of a resolved config."""
+    return lr_at(
+        step,
+        round(config.tokens / config.batch_tokens),
+        config.warmup_tokens / config.batch_tokens,
+        config.schedule,
+        config.cycle,
+        config.final_lr,
+        config.cooldown,
+    )

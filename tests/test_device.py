@@ -9,6 +9,7 @@ import train
 from nanochin.config import RunError
 from nanochin.console import Progress
 from nanochin.device import check_memory
+from nanochin.record import describe
 
 
 @pytest.mark.parametrize("name, index", [("auto", 3), ("cuda", 3), ("cuda:1", 1)])
@@ -28,7 +29,7 @@ def test_a_run_on_a_gpu_is_resolved(tiny, monkeypatch, name, index):
     job = train.resolve(tiny(device=name, dtype="auto"), Progress(quiet=True))
     assert job.device == torch.device("cuda", index) and chosen == [index]
     assert (job.dtype, job.step) == (torch.bfloat16, "graph")
-    record = train.describe(job)
+    record = describe(job)
     assert record["device"] == f"a GPU cuda:{index}" and record["identity"]["device"] == "cuda"
 
 

@@ -10,6 +10,7 @@ import train
 from nanochin import runs
 from nanochin.config import Config, RunError, UserError, opt
 from nanochin.console import Progress
+from nanochin.record import describe
 
 RECORD = {"identity": {"lr": 0.1, "model": "16x1", "seed": 0}, "options": {}}
 
@@ -17,7 +18,7 @@ RECORD = {"identity": {"lr": 0.1, "model": "16x1", "seed": 0}, "options": {}}
 def identity_of(config: Config) -> tuple[str, dict]:
     """(name, identity) that train.py gives the run of `config`."""
     job = train.resolve(config, Progress(quiet=True))
-    identity = train.describe(job)["identity"]
+    identity = describe(job)["identity"]
     return runs.run_name(job.corpus.name, identity), identity
 
 

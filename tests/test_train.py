@@ -20,6 +20,7 @@ from nanochin.files import read_json
 from nanochin.flops import count_flops
 from nanochin.model import GPT
 from nanochin.optim import Adam
+from nanochin.record import describe
 from nanochin.sample import generate
 from nanochin.step import Shards
 from nanochin.tokenizer import Tokenizer
@@ -262,7 +263,7 @@ def test_branch_is_the_run_from_scratch(tiny):
         ({"lr": 0.02}, "that run has lr = 0.01, this one 0.02"),
         ({"seed": 1}, "that run has seed = 0, this one 1"),
         ({"model": "24x1"}, "that run has "),
-        ({"branch_from": "trunk@33"}, r"no such checkpoint; there are steps 10, 80, 90 \(--save-steps\)"),
+        ({"branch_from": "trunk@33"}, r"no such checkpoint; there are steps 10, 80, 90 \(`save_steps`\)"),
         ({"branch_from": "trunk@010"}, "no such checkpoint"),
         ({"branch_from": "trunk"}, "expected RUN@STEP"),
         ({"branch_from": "nobody@10"}, "nobody: no run folder"),
@@ -398,7 +399,7 @@ def test_law_predicts_the_runs_of_its_own_text_only(tiny, tmp_path, capsys):
 def test_a_prediction_stands_from_the_start(tiny):
     """The summary repeats what config.json predicted at the start, also where the call that ends the run has no law."""
     config = tiny(name="begun")
-    record = train.describe(train.resolve(config, Progress(quiet=True)))
+    record = describe(train.resolve(config, Progress(quiet=True)))
     predicted = {"predicted_loss": 1.5, "predicted_low": 1.4, "predicted_high": 1.6}
     with runs.open_run(config.out, "begun", record | {"predicted": predicted}):
         pass
