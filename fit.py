@@ -18,6 +18,7 @@ import numpy as np
 
 from nanochin import figures, laws, plot, report
 from nanochin.answers import SHOWN, Answer, Answers, Questions, answer, estimates, optimum
+from nanochin.checks import Outcome, run_checks
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError, opt, parse, run_command
 from nanochin.console import Progress, count, format_columns
 from nanochin.files import versions, write_file, writing
@@ -32,13 +33,14 @@ from nanochin.rows import (
     read_rows,
     require_usable,
 )
-from nanochin.study import Approach, Checks, Settings, Study, check, findings, resamples, study_runs
+from nanochin.study import Approach, Settings, Study, resamples, study_runs
 from nanochin.trials import Trial, read_trial
 
 MOST = 1e40  # FLOPs or tokens that one may ask about: beyond, losses differ from E in no digit
 GREAT_FILE = 10_000_000  # bytes that take some seconds to read
 OURS = ("laws.json", "report.html", *(f"{name}.{kind}" for name in figures.NAMES for kind in ("svg", "png")))
 UNWANTED = {"all": (), "svg": (".png",), "none": (".svg", ".png")}  # of these, by --figures
+MARKS = {"ok": "  ", "doubt": "! ", "not checked": "? "}
 MOMENTS = 3e6  # rows x resamples below which it takes no longer than a moment, and progress is not shown
 
 
@@ -88,7 +90,8 @@ def main() -> None:
     rows, curves = read(options)
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
     replicates, note = resamples(len(rows), options.bootstrap)
-    with Progress(quiet=len(rows) * replicates < MOMENTS) as progress:
+    quiet = len(rows) * replicates < MOMENTS
+    with Progress(quiet) as progress:
         if note:
             progress.say(note)
         study = study_runs(rows, curves, settings, progress)
@@ -98,12 +101,13 @@ def main() -> None:
     answers = answer(study.best, questions)
     print(first_screen(study, answers), flush=True)
 
-    with Progress(quiet=len(rows) * replicates < MOMENTS) as progress:
-        checks = check(study, progress)
-    print("\n" + "\n".join(f"{'  ' if good else '! '}{text}" for good, text in findings(study, checks)), flush=True)
+    with Progress(quiet) as progress:
+        outcomes = run_checks(study, progress)
+    said = [MARKS[one.status] + one.sentence for one in outcomes.values() if one.sentence]
+    print("\n" + "\n".join(said), flush=True)
     if trials:
         print("\nPredicted first, trained then:\n" + "\n".join(f"  {trial}" for trial in trials))
-    print("\n" + write(study, checks, questions, answers, trials, options, out))
+    print("\n" + write(study, outcomes, questions, answers, trials, options, out))
 
 
 def require_output(options: FitOptions) -> Path:
@@ -225,7 +229,7 @@ def between(ends: tuple[float, float], show="{:.3g}".format) -> str:
 
 def write(
     study: Study,
-    checks: Checks,
+    outcomes: dict[str, Outcome],
     questions: Questions,
     answers: Answers,
     trials: list[Trial],
@@ -240,7 +244,7 @@ def write(
         commit=built["git"] or "not in git",
         versions=f"python {built['python']}, numpy {built['numpy']}",
     )
-    drawn, said = figures.draw(study, checks), []
+    drawn, said = figures.draw(study, {name: one.found for name, one in outcomes.items()}), []
     files = (
         {} if options.figures == "none" else {f"{figure.name}.svg": plot.to_svg(figure).encode() for figure in drawn}
     )
@@ -255,9 +259,9 @@ def write(
             said.append("and PNG")
         except UserError as error:
             said.append(f"({error})")
-    files["report.html"] = report.render(study, checks, drawn, questions, answers, trials, provenance).encode()
+    files["report.html"] = report.render(study, outcomes, drawn, questions, answers, trials, provenance).encode()
     meta = describe(study, options) | {"command": command(), "git": built["git"], "files": sorted(files)}
-    files["laws.json"] = laws.laws_text(contents(study, checks, questions, answers, trials, meta)).encode()
+    files["laws.json"] = laws.laws_text(contents(study, outcomes, questions, answers, trials, meta)).encode()
 
     stale, new = set(files_of_earlier_fit(out)) - set(files), []
     with writing(out):
@@ -285,10 +289,10 @@ def files_of_earlier_fit(out: Path) -> list[str]:
 
 
 def contents(
-    study: Study, checks: Checks, questions: Questions, answers: Answers, trials: list[Trial], meta: dict
+    study: Study, outcomes: dict[str, Outcome], questions: Questions, answers: Answers, trials: list[Trial], meta: dict
 ) -> dict:
-    """laws.json: each approach with its intervals and its optima of the budgets that were asked, the answers, the
-    checks."""
+    """laws.json: each approach with its intervals and its optima of the budgets that were asked, the answers, and of
+    the checks what each has to store and, under `outcomes`, what all of them say."""
 
     def as_json(found) -> dict | NotIdentified:
         if isinstance(found, NotIdentified):
@@ -308,7 +312,8 @@ def contents(
     if isinstance(study.akima, Approach):
         everything["approach2_akima"] = as_json(study.akima)
     everything["answers"] = {"approach": study.best.number} | answers.to_json()
-    everything["checks"] = checks.to_json()
+    stored = {name: one.json for name, one in outcomes.items() if one.json is not None}
+    everything["checks"] = stored | {"outcomes": [[name, one.status, one.sentence] for name, one in outcomes.items()]}
     return everything | ({"trials": [trial.to_json() for trial in trials]} if trials else {})
 
 

@@ -1,6 +1,7 @@
 """What a run says: a table of what was chosen and why, a progress bar with its ETA on a terminal, plain lines
 every few seconds elsewhere."""
 
+import math
 import sys
 import time
 
@@ -114,3 +115,12 @@ def count(number: float) -> str:
 def three(number: float) -> str:
     """3441.7 -> '3440': three figures, without an exponent where people can read them."""
     return f"{float(f'{number:.3g}'):g}"
+
+
+def digits(number: float, figures: int) -> str:
+    """3441.7, 3 -> '3442': at least so many digits, zeros at the end too, no exponent where people can read them."""
+    if number == 0 or not math.isfinite(number):
+        return f"{number:g}"
+    if 1e-4 <= abs(number) < 1e7:
+        return f"{number:.{max(0, figures - 1 - math.floor(math.log10(abs(number))))}f}"
+    return f"{number:.{figures - 1}e}"

@@ -1,6 +1,6 @@
 """The figures of a study, in the manner of Hoffmann et al. 2022, as data for nanochin.plot.
 
-draw(study, checks) -> [Figure, ...]            those that the data support
+draw(study, found) -> [Figure, ...]             those that the data support
 
 curves     training curves, their envelope, and whose it is (the paper's Figure 2)
 isoflop    a parabola for each budget, as they are and laid over one another (Figure 3)
@@ -22,8 +22,6 @@ from nanochin.laws import (
     HOFFMANN_1,
     HOFFMANN_2,
     KAPLAN,
-    HoldOut,
-    KaplanProcedure,
     Law,
     NotIdentified,
     advice,
@@ -45,7 +43,7 @@ from nanochin.plot import (
     Points,
     number,
 )
-from nanochin.study import Approach, Checks, Study
+from nanochin.study import Approach, Study
 
 NAMES = ("curves", "isoflop", "optimum", "surface", "residuals", "hold-out", "certainty")  # of all that may be drawn
 COLOUR = {1: "green", 2: "orange", 3: "blue"}
@@ -63,19 +61,14 @@ SIDES = {
     "above": ("start", (3, -6)),
     "above left": ("end", (-3, -6)),
 }
+NONE = (np.nan, np.nan)  # no interval
 MOST = 2500  # points in one panel; of more, evenly spaced ones are drawn
 
 
-def draw(study: Study, checks: Checks) -> list[Figure]:
-    figures = (
-        curves(study),
-        isoflop(study),
-        optimum(study),
-        surface(study),
-        residuals(study, checks),
-        hold_out(study, checks),
-        certainty(study, checks),
-    )
+def draw(study: Study, found: dict[str, object]) -> list[Figure]:
+    """`found` are the results behind the checks by their names; None, or missing, where there is none."""
+    figures = [curves(study), isoflop(study), optimum(study), surface(study)]
+    figures += [residuals(study, found), hold_out(study, found), certainty(study, found)]
     return [figure for figure in figures if figure]
 
 
@@ -141,24 +134,15 @@ def isoflop(study: Study) -> Figure | None:
                 Line(np.exp(x) / budget.params_opt, y - budget.loss_opt, colour, width=1.0),
                 Points(N, above, colour, "", hover, 2.6),
             ]
-    found = [budget for budget in fit.budgets if budget.bracketed]
-    sure = [second.sure.at_budget(i) if second.sure else {} for i, b in enumerate(fit.budgets) if b.bracketed]
-    ends = [one.get("params_opt", (np.nan, np.nan)) for one in sure]
+    found = _minima(second)
     hover = [
         f"C = {budget.flops:.3g}: N_opt = {count(budget.params_opt)}, D_opt = {count(budget.tokens_opt)}, "
-        f"loss {budget.loss_opt:.4f}; bracketed in {one.get('share', np.nan):.0%} of the resamples"
-        for budget, one in zip(found, sure, strict=True)
+        f"loss {budget.loss_opt:.4f}; bracketed in {at.get('share', np.nan):.0%} of the resamples"
+        for budget, at in found
     ]
-    vertices = Points(
-        [b.params_opt for b in found],
-        [b.loss_opt for b in found],
-        "ink",
-        "minimum, with its 95%",
-        hover,
-        3.4,
-        "diamond",
-        x_range=tuple(np.array(ends).T) if second.sure else None,
-    )
+    N, L = [budget.params_opt for budget, _ in found], [budget.loss_opt for budget, _ in found]
+    ends = tuple(np.array([at.get("params_opt", NONE) for _, at in found]).T) if second.sure else None
+    vertices = Points(N, L, "ink", "minimum, with its 95%", hover, 3.4, "diamond", x_range=ends)
     losses = Panel(f"IsoFLOP curves ({study.convention})", _params_axis(study), Axis(LOSS), (*marks, vertices))
     above = Panel(
         f"The same, laid over one another ({study.convention})",
@@ -184,22 +168,15 @@ def optimum(study: Study) -> Figure:
 
 
 def _optimum_panel(study: Study, x: np.ndarray, which: int, title: str, axis: Axis) -> Panel:
-    marks = _others(study, x, which)
-    for approach in study.approaches:
-        marks += _with_band(approach, x, which)
+    marks, name = _advice(study, x, which), ("params_opt", "tokens_opt")[which]
     minima = ((study.akima, "ring", 5, "minima by Akima"), (study.results[2], "diamond", 3, "minima by parabola"))
     for approach, shape, size, label in minima:
         if isinstance(approach, Approach):
-            found = [budget for budget in approach.fit.budgets if budget.bracketed]
-            sure = [
-                approach.sure.at_budget(i) if approach.sure else {}
-                for i, b in enumerate(approach.fit.budgets)
-                if b.bracketed
-            ]
-            C, y = [b.flops for b in found], [(b.params_opt, b.tokens_opt)[which] for b in found]
+            found = _minima(approach)
+            C, y = [budget.flops for budget, _ in found], [getattr(budget, name) for budget, _ in found]
             hover = [f"{label}: {count(value)} at {flops:.3g} FLOPs" for flops, value in zip(C, y, strict=True)]
-            ends = [one.get(("params_opt", "tokens_opt")[which], (np.nan, np.nan)) for one in sure]
-            marks.append(Points(C, y, "orange", label, hover, size, shape, y_range=tuple(np.array(ends).T)))
+            ends = tuple(np.array([at.get(name, NONE) for _, at in found]).T)
+            marks.append(Points(C, y, "orange", label, hover, size, shape, y_range=ends))
     lines = np.concatenate([mark.y for mark in marks if isinstance(mark, Line)])
     marks += _models(x, which)
     axis = Axis(axis.label, True, lines.min() / 1.5, lines.max() * 1.5)  # bands are cut off where they are wild
@@ -208,13 +185,8 @@ def _optimum_panel(study: Study, x: np.ndarray, which: int, title: str, axis: Ax
 
 def surface(study: Study) -> Figure:
     x = _reach(study)
-    marks = _others(study, x, 2)
-    for approach in study.approaches:
-        marks += _with_band(approach, x, 2)
-    marks += _models(x, 2)
-    ratio = Panel(
-        f"Tokens per parameter ({study.convention})", _flops_axis(study, x), Axis("D / N", log=True), tuple(marks)
-    )
+    marks = (*_advice(study, x, 2), *_models(x, 2))
+    ratio = Panel(f"Tokens per parameter ({study.convention})", _flops_axis(study, x), Axis("D / N", log=True), marks)
     third = study.results[3]
     if isinstance(third, NotIdentified):
         return Figure("surface", "Tokens per parameter", (ratio,))
@@ -277,7 +249,7 @@ def _names(contours: list[Line], levels: np.ndarray, N: np.ndarray, D: np.ndarra
     return above if len(above) >= len(right) else right
 
 
-def residuals(study: Study, checks: Checks) -> Figure | None:
+def residuals(study: Study, found: dict[str, object]) -> Figure | None:
     third = study.results[3]
     if isinstance(third, NotIdentified):
         return None
@@ -296,7 +268,7 @@ def residuals(study: Study, checks: Checks) -> Figure | None:
         ]
 
     steps = []
-    for part in checks.by_compute:
+    for part in found.get("residuals_by_compute") or ():
         ends, middle, sd = np.array([part["flops_low"], part["flops_high"]]), 100 * part["median"], 100 * part["sd"]
         hover_part = f"{part['n']} runs: median {middle:+.2f}%, robust sd {sd:.2f}%"
         steps += [
@@ -320,9 +292,8 @@ def residuals(study: Study, checks: Checks) -> Figure | None:
     )
 
 
-def hold_out(study: Study, checks: Checks) -> Figure | None:
-    held = checks.hold_out
-    if not isinstance(held, HoldOut):
+def hold_out(study: Study, found: dict[str, object]) -> Figure | None:
+    if not (held := found.get("hold_out")):
         return None
     N, L = study.N[held.rows], study.L[held.rows]
     sure = (held.low, held.high) if np.isfinite(held.low).all() else None
@@ -356,52 +327,40 @@ def hold_out(study: Study, checks: Checks) -> Figure | None:
     return Figure("hold-out", "Does it extrapolate?", panels)
 
 
-def certainty(study: Study, checks: Checks) -> Figure:
+def certainty(study: Study, found: dict[str, object]) -> Figure:
     """The forest of exponents, ours above those of others, and how firmly E is held."""
-    none = (np.nan, np.nan)
-    found = [
-        (
-            f"Approach {approach.number}",
-            approach.exponent(approach.law),
-            approach.interval(approach.exponent),
-            COLOUR[approach.number],
-        )
-        for approach in study.approaches
+    forest = [
+        (f"Approach {one.number}", one.exponent(one.law), one.interval(one.exponent), COLOUR[one.number])
+        for one in study.approaches
     ]
     third = study.results[3]
     if isinstance(third, Approach) and not study.cost.is_6nd:
-        found.append(("3, for 6ND (Eq. 4)", third.law.a, third.interval("a"), "blue"))
+        forest.append(("3, for 6ND (Eq. 4)", third.law.a, third.interval("a"), "blue"))
     if isinstance(study.akima, Approach):
-        found.append(("Approach 2 by Akima", study.akima.law.a, study.akima.interval("a"), "orange"))
-    found += [
-        (
-            f"3, {other.change}",
-            third.exponent(other.fit.law),
-            other.sure.interval(third.exponent) if other.sure else none,
-            "sky",
-        )
-        for other in checks.variants
-        if not isinstance(other.fit, NotIdentified)
-    ]
-    if isinstance(checks.kaplan, KaplanProcedure):
-        found.append(("Kaplan's procedure", checks.kaplan.a, checks.kaplan.intervals.get(95, none), "red"))
-    found += [
+        forest.append(("Approach 2 by Akima", study.akima.law.a, study.akima.interval("a"), "orange"))
+    for other in found.get("other") or ():
+        if not isinstance(other.fit, NotIdentified):
+            ends = other.interval(third.exponent)
+            forest.append((f"3, {other.change}", third.exponent(other.fit.law), ends, "sky"))
+    if kaplan := found.get("kaplan_procedure"):
+        forest.append(("Kaplan's procedure", kaplan.a, kaplan.intervals.get(95, NONE), "red"))
+    forest += [
         ("Hoffmann 1 (80%)", HOFFMANN_1.a, (0.488, 0.502), "grey"),
         ("Hoffmann 2 (80%)", HOFFMANN_2.a, (0.462, 0.534), "grey"),
         ("Hoffmann 3 (80%)", HOFFMANN.a, (0.454, 0.455), "grey"),
-        ("Besiroglu", BESIROGLU.a, none, "grey"),
-        ("Kaplan 2020", KAPLAN.a, none, "grey"),
+        ("Besiroglu", BESIROGLU.a, NONE, "grey"),
+        ("Kaplan 2020", KAPLAN.a, NONE, "grey"),
     ]
-    ticks = [(float(len(found) - i), name) for i, (name, *_) in enumerate(found)]
-    marks = [Line(np.array([0.5, 0.5]), np.array([0.0, len(found) + 1]), "grey", dash="dot", width=1)]
-    for (y, _), (name, a, (low, high), colour) in zip(ticks, found, strict=True):
+    ticks = [(float(len(forest) - i), name) for i, (name, *_) in enumerate(forest)]
+    marks = [Line(np.array([0.5, 0.5]), np.array([0.0, len(forest) + 1]), "grey", dash="dot", width=1)]
+    for (y, _), (name, a, (low, high), colour) in zip(ticks, forest, strict=True):
         hover = f"{name}: a = {a:.4f}" + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "")
         marks.append(Points([a], [y], colour, "", [hover], 4, x_range=([low], [high])))
-    names = Axis("", False, 0.4, len(found) + 0.6, ticks)
+    names = Axis("", False, 0.4, len(forest) + 0.6, ticks)
     title = f"Exponent a, with 95% intervals ({study.convention})"
     panels = [Panel(title, Axis("a in N = k C^a"), names, tuple(marks))]
-    if len(checks.profile[0]):
-        panels.append(_profile(study, *checks.profile))
+    if profile := found.get("profile_E"):
+        panels.append(_profile(study, *profile))
     return Figure("certainty", "How sure", tuple(panels))
 
 
@@ -443,6 +402,17 @@ def _reach(study: Study) -> np.ndarray:
     if study.C.max() > 1e19:
         high = max(1e25, 10 * study.C.max())
     return np.exp(np.linspace(np.log(study.C.min()), np.log(high), 49))
+
+
+def _advice(study: Study, x: np.ndarray, which: int) -> list:
+    """What the laws of others and ours say that N (0), D (1) or D/N (2) should be."""
+    return _others(study, x, which) + [mark for approach in study.approaches for mark in _with_band(approach, x, which)]
+
+
+def _minima(approach: Approach) -> list[tuple]:
+    """The bracketed budgets of Approach 2, each with what its resamples say of it ({}: nothing)."""
+    sure = approach.sure
+    return [(b, sure.at_budget(i) if sure else {}) for i, b in enumerate(approach.fit.budgets) if b.bracketed]
 
 
 def _with_band(approach: Approach, x: np.ndarray, which: int) -> list:

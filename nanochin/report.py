@@ -1,6 +1,6 @@
 """The report: one HTML file without anything from outside, which answers first and proves afterwards.
 
-    render(study, checks, figures, questions, answers, trials, provenance) -> str
+    render(study, outcomes, figures, questions, answers, trials, provenance) -> str
 
 What is the law, what should a budget buy, how sure are we; then the figures, then what would change the answer. It
 follows the reader's light or dark screen and is as good on a phone (report.css). Every number has its 95% interval
@@ -10,7 +10,7 @@ where there is one. A few lines of script (report.js) answer "my budget" from a 
 import html
 import json
 import math
-from collections.abc import Callable
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,11 +30,12 @@ from nanochin.answers import (
     to_serve,
     with_text,
 )
-from nanochin.console import count
+from nanochin.checks import Outcome, Table, four, powers, three, with_interval
+from nanochin.console import count, digits
 from nanochin.figures import Figure
-from nanochin.laws import PUBLISHED, TABLE_3, HoldOut, Law, NotIdentified, Refit, advice
+from nanochin.laws import PUBLISHED, TABLE_3, Law, NotIdentified, advice
 from nanochin.plot import STYLE, panel_svg, variables
-from nanochin.study import SENSITIVITY, Approach, Checks, Study, attempt, findings, frontier_in_words, kaplan_in_words
+from nanochin.study import Approach, Study, attempt
 from nanochin.trials import Trial
 
 HERE = Path(__file__).parent
@@ -51,7 +52,7 @@ class Provenance:
 
 def render(
     study: Study,
-    checks: Checks,
+    outcomes: dict[str, Outcome],
     figures: list[Figure],
     questions: Questions,
     answers: Answers,
@@ -61,19 +62,21 @@ def render(
     """The report as a text."""
     name = html.escape("/".join(Path(study.rows.source).parts[-2:]))
     forest = "".join(_panels(figure) for figure in figures if figure.name == "certainty")
-    beside = {"optimum": _others(study), "hold-out": _hold_out(study, checks.hold_out)}
+    beside = {figure.name: _tables(outcomes, figure.name) for figure in figures}
+    beside["optimum"] += _others(study)
+    varied = _tables(outcomes)
     body = [
-        _header(study, checks, name),
-        f'<div class="first">{_section("The law", _law(study))}',
+        _header(study, outcomes, name),
+        f'<div class="first">{_section("The law", _law(study, outcomes["cost"].sentence))}',
         f"{_section('What to train', _answers(study, answers.optima))}</div>",
-        _section("How sure", _findings(study, checks), _approaches(study), forest),
+        _section("How sure", _findings(outcomes), _approaches(study), forest),
         *([_section("Predicted first, trained then", _trials(trials))] if trials else []),
         *(
-            _section(figure.title, _panels(figure), beside.get(figure.name, ""))
+            _section(figure.title, _panels(figure), beside[figure.name])
             for figure in figures
             if figure.name != "certainty"
         ),
-        _section("What would change the answer", *_sensitivity(checks)),
+        *([_section("What would change the answer", varied)] if varied else []),
         _section("Other questions", *_other_questions(study, questions, answers)),
         f"<footer><h2>Where these numbers come from</h2>{_provenance(study, provenance)}</footer>",
     ]
@@ -117,30 +120,14 @@ def table(head: list[str], rows: list[list[str]], mark: int | None = None) -> st
     return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def digits(value: float, figures: int) -> str:
-    """Significant digits, without an exponent where people can read them."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    if 1e-4 <= abs(value) < 1e7:
-        return f"{value:.{max(0, figures - 1 - math.floor(math.log10(abs(value))))}f}"
-    return f"{value:.{figures - 1}e}"
-
-
 def flops(C: float) -> str:
     """1e18 -> 10<sup>18</sup>, 5.76e23 -> 5.76×10<sup>23</sup>"""
-    if not math.isfinite(C):
-        return "∞"
-    mantissa, power = f"{C:.2e}".split("e")
-    mantissa = mantissa.rstrip("0").rstrip(".")
-    return ("" if mantissa == "1" else f"{mantissa}×") + f"10<sup>{int(power)}</sup>"
+    return _raised(powers(C)) if math.isfinite(C) else "∞"
 
 
-def three(value: float) -> str:
-    return digits(value, 3)
-
-
-def four(value: float) -> str:
-    return digits(value, 4)
+def _raised(text: str) -> str:
+    """Text as HTML; what follows a ^ is raised."""
+    return re.sub(r"\^(-?\w+|\([^)]*\))", r"<sup>\1</sup>", html.escape(text))
 
 
 def between(ends: tuple[float, float], show=three) -> str:
@@ -167,7 +154,7 @@ SHOW = {name: show for name, (_, show) in SHOWN.items()} | {
 # The first screen
 
 
-def _header(study: Study, checks: Checks, name: str) -> str:
+def _header(study: Study, outcomes: dict[str, Outcome], name: str) -> str:
     N, D, C, best = study.N, study.D, study.C, study.best
     a, b = (best.exponent(best.law, which) for which in (0, 1))
     title = f"Parameters grow as C<sup>{a:.2f}</sup>, tokens as C<sup>{b:.2f}</sup>"
@@ -177,12 +164,14 @@ def _header(study: Study, checks: Checks, name: str) -> str:
     )
     low, high = best.interval(best.exponent)
     sure = [] if math.isnan(low) else [f"With 95% confidence the first exponent is between {low:.3f} and {high:.3f}."]
-    if isinstance(held := checks.hold_out, laws.HoldOut):
+    if held := outcomes["hold_out"].found:
         sure.append(
             f"Fitted without the {len(held.rows)} largest runs, the law predicts them to {100 * held.error:.2g}%."
         )
-    doubts = sum(not good for good, _ in findings(study, checks))
+    statuses = [one.status for one in outcomes.values() if one.sentence]
+    doubts, missing = statuses.count("doubt"), statuses.count("not checked")
     sure.append(f"The checks below raise {doubts or 'no'} doubt{'s' * (doubts != 1)}.")
+    sure += [f"{missing} could not be made."] if missing else []
     return (
         f'<header><p class="eyebrow">nanochin · scaling law</p><h1>{title}</h1><p class="lead">{what}</p>'
         f'<p class="lead">{" ".join(sure)}</p></header>'
@@ -203,7 +192,8 @@ SYMBOL = {  # and what it means, on hover
 }
 
 
-def _law(study: Study) -> str:
+def _law(study: Study, cost: str) -> str:
+    """`cost` says what a token costs where that is not 6N."""
     best, law = study.best, study.best.law
     if isinstance(law, Law):
         terms = ((law.A, "N", law.alpha), (law.B, "D", law.beta))
@@ -212,8 +202,8 @@ def _law(study: Study) -> str:
             for scale, x, power in terms
         )
         frontier = "For 6ND = C the optimum is N = G (C/6)<sup>a</sup>, D = (C/6)<sup>b</sup> / G."
-        if not study.cost.is_6nd:
-            frontier += f" {frontier_in_words(study)} What to train is said for such C."
+        if cost:
+            frontier += f" {cost} What to train is said for such C."
         names = ("E", "A", "B", "alpha", "beta", "a", "b", "G")
     else:
         formula = f"N = {four(law.k_N)} C<sup>{law.a:.4f}</sup>, D = {four(law.k_D)} C<sup>{law.b:.4f}</sup>"
@@ -248,10 +238,11 @@ def _answers(study: Study, answers: list[Answer]) -> str:
     return ask + table(head[: len(rows[0])], rows)
 
 
-def _findings(study: Study, checks: Checks) -> str:
-    """Doubts first."""
-    said = sorted(findings(study, checks), key=lambda finding: finding[0])
-    items = (f'<li class="{"good" if good else "bad"}">{html.escape(text)}</li>' for good, text in said)
+def _findings(outcomes: dict[str, Outcome]) -> str:
+    """Doubts first, then what could not be checked."""
+    order = ("doubt", "not checked", "ok")
+    said = sorted((one for one in outcomes.values() if one.sentence), key=lambda one: order.index(one.status))
+    items = (f'<li class="{one.status.replace(" ", "-")}">{html.escape(one.sentence)}</li>' for one in said)
     return f'<ul class="findings">{"".join(items)}</ul>'
 
 
@@ -286,107 +277,23 @@ def _others(study: Study) -> str:
     return table(head, rows) + words + "nor what they cost in C.</small></p>"
 
 
-def _hold_out(study: Study, held: HoldOut | NotIdentified, most: int = 40) -> str:
-    """What was predicted of the runs held out, and of the minima of their budgets, beside what came."""
-    if isinstance(held, NotIdentified):
-        return ""
-    minima = [
-        [flops(C), count(told) + between(ends, count), count(seen), f"{100 * (told / seen - 1):+.0f}%"]
-        for C, seen, told, ends in held.optima
-    ]
-    parts = [table(["C", "N predicted", "N measured", "off by"], minima)] if minima else []
-    rows = []
-    for j, i in list(enumerate(held.rows))[:most]:
-        said, ends, seen = held.predicted[j], (held.low[j], held.high[j]), held.observed[j]
-        inside = "" if math.isnan(ends[0]) else "inside" if ends[0] <= seen <= ends[1] else "<strong>outside</strong>"
-        rows.append([flops(study.C[i]), count(study.N[i]), count(study.D[i]), four(said) + between(ends, four),
-                     four(seen), f"{100 * (said / seen - 1):+.2f}%", inside])  # fmt: skip
-    parts.append(table(["C", "N", "D", "loss predicted", "observed", "off by", ""], rows))
-    if len(held.rows) > most:
-        parts.append(f"<p><small>The first {most} of {len(held.rows)}.</small></p>")
-    return "".join(parts)
+def _tables(outcomes: dict[str, Outcome], figure: str = "") -> str:
+    """Those of the checks that stand below a figure, or those that stand below none."""
+    return "".join(_table(one) for outcome in outcomes.values() for one in outcome.tables if one.figure == figure)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What would change the answer
+def _table(one: Table) -> str:
+    title = f"<h3>{_raised(one.title)}</h3>" if one.title else ""
+    note = f"<p><small>{_raised(one.note)}</small></p>" if one.note else ""
+    rows = [[_cell(cell) for cell in row] for row in one.rows]
+    return f'{title}<div class="dense">{table([*map(_raised, one.head)], rows)}</div>{note}' if rows else ""
 
 
-def _sensitivity(checks: Checks) -> list[str]:
-    head = ["", "a (Eq. 4)", "α", "β", "E", "A", "B", "objective"]
-    parts = []
-
-    def fits(title: str, refits: list[Refit], words: Callable[[object], str]) -> None:
-        if refits:
-            rows = [_constants(words(refit.change), refit) for refit in refits]
-            parts.append(f'<h3>{title}</h3><div class="dense">{table(head, rows)}</div>')
-
-    fits(
-        "Without the runs of highest loss",
-        checks.leave_out,
-        lambda k: f"without the {k} highest of these" if k else f"all {checks.runs} that were fitted",
-    )
-    fits(
-        "With another δ, below which residuals count as squares and above it as distances",
-        checks.deltas,
-        lambda delta: f"δ = {flops(delta)}",
-    )
-    fits("With another objective or form", checks.variants, str)
-    fits(
-        "With those runs alone whose N is near the minimum of their budget",
-        checks.near,
-        lambda near: f"within {near[0]:g} times of it: {near[1]} runs",
-    )
-    if any(refit.sure for refit in checks.variants):
-        parts.append(f"<p><small>95% intervals by {SENSITIVITY} resamples of each fit.</small></p>")
-    if not isinstance(form := checks.kaplan_form, NotIdentified):
-        formula = "((N<sub>c</sub>/N)<sup>α<sub>N</sub>/α<sub>D</sub></sup> + D<sub>c</sub>/D)<sup>α<sub>D</sub></sup>"
-        values = (
-            f"N<sub>c</sub> {form.N_c:.4g}, D<sub>c</sub> {form.D_c:.4g}, α<sub>N</sub> {form.alpha_N:.4f}, "
-            f"α<sub>D</sub> {form.alpha_D:.4f}, objective {form.objective:.6g}"
-        )
-        parts.append(f"<p>The form of Kaplan et al. 2020, {formula}, knows no E: {values}.</p>")
-    if checks.by_compute:
-        rows = [
-            [
-                f"{flops(part['flops_low'])} to {flops(part['flops_high'])}",
-                str(part["n"]),
-                f"{100 * part['median']:+.2f}%",
-                f"{100 * part['sd']:.2f}%",
-            ]
-            for part in checks.by_compute
-        ]
-        parts.append("<h3>Residuals by compute</h3>" + table(["6ND", "runs", "median", "robust sd"], rows))
-    if checks.counts:
-        rows = [
-            [convention.replace("_", " "), *(_exponent(fit) for fit in both)] for convention, *both in checks.counts
-        ]
-        parts.append(
-            "<h3>Counting the parameters in another way</h3>"
-            + table(["N counts", "a, approach 3", "a, approach 2"], rows)
-        )
-    if not isinstance(checks.kaplan, NotIdentified):
-        parts.append(f"<p>{kaplan_in_words(checks.kaplan)}</p>")
-    return parts or ["<p>Approach 3 gives no law for these runs, so there is nothing to vary.</p>"]
-
-
-def _exponent(found) -> str:
-    if isinstance(found, NotIdentified):
-        return "–"
-    return f"{found.exponent(found.law):.4f}" + between(found.interval(found.exponent))
-
-
-def _constants(words: str, refit: Refit) -> list[str]:
-    """A row of a table of parametric fits, with 95% intervals; of one that failed, why."""
-    fit, sure = refit.fit, refit.sure
-    if isinstance(fit, NotIdentified):
-        return [words, f"<em>{html.escape(str(fit))}</em>"]
-
-    def value(name: str) -> str:
-        low, high = sure.interval(name) if sure else (math.nan, math.nan)
-        ends = (low, high) if low < high else (math.nan, math.nan)  # what is held fixed has none
-        return digits(getattr(fit.law, name), 5) + between(ends, four)
-
-    return [words, *(value(name) for name in ("a", "alpha", "beta", "E", "A", "B")), digits(fit.objective, 6)]
+def _cell(cell: str | tuple[str, str] | NotIdentified) -> str:
+    if isinstance(cell, NotIdentified):
+        return f"<em>{html.escape(str(cell))}</em>"
+    text, interval = (cell, "") if isinstance(cell, str) else cell
+    return _raised(text) + (f' <span class="ci">{interval}</span>' if interval else "")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,14 +331,16 @@ def _other_questions(study: Study, questions: Questions, answers: Answers) -> li
 
 def _trials(trials: list[Trial]) -> str:
     """Runs beside what the law had said of them."""
-    rows = [[html.escape(one.run), flops(one.flops), count(one.params), count(one.tokens),
-             four(one.predicted) + between((one.low, one.high), four), four(one.loss), f"{100 * one.off:+.2f}%",
-             "inside" if one.inside else "<strong>outside</strong>"] for one in trials]  # fmt: skip
+    rows = []
+    for one in trials:
+        run = one.run, powers(one.flops), count(one.params), count(one.tokens)
+        told = with_interval(four(one.predicted), (one.low, one.high), four)
+        rows.append([*run, told, four(one.loss), f"{100 * one.off:+.2f}%", "inside" if one.inside else "OUTSIDE"])
     words = (
         "<p>Runs that are no part of the fit. The law's forecast of each, an interval of 95% for a single run, "
         "was written into its config.json before its first step.</p>"
     )
-    return words + table(["run", "C", "N", "D", "predicted", "reached", "off by", ""], rows)
+    return words + _table(Table("", ("run", "C", "N", "D", "predicted", "reached", "off by", ""), rows))
 
 
 def _answer_table(answers: list[Answer]) -> str:

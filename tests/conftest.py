@@ -180,14 +180,10 @@ REMEMBERED = {}
 
 
 def unchecked(study, progress=None):
-    """`nanochin.study.check` of a study of which nothing can be checked."""
-    import numpy as np
+    """`nanochin.checks.run_checks` without what fits again."""
+    from nanochin.checks import CHECKS, Outcome
 
-    from nanochin.laws import NotIdentified
-    from nanochin.study import Checks
-
-    none = NotIdentified("the test does without")
-    return Checks([], [], (np.empty(0), np.empty(0)), [], [], [], [], none, none, none, none, none, len(study.N))
+    return {check.name: Outcome("not checked") if check.refits else check(study) for check in CHECKS}
 
 
 @pytest.fixture
@@ -196,19 +192,19 @@ def run(monkeypatch, capsys):
     made once for the same rows and settings: what is written is of interest here, not how often; with `checks=False`
     they are left out, some fifty fits that a test of something else can do without."""
     import fit
-    from nanochin import study as of_study
+    from nanochin import checks as of_checks
     from nanochin.config import run_command
 
-    def remember(study, progress=of_study.silent):
+    def remember(study, progress=None):
         key = (study.rows.sha256, len(study.N), study.settings, study.curves is None)
         if key not in REMEMBERED:
-            REMEMBERED[key] = of_study.check(study)
+            REMEMBERED[key] = of_checks.run_checks(study)
         return REMEMBERED[key]
 
-    monkeypatch.setattr(of_study, "SENSITIVITY", 20)  # what they are is tested with the laws
+    monkeypatch.setattr(of_checks, "SENSITIVITY", 20)  # what they are is tested with the laws
 
     def command(*argv, code: int = 0, checks: bool = True) -> str:
-        monkeypatch.setattr(fit, "check", remember if checks else unchecked)
+        monkeypatch.setattr(fit, "run_checks", remember if checks else unchecked)
         monkeypatch.setattr(sys, "argv", ["fit.py", *map(str, argv)])
         capsys.readouterr()
         try:

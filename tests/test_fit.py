@@ -15,13 +15,15 @@ from conftest import read_laws as read
 from made_up_sweep import BUDGETS, LAW, loss, optimal, sweep, write_sweep
 
 import fit
+from nanochin import checks as checks_module
 from nanochin import laws
 from nanochin import study as study_module
 from nanochin.answers import Questions, answer, optimum
+from nanochin.checks import run_checks
 from nanochin.config import UserError
 from nanochin.console import count
 from nanochin.rows import best_tuning, read_rows
-from nanochin.study import Approach, Settings, check, findings, study_runs
+from nanochin.study import Approach, Settings, study_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def few_resamples_of_refits(monkeypatch):
     """What they are is tested with the laws."""
-    monkeypatch.setattr(study_module, "SENSITIVITY", 20)
+    monkeypatch.setattr(checks_module, "SENSITIVITY", 20)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,7 +145,7 @@ def test_checks_stand_in_the_file(run, made_up, tmp_path):
         f"{row['params']},{row['tokens']},{row['loss']!r}" for row in sweep(noise=0.003)))  # fmt: skip
     out = run(tmp_path / "few.csv", *QUICK)
     reason = read(tmp_path / "fit-few")["checks"]["kaplan_procedure"]["reason"]
-    assert "params_non_embedding" in reason and f"  Kaplan's procedure could not be checked: {reason}" in out
+    assert "params_non_embedding" in reason and f"? Kaplan's procedure could not be checked: {reason}" in out
     assert "! Approach 2: no column tells the budgets" not in out and "4 clusters of C serve as such" in out
 
 
@@ -154,9 +156,9 @@ def test_narrow_clusters_are_no_budgets():
         del row["budget"]
     narrow = [row for row in rows[21:] if 0.5 < row["params"] / rows[24]["params"] < 2]
     study = study_runs(_as_rows(rows[:21] + narrow), settings=Settings(bootstrap=0))
-    said = [text for good, text in findings(study, check(study)) if not good and "no column tells" in text]
+    found = run_checks(study)["budgets"]
     without = study.results[2].fit.without(study.results[2].fit.budgets[-1:]).a
-    assert len(said) == 1 and f"of {len(narrow)} runs), without which it is {without:.3f}." in said[0]
+    assert found.status == "doubt" and f"of {len(narrow)} runs), without which it is {without:.3f}." in found.sentence
 
 
 def test_every_approach_has_both_intervals(run, made_up, tmp_path):
@@ -229,8 +231,8 @@ def test_rows_that_repeat_runs_drawn_one_by_one():
         row["run"] = f"run {i // 2}"
     for named, doubted in ((rows, True), (sweep(noise=0.002), False)):
         study = study_runs(_as_rows(named), settings=Settings(bootstrap=20, cluster="row"))
-        said = [text for good, text in findings(study, unchecked(study)) if not good and "--cluster=row" in text]
-        assert len(said) == doubted and all("28 rows belong to 14 runs" in text for text in said)
+        found = unchecked(study)["independence"]
+        assert (found.status == "doubt") is doubted and ("28 rows belong to 14 runs" in found.sentence) is doubted
 
 
 def test_approach_2_can_answer_alone(tmp_path, run):
@@ -345,8 +347,8 @@ def test_tunings_drops_and_bad_lines_are_counted(run, tmp_path):
     out = run(tmp_path, *QUICK, "--skip-bad", "--drop=2", checks=False)
     expected = {"failed": 1, "not usable": 1, "worse tunings of a run": 4, "of highest loss": 2}
     assert read(tmp_path / "fit")["meta"]["dropped"] == expected
-    for reason, number in expected.items():
-        assert f"Left out: {number} {reason}" in out
+    (line,) = [line for line in out.splitlines() if line.startswith("! Left out: ")]
+    assert all(f" {number} {reason}" in line for reason, number in expected.items())
 
 
 def test_resampling_knows_trunks():
@@ -370,10 +372,10 @@ def test_checks_of_a_clean_sweep():
     """Without noise the held-out budgets are predicted exactly, and no check raises a doubt that there is none for."""
     rows = _as_rows(sweep(noise=0))
     study = study_runs(rows, settings=Settings(bootstrap=0))
-    checks = check(study)
-    assert len(checks.hold_out.rows) == 7 and checks.hold_out.error < 1e-7
-    np.testing.assert_allclose(checks.hold_out.predicted, study.L[checks.hold_out.rows], rtol=1e-6)
-    assert checks.hold_out.reach == pytest.approx(BUDGETS[-1] / BUDGETS[-2], rel=1e-3)
+    held = run_checks(study)["hold_out"].found
+    assert len(held.rows) == 7 and held.error < 1e-7
+    np.testing.assert_allclose(held.predicted, study.L[held.rows], rtol=1e-6)
+    assert held.reach == pytest.approx(BUDGETS[-1] / BUDGETS[-2], rel=1e-3)
     assert all(isinstance(found, Approach) for found in (study.results[2], study.results[3]))
     assert optimum(study.best, 1e13).found["loss"].value == pytest.approx(loss(*optimal(1e13)), rel=1e-6)
 
@@ -433,8 +435,8 @@ def test_runs_of_pure_noise(run, tmp_path):
     assert "they tell no law" in run(tmp_path / "noise.csv", *QUICK, code=2)
     assert not (tmp_path / "fit-noise").exists()
     study = study_runs(read_rows(tmp_path / "data.csv"), settings=Settings(bootstrap=0))
-    good, first = findings(study, check(study))[0]
-    assert not good and "do not follow params more closely than chance" in first
+    first = next(iter(run_checks(study).values()))
+    assert first.status == "doubt" and "do not follow params more closely than chance" in first.sentence
 
 
 @pytest.mark.parametrize("bent", [False, True])
@@ -445,8 +447,9 @@ def test_an_e_that_the_ends_make_is_a_doubt(bent):
         off = abs(np.log(row["params"] / optimal(row["budget"])[0]))
         row["loss"] *= 1 + 0.04 * bent * max(0, off - np.log(2))
     study = study_runs(_as_rows(rows), settings=Settings(bootstrap=100))
-    said = [text for good, text in findings(study, check(study)) if "comes from runs far" in text]
-    assert len(said) == bent and all("within 4 times" in text or "within 2" in text for text in said)
+    found = run_checks(study)["near_minimum"]
+    assert (found.status == "doubt") is bent and ("comes from runs far" in found.sentence) is bent
+    assert [one["change"] for one in found.json] == ["within 4 times", "within 2.7 times", "within 2 times"]
 
 
 def test_copies_of_rows_are_noticed():
@@ -458,8 +461,9 @@ def test_copies_of_rows_are_noticed():
         for row in table if not named else ():
             del row["run"]
         study = study_runs(_as_rows(table), settings=Settings(bootstrap=20))
-        said = [text for good, text in findings(study, unchecked(study)) if not good and "identical" in text]
-        assert (said == []) if named else (len(said) == 1 and said[0].startswith("5 rows are identical"))
+        found = unchecked(study)["independence"]
+        assert found.sentence == "" if named else found.sentence.startswith("5 rows are identical")
+        assert found.status == ("ok" if named else "doubt")
 
 
 def test_the_curves_are_named_by_their_hash(run, made_up, tmp_path):
@@ -499,11 +503,12 @@ def test_besiroglu_data(run, tmp_path):
 
 def test_checks_of_many_runs_are_made_on_some(monkeypatch):
     """Beyond MOST_CHECKED runs a sample is checked, its hold-out names rows of the whole, and the findings say so."""
-    monkeypatch.setattr(study_module, "MOST_CHECKED", 24)
+    monkeypatch.setattr(checks_module, "MOST_CHECKED", 24)
     study = study_runs(_as_rows(sweep(noise=0.001)), settings=Settings(bootstrap=40))
-    checks = check(study)
-    held = checks.hold_out
-    assert checks.runs == 24 and any("24 of the 28 runs" in text for _, text in findings(study, checks))
+    outcomes = run_checks(study)
+    held = outcomes["hold_out"].found
+    assert outcomes["runs"].json == 24 and "24 of the 28 runs" in outcomes["runs"].sentence
+    assert all(one["ci"] for one in outcomes["leave_out_highest"].json)
     np.testing.assert_array_equal(held.observed, study.L[held.rows])
     assert len(study.rows) == 28 and "not checked" not in study.rows.dropped
 

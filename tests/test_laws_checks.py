@@ -169,7 +169,8 @@ def test_hold_out_of_the_largest_budget():
     assert measured == pytest.approx(math.exp(-q / (2 * p)), rel=1e-6)
     assert predicted == pytest.approx(alone.optimal(1e21)[0], rel=1e-6)
     assert low < predicted < high
-    assert hold_out(N, D, loss, budgets=2, replicates=0).rows.tolist() == list(range(32, 48))
+    for two in ({"budgets": 2}, {"least": 9}):  # of eight runs each
+        assert hold_out(N, D, loss, **two, replicates=0).rows.tolist() == list(range(32, 48))
 
 
 def test_hold_out_asks_for_the_flops_that_were_spent():

@@ -1,5 +1,6 @@
 """Figures and the report: whole, self-contained, and with the numbers of laws.json."""
 
+import html
 import io
 import json
 import re
@@ -16,33 +17,37 @@ from made_up_sweep import sweep, write_sweep
 
 from nanochin import figures, laws, plot, report
 from nanochin.answers import Questions, answer, optimum
+from nanochin.checks import four, run_checks, three
 from nanochin.config import UserError
 from nanochin.console import count
 from nanochin.plot import COLOURS, Axis, Band, Figure, Line, Note, Panel, Points
-from nanochin.report import four, three
 from nanochin.rows import Labels, read_logs, read_rows
-from nanochin.study import Settings, check, study_runs
+from nanochin.study import Settings, study_runs
 
 VOID = {"meta", "input", "br"}  # never closed
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(study, checks, figures, report) of a sweep with curves, whose first run has a name made of markup."""
+    """(study, outcomes, figures, report) of a sweep with curves, whose first run has a name made of markup."""
     folder = write_sweep(tmp_path_factory.mktemp("report") / 'a<b>&"c', sweep(physical=0.5))
     rows = read_rows(folder)
     curves = read_logs(folder, rows)
     names = rows.labels["run"]
     rows.labels["run"] = Labels(names.codes, ('<i>"&evil</i>', *names.values[1:]))
     study = study_runs(rows, curves, Settings(bootstrap=200))
-    checks = check(study)
-    drawn = figures.draw(study, checks)
-    return study, checks, drawn, render(study, checks, drawn, Questions((1e12, 1e13, 1e15)))
+    outcomes = run_checks(study)
+    drawn = draw(study, outcomes)
+    return study, outcomes, drawn, render(study, outcomes, drawn, Questions((1e12, 1e13, 1e15)))
 
 
-def render(study, checks, drawn, asked) -> str:
+def draw(study, outcomes) -> list[Figure]:
+    return figures.draw(study, {name: one.found for name, one in outcomes.items()})
+
+
+def render(study, outcomes, drawn, asked) -> str:
     answers = answer(study.best, asked)
-    return report.render(study, checks, drawn, asked, answers, [], report.Provenance("a < b", "c0ffee", "1"))
+    return report.render(study, outcomes, drawn, asked, answers, [], report.Provenance("a < b", "c0ffee", "1"))
 
 
 class Page(HTMLParser):
@@ -137,20 +142,24 @@ def test_the_embedded_table_is_the_law(made):
 
 
 def test_doubts_come_first(made):
-    """Of the findings, those that should worry the reader stand above those that should not."""
-    items = re.findall(r'<li class="(good|bad)">', made[3])
-    assert items == sorted(items) and len(items) >= 5
+    """Of the sentences, those that should worry the reader stand above those that should not, and between them what
+    could not be checked."""
+    items = re.findall(r'<li class="(ok|doubt|not-checked)">', made[3])
+    order = ["doubt", "not-checked", "ok"]
+    assert items == sorted(items, key=order.index) and len(items) >= 5
 
 
 def test_a_report_of_approach_2_alone(made):
     """Where Approach 3 has no law, the report and every figure that is left do without it."""
-    study, checks, _, _ = made
+    study = made[0]
     refused = laws.NotIdentified("E is at its bound: <not> identified")
     without = replace(study, results={**study.results, 3: refused})
-    nothing = dict.fromkeys(("leave_out", "deltas", "by_compute", "variants", "near"), [])
-    some = replace(checks, profile=(np.empty(0), np.empty(0)), **nothing)
-    drawn = figures.draw(without, some)
-    page = render(without, some, drawn, Questions((1e12, 1e13)))
+    outcomes = run_checks(without)
+    drawn = draw(without, outcomes)
+    page = render(without, outcomes, drawn, Questions((1e12, 1e13)))
+    assert [outcomes[name].json for name in ("delta", "near_minimum", "residuals_by_compute")] == [[], [], []]
+    assert outcomes["kaplan_procedure"].status == outcomes["profile_E"].status == "not checked"
+    assert re.search('<li class="not-checked">Kaplan.s procedure could not', html.unescape(page))
     assert Page(page).open == [] and "E is at its bound: &lt;not&gt; identified" in page
     assert {figure.name for figure in drawn} == {"curves", "isoflop", "optimum", "surface", "hold-out", "certainty"}
 
@@ -158,10 +167,10 @@ def test_a_report_of_approach_2_alone(made):
 def test_answers_are_those_that_were_asked(made):
     """Questions beside the law: the report shows the same numbers as `answer` gives, one row a budget, and examples
     where nothing was asked; a loss below E is answered by why there is no answer."""
-    study, checks, drawn, page = made
+    study, outcomes, drawn, page = made
     asked = Questions((2e12, 3e13), target_loss=1.0, inference_tokens=7e9)
     answers = answer(study.best, asked)
-    text = " ".join(Page(render(study, checks, drawn, asked)).text)
+    text = " ".join(Page(render(study, outcomes, drawn, asked)).text)
     assert "irreducible loss E" in text and "irreducible loss E" not in " ".join(Page(page).text)
     for one in answers.to_serve:
         for name in ("params", "tokens"):
@@ -172,11 +181,11 @@ def test_answers_are_those_that_were_asked(made):
 def test_the_hold_out_in_a_table(made):
     """Each run held out with what was predicted of it, its interval and what came; the measured minimum of its budget
     beside the predicted one, with that one's interval; how many lie outside is said in words."""
-    study, checks, _, page = made
-    text, held = " ".join(" ".join(Page(page).text).split()), checks.hold_out
+    _, outcomes, _, page = made
+    text, held = " ".join(" ".join(Page(page).text).split()), outcomes["hold_out"].found
     for said, low, high, seen in zip(held.predicted, held.low, held.high, held.observed, strict=True):
         assert f"{four(said)} {four(low)} – {four(high)} {four(seen)}" in text
-        assert f"{100 * (said / seen - 1):+.2f}% {'inside' if low <= seen <= high else 'outside'}" in text
+        assert f"{100 * (said / seen - 1):+.2f}% {'inside' if low <= seen <= high else 'OUTSIDE'}" in text
     assert held.optima
     for _, seen, told, (low, high) in held.optima:
         assert f"{count(told)} {count(low)} – {count(high)} {count(seen)} {100 * (told / seen - 1):+.0f}%" in text
@@ -214,9 +223,9 @@ def test_whiskers_are_of_the_minima(made):
 
 def test_refits_have_their_intervals(made):
     """The tables of what would change the answer give E, alpha, beta and a of each refit with its 95% interval."""
-    _, checks, _, page = made
+    _, outcomes, _, page = made
     text = " ".join(Page(page).text)
-    refits = [*checks.leave_out, *checks.deltas, *checks.variants, *checks.near]
+    refits = [one for name in ("leave_out_highest", "delta", "other", "near_minimum") for one in outcomes[name].found]
     fitted = [other for other in refits if isinstance(other.fit, laws.ParametricFit)]
     assert len(fitted) >= 12
     for other in fitted:
@@ -401,8 +410,8 @@ def test_other_sizes_waste_nothing_less_than_nothing(made):
 
 def test_examples_are_for_the_largest_budget_inside(made):
     """Whatever the order in which budgets are asked."""
-    study, checks, drawn, _ = made
-    page = render(study, checks, drawn, Questions((1e13, 3e12, 1e15)))
+    study, outcomes, drawn, _ = made
+    page = render(study, outcomes, drawn, Questions((1e13, 3e12, 1e15)))
     assert "where not said otherwise for 10<sup>13</sup> FLOPs" in page
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 
@@ -18,20 +17,6 @@ MIN_CURVATURE = 4  # three budgets always lie on a parabola
 BETWEEN = 33  # levels of C_kaplan where the budgets have too few optima
 
 
-def refit(fit: ParametricFit, rows=slice(None), **changes) -> ParametricFit:
-    """The same fit on some of its rows, or with another delta, space, E or tied."""
-    options = {
-        "delta": fit.delta,
-        "space": fit.space,
-        "E": fit.fixed_e,
-        "tied": fit.tied,
-        "name": fit.law.name,
-        "params_convention": fit.law.params_convention,
-        "cost": fit.law.cost,
-    }
-    return fit_parametric(fit.N[rows], fit.D[rows], fit.loss[rows], weights=fit.weights[rows], **options | changes)
-
-
 @dataclass(frozen=True)
 class Refit:
     """The same runs fitted in another way."""
@@ -40,53 +25,61 @@ class Refit:
     fit: ParametricFit | NotIdentified
     sure: Bootstrap | None = None
 
-    @classmethod
-    def attempt(cls, change, make: Callable[[], ParametricFit], runs=None, replicates: int = 0, seed: int = 0):
-        """`make`, and where its fit is identified `replicates` (0: none) resamples of it; `runs` as in bootstrap."""
-        try:
-            fit = make()
-        except NotIdentified as error:
-            return cls(change, error)
-        try:
-            sure = bootstrap(fit, runs=runs, replicates=replicates, seed=seed, verify=0) if replicates else None
-        except NotIdentified:
-            sure = None
-        return cls(change, fit, sure)
+    def interval(self, quantity: str | Callable) -> tuple[float, float]:
+        """95%, as of a Bootstrap; nan without one."""
+        return self.sure.interval(quantity) if self.sure else (np.nan, np.nan)
+
+    def to_json(self) -> dict:
+        """Constants, objective and 95% intervals, or the reason why there is no fit."""
+        if isinstance(self.fit, NotIdentified):
+            return {"change": str(self.change), "reason": str(self.fit)}
+        names = ("a", "alpha", "beta", "E", "A", "B")
+        ends = {"ci": {name: self.interval(name) for name in names}} if self.sure else {}
+        constants = {name: getattr(self.fit.law, name) for name in names}
+        return {"change": str(self.change)} | constants | {"objective": self.fit.objective} | ends
 
 
-def leave_out_highest(fit: ParametricFit, counts=(0, 1, 3, 5, 8, 15), *, runs=None, **resampling) -> list[Refit]:
-    """For each k of `counts` the same fit without the k rows of highest loss. `runs` (n,), replicates and seed as in
-    bootstrap; no intervals without replicates."""
-    order, found = np.argsort(fit.loss, kind="stable"), []
-    for k in counts:
-        rows = np.sort(order[: max(0, fit.n - k)])
-        own = None if runs is None else runs[rows]
-        found.append(Refit.attempt(k, partial(refit, fit, rows), own, **resampling))
-    return found
+def refit(change, fit: ParametricFit, rows=slice(None), *, runs=None, replicates=0, seed=0, **changes) -> Refit:
+    """The same fit on some of its rows, or with another delta, space, E or tied, and `replicates` (0: none) resamples
+    of it; `runs` (n,) as in bootstrap."""
+    law = fit.law
+    options = {"delta": fit.delta, "space": fit.space, "E": fit.fixed_e, "tied": fit.tied, "weights": fit.weights[rows]}
+    options |= {"name": law.name, "params_convention": law.params_convention, "cost": law.cost} | changes
+    try:
+        other = fit_parametric(fit.N[rows], fit.D[rows], fit.loss[rows], **options)
+    except NotIdentified as error:
+        return Refit(change, error)
+    runs = None if runs is None else runs[rows]
+    try:
+        sure = bootstrap(other, runs=runs, replicates=replicates, seed=seed, verify=0) if replicates else None
+    except NotIdentified:
+        sure = None
+    return Refit(change, other, sure)
 
 
-def near_minimum(
-    fit: ParametricFit, isoflop: IsoflopFit, factors=(4.0, 2.7, 2.0), *, runs=None, **resampling
-) -> list[Refit]:
+def leave_out_highest(fit: ParametricFit, counts=(0, 1, 3, 5, 8, 15), **resampling) -> list[Refit]:
+    """For each k of `counts` the same fit without the k rows of highest loss; runs, replicates and seed as in
+    refit."""
+    order = np.argsort(fit.loss, kind="stable")
+    return [refit(k, fit, np.sort(order[: max(0, fit.n - k)]), **resampling) for k in counts]
+
+
+def near_minimum(fit: ParametricFit, isoflop: IsoflopFit, factors=(4.0, 2.7, 2.0), **resampling) -> list[Refit]:
     """For each of `factors` the same fit on the rows alone whose N is within it of the minimum of their budget, by
     `isoflop`, a fit of the same rows. E is what the ends of the isoFLOP curves make of it: should they bend more than
-    the form allows, E and the exponents move as the ends go. Other arguments as in leave_out_highest."""
+    the form allows, E and the exponents move as the ends go."""
     distance = np.full(fit.n, np.inf)  # |log N - log N of the minimum|
     for budget in isoflop.budgets:
         if budget.bracketed:
             distance[budget.rows] = np.abs(np.log(fit.N[budget.rows] / budget.params_opt))
-    found = []
-    for factor in factors:
-        rows = np.flatnonzero(distance <= math.log(factor))
-        own = None if runs is None else runs[rows]
-        found.append(Refit.attempt((factor, len(rows)), partial(refit, fit, rows, allow_bound=True), own, **resampling))
-    return found
+    near = [(factor, np.flatnonzero(distance <= math.log(factor))) for factor in factors]
+    return [refit((factor, len(rows)), fit, rows, allow_bound=True, **resampling) for factor, rows in near]
 
 
 def delta_sensitivity(fit: ParametricFit, deltas=(1e-6, 1e-4, 1e-3, 1e-2, 1e-1, np.inf), **resampling) -> list[Refit]:
-    """The same fit with each of `deltas`; runs, replicates and seed as in bootstrap. Towards delta = 0 few and noisy
-    rows leave an objective with as many corners as rows, on which no start may converge."""
-    return [Refit.attempt(delta, partial(refit, fit, delta=delta, allow_bound=True), **resampling) for delta in deltas]
+    """The same fit with each of `deltas`. Towards delta = 0 few and noisy rows leave an objective with as many corners
+    as rows, on which no start may converge."""
+    return [refit(delta, fit, delta=delta, allow_bound=True, **resampling) for delta in deltas]
 
 
 def profile_e(fit: ParametricFit, points: int = 41) -> tuple[np.ndarray, np.ndarray]:
@@ -150,17 +143,30 @@ class HoldOut:
         """How many of the losses observed lie outside their interval."""
         return int(((self.observed < self.low) | (self.observed > self.high)).sum())
 
+    def to_json(self) -> dict:
+        out = {name: getattr(self, name) for name in ("bias", "error", "in_sample_error", "reach")}
+        arrays = ("rows", "predicted", "observed", *(("low", "high") if self.bootstrap else ()))
+        out |= {name: getattr(self, name).tolist() for name in arrays}
+        out["minima"] = [
+            {"flops": C, "params_measured": seen, "params_predicted": told}
+            | ({"ci": ends} if math.isfinite(ends[0]) else {})
+            for C, seen, told, ends in self.optima
+        ]
+        return out | ({"outside": self.outside} if self.bootstrap else {})
 
-def hold_out(N, D, loss, C=None, *, budgets: int = 1, budget=None, above: float | None = None, runs=None,
-             replicates: int = 1000, seed: int = 0, **options) -> HoldOut:  # fmt: skip
-    """Hold out the `budgets` largest budgets (groups of the column `budget`, or of clustered C) and rows of no budget
-    that are as large, or every row with C > `above`; `options` go to fit_parametric. replicates=0: no intervals.
+
+def hold_out(N, D, loss, C=None, *, budgets: int = 1, least: int = 1, budget=None, above: float | None = None,
+             runs=None, replicates: int = 1000, seed: int = 0, **options) -> HoldOut:  # fmt: skip
+    """Hold out the `budgets` largest budgets (groups of the column `budget`, or of clustered C), more if they have not
+    `least` runs, and rows of no budget that are as large, or every row with C > `above`; `options` go to
+    fit_parametric. replicates=0: no intervals.
     Raises NotIdentified if the rest cannot be fitted; if it can, but not resampled, `why` says so."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
     nominal = group_budgets(C, budget=budget)
     if above is None:
-        known = np.unique(nominal[np.isfinite(nominal)])
+        known, sizes = np.unique(nominal[np.isfinite(nominal)], return_counts=True)
+        budgets = max(budgets, 1 + int(np.searchsorted(np.cumsum(sizes[::-1]), least)))
         if len(known) <= budgets:
             raise NotIdentified(f"hold-out: {len(known)} budgets, too few to hold out {budgets}")
         held = nominal >= known[-budgets]
