@@ -19,7 +19,7 @@ import numpy as np
 from nanochin import figures, laws, plot, report
 from nanochin.answers import SHOWN, Answer, Answers, Questions, answer, estimates, optimum
 from nanochin.checks import Outcome, run_checks
-from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError, opt, parse, run_command
+from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError, opt, parse, run_command, with_flags
 from nanochin.console import Progress, count, format_columns
 from nanochin.files import versions, write_file, writing
 from nanochin.laws import Law, NotIdentified
@@ -93,7 +93,7 @@ def main() -> None:
     quiet = len(rows) * replicates < MOMENTS
     with Progress(quiet) as progress:
         if note:
-            progress.say(note)
+            progress.say(with_flags(note))
         study = study_runs(rows, curves, settings, progress)
     questions = Questions(
         options.budget or around(study), options.target_loss, options.inference_tokens, options.unique_tokens
@@ -103,7 +103,7 @@ def main() -> None:
 
     with Progress(quiet) as progress:
         outcomes = run_checks(study, progress)
-    said = [MARKS[one.status] + one.sentence for one in outcomes.values() if one.sentence]
+    said = [MARKS[one.status] + with_flags(one.sentence) for one in outcomes.values() if one.sentence]
     print("\n" + "\n".join(said), flush=True)
     if trials:
         print("\nPredicted first, trained then:\n" + "\n".join(f"  {trial}" for trial in trials))

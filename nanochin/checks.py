@@ -240,7 +240,7 @@ def independence(study: Study) -> Outcome:
     runs = len(np.unique(resampled_unit(study.rows, "run"))) if settings.cluster == "row" else n
     return doubt_if(
         runs < n,
-        f"{n} rows belong to {runs} runs, but --cluster=row draws each by itself, as if rows of one run did not share "
+        f"{n} rows belong to {runs} runs, but `cluster` row draws each by itself, as if rows of one run did not share "
         "its luck: the intervals are too narrow.",
     )
 

@@ -324,9 +324,9 @@ def parse(cls, argv: list[str] | None = None, *, prog: str, description: str, fi
     return options
 
 
-def with_flags(error: Exception) -> str:
-    """The message of an error with the options of a command in place of parameters: `seq_len` becomes --seq-len."""
-    return re.sub("`([a-z][a-z0-9_]*)`", lambda name: _flag(name[1]), str(error))
+def with_flags(message: object) -> str:
+    """A message of the library with a command's options in place of parameters: `seq_len` becomes --seq-len."""
+    return re.sub("`([a-z][a-z0-9_]*)`", lambda name: _flag(name[1]), str(message))
 
 
 def run_command(main, prog: str) -> None:

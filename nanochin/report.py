@@ -31,6 +31,7 @@ from nanochin.answers import (
     with_text,
 )
 from nanochin.checks import Outcome, Table, four, powers, three, with_interval
+from nanochin.config import with_flags
 from nanochin.console import count, digits
 from nanochin.figures import Figure
 from nanochin.laws import PUBLISHED, TABLE_3, Law, NotIdentified, advice
@@ -242,7 +243,7 @@ def _findings(outcomes: dict[str, Outcome]) -> str:
     """Doubts first, then what could not be checked."""
     order = ("doubt", "not checked", "ok")
     said = sorted((one for one in outcomes.values() if one.sentence), key=lambda one: order.index(one.status))
-    items = (f'<li class="{one.status.replace(" ", "-")}">{html.escape(one.sentence)}</li>' for one in said)
+    items = (f'<li class="{one.status.replace(" ", "-")}">{html.escape(with_flags(one.sentence))}</li>' for one in said)
     return f'<ul class="findings">{"".join(items)}</ul>'
 
 

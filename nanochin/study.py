@@ -131,7 +131,7 @@ def resamples(n: int, asked: int | None) -> tuple[int, str]:
     minutes = math.ceil(n * chosen / WORK)
     note = (
         f"{n:,} rows are many: {chosen} resamples instead of {USUAL}, about {minutes} minute{'s' * (minutes > 1)}; "
-        f"--bootstrap={USUAL} insists"
+        f"give `bootstrap` {USUAL} to insist"
     )
     return chosen, note if chosen < USUAL else ""
 
@@ -151,14 +151,14 @@ def study_runs(
     replicates, note = resamples(len(rows), settings.bootstrap)
     settings = replace(settings, bootstrap=replicates)
     if 0 < settings.bootstrap < FEWEST:
-        raise UserError(f"--bootstrap {settings.bootstrap}: too few for an interval; give 0, or {FEWEST} and more")
+        raise UserError(f"`bootstrap` {settings.bootstrap}: too few for an interval; give 0, or {FEWEST} and more")
     if settings.drop:
         rows = rows.keep(np.argsort(np.argsort(-rows["loss"], kind="stable")) >= settings.drop, "of highest loss")
     N, D, L = _params(rows, settings.params), rows["tokens"], rows["loss"]
     C, flops_convention, flops_name = _flops(rows, settings.flops)
     if settings.fixed_e is not None and settings.fixed_e >= L.min():
         raise UserError(
-            f"--fixed-e {settings.fixed_e:g}: {rows.source} has a loss of {L.min():g}, below it; E is the "
+            f"`fixed_e` {settings.fixed_e:g}: {rows.source} has a loss of {L.min():g}, below it; E is the "
             "loss that no model beats"
         )
     unit = resampled_unit(rows, settings.cluster)
@@ -167,7 +167,7 @@ def study_runs(
     labels = {"params_convention": settings.params, "flops_convention": flops_convention}
 
     if curves is None:
-        envelope = NotIdentified("no training curves: give --curves, or a folder of runs with their log.jsonl")
+        envelope = NotIdentified("no training curves: give `curves`, or a folder of runs with their log.jsonl")
     else:
         run, n = curves.labels["run"].codes, _params(curves, settings.params)
         spent = 6 * n * curves["tokens"] * np.exp(np.interp(np.log(n), *laws.ratios(N, D, C)))  # as the runs had it
@@ -223,7 +223,7 @@ def sample_runs(study: Study, most: int, replicates: int) -> Study:
 
 
 def _params(rows: Rows, convention: str) -> np.ndarray:
-    return _column(rows, COUNTS[convention], f"--params {convention}")
+    return _column(rows, COUNTS[convention], f"`params` {convention}")
 
 
 def _flops(rows: Rows, convention: str | None) -> tuple[np.ndarray, str, str]:
@@ -238,7 +238,7 @@ def _flops(rows: Rows, convention: str | None) -> tuple[np.ndarray, str, str]:
     if convention in (None, "6nd"):
         return six, "6nd", "6ND"
     name = "flops" if convention == "physical" else f"flops_{convention}"
-    return _column(rows, name, f"--flops {convention}"), convention, convention
+    return _column(rows, name, f"`flops` {convention}"), convention, convention
 
 
 def _column(rows: Rows, name: str, option: str) -> np.ndarray:
@@ -253,7 +253,7 @@ def resampled_unit(rows: Rows, cluster: str) -> np.ndarray | None:
     if cluster == "row" or (cluster == "auto" and "run" not in rows.labels):
         return None
     if "run" not in rows.labels:
-        raise UserError(f"--cluster run: {rows.source} has no column run")
+        raise UserError(f"`cluster` run: {rows.source} has no column run")
     run, trunk = rows.labels["run"], rows.labels.get("trunk")
     # A row without a name is a run of its own; its stand-in is no name that a file could hold.
     names = np.array([(trunk and trunk[i]) or run[i] or f"\n{i}" for i in range(len(rows))])

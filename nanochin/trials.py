@@ -10,7 +10,7 @@ from nanochin.files import read_json
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of `train.py --law`. Losses in nats per token; low and high end the predicted 95% interval."""
+    """One run of train.py with a law. Losses in nats per token; low and high end the predicted 95% interval."""
 
     run: str
     params: float
@@ -47,12 +47,12 @@ def read_trial(folder: str | Path) -> Trial:
     Raises UserError for a folder that holds no finished run, or one of which no law had said anything."""
     folder = Path(folder)
     if not (folder / "summary.json").exists():
-        raise UserError(f"--trials {folder}: no finished run there")
+        raise UserError(f"`trials` {folder}: no finished run there")
     row, before = read_json(folder / "summary.json"), read_json(folder / "config.json").get("predicted") or {}
     found = {key: before.get(f"predicted_{key}") for key in ("loss", "low", "high")}
     if not all(isinstance(value, float) and math.isfinite(value) for value in found.values()):
         raise UserError(
-            f"--trials {folder}: no law predicted its loss with an interval; train it with --law "
+            f"`trials` {folder}: no law predicted its loss with an interval; train it with `law` "
             "laws.json, of a fit on the same text"
         )
     return Trial(

@@ -44,5 +44,5 @@ def test_without_a_prediction_it_is_no_trial(write, predicted):
 
 def test_unfinished(tmp_path):
     """A folder without a summary is refused by name."""
-    with pytest.raises(UserError, match=f"--trials {tmp_path}: no finished run"):
+    with pytest.raises(UserError, match=f"`trials` {tmp_path}: no finished run"):
         read_trial(tmp_path)
