@@ -31,7 +31,7 @@ from nanochin import checkpoint, files, gpt2, ladder, laws, loggers, runs
 from nanochin.branch import find_branch
 from nanochin.config import Config, RunError, check, parse, parse_model, run_command, shape_maker
 from nanochin.console import Progress
-from nanochin.data import Corpus, Windows, prepare_for
+from nanochin.data import Corpus, prepare_for
 from nanochin.device import check_memory, keep_freed_memory, peak_of, pick_device, pick_dtype
 from nanochin.display import progress_note, show_plan, show_result
 from nanochin.evaluate import evaluate
@@ -40,6 +40,7 @@ from nanochin.optim import Adam, default_final, learning_rate
 from nanochin.record import Job, describe, summarise
 from nanochin.step import Shards, TrainingStep, pick_step
 from nanochin.tokenizer import model_vocab
+from nanochin.windows import Windows
 
 # What `python train.py` does with no option, by kind of device and never by a timing, so that the same command is
 # the same run: the largest 1-2-5 budget that takes about 3 minutes on 2 CPU cores or about a minute on a

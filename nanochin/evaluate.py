@@ -10,9 +10,11 @@ import torch
 from nanochin.checkpoint import load_run
 from nanochin.config import UserError, opt, parse, run_renamed
 from nanochin.console import Progress, count
-from nanochin.data import Tokens, eval_windows, read_tokens
+from nanochin.data import read_tokens
 from nanochin.model import GPT
 from nanochin.runs import find_run
+from nanochin.text import Tokens
+from nanochin.windows import eval_windows
 
 TOKENS_AT_ONCE = 16384  # tokens a forward pass: what matters is that the logits (x V) fit
 

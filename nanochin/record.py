@@ -8,9 +8,10 @@ import torch
 import kernels
 from nanochin import files, gpt2, ladder, laws, runs
 from nanochin.config import PARAM_CONVENTIONS, Config
-from nanochin.data import Corpus, Windows
+from nanochin.data import Corpus
 from nanochin.device import device_name, precision
 from nanochin.runrow import RunRow, flops_column, params_column
+from nanochin.windows import Windows
 
 
 @dataclass(frozen=True)

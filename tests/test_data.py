@@ -17,10 +17,12 @@ import pytest
 import tiktoken
 from filelock import FileLock
 
-from nanochin import data as module
+from nanochin import cache as module
+from nanochin.cache import UNFINISHED
 from nanochin.config import UserError
-from nanochin.data import UNFINISHED, Windows, eval_windows, prepare, read_tokens
+from nanochin.data import prepare, read_tokens
 from nanochin.tokenizer import END_OF_TEXT, PATTERN, RANKS_FILE, Tokenizer
+from nanochin.windows import Windows, eval_windows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -383,7 +385,7 @@ def test_damaged_shards_are_named(corpus, tmp_path, monkeypatch, file, whole):
     """A file that is cut short, has a changed byte or is missing is named, with the folder to delete; large corpora
     are checked at both ends of each file."""
     if not whole:
-        monkeypatch.setattr(module, "CHECK_WHOLE", 0)
+        monkeypatch.setattr("nanochin.data.CHECK_WHOLE", 0)
     options = {"cache": tmp_path / "cache", "tokenizer": "bpe", "vocab_size": 300}
     folder = prepare((str(corpus),), **options).folder
     good = (folder / file).read_bytes()

@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 
 import nanochin.evaluate
 import train
-from nanochin import checkpoint, data, runs
+from nanochin import cache, checkpoint, runs
 from nanochin.config import Config, run_command
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
@@ -69,7 +69,7 @@ def stop_in_write(nth: int, stop) -> None:
 
 def stop_in_tokenising(nth: int, stop) -> None:
     """Stop between the nth piece of tokens and the next."""
-    original = data.encode
+    original = cache.encode
 
     def stopping(*args):
         for number, tokens in enumerate(original(*args), start=1):
@@ -77,7 +77,7 @@ def stop_in_tokenising(nth: int, stop) -> None:
             if number == nth:
                 stop()
 
-    data.encode = stopping
+    cache.encode = stopping
 
 
 STOPS = {
