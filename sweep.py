@@ -8,29 +8,38 @@ sweeps-out/<name>/plan.csv, runs.csv, runs/, laws.json, report.html and figures.
 completes it, with the same rows. Rows in results/<name>/runs.csv count as done.
 """
 
-import csv
+import functools
 import hashlib
-import io
 import json
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from filelock import FileLock
 
 from nanochin import grid
-from nanochin.config import FLOP_CONVENTIONS, Config, UserError, did_you_mean, opt, parse, run_command
+from nanochin.config import (
+    FLOP_CONVENTIONS,
+    PARAM_CONVENTIONS,
+    Config,
+    UserError,
+    did_you_mean,
+    opt,
+    parse,
+    run_command,
+)
 from nanochin.console import Progress, clock, count, format_columns
 from nanochin.data import BPE_VOCAB, Corpus, prepare_for
 from nanochin.files import write_file, writing
 from nanochin.grid import Cell, Sweep
-from nanochin.pack import Crew
+from nanochin.pool import Pool
+from nanochin.runrow import RunRow, csv_of, params_column, to_csv
 from nanochin.schedule import Book, End, Schedule
 from nanochin.tokenizer import Tokenizer, model_vocab
-from nanochin.workers import work
 
 ROOT = Path(__file__).resolve().parent
 SECONDS_BETWEEN_LINES = 15.0  # of the progress view, elsewhere than on a terminal
@@ -45,9 +54,7 @@ class SweepOptions:
     only: tuple[str, ...] = opt((), "runs to train now, such as budget=1e12 or model=48x2 model=64x2")
     keep: bool = opt(False, "copy what is worth keeping to --results: rows, logs, laws, report; no checkpoints")
     retry_failed: bool = opt(False, "try failed runs again")
-    workers: int | None = opt(
-        None, "runs at once; default: one a CPU core, or as many a GPU as turn out to pay", low=1, high=1000
-    )
+    workers: int | None = opt(None, "runs at once; default: one a GPU, else one a CPU core", low=1, high=1000)
     data: tuple[str, ...] | None = opt(None, "the text, as train.py reads it; default: that of the sweep file")
     val: tuple[str, ...] | None = opt(None, "validation text; default: that of the sweep file")
     out: str = opt("sweeps-out", "folder of all sweeps")
@@ -55,15 +62,8 @@ class SweepOptions:
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2])
-        return 0
     options = parse(SweepOptions, prog="sweep.py", description=__doc__)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    return run(options)
-
-
-def run(options: SweepOptions) -> int:
     sweep = grid.read_sweep(options.sweep, data=options.data, val=options.val)
     if options.dry_run and sweep.grid.corpus_tokens:
         vocab, tokens = expected_vocab(sweep), sweep.grid.corpus_tokens
@@ -79,17 +79,15 @@ def run(options: SweepOptions) -> int:
 
     folder = Path(options.out) / sweep.name
     facts = {"data_sha": corpus.data_sha, "val_sha": corpus.val_sha}
-    book = Book(folder, Path(options.results) / sweep.name, lambda cell: cell.digest(**facts))
+    book = Book(folder, Path(options.results) / sweep.name, facts)
     if options.status:
-        return follow(sweep, cells, vocab, book, facts)
+        return follow(sweep, cells, vocab, book)
 
     with writing(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         (folder / "workers.log").touch()
-    with open(folder / "workers.log", "a") as log:
-        schedule = Schedule(book, facts, lambda cell: seconds(sweep, cell, cells), log, options.retry_failed)
-        train_all(sweep, only(cells, options), vocab, schedule, options, len(corpus.train))
-    code = finish(sweep, cells, vocab, schedule, options)
+    train_all(sweep, only(cells, options), vocab, book, options, len(corpus.train))
+    code = finish(sweep, cells, vocab, book)
     if options.keep:
         keep(folder, book.results)
     return code
@@ -224,43 +222,50 @@ def grid_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: S
 # The training
 
 
+def load_train(base: Config) -> Callable[[Config], dict]:
+    """In a worker: the function that trains a run, with the sweep's text opened once for all of them."""
+    import train
+
+    return functools.partial(train.train, quiet=True, corpus=prepare_for(base, base.data, Progress(quiet=True)))
+
+
 def train_all(
-    sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, options: SweepOptions, corpus_tokens: float
+    sweep: Sweep, cells: list[Cell], vocab: int, book: Book, options: SweepOptions, corpus_tokens: float
 ) -> None:
     """Train what has no end yet, adding sizes where `extend` asks for them. Raises UserError for what stops it."""
-    folder = schedule.book.folder
+    folder, schedule = book.folder, Schedule(book, options.retry_failed)
     schedule.add(cells)
-    view, crew = View(schedule), None
+    view, pool = View(schedule), None
+    lasts = functools.partial(seconds, sweep, cells=schedule.cells)
     try:
         while True:
             if not options.only:
-                while more := grid.extend(sweep, schedule.cells, losses(schedule), vocab):
-                    schedule.add(more)
-                    if missing := [cell.name for cell in more if schedule.is_open(cell)]:
-                        view.say(f"no inner minimum yet: adding {', '.join(missing)}")
+                if missing := [cell.name for cell in extend(sweep, schedule, vocab) if schedule.is_open(cell)]:
+                    view.say(f"no inner minimum yet: adding {', '.join(missing)}")
                 with FileLock(folder / ".lock"):
-                    write_file(folder / "plan.csv", to_csv(plan_rows(sweep, schedule.cells, corpus_tokens)))
-            if schedule.error:
-                raise schedule.error
+                    write_file(folder / "plan.csv", csv_of(plan_rows(sweep, schedule.cells, corpus_tokens)))
             if schedule.done:
                 break
-            crew = crew or Crew(schedule, sweep.base.device, options.workers, view.say)
+            if pool is None:
+                view.say("starting workers")
+                most = sum(map(schedule.is_open, schedule.cells)) + 2  # an extension may come
+                load = functools.partial(load_train, sweep.base)
+                pool = Pool(load, sweep.base.device, folder / "workers.log", options.workers, most)
+                view.say(str(pool))
             before = len(schedule.ends)
-            while len(schedule.ends) == before and not schedule.error and not schedule.done:
-                with schedule.changed:
-                    schedule.changed.wait(0.5)
-                crew.look(time.monotonic())
+            while len(schedule.ends) == before and not schedule.done:
+                while len(schedule.running) < pool.size and (cell := schedule.take(lasts)):
+                    pool.submit(replace(cell.config, out=str(folder / "runs"), threads=1))
+                for answer in pool.wait(0.5):
+                    schedule.put(answer)
                 view.show()
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
         view.say("stopping, and saving what is running; the same command goes on from there")
         raise
     finally:
         view.close()
-        schedule.stop()
-
-
-def losses(schedule: Schedule) -> dict[str, float | None]:
-    return {name: end.loss for name, end in dict(schedule.ends).items()}
+        if pool:
+            pool.close()
 
 
 class View:
@@ -300,7 +305,7 @@ class View:
         rate = (spent - self.at_first) / elapsed if elapsed > 0 else 0.0
         left = f"{clock((total - spent) / rate)} left" if rate > 0 else "time left not known yet"
         runs = [cell for cell in schedule.cells if not cell.is_trunk]
-        failed = sum(bool(end.reason) for end in dict(schedule.ends).values())
+        failed = sum(bool(end.reason) for end in schedule.ends.values())
         lines = [
             f"{sum(cell.name in schedule.ends for cell in runs)} of {len(runs)} runs done"
             + (f" ({failed} failed)" if failed else "")
@@ -329,26 +334,34 @@ class View:
             self.live.stop()
 
 
-def settled(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict) -> tuple[list[Cell], dict[str, End]]:
-    """All cells, with those that were added, and the ends of those that have one, from the disk."""
-    known = list(cells)
-    while True:
-        ends = {cell.name: end for cell in known if (end := book.look(cell, facts))}
-        book.strand(known, ends)
-        more = grid.extend(sweep, known, {name: end.loss for name, end in ends.items()}, vocab)
-        if not more:
-            return known, ends
-        known += more
+def extend(sweep: Sweep, schedule: Schedule, vocab: int) -> list[Cell]:
+    """Add the sizes that `extend` asks for by the losses so far -> their cells."""
+    before = len(schedule.cells)
+    while more := grid.extend(sweep, schedule.cells, losses(schedule.ends), vocab):
+        schedule.add(more)
+    return schedule.cells[before:]
 
 
-def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict) -> int:
+def losses(ends: dict[str, End]) -> dict[str, float | None]:
+    return {name: end.loss for name, end in ends.items()}
+
+
+def settled(sweep: Sweep, cells: list[Cell], vocab: int, book: Book) -> Schedule:
+    """All cells, with those that were added, and what the disk knows of them."""
+    schedule = Schedule(book)
+    schedule.add(cells)
+    extend(sweep, schedule, vocab)
+    return schedule
+
+
+def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book) -> int:
     """`--status`: a line a run, from the disk alone; on a terminal again and again until all have an end."""
 
     def look() -> tuple[str, bool]:
-        known, ends = settled(sweep, cells, vocab, book, facts)
+        found = settled(sweep, cells, vocab, book)
         begun, waiting, through = [], [], []  # in this order, should the terminal be short
-        for cell in known:
-            if end := ends.get(cell.name):
+        for cell in found.cells:
+            if end := found.ends.get(cell.name):
                 word, loss = ("failed", end.reason) if end.reason else ("finished", f"{end.loss:.4f}")
                 through.append([cell.name, word, loss])
             else:
@@ -356,8 +369,8 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict)
                 lines = begun if loss else waiting
                 lines.append([cell.name, f"{done:.0%}" if loss else "waiting", f"{loss:.3f}" if loss else ""])
         lines = [["run", "", "loss"], *begun, *waiting, *through]
-        runs = [cell for cell in known if not cell.is_trunk]
-        ended = sum(cell.name in ends for cell in runs)
+        runs = [cell for cell in found.cells if not cell.is_trunk]
+        ended = sum(cell.name in found.ends for cell in runs)
         return f"{ended} of {len(runs)} runs done\n\n{format_columns(lines)}", ended == len(runs)
 
     text, done = look()
@@ -379,12 +392,11 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book, facts: dict)
 # The end
 
 
-def finish(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, options: SweepOptions) -> int:
-    """runs.csv, then the fit. Another sweep on the same folder may do so at the same time."""
-    folder, known, ends = schedule.book.folder, schedule.cells, schedule.ends
-    if options.only:  # what other calls have done belongs into the table too
-        known, ends = settled(sweep, cells, vocab, schedule.book, schedule.facts)
-    ordered = [cell for cell in known if not cell.is_trunk]
+def finish(sweep: Sweep, cells: list[Cell], vocab: int, book: Book) -> int:
+    """runs.csv of all that the disk has, then the fit. Another sweep on the same folder may do so at the same time."""
+    schedule = settled(sweep, cells, vocab, book)
+    folder, ends = book.folder, schedule.ends
+    ordered = [cell for cell in schedule.cells if not cell.is_trunk]
     rows = [row_of(cell, ends[cell.name]) for cell in ordered if cell.name in ends]
     for cell in ordered:
         if cell.name in ends and ends[cell.name].reason:
@@ -396,7 +408,7 @@ def finish(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, opti
     with FileLock(folder / ".lock"):
         for cell in ordered:
             if cell.name in ends and ends[cell.name].row:
-                schedule.book.copy_log(cell)
+                book.copy_log(cell)
         table = to_csv(rows)
         path = folder / "runs.csv"
         write_file(path, table)
@@ -410,23 +422,33 @@ def finish(sweep: Sweep, cells: list[Cell], vocab: int, schedule: Schedule, opti
     return 0
 
 
-def row_of(cell: Cell, end: End) -> dict:
+def row_of(cell: Cell, end: End) -> RunRow:
     if end.row:
         return end.row
-    params = cell.plan.params
-    return {
-        "run": cell.name, "name": cell.name, "status": "failed", "params": params.total,
-        "params_non_embedding": params.non_embedding, "params_with_head": params.with_head,
-        "tokens": cell.plan.tokens, "flops": cell.plan.flops["physical"], "budget": cell.budget, "kind": cell.kind,
-        "trunk": cell.trunk, "width": cell.plan.shape.width, "layers": cell.plan.shape.layers,
-        "seed": cell.config.seed, "lr": cell.plan.lr, "batch_tokens": cell.plan.batch_tokens,
-        "reason": end.reason,
-    }  # fmt: skip
+    plan = cell.plan
+    counts = {params_column(convention): getattr(plan.params, convention) for convention in PARAM_CONVENTIONS}
+    return RunRow(
+        run=cell.name,
+        name=cell.name,
+        status="failed",
+        **counts,
+        tokens=plan.tokens,
+        flops=plan.flops["physical"],
+        budget=cell.budget,
+        kind=cell.kind,
+        trunk=cell.trunk,
+        width=plan.shape.width,
+        layers=plan.shape.layers,
+        seed=cell.config.seed,
+        lr=plan.lr,
+        batch_tokens=plan.batch_tokens,
+        reason=end.reason,
+    )
 
 
 def edges(sweep: Sweep, cells: list[Cell], ends: dict[str, End]) -> list[str]:
     """A line for each budget whose least loss is at an edge of its sizes."""
-    found, lines = {name: end.loss for name, end in ends.items()}, []
+    found, lines = losses(ends), []
     for budget, varied in dict.fromkeys((cell.budget, cell.varied) for cell in cells if sweep.grid.kind == "isoflop"):
         group = [cell for cell in cells if (cell.budget, cell.varied) == (budget, varied)]
         if len({cell.plan.shape for cell in group}) > 1 and (side := grid.open_side(group, found)):
@@ -471,16 +493,6 @@ def keep(folder: Path, results: Path) -> None:
             there.parent.mkdir(parents=True, exist_ok=True)
         write_file(there, path.read_bytes())
     print(f"{results}: kept")
-
-
-def to_csv(rows: list[dict]) -> bytes:
-    """A table whose columns are those of all rows, in order of appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
-    return text.getvalue().encode()
 
 
 if __name__ == "__main__":

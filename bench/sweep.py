@@ -9,6 +9,7 @@ taken to last in proportion to what it took in the sweep (FLOPs do not tell: sma
 all else as long as for a timed one.
 """
 
+import csv
 import json
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from pathlib import Path
 
 from nanochin import grid
 from nanochin.config import UserError, opt, parse, run_command
-from nanochin.schedule import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -29,7 +29,7 @@ class BenchOptions:
     out: str = opt("build/bench-sweep", "folder of the runs; give a new one for a new measurement")
     loop: int = opt(0, "runs of the loop to time, spread over the sweep; 0 = all", low=0)
     loop_threads: int | None = opt(None, "threads of each process of the loop; default: torch's choice", low=1)
-    workers: int | None = opt(None, "workers of the sweep; give it on a GPU, where they are found by trying", low=1)
+    workers: int | None = opt(None, "workers of the sweep; default: its own", low=1)
 
 
 def main() -> None:
@@ -37,11 +37,10 @@ def main() -> None:
     out = Path(options.out)
     if (out / "sweep").exists():
         raise UserError(f"--out {out}: has runs of an earlier measurement; give a new folder")
-    seconds = time_sweep(options, out)
-    table = read_rows(out / "sweep" / Path(options.sweep).stem / "runs.csv")
-    rows = [row for row in table.values() if row["status"] == "finished"]
+    seconds, workers = time_sweep(options, out)
+    with open(out / "sweep" / Path(options.sweep).stem / "runs.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["status"] == "finished"]
     training = sum(float(row["seconds"]) for row in rows)
-    workers = int(json.loads((out / "workers.json").read_text()))
     outside = 1 - training / (workers * seconds)
 
     chosen = rows if not options.loop else rows[:: max(1, len(rows) // options.loop)][: options.loop]
@@ -58,7 +57,8 @@ def main() -> None:
     print(f"the sweep takes {seconds / loop:.2f} of the loop's time")
 
 
-def time_sweep(options: BenchOptions, out: Path) -> float:
+def time_sweep(options: BenchOptions, out: Path) -> tuple[float, int]:
+    """(seconds, workers) of the sweep."""
     command = [sys.executable, str(ROOT / "sweep.py"), options.sweep, "--out", str(out / "sweep"), "--results", "none"]
     if options.workers:
         command += ["--workers", str(options.workers)]
@@ -68,8 +68,7 @@ def time_sweep(options: BenchOptions, out: Path) -> float:
     if done.returncode:
         raise UserError(f"the sweep failed: {done.stderr.strip() or done.stdout.strip()}")
     said = next(line for line in done.stdout.splitlines() if " workers on " in line)
-    (out / "workers.json").write_text(said.split()[0])
-    return seconds
+    return seconds, int(said.split()[0])
 
 
 def time_loop(options: BenchOptions, out: Path, rows: list[dict]) -> float:

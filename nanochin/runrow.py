@@ -109,9 +109,15 @@ def flops_column(convention: str) -> str:
 def to_csv(rows: Iterable[RunRow]) -> bytes:
     """runs.csv. The column `reason` is there only if a run failed."""
     rows = [asdict(row) for row in rows]
-    names = [f.name for f in fields(RunRow) if f.name != "reason" or any(row["reason"] for row in rows)]
+    if not any(row["reason"] for row in rows):
+        rows = [{key: value for key, value in row.items() if key != "reason"} for row in rows]
+    return csv_of(rows)
+
+
+def csv_of(rows: list[dict]) -> bytes:
+    """A table of rows with the same keys, under a header."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, names, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()

@@ -1,16 +1,15 @@
-"""nanochin/schedule.py without workers: what the folders of runs say, and what a schedule makes of bad answers."""
+"""nanochin/schedule.py: what the folders of runs say, which run is next, and what becomes of the workers' answers."""
 
 import dataclasses
 import json
 import shutil
-import time
-from types import SimpleNamespace
 
 import pytest
 from test_grid import LONG, PLAIN, toml
 
 from nanochin import grid, schedule
-from nanochin.config import Config, RunError, UserError
+from nanochin.config import Config, UserError
+from nanochin.pool import Answer
 from nanochin.schedule import Book, End, Schedule
 
 FACTS = {"data_sha": "text", "val_sha": "other text"}
@@ -26,7 +25,7 @@ def cells(tmp_path) -> list[grid.Cell]:
 
 @pytest.fixture
 def book(tmp_path) -> Book:
-    return Book(tmp_path / "out", tmp_path / "results", lambda cell: cell.digest(**FACTS))
+    return Book(tmp_path / "out", tmp_path / "results", FACTS)
 
 
 def begun(book: Book, cell: grid.Cell, facts: dict = FACTS) -> None:
@@ -45,10 +44,14 @@ def finished(book: Book, cell: grid.Cell, facts: dict = FACTS) -> None:
         book.checkpoint(cell.name, step).mkdir(parents=True)
 
 
-def scheduled(book: Book, cells: list[grid.Cell], log=None) -> Schedule:
-    found = Schedule(book, FACTS, lambda cell: cell.spent, log)
+def scheduled(book: Book, cells: list[grid.Cell]) -> Schedule:
+    found = Schedule(book)
     found.add(cells)
     return found
+
+
+def spent(cell: grid.Cell) -> float:
+    return cell.spent
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -62,14 +65,14 @@ def test_look(book, cells):
     finished(book, done)
     book.failed(failed, "it diverged")
     begun(book, other, FACTS | {"val_sha": "changed"})
-    assert book.look(waiting, FACTS) is None and book.look(running, FACTS) is None
-    assert book.look(done, FACTS).loss == 1.5 and book.look(failed, FACTS) == End(reason="it diverged")
+    assert book.look(waiting) is None and book.look(running) is None
+    assert book.look(done).loss == 1.5 and book.look(failed) == End(reason="it diverged")
     with pytest.raises(UserError, match="val_sha = changed, the sweep now asks for other text"):
-        book.look(other, FACTS)
+        book.look(other)
     begun(book, broken)
     (book.of(broken) / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds a run with"):
-        book.look(broken, FACTS)
+        book.look(broken)
 
 
 @pytest.mark.parametrize("table, words", [
@@ -82,7 +85,7 @@ def test_kept_rows_that_are_none(book, cells, table, words):
     table = table.format(cells[0].name, cells[0].digest(**FACTS))
     (book.results / "runs.csv").write_bytes(table.encode("latin-1"))
     with pytest.raises(UserError, match=words) as error:
-        Book(book.folder, book.results, book.digest).look(cells[0], FACTS)
+        Book(book.folder, book.results, book.facts).look(cells[0])
     assert str(book.results / "runs.csv") in str(error.value) and "\n" not in str(error.value)
 
 
@@ -91,7 +94,7 @@ def test_failed_beside_a_kept_row(book, cells):
     book.results.mkdir()
     (book.results / "runs.csv").write_text(f"run,status\n{cells[0].name},failed\n")
     book.failed(cells[0], "it diverged")
-    assert Book(book.folder, book.results, book.digest).look(cells[0], FACTS) == End(reason="it diverged")
+    assert Book(book.folder, book.results, book.facts).look(cells[0]) == End(reason="it diverged")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,7 +132,7 @@ def test_failed_trunk(book, cells):
     found = scheduled(book, cells[:5])
     assert {name: end.reason for name, end in found.ends.items()} == {trunk.name: "it diverged"} | {
         cell.name: f"its trunk {trunk.name} failed: it diverged" for cell in others}  # fmt: skip
-    assert found.take(0) == first and found.is_open(first) and not found.done
+    assert found.take(spent) == first and found.is_open(first) and not found.done
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -139,59 +142,36 @@ def test_failed_trunk(book, cells):
 def test_text_that_changed_meanwhile(book, cells):
     """A run of another text than the sweep began with (a file was changed while it ran) stops the sweep."""
     found = scheduled(book, cells)
-    cell = found.take(0)
+    cell = found.take(spent)
     finished(book, cell, FACTS | {"data_sha": "changed"})
-    found.put(cell, {"end": "finished"})
-    assert "data_sha = changed" in str(found.error) and cell.name not in found.ends
+    with pytest.raises(UserError, match="data_sha = changed"):
+        found.put(Answer(cell.name, "finished"))
+    assert cell.name not in found.ends
 
 
 def test_workers_that_die(book, cells):
-    """The third death on one run is its failure; a worker that ends because the sweep does is no death."""
+    """A run is tried again when its worker died; the third death on one run is its failure, on disk too."""
     found = scheduled(book, cells)
-    cell = found.take(0)
+    cell = found.take(spent)
     for _ in range(schedule.DEATHS - 1):
-        found.put(cell, {"end": "died", "how": "signal 9"})
-    found.stop()
-    found.put(cell, {"end": "died", "how": "exit code 143"})
-    assert not found.ends
-    found.closed = False
-    found.put(cell, {"end": "died", "how": "signal 9"})
-    assert found.ends[cell.name].reason == "its worker died 3 times (signal 9)"
+        found.put(Answer(cell.name, "died", "signal 9"))
+        assert found.take(spent) == cell
+    found.put(Answer(cell.name, "died", "exit code 7"))
+    end = End(reason="its worker died 3 times (exit code 7)")
+    assert found.ends[cell.name] == end == book.look(cell) and found.take(spent) != cell
 
 
-@pytest.mark.parametrize("error, what", [(KeyError("end"), KeyError), (OSError("no process"), OSError)])
-def test_no_error_is_lost_in_a_thread(book, cells, monkeypatch, error, what):
-    """What goes wrong in a slot reaches the sweep, which would wait for ever otherwise."""
-
-    def broken(*_):
-        raise error
-
-    monkeypatch.setattr(schedule, "Worker", broken)
+def test_longest_first(book, cells):
+    """Runs begin in the order of their length, cooldowns not before their trunk's checkpoint; each is given out once;
+    one that another process has waits a while; one that has ended meanwhile is not given out."""
     found = scheduled(book, cells)
-    found.open_slot(0, "cpu", 0)
-    deadline = time.monotonic() + 30
-    while not found.error and time.monotonic() < deadline:
-        time.sleep(0.01)
-    found.stop()
-    assert isinstance(found.error, what)
-
-
-def test_worker_without_its_device(book, cells, monkeypatch):
-    """A worker that finds no such device says so in the words of train.py, and one that just ends names the log."""
-    for hello, words in (({"reason": "--device cuda: not available here"}, "--device cuda"), (None, "see workers.log")):
-
-        class Fake:
-            def __init__(self, *_, hello=hello):
-                self.reason = hello
-
-            def greet(self):
-                raise UserError(self.reason["reason"]) if self.reason else schedule.WorkerDied(1)
-
-            def close(self):
-                pass
-
-        monkeypatch.setattr(schedule, "Worker", Fake)
-        found = scheduled(book, cells, SimpleNamespace(name="workers.log"))
-        with pytest.raises(UserError, match=words) as error:
-            found.first_worker("cuda")
-        assert isinstance(error.value, RunError) == (hello is None)
+    trunks = sorted((cell for cell in cells if cell.is_trunk), key=spent, reverse=True)
+    assert [found.take(spent) for _ in range(4)] == [*trunks, None]
+    found.put(Answer(trunks[0].name, "busy"))
+    assert found.take(spent) is None and trunks[0].name not in found.running
+    found.busy[trunks[0].name] -= schedule.BUSY_SECONDS
+    assert found.take(spent) == trunks[0]
+    finished(book, trunks[0])
+    cooldowns = sorted((cell for cell in cells if cell.trunk == trunks[0].name), key=spent, reverse=True)
+    finished(book, cooldowns[0])
+    assert found.take(spent) == cooldowns[1] and found.ends[cooldowns[0].name].loss == 1.5

@@ -1,6 +1,7 @@
 """What the project promises of its own code: formatted, short files, light imports, dependencies that point one way."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +13,28 @@ ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
     p for folder in (".", "nanochin", "nanochin/laws", "kernels", "bench") for p in (ROOT / folder).glob("*.py")
 )
+TOP = {"train", "sweep", "fit", "bench"}  # what nothing below may know
 
 
 def imports(path: Path) -> set[str]:
-    """The modules that a file imports at its top level, 'from a import b' as both a and a.b."""
+    """The modules that a file imports, also inside functions; 'from a import b' as both a and a.b."""
     found = set()
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} imports from a relative path"
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def known_of_top(path: Path) -> set[str]:
+    """What of TOP a file imports, or names as one needs to run it: a string such as "train.py", "../fit.py" or
+    "bench.gpu", but no text with such a word in it."""
+    tree = ast.parse(path.read_text())
+    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    run = [re.fullmatch(r"(?:[^\s]*/)?(\w+)\.py|(bench)\.\w+", text) for text in strings]
+    return TOP & ({name.split(".")[0] for name in imports(path)} | {match[1] or match[2] for match in run if match})
 
 
 @pytest.mark.parametrize("command", ["check", "format --check"])
@@ -53,20 +65,41 @@ def test_modules_that_plan_do_not_import_torch(module):
 
 
 def test_dependencies_point_one_way():
-    """config knows nobody; the planning modules know no torch module of ours; kernels know nothing of nanochin;
-    nobody imports train."""
+    """Of what is on top only sweep.py knows other commands, and bench all; config knows nobody; laws know config and
+    flops; the planning modules know no torch module of ours; kernels know nothing of nanochin."""
+    allowed = {"sweep.py": {"sweep", "train", "fit"}, "train.py": {"train"}, "fit.py": {"fit"}}
     for path in SOURCES:
         ours = {name.split(".")[1] for name in imports(path) if name.startswith("nanochin.")}
-        if path.parent.name == "nanochin":
-            assert "train" not in imports(path), path
-            if path.stem == "config":
-                assert not ours
-            if path.stem in PLANNING:
-                assert ours <= PLANNING | {"runs"}, (path, ours)
-        if path.parent.name == "laws":
+        room = path.parent.name
+        if room != "bench":
+            found = known_of_top(path)
+            assert found <= (allowed[path.name] if path.parent == ROOT else set()), (path, found)
+        if room == "nanochin" and path.stem == "config":
+            assert not ours
+        if room == "nanochin" and path.stem in PLANNING:
+            assert ours <= PLANNING | {"runs"}, (path, ours)
+        if room == "laws":
             assert ours <= {"config", "flops", "laws"}, (path, ours)
-        if path.parent.name == "kernels":
-            assert not ours, path
+        if room == "kernels":
+            assert not any(name.split(".")[0] == "nanochin" for name in imports(path)), path
+
+
+@pytest.mark.parametrize(
+    "code, known",
+    [
+        ("def f():\n    import train", {"train"}),
+        ("if True:\n    from bench.common import Worker", {"bench"}),
+        ('run([python, ROOT / "sweep.py"], "../fit.py")', {"sweep", "fit"}),
+        ('run([python, f"{ROOT}/train.py"])', {"train"}),
+        ('run([python, "-m", "bench.gpu"])', {"bench"}),
+        ('"""As the option of train.py."""\nfrom nanochin import retrain\nraise UserError("see train.py")', set()),
+    ],
+)
+def test_imports_are_found_wherever_they_hide(tmp_path, code, known):
+    """In functions, in blocks, and as paths of what is run; words in a sentence are none."""
+    path = tmp_path / "some.py"
+    path.write_text(code)
+    assert known_of_top(path) == known
 
 
 @pytest.mark.parametrize("gib, marked, processes", [(79.6, "gpu", 4), (24.0, "gpu", 0), (79.6, "not gpu", 8)])
