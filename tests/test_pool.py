@@ -137,7 +137,7 @@ def test_workers_that_die(started, tmp_path):
 @pytest.mark.parametrize(
     "load, device, kind, words",
     [
-        (load_behaviour, "cuda:99", UserError, "--device cuda:99"),
+        (load_behaviour, "cuda:99", UserError, "`device` cuda:99"),
         (load_nothing, "cpu", UserError, "there is no text"),
         (load_death, "cpu", RunError, r"before it began \(exit code 3\); see .*workers.log"),
     ],
@@ -145,7 +145,7 @@ def test_workers_that_die(started, tmp_path):
 def test_worker_that_cannot_begin(tmp_path, load, device, kind, words):
     """A worker without its device or its text says so in its own words, one that just ends names the log."""
     with pytest.raises(kind, match=words):
-        Pool(load, device, tmp_path / "workers.log")
+        answers(Pool(load, device, tmp_path / "workers.log", workers=1), 1)
 
 
 def test_environment(started, tmp_path, monkeypatch):

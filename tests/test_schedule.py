@@ -77,7 +77,7 @@ def test_look(book, cells):
 
 @pytest.mark.parametrize("table, words", [
     ("name,loss\na,1\n", "no column run"), ("run,loss\n{0},1\n\xff", "cannot be read"),
-    ("run,status,data_sha,val_sha,cell,loss\n{0},finished,text,other text,{1},\n", "with the loss '', no number"),
+    ("run,status,data_sha,val_sha,cell,loss\n{0},finished,text,other text,{1},\n", "is finished and has no loss"),
 ])  # fmt: skip
 def test_kept_rows_that_are_none(book, cells, table, words):
     """A table under results/ that is no sweep's, or a row without a loss, is named and refused."""
