@@ -22,7 +22,7 @@ import kernels
 import train
 from bench.common import NanoGPT, error_text
 from bench.kernel_cases import tables, torch_rotary
-from kernels import fallback
+from kernels import fallback, ops
 from nanochin.config import Shape, make_shape
 from nanochin.model import GPT
 from nanochin.optim import Adam
@@ -306,12 +306,7 @@ def shape_of(size: list[int]) -> Shape:
 # scales the loss's gradients.
 CATEGORIES = {
     "matmul": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "attention, rotary": (
-        "nanochin::attention",
-        "nanochin::rotary",
-        "aten::_scaled_dot_product",
-        "aten::_flash_attention",
-    ),
+    "attention, rotary": ("nanochin::attention", "aten::_scaled_dot_product", "aten::_flash_attention"),
     "norm, activation": ("nanochin::norm", "nanochin::activation", "aten::gelu", "aten::sum"),
     "loss": ("nanochin::linear_cross_entropy", "aten::_softmax", "aten::_log_softmax", "aten::nll_loss", "aten::mul"),
     "optimizer": ("aten::_fused_adam", "aten::_foreach", "aten::linalg_vector_norm"),
@@ -376,9 +371,9 @@ def replacements() -> dict[str, dict[str, Callable]]:
     """Operations by name, each by the best way in torch that we know of."""
     compiled = functools.partial(torch.compile, dynamic=False)
 
-    def attention(backend, rotate, qkv, n_heads, theta=None, qk_norm=False):
+    def attention(backend, qkv, n_heads, theta=None, qk_norm=False):
         with sdpa_kernel(backend):
-            return fallback.attention(rotate(qkv, n_heads, theta, qk_norm), n_heads)
+            return fallback.attention(rotary(qkv, n_heads, theta, qk_norm), n_heads)
 
     @compiled
     def rms_norm(x, weight, eps=1e-6):
@@ -394,7 +389,7 @@ def replacements() -> dict[str, dict[str, Callable]]:
     def rotary(qkv, n_heads, theta, qk_norm=False):
         return rotate(qkv, *tables(qkv, n_heads), qk_norm)
 
-    our_attention = kernels.attention
+    our_attention = ops.TRITON.get("attention", fallback.attention)
 
     def rotary_apart(qkv, n_heads, theta=None, qk_norm=False):
         return our_attention(rotary(qkv, n_heads, theta, qk_norm), n_heads)
@@ -408,21 +403,20 @@ def replacements() -> dict[str, dict[str, Callable]]:
         return F.cross_entropy(F.linear(h, weight.to(h.dtype)).float(), targets, ignore_index=ignore_index)
 
     backends = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
-    by_torch = {name: functools.partial(attention, backend, rotary) for name, backend in backends.items()}
-    our_rotary = {name: functools.partial(attention, backend, kernels.rotary) for name, backend in backends.items()}
+    by_torch = {name: {"attention": functools.partial(attention, backend)} for name, backend in backends.items()}
     norms = {"rms_norm": rms_norm, "add_rms_norm": add_rms_norm}
     activation = {"activation_linear": lambda x, weight, bias, kind: F.linear(gelu(x), weight, bias)}
     rest = norms | activation | {"linear_cross_entropy": linear_cross_entropy}
     return {
         "nothing": {},
         "loss": {"linear_cross_entropy": linear_cross_entropy},
-        "attention, flash": {"attention": our_rotary["flash"]},
-        "attention, cuDNN": {"attention": our_rotary["cuDNN"]},
+        "attention, flash": by_torch["flash"],
+        "attention, cuDNN": by_torch["cuDNN"],
         "norms": norms,
         "rotary": {"attention": rotary_apart},
         "activation": activation,
-        "all, flash": rest | {"attention": by_torch["flash"]},
-        "all, cuDNN": rest | {"attention": by_torch["cuDNN"]},
+        "all, flash": rest | by_torch["flash"],
+        "all, cuDNN": rest | by_torch["cuDNN"],
         "nothing again": {},
     }
 
