@@ -9,27 +9,10 @@ version that we support and on the pinned one. For the one that is not installed
     python -m venv /tmp/aot && /tmp/aot/bin/pip install -r requirements.txt && /tmp/aot/bin/pip install triton==3.6.0
     /tmp/aot/bin/python -m bench.aot --gate
 
-Each module of kernels/ that has Triton kernels names its shipped configurations in a function `aot()`, which yields
-dicts with the fields of `Build`:
-
-    def aot():
-        yield {
-            "label": "rms_norm forward fp16 C768",                      # unique within the module
-            "kernel": _forward,                                         # what @triton.jit made
-            "signature": {"x": "*fp16", "rows": "i32", "eps": "fp32"},  # the arguments that are not constexpr
-            "constexprs": {"C": 768, "BLOCK": 1024},
-            "num_warps": 4, "num_stages": 1,
-            "capabilities": (80, 90, 100),                              # targets that it ships on, if not the usual
-            "gate": True,                                               # one of the most used
-        }
-
-As at a launch, pointers count as 16-byte aligned and `i32` arguments as multiples of 16, save those named in `odd`
-(such as a number of heads). A descriptor argument is spelled "tensordesc<fp16[1, 128, 64]>".
+The configurations are in bench/aot_cases.py.
 """
 
 import contextlib
-import functools
-import importlib
 import io
 import multiprocessing
 import os
@@ -38,35 +21,19 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from bench.aot_cases import Build, builds
 from nanochin.config import UserError, opt, parse, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-MODULES = ("attention", "norms", "rotary", "activation", "cross_entropy")  # of kernels/, those that are there
 # KiB of shared memory a block may have (CUDA programming guide, compute capabilities). sm_80 itself allows 163, but its
 # configurations serve the consumer cards sm_86, sm_89 and sm_120 as well.
 SHARED_LIMIT = {80: 99, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 GATED = (80, 86, 89, 90, 120)  # no spills there; sm_100 has been compiled for, never tuned
 REGISTER_MARGIN = 16  # registers a thread; what a harmless edit moves in our experience is under 10
-
-
-@dataclass(frozen=True)
-class Build:
-    """One configuration of one kernel, as `triton.compile` wants it."""
-
-    module: str
-    label: str
-    kernel: object
-    signature: dict[str, str]
-    constexprs: dict[str, object]
-    num_warps: int
-    num_stages: int
-    capabilities: tuple[int, ...] = ()  # none: all of SHARED_LIMIT for the most used, else sm_80, sm_90 and sm_100
-    gate: bool = False
-    odd: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,17 +56,6 @@ class Report:
     @property
     def name(self) -> str:
         return f"sm_{self.capability} {self.module} {self.label}"
-
-
-@functools.cache
-def builds() -> list[Build]:
-    """All shipped configurations, from the `aot()` of each module."""
-    found = []
-    for module in MODULES:
-        if (ROOT / "kernels" / f"{module}.py").exists():
-            found += [Build(module, **fields) for fields in importlib.import_module(f"kernels.{module}").aot()]
-    every = {True: tuple(SHARED_LIMIT), False: (80, 90, 100)}
-    return [replace(build, capabilities=build.capabilities or every[build.gate]) for build in found]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ PARTS = ("first", "second", "tiles", "sizes", "sweep")
 LATE = "not measured: out of time"
 # Names of bench.kernels.check_all, operations of bench.gpu_jobs.Jobs.compile, cases of bench.kernels
 CHECKS = ("attention", "attention, rotary", "attention, rotary, QK-norm", "add_rms_norm", "linear_cross_entropy",
-          "activation_linear", "rms_norm", "add_layer_norm", "layer_norm", "rotary", "swiglu")  # fmt: skip
+          "activation_linear", "rms_norm", "add_layer_norm", "layer_norm", "activation_linear, swiglu")  # fmt: skip
 COMPILED = ("attention", "loss", "norms", "activation")
 ATTENTION = tuple(f"D{D} T{T} 65536 tokens" for T in (1024, 2048) for D in (64, 128))
 CASES = (

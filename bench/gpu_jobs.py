@@ -15,6 +15,7 @@ import kernels
 from bench import kernels as kernel_bench
 from bench.gpu import SIZES, STEP_TOKENS
 from bench.gpu_worker import Ours, peak_bytes, profile, release, shape_of, time_steps
+from kernels import ops
 from nanochin.config import UserError
 from nanochin.files import versions
 
@@ -72,16 +73,16 @@ class Jobs:
         width, _, head, vocab, T = TINY if self.bench.dry else SIZES["124M"]
         x, weight = self.bench.randn(T, width), self.bench.randn(width, dtype=torch.float32)
         if name == "attention":
-            out = kernels.attention(self.bench.randn(1, T, 3 * width), width // head, 10_000.0)
+            out = ops.attention(self.bench.randn(1, T, 3 * width), width // head, 10_000.0)
         elif name == "loss":
             targets = torch.zeros(T, dtype=torch.long, device=self.device)
-            out = kernels.linear_cross_entropy(x, self.bench.randn(vocab, width, dtype=torch.float32), targets)
+            out = ops.linear_cross_entropy(x, self.bench.randn(vocab, width, dtype=torch.float32), targets)
         elif name == "norms":
-            normed, total = kernels.add_rms_norm(kernels.rms_norm(x, weight), x, weight)
+            normed, total = ops.add_rms_norm(ops.rms_norm(x, weight), x, weight)
             out = normed + total
         else:
             up, down = self.bench.randn(T, 4 * width), self.bench.randn(width, 4 * width)
-            out = kernels.activation_linear(up, down, None, "gelu")
+            out = ops.activation_linear(up, down, None, "gelu")
         out.float().sum().backward()
         if self.device.type == "cuda":
             torch.cuda.synchronize()

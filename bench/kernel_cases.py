@@ -52,7 +52,7 @@ def attention_cases(bench: Bench) -> Iterator[Case]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    import kernels
+    from kernels import ops
 
     flex = bench.compiled(flex_attention)
     shapes = [(tokens, D, T) for tokens in (16384, 65536) for D in (64, 128) for T in (512, 1024, 2048, 4096)]
@@ -72,7 +72,7 @@ def attention_cases(bench: Bench) -> Iterator[Case]:
             return create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device=bench.device)
 
         contenders = {
-            "ours": Contender(lambda qkv, H=H: kernels.attention(qkv, H)),
+            "ours": Contender(lambda qkv, H=H: ops.attention(qkv, H)),
             "SDPA flash": Contender(functools.partial(sdpa, backend=SDPBackend.FLASH_ATTENTION), split),
             "SDPA cuDNN": Contender(functools.partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION), split),
         }
@@ -95,8 +95,7 @@ def rotary_attention_cases(bench: Bench) -> Iterator[Case]:
     """Attention as the model calls it, with rotary positions; torch's own rotates packed qkv, compiled."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    import kernels
-    from kernels import fallback
+    from kernels import fallback, ops
 
     rotate = bench.compiled(torch_rotary)
 
@@ -106,7 +105,7 @@ def rotary_attention_cases(bench: Bench) -> Iterator[Case]:
 
     for D, T in [(16, 16)] if bench.dry else [(64, 1024), (64, 2048), (128, 1024), (128, 2048)]:
         tokens, H = (16, 1) if bench.dry else (65536, 768 // D)
-        contenders = {"ours": Contender(lambda qkv, H=H: kernels.attention(qkv, H, 10_000.0))}
+        contenders = {"ours": Contender(lambda qkv, H=H: ops.attention(qkv, H, 10_000.0))}
         for name in ("flash", "cuDNN"):
             backend = getattr(SDPBackend, f"{name.upper()}_ATTENTION")
             contenders[f"SDPA {name}"] = Contender(functools.partial(sdpa, H=H, backend=backend))
@@ -142,7 +141,7 @@ def tables(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor, int]:
 def _tables(T: int, D: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
     from kernels.reference import rotary_table
 
-    return tuple(x[:, None].to(dtype) for x in rotary_table(T, D, 10_000.0, device))  # (T, 1, D/2)
+    return rotary_table(T, D, 10_000.0, device)[:, None].to(dtype).chunk(2, dim=-1)  # (T, 1, D/2) each
 
 
 def liger(name: str) -> Callable | None:
@@ -155,7 +154,7 @@ def liger(name: str) -> Callable | None:
 
 
 def norm_cases(bench: Bench) -> Iterator[Case]:
-    import kernels
+    from kernels import ops
 
     def torch_norm(name, x, *parameters):
         norm, eps = (F.rms_norm, 1e-6) if name == "rms_norm" else (F.layer_norm, 1e-5)
@@ -171,7 +170,7 @@ def norm_cases(bench: Bench) -> Iterator[Case]:
                 eager = functools.partial(torch_add_norm if add else torch_norm, name)
                 operation = f"add_{name}" if add else name
                 contenders = {
-                    "ours": Contender(getattr(kernels, operation)),
+                    "ours": Contender(getattr(ops, operation)),
                     "eager": Contender(eager),
                     "torch.compile": Contender(bench.compiled(eager)),
                 }
@@ -191,41 +190,26 @@ def norm_cases(bench: Bench) -> Iterator[Case]:
 
 
 def elementwise_cases(bench: Bench) -> Iterator[Case]:
-    """Rotary positions and activations."""
-    import kernels
-    from kernels.fallback import swiglu
+    """Activations."""
+    from kernels.activation import activate
 
-    B, T, H, D, width = (2, 8, 2, 16, 40) if bench.dry else (64, 1024, 12, 64, 3072)
-    size = torch.finfo(bench.dtype).bits // 8
+    def swiglu(x):
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
 
-    def against(theirs, ours) -> dict[str, Contender]:
-        functions = {"ours": ours, "eager": theirs, "torch.compile": bench.compiled(theirs)}
-        return {who: Contender(function) for who, function in functions.items()}
-
-    for norm in (False, True):
-        contenders = against(
-            lambda qkv, norm=norm: torch_rotary(qkv, *tables(qkv, H), norm),
-            lambda x, norm=norm: kernels.rotary(x, H, 10_000.0, norm),
-        )
-        moved = {"forward": 6 * B * T * H * D * size, "backward": (10 if norm else 6) * B * T * H * D * size}
-        yield Case(
-            "elementwise",
-            "rotary and qk-norm" if norm else "rotary",
-            f"H{H} D{D} T{T} {B * T} tokens",
-            lambda: [bench.randn(B, T, 3 * H * D)],
-            contenders,
-            ("forward", "backward"),
-            {},
-            moved,
-        )
+    tokens, width = (16, 40) if bench.dry else (65536, 3072)
     for kind, theirs, ups in (("gelu", F.gelu, 1), ("swiglu", swiglu, 2)):
-        contenders = against(theirs, lambda x, kind=kind: kernels.activation(x, kind))
-        number = B * T * width * size
+        contenders = {
+            "ours": Contender(functools.partial(activate, kind=kind)),
+            "eager": Contender(theirs),
+            "torch.compile": Contender(bench.compiled(theirs)),
+        }
+        number = tokens * width * torch.finfo(bench.dtype).bits // 8
         yield Case(
             "elementwise",
             kind,
-            f"F{width} {B * T} tokens",
-            lambda u=ups: [bench.randn(B * T, u * width)],
+            f"F{width} {tokens} tokens",
+            lambda u=ups: [bench.randn(tokens, u * width)],
             contenders,
             ("forward", "backward"),
             {},
@@ -234,7 +218,7 @@ def elementwise_cases(bench: Bench) -> Iterator[Case]:
 
 
 def loss_cases(bench: Bench) -> Iterator[Case]:
-    import kernels
+    from kernels import ops
 
     def eager(h, weight, targets):
         return F.cross_entropy(F.linear(h, weight).float(), targets)
@@ -250,7 +234,7 @@ def loss_cases(bench: Bench) -> Iterator[Case]:
             return [bench.randn(tokens, C), weight, torch.randint(V, (tokens,), device=bench.device)]
 
         contenders = {
-            "ours": Contender(kernels.linear_cross_entropy),
+            "ours": Contender(ops.linear_cross_entropy),
             "matrix products alone": Contender(_ThreeProducts.apply, lambda inputs: [inputs[0], pad(inputs[1])]),
             "eager": Contender(eager),
             "torch.compile": Contender(bench.compiled(eager)),

@@ -194,8 +194,7 @@ def check(ours: Callable, peer: Callable, exact: Callable, inputs: list[Tensor])
 
 def check_all(bench: Bench, only: str = "") -> dict[str, str | None]:
     """By operation, all or `only` one, what is wrong with it at a size of its own: odd, and not one that is timed."""
-    import kernels
-    from kernels import fallback, reference
+    from kernels import fallback, ops, reference
 
     B, T, H, D = (1, 5, 2, 16) if bench.dry else (2, 1000, 3, 64)
     C, V = H * D, 257 if bench.dry else 50257
@@ -207,13 +206,12 @@ def check_all(bench: Bench, only: str = "") -> dict[str, str | None]:
         "attention": ([qkv], (H,)),
         "attention, rotary": ([qkv], (H, 10_000.0)),
         "attention, rotary, QK-norm": ([qkv], (H, 10_000.0, True)),
-        "rotary": ([qkv], (H, 10_000.0, True)),
         "rms_norm": ([x, weight], ()),
         "layer_norm": ([x, weight, bias], ()),
         "add_rms_norm": ([x, residual, weight], ()),
         "add_layer_norm": ([x, residual, weight, bias], ()),
-        "swiglu": ([x], ()),
         "activation_linear": ([x, head[:C].detach().requires_grad_(), bench.randn(C)], ("gelu",)),
+        "activation_linear, swiglu": ([x, head[:C, : C // 2].detach().requires_grad_(), bench.randn(C)], ("swiglu",)),
         "linear_cross_entropy": ([x.detach().flatten(0, 1).requires_grad_(), head, targets], ()),
     }
     wrong = {}
@@ -226,7 +224,7 @@ def check_all(bench: Bench, only: str = "") -> dict[str, str | None]:
             return lambda *xs: getattr(module, operation)(*xs, *options)
 
         try:
-            wrong[name] = check(by(kernels), by(fallback), by(reference), inputs)
+            wrong[name] = check(by(ops), by(fallback), by(reference), inputs)
         except Exception as error:
             wrong[name] = f"{type(error).__name__}: {error}"
     return wrong
@@ -235,11 +233,19 @@ def check_all(bench: Bench, only: str = "") -> dict[str, str | None]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Sweep
 
+# Tiles of attention to be timed beside the neighbours of those shipped on sm_90, by kernel and head size, as BLOCK_M,
+# BLOCK_N, warps, stages: two programs on a multiprocessor where the shipped tiles allow one, or larger tiles.
+CANDIDATES = {
+    ("_forward", 128): ((64, 64, 4, 2), (128, 64, 8, 3)),
+    ("_backward_kv", 64): ((32, 128, 8, 2),),
+    ("_backward_kv", 128): ((64, 128, 8, 2),),
+}
+
 
 def sweep(bench: Bench, only: tuple[str, ...]) -> None:
     """Times the shipped configurations, their neighbours, half and double in one number at a time, and attention's
     CANDIDATES, and prints the fastest whose results agree."""
-    shapes = ("D64 T1024 65536", "D128 T1024 65536", "C768 65536", "H12", "F3072", "C768 V50257 16384", "C320 V8192")
+    shapes = ("D64 T1024 65536", "D128 T1024 65536", "C768 65536", "F3072", "C768 V50257 16384", "C320 V8192")
     for case in all_cases(bench):
         if not wanted(case, only) or not only and not bench.dry and not any(shape in case.shape for shape in shapes):
             continue
@@ -289,12 +295,12 @@ def tunables(case: Case) -> Iterator[tuple]:
         if case.group == "rotary attention":
             for kernel in (0,) if direction == "forward" else (1, 2):
                 yield direction, "attention", "configure", kernel, ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+            if direction == "forward":
+                yield direction, "rotary", "_config", None, ("ROWS", "HEADS", "num_warps")
         elif case.group == "norms":
             yield direction, "norms", f"_{direction}_config", None, ("ROWS", "num_warps")
         elif case.group == "loss":
             yield direction, "cross_entropy", "_config", None, ("BLOCK", "num_warps")
-        elif "rotary" in case.operation:
-            yield direction, "rotary", "_config", None, ("ROWS", "HEADS", "num_warps")
         else:
             yield direction, "activation", "_config", None, ("BLOCK", "num_warps")
 
@@ -332,7 +338,7 @@ def neighbours(case, direction, module, name, kernel, numbers, bench) -> Iterato
         if value >= 1
     ]
     if kernel is not None:
-        candidates = importlib.import_module("kernels.attention").CANDIDATES.get((kernel, seen["D"]), ())
+        candidates = CANDIDATES.get((kernel.__name__, seen["D"]), ())
         changes += [dict(zip(numbers, tile, strict=True)) for tile in candidates]
     for change in changes:
         if time.monotonic() > bench.deadline:

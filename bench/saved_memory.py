@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
+from kernels.fallback import rotary_table
 from nanochin.config import Shape, UserError, make_shape, opt, parse, run_command
 from nanochin.model import GPT, ROTARY_THETA
 
@@ -65,10 +66,8 @@ def total(groups: list[Saved]) -> int:
 
 def of_ours(shape: Shape, sequences: int, dtype: torch.dtype = torch.bfloat16) -> list[Saved]:
     """Our model's on Triton operations."""
-    with kernels.use("triton"):  # a first step makes the table of angles, which is kept for good and must not be fake
-        importlib.import_module("kernels.rotary").table_for(
-            torch.empty(1, shape.seq_len, 3 * shape.width), shape.heads, ROTARY_THETA
-        )
+    # The table of angles is kept for good, and must not be fake.
+    rotary_table(shape.seq_len, shape.head_size, ROTARY_THETA, torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True), kernels.use("triton"):
         model, tokens = GPT(shape, dtype=dtype), torch.zeros(sequences, shape.seq_len, dtype=torch.long)
         return saved(lambda: model(tokens, tokens), list(model.parameters()))

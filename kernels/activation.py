@@ -173,49 +173,13 @@ class _ActivationLinear(torch.autograd.Function):
         return dx, rows.T @ a.flatten(0, -2) if trains else None, rows.sum(0) if ctx.bias else None, None
 
 
-def aot():
-    """The shipped configurations for bench.aot, bf16."""
-    for kind in KINDS:
-        config = _config(2048)
-        warps = config.pop("num_warps")
-        for direction, kernel, pointers in (
-            ("forward", _forward, ("X", "Y")),
-            ("backward", _backward, ("G", "X", "DX", "Y")),
-        ):
-            yield {
-                "label": f"{kind} {direction} bf16",
-                "kernel": kernel,
-                "signature": dict.fromkeys(pointers, "*bf16") | {"M": "i32", "F": "i32"},
-                "constexprs": {"KIND": kind} | config,
-                "num_warps": warps,
-                "num_stages": 3,
-            }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Public functions
-
-
-def activation(x: Tensor, kind: str) -> Tensor:
-    """`gelu` (erf), `gelu_tanh` (GPT-2's form), `relu2`: (..., F) -> (..., F); `swiglu`: (..., 2F) -> (..., F)."""
-    return activate(x, _known(kind))
+# Public function
 
 
 def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """activation(x, kind) weight^T + bias, of which only x (and weight) is kept for the backward.
-
-    x (..., F), or (..., 2F) for swiglu, of two dimensions or more; weight (C, F) and bias (C,) of x's dtype
-    -> (..., C).
-    """
-    return _ActivationLinear.apply(x, weight, bias, _known(kind))
-
-
-def _known(kind: str) -> str:
+    """`kernels.ops.activation_linear`, of which only x (and weight) is kept for the backward. x has two dimensions or
+    more; weight and bias are of its dtype. Raises ValueError for a kind that is not in KINDS."""
     if kind not in KINDS:
         raise ValueError(f"activation {kind}: must be one of {', '.join(KINDS)}")
-    return kind
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up, gate and up being the two halves of the last dimension: (..., 2F) -> (..., F)."""
-    return activate(x, "swiglu")
+    return _ActivationLinear.apply(x, weight, bias, kind)

@@ -44,7 +44,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.rotary import rotate_qk, table_for
+from kernels.fallback import rotary_table
+from kernels.rotary import rotate_qk
 
 LOG2E = tl.constexpr(1.4426950408889634)
 PAD = tl.constexpr(128)  # L and delta have room for whole tiles
@@ -307,13 +308,6 @@ TILES = {
     ("float32", 128): (Tile(32, 16, 8, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)),
 }
 KERNELS = (_forward, _backward_q, _backward_kv)
-# To be timed beside them on sm_90 (python -m bench.kernels --sweep), by kernel and head size: two programs on a
-# multiprocessor where the shipped tiles allow one, or larger tiles.
-CANDIDATES = {
-    (_forward, 128): (Tile(64, 64, 4, 2), Tile(128, 64, 8, 3)),
-    (_backward_kv, 64): (Tile(32, 128, 8, 2),),
-    (_backward_kv, 128): (Tile(64, 128, 8, 2),),
-}
 TARGETS = {9: "sm_90", 10: "sm_100"}  # by major compute capability, all others sm_80
 
 
@@ -340,49 +334,6 @@ def configure(kernel, target: str, dtype: torch.dtype, T: int, D: int) -> dict:
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-
-
-GATED_HEADS = {80: (64, 128), 86: (64, 128), 89: (64, 128), 90: (32, 64, 96, 128), 120: (64, 128)}  # most used
-
-
-def aot():
-    """For bench.aot: every row of TILES on every target, head sizes that need padding, with and without positions."""
-    cases = [(torch.bfloat16, 1024, D, " rotary") for D in (128, 64, 32, 16, 96, 24, 90, 50, 26, 10)]
-    cases += [(torch.bfloat16, 1024, D, also) for D in (128, 64) for also in ("", " rotary qk-norm")]
-    cases += [(dtype, T, D, " rotary") for dtype, T in ((torch.bfloat16, 64), (torch.float32, 1024)) for D in (128, 64)]
-    for capability in (90, 80, 86, 89, 120, 100):
-        for dtype, T, D, also in cases:
-            gate = T > 64 and dtype != torch.float32 and D in GATED_HEADS.get(capability, ()) and also == " rotary"
-            for kernel in KERNELS if gate or capability in (80, 90, 100) else ():
-                if kernel is _forward and "qk-norm" in also:
-                    continue  # it does not see the norm
-                options = configure(kernel, TARGETS.get(capability // 10, "sm_80"), dtype, T, D)
-                options["ROTATED"] = bool(also)
-                absent = ([] if also else ["table"]) + ([] if "qk-norm" in also else ["r"])
-                options |= {name: None for name in absent if name in kernel.arg_names}
-                name = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-                yield {
-                    "label": f"{kernel.__name__[1:]} {name} D{D} T{'<=' if T == 64 else '>'}64{also}",
-                    "kernel": kernel,
-                    "signature": {arg: _type_of(arg, name, options) for arg in kernel.arg_names if arg not in options},
-                    "constexprs": {arg: options[arg] for arg in kernel.arg_names if arg in options},
-                    "num_warps": options["num_warps"],
-                    "num_stages": options["num_stages"],
-                    "capabilities": (capability,),
-                    "gate": gate,
-                    "odd": ("T", "H"),
-                }
-
-
-def _type_of(argument: str, dtype: str, options: dict) -> str:
-    if argument in ("T", "H", "scale"):
-        return "fp32" if argument == "scale" else "i32"
-    kind = "fp32" if argument in ("lse", "delta", "lse_m", "delta_m", "table", "r") else dtype
-    if not options["TMA"] or argument[-2:] not in ("_m", "_n"):
-        return f"*{kind}"
-    rows = options[f"BLOCK_{argument[-1].upper()}"]
-    block = f"1, {rows}" if argument in ("lse_m", "delta_m") else f"1, 1, {rows}, {options['BLOCK_D']}"
-    return f"tensordesc<{kind}[{block}]>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -470,36 +421,19 @@ def _backward(ctx, do, *_):
 _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _forward_flops(qkv, *_, **__) -> int:
-    B, T, C3 = qkv
-    return 4 * B * T * T * (C3 // 3)
-
-
-def _backward_flops(do, qkv, *_, **__) -> int:
-    return 2 * _forward_flops(qkv)
-
-
-# For FlopCounterMode(custom_mapping=...): two products of T x T x D a head, not halved for the mask, nor counting what
-# the backward computes again.
-FLOP_FORMULAS = {
-    torch.ops.nanochin.attention: _forward_flops,
-    torch.ops.nanochin.attention_backward: _backward_flops,
-}
-
-
 def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bool = False) -> Tensor:
-    """Causal self-attention on packed qkv (B, T, 3C) -> (B, T, C), in float32, float16 or bfloat16. With `theta`
-    queries and keys are first rotated to positions 0..T-1, with `qk_norm` divided by their root mean square before
-    that, as `rotary` does.
+    """`kernels.ops.attention` in float32, float16 and bfloat16.
 
     Raises ValueError for another dtype, if qkv does not hold three times `n_heads` heads of at most 128, and with
     `theta` or `qk_norm` if a head has an odd size.
     """
-    C3 = qkv.shape[-1]
-    if C3 % (3 * n_heads) or C3 // (3 * n_heads) > 128:
+    _, T, C3 = qkv.shape
+    D, rest = divmod(C3, 3 * n_heads)
+    if rest or D > 128:
         raise ValueError(f"attention: qkv of width {C3} is not 3 x {n_heads} heads of at most 128 numbers")
-    if (theta is not None or qk_norm) and C3 // (3 * n_heads) % 2:
-        raise ValueError(f"attention: heads of {C3 // (3 * n_heads)} have no two halves to rotate or normalise")
+    if (theta is not None or qk_norm) and D % 2:
+        raise ValueError(f"attention: heads of {D} have no two halves to rotate or normalise")
     if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"attention: qkv is {qkv.dtype}, the kernels compute in float32, float16 and bfloat16")
-    return _attention(qkv, table_for(qkv, n_heads, theta), n_heads, qk_norm)[0]
+    table = None if theta is None else rotary_table(T, D, theta, qkv.device)
+    return _attention(qkv, table, n_heads, qk_norm)[0]

@@ -142,42 +142,6 @@ def _autograd(ctx, grad, *_):
 head.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _flops(h, weight, targets, ignore_index, z_loss, train, **_) -> int:
-    """Of the shapes: logits and, in training, both gradients are made in the forward."""
-    return 2 * h[0] * h[1] * weight[0] * (3 if train else 1)
-
-
-FLOP_FORMULAS = {torch.ops.nanochin.linear_cross_entropy: _flops}
-
-
-def aot():
-    """The shipped configurations for bench.aot, bf16."""
-    for V in (256, 8192, 50257):
-        for train in (False, True):
-            config = _config(V, train)
-            warps = config.pop("num_warps")
-            signature = {
-                "Logits": "*bf16",
-                "Targets": "*i64",
-                "Loss": "*fp32",
-                "M": "i32",
-                "V": "i32",
-                "stride": "i32",
-                "ignore_index": "i32",
-                "z_loss": "fp32",
-            }
-            yield {
-                "label": f"cross-entropy{' and gradient' if train else ''} bf16 V{V}",
-                "kernel": _loss_and_gradient,
-                "signature": signature,
-                "constexprs": {"GRADIENT": train} | config,
-                "num_warps": warps,
-                "num_stages": 3,
-                "odd": ("M", "V", "ignore_index"),
-                "gate": V == 50257 and train,
-            }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Public function
 
@@ -185,10 +149,8 @@ def aot():
 def linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
 ) -> Tensor:
-    """Mean over the targets that are not `ignore_index` of -log softmax(h weight^T)[target] + z_loss log(Z)^2.
-
-    h (M, C), weight (V, C), targets (M,) -> float32 scalar. No target at all gives 0; one outside 0..V-1 gives NaN.
-    The weight may be float32 beside half-precision h; its gradient is then float32 too, never rounded to half.
-    """
+    """`kernels.ops.linear_cross_entropy`; a target outside 0..V-1 makes it NaN. The weight may be float32 beside
+    half-precision h; its gradient is then float32 too, never rounded to half. Raises ValueError unless there is one
+    target a row of h."""
     train = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     return head(h, weight, targets, ignore_index, z_loss, train)[0]

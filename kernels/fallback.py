@@ -79,21 +79,24 @@ def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False
         qk, v = qkv.view(B, T, 3 * n_heads, D).split((2 * n_heads, n_heads), dim=2)  # (B, T, 2H, D), (B, T, H, D)
         qkv = torch.cat((F.rms_norm(qk, (D,), eps=1e-6), v), dim=2).view(B, T, C3)
     if theta is not None:
-        qkv = _Rotation.apply(qkv, *_kept_table(T, D, theta, qkv.device, qkv.dtype))
+        table = rotary_table(T, D, theta, qkv.device, qkv.dtype)
+        qkv = _Rotation.apply(qkv, *table[:, None].chunk(2, dim=-1))  # (T, 1, D/2) each
     return qkv
 
 
-def _kept_table(T: int, D: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    cos, sin = _rotary_table(1 << (T - 1).bit_length(), D, theta, device, dtype)  # sampling asks for every T
-    return cos[:T], sin[:T]
+def rotary_table(T: int, D: int, theta: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """cos | sin (T, D) of every position x frequency."""
+    # A compiled graph makes the table itself, once for all layers: a tensor of its own that outlives it would be a
+    # hazard under CUDA graphs, whose memory is reused.
+    if torch.compiler.is_compiling():
+        return reference.rotary_table(T, D, theta, device).to(dtype)
+    return _kept_table(1 << (T - 1).bit_length(), D, theta, device, dtype)[:T]  # sampling asks for every T
 
 
-@functools.cache  # for good: a recorded step reads it where it lies
+@functools.cache  # for good: a captured step reads it where it lies
 @torch.inference_mode(False)  # a table made while sampling may serve a training step later
-def _rotary_table(T: int, D: int, theta: float, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position, to be broadcast over heads: (T, 1, D/2) each."""
-    cos, sin = reference.rotary_table(T, D, theta, device)
-    return cos[:, None].to(dtype), sin[:, None].to(dtype)
+def _kept_table(T: int, D: int, theta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return reference.rotary_table(T, D, theta, device).to(dtype)
 
 
 class _Rotation(torch.autograd.Function):
@@ -129,16 +132,12 @@ def activation(x: Tensor, kind: str) -> Tensor:
         return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
     if kind == "relu2":
         return F.relu(x).square()
-    return swiglu(x)
+    gate, up = x.chunk(2, dim=-1)  # swiglu
+    return F.silu(gate) * up
 
 
 def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     return F.linear(activation(x, kind), weight, bias)
-
-
-def swiglu(x: Tensor) -> Tensor:
-    gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,10 @@ def _processors(device: torch.device) -> int:
 def norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> normed (..., C); x + residual (..., C), empty without a residual; per row 1/std (and mean): (1 or 2, M)."""
+    """-> normed (..., C); x + residual (..., C), empty without a residual; per row 1/std (and mean): (1 or 2, M).
+
+    Raises ValueError for rows wider than MAX_WIDTH and for shapes and dtypes that do not go together.
+    """
     x, residual, weight, bias = _contiguous(x, residual, weight, bias)
     M, C = x.numel() // x.shape[-1], x.shape[-1]
     if C > MAX_WIDTH:
@@ -192,73 +195,23 @@ def _contiguous(*tensors):
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def aot():
-    """The shipped configurations for bench.aot: bf16 activations, float32 weights, with the residual."""
-    forward = {
-        "X": "*bf16",
-        "Residual": "*bf16",
-        "W": "*fp32",
-        "Y": "*bf16",
-        "Total": "*bf16",
-        "Stats": "*fp32",
-        "M": "i32",
-        "C": "i32",
-        "eps": "fp32",
-    }
-    backward = {
-        "G": "*bf16",
-        "GTotal": "*bf16",
-        "X": "*bf16",
-        "W": "*fp32",
-        "Stats": "*fp32",
-        "DX": "*bf16",
-        "Partial": "*fp32",
-        "M": "i32",
-        "C": "i32",
-    }
-    kinds = {
-        "add_rms_norm": ({"CENTRED": False, "ADD": True, "BIAS": False}, forward, {"B": None}),
-        "add_layer_norm": ({"CENTRED": True, "ADD": True, "BIAS": True}, forward | {"B": "*fp32"}, {}),
-    }
-    for name, (options, forward, absent) in kinds.items():
-        for C in (384, 768, 1024, 2048, 4096, 8192):
-            for direction, kernel, signature, constexprs, config in (
-                ("forward", _forward, forward, options | absent, _forward_config(C)),
-                ("backward", _backward, backward, options, _backward_config(C)),
-            ):
-                warps = config.pop("num_warps")
-                yield {
-                    "label": f"{name} {direction} bf16 C{C}",
-                    "kernel": kernel,
-                    "signature": signature,
-                    "constexprs": constexprs | config,
-                    "num_warps": warps,
-                    "num_stages": 3,
-                    "gate": C == 768 and name == "add_rms_norm",
-                }
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Public functions
+# Public functions, as `kernels.ops` documents them
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / rms(x) * weight over the last dimension, at most 32,768 wide."""
     return norm(x, None, weight, None, eps, False)[0]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """(x - mean) / std * weight + bias over the last dimension, at most 32,768 wide."""
     return norm(x, None, weight, bias, eps, True)[0]
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual)."""
     return norm(x, residual, weight, None, eps, False)[:2]
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """(layer_norm(x + residual), x + residual)."""
     return norm(x, residual, weight, bias, eps, True)[:2]

@@ -1,7 +1,7 @@
 """The explicit mathematics of every operation: slow, memory-hungry, right in any dtype (tests run it in float64).
 
 Nothing here is fused or clever, so this is also the place to read what an operation means. Same signatures as
-`kernels`; the Triton kernels and the PyTorch fallback are tested against these functions.
+`kernels.ops`; the Triton kernels and the PyTorch fallback are tested against these functions.
 """
 
 import torch
@@ -33,18 +33,19 @@ def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False
     if qk_norm:
         q, k = (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
     if theta is not None:
-        cos, sin = rotary_table(T, D, theta, qkv.device)
-        cos, sin = cos[:, None].to(qkv.dtype), sin[:, None].to(qkv.dtype)  # (T, 1, D/2)
+        cos, sin = rotary_table(T, D, theta, qkv.device)[:, None].to(qkv.dtype).chunk(2, dim=-1)  # (T, 1, D/2) each
         halves = [x.chunk(2, dim=-1) for x in (q, k)]
         q, k = (torch.cat((x1 * cos - x2 * sin, x1 * sin + x2 * cos), dim=-1) for x1, x2 in halves)
     return torch.stack((q, k, v), dim=2).view(B, T, C3)
 
 
-def rotary_table(T: int, D: int, theta: float, device) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, (T, D/2) each, computed in float64 and kept in float32."""
-    frequency = theta ** (-torch.arange(0, D, 2, device="cpu", dtype=torch.float64) / D)
-    angle = torch.arange(T, device="cpu", dtype=torch.float64)[:, None] * frequency
-    return angle.cos().float().to(device), angle.sin().float().to(device)
+def rotary_table(T: int, D: int, theta: float, device: torch.device) -> Tensor:
+    """cos | sin of position x frequency, (T, D) in float32. The angles are float64: at position 4096 those of float32
+    are off by 2e-4."""
+    where = "cpu" if device.type == "mps" else device  # MPS has no float64
+    frequency = theta ** (-torch.arange(0, D, 2, device=where, dtype=torch.float64) / D)
+    angle = torch.arange(T, device=where, dtype=torch.float64)[:, None] * frequency
+    return torch.cat((angle.cos(), angle.sin()), dim=1).float().to(device)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -74,27 +75,22 @@ def add_layer_norm(
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """`gelu`, `gelu_tanh` (GPT-2's approximation of it), `relu2` (ReLU squared): (..., F) -> (..., F);
-    `swiglu`: (..., 2F) -> (..., F)."""
+    """`gelu`, `gelu_tanh` (GPT-2's approximation of it), `relu2` (ReLU squared): (..., F) -> (..., F); `swiglu`,
+    silu(gate) * up with gate and up the two halves of the last dimension: (..., 2F) -> (..., F)."""
     if kind == "gelu":
         return 0.5 * x * (1 + torch.erf(x * 2**-0.5))
     if kind == "gelu_tanh":
         return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
     if kind == "relu2":
         return x.clamp(min=0).square()
-    return swiglu(x)
+    gate, up = x.chunk(2, dim=-1)
+    return gate * gate.sigmoid() * up
 
 
 def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     """activation(x, kind) weight^T + bias: x (..., F), or (..., 2F) for swiglu; weight (C, F) -> (..., C)."""
     y = activation(x, kind) @ weight.T
     return y if bias is None else y + bias
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) * up, gate and up being the two halves of the last dimension: (..., 2F) -> (..., F)."""
-    gate, up = x.chunk(2, dim=-1)
-    return gate * gate.sigmoid() * up
 
 
 def linear_cross_entropy(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
+from kernels import ops
 from nanochin.config import Shape
 
 
@@ -36,10 +36,10 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(shape.width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.rms_norm(x, self.weight)
+        return ops.rms_norm(x, self.weight)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.add_rms_norm(x, residual, self.weight)
+        return ops.add_rms_norm(x, residual, self.weight)
 
 
 class LayerNorm(nn.Module):
@@ -51,10 +51,10 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(shape.width)) if shape.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return kernels.layer_norm(x, self.weight, self.bias)
+        return ops.layer_norm(x, self.weight, self.bias)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.add_layer_norm(x, residual, self.weight, self.bias)
+        return ops.add_layer_norm(x, residual, self.weight, self.bias)
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)  # (B, T, 3C)
-        return self.out(kernels.attention(qkv, self.heads, self.theta, self.qk_norm))  # (B, T, C)
+        return self.out(ops.attention(qkv, self.heads, self.theta, self.qk_norm))  # (B, T, C)
 
 
 class FeedForward(nn.Module):
@@ -87,7 +87,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.up(x)  # (B, T, F), or 2F for swiglu
-        return kernels.activation_linear(x, *self.down.cast(x.dtype), self.kind)  # (B, T, C)
+        return ops.activation_linear(x, *self.down.cast(x.dtype), self.kind)  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -154,4 +154,4 @@ class GPT(nn.Module):
         if targets is None:
             return F.linear(h, weight.to(self.dtype)).float()
         z_loss = self.z_loss if torch.is_grad_enabled() else 0.0  # steers training, is no part of a measured loss
-        return kernels.linear_cross_entropy(h.flatten(0, 1), weight, targets.flatten(), z_loss=z_loss)
+        return ops.linear_cross_entropy(h.flatten(0, 1), weight, targets.flatten(), z_loss=z_loss)

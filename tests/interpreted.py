@@ -16,7 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 
-import kernels
+from kernels import ops
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -34,11 +34,8 @@ def load(name: str) -> ModuleType:
             load("rotary")  # whose kernel it launches
         _let_launches_interpret()
         sys.modules.pop(module, None)  # decorated for a GPU, if somebody has imported it
-        operation = getattr(kernels, name, None)
         with _environment():
             _interpreted[module] = importlib.import_module(module)
-        if operation is not None:
-            setattr(kernels, name, operation)  # kernels.rotary is an operation and a module, which took its place
     return _interpreted[module]
 
 
@@ -49,7 +46,7 @@ def skip_if_it_cannot_interpret() -> None:
 
 def load_all() -> None:
     """All of them, for `kernels.use("triton")`."""
-    for name in kernels.TRITON_MODULES:
+    for name in ops.TRITON_FILES.values():
         load(name)
 
 
@@ -174,3 +171,38 @@ def repeats(function, *inputs: torch.Tensor) -> None:
         passes.append([*outs, *torch.autograd.grad(outs, [x for x in xs if x.requires_grad], seeds)])
     for other in passes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(passes[0], other, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+def flop_formulas() -> dict:
+    """For FlopCounterMode(custom_mapping=...): operations whose cost torch does not know, or counts with what their
+    backward recomputes. Attention in full T x T, backward twice the forward; the loss makes its gradients in the
+    forward."""
+
+    def sdpa(q, *_, **__) -> int:  # (B, H, T, D): two products, scores and values
+        B, H, T, D = q
+        return 4 * B * H * T * T * D
+
+    def attention(qkv, *_, **__) -> int:  # (B, T, 3C)
+        B, T, C3 = qkv
+        return 4 * B * T * T * (C3 // 3)
+
+    def loss(h, weight, targets, ignore_index, z_loss, train, **_) -> int:
+        return 2 * h[0] * h[1] * weight[0] * (3 if train else 1)
+
+    def twice(formula):
+        return lambda grad, x, *_, **__: 2 * formula(x)
+
+    aten, ours = torch.ops.aten, torch.ops.nanochin
+    formulas = {
+        aten._scaled_dot_product_flash_attention_for_cpu: sdpa,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: twice(sdpa),
+    }
+    if "kernels.attention" in sys.modules:  # else torch does not have our operators
+        formulas |= {ours.attention: attention, ours.attention_backward: twice(attention)}
+    if "kernels.cross_entropy" in sys.modules:
+        formulas |= {ours.linear_cross_entropy: loss}
+    return formulas

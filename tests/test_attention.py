@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from interpreted import CUDA, DEVICE, MARKS, compare, load, randn, repeats
+from interpreted import CUDA, DEVICE, MARKS, compare, flop_formulas, load, randn, repeats
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import reference
+from kernels import fallback, reference
 from nanochin.config import make_shape
 from nanochin.flops import count_flops, ledger
 
@@ -175,7 +175,7 @@ def test_any_strides():
 def test_operators_keep_torch_s_rules():
     """Schema, fake tensors, autograd registration and tracing, as torch checks them."""
     qkv = randn(1, 100, 3 * 2 * 8).to(DEVICE, torch.float16)  # one block of queries, so that all of L is written
-    for table, qk_norm in ((None, False), (kernels.table_for(qkv, 2, 100.0), True)):
+    for table, qk_norm in ((None, False), (fallback.rotary_table(100, 8, 100.0, DEVICE), True)):
         forward, backward = torch.ops.nanochin.attention.default, torch.ops.nanochin.attention_backward.default
         torch.library.opcheck(forward, (qkv.clone().requires_grad_(), table, 2, qk_norm))
         o, *kept = forward(qkv, table, 2, qk_norm)
@@ -186,7 +186,7 @@ def test_flops_are_those_of_the_ledger():
     """FlopCounterMode with our formulas sees attention as nanochin.flops counts it: in full, backward twice forward."""
     shape = make_shape(48, 1, vocab_size=5, seq_len=20)
     qkv = randn(3, 20, 3 * 48).to(DEVICE, torch.float32).requires_grad_()
-    with FlopCounterMode(display=False, custom_mapping=kernels.FLOP_FORMULAS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
         attention(qkv, shape.heads, 10_000.0).sum().backward()
     rows = [row for row in ledger(shape) if row.operation.startswith("attention")]
     assert len(rows) == 2 and counter.get_total_flops() == 3 * sum(3 * row.physical for row in rows)

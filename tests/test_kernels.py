@@ -1,12 +1,15 @@
 """Every operation against the explicit mathematics in float64: values, gradients, and the choice of implementation."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
+from interpreted import flop_formulas, load_all
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from kernels import fallback, reference
+from kernels import fallback, ops, reference
 from nanochin.config import make_shape
 from nanochin.flops import count_flops
 from nanochin.model import GPT
@@ -218,12 +221,32 @@ def test_a_table_made_without_gradients_serves_training():
 
 
 def test_use_swaps_and_restores():
-    """`use` computes by another implementation inside its block only, also when the block fails."""
-    assert kernels.attention is fallback.attention
+    """`use` computes by another implementation inside its block only, also when the block fails; within another block
+    "auto" leaves what is there, and a function that is given goes before all."""
+    x, weight = randn(5, 33, scale=3.0).float(), randn(33, seed=1).float()
+
+    def by(module) -> bool:
+        return torch.equal(ops.rms_norm(x, weight), module.rms_norm(x, weight))
+
+    assert by(fallback) and not by(reference)
     with pytest.raises(ZeroDivisionError), kernels.use("reference"):
-        assert all(getattr(kernels, name) is getattr(reference, name) for name in kernels.OPERATIONS)
+        assert by(reference)
+        with kernels.use("auto"):
+            assert by(reference)
+        with kernels.use("fallback", rms_norm=lambda x, *_: x):
+            assert torch.equal(ops.rms_norm(x, weight), x)
+        assert by(reference)
         1 / 0  # noqa: B018
-    assert all(getattr(kernels, name) is getattr(fallback, name) for name in kernels.OPERATIONS)
+    assert by(fallback)
+
+
+@pytest.mark.parametrize("name", ["reference", "fallback", "triton"])
+def test_every_operation_is_there(name):
+    """With the arguments, by their names and defaults, that `ops` documents."""
+    if name == "triton":
+        load_all()
+    for operation, function in ops.implementations(name).items():
+        assert inspect.signature(function) == inspect.signature(getattr(ops, operation))
 
 
 def test_backend_says_why():
@@ -239,6 +262,6 @@ def test_flops_of_the_operations_in_use(options):
     shape = make_shape(48, 2, vocab_size=77, seq_len=40, **options)
     model = GPT(shape)
     batch = torch.randint(77, (2, 41), generator=torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False, custom_mapping=kernels.flop_formulas()) as counter:
+    with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
         model(batch[:, :-1], batch[:, 1:]).backward()
     assert counter.get_total_flops() == count_flops(shape, 2 * 40)["physical"]

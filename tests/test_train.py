@@ -148,16 +148,16 @@ def test_threads_share_a_batch(tiny, four_threads):
     assert losses(runs[0][2]) == losses(runs[1][2]) == pytest.approx(losses(runs[2][2]), rel=1e-5)
 
 
-def test_kernels_can_be_left_out(tiny, monkeypatch):
+def test_kernels_can_be_left_out(tiny):
     """--kernels fallback computes by PyTorch operations whatever suits the device, and the record says so."""
 
     def broken(*_):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(kernels, "attention", broken)
-    with pytest.raises(ZeroDivisionError):
-        run(tiny())
-    _, folder, _ = run(tiny(name="plain", kernels="fallback"))
+    with kernels.use("auto", attention=broken):
+        with pytest.raises(ZeroDivisionError):
+            run(tiny())
+        _, folder, _ = run(tiny(name="plain", kernels="fallback"))
     assert json.loads((folder / "config.json").read_text())["kernels"] == ["fallback", "as asked"]
 
 
