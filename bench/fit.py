@@ -10,7 +10,6 @@ times faster than the finite differences or autograd that are published. Needs s
 """
 
 import csv
-import itertools
 import json
 import math
 import os
@@ -30,6 +29,7 @@ import numpy as np
 from nanochin.config import UserError, opt, parse, run_command
 from nanochin.console import format_columns
 from nanochin.laws import BESIROGLU, HOFFMANN, bootstrap, fit_parametric
+from nanochin.laws.parametric import GRID, reference_objective
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 DELTA = 1e-3
@@ -72,27 +72,6 @@ def made_up(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # The peers
 
 
-def huber_and_gradient(theta, x, y, target, weights) -> tuple[float, np.ndarray]:
-    """The published objective in its published unknowns (a, b, e, alpha, beta), logs not centred."""
-    a, b, e, alpha, beta = theta
-    one, two = a - alpha * x, b - beta * y
-    top = np.maximum(np.maximum(one, two), e)
-    u1, u2, u3 = np.exp(one - top), np.exp(two - top), np.exp(e - top)
-    total = u1 + u2 + u3
-    r = top + np.log(total) - target
-    psi = np.clip(r, -DELTA, DELTA)
-    s = weights * psi / total
-    s1, s2 = s * u1, s * u2
-    gradient = np.array([s1.sum(), s2.sum(), (s * u3).sum(), -(s1 * x).sum(), -(s2 * y).sum()])
-    return float((weights * psi * (r - psi / 2)).sum()), gradient
-
-
-def grid_of_starts() -> list[tuple]:
-    """a, b, e, alpha, beta: the grid of Hoffmann et al., Appendix D.2."""
-    levels = np.arange(0, 30, 5.0)
-    return list(itertools.product(levels, levels, (-1, -0.5, 0, 0.5, 1), (0, 0.5, 1, 1.5, 2), (0, 0.5, 1, 1.5, 2)))
-
-
 def timed(work: Callable[[], object], rounds: int = 1) -> tuple[float, object]:
     """Median CPU seconds, and the last result."""
     seconds = []
@@ -107,11 +86,12 @@ def compare(N, D, loss, options: Options) -> list[dict]:
     from scipy.optimize import minimize
 
     x, y, target = np.log(N), np.log(D), np.log(loss)
-    starts = grid_of_starts()
-    some = [starts[i] for i in np.linspace(0, len(starts) - 1, options.starts).round().astype(int)]
+    some = [GRID[i] for i in np.linspace(0, len(GRID) - 1, options.starts).round().astype(int)]
 
     def lbfgs(weights=np.ones(len(N))):  # noqa: B008
-        return [minimize(huber_and_gradient, s, (x, y, target, weights), "L-BFGS-B", jac=True).fun for s in some]
+        return [
+            minimize(reference_objective, s, (x, y, target, DELTA, weights), "L-BFGS-B", jac=True).fun for s in some
+        ]
 
     fit_parametric(N, D, loss)  # warm up: imports, caches
     ours, fit = timed(lambda: fit_parametric(N, D, loss), 4 * options.rounds)
@@ -122,11 +102,11 @@ def compare(N, D, loss, options: Options) -> list[dict]:
     counts = rng.multinomial(len(N), np.full(len(N), 1 / len(N)), options.resamples).astype(float)
 
     def bfgs():
-        return [minimize(huber_and_gradient, warm, (x, y, target, w), "BFGS", jac=True) for w in counts]
+        return [minimize(reference_objective, warm, (x, y, target, DELTA, w), "BFGS", jac=True) for w in counts]
 
     strap, sure = timed(lambda: bootstrap(fit), options.rounds)
     bfgs_seconds, _ = timed(bfgs)
-    theirs *= len(starts) / len(some)
+    theirs *= len(GRID) / len(some)
     bfgs_seconds *= 4000 / len(counts)
     near = float(np.mean(np.array(objectives) <= fit.objective * (1 + 1e-6)))
     return [
@@ -150,14 +130,16 @@ def wrong_way(N, D, loss, resamples: int) -> list[dict]:
     x, y, target, law = np.log(N), np.log(D), np.log(loss), HOFFMANN
     start = (np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta)
     counts = np.random.default_rng(0).multinomial(len(N), np.full(len(N), 1 / len(N)), resamples).astype(float)
-    rows = []
+    told = []
     for name, scale in (("mean, default tolerances", 1 / len(N)), ("sum, default tolerances", 1.0)):
-        results = [minimize(huber_and_gradient, start, (x, y, target, scale * w), "L-BFGS-B", jac=True) for w in counts]
+        results = [
+            minimize(reference_objective, start, (x, y, target, DELTA, scale * w), "L-BFGS-B", jac=True) for w in counts
+        ]
         exponents = [r.x[4] / (r.x[3] + r.x[4]) for r in results]
         low, high = np.percentile(exponents, (10, 90))
-        rows.append({"how": name, "low": low, "high": high, "steps": float(np.median([r.nit for r in results]))})
+        told.append({"how": name, "low": low, "high": high, "steps": float(np.median([r.nit for r in results]))})
     low, high = bootstrap(fit_parametric(N, D, loss), replicates=resamples).interval("a", 80)
-    return [*rows, {"how": "sum, converged (nanochin)", "low": low, "high": high, "steps": math.nan}]
+    return [*told, {"how": "sum, converged (nanochin)", "low": low, "high": high, "steps": math.nan}]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

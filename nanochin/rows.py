@@ -282,23 +282,22 @@ def require_usable(rows: Rows) -> None:
 
 def by_chance(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
     """(of N, of D): how probable it is that a parabola in its log explains so much of log loss, beside a parabola in
-    the other's, if it has no part in it (F test). 0 where this cannot be told: D grows with N, or there are few runs.
+    the other's, if it has no part in it (F test). 0 where this cannot be told: D grows with N, or few runs."""
+    from scipy.special import fdtrc
 
-    For two added terms, m = n - 5 degrees of freedom being left, P(F) is (RSS with them / RSS without them)^(m/2)."""
     n, d, y = (np.log(values) - np.log(values).mean() for values in (N, D, loss))
     n, d = (x / (np.abs(x).max() or 1) for x in (n, d))
 
     def left(*terms: np.ndarray) -> tuple[float, int]:
         A = np.stack([np.ones_like(y), *terms], axis=1)
         found, _, rank, _ = np.linalg.lstsq(A, y)
-        return float(np.sum((y - A @ found) ** 2)), rank
+        return float(np.sum((y - A @ found) ** 2)) + len(y) * 1e-28, rank  # no less than rounding
 
     both, rank = left(n, n * n, d, d * d)
-    if rank < 5 or len(y) <= 5:
+    free = len(y) - 5
+    if rank < 5 or free < 1:
         return 0.0, 0.0
-    least = len(y) * 1e-28  # rounding: what is explained exactly by one is not explained by the other
-    power = (len(y) - 5) / 2
-    return tuple(float(((both + least) / (left(*terms)[0] + least)) ** power) for terms in ((d, d * d), (n, n * n)))
+    return tuple(float(fdtrc(2, free, (left(*terms)[0] / both - 1) / 2 * free)) for terms in ((d, d * d), (n, n * n)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

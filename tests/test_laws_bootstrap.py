@@ -258,28 +258,9 @@ def test_seed_noise_is_what_repeats_would_show():
 def test_the_wrong_way_collapses_the_interval():
     """Minimising the mean at default tolerances stops near its start in every resample: the interval is several
     times narrower than that of the optima, and does not hold the true a."""
-    pytest.importorskip("scipy")
     from bench.fit import made_up, wrong_way
 
     mean, _, converged = wrong_way(*made_up(240), resamples=40)
     assert mean["high"] - mean["low"] < 0.3 * (converged["high"] - converged["low"])
     assert not mean["low"] <= BESIROGLU.a <= mean["high"]
     assert converged["low"] <= BESIROGLU.a <= converged["high"]
-
-
-def test_the_peer_that_is_timed_minimises_the_same_objective():
-    """bench.fit's scipy objective: its gradient is the derivative, its value at our optimum is ours."""
-    pytest.importorskip("scipy")
-    from bench.fit import grid_of_starts, huber_and_gradient, made_up
-
-    N, D, loss = made_up(60)
-    fit = fit_parametric(N, D, loss)
-    rows = (np.log(N), np.log(D), np.log(loss), np.ones(60))
-    law = fit.law
-    at = np.array([math.log(law.A), math.log(law.B), math.log(law.E), law.alpha, law.beta])
-    assert huber_and_gradient(at, *rows)[0] == pytest.approx(fit.objective, rel=1e-9)
-    off = at * 1.01
-    for i, step in enumerate(np.eye(5) * 1e-6):
-        slope = (huber_and_gradient(off + step, *rows)[0] - huber_and_gradient(off - step, *rows)[0]) / 2e-6
-        assert huber_and_gradient(off, *rows)[1][i] == pytest.approx(slope, rel=1e-4)
-    assert len(set(grid_of_starts())) == 4500

@@ -188,16 +188,6 @@ def test_rows_of_no_budget_are_named():
     assert len(fit.budgets) == 5
 
 
-def test_spline_against_scipy():
-    """Akima's spline is scipy's, through uneven points."""
-    interpolate = pytest.importorskip("scipy.interpolate")
-    rng = np.random.default_rng(0)
-    x = np.cumsum(rng.uniform(0.2, 2, 9))
-    y = rng.standard_normal((4, 9))
-    at = np.linspace(x[0], x[-1], 200)
-    assert akima(x, y, at) == pytest.approx(interpolate.Akima1DInterpolator(x, y, axis=1)(at), abs=1e-12)
-
-
 def test_spline_passes_through_lines_and_points():
     """A line stays a line; at the knots the values come back; two points suffice."""
     x, at = np.array([0.0, 1.0, 3.0, 3.5, 7.0]), np.linspace(0, 7, 29)

@@ -109,14 +109,15 @@ class DataConstrained:
         N, D = best = self.law.optimal(C)
         if unique_tokens >= D:
             return best
-        # The loss along the budget has one minimum; golden-section search in log N around the unconstrained optimum.
-        low, high = math.log(N) - 3, math.log(N) + 2 * math.log(D / unique_tokens) + 1
-        ratio = (math.sqrt(5) - 1) / 2
-        for _ in range(80):
-            left, right = high - ratio * (high - low), low + ratio * (high - low)
-            f, g = (self.loss(math.exp(x), self.law.cost.tokens(math.exp(x), C), unique_tokens) for x in (left, right))
-            low, high = (low, right) if f < g else (left, high)
-        N = math.exp((low + high) / 2)
+        from scipy.optimize import minimize_scalar
+
+        # The loss along the budget has one minimum, between the unconstrained optimum and larger models.
+        bounds = math.log(N) - 3, math.log(N) + 2 * math.log(D / unique_tokens) + 1
+
+        def loss(log_n: float) -> float:
+            return self.loss(math.exp(log_n), self.law.cost.tokens(math.exp(log_n), C), unique_tokens)
+
+        N = math.exp(minimize_scalar(loss, bounds=bounds, options={"xatol": 1e-9}).x)
         D = self.law.cost.tokens(N, C)
         if D / unique_tokens - 1 > 20 * self.R_D:  # worth exp(-20) a token
             raise NotIdentified(

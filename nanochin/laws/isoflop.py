@@ -278,22 +278,10 @@ class Curve:
 
 
 def akima(x, y, at) -> np.ndarray:
-    """Akima's spline (1970) through x (s,), y (K, s), at points (t,): (K, t). Two points make a line."""
-    slope = np.diff(y) / np.diff(x)  # (K, s - 1)
-    # Two slopes more on each side, continuing linearly.
-    first, last = slope[:, :1], slope[:, -1:]
-    second, before = (slope[:, 1:2], slope[:, -2:-1]) if len(x) > 2 else (first, last)
-    m = np.concatenate([3 * first - 2 * second, 2 * first - second, slope, 2 * last - before, 3 * last - 2 * before], 1)
-    w1, w2 = np.abs(m[:, 3:] - m[:, 2:-1]), np.abs(m[:, 1:-2] - m[:, :-3])
-    total = w1 + w2
-    flat = total <= 1e-9 * np.abs(m).max(1, keepdims=True) + 1e-300
-    tangent = np.where(
-        flat, (m[:, 1:-2] + m[:, 2:-1]) / 2, (w1 * m[:, 1:-2] + w2 * m[:, 2:-1]) / np.where(flat, 1, total)
-    )
-    gap = np.clip(np.searchsorted(x, at, side="right") - 1, 0, len(x) - 2)
-    h, t = np.diff(x)[gap], at - x[gap]
-    left, right, chord = tangent[:, gap], tangent[:, gap + 1], slope[:, gap]
-    return y[:, gap] + t * (left + t * ((3 * chord - 2 * left - right) / h + t * (left + right - 2 * chord) / h**2))
+    """Akima's spline (1970) through x (s,), y (K, s), at points (t,): (K, t)."""
+    from scipy.interpolate import Akima1DInterpolator
+
+    return Akima1DInterpolator(x, y, axis=1)(at)
 
 
 def _noise(budgets, N, loss) -> float:
