@@ -1,12 +1,12 @@
 """Train one model: a FLOP budget and text go in, a compute-optimal GPT comes out.
 
-    python train.py                                    a run that suits this machine, on text it already has
+    python train.py                                    a run that fits this machine, on text it already has
     python train.py --budget 1e15 --data books/        the law chooses the model and its tokens
-    python train.py --model 256x4 --tokens 2e8         or you do
-    python train.py config.toml --seed 1               options from a file, then from the command line
+    python train.py --model 256x4 --tokens 2e8         you choose both
+    python train.py config.toml --seed 1               options from a file; the command line overrides them
 
-The same command goes on from where a killed run stopped, and ends in the same bits. The file reads top to bottom:
-`resolve` decides what is trained and on what, `train` holds the loop, the rest are the functions they call.
+Rerun the same command to resume a killed run; the result is bit-identical to an uninterrupted run. The file reads top
+to bottom: `resolve` decides what is trained and on what, `train` is the training loop, `train_step` is one step.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-# OpenMP's threads sleep while they wait, from before torch loads it: spinning, two of them make a run many times slower
-# as soon as another program wants a core (LOG.md). In a step each works on its own (nanochin/step.py, Shards).
+# OpenMP threads must sleep while they wait, which is decided before torch loads OpenMP: spinning threads make a run
+# many times slower as soon as another program needs a core (LOG.md). In a step threads share nothing (step.py).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -42,9 +42,8 @@ from nanochin.step import Shards, TrainingStep, pick_step
 from nanochin.tokenizer import model_vocab
 from nanochin.windows import Windows
 
-# What `python train.py` does with no option, by kind of device and never by a timing, so that the same command is
-# the same run: the largest 1-2-5 budget that takes about 3 minutes on 2 CPU cores or about a minute on a
-# data-centre GPU, on at most one epoch of text that is already there.
+# Defaults by device type, never by a timing, so that the same command is the same run: the largest 1-2-5 budget that
+# takes about 3 minutes on 2 CPU cores or a minute on a data-centre GPU, on at most one epoch of text that is at hand.
 DEFAULTS = {
     "cpu": {"budget": 1e13, "seq_len": 256, "data": ("python",)},
     "mps": {"budget": 1e14, "seq_len": 512, "data": ("python-all",)},
@@ -53,14 +52,14 @@ DEFAULTS = {
 
 
 def read_corpus(config: Config, progress: Progress) -> Corpus:
-    """The text of a run, tokenised; runs of one sweep share it."""
+    """The tokenised text of a run."""
     data = config.data or DEFAULTS[pick_device(config.device).type]["data"]
     with progress:
         return prepare_for(config, data, progress)
 
 
 def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) -> Job:
-    """Fill in what the options left open: device, text, shape, tokens, batch, learning rate, dtype."""
+    """Fill in the options that were not given: device, text, shape, tokens, batch, learning rate, dtype."""
     check(config)
     loggers.check(config.loggers)
     if config.init_from:
@@ -104,18 +103,18 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
         dtype=str(dtype).split(".")[1],
         final_lr=default_final(config.schedule) if config.final_lr is None else config.final_lr,
         log_every=config.log_every or max(1, plan.steps // 200))  # fmt: skip
-    learning_rate(config, 0)  # raises for a warm-up longer than the schedule
+    learning_rate(config, 0)  # raises if the warm-up is longer than the schedule
     windows = Windows(corpus.train, seq_len, config.seed)
     step = pick_step(config.step, device, plan.params.total)
     return Job(config, plan, law, corpus, windows, device, dtype, why_dtype, *step)
 
 
 def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> dict:
-    """Train, finish or merely report the run that `config` describes; returns its summary, a row of runs.csv. `corpus`
-    is its text if that has been read already.
+    """Train the run that `config` describes, resume it, or report it if it is finished. Returns its summary, a row of
+    runs.csv. `corpus` is its text if that has been read already.
 
-    Raises UserError for what the user can put right and RunError for what went wrong on the way (disk full, loss not
-    a number, a signal). Checkpoints are kept in either case, and the same call goes on from the newest.
+    Raises UserError for what the user can fix and RunError for what goes wrong during the run (full disk, NaN loss, a
+    signal). Checkpoints are kept in both cases, and the same call resumes from the newest.
     """
     progress = Progress(quiet)
     job = resolve(config, progress, corpus)
@@ -129,12 +128,12 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         if run.summary is not None:
             progress.say(f"{run.folder} is finished: loss {run.summary['loss']:.4f}")
             return run.summary
-        # A prediction stands as it was made before the first step, whatever law a call that goes on names.
+        # The prediction is the one made before the first step, whatever law a resuming call names.
         record["predicted"] = files.read_json(run.folder / "config.json").get("predicted") or record["predicted"]
         with files.writing(run.folder):
             corpus.tokenizer.save(run.folder)
 
-        # Model and optimizer: new, from another run or GPT-2's weights, or as this run's newest checkpoint has them.
+        # Model and optimizer: new, from another run, from GPT-2's weights, or from this run's newest checkpoint.
         model = GPT(plan.shape, dtype=job.dtype, seed=config.seed, z_loss=config.z_loss).to(device)
         optimizer = Adam(model, config.optimizer, config.lr, (config.beta1, config.beta2), config.weight_decay)
         state = {
@@ -146,7 +145,7 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         }
         if last := checkpoint.newest_valid(run.folder, warn=progress.say):
             state = checkpoint.load(last, model, optimizer)
-            progress.say(f"going on from {last}")
+            progress.say(f"resuming from {last}")
         elif config.branch_from:
             state["step"] = checkpoint.load(find_branch(config, record), model, optimizer)["step"]
         elif config.init_from:
@@ -161,8 +160,8 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         if not quiet:
             show_plan(job, run, train_on, peak_source)
 
-        # The loop. `step` counts finished optimizer steps, and the data position follows from it alone. Losses and
-        # norms stay on the device until they are logged, so that a GPU does not wait for the host.
+        # The loop. `step` counts finished optimizer steps and fixes the data position. Losses and norms stay on the
+        # device until they are logged, so that a GPU does not wait for the host.
         step = state["step"]
         recent = [torch.tensor(pair, device=device) for pair in state["recent"]]  # (loss, norm) of steps not yet logged
         watch, lap, last_save = Stopwatch(state["seconds"]), state["lap"], time.monotonic()
@@ -172,7 +171,7 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
                     with watch.paused():
                         log_evaluation(job, step, model, run)
 
-                # Gathered while a GPU is still at the step before: 4 to 8 ns a token on one core (LOG.md).
+                # Overlaps with the previous step on a GPU: 4 to 8 ns a token on one core (LOG.md).
                 batch = torch.from_numpy(windows.batch(step * sequences, sequences))  # (sequences, T+1)
                 recent.append(train_on(batch, config.lr * learning_rate(config, step)))
                 step += 1
@@ -203,7 +202,7 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
                     if caught:
                         raise InterruptedRun(caught[0], f"{run.folder} is saved at step {step} of {plan.steps}")
 
-        # What came out.
+        # The result.
         seconds = watch.seconds()
         loss, bpb = log_evaluation(job, step, model, run, progress)
         run.finish(summarise(job, record, name, loss, bpb, seconds).summary())
@@ -216,8 +215,8 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
 def train_step(shards: Shards, optimizer: Adam, batch: Tensor, micro_batch: int, clip: float) -> Tensor:
     """One step on batch (n, T+1), `micro_batch` sequences at a time -> (loss, gradient norm before clipping).
 
-    The gradient is that of the mean over all n x T tokens, however the batch is cut; it is added up in the order of the
-    sequences, so that the same cuts give the same bits.
+    The gradient is that of the mean loss over all n x T tokens, whatever the micro-batch. It is summed in the order of
+    the sequences, so the same micro-batch gives the same bits.
     """
 
     def accumulate(model: nn.Module, sequences: Tensor) -> Tensor:
@@ -236,7 +235,7 @@ def train_step(shards: Shards, optimizer: Adam, batch: Tensor, micro_batch: int,
 
 
 def first_micro_batch(job: Job) -> int:
-    """Sequences a forward pass: 4096 tokens on a CPU (its cache), 64k on a GPU; halved when memory runs out."""
+    """Sequences per forward pass: 4096 tokens on a CPU (fits its cache), 64k on a GPU; halved on out-of-memory."""
     tokens = 4096 if job.device.type == "cpu" else 65536
     return max(1, min(job.plan.batch_tokens, tokens) // job.config.seq_len)
 
@@ -246,7 +245,7 @@ def first_micro_batch(job: Job) -> int:
 
 
 class Stopwatch:
-    """Seconds spent training, over all the processes that a run took, without evaluations and checkpoints."""
+    """Seconds of training over all processes of a run, without evaluations and checkpoints."""
 
     def __init__(self, seconds: float):
         self.started = time.monotonic() - seconds
@@ -262,18 +261,18 @@ class Stopwatch:
 
 
 class InterruptedRun(RunError):
-    """Stopped by a signal, after saving; the exit code is the shell's 128 + number."""
+    """Stopped by a signal, after saving. Exit code 128 + signal number, as in a shell."""
 
     def __init__(self, number: int, where: str):
-        super().__init__(f"stopped by {signal.Signals(number).name}: {where}; the same command goes on from there")
+        super().__init__(f"stopped by {signal.Signals(number).name}: {where}; rerun the same command to resume")
         self.code = 128 + number
 
 
 @contextmanager
 def catch_signals():
-    """Inside the block SIGTERM and SIGINT only append to the list that it yields, for the loop to finish its step."""
+    """In the block, SIGTERM and SIGINT only append to the yielded list, so that the loop can finish its step."""
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+    if threading.current_thread() is not threading.main_thread():  # handlers can be set only there
         yield caught
         return
     signals = (signal.SIGTERM, signal.SIGINT)

@@ -11,8 +11,8 @@ from nanochin.optim import learning_rate
 def find_branch(config: Config, record: dict) -> Path:
     """The checkpoint that `branch_from`, RUN@STEP, names: weights, moments and data position of another run.
 
-    Only the length of the run and its schedule may differ from that run, and the schedule only after STEP (a cooldown
-    from its trunk); anything else would be no run that could have been trained from scratch, and raises UserError.
+    Raises UserError unless the new run could have been trained from scratch with the same result: only its length and
+    its schedule may differ from that run, and the schedule only after STEP (a cooldown).
     """
     what = f"`branch_from` {config.branch_from}"
     trunk, _, step = config.branch_from.rpartition("@")

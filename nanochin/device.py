@@ -1,4 +1,4 @@
-"""What a run computes on: the device, its compute dtype, its peak, whether a model fits its memory."""
+"""The device of a run: its compute dtype, its peak FLOP/s, whether a model fits its memory."""
 
 import ctypes
 import functools
@@ -16,7 +16,7 @@ KINDS = ("cuda", "mps", "cpu")
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first of cuda, mps, cpu that is there. Raises UserError for a device that is not."""
+    """`auto` is the first available of cuda, mps, cpu. Raises UserError for a device that is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -32,8 +32,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc (Linux) to keep freed memory for the next step rather than return it: PyTorch frees every activation
-    of a step, and the pages of a new one, each faulted in and zeroed, cost a CPU 5% to 25% of its time (LOG.md)."""
+    """Make glibc (Linux) keep freed memory instead of returning it to the system: PyTorch frees all activations of a
+    step, and faulting in and zeroing new pages costs 5% to 25% of the time on a CPU (LOG.md)."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "gnu_get_libc_version"):
         m_trim_threshold, m_mmap_threshold = -1, -3  # as malloc.h numbers them
@@ -53,12 +53,12 @@ def pick_dtype(name: str, device: torch.device, shape: Shape) -> tuple[torch.dty
         # From width 384 bf16 was 2.1x as fast as float32 with AMX, at 128 between 1.0x and 1.3x (LOG.md).
         if shape.width >= 384:
             return torch.bfloat16, "the CPU has AMX or AVX512-bf16 and the model is at least 384 wide"
-        return torch.float32, "bf16 pays on this CPU only from width 384"
+        return torch.float32, "bf16 is faster on this CPU only from width 384"
     return torch.float32, f"no fast bf16 on this {device.type.upper()}"
 
 
 def precision(dtype: torch.dtype) -> dict:
-    """How numbers are multiplied and added, for the record, in torch's words: `highest` is float32 without TF32."""
+    """Precision settings for the record, in torch's terms: `highest` is float32 without TF32."""
     return {
         "activations": str(dtype).split(".")[1],
         "weights": "float32",
@@ -80,11 +80,11 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
-    """(peak FLOP/s or None, where it is from). GPUs: the table in flops.py. CPU: a short matrix product, measured."""
+    """(peak FLOP/s or None, source). GPUs: the table in flops.py. CPU: measured with a short matrix product."""
     if device.type == "cpu":
         a = torch.randn(768, 768).to(dtype)
         seconds = []
-        while sum(seconds) < 0.2:  # the best of several: whatever else runs only slows them
+        while sum(seconds) < 0.2:  # the fastest of several, since other work only slows them
             start = time.perf_counter()
             a @ a
             seconds.append(time.perf_counter() - start)
@@ -96,14 +96,14 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str
 
 
 def check_memory(params: int, device: torch.device) -> None:
-    """Raises RunError (a sweep records it and goes on) for a model whose weights, gradients and two moments in float32,
-    16 bytes a parameter, cannot fit."""
+    """Raises RunError (which a sweep records as a failed run) if weights, gradients and two moments in float32, 16
+    bytes a parameter, cannot fit."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     else:
-        return  # not told by this system
+        return  # unknown on this system
     if 16 * params > memory:
         raise RunError(
             f"a model of {count(params)} parameters needs {count(16 * params)}B with its optimizer, "

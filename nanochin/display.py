@@ -1,4 +1,4 @@
-"""What train.py shows of a run: what was decided and why, how far it is, what came out."""
+"""What train.py prints: the resolved options with their reasons, progress, and the result."""
 
 import math
 
@@ -48,7 +48,7 @@ def show_plan(job: Job, run: runs.Run, train_on: TrainingStep, peak_source: str)
         ("dtype", config.dtype, job.why_dtype),
         ("operations", backend, why_backend),
         ("step", job.step, job.why_step),
-        ("run", str(run.folder), "the same command goes on where it stopped"),
+        ("run", str(run.folder), "rerun the same command to resume"),
     ]  # fmt: skip
     table("nanochin", rows)
     if epochs(job) > 1:
@@ -58,7 +58,7 @@ def show_plan(job: Job, run: runs.Run, train_on: TrainingStep, peak_source: str)
     if corpus.skipped_records:
         print(f"note: {corpus.skipped_records} lines or rows have no text and were skipped (--skip-bad)")
     if config.init_from:
-        print(f"note: the weights are GPT-2's, from {config.init_from}")
+        print(f"note: initialised from GPT-2 weights in {config.init_from}")
 
 
 def by_interval(forecast: dict) -> str:

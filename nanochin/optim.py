@@ -10,13 +10,13 @@ from nanochin.config import Config, UserError
 
 
 class Adam:
-    """torch's fused Adam over float32 parameters, without the class `torch.optim.Adam` around it: making one imports
-    torch's compiler, 2 s of every start, used or not.
+    """torch's fused Adam on float32 parameters, without the class `torch.optim.Adam`: it imports torch's compiler, 2 s
+    at every start.
 
-    `adamw` takes lr * weight_decay * w off the weight (Loshchilov & Hutter 2019), `adam` adds weight_decay * w to the
-    gradient (L2); Hoffmann et al. 2022, section 4.1, compare the two. Matrices decay, vectors (norms, biases) do not.
-    `state[p]` holds step, exp_avg and exp_avg_sq of parameter p, as torch names them. `lr` is a number, or a tensor on
-    the parameters' device for a step that is recorded once and repeated (step.py).
+    `adamw` subtracts lr * weight_decay * w from the weight (Loshchilov & Hutter 2019); `adam` adds weight_decay * w to
+    the gradient (L2). Hoffmann et al. 2022, section 4.1, compare the two. Matrices decay, vectors (norms, biases) do
+    not. `state[p]` holds step, exp_avg and exp_avg_sq of parameter p, as torch names them. `lr` is a number, or a
+    tensor on the parameters' device for a captured step (step.py).
     """
 
     def __init__(self, model: nn.Module, kind: str, lr: float, betas: tuple[float, float], weight_decay: float):
@@ -35,7 +35,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update by the gradients that are there."""
+        """One update of all parameters that have a gradient."""
         for matrices in (True, False):
             params = [p for p in self.parameters if p.grad is not None and (p.ndim >= 2) == matrices]
             if params:
@@ -54,7 +54,7 @@ class Adam:
 
 
 def default_final(schedule: str) -> float:
-    """Where a schedule ends, as a fraction of the peak rate: a cosine at 10% (Hoffmann et al. 2022, Appendix B)."""
+    """Final learning rate as a fraction of the peak: 10% for a cosine (Hoffmann et al. 2022, Appendix B)."""
     return {"cosine": 0.1, "wsd": 0.0, "linear": 0.0, "constant": 1.0}[schedule]
 
 
@@ -64,15 +64,15 @@ def lr_at(
     """The learning rate of step 0 <= `step` < `steps`, as a fraction of the peak rate.
 
     After a linear warm-up whose first step is already above 0:
-    `cosine`    half a cosine from 1 to `final`, which it reaches at `cycle` x the end of the run: with cycle > 1 the
-                run ends on the way (the overshoot of Hoffmann et al. 2022, Appendix B), with cycle < 1 it stays there;
+    `cosine`    half a cosine from 1 to `final`, reached at `cycle` x the length of the run: with cycle > 1 the run ends
+                earlier (the overshoot of Hoffmann et al. 2022, Appendix B), with cycle < 1 the rate then stays there;
     `wsd`       1, then from 1 to `final` as 1 - sqrt(progress) over the last `cooldown` share of the run
                 (Hägele et al. 2024);
     `linear`    a line from 1 to `final`;
     `constant`  1.
-    `final` belongs to the moment after the last step, so no step is lost to a rate of 0.
+    `final` is reached after the last step, so no step has rate 0.
 
-    Raises UserError where the warm-up is as long as the schedule (`cycle` times the run for a cosine).
+    Raises UserError if the warm-up is as long as the schedule (`cycle` times the run for a cosine).
     """
     horizon = cycle * steps if schedule == "cosine" else steps
     if warmup_steps >= horizon:
@@ -93,7 +93,7 @@ def lr_at(
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """The schedule's fraction of the peak rate at `step` of a resolved config."""
+    """The learning rate at `step` of a resolved config, as a fraction of the peak."""
     return lr_at(
         step,
         round(config.tokens / config.batch_tokens),

@@ -1,4 +1,4 @@
-"""A run as it was decided before its first step, and what is recorded of it."""
+"""A resolved run (Job) and its records: config.json before the first step, summary.json after the last."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from nanochin.windows import Windows
 
 @dataclass(frozen=True)
 class Job:
-    """Everything decided before the first step. `config` has no None left that matters."""
+    """A run with every option resolved."""
 
     config: Config
     plan: ladder.Plan
@@ -31,7 +31,7 @@ class Job:
 
 
 def describe(job: Job) -> dict:
-    """config.json: what was asked and resolved, what defines the result, and everything it ran on."""
+    """config.json: the identity (what defines the result), resolved options, and everything the run used."""
     corpus = job.corpus
     initial = {"init_sha": gpt2.initial_sha(job.config.init_from)} if job.config.init_from else {}
     identity = runs.identity(
@@ -51,7 +51,7 @@ def describe(job: Job) -> dict:
         "kernels": kernels.backend(job.device, job.config.kernels),
         "step": [job.step, job.why_step],
         "precision": precision(job.dtype),
-        "predicted": predicted(job),  # before it is known what comes out
+        "predicted": predicted(job),  # pre-registered: written before the first step
         "versions": files.versions(),
     }  # fmt: skip
 
@@ -97,8 +97,8 @@ def epochs(job: Job) -> float:
 
 
 def predicted(job: Job) -> dict:
-    """What the law says of this run's loss, with a 95% interval where its file carries one; nothing (None) if it was
-    fitted on another tokenizer, text, or context."""
+    """The law's prediction of this run's loss, with a 95% interval if its file has one. None if the law was fitted with
+    another tokenizer, text or context."""
     meta, plan, corpus = job.law.meta, job.plan, job.corpus
     same = meta.get("seq_len") in (None, str(job.config.seq_len)) and meta.get("val_sha") in (None, corpus.val_sha)
     same = same and (meta.get("tokenizer"), meta.get("data_sha")) == (corpus.tokenizer.name, corpus.data_sha)

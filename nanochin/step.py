@@ -1,11 +1,11 @@
-"""How a training step runs: operation by operation, with the model compiled, or captured and replayed by one launch.
+"""How a training step runs: eagerly, with the model compiled, or captured once and replayed as one CUDA graph.
 
-    eager     every operation is started by Python; on a CPU the sequences of a batch are shared out among threads
-    compile   torch.compile takes the model's forward and backward; accumulation, clipping and Adam stay as they are
+    eager     Python launches every operation; on a CPU, threads share the sequences of a batch
+    compile   torch.compile for the model's forward and backward; accumulation, clipping and Adam stay eager
     graph     the whole step is one CUDA graph: the host copies a batch and a learning rate, and launches once
 
-What a step computes stands in train.py (`train_step`) and is the same in all three. Losses and gradient norms stay on
-the device, and nothing in a step waits for it.
+What a step computes is `train_step` in train.py, the same in all three. Losses and gradient norms stay on the device,
+and nothing in a step waits for it.
 """
 
 import copy
@@ -30,7 +30,7 @@ WARM_UP = 3  # steps before a graph is captured: they compile kernels and fill c
 
 
 class Choice(NamedTuple):
-    """A row of the table that step "auto" reads: up to so many parameters on such a device, what and why."""
+    """A row of the table for step "auto": which kind on this device for up to so many parameters, and why."""
 
     device: str
     params: float
@@ -61,8 +61,8 @@ def pick_step(asked: str, device: torch.device, params: int) -> tuple[str, str]:
 def compiled(model: nn.Module) -> Callable[..., Tensor]:
     """torch.compile of the model."""
     if torch.__version__ < (2, 13):
-        # Older ones write down, for a log that nobody reads, an operation that they do not know with all that went into
-        # it: at the end of five layers for three quarters of a minute, and five times as long for each layer more.
+        # Older versions log an unknown operation with its whole expression tree: 45 s for five layers, and five times
+        # as long for each further layer.
         from torch._inductor.lowering import FALLBACK_ALLOW_LIST
 
         FALLBACK_ALLOW_LIST.add("nanochin::linear_cross_entropy")
@@ -74,26 +74,26 @@ def compiled(model: nn.Module) -> Callable[..., Tensor]:
 
 
 def share_out(threads: int, sequences: int, seq_len: int, width: int) -> tuple[int, int]:
-    """(threads that take some of the `sequences` of a batch each, threads inside the operations of each) on a CPU with
-    `threads`; what remains is left idle, which is faster than to be waited for (all measured on two cores, LOG.md).
+    """(threads that share the `sequences` of a batch, threads inside the operations of each) on a CPU with `threads`.
+    The rest stay idle, which is faster than waiting for them (measured on two cores, LOG.md).
     """
     work = sequences * seq_len * width  # numbers in one layer's activations
-    # 1. A share of fewer than 2^14 does not repay its thread: Python, which threads take in turns, is most of its time.
+    # 1. A share below 2^14 is not worth a thread: most of its time is Python, which holds the interpreter lock.
     members = max(1, min(threads, sequences, work // 2**14))
-    # 2. An operation on fewer than 2^17 a thread takes no longer than it takes a sleeping thread to wake.
+    # 2. An operation on fewer than 2^17 per thread takes no longer than waking a sleeping thread.
     return members, max(1, min(threads // members, work // members // 2**17))
 
 
 class Shards:
-    """Where the forward and backward passes of a step run: on the thread that we are on, or, on a CPU, each share of
-    the sequences on a thread of its own, with a replica of the model that has the same weights and its own gradients.
+    """Runs the forward and backward passes of a step: on the current thread, or, on a CPU, each share of the sequences
+    on its own thread with a replica of the model that shares the weights and has its own gradients.
 
-    On a CPU two threads with half of the batch each meet once a step. Two threads in every operation meet hundreds of
-    times: that is as fast only if they spin while they wait, and then crawls as soon as another program runs (LOG.md).
+    Two threads with half of the batch each synchronise once a step. Two threads inside every operation synchronise
+    hundreds of times: as fast only if they spin while waiting, and very slow when another program runs (LOG.md).
     """
 
     def __init__(self, model: nn.Module, members: int = 1, threads: int | None = None):
-        """threads: inside the operations of each member, and of ours within `with shards:`; None: as they are."""
+        """threads: inside the operations of each member, and of the caller in `with shards:`. None: unchanged."""
         self.threads = threads
         self.models = [model, *(replica(model) for _ in range(members - 1))]
         if members > 1:
@@ -103,14 +103,14 @@ class Shards:
             torch.set_num_threads(before)
 
     def run(self, function: Callable[[nn.Module, Tensor], Tensor], batch: Tensor) -> Tensor:
-        """The sum of function(model, share) over the shares of the batch. The gradients that it leaves in the .grad of
-        the replicas are added to those of the model, in the order of the sequences."""
+        """The sum of function(model, share) over the shares of the batch. Gradients in the .grad of the replicas are
+        added to those of the model, in the order of the sequences."""
         if len(self.models) == 1:
             return function(self.models[0], batch)
         for model in self.models[1:]:
             model.zero_grad()
         total, *others = self.pool.map(function, self.models, batch.chunk(len(self.models)))
-        for model, loss in zip(self.models[1:], others, strict=False):  # fewer shares where they come out uneven
+        for model, loss in zip(self.models[1:], others, strict=False):  # chunk may return fewer shares
             total = total + loss
             ours, theirs = ([p.grad for p in each.parameters()] for each in (self.models[0], model))
             torch._foreach_add_(ours, theirs)
@@ -125,14 +125,14 @@ class Shards:
 
 
 def replica(model: nn.Module) -> nn.Module:
-    """The same model once more: it shares the weights in memory and has gradients of its own."""
+    """A copy of the model that shares its weights in memory and has its own gradients."""
     return copy.deepcopy(model, memo={id(p): nn.Parameter(p.detach()) for p in model.parameters()})
 
 
 def _set_own_threads(count: int) -> None:
-    """The threads of operations called by the current thread: torch keeps that number for each thread apart."""
+    """Threads inside operations that the current thread calls; torch keeps this number per thread."""
     torch.set_num_threads(count)
-    torch.get_num_threads()  # the first look takes over the process's latest setting, so let it be this one
+    torch.get_num_threads()  # the first call adopts the process-wide setting, so make it now
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,16 +140,16 @@ def _set_own_threads(count: int) -> None:
 
 
 class CudaGraph:
-    """`function`, which takes no argument and whose tensors stay where they are, called `WARM_UP` times, then captured
-    as a CUDA graph and replayed. It returns the same tensor each time.
+    """Calls `function` (no arguments, static tensors) `WARM_UP` times, then captures it as a CUDA graph and replays
+    that. Returns the same tensor each time.
 
-    A captured graph keeps its memory. Where less than `reserve` bytes would be left for all else (an evaluation), the
-    device is as good as full: raises torch.OutOfMemoryError.
+    A captured graph keeps its memory. If it leaves less than `reserve` bytes for everything else (an evaluation), this
+    raises torch.OutOfMemoryError.
     """
 
     def __init__(self, function: Callable[[], Tensor], reserve: int, stream: torch.cuda.Stream):
-        """stream: a capture needs another one than the default; the warm-up runs on it too, since some of the caches
-        that it fills are kept by stream."""
+        """stream: not the default one, which cannot be captured. The warm-up runs on it too, since some caches are kept
+        per stream."""
         self.function, self.reserve, self.stream = function, reserve, stream
         self.calls, self.graph, self.output = 0, None, None
 
@@ -167,9 +167,9 @@ class CudaGraph:
         return self.output
 
     def _capture(self) -> None:
-        gc.collect()  # an older graph that is freed during the capture would spoil it
+        gc.collect()  # freeing an older graph during the capture would invalidate it
         graph = torch.cuda.CUDAGraph()
-        # The outer block brings back the usual stream even where a capture is broken off and cannot be ended.
+        # The outer block restores the usual stream even if the capture fails and cannot be ended.
         with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
             output = self.function()
         if torch.cuda.mem_get_info()[0] < self.reserve:
@@ -183,15 +183,14 @@ class CudaGraph:
 
 class TrainingStep:
     """`step(batch, lr)` trains on batch (n, T+1) of token ids in host memory -> (loss, gradient norm before clipping),
-    a tensor on the device, for which the host does not wait.
+    a tensor on the device; the host does not wait for it.
 
-    `micro_batch` sequences go through the model at once; it is halved when the device's memory runs out. A kind that
-    fails for another reason in its first steps falls back to eager, and `say` is told. The result does not depend on
-    any of this but for rounding.
+    `micro_batch` sequences go through the model at once; it is halved on out-of-memory. A kind that fails for another
+    reason in its first steps falls back to eager and reports it by `say`. The result is the same up to rounding.
     """
 
-    AHEAD = 2  # steps: enough to keep a device busy, few enough for signals to be answered and pinned batches reused
-    RESERVE = 2**31  # bytes beside a captured step: an evaluation takes 16k tokens and up to 1 GiB of logits at a time
+    AHEAD = 2  # steps in flight: keep the device busy, yet respond to signals and reuse pinned batches
+    RESERVE = 2**31  # bytes to leave for evaluation: 16k tokens and up to 1 GiB of logits at a time
 
     def __init__(
         self,
@@ -205,12 +204,11 @@ class TrainingStep:
         say: Callable[[str], None] = print,
         capture: Callable[..., Callable[[], Tensor]] = CudaGraph,
     ):
-        """function: train.train_step. sequences: of a batch. capture(function, reserve, stream): a CUDA graph, which
-        tests replace."""
+        """function: train.train_step. sequences: in a batch. capture(function, reserve, stream): tests replace it."""
         self.function, self.model, self.optimizer, self.clip = function, model, optimizer, clip
         self.sequences, self.say, self.capture = sequences, say, capture
         self.device = optimizer.parameters[0].device
-        self.events: deque = deque()  # the ends of the last steps
+        self.events: deque = deque()  # ends of the last steps
         # One for all captures: cuBLAS keeps 32 MiB for every stream that it has seen.
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self._begin(kind, micro_batch)
@@ -225,7 +223,7 @@ class TrainingStep:
         self.cut(micro_batch)
 
     def cut(self, micro_batch: int) -> None:
-        """From here on that many sequences at once; a graph of other cuts is dropped."""
+        """Change the micro-batch; drops a captured graph."""
         self.micro_batch, self.done = micro_batch, 0  # done: steps of this kind and cut
         self.graph = self.batch = None
 
@@ -241,7 +239,7 @@ class TrainingStep:
                 if not full and (self.kind == "eager" or self.done > WARM_UP):
                     raise
                 why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            # Outside of the handler: with the error the frames are gone that held the failed step's memory.
+            # Outside of the handler, where the error's frames no longer hold the failed step's memory.
             self.optimizer.zero_grad()
             if full:
                 self.cut(self._smaller())
@@ -278,7 +276,7 @@ class TrainingStep:
         return self.micro_batch // 2
 
     def _stay_near(self) -> None:
-        """Wait for the end of the step that began AHEAD steps ago."""
+        """Wait for the step that started AHEAD steps ago."""
         if self.device.type == "cuda":
             self.events.append(torch.cuda.Event(blocking=True))
             self.events[-1].record()
@@ -287,8 +285,8 @@ class TrainingStep:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether this error, or one that it came from, is about the device's memory: a capture that is broken off by it
-    may end in another error. What CUDA, cuBLAS and Triton allocate themselves fails with a mere RuntimeError."""
+    """Whether this error, or one that caused it, is out-of-memory: a capture that fails for lack of memory may raise
+    another error. Allocations by CUDA, cuBLAS and Triton themselves raise a plain RuntimeError."""
     while error is not None:
         full = any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
         if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and full):

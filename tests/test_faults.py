@@ -450,7 +450,7 @@ def test_truncated_checkpoint(uninterrupted, interrupted, capsys, name, main):
     os.truncate(folder / "step-40" / name, (folder / "step-40" / name).stat().st_size // 2)
     assert main(*arguments(interrupted)) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert f"warning: {folder / 'step-40' / name}: " in out and f"going on from {folder / 'step-20'}" in out
+    assert f"warning: {folder / 'step-40' / name}: " in out and f"resuming from {folder / 'step-20'}" in out
     shutil.rmtree(folder / "step-40.broken")
     assert outcome(Path(interrupted.out)) == uninterrupted
 
