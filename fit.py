@@ -6,7 +6,6 @@
 The answer comes on the terminal; laws.json (for `train.py --law`), the figures and report.html go to --out.
 """
 
-import io
 import json
 import os
 import shlex
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochin import figures, laws, plot, report
+from nanochin import laws
 from nanochin.answers import SHOWN, Answer, Answers, Questions, answer, estimates, optimum
 from nanochin.checks import Outcome, run_checks
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError, opt, parse, run_command, with_flags
@@ -38,7 +37,8 @@ from nanochin.trials import Trial, read_trial
 
 MOST = 1e40  # FLOPs or tokens that one may ask about: beyond, losses differ from E in no digit
 GREAT_FILE = 10_000_000  # bytes that take some seconds to read
-OURS = ("laws.json", "report.html", *(f"{name}.{kind}" for name in figures.NAMES for kind in ("svg", "png")))
+FIGURES = ("curves", "isoflop", "optimum", "surface", "residuals", "hold-out", "certainty")  # all that may be drawn
+OURS = ("laws.json", "report.html", *(f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")))
 UNWANTED = {"all": (), "svg": (".png",), "none": (".svg", ".png")}  # of these, by --figures
 MARKS = {"ok": "  ", "doubt": "! ", "not checked": "? "}
 MOMENTS = 3e6  # rows x resamples below which it takes no longer than a moment, and progress is not shown
@@ -80,7 +80,11 @@ class FitOptions:
         "runs that train.py --law made after these were fitted: shown beside what the "
         "law had predicted of them, not fitted",
     )
-    figures: str = opt("all", "all: SVG, and PNG if matplotlib is there", choices=("all", "svg", "none"))
+    figures: str = opt(
+        "all",
+        "all: in the report, and as files in SVG and PNG; svg: no PNG; none: no figures",
+        choices=("all", "svg", "none"),
+    )
 
 
 def main() -> None:
@@ -238,28 +242,16 @@ def write(
 ) -> str:
     """laws.json, figures, report.html: each whole or as it was before. Figures that an earlier fit wrote here and this
     one does not are deleted; nothing else in the folder is touched."""
+    from nanochin import report  # imports jinja2, as `draw` matplotlib: --help needs neither
+
     built = versions()
     provenance = report.Provenance(
         command=command(),
         commit=built["git"] or "not in git",
         versions=f"python {built['python']}, numpy {built['numpy']}",
     )
-    drawn, said = figures.draw(study, {name: one.found for name, one in outcomes.items()}), []
-    files = (
-        {} if options.figures == "none" else {f"{figure.name}.svg": plot.to_svg(figure).encode() for figure in drawn}
-    )
-    if files:
-        said.append(f"{len(files)} figures in SVG")
-    if options.figures == "all":
-        try:
-            for figure in drawn:
-                image = io.BytesIO()
-                plot.to_png(figure, image)
-                files[f"{figure.name}.png"] = image.getvalue()
-            said.append("and PNG")
-        except UserError as error:
-            said.append(f"({error})")
-    files["report.html"] = report.render(study, outcomes, drawn, questions, answers, trials, provenance).encode()
+    files, panels = draw(study, outcomes, options.figures)
+    files["report.html"] = report.render(study, outcomes, panels, questions, answers, trials, provenance).encode()
     meta = describe(study, options) | {"command": command(), "git": built["git"], "files": sorted(files)}
     files["laws.json"] = laws.laws_text(contents(study, outcomes, questions, answers, trials, meta)).encode()
 
@@ -276,7 +268,25 @@ def write(
         raise
     for name in stale:
         (out / name).unlink(missing_ok=True)
-    return f"{out}: laws.json, report.html" + (", " + " ".join(said) if said else "")
+    kinds = {"all": "SVG and PNG", "svg": "SVG"}
+    said = f", {len(panels)} figures in {kinds[options.figures]}" if panels else ""
+    return f"{out}: laws.json, report.html{said}"
+
+
+def draw(study: Study, outcomes: dict[str, Outcome], wanted: str) -> tuple[dict[str, bytes], dict[str, list[str]]]:
+    """({file name: content}, {figure: its panels for the report}) of `wanted`: all, svg or none."""
+    if wanted == "none":
+        return {}, {}
+    from nanochin import figures
+    from nanochin.panels import png, svg
+
+    drawn, files, panels = figures.draw(study, {name: one.found for name, one in outcomes.items()}), {}, {}
+    for name, figure in drawn.items():
+        text, panels[name] = svg(figure, name)
+        files[f"{name}.svg"] = text.encode()
+        if wanted == "all":
+            files[f"{name}.png"] = png(figure)
+    return files, panels
 
 
 def files_of_earlier_fit(out: Path) -> list[str]:

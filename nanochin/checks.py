@@ -12,8 +12,8 @@ from functools import partial
 
 import numpy as np
 
-from nanochin import laws, plot
-from nanochin.console import count, digits
+from nanochin import laws
+from nanochin.console import count, digits, powers
 from nanochin.laws import Cost, NotIdentified, ParametricFit, PowerLaw, Refit
 from nanochin.rows import CHANCE, by_chance, identical
 from nanochin.study import COUNTS, Approach, Study, approach, attempt, resampled_unit, sample_runs, silent
@@ -29,14 +29,15 @@ WITHOUT = "it takes Approach 2 and a bootstrap"  # why there is no curvature and
 
 @dataclass(frozen=True)
 class Table:
-    """For the report. A cell is a text, in which ^ raises what follows; a number and its interval; or the reason that
-    stands in place of the rest of its row."""
+    """For the report. A cell is a text, in which ^ raises what follows; a number and its interval, or other words in
+    small print and their class in report.css; or the reason that stands in place of the rest of its row."""
 
     title: str
     head: Sequence[str]
-    rows: Sequence[Sequence[str | tuple[str, str] | NotIdentified]]
+    rows: Sequence[Sequence[str | tuple[str, ...] | NotIdentified]]
     note: str = ""
     figure: str = ""  # name of the figure below which it stands; "": with the other tables
+    mark: int | None = None  # the row that matters
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,6 @@ def doubt_if(bad: bool, sentence: str) -> Outcome:
 
 
 three, four = partial(digits, figures=3), partial(digits, figures=4)
-powers = partial(plot.number, powers=True, digits=3)  # 5.76e23 -> 5.76×10^23
 
 
 def with_interval(text: str, ends: tuple[float, float], show: Callable[[float], str]) -> tuple[str, str]:

@@ -117,6 +117,15 @@ def three(number: float) -> str:
     return f"{float(f'{number:.3g}'):g}"
 
 
+def powers(number: float, figures: int = 3) -> str:
+    """5.76e23 -> '5.76×10^23', 1e18 -> '10^18': at most so many digits; a renderer raises what follows the ^."""
+    if not math.isfinite(number):
+        return "∞"
+    mantissa, power = f"{number:.{figures - 1}e}".split("e")
+    mantissa = mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa
+    return ("" if mantissa == "1" else f"{mantissa}×") + f"10^{int(power)}"
+
+
 def digits(number: float, figures: int) -> str:
     """3441.7, 3 -> '3442': at least so many digits, zeros at the end too, no exponent where people can read them."""
     if number == 0 or not math.isfinite(number):

@@ -177,6 +177,7 @@ def command():
 
 QUICK = ("--bootstrap=100", "--figures=none")
 REMEMBERED = {}
+MARKUP = '<script>"&evil</script>'  # the name of a run
 
 
 def unchecked(study, progress=None):
@@ -229,3 +230,33 @@ def made_up(tmp_path_factory) -> Path:
 
 def read_laws(folder: Path) -> dict:
     return json.loads((folder / "laws.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def checked_study(tmp_path_factory):
+    """(study, outcomes of its checks) of a sweep with curves, whose first run has a name made of markup."""
+    from made_up_sweep import sweep, write_sweep
+
+    from nanochin.checks import run_checks
+    from nanochin.rows import Labels, read_logs, read_rows
+    from nanochin.study import Settings, study_runs
+
+    folder = write_sweep(tmp_path_factory.mktemp("report") / 'a<b>&"c', sweep(physical=0.5))
+    rows = read_rows(folder)
+    curves = read_logs(folder, rows)
+    names = rows.labels["run"]
+    rows.labels["run"] = Labels(names.codes, (MARKUP, *names.values[1:]))
+    study = study_runs(rows, curves, Settings(bootstrap=200))
+    return study, run_checks(study)
+
+
+def contrast(colour: str, paper: str) -> float:
+    """Of two colours such as #57606a, as WCAG has it: 1 for equal ones, 21 for black on white."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    a, b = sorted((luminance(colour), luminance(paper)))
+    return (b + 0.05) / (a + 0.05)
