@@ -479,6 +479,16 @@ def test_the_curves_are_named_by_their_hash(run, made_up, tmp_path):
     assert read(tmp_path)["meta"]["curves_sha256"] is None
 
 
+def test_help_loads_no_heavy_library():
+    """`fit.py --help` needs neither torch nor what the fits and figures use."""
+    code = (
+        "import atexit, sys, fit; sys.argv = ['fit.py', '--help']; atexit.register(lambda: print("
+        "sorted({'torch', 'scipy', 'matplotlib', 'jinja2', 'pandas'} & sys.modules.keys()))); fit.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage:") and done.stdout.splitlines()[-1] == "[]"
+
+
 def test_torch_is_not_imported(made_up, tmp_path):
     """The whole command, figures and report included, does without torch, pandas and pyplot."""
     code = (
