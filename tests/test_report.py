@@ -20,8 +20,9 @@ from nanochin.answers import Questions, answer, optimum
 from nanochin.checks import four, run_checks, three
 from nanochin.config import UserError
 from nanochin.console import count
+from nanochin.curves import curves_of_runs
 from nanochin.plot import COLOURS, Axis, Band, Figure, Line, Note, Panel, Points
-from nanochin.rows import Labels, read_logs, read_rows
+from nanochin.rows import Labels, read_rows
 from nanochin.study import Settings, study_runs
 
 VOID = {"meta", "input", "br"}  # never closed
@@ -32,7 +33,7 @@ def made(tmp_path_factory):
     """(study, outcomes, figures, report) of a sweep with curves, whose first run has a name made of markup."""
     folder = write_sweep(tmp_path_factory.mktemp("report") / 'a<b>&"c', sweep(physical=0.5))
     rows = read_rows(folder)
-    curves = read_logs(folder, rows)
+    curves = curves_of_runs(folder, rows)
     names = rows.labels["run"]
     rows.labels["run"] = Labels(names.codes, ('<i>"&evil</i>', *names.values[1:]))
     study = study_runs(rows, curves, Settings(bootstrap=200))
