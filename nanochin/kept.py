@@ -1,10 +1,10 @@
 """A sweep that is kept: what of its folder is worth it, and a README.md that shows the result."""
 
-import json
+import re
 from pathlib import Path
 
 from nanochin.console import count
-from nanochin.files import versions, write_file, writing
+from nanochin.files import read_json, versions, write_file, writing
 from nanochin.runrow import RunRow, flops_column, params_column, read_csv
 
 KEPT = (".csv", ".gz", ".json", ".html", ".svg")  # no checkpoints, and nothing of the folders of runs
@@ -31,7 +31,7 @@ def keep(folder: Path, results: Path, command: str) -> None:
 
 def write_readme(results: Path, command: str) -> None:
     """README.md of a sweep that is kept in `results`."""
-    found = json.loads((results / "laws.json").read_text()) if (results / "laws.json").exists() else None
+    found = read_json(results / "laws.json") if (results / "laws.json").exists() else None
     commit = found["meta"]["git"] if found else versions()["git"]
     commands = [command, f"python fit.py {results.as_posix()}"]
     files = {path.name for path in results.iterdir()}
@@ -104,5 +104,5 @@ def of_hold_out(found: dict | None) -> str:
 
 
 def power(value: float) -> str:
-    """1.0e+11 -> '1e11'."""
-    return f"{value:.3g}".replace("e+", "e")
+    """1e+08 -> '1e8'."""
+    return re.sub(r"e\+0*", "e", f"{value:.3g}")
