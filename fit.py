@@ -20,6 +20,7 @@ from nanochin.answers import SHOWN, Answer, Answers, Questions, answer, estimate
 from nanochin.checks import Outcome, run_checks
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError, opt, parse, run_command, with_flags
 from nanochin.console import Progress, count, format_columns
+from nanochin.curves import curves_of_runs, is_csv_gz
 from nanochin.files import versions, write_file, writing
 from nanochin.laws import Law, NotIdentified
 from nanochin.rows import (
@@ -28,7 +29,6 @@ from nanochin.rows import (
     best_tuning,
     parse_columns,
     read_curves,
-    read_logs,
     read_rows,
     require_usable,
 )
@@ -51,7 +51,9 @@ class FitOptions:
 
     # What to read.
     columns: str | None = opt(None, "columns of other names, such as params=N,tokens=D")
-    curves: str | None = opt(None, "table of training curves for Approach 1: run, params, tokens, loss")
+    curves: str | None = opt(
+        None, "training curves for Approach 1: a table of run, params, tokens, loss, or a curves.csv.gz"
+    )
     skip_bad: bool = opt(False, "leave out lines that cannot be used, and count them")
     drop: int = opt(0, "leave out this many runs of highest loss", low=0)
     params: str = opt("total", "how N is counted", choices=tuple(PARAM_CONVENTIONS))
@@ -144,9 +146,13 @@ def read(options: FitOptions) -> tuple[Rows, Rows | None]:
         rows = all_or_no_flops(rows, options.skip_bad)
     rows = best_tuning(rows)
     require_usable(rows)
-    if options.curves:
+    if not options.curves:
+        return rows, curves_of_runs(path if path.is_dir() else path.parent, rows)
+    if not is_csv_gz(options.curves):
         return rows, read_curves(options.curves, columns, options.skip_bad)
-    return rows, read_logs(path if path.is_dir() else path.parent, rows)
+    if curves := curves_of_runs(options.curves, rows):
+        return rows, curves
+    raise UserError(f"{options.curves}: has no curve of a run in {rows.source}")
 
 
 def around(study: Study) -> tuple[float, ...]:

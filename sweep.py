@@ -4,13 +4,14 @@
     python sweep.py sweeps/mini.toml --dry-run    the grid: shapes, tokens, epochs, FLOPs, hours
     python sweep.py sweeps/mini.toml --status     how far it is
 
-sweeps-out/<name>/plan.csv, runs.csv, runs/, laws.json, report.html and figures. Kill it at any moment: the same command
-completes it, with the same rows. Rows in results/<name>/runs.csv count as done.
+sweeps-out/<name>/plan.csv, runs.csv, curves.csv.gz, runs/, laws.json, report.html and figures. Kill it at any moment:
+the same command completes it, with the same rows. Rows in results/<name>/runs.csv count as done.
 """
 
 import functools
 import hashlib
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,9 +34,11 @@ from nanochin.config import (
     run_command,
 )
 from nanochin.console import Progress, clock, count, format_columns
+from nanochin.curves import CURVES, to_csv_gz
 from nanochin.data import BPE_VOCAB, Corpus, prepare_for
 from nanochin.files import write_file, writing
 from nanochin.grid import Cell, Sweep
+from nanochin.kept import keep
 from nanochin.pool import Pool
 from nanochin.runrow import RunRow, csv_of, params_column, to_csv
 from nanochin.schedule import Book, End, Schedule
@@ -43,7 +46,6 @@ from nanochin.tokenizer import Tokenizer, model_vocab
 
 ROOT = Path(__file__).resolve().parent
 SECONDS_BETWEEN_LINES = 15.0  # of the progress view, elsewhere than on a terminal
-KEPT = (".csv", ".json", ".html", ".svg")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class SweepOptions:
     dry_run: bool = opt(False, "print the grid and what it costs; train nothing")
     status: bool = opt(False, "print how far the sweep is, on a terminal until it is through")
     only: tuple[str, ...] = opt((), "runs to train now, such as budget=1e12 or model=48x2 model=64x2")
-    keep: bool = opt(False, "copy what is worth keeping to --results: rows, logs, laws, report; no checkpoints")
+    keep: bool = opt(False, "copy what is worth keeping to --results: rows, curves, laws, report; no checkpoints")
     retry_failed: bool = opt(False, "try failed runs again")
     workers: int | None = opt(None, "runs at once; default: one a GPU, else one a CPU core", low=1, high=1000)
     data: tuple[str, ...] | None = opt(None, "the text, as train.py reads it; default: that of the sweep file")
@@ -89,7 +91,9 @@ def main() -> int:
     train_all(sweep, only(cells, options), vocab, book, options, len(corpus.train))
     code = finish(sweep, cells, vocab, book)
     if options.keep:
-        keep(folder, book.results)
+        given = {"--data": options.data or (), "--val": options.val or ()}
+        text = [word for flag, paths in given.items() if paths for word in (flag, *paths)]
+        keep(folder, book.results, shlex.join(["python", "sweep.py", options.sweep, *text]))
     return code
 
 
@@ -406,9 +410,7 @@ def finish(sweep: Sweep, cells: list[Cell], vocab: int, book: Book) -> int:
     if len(rows) < len(ordered):
         print(f"{len(rows)} of {len(ordered)} runs done; without --only the same command does the rest")
     with FileLock(folder / ".lock"):
-        for cell in ordered:
-            if cell.name in ends and ends[cell.name].row:
-                book.copy_log(cell)
+        write_file(folder / CURVES, to_csv_gz(book.curves(rows)))
         table = to_csv(rows)
         path = folder / "runs.csv"
         write_file(path, table)
@@ -483,16 +485,6 @@ def fit(folder: Path, bootstrap: int) -> int:
     command = [sys.executable, str(ROOT / "fit.py"), str(folder), "--out", str(folder), f"--bootstrap={bootstrap}"]
     code = subprocess.run(command).returncode
     return 0 if code == UserError.code else code  # it has said why these runs give no law; they are there all the same
-
-
-def keep(folder: Path, results: Path) -> None:
-    """Copy all but the checkpoints and what the runs' folders have beside their logs."""
-    for path in [*(path for path in folder.iterdir() if path.suffix in KEPT), *folder.glob("runs/*/log.jsonl")]:
-        there = results / path.relative_to(folder)
-        with writing(there):
-            there.parent.mkdir(parents=True, exist_ok=True)
-        write_file(there, path.read_bytes())
-    print(f"{results}: kept")
 
 
 if __name__ == "__main__":

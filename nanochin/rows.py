@@ -26,7 +26,6 @@ import numpy as np
 
 from nanochin.config import UserError
 from nanochin.runrow import columns_of
-from nanochin.runs import read_log
 
 NEEDED = ("params", "tokens", "loss")
 OPTIONAL = tuple(name for name in columns_of("number") if name not in NEEDED)
@@ -116,50 +115,11 @@ def read_rows(path: str | Path, columns: dict[str, str] | None = None, skip_bad:
 def read_curves(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> Rows:
     """Training curves, many rows a run (`run`, `params`, `tokens`, `loss`), ordered by run and tokens. `columns` are
     those of the runs: where this table lacks one of them, its own plain name is read."""
-    return _by_run(_read_file(Path(path), (*NEEDED, "run"), columns or {}, skip_bad, lenient=True))
+    return by_run(_read_file(Path(path), (*NEEDED, "run"), columns or {}, skip_bad, lenient=True))
 
 
-def read_logs(folder: str | Path, rows: Rows) -> Rows | None:
-    """Training curves of the runs in `rows`, from the log.jsonl of their folders in `folder` or `folder`/runs; None
-    if there are none. N and the FLOPs of a token are those of `rows`; the hash is of the logs, one after the other in
-    the order of `rows`."""
-    folders = {
-        log.parent.name: log.parent
-        for pattern in ("*/log.jsonl", "runs/*/log.jsonl")
-        for log in sorted(Path(folder).glob(pattern))
-    }
-    of_run = [name for name in rows.numbers if name.startswith("params")]  # N, however it is counted
-    per_token = {name: rows[name] / rows["tokens"] for name in rows.numbers if name.startswith("flops")}
-    numbers = {name: array("d") for name in ("tokens", "loss", *of_run, *per_token)}
-    codes, used, sha256 = array("q"), [], hashlib.sha256()
-    for i in range(len(rows) if "run" in rows.labels else 0):
-        name = rows.labels["run"][i]
-        if name not in folders or name in used:  # several rows may be of one run, which has one curve
-            continue
-        points = [row for row in read_log(folders[name]) if _is_point(row)]
-        sha256.update((folders[name] / "log.jsonl").read_bytes())
-        for column, cells in numbers.items():
-            if column in of_run:
-                cells.extend([rows[column][i]] * len(points))
-            elif column in per_token:
-                cells.extend(per_token[column][i] * row["tokens"] for row in points)
-            else:
-                cells.extend(row[column] for row in points)
-        codes.extend([len(used)] * len(points))
-        used.append(name)
-    if not codes:
-        return None
-    columns = {name: np.array(column) for name, column in numbers.items()}
-    return _by_run(Rows(str(folder), sha256.hexdigest(), columns, {"run": Labels(np.array(codes), tuple(used))}))
-
-
-def _is_point(row: dict) -> bool:
-    """Whether a line of a log is a point of a training curve: tokens and loss, both finite and above 0."""
-    values = [row.get("tokens"), row.get("loss")]
-    return all(isinstance(value, int | float) and 0 < value < math.inf for value in values)
-
-
-def _by_run(points: Rows) -> Rows:
+def by_run(points: Rows) -> Rows:
+    """Points of training curves, ordered by run and tokens."""
     order = np.lexsort((points["tokens"], points.labels["run"].codes))
     numbers = {name: column[order] for name, column in points.numbers.items()}
     labels = {name: Labels(column.codes[order], column.values) for name, column in points.labels.items()}

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanochin.config import Config, UserError
-from nanochin.files import read_json, write_file, write_json, writing
+from nanochin.curves import CURVES, Curves, log_points, read_csv_gz
+from nanochin.files import read_json, write_json, writing
 from nanochin.grid import Cell
 from nanochin.pool import Answer
 from nanochin.runrow import RunRow, read_csv
@@ -89,13 +90,21 @@ class Book:
             )
         return End(row)
 
-    def copy_log(self, cell: Cell) -> None:
-        """The training curve that was kept with a row, beside those of the runs that were trained here."""
-        log, ours = self.results / "runs" / cell.name / "log.jsonl", self.of(cell) / "log.jsonl"
-        if log.exists() and not ours.exists():
-            with writing(ours):
-                ours.parent.mkdir(parents=True, exist_ok=True)
-            write_file(ours, log.read_bytes())
+    def curves(self, rows: list[RunRow]) -> Curves:
+        """Training curves of the finished runs in `rows` and then of their trunks: from the log of a run that was
+        trained here, else as they were kept with the rows."""
+        finished = [row for row in rows if row.status == "finished"]
+        runs = dict.fromkeys([*(row.run for row in finished), *(row.trunk for row in finished if row.trunk)])
+        folders = {run: self.folder / "runs" / run for run in runs}
+        ours = {run: folder for run, folder in folders.items() if (folder / "log.jsonl").exists()}
+        kept = self._kept_curves() if len(ours) < len(runs) else {}
+        return {run: log_points(ours[run]) if run in ours else kept.get(run, []) for run in runs}
+
+    def _kept_curves(self) -> Curves:
+        """Beside the rows that were kept. Older results have the logs instead."""
+        if (self.results / CURVES).exists():
+            return read_csv_gz(self.results / CURVES)
+        return {log.parent.name: log_points(log.parent) for log in self.results.glob("runs/*/log.jsonl")}
 
     def row(self, cell: Cell, summary: RunRow) -> RunRow:
         """The row of runs.csv: the run's summary, with what only the sweep knows."""

@@ -238,12 +238,12 @@ def checked_study(tmp_path_factory):
     from made_up_sweep import sweep, write_sweep
 
     from nanochin.checks import run_checks
-    from nanochin.rows import Labels, read_logs, read_rows
+    from nanochin.rows import Labels, read_rows
     from nanochin.study import Settings, study_runs
 
     folder = write_sweep(tmp_path_factory.mktemp("report") / 'a<b>&"c', sweep(physical=0.5))
     rows = read_rows(folder)
-    curves = read_logs(folder, rows)
+    curves = curves_of_runs(folder, rows)
     names = rows.labels["run"]
     rows.labels["run"] = Labels(names.codes, (MARKUP, *names.values[1:]))
     study = study_runs(rows, curves, Settings(bootstrap=200))

@@ -22,6 +22,7 @@ from nanochin.answers import Questions, answer, optimum
 from nanochin.checks import run_checks
 from nanochin.config import UserError
 from nanochin.console import count
+from nanochin.curves import CURVES, log_points, to_csv_gz
 from nanochin.rows import best_tuning, read_rows
 from nanochin.study import Approach, Settings, study_runs
 
@@ -261,20 +262,29 @@ def test_without_bootstrap(run, made_up, tmp_path):
 
 
 def test_curves_come_from_logs_or_from_a_table(run, made_up, tmp_path):
-    """The curves of a folder's logs and the same curves in a CSV give the same Approach 1; without curves there is
-    none, and that is no reason to refuse."""
-    lines = ["run,params,tokens,loss"]
+    """The curves of a folder's logs, in a CSV and in a curves.csv.gz, named or beside the runs, give one Approach 1;
+    without curves there is none, and that is no reason to refuse."""
+    lines, points = ["run,params,tokens,loss"], {}
     for row in sweep(physical=0.5):
         for line in (made_up / "runs" / row["run"] / "log.jsonl").read_text().splitlines()[:-1]:
             moment = json.loads(line)
             lines.append(f"{row['run']},{row['params']},{moment['tokens']},{moment['loss']!r}")
+        points[row["run"]] = log_points(made_up / "runs" / row["run"])
     (tmp_path / "curves.csv").write_text("\n".join(lines))
     shutil.copy(made_up / "runs.csv", tmp_path / "alone.csv")
     run(made_up, *QUICK, "--out", tmp_path / "logs", checks=False)
     run(tmp_path / "alone.csv", *QUICK, "--curves", tmp_path / "curves.csv", "--out", tmp_path / "table", checks=False)
+    (tmp_path / CURVES).write_bytes(to_csv_gz(points))
+    run(tmp_path / "alone.csv", *QUICK, "--curves", tmp_path / CURVES, "--out", tmp_path / "file", checks=False)
+    run(tmp_path / "alone.csv", *QUICK, "--out", tmp_path / "beside", checks=False)
+    (tmp_path / CURVES).unlink()
     run(tmp_path / "alone.csv", *QUICK, checks=False)
-    from_logs, from_table = (read(tmp_path / name)["approach1"] for name in ("logs", "table"))
-    assert from_logs["a"] == pytest.approx(from_table["a"], rel=1e-9)
+    from_logs, from_table = (read(tmp_path / name) for name in ("logs", "table"))
+    assert from_logs["approach1"]["a"] == pytest.approx(from_table["approach1"]["a"], rel=1e-9)
+    for name in ("file", "beside"):
+        found = read(tmp_path / name)
+        assert {**found, "meta": None} == {**from_logs, "meta": None}
+        assert found["meta"]["curves_sha256"] == hashlib.sha256(to_csv_gz(points)).hexdigest()
     alone = read(tmp_path / "fit-alone")
     assert alone["approach1"] is None and "curves" in alone["meta"]["reasons"]["approach1"]
 
@@ -408,9 +418,16 @@ def test_options_that_the_runs_contradict(run, made_up, tmp_path, option, says):
 
 
 def test_bad_curves(run, made_up, tmp_path):
-    """A table of curves without the column run is refused, and by its own name."""
+    """A table of curves without the column run, a damaged curves.csv.gz and one of other runs are refused, and by their
+    own names; in a folder too."""
     (tmp_path / "curves.csv").write_text("params,tokens,loss\n1,2,3\n")
-    assert "curves.csv" in run(made_up, *QUICK, "--curves", tmp_path / "curves.csv", code=2)
+    (tmp_path / "others.gz").write_bytes(to_csv_gz({"other": [{"step": 1, "tokens": 5, "loss": 3.0}]}))
+    (tmp_path / CURVES).write_bytes((tmp_path / "others.gz").read_bytes()[:-9])
+    for name, words in (("curves.csv", "'run'"), ("others.gz", "no curve of a run"), (CURVES, "restore it")):
+        said = run(made_up, *QUICK, "--curves", tmp_path / name, code=2)
+        assert str(tmp_path / name) in said and words in said
+    shutil.copy(made_up / "runs.csv", tmp_path)
+    assert str(tmp_path / CURVES) in run(tmp_path, *QUICK, code=2)
 
 
 def test_runs_without_any_law(run, tmp_path):

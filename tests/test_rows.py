@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nanochin.config import UserError
+from nanochin.curves import curves_of_runs
 from nanochin.rows import (
     all_or_no_flops,
     best_tuning,
@@ -16,7 +17,6 @@ from nanochin.rows import (
     identical,
     parse_columns,
     read_curves,
-    read_logs,
     read_rows,
     require_usable,
 )
@@ -311,7 +311,7 @@ def test_a_folder_of_runs(tmp_path):
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log) + '{"step": 5, "tok')
     rows = read_rows(tmp_path)
     assert rows["params"].tolist() == [row[0] for row in ROWS] and "trunk" not in rows.labels
-    curves = read_logs(tmp_path, rows)
+    curves = curves_of_runs(tmp_path, rows)
     assert len(curves) == 32 and len(curves.labels["run"].values) == 8
     np.testing.assert_allclose(curves["flops"], 7.0 * curves["params"] * curves["tokens"])
     logs = b"".join((tmp_path / "runs" / f"run{i}" / "log.jsonl").read_bytes() for i in range(8))

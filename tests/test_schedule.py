@@ -9,7 +9,9 @@ from test_grid import LONG, PLAIN, toml
 
 from nanochin import grid, schedule
 from nanochin.config import Config, UserError
+from nanochin.curves import CURVES, to_csv_gz
 from nanochin.pool import Answer
+from nanochin.runrow import RunRow
 from nanochin.schedule import Book, End, Schedule
 
 FACTS = {"data_sha": "text", "val_sha": "other text"}
@@ -95,6 +97,35 @@ def test_failed_beside_a_kept_row(book, cells):
     (book.results / "runs.csv").write_text(f"run,status\n{cells[0].name},failed\n")
     book.failed(cells[0], "it diverged")
     assert Book(book.folder, book.results, book.facts).look(cells[0]) == End(reason="it diverged")
+
+
+def test_curves(book, cells):
+    """Of a run that was trained here its log, else what was kept with its row, in a file or, of old, in logs. Finished
+    runs come in the order of the rows, then their trunks; a run whose curve nobody has is left empty."""
+    trunk, first, second, third, failed = cells[:5]
+
+    def log(folder, loss) -> None:
+        folder.mkdir(parents=True)
+        (folder / "log.jsonl").write_text(json.dumps({"step": 1, "loss": loss, "mfu": 0.1}) + "\n")
+
+    log(book.of(first), 1.0)
+    log(book.of(failed), 9.0)
+    rows = [RunRow(cell.name, trunk=trunk.name) for cell in (second, first, third)]
+    rows.append(RunRow(failed.name, status="failed"))
+    for cell, loss in ((trunk, 2.0), (first, 3.0), (second, 4.0)):
+        log(book.results / "runs" / cell.name, loss)
+
+    def losses() -> list:
+        return [[name, *(point["loss"] for point in points)] for name, points in book.curves(rows).items()]
+
+    assert losses() == [[second.name, 4.0], [first.name, 1.0], [third.name], [trunk.name, 2.0]]
+    kept = {cell.name: [{"step": 1, "loss": loss}] for cell, loss in ((trunk, 5.0), (first, 6.0), (second, 7.0))}
+    (book.results / CURVES).write_bytes(to_csv_gz(kept))
+    assert losses() == [[second.name, 7.0], [first.name, 1.0], [third.name], [trunk.name, 5.0]]
+    (book.results / CURVES).write_bytes(b"\x1f\x8b")
+    with pytest.raises(UserError, match="cannot be read as training curves"):
+        book.curves(rows)
+    assert book.curves([RunRow(first.name)]) == {first.name: [{"step": 1, "loss": 1.0}]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

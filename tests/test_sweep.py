@@ -18,6 +18,7 @@ from conftest import ROOT
 from test_grid import toml
 
 import sweep
+from nanochin.curves import CURVES, read_csv_gz
 from nanochin.schedule import End
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -165,6 +166,7 @@ def wait_until_gone(pids: list[int], patience: float) -> None:
 def same(sweeps: Sweeps, peace: Sweeps) -> None:
     assert sweeps.rows() == peace.rows()
     assert sweeps.curves() == peace.curves()
+    assert (sweeps.out / CURVES).read_bytes() == (peace.out / CURVES).read_bytes()
     assert not list(sweeps.out.rglob("*.tmp"))
 
 
@@ -328,6 +330,7 @@ def test_failed_runs(sweeps, table):
     rows = sweeps.rows()
     assert [row["status"] for row in rows] == ["finished", "failed", "finished"]
     assert "the run diverged" in rows[1]["reason"] and rows[1]["loss"] == "" and "failed: 4e8-12x1-lr=900000" in said
+    assert list(read_csv_gz(sweeps.out / CURVES)) == [rows[0]["run"], rows[2]["run"]]
     log = sweeps.log()
     assert "--retry-failed" in sweeps.run() and sweeps.log() == log
     sweeps.run("--retry-failed")
@@ -377,18 +380,27 @@ def test_full_disk(peace, sweeps):
 
 
 def test_kept_results(peace, table, tmp_path):
-    """Rows and logs in results/ count as done: no worker is started, the rows are the same to the byte, the curves are
-    there. Of other options they are refused; of another text they count for nothing."""
+    """Rows in results/ count as done: no worker is started, rows and curves are the same to the byte, also where an
+    older version kept the logs. Of other options they are refused; of another text they count for nothing."""
     sweeps = Sweeps(tmp_path / "sweep", table)
     kept = tmp_path / "sweep" / "results" / "some"
     peace.run("--keep")
     shutil.move(peace.folder / "results", sweeps.folder / "results")
-    assert sorted({path.name for path in kept.rglob("*") if path.is_file()}) == ["log.jsonl", "plan.csv", "runs.csv"]
+    assert sorted(path.name for path in kept.rglob("*")) == ["README.md", CURVES, "plan.csv", "runs.csv"]
+    command = f"python sweep.py {peace.file}\npython fit.py"
+    assert command in (kept / "README.md").read_text() and f"- {RUNS} runs" in (kept / "README.md").read_text()
     assert f"{RUNS} of {RUNS} runs done" in sweeps.run("--status") and not sweeps.out.exists()
     assert "starting workers" not in sweeps.run()
-    assert (sweeps.out / "runs.csv").read_bytes() == (peace.out / "runs.csv").read_bytes()
-    assert sweeps.curves() == peace.curves()
-    shutil.rmtree(sweeps.folder / "out")
+    for old in (False, True):
+        if old:
+            (kept / CURVES).unlink()
+            for log in peace.out.glob("runs/*/log.jsonl"):
+                (kept / "runs" / log.parent.name).mkdir(parents=True)
+                shutil.copy(log, kept / "runs" / log.parent.name)
+            assert "starting workers" not in sweeps.run()
+        for name in ("runs.csv", CURVES):
+            assert (sweeps.out / name).read_bytes() == (peace.out / name).read_bytes()
+        shutil.rmtree(sweeps.folder / "out")
     sweeps.write(table | {"beta1": 0.8})
     assert "was run with other options" in sweeps.run(code=2)
     sweeps.write(table | {"val_bytes": 8192})
@@ -415,6 +427,7 @@ def test_trunk(table, sweeps):
     assert {row["kind"] for row in rows} == {"trunk"} and {row["schedule"] for row in rows} == {"wsd"}
     assert all(0.15 < float(row["flops_spent"]) / float(row["flops"]) < 0.25 for row in rows)
     assert sweeps.trained().count("trunk-12x1-s0") == 1
+    assert list(read_csv_gz(sweeps.out / CURVES)) == [*(row["run"] for row in rows), "trunk-12x1-s0"]
 
     scratch = Sweeps(sweeps.folder / "scratch", table | {
         "kind": "grid", "budgets": [float(rows[0]["flops"])], "models": ["12x1"], "schedule": "wsd",
