@@ -238,6 +238,7 @@ def checked_study(tmp_path_factory):
     from made_up_sweep import sweep, write_sweep
 
     from nanochin.checks import run_checks
+    from nanochin.curves import curves_of_runs
     from nanochin.rows import Labels, read_rows
     from nanochin.study import Settings, study_runs
 

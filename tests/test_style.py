@@ -48,8 +48,8 @@ def test_ruff(command):
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
 def test_files_can_be_read_in_one_sitting(path):
-    """No source file has over 600 lines; model.py, which people read first, at most 300."""
-    assert len(path.read_text().splitlines()) <= (300 if path.name == "model.py" else 600)
+    """No source file has over 500 lines; model.py, which people read first, at most 300."""
+    assert len(path.read_text().splitlines()) <= (300 if path.name == "model.py" else 500)
 
 
 PLANNING = {"config", "console", "flops", "ladder", "laws", "text", "tokenizer", "tokenfiles", "hub", "data", "rows",
