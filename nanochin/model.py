@@ -92,7 +92,7 @@ class FeedForward(nn.Module):
 
 class Block(nn.Module):
     """Takes and returns the residual stream x and its normalised copy h, so that each residual addition and the norm
-    after it are one operation. So `norm2` is what is usually the first norm of the next block, or the final norm."""
+    after it are one operation. `norm2` is the first norm of the next block in the usual layout, or the final norm."""
 
     def __init__(self, shape: Shape):
         super().__init__()

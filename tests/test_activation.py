@@ -1,4 +1,4 @@
-"""Activations in Triton, interpreted where there is no GPU, against PyTorch's in float64."""
+"""Activations in Triton (interpreted without a GPU) against PyTorch's in float64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Causal attention in Triton, interpreted where there is no GPU, against the mathematics in float64."""
+"""Causal attention in Triton (interpreted without a GPU) against a float64 reference."""
 
 import math
 import os

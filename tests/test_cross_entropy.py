@@ -1,4 +1,4 @@
-"""The fused output layer and loss in Triton, interpreted where there is no GPU, against float64 and PyTorch."""
+"""The fused output layer and loss in Triton (interpreted without a GPU) against float64 and PyTorch."""
 
 import math
 

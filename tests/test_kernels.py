@@ -14,7 +14,7 @@ from nanochin.config import make_shape
 from nanochin.flops import count_flops
 from nanochin.model import GPT
 
-# Odd sizes beside round ones: (rows..., C), and (B, T, heads, head size)
+# Odd and round sizes: (rows..., C), and (B, T, heads, head size)
 ROWS = [(1, 8), (7, 96), (3, 129, 64), (2, 5, 33)]
 HEADS = [(1, 1, 1, 2), (2, 7, 3, 8), (1, 129, 2, 48), (2, 64, 4, 32), (1, 300, 1, 64)]
 

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm in Triton, interpreted where there is no GPU, against the mathematics in float64."""
+"""RMSNorm and LayerNorm in Triton (interpreted without a GPU) against a float64 reference."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Rotary positions and QK-norm before attention in Triton, interpreted where there is no GPU, against float64; and the
+"""Rotary positions and QK-norm before attention in Triton (interpreted without a GPU) against float64; and the
 table of angles. The gradients are in test_attention.py."""
 
 import math

@@ -1,4 +1,4 @@
-"""The whole model on Triton kernels, interpreted where there is no GPU, and the choice of the implementation."""
+"""The whole model on Triton kernels (interpreted without a GPU), and the choice of the implementation."""
 
 import subprocess
 import sys
