@@ -1,7 +1,7 @@
 """The operations that the model is made of.
 
-`ops` has them and chooses who computes them; `reference` is their mathematics, `fallback` PyTorch's operations, and
-every other file a Triton kernel.
+`ops` defines them and picks an implementation: `reference` is their explicit mathematics, `fallback` uses PyTorch
+operations, and every other file holds Triton kernels.
 """
 
 from kernels.ops import backend, has_triton, use

@@ -1,4 +1,4 @@
-"""Activations of the feed-forward layer, one pass each way; `kernels.reference.activation` in Triton.
+"""Activations of the feed-forward layer in Triton, one pass forward and one backward (`reference.activation`).
 
     kind         forward                                      derivative
     gelu         x P,  P = (1 + erf(x / sqrt 2)) / 2          P + x exp(-x^2 / 2) / sqrt(2 pi)
@@ -8,14 +8,14 @@
     swiglu       a s u,  s = sigmoid(a),                      by a: u s (1 + a (1 - s));  by u: a s
                  (a, u) the halves of x
 
-(0.5 (1 + tanh u) is sigmoid(2 u).) In float32; only x is kept for the backward.
+(0.5 (1 + tanh u) = sigmoid(2 u).) All in float32; only x is saved for the backward.
 
-`activation_linear` is the activation and the matrix product that follows it. The product's weight gradient needs the
-output of the activation, the widest tensor of a block. It is not saved: the backward, which reads x anyway, recomputes
-it. That saves 2F bytes per token and layer (bf16) at the cost of writing them once more.
+`activation_linear` is the activation followed by a matrix product. The product's weight gradient needs the output of
+the activation, the widest tensor of a block. It is not saved: the backward reads x anyway and recomputes it. This saves
+2F bytes per token and layer (bf16), at the cost of writing them once more.
 
-Not fused with the matrix products around it: their biases are already added by cuBLAS where it writes the product, and
-to apply the activation there as well takes a matrix product of our own within 3 % of cuBLAS to gain 1-3 % of a step.
+Not fused with the neighbouring matrix products: cuBLAS already adds their biases as it writes the product. To apply the
+activation there too, our own matrix product would have to be within 3 % of cuBLAS, to gain 1-3 % of a step.
 """
 
 import torch
@@ -28,7 +28,7 @@ KINDS = ("gelu", "gelu_tanh", "relu2", "swiglu")
 
 @triton.jit
 def _sigmoid(x):
-    """s and s (1 - s); the latter keeps its digits where s is nearly 1, and nothing overflows."""
+    """s and s (1 - s), both accurate where s is close to 1; nothing overflows."""
     e = tl.exp(-tl.abs(x))
     r = 1 / (1 + e)
     return tl.where(x < 0, e * r, r), e * r * r
@@ -40,7 +40,7 @@ def _value(x, KIND: tl.constexpr):
         return x * 0.5 * (1 + tl.erf(x * 0.7071067811865476))
     elif KIND == "gelu_tanh":
         return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))[0]
-    else:  # relu2; where and not maximum, which would hide a NaN
+    else:  # relu2; tl.where, since maximum would hide a NaN
         x = tl.where(x < 0, 0.0, x)
         return x * x
 
@@ -58,7 +58,7 @@ def _slope(x, KIND: tl.constexpr):
 
 @triton.jit
 def _tile(M, F, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program's rows and columns of the (M, F) outputs, and which of them there are."""
+    """Rows and columns of this program in the (M, F) outputs, and the mask of those that exist."""
     blocks = tl.cdiv(F, BLOCK)
     rows = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -81,7 +81,7 @@ def _forward(X, Y, M, F, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _backward(G, X, DX, Y, M, F, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of x; and what the forward gave, unless Y is None."""
+    """The gradient of x, and the output of the forward unless Y is None."""
     rows, cols, inside = _tile(M, F, ROWS, BLOCK)
     g = tl.load(G + rows * F + cols, mask=inside, other=0.0).to(tl.float32)
     if KIND == "swiglu":
@@ -101,13 +101,13 @@ def _backward(G, X, DX, Y, M, F, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: 
 
 
 def _config(F: int) -> dict:
-    """2048 numbers in 128 threads: 16 a thread, two accesses of 16 bytes in bf16."""
+    """2048 numbers on 128 threads: 16 per thread, two 16-byte accesses in bf16."""
     block = min(2048, triton.next_power_of_2(F))
     return {"ROWS": 2048 // block, "BLOCK": block, "num_warps": 4}
 
 
 def _launch(kernel, *tensors: Tensor | None, like: Tensor, kind: str) -> None:
-    """Run over the (M, F) outputs, of which `like` is one or a gradient. Without a gate all numbers are one row."""
+    """Launch over the (M, F) outputs, which have the shape of `like`. Without a gate all numbers form one row."""
     F = like.shape[-1] if kind == "swiglu" else like.numel()
     M = like.numel() // F
     config = _config(F)
@@ -130,17 +130,17 @@ def _output(x, kind):
 
 
 @torch.library.custom_op("nanochin::activation_backward", mutates_args=())
-def activate_backward(grad: Tensor, x: Tensor, kind: str, again: bool) -> tuple[Tensor, Tensor]:
-    """-> gradient of x; what `activate` gave of x, empty unless `again`."""
+def activate_backward(grad: Tensor, x: Tensor, kind: str, recompute: bool) -> tuple[Tensor, Tensor]:
+    """-> gradient of x; activate(x), empty unless `recompute`."""
     grad, x = grad.contiguous(), x.contiguous()
-    dx, y = _backward_outputs(grad, x, kind, again)
-    _launch(_backward, grad, x, dx, y if again else None, like=grad, kind=kind)
+    dx, y = _backward_outputs(grad, x, kind, recompute)
+    _launch(_backward, grad, x, dx, y if recompute else None, like=grad, kind=kind)
     return dx, y
 
 
 @activate_backward.register_fake
-def _backward_outputs(grad, x, kind, again):
-    return x.new_empty(x.shape), x.new_empty(grad.shape if again else 0)
+def _backward_outputs(grad, x, kind, recompute):
+    return x.new_empty(x.shape), x.new_empty(grad.shape if recompute else 0)
 
 
 def _setup_context(ctx, inputs, output):
@@ -156,7 +156,7 @@ activate.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class _ActivationLinear(torch.autograd.Function):
-    """y = a W^T + b, a the activation of x:  dx from da = g W,  dW = g^T a,  db = sum over rows of g."""
+    """y = a W^T + b with a = activation(x):  dx from da = g W,  dW = g^T a,  db = sum over rows of g."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, kind):
@@ -178,8 +178,8 @@ class _ActivationLinear(torch.autograd.Function):
 
 
 def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """`kernels.ops.activation_linear`, of which only x (and weight) is kept for the backward. x has two dimensions or
-    more; weight and bias are of its dtype. Raises ValueError for a kind that is not in KINDS."""
+    """`kernels.ops.activation_linear`; saves only x and weight for the backward. x has at least two dimensions; weight
+    and bias have its dtype. Raises ValueError for a kind not in KINDS."""
     if kind not in KINDS:
         raise ValueError(f"activation {kind}: must be one of {', '.join(KINDS)}")
     return _ActivationLinear.apply(x, weight, bias, kind)

@@ -1,38 +1,37 @@
-"""Causal attention as Triton kernels: softmax(Q K^T / sqrt(D)) V on packed qkv (B, T, 3C), never storing T x T scores;
-with rotary positions and QK-norm, if asked for.
+"""Causal attention as Triton kernels: softmax(Q K^T / sqrt(D)) V on packed qkv (B, T, 3C), without storing the T x T
+scores; optionally with rotary positions and QK-norm.
 
-What is computed is `kernels.reference.attention`. How, for one head, with Q, K, V (T, D) and c = log2(e) / sqrt(D):
+`kernels.reference.attention` is the mathematics. For one head, with Q, K, V (T, D) and c = log2(e) / sqrt(D):
 
-Forward. A program owns BLOCK_M queries and walks over the keys in blocks of BLOCK_N. With S = Q K^T it keeps for each
-query `top`, the maximum so far of c S, `total`, the sum of P = 2^(c S - top), and `acc`, the sum of P V; when a block
-raises top, the old sums are multiplied by 2^(old top - new top) (Milakov and Gimelshein 2018; FlashAttention, Dao et
-al. 2022). At the end O = acc / total, and L = top + log2 total, one number a query, is kept for the backward. Keys
-before the block of queries need no mask, so they have a loop of their own; the masked loop covers the diagonal alone.
+Forward. A program owns BLOCK_M queries and loops over the keys in blocks of BLOCK_N. With S = Q K^T it keeps for each
+query `top`, the running maximum of c S, `total`, the sum of P = 2^(c S - top), and `acc`, the sum of P V. When a block
+raises top, the sums are multiplied by 2^(old top - new top) (Milakov and Gimelshein 2018; FlashAttention, Dao et al.
+2022). At the end O = acc / total, and L = top + log2 total, one number per query, is saved for the backward. Keys
+before the block of queries need no mask and have their own loop; the masked loop covers only the diagonal.
 
-Backward. P = 2^(c S - L) is computed again. With dO the gradient of O,
+Backward. P = 2^(c S - L) is recomputed. With dO the gradient of O,
 
     dV = P^T dO      dP = dO V^T      delta = rowsum(dO * O)      dS = P * (dP - delta)
     dQ = dS K / sqrt(D)      dK = dS^T Q / sqrt(D)
 
-in two kernels: one owns a block of queries, makes delta on its way and sums dQ over the keys; the other owns a block of
-keys and sums dK and dV over the queries, working on S^T so that no product needs a transposed sum. Scores are computed
-in both (7 products rather than 5), but no sum crosses programs: no atomics, no float32 buffer for dQ, and the same bits
-every time.
+in two kernels. One owns a block of queries, computes delta and sums dQ over the keys. The other owns a block of keys
+and sums dK and dV over the queries; it works on S^T, so that no product needs a transposed sum. Both compute the scores
+(7 products instead of 5), but no sum crosses programs: no atomics, no float32 buffer for dQ, bit-identical results.
 
-A head is read where it lies, qkv being (B, T, 3H heads, D), and the gradients are written into the same places of one
-packed dqkv: no transpose, no copy. On Hopper and Blackwell tiles move by TMA descriptors of (B, heads, T, D) views,
-which fill with zeros past the end of a sequence or of a narrow head and store nothing there; elsewhere by pointers with
-masks. L and delta are padded to whole tiles, (B, H, T rounded up to PAD), so that they need no mask. Sums are in
-float32 whatever the inputs are.
+Heads are read in place from qkv (B, T, 3H heads, D), and gradients are written to the same places of one packed dqkv:
+no transpose, no copy. On Hopper and Blackwell, tiles are moved by TMA descriptors of (B, heads, T, D) views; past the
+end of a sequence or of a narrow head these read zeros and store nothing. Other GPUs use pointers with masks. L and
+delta are padded to whole tiles, (B, H, T rounded up to PAD), and need no mask. Sums are float32 for all input dtypes.
 
-Rotary positions and QK-norm. One pass beforehand (`rotary.rotate_qk`) writes the rotated queries and keys into a tensor
-of their own, qk (B, T, 2H heads, D); values stay where they are. With y = R n a rotated head, R the rotation, n = r x
-the normalised head (n = x without QK-norm) and g the gradient of y, the two backward kernels store
+Rotary positions and QK-norm. A pass before attention (`rotary.rotate_qk`) writes the rotated queries and keys to a
+separate tensor, qk (B, T, 2H heads, D); values stay in qkv. With y = R n a rotated head, R the rotation, n = r x the
+normalised head (n = x without QK-norm) and g the gradient of y, the two backward kernels store
 
-    dx = r R^T (g - y mean(y g))              (without QK-norm R^T g: no r, no mean)
+    dx = r R^T (g - y mean(y g))              (without QK-norm: R^T g)
 
-straight from their accumulators; R keeps products, so mean(y g) is the mean(n R^T g) of the norm's derivative, and x is
-not needed. In qk the halves of a head are interleaved: the two numbers that R turns lie side by side.
+directly from their accumulators. R preserves inner products, so mean(y g) is the mean(n R^T g) of the norm's
+derivative, and x is not needed. In qk the halves of a head are interleaved: the two numbers of a rotated pair are
+adjacent.
 """
 
 import functools
@@ -48,17 +47,17 @@ from kernels.fallback import rotary_table
 from kernels.rotary import rotate_qk
 
 LOG2E = tl.constexpr(1.4426950408889634)
-PAD = tl.constexpr(128)  # L and delta have room for whole tiles
+PAD = tl.constexpr(128)  # L and delta are padded to multiples of this
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tiles: ROWS rows, from `row` on, of one of the `heads` of sequence b, in x (B, T, heads D)
+# Tiles: ROWS rows, starting at `row`, of head `head` of sequence b, in x (B, T, heads D)
 
 
 @triton.jit
 def _load(x, b, head, row, T, heads, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
           INSIDE: tl.constexpr):  # fmt: skip
-    """(ROWS, BLOCK_D), zeros past T and past D. INSIDE: all rows are known to lie before T."""
+    """(ROWS, BLOCK_D), zeros past T and past D. INSIDE: all rows are known to be before T."""
     if TMA:
         tile = x.load([b, head, row, 0]).reshape(ROWS, BLOCK_D)
     else:
@@ -79,7 +78,7 @@ def _load(x, b, head, row, T, heads, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_
 def _store(
     x, tile, b, head, row, T, heads, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr
 ):
-    """Rows before T and columns before D of `tile`."""
+    """Store the rows before T and the columns before D of `tile`."""
     if TMA:
         x.store([b, head, row, 0], tile.reshape(1, 1, ROWS, BLOCK_D))
     else:
@@ -90,7 +89,7 @@ def _store(
 
 @triton.jit
 def _load_rows(x, head, row, T, ROWS: tl.constexpr, TMA: tl.constexpr):
-    """(ROWS,) numbers of L or delta (B H, T rounded up); `head` counts over the batch."""
+    """(ROWS,) numbers of L or delta (B H, T rounded up); `head` is an index into B H."""
     tl.static_assert(PAD % ROWS == 0)
     if TMA:
         numbers = x.load([head, row]).reshape(ROWS)
@@ -108,7 +107,7 @@ def _store_rows(x, numbers, head, row, T, ROWS: tl.constexpr):
 @triton.jit
 def _store_rotated_back(dqkv, g, qk, table, r, b, head, row, T, H, D: tl.constexpr, ROWS: tl.constexpr,
                         BLOCK_D: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """The gradient of query or key head number `head` of 2H, from g (ROWS, BLOCK_D), that of its rotated form."""
+    """Store the gradient of query or key head `head` of 2H, from the gradient g (ROWS, BLOCK_D) of the rotated head."""
     HALF: tl.constexpr = D // 2
     rows, columns = row + tl.arange(0, ROWS), tl.arange(0, BLOCK_D // 2)
     inside = (rows < T)[:, None] & (columns < HALF)[None, :]
@@ -132,16 +131,16 @@ def _store_rotated_back(dqkv, g, qk, table, r, b, head, row, T, H, D: tl.constex
 # Forward
 
 
-# Arguments ending in _m are read or written BLOCK_M rows at a time, _n BLOCK_N: descriptors with TMA. qk is qkv itself,
-# or with ROTATED the tensor of rotated queries and keys.
+# Arguments ending in _m are read or written BLOCK_M rows at a time, those in _n BLOCK_N rows; with TMA they are
+# descriptors. qk is qkv itself, or the tensor of rotated queries and keys if ROTATED.
 
 
 @triton.jit(do_not_specialize=["T", "H"])
 def _forward(qk_m, qk_n, v_n, o_m, lse, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
              BLOCK_N: tl.constexpr, TMA: tl.constexpr, ROTATED: tl.constexpr):  # fmt: skip
-    """O (B, T, C) and L (B, H, T rounded up), its rows past T finite."""
+    """O (B, T, C) and L (B, H, T rounded up); rows of L past T are finite."""
     h, b = tl.program_id(0), tl.program_id(2)
-    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # the last queries see most keys: longest first
+    start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M  # longest first: the last queries have most keys
     q = _load(qk_m, b, h, start, T, (2 if ROTATED else 3) * H, D, BLOCK_M, BLOCK_D, TMA, False)
     rows = start + tl.arange(0, BLOCK_M)
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -162,7 +161,7 @@ def _forward(qk_m, qk_n, v_n, o_m, lse, T, H, scale, D: tl.constexpr, BLOCK_D: t
 @triton.jit
 def _attend(acc, total, top, q, qk_n, v_n, rows, begin, end, b, h, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
             BLOCK_N: tl.constexpr, TMA: tl.constexpr, ROTATED: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
-    """The running sums after the keys begin .. end."""
+    """Add the keys begin .. end to the running sums."""
     for n in tl.range(begin, end, BLOCK_N):
         k = _load(qk_n, b, H + h, n, T, (2 if ROTATED else 3) * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
         s = tl.dot(q, k.T, input_precision="ieee")  # (BLOCK_M, BLOCK_N)
@@ -186,7 +185,7 @@ def _attend(acc, total, top, q, qk_n, v_n, rows, begin, end, b, h, T, H, scale, 
 def _backward_q(qk_m, qk_n, v_n, o_m, do_m, lse, delta, dqkv, dqkv_m, table, r, T, H, scale, D: tl.constexpr,
                 BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
                 ROTATED: tl.constexpr):  # fmt: skip
-    """delta (B, H, T rounded up) and the queries' third of dqkv."""
+    """delta (B, H, T rounded up) and the query third of dqkv."""
     h, b = tl.program_id(0), tl.program_id(2)
     start = (tl.num_programs(1) - 1 - tl.program_id(1)) * BLOCK_M
     rows = start + tl.arange(0, BLOCK_M)
@@ -215,7 +214,7 @@ def _backward_q(qk_m, qk_n, v_n, o_m, do_m, lse, delta, dqkv, dqkv_m, table, r, 
 @triton.jit
 def _sum_dq(dq, q, do, L, dl, qk_n, v_n, rows, begin, end, b, h, T, H, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
             BLOCK_N: tl.constexpr, TMA: tl.constexpr, ROTATED: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
-    """dQ sqrt(D) after the keys begin .. end."""
+    """Add the keys begin .. end to dQ sqrt(D)."""
     for n in tl.range(begin, end, BLOCK_N):
         k = _load(qk_n, b, H + h, n, T, (2 if ROTATED else 3) * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
         v = _load(v_n, b, 2 * H + h, n, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, not DIAGONAL)
@@ -233,7 +232,7 @@ def _sum_dq(dq, q, do, L, dl, qk_n, v_n, rows, begin, end, b, h, T, H, scale, D:
 def _backward_kv(qk_m, qk_n, v_n, do_m, lse_m, delta_m, dqkv, dqkv_n, table, r, T, H, scale, D: tl.constexpr,
                  BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
                  ROTATED: tl.constexpr):  # fmt: skip
-    """The keys' and the values' third of dqkv. Here the first block is the longest: all queries see its keys."""
+    """The key and value thirds of dqkv. The first block is the longest: all queries see its keys."""
     h, start, b = tl.program_id(0), tl.program_id(1) * BLOCK_N, tl.program_id(2)
     k = _load(qk_n, b, H + h, start, T, (2 if ROTATED else 3) * H, D, BLOCK_N, BLOCK_D, TMA, False)
     v = _load(v_n, b, 2 * H + h, start, T, 3 * H, D, BLOCK_N, BLOCK_D, TMA, False)
@@ -257,7 +256,7 @@ def _backward_kv(qk_m, qk_n, v_n, do_m, lse_m, delta_m, dqkv, dqkv_n, table, r, 
 def _sum_dkv(dk, dv, k, v, qk_m, do_m, lse_m, delta_m, start, begin, end, b, h, T, H, scale, D: tl.constexpr,
              BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
              ROTATED: tl.constexpr, DIAGONAL: tl.constexpr):  # fmt: skip
-    """dK sqrt(D) and dV after the queries begin .. end. Rows past T add nothing: their dO and delta are 0."""
+    """Add the queries begin .. end to dK sqrt(D) and dV. Rows past T add nothing: their dO and delta are 0."""
     for m in tl.range(begin, end, BLOCK_M):
         q = _load(qk_m, b, h, m, T, (2 if ROTATED else 3) * H, D, BLOCK_M, BLOCK_D, TMA, False)
         L = _load_rows(lse_m, b * H + h, m, T, BLOCK_M, TMA)
@@ -276,7 +275,7 @@ def _sum_dkv(dk, dv, k, v, qk_m, do_m, lse_m, delta_m, start, begin, end, b, h, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which tiles
+# Tile sizes
 
 
 class Tile(NamedTuple):
@@ -286,10 +285,10 @@ class Tile(NamedTuple):
     stages: int  # of the software pipeline
 
 
-# By target and head size (64 serves the smaller ones too), for _forward, _backward_q and _backward_kv. None spills
-# registers on sm_80 and sm_90 (bench/results/kernels_aot_*.md), where two blocks of the first two fit on a
-# multiprocessor at D = 64, one at D = 128. BLOCK_M of _backward_kv divides that of the other two: it reads L and delta
-# of whole blocks, past T as well, which they must have written.
+# By target and head size (64 is also for smaller heads), for _forward, _backward_q and _backward_kv. No kernel spills
+# registers on sm_80 and sm_90 (bench/results/kernels_aot_*.md); there two blocks of the first two fit a multiprocessor
+# at D = 64, one at D = 128. BLOCK_M of _backward_kv must divide that of the other two: it reads L and delta in whole
+# blocks, also past T, which they must have written.
 TILES = {
     ("sm_90", 64): (Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 3)),
     ("sm_90", 128): (Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 3)),
@@ -297,13 +296,13 @@ TILES = {
     ("sm_100", 128): (Tile(128, 64, 4, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     ("sm_80", 64): (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
     ("sm_80", 128): (Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(64, 64, 8, 2)),
-    # head sizes that are no multiple of 8, whose heads start at odd places: pointers, on any target
+    # head sizes that are not multiples of 8, whose heads are not aligned: pointers, on any target
     ("odd", 64): (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 8, 2)),
     ("odd", 128): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(16, 64, 8, 2)),
     # sequences of at most 64, on any target
     ("short", 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 3), Tile(32, 64, 8, 2)),
     ("short", 128): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 3)),
-    # float32, whose products run without tensor cores, on any target
+    # float32, multiplied without tensor cores, on any target
     ("float32", 64): (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
     ("float32", 128): (Tile(32, 16, 8, 2), Tile(32, 16, 8, 2), Tile(16, 32, 8, 2)),
 }
@@ -313,8 +312,8 @@ TARGETS = {9: "sm_90", 10: "sm_100"}  # by major compute capability, all others 
 
 @functools.cache
 def target_of(device: torch.device) -> str:
-    """The rows of TILES for a device. Consumer cards (sm_86, sm_89, sm_120) have less shared memory than sm_80, whose
-    tiles fit them."""
+    """The target in TILES for a device. Consumer GPUs (sm_86, sm_89, sm_120) have less shared memory than sm_80, but
+    its tiles fit them."""
     major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 8
     return TARGETS.get(major, "sm_80")
 
@@ -341,7 +340,7 @@ def configure(kernel, target: str, dtype: torch.dtype, T: int, D: int) -> dict:
 
 
 def _launch(kernel, qkv: Tensor, n_heads: int, *, rotated: bool, **arguments: Tensor | None) -> None:
-    """One program for each block of each head; those of a batch element run together, for they share its rows."""
+    """One program per block and head; those of one sequence run together, since they share its rows."""
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_heads
     options = configure(kernel, target_of(qkv.device), qkv.dtype, T, D)
@@ -362,8 +361,7 @@ def _launch(kernel, qkv: Tensor, n_heads: int, *, rotated: bool, **arguments: Te
 
 @torch.library.custom_op("nanochin::attention", mutates_args=())
 def _attention(qkv: Tensor, table: Tensor | None, n_heads: int, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> O (B, T, C), L (B, H, T rounded up); and what `rotary.rotate_qk` makes, empty where there is nothing to
-    rotate or normalise."""
+    """-> O (B, T, C), L (B, H, T rounded up), and the outputs of `rotary.rotate_qk`, empty without rotation or norm."""
     qkv = qkv.contiguous()
     rotated = table is not None or qk_norm
     o, lse, qk, r = _outputs(qkv, table, n_heads, qk_norm)
@@ -424,16 +422,16 @@ _attention.register_autograd(_backward, setup_context=_setup_context)
 def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bool = False) -> Tensor:
     """`kernels.ops.attention` in float32, float16 and bfloat16.
 
-    Raises ValueError for another dtype, if qkv does not hold three times `n_heads` heads of at most 128, and with
-    `theta` or `qk_norm` if a head has an odd size.
+    Raises ValueError for another dtype, if qkv is not 3 x `n_heads` heads of size at most 128, and for an odd head size
+    with `theta` or `qk_norm`.
     """
     _, T, C3 = qkv.shape
     D, rest = divmod(C3, 3 * n_heads)
     if rest or D > 128:
-        raise ValueError(f"attention: qkv of width {C3} is not 3 x {n_heads} heads of at most 128 numbers")
+        raise ValueError(f"attention: qkv width {C3} is not 3 x {n_heads} heads of size at most 128")
     if (theta is not None or qk_norm) and D % 2:
-        raise ValueError(f"attention: heads of {D} have no two halves to rotate or normalise")
+        raise ValueError(f"attention: head size {D} is odd; rotary positions and QK-norm need an even one")
     if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"attention: qkv is {qkv.dtype}, the kernels compute in float32, float16 and bfloat16")
+        raise ValueError(f"attention: qkv is {qkv.dtype}, must be float32, float16 or bfloat16")
     table = None if theta is None else rotary_table(T, D, theta, qkv.device)
     return _attention(qkv, table, n_heads, qk_norm)[0]

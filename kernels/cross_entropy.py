@@ -1,16 +1,16 @@
-"""The output layer and its loss in one operation; `kernels.reference.linear_cross_entropy` in Triton and cuBLAS.
+"""Output layer and loss in one operation, in Triton and cuBLAS (`kernels.reference.linear_cross_entropy`).
 
 For a row x = h W^T of logits (V,) and its target t, in float32:
     loss  =  log Z - x_t + z (log Z)^2,  log Z = m + log(sum(exp(x - m))),  m = max(x)
     dx    =  p (1 + 2 z log Z) - [v = t],  p = exp(x - m) / sum(exp(x - m))
-and from there dh = dx W, dW = dx^T h. The result is the mean over the rows whose target is not `ignore_index`, 0 if
-there is none; ignored rows have loss 0 and dx = 0.
+and then dh = dx W, dW = dx^T h. The result is the mean over the rows whose target is not `ignore_index`, 0 if there
+are none; ignored rows have loss 0 and dx = 0.
 
 The logits are by far the largest tensor of a small model (V = 50k, 64k tokens: 6.6 GB in bf16, three times that with
-float32 copies and gradients), but no other operation wants them. So the forward takes the rows in chunks of at most
-CHUNK_BYTES: one matrix product makes a chunk of logits, one kernel turns them into losses and, in place, their own
-gradients, two products make dh and add to dW. The backward only scales. (The idea of Liger-Kernel, Hsu et al. 2024;
-with chunks that fill the device.) Matrix products are cuBLAS's.
+float32 copies and gradients), but no other operation needs them. So the forward processes the rows in chunks of at most
+CHUNK_BYTES: one matrix product computes the logits, one kernel replaces them by their gradients and writes the losses,
+two products compute dh and add to dW. The backward only scales. This is the idea of Liger-Kernel (Hsu et al. 2024),
+with chunks that fill the device. cuBLAS computes the matrix products.
 """
 
 import torch
@@ -24,20 +24,20 @@ CHUNK_BYTES = 2**30  # of logits; 10,000 rows at V = 50k in bf16, enough for ful
 @triton.jit
 def _loss_and_gradient(Logits, Targets, Loss, M, V, stride, ignore_index, z_loss,
                        GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Logits (M, V), each row padded to `stride`, become their gradients. Masks end at the stride, which unlike V is
-    a multiple of 64, so that 16 bytes are read and written at a time; what lies in the padding does not matter. The
-    second pass reads what the first has left in the L2 cache, if the rows of all programs fit there (`_config`)."""
+    """Replaces Logits (M, V), each row padded to `stride`, by their gradients. Masks end at the stride, which unlike V
+    is a multiple of 64, so that accesses are 16 bytes wide; values in the padding do not matter. The second pass reads
+    from the L2 cache if the rows of all running programs fit there (`_config`)."""
     LOG2E: tl.constexpr = 1.4426950408889634
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = rows < M
     row = Logits + rows.to(tl.int64) * stride
     target = tl.load(Targets + rows, mask=real, other=ignore_index)
     keep = real & (target != ignore_index)
-    # A target that is no token makes the loss NaN, and nothing is read out of bounds.
+    # A target outside the vocabulary makes the loss NaN; nothing is read out of bounds.
     right = tl.load(row + target, mask=keep & (target >= 0) & (target < V), other=float("nan")).to(tl.float32)
 
     top = tl.full([ROWS], float("-inf"), dtype=tl.float32)
-    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)  # sums of exp(x - top) by column, one reduction at the end
+    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)  # sums of exp(x - top) per column, reduced at the end
     for start in range(0, stride, BLOCK):
         cols = start + tl.arange(0, BLOCK)
         inside = real[:, None] & (cols < stride)[None, :]
@@ -66,9 +66,9 @@ def _loss_and_gradient(Logits, Targets, Loss, M, V, stride, ignore_index, z_loss
 
 
 def _config(V: int, train: bool) -> dict:
-    """16 numbers per thread, from one row or several short ones. Training uses 8192 numbers in 512 threads: at 64
-    registers only two programs fit a multiprocessor, and their 264 rows (27 MB at V = 50k) should stay in an H100's L2
-    of 50 MB until the second pass. Without gradients there is no second pass: 4096 numbers in 256 threads."""
+    """16 numbers per thread, from one row or several short ones. Training uses 8192 numbers on 512 threads: with 64
+    registers only two programs fit a multiprocessor, and the 264 rows of an H100 (27 MB at V = 50k) should stay in its
+    L2 of 50 MB until the second pass. Without gradients there is no second pass: 4096 numbers on 256 threads."""
     size, warps = (8192, 16) if train else (4096, 8)
     block = min(size, triton.next_power_of_2(V))
     return {"ROWS": min(64, size // block), "BLOCK": block, "num_warps": warps}
@@ -78,8 +78,8 @@ def _config(V: int, train: bool) -> dict:
 def head(
     h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float, train: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> mean loss, number of targets that count (both float32 scalars) and, to be divided by that number, dh (M, C)
-    and dweight (V, C) in float32; empty unless `train`. The products are in h's dtype, whatever the weight's."""
+    """-> mean loss, number of targets not ignored (float32 scalars), and, still to be divided by that number, dh (M, C)
+    and dweight (V, C, float32); empty unless `train`. Matrix products are in the dtype of h."""
     h, weight, targets = h.contiguous(), weight.to(h.dtype).contiguous(), targets.contiguous()
     M, V = len(h), len(weight)
     if targets.shape != (M,):
@@ -87,12 +87,12 @@ def head(
     _, _, dh, dweight = _outputs(h, weight, targets, ignore_index, z_loss, train)
     losses = h.new_empty(M, dtype=torch.float32)
     config = _config(V, train)
-    # A row of V = 50,257 would start at odd addresses, which slows both the kernel and the matrix products.
+    # Rows of V = 50,257 would not be aligned, which slows the kernel and the matrix products.
     stride = triton.cdiv(V, 64) * 64
     chunks = max(1, triton.cdiv(M * stride * h.element_size(), CHUNK_BYTES))
-    rows = max(1, triton.cdiv(M, chunks))  # all chunks alike
+    rows = max(1, triton.cdiv(M, chunks))  # chunks of equal size
     if rows > 128:
-        rows = triton.cdiv(rows, 128) * 128  # whole tiles of the matrix products, and no chunk starts at an odd address
+        rows = triton.cdiv(rows, 128) * 128  # whole tiles of the matrix products, aligned chunks
     buffer = h.new_empty((rows, stride))
     for start in range(0, M, rows):
         chunk = slice(start, start + rows)
@@ -117,7 +117,7 @@ def _outputs(h, weight, targets, ignore_index, z_loss, train):
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (V, C) float32 += a^T b, or = if it is the first; cuBLAS reads bf16 and adds in float32 in one go."""
+    """total (V, C) float32 += a^T b, or = if `first`; cuBLAS reads bf16 and adds in float32 in one call."""
     if total.is_cuda:
         torch.addmm(total, a.T, b, out_dtype=torch.float32, beta=1 - first, out=total)
     else:
@@ -135,7 +135,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad, *_):
     count, dh, dweight = ctx.saved_tensors
-    scale = (grad / count)[None]  # one dimension, so that it stays float32 beside bf16
+    scale = (grad / count)[None]  # (1,): a scalar tensor would not promote bf16 to float32
     return (dh * scale).to(dh.dtype), (dweight * scale).to(ctx.dtype), None, None, None, None
 
 
@@ -149,8 +149,8 @@ head.register_autograd(_autograd, setup_context=_setup_context)
 def linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
 ) -> Tensor:
-    """`kernels.ops.linear_cross_entropy`; a target outside 0..V-1 makes it NaN. The weight may be float32 beside
-    half-precision h; its gradient is then float32 too, never rounded to half. Raises ValueError unless there is one
-    target a row of h."""
+    """`kernels.ops.linear_cross_entropy`; NaN if a target is outside 0..V-1. The weight may be float32 and h half
+    precision; the weight's gradient is then float32, never rounded to half. Raises ValueError unless h has one target
+    per row."""
     train = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     return head(h, weight, targets, ignore_index, z_loss, train)[0]

@@ -1,8 +1,8 @@
-"""Every operation by the fastest PyTorch operations known to us: where Triton is not (CPU, macOS, Windows).
+"""Every operation as the fastest PyTorch code known to us, for platforms without Triton (CPU, macOS, Windows).
 
-Same signatures as `kernels.reference`, which says what each operation means. Where PyTorch's own operation is good
-(attention, layer norm, the activations) it is called. Three operations have a forward and a backward of their own that
-pass over memory less often; what that gains is in bench/results/train_throughput_cpu.md and LOG.md.
+Same signatures as `kernels.reference`, which defines the operations. PyTorch's own operation is used where it is fast
+(attention, layer norm, activations). Three operations have their own forward and backward, which pass over memory less
+often; the gain is in bench/results/train_throughput_cpu.md and LOG.md.
 """
 
 import functools
@@ -23,7 +23,7 @@ def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Norms. PyTorch's own RMSNorm is a chain of elementwise operations on a CPU, and so is its derivative
+# Norms. On a CPU PyTorch's RMSNorm is a chain of elementwise operations, and so is its derivative
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -43,7 +43,7 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
         r = (norm.square() / x.shape[-1] + eps).rsqrt()  # (..., 1)
         ctx.save_for_backward(x, weight, r)
-        # A tensor of its own: torch.compile of 2.11 gives no gradient to one that is also a step on the way.
+        # A new tensor: torch.compile in 2.11 gives no gradient to an output that is also an intermediate result.
         return (x * r).mul_(weight).to(x.dtype).view_as(x)
 
     @staticmethod
@@ -85,16 +85,16 @@ def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False
 
 
 def rotary_table(T: int, D: int, theta: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """cos | sin (T, D) of every position x frequency."""
-    # A compiled graph makes the table itself, once for all layers: a tensor of its own that outlives it would be a
-    # hazard under CUDA graphs, whose memory is reused.
+    """cos | sin (T, D) of position x frequency."""
+    # A compiled graph computes the table itself, once for all layers: its tensors must not outlive it, because CUDA
+    # graphs reuse their memory.
     if torch.compiler.is_compiling():
         return reference.rotary_table(T, D, theta, device).to(dtype)
-    return _kept_table(1 << (T - 1).bit_length(), D, theta, device, dtype)[:T]  # sampling asks for every T
+    return _kept_table(1 << (T - 1).bit_length(), D, theta, device, dtype)[:T]  # sampling uses every T
 
 
-@functools.cache  # for good: a captured step reads it where it lies
-@torch.inference_mode(False)  # a table made while sampling may serve a training step later
+@functools.cache  # never freed: a captured step reads it in place
+@torch.inference_mode(False)  # a table made while sampling may be used in training later
 def _kept_table(T: int, D: int, theta: float, device: torch.device, dtype: torch.dtype) -> Tensor:
     return reference.rotary_table(T, D, theta, device).to(dtype)
 
@@ -111,11 +111,11 @@ class _Rotation(torch.autograd.Function):
 
 
 def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """q and k of packed qkv (B, T, 3C) by the angles, or (sign -1) by their opposites."""
+    """Rotate q and k of packed qkv (B, T, 3C) by the angles, or by their opposites (sign -1)."""
     B, T, C3 = qkv.shape
     x = qkv.view(B, T, -1, 2, cos.shape[-1])  # (B, T, 3H, 2, D/2)
     y = x.clone()
-    qk = slice(x.shape[2] // 3 * 2)  # the heads of q and k; v stays
+    qk = slice(x.shape[2] // 3 * 2)  # heads of q and k; v is not rotated
     x1, x2 = x[:, :, qk].unbind(3)
     y1, y2 = y[:, :, qk].unbind(3)  # each (B, T, 2H, D/2)
     y1.mul_(cos).addcmul_(x2, sin, value=-sign)
@@ -141,20 +141,20 @@ def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The output layer and its loss: the logits, the largest tensor of a small model, exist in pieces only and once
+# Output layer and loss: of the logits, the largest tensor of a small model, only one chunk exists at a time
 
 
 def linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
 ) -> Tensor:
-    # Decided here: within the function autograd is off, and weights need gradients also where nobody asks for them.
+    # Decided here: inside the Function gradients are always off, and weights require them in evaluation too.
     train = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(h, weight, targets, ignore_index, z_loss, train)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The forward makes loss and gradients together, piece by piece, where each piece of logits turns into its own
-    gradient; the backward only scales them. (The idea of Liger-Kernel, Hsu et al. 2024.)"""
+    """The forward computes loss and gradients chunk by chunk, where gradients replace the logits in place; the backward
+    only scales them. (The idea of Liger-Kernel, Hsu et al. 2024.)"""
 
     @staticmethod
     def forward(ctx, h, weight, targets, ignore_index, z_loss, train):
@@ -164,12 +164,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         keep = keep.to(wide)
         loss = torch.zeros((), dtype=wide, device=h.device)
         dh = torch.empty_like(h) if train else h
-        ctx.dtype, weight = weight.dtype, weight.to(h.dtype)  # float32 beside bf16 is multiplied as bf16
+        ctx.dtype, weight = weight.dtype, weight.to(h.dtype)  # float32 is multiplied in the dtype of h
         dweight = torch.zeros_like(weight, dtype=wide) if train else None
-        # A few MB of logits, about what a core keeps in its cache; at least 256 rows, for the products to be fast.
+        # A few MB of logits, about the size of a core's cache; at least 256 rows, for fast products.
         rows = max(256, 2**20 // len(weight))
         for x, target, kept, dx in zip(*(t.split(rows) for t in (h, targets, keep, dh)), strict=True):
-            p = (x @ weight.T).to(wide)  # logits (rows, V), soon their softmax, then their gradient
+            p = (x @ weight.T).to(wide)  # logits (rows, V), then softmax, then gradient
             top, right = p.amax(-1), p.gather(1, target)[:, 0]
             p = torch.softmax(p, -1, out=p)
             log_z = top - p.amax(-1).log()  # the largest probability is exp(top) / Z, at least 1/V
@@ -191,5 +191,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _wide(x: Tensor) -> torch.dtype:
-    """At least float32: what half-precision numbers are summed in."""
+    """The dtype of sums: at least float32."""
     return torch.promote_types(x.dtype, torch.float32)

@@ -1,18 +1,18 @@
-"""RMSNorm and LayerNorm over the last dimension, alone or of x + residual; `kernels.reference` in Triton.
+"""RMSNorm and LayerNorm over the last dimension of x or of x + residual, in Triton (see `kernels.reference`).
 
 Forward, per row of C numbers, all in float32:
-    x  <- x + residual, rounded to its dtype as it is stored             (only if there is a residual)
+    x  <- x + residual, rounded to its dtype                            (only with a residual)
     m  =  mean(x) for LayerNorm, 0 for RMSNorm
     r  =  (mean((x - m)^2) + eps)^(-1/2)
     n  =  (x - m) r,    y = n w + b
-Backward, with g the gradient of y and t that of the stored sum (0 without a residual):
-    dx =  r (w g - mean(w g) - n mean(w g n)) + t,  which is the gradient of the residual, too
+Backward, with g the gradient of y and t that of the sum (0 without a residual):
+    dx =  r (w g - mean(w g) - n mean(w g n)) + t,  also the gradient of the residual
     dw =  sum over rows of g n,    db = sum over rows of g
-without the term mean(w g) for RMSNorm: its m is a constant.
+without the term mean(w g) for RMSNorm, whose m is constant.
 
-Both directions are bound by memory: a row is read once, kept in registers, and written once. The backward runs about
-two programs a multiprocessor, each over many rows, so that the sums over rows are first made within a program; the
-few partial sums that are left are added by one reduction, always in the same order.
+Both directions are memory-bound: a row is read once, kept in registers, and written once. The backward runs about two
+programs per multiprocessor, each over many rows. Each program sums over its own rows; one reduction adds the few
+partial sums, always in the same order.
 """
 
 import functools
@@ -61,14 +61,14 @@ def _backward(G, GTotal, X, W, Stats, DX, Partial, M, C,
     w = tl.load(W + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
     dw = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     db = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for start in tl.range(program * ROWS, M, programs * ROWS, num_stages=2):  # the next rows are on their way
+    for start in tl.range(program * ROWS, M, programs * ROWS, num_stages=2):  # prefetch the next rows
         rows = start + tl.arange(0, ROWS)
         inside = (rows < M)[:, None] & (cols < C)[None, :]
         at = rows.to(tl.int64)[:, None] * C + cols[None, :]
         g = tl.load(G + at, mask=inside, other=0.0).to(tl.float32)
         n = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
         r = tl.load(Stats + rows, mask=rows < M, other=0.0)[:, None]
-        if CENTRED:  # g is 0 outside, so what n is there does not matter
+        if CENTRED:  # g is 0 outside, so n does not matter there
             n -= tl.load(Stats + M + rows, mask=rows < M, other=0.0)[:, None]
         n *= r
         dw += g * n
@@ -93,8 +93,8 @@ def _backward(G, GTotal, X, W, Stats, DX, Partial, M, C,
 
 
 def _config(C: int) -> dict:
-    """Whole rows, as many as make 4096 numbers: 32 a thread forward (4 warps) and 16 backward (8), which keeps all of
-    them in registers (bench/results/kernels_aot_*.md). Wider rows take more warps."""
+    """Whole rows, 4096 numbers in all: 32 per thread forward (4 warps) and 16 backward (8 warps), so that all stay in
+    registers (bench/results/kernels_aot_*.md). Wider rows take more warps."""
     block = triton.next_power_of_2(C)
     return {"ROWS": min(32, max(1, 4096 // block)), "BLOCK": block}
 
@@ -118,18 +118,18 @@ def _processors(device: torch.device) -> int:
 def norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> normed (..., C); x + residual (..., C), empty without a residual; per row 1/std (and mean): (1 or 2, M).
+    """-> normed (..., C); x + residual (..., C), empty without a residual; 1/std (and mean) of each row, (1 or 2, M).
 
-    Raises ValueError for rows wider than MAX_WIDTH and for shapes and dtypes that do not go together.
+    Raises ValueError for rows wider than MAX_WIDTH and for mismatched shapes or dtypes.
     """
     x, residual, weight, bias = _contiguous(x, residual, weight, bias)
     M, C = x.numel() // x.shape[-1], x.shape[-1]
     if C > MAX_WIDTH:
-        raise ValueError(f"a norm over {C} numbers: at most {MAX_WIDTH} fit one program")
+        raise ValueError(f"norm over {C} numbers: at most {MAX_WIDTH} fit one program")
     if residual is not None and (residual.shape, residual.dtype) != (x.shape, x.dtype):
-        raise ValueError(f"a residual of {residual.dtype} {tuple(residual.shape)} beside {x.dtype} {tuple(x.shape)}")
+        raise ValueError(f"norm: residual is {residual.dtype} {tuple(residual.shape)}, x is {x.dtype} {tuple(x.shape)}")
     if any(p is not None and p.shape != (C,) for p in (weight, bias)):
-        raise ValueError(f"a norm over {C} numbers needs as many weights, not {tuple(weight.shape)}")
+        raise ValueError(f"norm over {C} numbers: needs {C} weights, not {tuple(weight.shape)}")
     normed, total, stats = _norm_outputs(x, residual, weight, bias, eps, centred)
     config = _forward_config(C)
     _forward[(triton.cdiv(M, config["ROWS"]),)](

@@ -1,9 +1,9 @@
-"""The operations that the model calls, and the one place that chooses who computes them.
+"""The operations that the model calls, and the choice of their implementation.
 
-They are Triton kernels for tensors on a CUDA device, and PyTorch operations (`kernels.fallback`) elsewhere; with
-TRITON_INTERPRET=1 in the environment Triton interprets its kernels, slowly, on any device. `backend` says which it is
-and why; `use("reference")` swaps in another implementation for the length of a `with` block. All are out of place and
-differentiable. B batch, T sequence, C width, V vocabulary, F feed-forward width.
+Triton kernels compute tensors on a CUDA device where supported, PyTorch operations (`kernels.fallback`) all others.
+With TRITON_INTERPRET=1 in the environment Triton interprets its kernels, slowly, on any device. `backend` returns the
+choice and its reason; `use("reference")` selects another implementation for a `with` block. All operations are out of
+place and differentiable. B batch, T sequence, C width, V vocabulary, F feed-forward width.
 """
 
 import importlib
@@ -19,10 +19,10 @@ from kernels import fallback
 
 
 def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bool = False) -> Tensor:
-    """Causal self-attention on packed qkv (B, T, 3C) -> (B, T, C), with scores divided by the root of the head size.
-    `theta` first rotates queries and keys to positions 0..T-1; `qk_norm` divides them by their root mean square before
-    that. Positions need an even head size."""
-    fits = qkv.shape[-1] <= 3 * n_heads * 128  # the largest head that the tiles of our kernel hold
+    """Causal self-attention on packed qkv (B, T, 3C) -> (B, T, C), scores divided by the square root of the head size.
+    `qk_norm` first divides queries and keys by their root mean square; `theta` then rotates them to positions 0..T-1,
+    which needs an even head size."""
+    fits = qkv.shape[-1] <= 3 * n_heads * 128  # the largest heads of the Triton kernel
     return _implementation("attention", qkv, fits)(qkv, n_heads, theta, qk_norm)
 
 
@@ -49,7 +49,7 @@ def add_layer_norm(
 
 
 def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """activation(x) weight^T + bias, the activation being `gelu` (erf), `gelu_tanh` (GPT-2's approximation), `relu2`
+    """activation(x) weight^T + bias with activation `gelu` (erf), `gelu_tanh` (GPT-2's approximation), `relu2`
     (ReLU squared) or `swiglu`: x (..., F), or (..., 2F) for swiglu, weight (C, F), bias (C,) -> (..., C)."""
     return _implementation("activation_linear", x)(x, weight, bias, kind)
 
@@ -58,12 +58,12 @@ def linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
 ) -> Tensor:
     """Mean over the targets that are not `ignore_index` of -log softmax(h weight^T)[target] + z_loss log(Z)^2, 0 if
-    there is none: h (M, C), weight (V, C), targets (M,) -> scalar, at least float32."""
+    there are none: h (M, C), weight (V, C), targets (M,) -> scalar, at least float32."""
     return _implementation("linear_cross_entropy", h)(h, weight, targets, ignore_index, z_loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Who computes
+# The implementation
 
 TRITON_FILES = {  # by operation
     "attention": "attention",
@@ -81,12 +81,12 @@ def has_triton() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether Triton was told to interpret: it looks when a kernel is defined, so the variable must be set before."""
+    """Whether Triton interprets. It reads the variable when a kernel is defined, so it must be set before."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def backend(device: torch.device, asked: str = "auto") -> tuple[str, str]:
-    """(name, why) of what computes the operations on this device: "triton", "interpreter" or "fallback"."""
+    """(name, why) of the implementation for this device: "triton", "interpreter" or "fallback"."""
     if asked != "auto":
         return asked, "as asked"
     if not has_triton():
@@ -96,18 +96,15 @@ def backend(device: torch.device, asked: str = "auto") -> tuple[str, str]:
     if device.type != "cuda":
         return "fallback", f"PyTorch operations: Triton kernels need a CUDA device, this is {device.type}"
     if torch.version.hip:
-        return "fallback", "PyTorch operations: Triton kernels are tuned for NVIDIA GPUs, this is AMD's"
+        return "fallback", "PyTorch operations: Triton kernels are tuned for NVIDIA GPUs, this is an AMD GPU"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return (
-            "fallback",
-            f"PyTorch operations: our Triton kernels need sm_80 (A100) or later, this is sm_{major}{minor}",
-        )
+        return "fallback", f"PyTorch operations: Triton kernels need sm_80 (A100) or later, this is sm_{major}{minor}"
     return "triton", f"Triton {importlib.import_module('triton').__version__} kernels on sm_{major}{minor}"
 
 
 def implementations(name: str) -> dict[str, Callable]:
-    """All operations by "reference", "fallback" or "triton"."""
+    """{operation: function} of "reference", "fallback" or "triton"."""
     files = {operation: file if name == "triton" else name for operation, file in TRITON_FILES.items()}
     return {
         operation: getattr(importlib.import_module(f"kernels.{file}"), operation) for operation, file in files.items()
@@ -116,8 +113,8 @@ def implementations(name: str) -> dict[str, Callable]:
 
 @contextmanager
 def use(name: str, **instead: Callable) -> Iterator[None]:
-    """Inside the block every operation is that of "reference", "fallback" or "triton", whatever the device; with "auto"
-    it stays what it is outside. A function given under an operation's name takes that operation's place."""
+    """In the block all operations are those of "reference", "fallback" or "triton", on any device; "auto" keeps the
+    current ones. `instead` replaces single operations, by name."""
     before = dict(_swapped)
     _swapped.update(({} if name == "auto" else implementations(name)) | instead)
     try:
@@ -128,22 +125,22 @@ def use(name: str, **instead: Callable) -> Iterator[None]:
 
 
 def _implementation(operation: str, x: Tensor, fits: bool = True) -> Callable:
-    """What `use` put in the operation's place, else our Triton kernel if it suits the tensor, else PyTorch's."""
+    """The function set by `use`, else the Triton kernel if it supports the tensor, else the PyTorch operation."""
     if operation in _swapped:
         return _swapped[operation]
-    return TRITON[operation] if fits and _suits_triton(x) else getattr(fallback, operation)
+    return TRITON[operation] if fits and _triton_supports(x) else getattr(fallback, operation)
 
 
-def _suits_triton(x: Tensor) -> bool:
+def _triton_supports(x: Tensor) -> bool:
     if x.dtype == torch.float64:
         return False
     if _INTERPRETING:
-        return x.dtype != torch.bfloat16  # which Triton interprets as integers
+        return x.dtype != torch.bfloat16  # which the interpreter treats as integers
     return x.device.type == "cuda" and x.device.index in _CAPABLE
 
 
 _swapped: dict[str, Callable] = {}  # by operation; empty outside of `use`
-# Known before torch.compile looks, which would compile again for a change. Without CUDA triton is not imported.
+# Computed at import: torch.compile would recompile when they change. Without CUDA triton is not imported.
 _INTERPRETING = has_triton() and interpreting()
 _CAPABLE = [i for i in range(torch.cuda.device_count()) if backend(torch.device("cuda", i))[0] == "triton"]
 TRITON = implementations("triton") if _INTERPRETING or _CAPABLE else {}  # by operation

@@ -1,7 +1,7 @@
-"""The explicit mathematics of every operation: slow, memory-hungry, right in any dtype (tests run it in float64).
+"""The explicit mathematics of every operation: slow, memory-hungry, correct in any dtype (tests run it in float64).
 
-Nothing here is fused or clever, so this is also the place to read what an operation means. Same signatures as
-`kernels.ops`; the Triton kernels and the PyTorch fallback are tested against these functions.
+Nothing here is fused, so this also documents what the operations mean. Same signatures as `kernels.ops`; the Triton
+kernels and the PyTorch fallback are tested against these functions.
 """
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bool = False) -> Tensor:
-    """Causal self-attention, softmax(Q K^T / sqrt(D)) V, on packed qkv (B, T, 3C) -> (B, T, C). `theta` rotates
-    queries and keys first, `qk_norm` normalises them, as `rotary` does."""
+    """Causal self-attention, softmax(Q K^T / sqrt(D)) V, on packed qkv (B, T, 3C) -> (B, T, C). Queries
+    and keys first pass `rotary` with `theta` and `qk_norm`."""
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_heads
     qkv = rotary(qkv, n_heads, theta, qk_norm)
@@ -25,7 +25,7 @@ def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False
     """Rotary positions 0..T-1 on the queries and keys of packed qkv (B, T, 3C), in the halves convention of
     GPT-NeoX and Llama: (x1, x2) -> (x1 cos - x2 sin, x1 sin + x2 cos), frequency i = theta^(-2i/D).
 
-    `qk_norm` first divides each query and key head by its root mean square; `theta` None does only that.
+    `qk_norm` first divides each query and key head by its root mean square; `theta` None means no rotation.
     """
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_heads
@@ -40,8 +40,8 @@ def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False
 
 
 def rotary_table(T: int, D: int, theta: float, device: torch.device) -> Tensor:
-    """cos | sin of position x frequency, (T, D) in float32. The angles are float64: at position 4096 those of float32
-    are off by 2e-4."""
+    """cos | sin of position x frequency, (T, D) in float32. Angles are computed in float64: float32 angles are off by
+    2e-4 at position 4096."""
     where = "cpu" if device.type == "mps" else device  # MPS has no float64
     frequency = theta ** (-torch.arange(0, D, 2, device=where, dtype=torch.float64) / D)
     angle = torch.arange(T, device=where, dtype=torch.float64)[:, None] * frequency
@@ -98,7 +98,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Mean over the targets that are not `ignore_index` of -log softmax(h weight^T)[target] + z_loss log(Z)^2.
 
-    h (M, C), weight (V, C), targets (M,) -> scalar. No target at all gives 0, not NaN.
+    h (M, C), weight (V, C), targets (M,) -> scalar. Without any target: 0, not NaN.
     """
     keep = targets != ignore_index
     logits = (h @ weight.to(h.dtype).T)[keep]  # (kept, V)

@@ -1,14 +1,14 @@
-"""Rotary positions and QK-norm of the queries and keys, before attention; the forward of `kernels.reference.rotary` in
-Triton. Its backward is in the epilogues of attention's.
+"""Rotary positions and QK-norm of queries and keys before attention: the forward of `kernels.reference.rotary` in
+Triton. The backward is in the epilogues of attention's backward kernels.
 
 For the halves (x1, x2) of each query and key head of size D, at position t, all in float32:
     n  =  x (mean(x^2) + 1e-6)^(-1/2)                                        (only with QK-norm; else n = x)
     y  =  (n1 cos - n2 sin, n1 sin + n2 cos),  angle t theta^(-2i/D) for i < D/2      (theta None: y = n)
-The halves of each head are interleaved, y1[0] y2[0] y1[1] ...: this changes no product of a query and a key, and a pair
-then lies in neighbouring columns of the accumulators of attention's backward, which rotates it back.
+The halves of each head are interleaved, y1[0] y2[0] y1[1] ...: products of queries and keys do not change, and a pair
+is in adjacent columns of the accumulators of attention's backward, which rotates it back.
 
-A program takes a block of tokens and a few heads: the table is read once for all of them, and what neighbouring
-programs read lies side by side.
+A program handles a block of tokens and a few heads: it reads the table once for all of them, and neighbouring programs
+read adjacent memory.
 """
 
 import triton
@@ -50,14 +50,14 @@ def _rotate(X, Table, Y, R, M, T, H, ROTATE: tl.constexpr, NORM: tl.constexpr,
 
 
 def _config(H: int, D: int) -> dict:
-    """1024 pairs in 128 threads: 8 a thread are one access of 16 bytes in bf16."""
+    """1024 pairs on 128 threads: 8 per thread, one 16-byte access in bf16."""
     block = triton.next_power_of_2(D // 2)
     return {"D": D, "HEADS": min(4, H), "ROWS": max(1, 1024 // block), "BLOCK": block, "num_warps": 4}
 
 
 def rotate_qk(qkv: Tensor, table: Tensor | None, qk: Tensor, r: Tensor | None, n_heads: int) -> None:
-    """Fills qk (B, T, 2C) with the queries and keys of qkv (B, T, 3C), normalised and rotated by a table (T, D) of
-    cos | sin, interleaved. r (B, T, 2H) float32 asks for QK-norm and gets r of each head."""
+    """Fill qk (B, T, 2C) with the queries and keys of qkv (B, T, 3C), rotated by `table` (T, D) of cos | sin and with
+    interleaved halves. If r (B, T, 2H) float32 is given, QK-norm is applied and r is filled with r of each head."""
     B, T, C3 = qkv.shape
     config = _config(n_heads, C3 // 3 // n_heads)
     programs = triton.cdiv(B * T, config["ROWS"]) * triton.cdiv(n_heads, config["HEADS"])

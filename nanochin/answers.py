@@ -1,4 +1,4 @@
-"""What to train: the questions that one may ask of a fitted law, answered once for terminal, laws.json and report.
+"""What to train: answers of a fitted law, computed once for terminal, laws.json and report.
 
 answers = answer(study.best, Questions((1e20, 1e21), target_loss=2.1))
 answers.optima[1].found["params"].value, answers.optima[1].found["params"].intervals[95]
@@ -15,12 +15,12 @@ from nanochin.console import count, three
 from nanochin.laws import LEVELS, DataConstrained, Law, NotIdentified, PowerLaw
 from nanochin.study import Approach, attempt
 
-SHOWN = {  # quantity: what heads its column, and how it is printed
+SHOWN = {  # quantity: (column title, format)
     "flops": ("C", "{:g} FLOPs".format),
     "target_loss": ("loss", "{:g}".format),
     "inference_tokens": ("tokens served", count),
     "unique_tokens": ("unique tokens", count),
-    "least_flops": ("least C", "{:.3g}".format),
+    "least_flops": ("lowest C", "{:.3g}".format),
     "params": ("N", count),
     "tokens": ("D", count),
     "tokens_per_param": ("D/N", three),
@@ -32,9 +32,9 @@ SHOWN = {  # quantity: what heads its column, and how it is printed
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked; None: not asked."""
+    """The questions; None: not asked."""
 
-    budgets: tuple[float, ...]  # training FLOPs as the study counts them
+    budgets: tuple[float, ...]  # training FLOPs in the convention of the study
     target_loss: float | None = None
     inference_tokens: float | None = None
     unique_tokens: float | None = None
@@ -42,24 +42,24 @@ class Questions:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, and its intervals {80: (low, high), 95: ...}, or {} where there are none."""
+    """A number and its intervals {80: (low, high), 95: ...}, or {} without intervals."""
 
     value: float
     intervals: dict[int, tuple[float, float]] = field(default_factory=dict)
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Of the 95% interval; nan where there is none."""
+        """Of the 95% interval; nan if there is none."""
         return self.intervals.get(95, (math.nan, math.nan))
 
 
 @dataclass(frozen=True)
 class Answer:
-    """To one question. Quantities have the names of SHOWN."""
+    """The answer to one question. Quantities are named as in SHOWN."""
 
     asked: dict[str, float]
-    found: dict[str, Estimate]  # empty where the law knows no answer:
-    why: str = ""
+    found: dict[str, Estimate]  # empty if the law has no answer;
+    why: str = ""  # then the reason
 
     def to_json(self) -> dict:
         out = dict(self.asked) | {name: _finite(estimate.value) for name, estimate in self.found.items()}
@@ -72,7 +72,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """To all that was asked; the lists of what was not are empty."""
+    """The answers to all questions; lists of questions not asked are empty."""
 
     optima: list[Answer]
     to_reach: list[Answer]
@@ -80,7 +80,7 @@ class Answers:
     with_text: list[Answer]
 
     def to_json(self) -> dict:
-        """The object `answers` of laws.json; `optima` stand there with their approach."""
+        """The object `answers` of laws.json; `optima` are stored with their approach."""
         lists = {name: found for name, found in vars(self).items() if found and name != "optima"}
         return {name: [one.to_json() for one in found] for name, found in lists.items()}
 
@@ -90,7 +90,7 @@ def _finite(value: float) -> float | None:
 
 
 def answer(best: Approach, questions: Questions) -> Answers:
-    """Optima of the budgets, and what else was asked: of every budget where it needs one."""
+    """Optima of the budgets, and answers to the other questions, for each budget if they need one."""
     target, served, unique = questions.target_loss, questions.inference_tokens, questions.unique_tokens
     return Answers(
         optima=[optimum(best, C) for C in questions.budgets],
@@ -116,7 +116,7 @@ def optimum(approach: Approach, C: float) -> Answer:
 
 
 def to_reach(approach: Approach, loss: float) -> Answer:
-    """What a loss costs at least, and the run that reaches it."""
+    """The lowest compute that reaches a loss, and the run."""
 
     def need(law: Law) -> tuple:
         C = laws.compute_for_loss(law, loss)
@@ -126,8 +126,8 @@ def to_reach(approach: Approach, loss: float) -> Answer:
 
 
 def to_serve(approach: Approach, C: float, tokens: float) -> Answer:
-    """The run that is as good as the optimum of C, for the least compute of training it and serving `tokens` with it
-    together (Sardana and Frankle 2023), and the share of that compute which it saves."""
+    """The run with the loss of the optimum of C and the lowest compute for training plus serving `tokens` tokens
+    (Sardana and Frankle 2023), and the share of compute that it saves."""
 
     def plan(law: Law) -> tuple:
         N, D = law.optimal(C)
@@ -140,8 +140,8 @@ def to_serve(approach: Approach, C: float, tokens: float) -> Answer:
 
 
 def with_text(approach: Approach, C: float, unique: float) -> Answer:
-    """The best run for C when only `unique` tokens exist. How fast repetition loses its worth is that of Muennighoff
-    et al. 2023, who fitted it on C4; hence no intervals."""
+    """The best run for C when only `unique` tokens exist. The decaying value of repeated tokens is that of Muennighoff
+    et al. 2023, fitted on C4; hence no intervals."""
 
     def plan(law: Law) -> tuple:
         limited = DataConstrained(law)
@@ -154,7 +154,7 @@ def with_text(approach: Approach, C: float, unique: float) -> Answer:
 
 def _answer(approach: Approach, asked: dict, quantities: Callable, names: tuple) -> Answer:
     if not isinstance(approach.law, Law):
-        return Answer(asked, {}, "this needs a law that knows the loss, that is Approach 3")
+        return Answer(asked, {}, "this needs a law that predicts the loss: Approach 3")
     found = attempt(estimates, approach, quantities)
     if isinstance(found, NotIdentified):
         return Answer(asked, {}, str(found))
@@ -162,13 +162,13 @@ def _answer(approach: Approach, asked: dict, quantities: Callable, names: tuple)
 
 
 def estimates(approach: Approach, quantities: Callable) -> list[Estimate]:
-    """Of a function of a law that gives several numbers: their values, with intervals by what it gives of all
-    replicates at once. Raises NotIdentified as the function does of the law itself."""
+    """The numbers that quantities(law) returns, with intervals from the same numbers of all replicates. Raises
+    NotIdentified if `quantities` does for the law itself."""
     values, sure = quantities(approach.law), approach.sure
     if sure is None:
         return [Estimate(float(value)) for value in values]
     drawn = np.stack(np.broadcast_arrays(*quantities(sure.law)))
-    drawn = np.where(np.isnan(drawn), np.inf, drawn)  # what a loss costs that a replicate cannot reach
+    drawn = np.where(np.isnan(drawn), np.inf, drawn)  # the cost of a loss that a replicate cannot reach
     method = "linear" if np.isfinite(drawn).all() else "nearest"
     ends = {level: np.percentile(drawn, (50 - level / 2, 50 + level / 2), axis=1, method=method) for level in LEVELS}
     return [

@@ -1,10 +1,10 @@
 """The model: a decoder-only transformer, written to be read.
 
-Like Chinchilla by default: pre-norm RMSNorm, rotary positions, a GELU feed-forward of 4C, no biases, one matrix
-for embedding and output. Other members of the family are options of `Shape`, not other files: `layernorm`,
-`learned` positions and biases make GPT-2; `swiglu` and an untied head make Llama; `qk_norm` and `relu2` go with any.
+Chinchilla-like by default: pre-norm RMSNorm, rotary positions, GELU feed-forward of width 4C, no biases, tied embedding
+and output. Variants are options of `Shape`: `layernorm`, `learned` positions and biases give GPT-2; `swiglu` and an
+untied head give Llama; `qk_norm` and `relu2` combine with any.
 
-References: Hoffmann et al. 2022 (Chinchilla); Radford et al. 2019 (GPT-2) and its rewriting in karpathy/nanoGPT;
+References: Hoffmann et al. 2022 (Chinchilla); Radford et al. 2019 (GPT-2) and its rewrite in karpathy/nanoGPT;
 Su et al. 2021 (rotary positions); Zhang & Sennrich 2019 (RMSNorm).
 
 B batch, T sequence, C width, H heads, D head size, F feed-forward width, V vocabulary.
@@ -43,7 +43,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """The same for LayerNorm, whose bias is optional."""
+    """As RMSNorm, with an optional bias."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -60,7 +60,7 @@ class LayerNorm(nn.Module):
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 
 
-ROTARY_THETA = 10_000.0  # the base of the rotary angles' frequencies
+ROTARY_THETA = 10_000.0  # base of the rotary frequencies
 
 
 class Attention(nn.Module):
@@ -91,9 +91,8 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Takes the residual stream x and its normalised copy h, gives back both, so that each residual addition
-    and the norm that follows it are one operation. `norm2` is thus what textbooks call the next block's first
-    norm; the last block's is the final norm."""
+    """Takes and returns the residual stream x and its normalised copy h, so that each residual addition and the norm
+    after it are one operation. `norm2` is the first norm of the next block in the usual layout, or the final norm."""
 
     def __init__(self, shape: Shape):
         super().__init__()
@@ -111,8 +110,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """`model(tokens, targets)` is the mean loss in nats; `model(tokens)` the logits.
 
-    Weights are float32, made on the CPU from `seed` alone, so the same run starts the same on every device;
-    activations are `dtype`.
+    Weights are float32, initialised on the CPU from `seed` alone, so a run starts from the same weights on every
+    device; activations are in `dtype`.
     """
 
     def __init__(self, shape: Shape, *, dtype: torch.dtype = torch.float32, seed: int = 0, z_loss: float = 0.0):
@@ -127,9 +126,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Matrices normal with deviation sqrt(2 / (5 C)) (Nguyen & Salazar 2019, "SmallInit"; GPT-2's 0.02 is its
-        value at C = 1000), the two that write to the residual stream divided by sqrt(2 layers) (GPT-2); norms 1,
-        biases 0."""
+        """Matrices normal with standard deviation sqrt(2 / (5 C)) (Nguyen & Salazar 2019, "SmallInit"; GPT-2's 0.02 at
+        C = 1000), over sqrt(2 layers) for the two that write to the residual stream (GPT-2); norms 1, biases 0."""
         generator = torch.Generator().manual_seed(seed)
         std = (2 / (5 * self.shape.width)) ** 0.5
         for name, parameter in self.named_parameters():
@@ -143,7 +141,7 @@ class GPT(nn.Module):
                 parameter.zero_()
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """tokens (B, T), targets (B, T) with -1 where there is none -> loss; without targets logits (B, T, V)."""
+        """tokens (B, T), targets (B, T), -1 for none -> loss; without targets: logits (B, T, V)."""
         x = self.embed(tokens).to(self.dtype)  # (B, T, C)
         if self.positions is not None:
             x = x + self.positions.weight[: tokens.shape[1]].to(self.dtype)
@@ -153,5 +151,5 @@ class GPT(nn.Module):
         weight = self.head.weight  # (V, C)
         if targets is None:
             return F.linear(h, weight.to(self.dtype)).float()
-        z_loss = self.z_loss if torch.is_grad_enabled() else 0.0  # steers training, is no part of a measured loss
+        z_loss = self.z_loss if torch.is_grad_enabled() else 0.0  # regularises training, not part of the measured loss
         return ops.linear_cross_entropy(h.flatten(0, 1), weight, targets.flatten(), z_loss=z_loss)

@@ -1,10 +1,10 @@
-"""All that one set of runs has to say: the three approaches with their intervals.
+"""The three approaches fitted to one set of runs, with intervals.
 
-    study = study_runs(rows)                 the answer: three laws, how sure each is
-    run_checks(study)                        what would change it, and how far it may be trusted (nanochin/checks.py)
+    study = study_runs(rows)                 three laws with intervals
+    run_checks(study)                        what changes the answer, how well it extrapolates (nanochin/checks.py)
     optimum(study.best, 1e18)                what to train, with intervals (nanochin/answers.py)
 
-What the data cannot support is the NotIdentified that says so, in the place of a result.
+If the data cannot support a result, the NotIdentified with the reason takes its place.
 """
 
 import math
@@ -19,35 +19,35 @@ from nanochin.config import UserError
 from nanochin.laws import Bootstrap, Cost, Law, NotIdentified, PowerLaw
 from nanochin.rows import Rows, all_or_no_flops
 
-MOST_INTERPOLATED = 2000  # runs: a spline through more would follow their noise
-USUAL, LEAST, FEWEST = 4000, 200, 20  # resamples: for a few thousand rows, for any number, that may be asked for
-WORK = 2e7  # rows x resamples that are done unasked, some 20 seconds
+MOST_INTERPOLATED = 2000  # runs; a spline through more would follow the noise
+USUAL, LEAST, FEWEST = 4000, 200, 20  # resamples: default, default for very many rows, smallest allowed
+WORK = 2e7  # rows x resamples by default, about 20 seconds
 COUNTS = {"total": "params", "non_embedding": "params_non_embedding", "with_head": "params_with_head"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How to fit; the options of fit.py that are not about files."""
+    """How to fit: the options of fit.py that are not about files."""
 
     params: str = "total"  # parameter convention of N
-    flops: str | None = None  # FLOP convention of C; None: what the rows have
+    flops: str | None = None  # FLOP convention of C; None: that of the rows
     delta: float = 1e-3
     fixed_e: float | None = None
     drop: int = 0  # rows of highest loss left out
-    bootstrap: int | None = None  # resamples; None: as many as the number of rows allows, see `resamples`
-    cluster: str = "auto"  # the unit that is resampled: run, row; auto is run where there is such a column
+    bootstrap: int | None = None  # resamples; None: depends on the number of rows, see `resamples`
+    cluster: str = "auto"  # unit of resampling: run or row; auto: run if there is such a column
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Approach:
-    """One of the three: its fit, and how sure it is."""
+    """One of the three approaches: its fit and intervals."""
 
     number: int
     fit: object  # EnvelopeFit, IsoflopFit or ParametricFit
     sure: Bootstrap | None
     reach: tuple[float, float]  # FLOPs of the smallest and the largest run
-    why: str = ""  # there are no intervals, though some were asked for
+    why: str = ""  # why there are no intervals, if requested
 
     @property
     def law(self) -> Law | PowerLaw:
@@ -57,7 +57,7 @@ class Approach:
         return (np.nan, np.nan) if self.sure is None else self.sure.interval(quantity, level)
 
     def exponent(self, law: Law | PowerLaw, which: int = 0):
-        """By `law` the optimal N (0) or D (1) grows as this power of C, over the FLOPs of the runs."""
+        """Exponent of the optimal N (`which` 0) or D (1) in C by `law`, over the FLOPs of the runs."""
         return laws.exponents(law, *self.reach)[which]
 
     def exponent_json(self) -> dict:
@@ -70,28 +70,28 @@ class Study:
     rows: Rows
     curves: Rows | None
     settings: Settings
-    N: np.ndarray  # (n,) the runs that were fitted
+    N: np.ndarray  # (n,) the fitted runs
     D: np.ndarray
     L: np.ndarray
     C: np.ndarray  # in flops_convention
-    unit: np.ndarray | None  # (n,) what is resampled together; None: every row by itself
+    unit: np.ndarray | None  # (n,) resampling unit of each row; None: each row is one
     flops_convention: str
-    flops_name: str  # how titles call it
+    flops_name: str  # its name in titles
     results: dict[int, Approach | NotIdentified]
     akima: Approach | NotIdentified  # Approach 2 by interpolation, with its seed-noise interval
     cost: Cost
-    note: str = ""  # that there are fewer resamples than usual
-    whole: "Study | None" = None  # what this is a sample of,
-    index: np.ndarray | None = None  # (n,) and where its runs stand there
+    note: str = ""  # says if there are fewer resamples than usual
+    whole: "Study | None" = None  # the study that this is a sample of
+    index: np.ndarray | None = None  # (n,) indices of its runs in `whole`
 
     @property
     def approaches(self) -> list[Approach]:
-        """Those that the data support."""
+        """The approaches that the data support."""
         return [found for found in self.results.values() if isinstance(found, Approach)]
 
     @property
     def best(self) -> Approach:
-        """The one that answers: 3, else 2, else 1."""
+        """The one used for answers: 3, else 2, else 1."""
         return self.approaches[-1]
 
     @property
@@ -100,18 +100,18 @@ class Study:
         return f"N {self.settings.params}, C {self.flops_name}"
 
     def need(self, number: int) -> Approach:
-        """Raises the NotIdentified that stands in its place."""
+        """The approach. Raises NotIdentified if there is none."""
         if isinstance(found := self.results[number], NotIdentified):
             raise NotIdentified(str(found))
         return found
 
     def resampling(self, most: int) -> dict:
-        """For the functions of nanochin.laws that resample: as many as were asked for, but at most `most`."""
+        """Arguments for functions of nanochin.laws that resample: the requested number, but at most `most`."""
         return {"runs": self.unit, "replicates": min(most, self.settings.bootstrap), "seed": self.settings.seed}
 
 
 def attempt(function: Callable, *args, **kwargs):
-    """The result, or the NotIdentified that says why there is none."""
+    """The result, or the NotIdentified that it raises."""
     try:
         return function(*args, **kwargs)
     except NotIdentified as error:
@@ -119,25 +119,25 @@ def attempt(function: Callable, *args, **kwargs):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The answer
+# The fits
 
 
 def resamples(n: int, asked: int | None) -> tuple[int, str]:
-    """How many resamples of n rows: those asked for, else the usual number or as many as WORK allows, and a sentence
-    that says so where there are fewer."""
+    """(number of resamples of n rows, note): `asked`, else USUAL or as many as WORK allows, and then a note on the
+    reduction."""
     if asked is not None:
         return asked, ""
     chosen = int(np.clip(WORK / n, LEAST, USUAL))
     minutes = math.ceil(n * chosen / WORK)
     note = (
-        f"{n:,} rows are many: {chosen} resamples instead of {USUAL}, about {minutes} minute{'s' * (minutes > 1)}; "
-        f"give `bootstrap` {USUAL} to insist"
+        f"{n:,} rows: {chosen} resamples instead of {USUAL}, about {minutes} minute{'s' * (minutes > 1)}; "
+        f"set `bootstrap` {USUAL} for all"
     )
     return chosen, note if chosen < USUAL else ""
 
 
 def silent(stage: str, done: float, total: float) -> None:
-    """Progress that nobody wants to see."""
+    """Show no progress."""
 
 
 def study_runs(
@@ -146,20 +146,19 @@ def study_runs(
     settings: Settings | None = None,
     progress: Callable[[str, float, float], None] = silent,
 ) -> Study:
-    """Fit what can be fitted; `progress` is told (stage, done, total). Raises UserError if no approach can."""
+    """Fit what can be fitted, calling progress(stage, done, total). Raises UserError if no approach can."""
     settings = settings or Settings()
     replicates, note = resamples(len(rows), settings.bootstrap)
     settings = replace(settings, bootstrap=replicates)
     if 0 < settings.bootstrap < FEWEST:
-        raise UserError(f"`bootstrap` {settings.bootstrap}: too few for an interval; give 0, or {FEWEST} and more")
+        raise UserError(f"`bootstrap` {settings.bootstrap}: too few for an interval; use 0 or at least {FEWEST}")
     if settings.drop:
         rows = rows.keep(np.argsort(np.argsort(-rows["loss"], kind="stable")) >= settings.drop, "of highest loss")
     N, D, L = _params(rows, settings.params), rows["tokens"], rows["loss"]
     C, flops_convention, flops_name = _flops(rows, settings.flops)
     if settings.fixed_e is not None and settings.fixed_e >= L.min():
         raise UserError(
-            f"`fixed_e` {settings.fixed_e:g}: {rows.source} has a loss of {L.min():g}, below it; E is the "
-            "loss that no model beats"
+            f"`fixed_e` {settings.fixed_e:g}: must be below every loss, but {rows.source} has a loss of {L.min():g}"
         )
     unit = resampled_unit(rows, settings.cluster)
     cost = Cost.of(N, D, C)
@@ -167,20 +166,20 @@ def study_runs(
     labels = {"params_convention": settings.params, "flops_convention": flops_convention}
 
     if curves is None:
-        envelope = NotIdentified("no training curves: give `curves`, or a folder of runs with their log.jsonl")
+        envelope = NotIdentified("no training curves: give `curves`, or a folder of runs with log.jsonl files")
     else:
         run, n = curves.labels["run"].codes, _params(curves, settings.params)
-        spent = 6 * n * curves["tokens"] * np.exp(np.interp(np.log(n), *laws.ratios(N, D, C)))  # as the runs had it
+        spent = 6 * n * curves["tokens"] * np.exp(np.interp(np.log(n), *laws.ratios(N, D, C)))  # counted as in C
         envelope = attempt(laws.fit_envelope, run, n, curves["tokens"], curves["loss"], spent, **labels)
     budget = laws.group_budgets(C, budget=rows.get("budget"))
     parabola = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, **labels)
-    akima = NotIdentified(f"more than {MOST_INTERPOLATED} runs: a spline through all of them would follow their noise")
+    akima = NotIdentified(f"more than {MOST_INTERPOLATED} runs: a spline through them would follow the noise")
     if len(N) <= MOST_INTERPOLATED:
         akima = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, method="akima", **labels)
     options = {"delta": settings.delta, "E": settings.fixed_e, "params_convention": settings.params, "cost": cost}
     fits = {1: envelope, 2: parabola, 3: attempt(laws.fit_parametric, N, D, L, **options)}
     how = {"runs": unit, "replicates": settings.bootstrap, "seed": settings.seed}
-    how["verify"] = int(np.clip(WORK / 10 / len(N), 4, 200))  # each costs as much as some fifteen resamples
+    how["verify"] = int(np.clip(WORK / 10 / len(N), 4, 200))  # each costs as much as about fifteen resamples
     results = {
         number: approach(number, fit, reach, progress=partial(progress, f"resampling for approach {number}"), **how)
         for number, fit in fits.items()
@@ -190,15 +189,15 @@ def study_runs(
             str(found) if f"{found}".startswith("Approach") else f"Approach {number}: {found}"
             for number, found in results.items()
         )
-        raise UserError(f"{rows.source}: no law can be told from these runs: {reasons}")
+        raise UserError(f"{rows.source}: no approach can be fitted to these runs: {reasons}")
     how = {"replicates": min(1000, settings.bootstrap), "seed": settings.seed}
     akima = approach(2, akima, reach, laws.bootstrap_seed_noise, **how)
     return Study(rows, curves, settings, N, D, L, C, unit, flops_convention, flops_name, results, akima, cost, note)
 
 
 def approach(number: int, fit, reach: tuple, resample: Callable | None = None, **how) -> Approach | NotIdentified:
-    """A fit, if it is one, with its intervals by `resample`, laws.bootstrap if not said; `how` are its arguments, of
-    which replicates=0 is none."""
+    """The approach of a fit, with intervals by `resample` (default: laws.bootstrap) with arguments `how`;
+    replicates=0: no intervals. A NotIdentified is returned unchanged."""
     if isinstance(fit, NotIdentified):
         return fit
     sure = attempt(resample or laws.bootstrap, fit, **how) if how["replicates"] else None
@@ -208,8 +207,8 @@ def approach(number: int, fit, reach: tuple, resample: Callable | None = None, *
 
 
 def sample_runs(study: Study, most: int, replicates: int) -> Study:
-    """The study, or that of `most` of its runs, chosen at random, whose Approach 3 has intervals by at most
-    `replicates` resamples."""
+    """The study, or, if it has more than `most` runs, that of `most` random ones, with intervals of Approach 3 by at
+    most `replicates` resamples."""
     if (n := len(study.N)) <= most:
         return study
     index = np.sort(np.random.default_rng(study.settings.seed).choice(n, most, replace=False))
@@ -227,8 +226,8 @@ def _params(rows: Rows, convention: str) -> np.ndarray:
 
 
 def _flops(rows: Rows, convention: str | None) -> tuple[np.ndarray, str, str]:
-    """(C, its convention, its name): what is asked for, else the column flops, else 6ND. In a table of others that
-    column counts what they say; a plan takes it for physical."""
+    """(C, its convention, its name): the given convention, else the column flops, else 6ND. In tables from elsewhere
+    that column may have any convention; plans take it as physical."""
     six = 6 * rows["params"] * rows["tokens"]  # 6ND counts all parameters, however the law counts N
     if convention is None and "flops" in rows.numbers:
         C = all_or_no_flops(rows)["flops"]
@@ -243,18 +242,18 @@ def _flops(rows: Rows, convention: str | None) -> tuple[np.ndarray, str, str]:
 
 def _column(rows: Rows, name: str, option: str) -> np.ndarray:
     if (column := rows.complete(name)) is None:
-        where = f"is blank at {rows.blanks[name]}" if name in rows.blanks else "is not there"
-        raise UserError(f"{option}: {rows.source} lacks {name}: the column {where}")
+        where = f"is blank at {rows.blanks[name]}" if name in rows.blanks else "is missing"
+        raise UserError(f"{option}: {rows.source}: column {name} {where}")
     return column
 
 
 def resampled_unit(rows: Rows, cluster: str) -> np.ndarray | None:
-    """(n,) what is resampled together: cooldowns of one trunk, else rows of one run, else each row by itself."""
+    """(n,) resampling unit of each row: cooldowns of one trunk, else rows of one run; None: each row is one."""
     if cluster == "row" or (cluster == "auto" and "run" not in rows.labels):
         return None
     if "run" not in rows.labels:
         raise UserError(f"`cluster` run: {rows.source} has no column run")
     run, trunk = rows.labels["run"], rows.labels.get("trunk")
-    # A row without a name is a run of its own; its stand-in is no name that a file could hold.
+    # A row without a name is its own run; its placeholder cannot be a name in a file.
     names = np.array([(trunk and trunk[i]) or run[i] or f"\n{i}" for i in range(len(rows))])
     return np.unique(names, return_inverse=True)[1]

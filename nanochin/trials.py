@@ -1,4 +1,4 @@
-"""Runs whose loss a law had predicted before they were trained: the only test of a law that nothing can bend."""
+"""Pre-registered predictions: runs whose loss a law predicted before they were trained."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -19,11 +19,11 @@ class Trial:
     predicted: float
     low: float
     high: float
-    loss: float  # that was reached
+    loss: float  # actual
 
     @property
     def off(self) -> float:
-        """The loss that was reached over the predicted one, less 1."""
+        """Actual loss / predicted loss - 1."""
         return self.loss / self.predicted - 1
 
     @property
@@ -33,7 +33,7 @@ class Trial:
     def __str__(self) -> str:
         return (
             f"{self.run}, {self.flops:.3g} FLOPs: predicted {self.predicted:.4f} (95%: {self.low:.4f} to "
-            f"{self.high:.4f}), reached {self.loss:.4f}, {100 * self.off:+.2f}%, "
+            f"{self.high:.4f}), actual {self.loss:.4f}, {100 * self.off:+.2f}%, "
             f"{'inside' if self.inside else 'OUTSIDE'}"
         )
 
@@ -42,18 +42,18 @@ class Trial:
 
 
 def read_trial(folder: str | Path) -> Trial:
-    """The trial that a finished run was; the prediction is the one that stands in its config.json from the start.
+    """The trial of a finished run, with the prediction that was written to its config.json before training.
 
-    Raises UserError for a folder that holds no finished run, or one of which no law had said anything."""
+    Raises UserError if there is no finished run in the folder, or no prediction with an interval."""
     folder = Path(folder)
     if not (folder / "summary.json").exists():
-        raise UserError(f"`trials` {folder}: no finished run there")
+        raise UserError(f"`trials` {folder}: no finished run")
     row, before = read_json(folder / "summary.json"), read_json(folder / "config.json").get("predicted") or {}
     found = {key: before.get(f"predicted_{key}") for key in ("loss", "low", "high")}
     if not all(isinstance(value, float) and math.isfinite(value) for value in found.values()):
         raise UserError(
-            f"`trials` {folder}: no law predicted its loss with an interval; train it with `law` "
-            "laws.json, of a fit on the same text"
+            f"`trials` {folder}: no law predicted its loss with an interval; train it with `law` laws.json "
+            "from a fit on the same text"
         )
     return Trial(
         row["name"], row["params"], row["tokens"], row["flops"], found["loss"], found["low"], found["high"], row["loss"]

@@ -1,4 +1,4 @@
-"""Activations in Triton, interpreted where there is no GPU, against PyTorch's in float64."""
+"""Activations in Triton (interpreted without a GPU) against PyTorch's in float64."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ SIZES += [(65536, 2 * 2048), (4096, 2 * 2731), (70_000, 48)] if CUDA else []
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("kind", TORCH)
 def test_activation(kind, size, dtype):
-    """Values and gradients of all four."""
+    """Values and gradients of all four kinds."""
     exact = TORCH[kind]
     compare(lambda x: activation.activate(x, kind), exact, exact, [randn(*size, scale=3.0)], dtype)
 
@@ -33,15 +33,15 @@ def test_activation(kind, size, dtype):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", TORCH)
 def test_activation_linear(kind, bias, dtype):
-    """The activation and the product after it: values and the gradients of x, weight and bias."""
+    """Activation and matrix product: values and the gradients of x, weight and bias."""
     F_, C = 48, 24
     inputs = [randn(2, 21, F_ * (1 + (kind == "swiglu"))), randn(C, F_, seed=1), *[randn(C, seed=2)] * bias]
     exact = lambda x, w, b=None: F.linear(TORCH[kind](x), w, b)  # noqa: E731
     compare(lambda x, w, b=None: activation.activation_linear(x, w, b, kind), exact, exact, inputs, dtype)
 
 
-def test_activation_linear_keeps_only_its_input():
-    """What is saved for the backward is x and the weight, and the gradient is that of the activation kept."""
+def test_activation_linear_saves_only_its_input():
+    """Only x and the weight are saved for the backward; the gradient is as if the activation were saved."""
     x, weight = randn(10, 36).float().to(DEVICE).requires_grad_(), randn(8, 36, seed=1).float().to(DEVICE)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -53,7 +53,7 @@ def test_activation_linear_keeps_only_its_input():
 
 
 def test_activation_linear_of_a_frozen_weight():
-    """Only x gets a gradient, the same as beside a weight that learns."""
+    """Only x gets a gradient, the same as with a trained weight."""
     x, weight = randn(10, 36).float().to(DEVICE).requires_grad_(), randn(8, 36, seed=1).float().to(DEVICE)
     alone = torch.autograd.grad(activation.activation_linear(x, weight, None, "gelu").sum(), x)[0]
     out = activation.activation_linear(x, weight.requires_grad_(), None, "gelu")
@@ -72,7 +72,7 @@ def test_values_by_hand():
 
 @pytest.mark.parametrize("kind", TORCH)
 def test_extremes(kind):
-    """Large numbers of either sign keep value and gradient finite; a NaN stays one."""
+    """Large numbers of either sign give finite values and gradients; NaN stays NaN."""
     x = torch.tensor([[3e4, -3e4, 0.0, -0.0, 100.0, -100.0]], device=DEVICE, requires_grad=True)
     y = activation.activate(x, kind)
     assert y.isfinite().all() and torch.autograd.grad(y.sum(), x)[0].isfinite().all()
@@ -82,7 +82,7 @@ def test_extremes(kind):
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 def test_repeats_compiles_and_passes_opcheck(kind):
-    """Bits repeat, also under torch.compile and of a transposed input; torch.library's own checks pass."""
+    """Bit-identical when repeated, compiled or transposed; torch.library's checks pass."""
     x = randn(10, 36).float().to(DEVICE).requires_grad_()
     repeats(lambda x: activation.activate(x, kind), x)
     repeats(lambda x: activation.activate(x.T, kind), x)
@@ -92,6 +92,6 @@ def test_repeats_compiles_and_passes_opcheck(kind):
 
 
 def test_unknown_kind():
-    """A kind that does not exist is named."""
+    """An unknown kind is named in the error."""
     with pytest.raises(ValueError, match="tanh"):
         activation.activation_linear(torch.zeros(1, 2, device=DEVICE), torch.zeros(3, 2, device=DEVICE), None, "tanh")

@@ -1,4 +1,4 @@
-"""Causal attention in Triton, interpreted where there is no GPU, against the mathematics in float64."""
+"""Causal attention in Triton (interpreted without a GPU) against a float64 reference."""
 
 import math
 import os
@@ -22,13 +22,13 @@ pytestmark = MARKS
 kernels = load("attention")
 attention = kernels.attention
 HERE = kernels.target_of(DEVICE)
-TARGETS = list(dict.fromkeys(("sm_80", HERE))) if CUDA else ["sm_80", "sm_90"]  # in one order in every process of xdist
+TARGETS = list(dict.fromkeys(("sm_80", HERE))) if CUDA else ["sm_80", "sm_90"]  # the same order in all xdist processes
 
 # (B, T, heads, head size): one token, padded heads, ends of sequences within a block; heads of narrow models
 SIZES = [(1, 1, 1, 8), (2, 7, 3, 24), (1, 100, 2, 64), (2, 129, 1, 40), (1, 300, 1, 128)]
 NARROW = [(2, 40, 2, 2), (1, 70, 2, 10), (1, 20, 3, 12), (2, 33, 1, 14), (1, 67, 2, 20), (1, 65, 1, 56)]
 POINTERS = [(size, dtype, "sm_80") for size in SIZES for dtype in (torch.float32, torch.float16)]
-POINTERS += [(size, torch.float16, "sm_90") for size in NARROW]  # 56 by descriptors, the others cannot be
+POINTERS += [(size, torch.float16, "sm_90") for size in NARROW]  # 56 by descriptors, which the others do not support
 DESCRIPTORS = [(size, torch.float16, "sm_90") for size in SIZES[2:]] + [((2, 21, 2, 24), torch.float16, "sm_90")]
 ROTATED = [(size, dtype, "sm_80") for size in SIZES[:3] for dtype in (torch.float32, torch.float16)]
 ROTATED += [((1, 20, 5, 16), torch.float16, "sm_90")]  # heads that do not fill a group of four
@@ -67,16 +67,16 @@ def test_attention(size, dtype, target, monkeypatch):
 @pytest.mark.parametrize("theta, qk_norm", [(10_000.0, False), (100.0, True), (None, True)])
 @pytest.mark.parametrize("size, dtype, target", COMPILED if CUDA else ROTATED, ids=str)
 def test_rotary_and_qk_norm(size, dtype, target, theta, qk_norm, monkeypatch):
-    """Queries and keys rotated and normalised on the way in, their gradients on the way out: heads with and without
-    padding, whose halves begin at even and odd places, by pointers and by descriptors."""
+    """Rotated and normalised queries and keys, and their gradients: heads with and without padding, halves at even and
+    odd offsets, by pointers and by descriptors."""
     monkeypatch.setattr(kernels, "target_of", lambda device: target)
     B, T, H, D = size
     check(randn(B, T, 3 * H * D), H, dtype, theta=theta, qk_norm=qk_norm)
 
 
 def test_far_positions():
-    """A query at the last position and a key at the first, both of one frequency, meet at the cosine of their distance
-    that Python computes."""
+    """The score of a query at the last position and a key at the first, both of one frequency, is the cosine of their
+    distance as Python computes it."""
     T, theta = 600, 10_000.0
     qkv = torch.zeros(1, T, 12, dtype=torch.float32)
     qkv[0, -1, 1] = 30.0  # the query's first half, second frequency: theta^(-1/2) = 0.01
@@ -90,19 +90,19 @@ def test_far_positions():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_large_logits(dtype):
     """Scores in the hundreds, where softmax picks one key."""
-    check(randn(1, 70, 3 * 32, scale=10.0), 1, dtype, at_least=1e-4)  # half a unit of a score of 1000 is 3e-5
+    check(randn(1, 70, 3 * 32, scale=10.0), 1, dtype, at_least=1e-4)  # half an ulp of a score of 1000 is 3e-5
 
 
 def test_equal_rows():
-    """Where all tokens are alike every weight is 1 / (t + 1), and each output is the value itself."""
+    """If all tokens are equal, every weight is 1 / (t + 1) and each output is the value."""
     row = randn(1, 1, 3 * 32)
     check(row.expand(1, 70, -1), 1, torch.float32)
     out = attention(row.expand(1, 70, -1).to(DEVICE, torch.float32), 1)
     torch.testing.assert_close(out, row[..., 64:].expand_as(out).to(out), rtol=1e-6, atol=1e-6)
 
 
-def test_repeating_gives_the_same_bits():
-    """Two runs, and a third one under torch.compile."""
+def test_repeated_runs_are_bit_identical():
+    """Two runs and one under torch.compile."""
     x = randn(2, 70, 3 * 2 * 16).to(DEVICE, torch.float16).requires_grad_()
     repeats(lambda x: attention(x, 2), x)
     repeats(lambda x: attention(x, 2, 100.0, True), x)
@@ -110,9 +110,9 @@ def test_repeating_gives_the_same_bits():
 
 @pytest.mark.parametrize("positions", [(), (100.0, True)], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
-def test_batch_and_heads_do_not_meet(target, positions, monkeypatch):
-    """Permuting sequences and heads permutes the bits of values and gradients, and a sequence of NaN spoils no other,
-    though its rows follow within the same block."""
+def test_sequences_and_heads_are_independent(target, positions, monkeypatch):
+    """Permuting sequences and heads permutes the bits of values and gradients, and a sequence of NaN does not affect
+    the others, although its rows follow in the same block."""
     B, T, H, D = 3, 70, 2, 16
     qkv, seed = randn(B, T, 3 * H * D).to(DEVICE, torch.float16), randn(B, T, H * D, seed=1).to(DEVICE, torch.float16)
 
@@ -124,7 +124,7 @@ def test_batch_and_heads_do_not_meet(target, positions, monkeypatch):
     def permute(x):
         return x.view(B, T, -1, H, D)[[2, 0, 1]].flip(3).reshape(x.shape)
 
-    monkeypatch.setattr(kernels, "target_of", lambda device: target)  # each has tiles, and so bits, of its own
+    monkeypatch.setattr(kernels, "target_of", lambda device: target)  # each has its own tiles, and so its own bits
     out, grad = run(qkv, seed)
     other, other_grad = run(permute(qkv), permute(seed))
     assert torch.equal(permute(out), other) and torch.equal(permute(grad), other_grad)
@@ -137,7 +137,7 @@ def test_batch_and_heads_do_not_meet(target, positions, monkeypatch):
 @pytest.mark.parametrize("positions", [(), (100.0, True)], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_nothing_is_written_past_the_end(target, positions, monkeypatch):
-    """Behind every new tensor lies a margin that keeps its numbers, at a length and head size that end within tiles."""
+    """A margin after every new tensor is unchanged, at a length and head size that end inside tiles."""
     margins = []
 
     def guarded(size, **options):
@@ -146,7 +146,7 @@ def test_nothing_is_written_past_the_end(target, positions, monkeypatch):
         return whole[: math.prod(size)].view(size)
 
     def new_empty(x, *size, dtype=None, **others):
-        if others:  # it is Triton's interpreter that asks
+        if others:  # called by Triton's interpreter
             return plain(x, *size, **others)
         size = size if isinstance(size[0], int) else size[0]
         return guarded(size, dtype=dtype or x.dtype, device=x.device)
@@ -163,7 +163,7 @@ def test_nothing_is_written_past_the_end(target, positions, monkeypatch):
 
 
 def test_any_strides():
-    """A slice of a wider tensor and an expanded gradient give what their contiguous copies give."""
+    """A slice of a wider tensor and an expanded gradient give the same results as contiguous copies."""
     wide = randn(2, 9, 100).to(DEVICE, torch.float32)
     part, whole = wide[..., 1:97].requires_grad_(), wide[..., 1:97].clone().requires_grad_()
     attention(part, 2).sum().backward()
@@ -172,8 +172,8 @@ def test_any_strides():
     assert torch.equal(attention(part, 2), attention(whole, 2))
 
 
-def test_operators_keep_torch_s_rules():
-    """Schema, fake tensors, autograd registration and tracing, as torch checks them."""
+def test_opcheck():
+    """torch.library's checks of schema, fake tensors, autograd registration and tracing."""
     qkv = randn(1, 100, 3 * 2 * 8).to(DEVICE, torch.float16)  # one block of queries, so that all of L is written
     for table, qk_norm in ((None, False), (fallback.rotary_table(100, 8, 100.0, DEVICE), True)):
         forward, backward = torch.ops.nanochin.attention.default, torch.ops.nanochin.attention_backward.default
@@ -182,8 +182,8 @@ def test_operators_keep_torch_s_rules():
         torch.library.opcheck(backward, (o, qkv, table, o, *kept, 2))
 
 
-def test_flops_are_those_of_the_ledger():
-    """FlopCounterMode with our formulas sees attention as nanochin.flops counts it: in full, backward twice forward."""
+def test_flops_match_nanochin_flops():
+    """FlopCounterMode counts attention as nanochin.flops does: unmasked, the backward twice the forward."""
     shape = make_shape(48, 1, vocab_size=5, seq_len=20)
     qkv = randn(3, 20, 3 * 48).to(DEVICE, torch.float32).requires_grad_()
     with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
@@ -194,19 +194,19 @@ def test_flops_are_those_of_the_ledger():
 
 
 @pytest.mark.parametrize("width, heads", [(3 * 130, 1), (3 * 32 + 3, 2), (32, 1)])
-def test_what_it_refuses(width, heads):
-    """Heads above 128 and widths that heads do not divide, in one line, as other dtypes are."""
-    with pytest.raises(ValueError, match=rf"width {width} is not 3 x {heads} heads of at most 128"):
+def test_unsupported_inputs_are_refused(width, heads):
+    """Heads above 128, widths that are not a multiple of the heads, odd heads with positions, other dtypes."""
+    with pytest.raises(ValueError, match=rf"width {width} is not 3 x {heads} heads of size at most 128"):
         attention(torch.zeros(1, 2, width, device=DEVICE), heads)
     for positions in ((100.0, False), (None, True)):
-        with pytest.raises(ValueError, match="heads of 5 have no two halves"):
+        with pytest.raises(ValueError, match="head size 5 is odd"):
             attention(torch.zeros(1, 2, 15, device=DEVICE), 1, *positions)
     with pytest.raises(ValueError, match="qkv is torch.float64"):
         attention(torch.zeros(1, 2, 48, device=DEVICE, dtype=torch.float64), 1)
 
 
-def test_every_shipped_configuration_is_reached():
-    """Each row of the table serves some shape, and the descriptors only those that they can address."""
+def test_every_configuration_is_used():
+    """Each row of TILES is used for some shape, and descriptors only for shapes that they can address."""
     used = set()
     for target in ("sm_80", "sm_90", "sm_100"):
         for dtype in (torch.float32, torch.bfloat16):
@@ -219,8 +219,8 @@ def test_every_shipped_configuration_is_reached():
 
 
 def test_rows_past_the_end_are_written_before_they_are_read():
-    """dK and dV read L and delta in blocks of BLOCK_M, past the end of a sequence as well: those blocks divide what
-    the forward and dQ write, and these the room that there is."""
+    """dK and dV read L and delta in blocks of BLOCK_M, also past the end of a sequence: these blocks divide those that
+    the forward and dQ write, which divide the padding."""
     for forward, backward_q, backward_kv in kernels.TILES.values():
         assert forward.m % backward_kv.m == backward_q.m % backward_kv.m == 0
         assert kernels.PAD.value % forward.m == kernels.PAD.value % backward_q.m == 0
@@ -230,7 +230,7 @@ def test_rows_past_the_end_are_written_before_they_are_read():
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("positions", [(), (100.0, True)], ids=str)
 def test_cuda_graph(positions):
-    """Captured and replayed on new numbers, forward and backward."""
+    """Captured, and replayed on new inputs, forward and backward."""
     qkv = randn(2, 200, 3 * 128).to(DEVICE, torch.bfloat16).requires_grad_()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -260,6 +260,6 @@ def test_compute_sanitizer():
         torch.cuda.synchronize()
     """)
     command = ["compute-sanitizer", "--report-api-errors=no", "--error-exitcode=1", sys.executable, "-c", code]
-    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an access past one tensor lies within another
+    env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # else an access past one tensor is inside another
     done = subprocess.run(command, cwd=Path(__file__).resolve().parents[1], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

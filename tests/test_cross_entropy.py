@@ -1,4 +1,4 @@
-"""The fused output layer and loss in Triton, interpreted where there is no GPU, against float64 and PyTorch."""
+"""The fused output layer and loss in Triton (interpreted without a GPU) against float64 and PyTorch."""
 
 import math
 
@@ -19,7 +19,7 @@ SIZES += [(4096, 768, 50257), (8191, 320, 8192), (65536, 64, 256)] if CUDA else 
 
 
 def draw_targets(M, V, seed=2):
-    """Some ignored where there are enough rows."""
+    """Some targets are ignored if there are enough rows."""
     targets = torch.randint(V, (M,), generator=torch.Generator().manual_seed(seed))
     targets[1 : M // 3] = -1
     targets[-1] = V - 1
@@ -27,7 +27,7 @@ def draw_targets(M, V, seed=2):
 
 
 def torch_loss(h, weight, targets, z_loss, ignore_index=-1):
-    """PyTorch's own operations on materialised float32 logits."""
+    """PyTorch's operations on materialised float32 logits."""
     logits = F.linear(h, weight).float()
     keep = targets != ignore_index
     nll = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
@@ -48,9 +48,9 @@ def test_loss_and_gradients(size, z_loss, dtype):
 
 
 @pytest.mark.parametrize("size", [(7, 96, 257), (64, 32, 4096)], ids=str)
-def test_a_float32_weight_beside_half_precision(size):
-    """The parameter itself may be given: it is multiplied in h's dtype and gets a float32 gradient that was not rounded
-    to half precision on its way, where PyTorch's is."""
+def test_a_float32_weight_with_half_precision_h(size):
+    """The parameter itself may be given: it is multiplied in the dtype of h and gets a float32 gradient that, unlike
+    PyTorch's, was never rounded to half precision."""
     M, C, V = size
     targets = draw_targets(M, V)
     h, weight = randn(M, C).to(DEVICE, torch.float16), randn(V, C, seed=1, scale=0.3).half().float().to(DEVICE)
@@ -70,7 +70,7 @@ def test_a_float32_weight_beside_half_precision(size):
 
 @pytest.mark.parametrize("rows", [1, 5, 16])
 def test_chunks(rows, monkeypatch):
-    """Cut into chunks of few rows, the last one shorter, the loss and its gradients are the same."""
+    """In chunks of few rows, the last one shorter, the loss and its gradients are the same."""
     M, C, V = 33, 24, 100
     h, weight, targets = randn(M, C), randn(V, C, seed=1), draw_targets(M, V)
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", rows * 128 * 4)
@@ -79,7 +79,7 @@ def test_chunks(rows, monkeypatch):
 
 
 def test_chunks_of_whole_tiles(monkeypatch):
-    """Where chunks are large each but the last is a multiple of 128 rows, and the loss and gradients are right."""
+    """Large chunks, except the last, are a multiple of 128 rows; loss and gradients are correct."""
     M, C, V, sizes, add = 400, 8, 60, [], cross_entropy._add_product
     h, weight, targets = randn(M, C), randn(V, C, seed=1), draw_targets(M, V)
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 150 * 64 * 4)
@@ -90,8 +90,8 @@ def test_chunks_of_whole_tiles(monkeypatch):
     assert sizes == [256, 144]
 
 
-def test_nothing_to_predict():
-    """All targets ignored: loss 0 and gradients 0, not NaN."""
+def test_all_targets_ignored():
+    """Loss 0 and gradients 0, not NaN."""
     h, weight = (randn(*s).float().to(DEVICE).requires_grad_() for s in ((6, 8), (11, 8)))
     with poisoned():
         loss = linear_cross_entropy(h, weight, torch.full((6,), -1, device=DEVICE))
@@ -100,8 +100,8 @@ def test_nothing_to_predict():
 
 
 def test_large_and_equal_logits():
-    """Logits of 1e4 and more lose no more digits than in PyTorch; a row of equal ones costs log V; and without
-    gradients the loss has the same bits."""
+    """Logits of 1e4 and more are as accurate as in PyTorch; a row of equal logits gives log V; without gradients the
+    loss is bit-identical."""
     h, weight, targets = randn(9, 16), randn(500, 16, seed=1), draw_targets(9, 500)
     ours, theirs = (lambda h, w: linear_cross_entropy(h, w, targets)), (lambda h, w: torch_loss(h, w, targets, 0.0))
     for scale in (3e3, 1e6):
@@ -114,21 +114,21 @@ def test_large_and_equal_logits():
     assert torch.equal(without, linear_cross_entropy(h, weight, targets)) and not without.requires_grad
 
 
-def test_targets_that_are_no_tokens():
-    """A target outside of the vocabulary makes the loss NaN instead of reading foreign memory."""
+def test_targets_outside_the_vocabulary():
+    """They make the loss NaN instead of reading out of bounds."""
     h, weight = randn(4, 8).float().to(DEVICE), randn(10, 8).float().to(DEVICE)
     for wrong in (10, -2, 2**40):
         assert linear_cross_entropy(h, weight, torch.tensor([1, 2, 3, wrong], device=DEVICE)).isnan()
 
 
 def test_too_few_targets_are_refused():
-    """One target a row."""
+    """Each row needs a target."""
     with pytest.raises(ValueError, match="3 rows"):
         linear_cross_entropy(torch.ones(3, 8, device=DEVICE), torch.ones(5, 8, device=DEVICE), torch.zeros(2))
 
 
 def test_another_ignore_index():
-    """Any index may be the ignored one; the mean is over the others."""
+    """Any index may be ignored; the mean is over the other targets."""
     h, weight = randn(6, 8).float().to(DEVICE), randn(11, 8).float().to(DEVICE)
     targets = torch.tensor([0, 5, 10, 5, 5, 1], device=DEVICE)
     kept = targets != 5
@@ -136,9 +136,9 @@ def test_another_ignore_index():
     torch.testing.assert_close(ours, linear_cross_entropy(h[kept], weight, targets[kept]))
 
 
-def test_the_gradient_is_scaled_by_what_comes_in():
-    """The gradients made in the forward follow a factor on the loss, such as that of accumulation, and a second pass
-    through the same graph gives them again."""
+def test_gradients_scale_with_the_incoming_gradient():
+    """Gradients computed in the forward are scaled by a factor on the loss, such as that of accumulation, and a second
+    backward through the same graph gives the same ones."""
     h, weight = (randn(*s).float().to(DEVICE).requires_grad_() for s in ((5, 8), (9, 8)))
     loss = linear_cross_entropy(h, weight, draw_targets(5, 9))
     once, twice, half = (torch.autograd.grad(f * loss, (h, weight), retain_graph=True) for f in (1.0, 1.0, 0.5))
@@ -146,7 +146,7 @@ def test_the_gradient_is_scaled_by_what_comes_in():
 
 
 def test_repeats_and_compiles(monkeypatch):
-    """Bits repeat, also under torch.compile, over several chunks."""
+    """Bit-identical when repeated, also under torch.compile, over several chunks."""
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 8 * 64 * 4)
     targets = draw_targets(20, 50)
     h, weight = (randn(*s).float().to(DEVICE).requires_grad_() for s in ((20, 8), (50, 8)))
@@ -155,7 +155,7 @@ def test_repeats_and_compiles(monkeypatch):
 
 @pytest.mark.parametrize("train", [True, False])
 def test_opcheck_and_flops(train):
-    """torch.library's own checks; three matrix products of M x C x V in training, one in evaluation."""
+    """torch.library's checks; three matrix products of M x C x V in training, one in evaluation."""
     h, weight = (randn(*s).float().to(DEVICE).requires_grad_(train) for s in ((6, 8), (20, 8)))
     targets = draw_targets(6, 20)
     torch.library.opcheck(cross_entropy.head, (h, weight, targets, -1, 1e-3, train))
@@ -167,7 +167,7 @@ def test_opcheck_and_flops(train):
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_memory():
-    """At V = 50,257 the peak is under a quarter of what materialised float32 logits take, gradients included."""
+    """At V = 50,257 the peak, with gradients, is below a quarter of that of materialised float32 logits."""
     M, C, V = 16384, 768, 50257
     h, weight = (randn(*s).to(DEVICE, torch.bfloat16).requires_grad_() for s in ((M, C), (V, C)))
     targets, peaks = draw_targets(M, V), []

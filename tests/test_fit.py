@@ -189,7 +189,7 @@ def test_many_rows_have_fewer_resamples(run, made_up, tmp_path, monkeypatch):
     monkeypatch.setattr(study_module, "WORK", 28 * 300)
     monkeypatch.setattr(fit, "MOMENTS", 0)
     out = run(made_up, "--figures=none", "--out", tmp_path, checks=False)
-    assert out.startswith("28 rows are many: 300 resamples instead of 4000")
+    assert out.startswith("28 rows: 300 resamples instead of 4000")
     assert out.count("300 resamples instead of 4000") == 2 and read(tmp_path)["meta"]["bootstrap"] == 300
     assert "instead of" not in run(made_up, "--bootstrap=310", "--figures=none", "--out", tmp_path, checks=False)
     stages = []
@@ -410,7 +410,7 @@ def test_bad_options(run, tmp_path, monkeypatch, argv, says):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("option, says", [("--fixed-e=9", "below it"), ("--bootstrap=3", "too few")])
+@pytest.mark.parametrize("option, says", [("--fixed-e=9", "must be below every loss"), ("--bootstrap=3", "too few")])
 def test_options_that_the_runs_contradict(run, made_up, tmp_path, option, says):
     """An E above the lowest loss and a bootstrap of three are refused before anything is written."""
     assert says in run(made_up, "--figures=none", option, "--out", tmp_path / "out", code=2)
@@ -551,7 +551,7 @@ def test_trials(made_up, run, tmp_path):
     (made / "config.json").write_text(json.dumps({"predicted": predicted}))
     run(made_up, "--out", tmp_path / "without", *QUICK)
     said = run(made_up, "--out", tmp_path / "with", "--trials", made, *QUICK)
-    line = "big, 1.2e+12 FLOPs: predicted 2.4800 (95%: 2.4000 to 2.6000), reached 2.5000, +0.81%, inside"
+    line = "big, 1.2e+12 FLOPs: predicted 2.4800 (95%: 2.4000 to 2.6000), actual 2.5000, +0.81%, inside"
     assert line in said
     assert "+0.81%" in (tmp_path / "with" / "report.html").read_text()
     without, found = (json.loads((tmp_path / name / "laws.json").read_text()) for name in ("without", "with"))

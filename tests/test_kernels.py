@@ -14,7 +14,7 @@ from nanochin.config import make_shape
 from nanochin.flops import count_flops
 from nanochin.model import GPT
 
-# Odd sizes beside round ones: (rows..., C), and (B, T, heads, head size)
+# Odd and round sizes: (rows..., C), and (B, T, heads, head size)
 ROWS = [(1, 8), (7, 96), (3, 129, 64), (2, 5, 33)]
 HEADS = [(1, 1, 1, 2), (2, 7, 3, 8), (1, 129, 2, 48), (2, 64, 4, 32), (1, 300, 1, 64)]
 
@@ -25,8 +25,8 @@ def randn(*size, seed=0, scale=1.0):
 
 
 def compare(ours, theirs, exact, inputs, dtype, ulps=4):
-    """Ours against `exact` in float64, value and every gradient: at most twice the error that PyTorch's own operations
-    (`theirs`) make at that dtype, plus a few units in the last place of the largest value."""
+    """Our value and gradients against `exact` in float64: at most twice the error of PyTorch's operations (`theirs`) at
+    that dtype, plus a few units in the last place of the largest value."""
 
     def run(function, dtype):
         xs = [x.to(dtype).requires_grad_() if x.is_floating_point() else x for x in inputs]
@@ -59,7 +59,7 @@ def test_attention(size, dtype):
 
 @pytest.mark.parametrize("theta, qk_norm", [(100.0, False), (100.0, True), (None, True)])
 def test_attention_with_positions_is_rotary_then_attention(theta, qk_norm):
-    """The same bits as the two operations one after the other, by the fallback and by the reference."""
+    """Bit-identical to the two operations in sequence, in fallback and reference."""
     qkv = randn(2, 7, 3 * 3 * 8).float()
     for by in (fallback, reference):
         apart = by.attention(by.rotary(qkv, 3, theta, qk_norm), 3)
@@ -86,7 +86,7 @@ def test_reference_attention_is_the_formula():
 @pytest.mark.parametrize("theta", [10_000.0, None])
 @pytest.mark.parametrize("size", HEADS)
 def test_rotary(size, theta, qk_norm, dtype):
-    """Rotation and QK-norm of queries and keys; values pass untouched."""
+    """Rotation and QK-norm of queries and keys; values are unchanged."""
     B, T, H, D = size
     inputs = [randn(B, T, 3 * H * D)]
     exact = lambda x: reference.rotary(x, H, theta, qk_norm)  # noqa: E731
@@ -95,8 +95,8 @@ def test_rotary(size, theta, qk_norm, dtype):
     assert torch.equal(fallback.rotary(x, H, theta, qk_norm)[..., 2 * H * D :], x[..., 2 * H * D :])
 
 
-def test_rotary_turns_scores_into_functions_of_distance():
-    """With equal queries and equal keys everywhere, the score of (t, s) depends on t - s alone."""
+def test_rotary_scores_depend_on_distance_only():
+    """With equal queries and equal keys at all positions, the score of (t, s) depends only on t - s."""
     T, D = 12, 16
     q, k = randn(D, seed=1), randn(D, seed=2)
     qkv = torch.cat((q, k, torch.zeros(D, dtype=torch.float64))).expand(1, T, 3 * D)
@@ -144,7 +144,7 @@ def plain_loss(h, w, targets, ignore, z_loss):
 @pytest.mark.parametrize("z_loss", [0.0, 1e-2])
 @pytest.mark.parametrize("size", [(1, 8, 5), (7, 16, 257), (700, 24, 9000), (64, 32, 256)])
 def test_linear_cross_entropy(size, z_loss, dtype):
-    """Loss and gradients of the output layer, one piece of the logits or several, some targets ignored."""
+    """Loss and gradients of the output layer, one chunk of logits or several, some targets ignored."""
     M, C, V = size
     h, w = randn(M, C), randn(V, C, seed=1, scale=0.3)
     targets = torch.randint(V, (M,), generator=torch.Generator().manual_seed(2))
@@ -156,8 +156,8 @@ def test_linear_cross_entropy(size, z_loss, dtype):
 
 @pytest.mark.parametrize("module", [fallback, reference])
 def test_linear_cross_entropy_at_the_edges(module):
-    """Nothing to predict is a loss of 0 with gradient 0; huge logits stay finite; equal logits cost ln V; another
-    ignore index; without gradients the same loss."""
+    """No targets: loss 0 and gradient 0. Huge logits stay finite, equal logits give ln V, another ignore index works,
+    and without gradients the loss is the same."""
     h, w = randn(6, 8).float().requires_grad_(), randn(11, 8, seed=1).float().requires_grad_()
     loss = module.linear_cross_entropy(h, w, torch.full((6,), -1))
     assert loss == 0 and all(not g.any() for g in torch.autograd.grad(loss, (h, w)))
@@ -173,9 +173,9 @@ def test_linear_cross_entropy_at_the_edges(module):
         assert module.linear_cross_entropy(h, w, targets, ignore_index=5).item() == pytest.approx(ignored.item())
 
 
-def test_evaluation_makes_no_gradients_of_the_output_layer():
-    """Without gradients the loss of a weight that has one otherwise is one matrix product, 2 M C V FLOPs, and with
-    them three; the loss is the same to the bit."""
+def test_evaluation_computes_no_gradients_of_the_output_layer():
+    """Under no_grad the loss takes one matrix product, 2 M C V FLOPs, although the weight requires gradients; in
+    training three. The losses are bit-identical."""
     M, C, V = 300, 16, 65
     h, weight, targets = randn(M, C), torch.nn.Parameter(randn(V, C, seed=1)), torch.arange(M) % V
 
@@ -190,8 +190,8 @@ def test_evaluation_makes_no_gradients_of_the_output_layer():
     assert loss_and_flops() == (evaluated, 3 * flops)
 
 
-def test_the_gradient_is_scaled_by_what_comes_in():
-    """The gradients made in the forward follow a factor on the loss, such as that of accumulation."""
+def test_gradients_scale_with_the_incoming_gradient():
+    """Gradients computed in the forward are scaled by a factor on the loss, such as that of accumulation."""
     h, w = randn(5, 8).float().requires_grad_(), randn(9, 8, seed=1).float().requires_grad_()
     targets = torch.tensor([0, 1, 2, 3, 8])
     once = torch.autograd.grad(fallback.linear_cross_entropy(h, w, targets), (h, w))
@@ -200,8 +200,8 @@ def test_the_gradient_is_scaled_by_what_comes_in():
         torch.testing.assert_close(0.5 * a, b)
 
 
-def test_repeating_gives_the_same_bits():
-    """Two passes over the same batch agree to the bit, gradients included."""
+def test_repeated_passes_are_bit_identical():
+    """Two passes over the same batch give bit-identical losses and gradients."""
     model = GPT(make_shape(32, 2, vocab_size=300, seq_len=48))
     batch = torch.randint(300, (3, 49), generator=torch.Generator().manual_seed(0))
     passes = []
@@ -211,8 +211,8 @@ def test_repeating_gives_the_same_bits():
     assert all(torch.equal(a, b) for a, b in zip(*passes, strict=True))
 
 
-def test_a_table_made_without_gradients_serves_training():
-    """Sampling first, under inference mode, does not spoil what is cached for the training step after it."""
+def test_a_table_cached_in_inference_mode_works_in_training():
+    """Sampling under inference mode does not break the cached table for a later training step."""
     qkv = randn(1, 9, 3 * 26).float()
     with torch.inference_mode():
         fallback.rotary(qkv, 1, 777.0)
@@ -221,8 +221,8 @@ def test_a_table_made_without_gradients_serves_training():
 
 
 def test_use_swaps_and_restores():
-    """`use` computes by another implementation inside its block only, also when the block fails; within another block
-    "auto" leaves what is there, and a function that is given goes before all."""
+    """`use` selects another implementation only in its block, also if the block fails. In a nested block "auto" keeps
+    the current one, and a function given by name takes precedence."""
     x, weight = randn(5, 33, scale=3.0).float(), randn(33, seed=1).float()
 
     def by(module) -> bool:
@@ -241,8 +241,8 @@ def test_use_swaps_and_restores():
 
 
 @pytest.mark.parametrize("name", ["reference", "fallback", "triton"])
-def test_every_operation_is_there(name):
-    """With the arguments, by their names and defaults, that `ops` documents."""
+def test_every_implementation_has_every_operation(name):
+    """With the same arguments and defaults as in `ops`."""
     if name == "triton":
         load_all()
     for operation, function in ops.implementations(name).items():
@@ -250,15 +250,15 @@ def test_every_operation_is_there(name):
 
 
 def test_backend_says_why():
-    """On a CPU the PyTorch operations compute, and the reason names the device."""
+    """On a CPU it is PyTorch operations, and the reason names the device."""
     name, why = kernels.backend(torch.device("cpu"))
     assert name == "fallback" and "cpu" in why or "triton is not installed" in why
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "swiglu", "tied": False}, {"qk_norm": True}])
 def test_flops_of_the_operations_in_use(options):
-    """FlopCounterMode with our formulas sees `physical`, forward and backward, on the operations in use: attention in
-    full, its backward as twice its forward."""
+    """FlopCounterMode counts `physical` FLOPs, forward and backward, for the operations in use: unmasked attention, its
+    backward twice its forward."""
     shape = make_shape(48, 2, vocab_size=77, seq_len=40, **options)
     model = GPT(shape)
     batch = torch.randint(77, (2, 41), generator=torch.Generator().manual_seed(0))

@@ -28,7 +28,7 @@ POWER = PowerLaw("power", k_N=0.09, a=0.49, k_D=1.9, b=0.51)
 
 
 def brute_optimum(law: Law, C: float) -> float:
-    """N of least loss under C = 6 N D, by golden-section search in log N."""
+    """N of lowest loss under C = 6 N D, by golden-section search in log N."""
     ratio = (math.sqrt(5) - 1) / 2
     low, high = 0.0, math.log(C)
     for _ in range(120):
@@ -48,8 +48,8 @@ def test_optimal_minimises_the_loss(law, C):
     assert law.a + law.b == pytest.approx(1, rel=1e-15)
 
 
-def test_known_ratios_of_tokens_to_parameters():
-    """D/N at five budgets, as computed by others from the two published sets of constants."""
+def test_known_tokens_per_parameter():
+    """Published D/N at five budgets, from the two published sets of constants."""
     budgets = (1e18, 1e19, 1e20, 1e21, 5.76e23)
     for law, ratios in ((HOFFMANN, (18.6, 22.7, 27.8, 33.9, 58.9)), (BESIROGLU, (25.7, 24.2, 22.9, 21.6, 18.4))):
         for C, ratio in zip(budgets, ratios, strict=True):
@@ -77,7 +77,7 @@ def test_inverses(law):
 
 
 def test_power_law_by_hand():
-    """k C^a with numbers that can be checked in the head."""
+    """k C^a with round numbers."""
     law = PowerLaw("by hand", k_N=2.0, a=0.5, k_D=3.0, b=0.25)
     assert law.optimal(1e8) == pytest.approx((2e4, 3e2), rel=1e-12)
 
@@ -101,7 +101,7 @@ def write(tmp_path, laws) -> str:
 
 
 def test_load_law(tmp_path):
-    """Constants, conventions and meta arrive as written."""
+    """Constants, conventions and meta are read as written."""
     path = write(tmp_path, LAWS)
     law = load_law(path)
     assert (law.E, law.A, law.B, law.alpha, law.beta) == (1.7, 400.5, 2000.25, 0.34, 0.36)
@@ -122,8 +122,8 @@ def changed(key: str, **values) -> dict:
         ("not json", 3, "not JSON"),
         ("[1, 2]", 3, "not a laws.json"),
         ({"meta": {}}, 3, "needs the keys approach3 and meta"),
-        (LAWS, 1, "no approach 1 in it (no training curves were given)"),
-        (LAWS | {"meta": {}}, 1, "no approach 1 in it"),
+        (LAWS, 1, "has no approach 1 (no training curves were given)"),
+        (LAWS | {"meta": {}}, 1, "has no approach 1"),
         (changed("approach3", A=math.nan), 3, "needs A, a finite number above 0, but has nan"),
         (changed("approach3", beta=math.inf), 3, "needs beta"),
         (changed("approach3", alpha=0), 3, "needs alpha"),
@@ -138,7 +138,7 @@ def changed(key: str, **values) -> dict:
     ],
 )
 def test_bad_laws_are_named(tmp_path, laws, approach, says):
-    """One line that names the file and what is wrong with it."""
+    """One line names the file and the error."""
     path = write(tmp_path, laws)
     with pytest.raises(UserError) as error:
         load_law(path, approach)
@@ -155,12 +155,12 @@ def test_unreadable_laws_are_named(tmp_path):
 
 
 def test_fixed_e_of_zero_is_allowed(tmp_path):
-    """A fit may end with E = 0; its optimum is defined all the same."""
+    """A fit may end with E = 0; its optimum is still defined."""
     assert load_law(write(tmp_path, changed("approach3", E=0))).E == 0
 
 
-def test_fits_arrive_in_a_laws_json_and_come_back(tmp_path):
-    """All three approaches through the file: the same optima to the last bit, exactly the keys that are promised."""
+def test_laws_json_round_trip(tmp_path):
+    """All three approaches through the file: bit-identical optima, exactly the documented keys."""
     N, D, loss = isoflop_grid(BESIROGLU, [1e18, 1e19, 1e20, 1e21], [0.2, 0.4, 0.7, 1, 1.5, 2.5, 5])
     three, two = fit_parametric(N, D, loss), fit_isoflop(N, D, loss)
     run = [i for i in range(12) for _ in range(30)]
@@ -188,8 +188,8 @@ def test_fits_arrive_in_a_laws_json_and_come_back(tmp_path):
 
 
 def test_forecast():
-    """By hand: a sure law leaves the scatter of single runs, 1.96 standard deviations either way; runs without scatter
-    leave the percentiles of the replicates; a law without them says nothing."""
+    """By hand: identical replicates leave the scatter of single runs, 1.96 standard deviations either way; without
+    scatter only the percentiles of the replicates remain; a law without replicates gives None."""
     law = Law("made up", 1.0, 400.0, 900.0, 0.33, 0.37)
     loss = law.loss(1e6, 2e7)
     sure = replace(law, replicates=replace(law, E=np.ones(50)), noise=0.01)
@@ -200,9 +200,9 @@ def test_forecast():
     assert law.forecast(1e6, 2e7) is None
 
 
-def test_forecast_holds_what_it_promises(tmp_path):
-    """Of 60 noisy sweeps, fitted and written to laws.json, 95% intervals of a run at five times the largest budget hold
-    that run in about 57, and those of 80% in about 48."""
+def test_forecast_has_its_nominal_coverage(tmp_path):
+    """In 60 noisy sweeps, fitted and written to laws.json, 95% intervals at five times the largest budget contain the
+    run about 57 times, and 80% intervals about 48 times."""
     rng, inside = np.random.default_rng(0), {80: 0, 95: 0}
     N, D, exact = isoflop_grid(BESIROGLU, [1e18, 1e19, 1e20, 1e21], [0.2, 0.4, 0.7, 1, 1.5, 2.5, 5])
     n, d = BESIROGLU.optimal(5e21)
@@ -221,7 +221,7 @@ def test_forecast_holds_what_it_promises(tmp_path):
 
 
 def test_what_is_not_identified_is_null_with_its_reason(tmp_path):
-    """One budget: approaches 2 and 3 raise, and what they raise becomes the reason that load_law repeats."""
+    """One budget: approaches 2 and 3 raise, and load_law repeats their reasons."""
     N, D, loss = isoflop_grid(BESIROGLU, [1e18], [0.2, 0.4, 0.7, 1, 1.5, 2.5, 5])
     refused = [NotIdentified("no training curves")]
     for fit in (fit_isoflop, fit_parametric):

@@ -27,19 +27,19 @@ LAWS = pytest.mark.parametrize("law", [BESIROGLU, HOFFMANN, ODD], ids=lambda law
 @LAWS
 @pytest.mark.parametrize("C", [3e15, 1e21, 5.76e23])
 def test_compute_for_loss_inverts_the_frontier(law, C):
-    """The optimum of C reaches a loss; that loss asks for C."""
+    """The optimum of C reaches a loss; that loss needs C."""
     assert compute_for_loss(law, law.loss(*law.optimal(C))) == pytest.approx(C, rel=1e-9)
 
 
 def test_no_compute_reaches_the_irreducible_loss():
-    """At E and below the answer is a refusal that names E."""
+    """A loss of E or less raises an error that names E."""
     for ask in (lambda: compute_for_loss(BESIROGLU, 1.8172), lambda: inference_optimal(BESIROGLU, 1.5, 1e12)):
         with pytest.raises(NotIdentified, match="E is 1.8172"):
             ask()
 
 
 def test_cost_of_being_off_the_optimum():
-    """At N_opt nothing is lost; four times larger loses what the published constants say (0.21 at 1e18)."""
+    """None at N_opt; at four times that size the loss of the published constants (0.21 at 1e18)."""
     N, D = BESIROGLU.optimal(1e18)
     at = off_optimum(BESIROGLU, 1e18, N)
     assert (at.extra_loss, at.compute_factor) == pytest.approx((0, 1), abs=1e-9)
@@ -48,7 +48,7 @@ def test_cost_of_being_off_the_optimum():
     far = off_optimum(BESIROGLU, 1e18, 4 * N)
     assert pytest.approx(D / 4) == far.D
     assert far.loss == pytest.approx(BESIROGLU.loss(4 * N, D / 4))
-    # The optimum of that many times less compute is as good.
+    # The optimum of that many times less compute has the same loss.
     assert BESIROGLU.loss(*BESIROGLU.optimal(1e18 / far.compute_factor)) == pytest.approx(far.loss, rel=1e-9)
 
 
@@ -57,8 +57,8 @@ def test_cost_of_being_off_the_optimum():
 
 
 @LAWS
-def test_no_inference_is_equation_4(law):
-    """With 0 tokens to serve the cheapest way to a loss is the compute-optimal one."""
+def test_without_inference_it_is_equation_4(law):
+    """With 0 tokens to serve, the cheapest run for a loss is the compute-optimal one."""
     for C in (1e18, 1e23):
         assert inference_optimal(law, law.loss(*law.optimal(C)), 0) == pytest.approx(law.optimal(C), rel=1e-9)
 
@@ -66,7 +66,7 @@ def test_no_inference_is_equation_4(law):
 @LAWS
 @pytest.mark.parametrize("tokens", [1e9, 1e12, 1e15])
 def test_inference_optimum_is_the_cheapest(law, tokens):
-    """Against a scan over N of the whole cost 6 N D + 2 N D_inf along the curve of equal loss."""
+    """Against a scan over N of the total cost 6 N D + 2 N D_inf along the curve of equal loss."""
     loss = law.loss(*law.optimal(1e21))
     N, D = inference_optimal(law, loss, tokens)
     assert law.loss(N, D) == pytest.approx(loss, rel=1e-12)
@@ -82,8 +82,8 @@ def test_inference_optimum_is_the_cheapest(law, tokens):
     assert cost(N) <= cost(scan).min() * (1 + 1e-12)
 
 
-def test_more_inference_means_smaller_and_longer():
-    """N falls and D rises without end as more tokens are to be served."""
+def test_more_inference_means_smaller_models_and_more_tokens():
+    """N falls and D rises as more tokens are to be served."""
     loss = BESIROGLU.loss(*BESIROGLU.optimal(1e22))
     answers = [inference_optimal(BESIROGLU, loss, t) for t in (0, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14)]
     assert all(a[0] > b[0] and a[1] < b[1] for a, b in zip(answers, answers[1:], strict=False))
@@ -94,14 +94,14 @@ def test_more_inference_means_smaller_and_longer():
 
 
 def test_published_losses_of_repeated_data():
-    """The two losses that the authors' own code asserts, to the last digit."""
+    """The two losses asserted in the authors' code, to the last digit."""
     law = DataConstrained()
     assert law.loss(6.34e9, 242e9, 25e9) == pytest.approx(2.2256440889984477, rel=1e-14)
     assert law.loss(8.67e9, 178e9, 25e9) == pytest.approx(2.2269634075087867, rel=1e-14)
 
 
 def test_published_allocation_of_repeated_data():
-    """1e22 FLOPs and 25B unique tokens: the published grid search, repeated, ends where it did; ours is finer."""
+    """1e22 FLOPs and 25B unique tokens: the published grid search is reproduced; ours is finer."""
     law, C, U = DataConstrained(), 1e22, 25e9
     N0, D0 = law.law.optimal(C)
     factors = np.linspace(1.0001, 3, 500)
@@ -117,16 +117,16 @@ def test_published_allocation_of_repeated_data():
 
 
 def test_enough_unique_tokens_change_nothing():
-    """With as many unique tokens as the optimum wants, both law and optimum are the plain ones."""
+    """With as many unique tokens as the optimum needs, law and optimum are the unconstrained ones."""
     law = DataConstrained()
     N, D = MUENNIGHOFF.optimal(1e21)
     assert law.optimal(1e21, 2 * D) == (N, D)
     assert law.loss(N, D, 2 * D) == pytest.approx(MUENNIGHOFF.loss(N, D), rel=1e-12)
 
 
-def test_repeats_lose_their_worth():
-    """Few repeats are nearly as good as new tokens, many are worth nothing; the optimum then takes more tokens and
-    fewer parameters than Eq. 4."""
+def test_repeats_have_diminishing_value():
+    """A few repeats are nearly as good as new tokens, many have no value; the optimum has more tokens and fewer
+    parameters than Eq. 4."""
     law, (N, D) = DataConstrained(), MUENNIGHOFF.optimal(1e22)
     losses = [law.loss(N, D, D / epochs) for epochs in (1, 2, 4, 16, 64)]
     assert losses == sorted(losses)
@@ -147,7 +147,7 @@ def test_more_compute_than_the_data_can_use_is_refused():
 # Published laws
 
 
-def test_table_3_is_reproduced_by_the_laws_read_off_it():
+def test_laws_from_table_3_reproduce_it():
     """Approaches 1 and 2: exponents as printed (0.50, 0.49), every row within a few percent; 6 N D is about C."""
     assert (round(HOFFMANN_1.a, 2), round(HOFFMANN_2.a, 2)) == (0.50, 0.49)
     assert (round(HOFFMANN_1.b, 2), round(HOFFMANN_2.b, 2)) == (0.50, 0.51)
@@ -159,7 +159,7 @@ def test_table_3_is_reproduced_by_the_laws_read_off_it():
 
 
 def test_known_budgets():
-    """Gopher's budget: 67B parameters by Approach 1, 40B by Approach 3; GPT-3's size wants 3.7T, 4.3T tokens."""
+    """Gopher's budget: 67B parameters by Approach 1, 40B by Approach 3; GPT-3's size needs 3.7T, 4.3T tokens."""
     assert HOFFMANN_1.optimal(5.76e23)[0] == pytest.approx(67e9, rel=0.03)
     assert HOFFMANN.optimal(5.76e23)[0] == pytest.approx(40e9, rel=0.02)
     assert HOFFMANN_1.tokens_for(175e9) == pytest.approx(3.7e12, rel=0.03)
@@ -168,15 +168,15 @@ def test_known_budgets():
 
 
 def test_kaplan():
-    """10x compute: 5.4x parameters, 1.9x tokens; one PF-day wants 1.3e9 parameters; and C is 6 N D."""
+    """10x compute: 5.4x parameters, 1.9x tokens; 1.3e9 parameters for one PF-day; C is 6 N D."""
     (n1, d1), (n10, d10) = KAPLAN.optimal(8.64e19), KAPLAN.optimal(8.64e20)
     assert n1 == pytest.approx(1.3e9, rel=1e-9)
     assert (n10 / n1, d10 / d1) == pytest.approx((10**0.73, 10**0.27), rel=1e-9)
     assert 6 * n10 * d10 == pytest.approx(8.64e20, rel=1e-9)
 
 
-def test_all_published_laws_can_be_planned_with():
-    """Each gives a positive finite optimum and inverts it."""
+def test_all_published_laws_give_optima():
+    """Each gives a positive, finite optimum and inverts it."""
     for law in PUBLISHED:
         N, D = law.optimal(1e20)
         assert 0 < N < math.inf and 0 < D < math.inf

@@ -18,14 +18,14 @@ def noisy_grid(noise: float, seed: int = 0):
 
 
 def test_intervals_on_chinchilla():
-    """95% intervals of Besiroglu et al., from 4000 resamples of 240 rows: each end within 0.005, of E within 0.01."""
+    """95% intervals of Besiroglu et al., from 4000 resamples of 240 rows: ends within 0.005, of E within 0.01."""
     fit = fit_parametric(*chinchilla())
     sure = bootstrap(fit)
     for name, interval, within in (("alpha", (0.317, 0.372), 0.005), ("beta", (0.333, 0.414), 0.005),
                                    ("E", (1.770, 1.869), 0.01), ("a", (0.481, 0.557), 0.005)):  # fmt: skip
         assert sure.interval(name) == pytest.approx(interval, abs=within), name
     assert sure.interval("a", 80) == pytest.approx((0.492, 0.541), abs=0.005)
-    # Two published standard deviations: another's replicates, and Epoch's.
+    # Two published standard deviations: of other replicates, and of Epoch's.
     for name, sd in (("alpha", 0.0148), ("beta", 0.0202), ("E", 0.0252), ("A", 117.7)):
         assert getattr(sure.law, name).std() == pytest.approx(sd, rel=0.05), name
     assert (sure.replicates, sure.units, sure.unit, sure.failed, sure.at_bound) == (4000, 240, "row", 0, 0)
@@ -34,7 +34,7 @@ def test_intervals_on_chinchilla():
 
 
 def test_a_second_start_confirms_each_replicate():
-    """200 replicates again, each from three starts of its own by variable projection: none ends lower."""
+    """200 replicates minimised from three own starts each, by variable projection: none ends lower."""
     N, D, loss = noisy_grid(0.01)
     fit = fit_parametric(N, D, loss)
     sure = bootstrap(fit, replicates=200, verify=0)
@@ -51,8 +51,8 @@ def test_a_second_start_confirms_each_replicate():
 
 
 def test_every_replicate_is_verified():
-    """At each replicate's law the gradient, by differences of a Huber sum written out here, is nothing beside its
-    terms, and the Hessian is positive definite; the surface tells a saddle from a minimum by the same numbers."""
+    """At each replicate's law the gradient, by differences of a Huber sum written out here, is negligible against its
+    terms, and the Hessian is positive definite; the surface uses both to tell a saddle from a minimum."""
     N, D, loss = noisy_grid(0.004)
     sure = bootstrap(fit_parametric(N, D, loss), replicates=40, verify=0)
     assert sure.verified == 40 - sure.failed == sure.to_json()["bootstrap"]["verified"] == 40
@@ -83,16 +83,16 @@ def test_every_replicate_is_verified():
 
 
 def test_progress_of_resampling():
-    """It is told after each batch, and the last time that all are done."""
+    """Reported after each batch, at the end for all replicates."""
     told = []
     _, batches = resample(np.arange(9), 100, 0, lambda done, of: told.append((done, of)))
     assert sum(len(weights) for weights in batches(30)) == 100
     assert told == [(30, 100), (60, 100), (90, 100), (100, 100)]
 
 
-def test_a_missed_optimum_has_all_replicates_checked():
-    """24 noisy runs, on whose resamples the surface has several minima: as soon as one of the sample had missed its
-    optimum all replicates are optimised again, and each is accounted for."""
+def test_after_a_missed_optimum_all_replicates_are_checked():
+    """Resamples of 24 noisy runs have several minima: if one of the sample missed its optimum, all replicates are
+    minimised from other starts, and each is counted."""
     N, D, loss = isoflop_grid(BESIROGLU, np.geomspace(1e17, 1e19, 4), np.geomspace(1 / 4, 4, 6))
     loss = loss * np.exp(0.02 * np.random.default_rng(1).standard_normal(24))
     fit = fit_parametric(N, D, loss, allow_bound=True)
@@ -104,7 +104,7 @@ def test_a_missed_optimum_has_all_replicates_checked():
 
 
 def test_a_replicate_is_a_fit_of_the_drawn_rows():
-    """The first replicate equals the fit of its own rows, repeated as often as they were drawn."""
+    """The first replicate equals the fit of its rows, repeated as often as drawn."""
     N, D, loss = noisy_grid(0.005)
     law = bootstrap(fit_parametric(N, D, loss), replicates=3, verify=0).law
     counts = np.random.default_rng(0).multinomial(len(N), np.full(len(N), 1 / len(N)), 3)
@@ -116,7 +116,7 @@ def test_a_replicate_is_a_fit_of_the_drawn_rows():
 
 
 def test_whole_runs_are_resampled():
-    """Checkpoints of a run share its luck: by rows the interval is far too narrow, and by runs it says so."""
+    """Checkpoints of a run are correlated: by rows the interval is far too narrow; by runs there is a warning."""
     rng = np.random.default_rng(1)
     N, D, run = [], [], []
     for i, n in enumerate(np.tile(np.geomspace(1e7, 1e9, 10), 3)):
@@ -134,13 +134,13 @@ def test_whole_runs_are_resampled():
 
 
 def test_intervals_cover_the_truth():
-    """Of 60 made-up sweeps the 80% interval of a holds the true a about 80% of the time."""
+    """In 60 made-up sweeps the 80% interval of a contains the true a about 80% of the time."""
     hits = 0
     for seed in range(60):
         fit = fit_parametric(*noisy_grid(0.004, seed), allow_bound=True)
         low, high = bootstrap(fit, replicates=200, seed=seed, verify=0).interval("a", 80)
         hits += low <= BESIROGLU.a <= high
-    assert 36 <= hits <= 57  # of 48 expected; an interval of half or twice the width would leave this range
+    assert 36 <= hits <= 57  # 48 expected; half or twice the width would be outside this range
 
 
 def test_any_quantity_has_an_interval():
@@ -159,7 +159,7 @@ def test_any_quantity_has_an_interval():
 
 
 def test_options_of_the_fit_hold_in_every_replicate():
-    """Tied exponents stay tied, a fixed E stays fixed, least squares of the loss runs as well."""
+    """Tied exponents stay tied, a fixed E stays fixed, and least squares of the loss works."""
     N, D, loss = noisy_grid(0.005)
     tied = bootstrap(fit_parametric(N, D, loss, tied=True), replicates=50).law
     assert (tied.alpha == tied.beta).all() and tied.alpha.std() > 0
@@ -170,7 +170,7 @@ def test_options_of_the_fit_hold_in_every_replicate():
 
 
 def test_few_runs_are_refused_or_warned_about():
-    """Two runs are none to resample; seven are, with a warning."""
+    """Two runs are too few to resample; seven give a warning."""
     fit = fit_parametric(*noisy_grid(0.01))
     with pytest.raises(NotIdentified, match="2 independent runs"):
         bootstrap(fit, runs=np.arange(48) % 2)
@@ -179,7 +179,7 @@ def test_few_runs_are_refused_or_warned_about():
 
 
 def test_memory_is_bounded():
-    """1e5 rows: replicates come in batches, so that 40 of them do not need 40 rows x 1e5 x dozens of arrays."""
+    """1e5 rows: replicates come in batches, so 40 do not need dozens of arrays of 40 x 1e5."""
     rng = np.random.default_rng(0)
     N, D = np.exp(rng.uniform(14, 22, 100_000)), np.exp(rng.uniform(18, 26, 100_000))
     fit = fit_parametric(N, D, BESIROGLU.loss(N, D) * np.exp(0.01 * rng.standard_normal(100_000)), delta=0.1)
@@ -192,7 +192,7 @@ def test_memory_is_bounded():
 
 
 def test_runs_of_approach_2():
-    """Vertices of resampled runs: the interval holds the true exponent, and one of the replicates is checked."""
+    """Vertices of resampled runs: the interval contains the true exponent, and one replicate is checked."""
     N, D, loss = noisy_grid(0.003, seed=2)
     fit = fit_isoflop(N, D, loss)
     sure = bootstrap(fit, replicates=300)
@@ -209,7 +209,7 @@ def test_runs_of_approach_2():
 
 @pytest.mark.parametrize("method", ["parabola", "akima"])
 def test_seed_noise(method):
-    """No noise, no interval; more noise, a wider one that holds the truth; a spline is noisier than a parabola."""
+    """No noise: no width; more noise: a wider interval with the truth in it; splines are noisier than parabolas."""
     N, D, loss = noisy_grid(0.0)
     fit = fit_isoflop(N, D, loss, method=method)
     none = bootstrap_seed_noise(fit, noise=0.0, replicates=50)
@@ -223,8 +223,8 @@ def test_seed_noise(method):
     assert bootstrap_seed_noise(fit, noise=0.0005).unit == "seed noise"
 
 
-def test_seed_noise_holds_its_own_estimate():
-    """Budgets of unequal certainty on a bent frontier: the interval is the unweighted estimate's own."""
+def test_seed_noise_contains_its_estimate():
+    """Unequal noise of the budgets on a bent frontier: the interval is that of the unweighted estimate."""
     N, D, loss = [], [], []
     for i, C in enumerate(BUDGETS):
         best, width = 1e7 * 10 ** (0.5 * i + 0.03 * i * i), 16 if i < 3 else 3
@@ -246,7 +246,7 @@ def test_seed_noise_in_bounded_memory():
     assert peak < 250e6
 
 
-def test_seed_noise_is_what_repeats_would_show():
+def test_seed_noise_matches_repeated_sweeps():
     """The spread of a over 200 sweeps with different seeds agrees with the interval from one of them."""
     slopes = [fit_isoflop(*noisy_grid(0.001, seed)).law.a for seed in range(200)]
     fit = fit_isoflop(*noisy_grid(0.001, 1000))
@@ -255,9 +255,9 @@ def test_seed_noise_is_what_repeats_would_show():
     assert sure.law.a.std() == pytest.approx(np.std(slopes), rel=0.2)
 
 
-def test_the_wrong_way_collapses_the_interval():
-    """Minimising the mean at default tolerances stops near its start in every resample: the interval is several
-    times narrower than that of the optima, and does not hold the true a."""
+def test_a_premature_stop_collapses_the_interval():
+    """Minimising the mean at default tolerances stops near its start in every resample: the interval is several times
+    narrower than that of the optima, and does not contain the true a."""
     from bench.fit import made_up, wrong_way
 
     mean, _, converged = wrong_way(*made_up(240), resamples=40)

@@ -33,12 +33,12 @@ def noisy_grid(noise: float, seed: int = 0, law: Law = BESIROGLU):
 
 
 def fits(found) -> dict:
-    """{what was changed: the fit}."""
+    """{change: fit}."""
     return {other.change: other.fit for other in found}
 
 
 def test_leaving_out_the_highest_losses_of_chinchilla():
-    """B and a as others computed them: five of 245 rows move B from 12846 to 2143."""
+    """B and a as published: five of 245 rows move B from 12846 to 2143."""
     table = fits(leave_out_highest(fit_parametric(*chinchilla(245)), (0, 1, 3, 5, 8)))
     for k, B, a in ((0, 12846, 0.565), (1, 5466, 0.544), (3, 2938, 0.524), (5, 2143, 0.514), (8, 1787, 0.509)):
         assert table[k].n == 245 - k
@@ -46,8 +46,8 @@ def test_leaving_out_the_highest_losses_of_chinchilla():
         assert table[k].law.a == pytest.approx(a, abs=6e-4)
 
 
-def test_leaving_out_too_many_is_no_fit():
-    """The options of the fit are kept, and where too few rows are left stands why there is none."""
+def test_leaving_out_too_many_rows():
+    """The options of the fit are kept, and with too few rows left the reason is given."""
     N, D, loss = noisy_grid(0.004)
     fit = fit_parametric(N, D, loss, tied=True, delta=0.01)
     table = fits(leave_out_highest(fit, (0, 4, 44)))
@@ -60,8 +60,8 @@ def test_leaving_out_too_many_is_no_fit():
 
 
 def test_runs_near_the_minimum():
-    """The sizes 1/6 to 6 times the best leave four of eight a budget within 2.2 times of it, all within 6.1. Of a law's
-    own losses every choice tells the same; ends that are 2% worse move E, and without them it is back."""
+    """Of sizes from 1/6 to 6 times the best, four of eight per budget are within 2.2 times, all within 6.1. Losses of a
+    law give the same fit for every factor; ends that are 2% worse move E, and without them it is back."""
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, RATIOS)
     ends = np.tile(np.abs(np.log(RATIOS)) > math.log(3), len(BUDGETS))
     for bent in (loss, np.where(ends, 1.02 * loss, loss)):
@@ -76,7 +76,7 @@ def test_runs_near_the_minimum():
 
 
 def test_delta_sensitivity():
-    """One fit a delta; without noise they all agree."""
+    """One fit per delta; without noise they all agree."""
     table = fits(delta_sensitivity(fit_parametric(*noisy_grid(0.0))))
     assert list(table) == [1e-6, 1e-4, 1e-3, 1e-2, 1e-1, math.inf]
     for delta, fit in table.items():
@@ -86,20 +86,20 @@ def test_delta_sensitivity():
 
 
 def test_delta_of_few_and_noisy_rows():
-    """Where the delta is too small for an optimum the table says so; at 1e-6, which is next to a sum of absolute
-    values, there is one, also for the twelve runs of a tiny sweep."""
+    """The table says if delta is too small for an optimum; at 1e-6, which is almost a sum of absolute values, there is
+    one, also for the twelve runs of a tiny sweep."""
     N = [1986, 2840, 4836, 1986, 2840, 4836, 7216, 2840, 3790, 7216, 10320, 14820]
     D = [60800, 43520, 26304, 182592, 130048, 79104, 54400, 433920, 330304, 180864, 116480, 84096]
     loss = [2.826, 2.839, 2.881, 2.661, 2.671, 2.613, 2.650, 2.514, 2.408, 2.406, 2.389, 2.423]
     table = fits(delta_sensitivity(fit_parametric(N, D, loss), (1e-12, 1e-6, 1e-3)))
     assert "starts converged" in str(table[1e-12]) and table[1e-3].delta == 1e-3
     sums = {delta: np.abs(table[delta].residuals).sum() for delta in (1e-6, 1e-3)}
-    assert sums[1e-6] < sums[1e-3] and np.sort(np.abs(table[1e-6].residuals))[4] < 2e-6  # five constants, five rows met
+    assert sums[1e-6] < sums[1e-3] and np.sort(np.abs(table[1e-6].residuals))[4] < 2e-6  # five constants fit five rows
 
 
 def test_refits_have_intervals():
-    """Each refit is resampled by itself: its interval is that of a bootstrap of the same rows, runs going together;
-    without replicates there is none."""
+    """Each refit is resampled: its interval is that of a bootstrap of the same rows by runs; without replicates there
+    is none."""
     N, D, loss = noisy_grid(0.004)
     fit, runs = fit_parametric(N, D, loss), np.arange(48) // 2
     options = {"runs": runs, "replicates": 60, "seed": 3}
@@ -115,7 +115,7 @@ def test_refits_have_intervals():
 
 
 def test_profile_of_e():
-    """Lowest at the fitted E, rising to both sides, and each point is the optimum of a fit with that E."""
+    """Lowest at the fitted E, rising on both sides; each point is the optimum of a fit with that E."""
     fit = fit_parametric(*noisy_grid(0.004))
     E, objective = profile_e(fit, points=25)
     assert E[0] == 0 and E[-1] < fit.loss.min()
@@ -129,7 +129,7 @@ def test_profile_of_e():
 
 
 def test_residuals_by_compute():
-    """Thirds of the runs by C, with the bias and noise that were put in."""
+    """Thirds of the runs by C, with the planted bias and noise."""
     rng = np.random.default_rng(0)
     N, D = np.exp(rng.uniform(15, 22, 900)), np.exp(rng.uniform(19, 26, 900))
     third = np.searchsorted(np.quantile(N * D, (1 / 3, 2 / 3)), N * D)
@@ -144,7 +144,7 @@ def test_residuals_by_compute():
 
 def test_hold_out_on_chinchilla():
     """Fitted up to a tenth of the largest budget: median log error .0090 beyond it against .0032 inside, mostly
-    over-prediction, as others measured."""
+    over-prediction, as published."""
     N, D, loss = chinchilla()
     held = hold_out(N, D, loss, above=(6 * N * D).max() / 10, replicates=100)
     assert held.error == pytest.approx(0.0090, abs=2e-4)
@@ -154,7 +154,7 @@ def test_hold_out_on_chinchilla():
 
 
 def test_hold_out_of_the_largest_budget():
-    """The rows, the predictions, their intervals and N_opt against a fit and a parabola made by hand."""
+    """Rows, predictions, intervals and N_opt against a fit and a parabola by hand."""
     N, D, loss = noisy_grid(0.003)
     held = hold_out(N, D, loss, replicates=200)
     assert held.rows.tolist() == list(range(40, 48))
@@ -173,9 +173,9 @@ def test_hold_out_of_the_largest_budget():
         assert hold_out(N, D, loss, **two, replicates=0).rows.tolist() == list(range(32, 48))
 
 
-def test_hold_out_asks_for_the_flops_that_were_spent():
-    """Runs that cost 6 N (1 + 300 N^-0.3) a token: without noise the minimum predicted of the budget held out is the
-    best of 4,001 sizes at that cost, not Eq. 4's."""
+def test_hold_out_uses_the_actual_flops():
+    """Runs that cost 6 N (1 + 300 N^-0.3) per token: without noise the predicted minimum of the held-out budget is the
+    best of 4,001 sizes at that cost, not that of Eq. 4."""
     N, D, loss = noisy_grid(0.0)
     C = 6 * N * D * (1 + 300 * N**-0.3)
     held = hold_out(N, D, loss, C, budget=np.repeat(BUDGETS, 8), replicates=0)
@@ -187,7 +187,7 @@ def test_hold_out_asks_for_the_flops_that_were_spent():
 
 
 def test_a_failed_bootstrap_does_not_discard_the_hold_out(monkeypatch):
-    """The predictions stay as they are, and why there are no intervals is said."""
+    """The predictions are kept, and the reason for missing intervals is given."""
     plain = hold_out(*noisy_grid(0.003), replicates=0)
 
     def refused(*_, **__):
@@ -201,7 +201,7 @@ def test_a_failed_bootstrap_does_not_discard_the_hold_out(monkeypatch):
 
 
 def test_hold_out_by_a_column_in_another_unit():
-    """Budgets numbered downwards: the largest by C are held out all the same, and their C is the runs'."""
+    """Budgets numbered downwards: still the largest by C are held out, with the C of the runs."""
     N, D, loss = noisy_grid(0.003)
     held = hold_out(N, D, loss, budget=-np.repeat(np.arange(6), 8), replicates=0)
     assert held.rows.tolist() == list(range(40, 48))
@@ -215,8 +215,8 @@ def test_hold_out_without_noise_predicts_exactly():
     assert math.isnan(held.low[0]) and held.bootstrap is None
 
 
-def test_prediction_intervals_cover_what_is_observed():
-    """Over 12 made-up sweeps about 95% of the held-out losses lie inside."""
+def test_prediction_intervals_cover_the_observations():
+    """In 12 made-up sweeps about 95% of the held-out losses fall inside."""
     inside = []
     for seed in range(12):
         held = hold_out(*noisy_grid(0.003, seed), replicates=100, seed=seed)
@@ -239,7 +239,7 @@ def test_hold_out_of_too_much_is_refused(options, says):
 
 
 def test_a_straight_frontier_has_no_curvature():
-    """Without noise the quadratic term is 0; with noise its interval holds 0 and says that it is not significant."""
+    """Without noise the quadratic term is 0; with noise its interval contains 0: not significant."""
     exact = frontier_curvature(fit_isoflop(*noisy_grid(0.0)), replicates=100)
     assert exact.quadratic == pytest.approx(0, abs=1e-9)
     noisy = frontier_curvature(fit_isoflop(*noisy_grid(0.002)))
@@ -247,8 +247,8 @@ def test_a_straight_frontier_has_no_curvature():
     assert not noisy.significant
 
 
-def test_a_bent_frontier_is_noticed():
-    """N_opt = exp(a x - 0.02 x^2) planted in parabolas: the term and its sign come back."""
+def test_a_bent_frontier_is_found():
+    """N_opt = exp(a x - 0.02 x^2) planted in parabolas: the term and its sign are recovered."""
     x = np.log(BUDGETS / 1e19)
     log_opt = 20 + 0.5 * x - 0.02 * x**2
     N = np.exp(log_opt[:, None] + np.log(RATIOS)).ravel()
@@ -260,15 +260,15 @@ def test_a_bent_frontier_is_noticed():
 
 
 def test_curvature_needs_four_budgets():
-    """Three points always lie on a parabola."""
+    """A parabola fits any three points."""
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS[:3], RATIOS)
     with pytest.raises(NotIdentified, match="4 budgets"):
         frontier_curvature(fit_isoflop(N, D, loss))
 
 
-def test_least_losses_on_a_line_and_off_it():
-    """Losses 30 C^-0.06 at the minima are found and foretold; with an E of 1 below them the line, which does not know
-    it, falls too far; three budgets are refused."""
+def test_lowest_losses_on_a_line_and_off_it():
+    """Losses 30 C^-0.06 at the minima are recovered and predicted; with an E of 1 added the line falls too far; three
+    budgets are refused."""
     for E in (0.0, 1.0):
         least = E + 30 * BUDGETS**-0.06
         N = (20 * np.sqrt(BUDGETS / 1e19)[:, None] * RATIOS * 1e6).ravel()
@@ -290,7 +290,7 @@ def test_least_losses_on_a_line_and_off_it():
 
 def counted_grid(vocab: int, budgets):
     """Runs of shapes with 12 d^3 / 40 non-embedding and `vocab` d embedding parameters, the same shapes at every
-    budget: non-embedding N, D, loss, nominal budget."""
+    budget -> non-embedding N, D, loss, nominal budget."""
     widths = np.geomspace(40, 4000, 60)
     small, total = 12 * widths**3 / 40, 12 * widths**3 / 40 + vocab * widths
     N = np.tile(small, len(budgets))
@@ -301,7 +301,7 @@ def counted_grid(vocab: int, budgets):
 
 @pytest.mark.parametrize("vocab, a", [(256, 0.52), (2048, 0.59), (8192, 0.80)])
 def test_counting_non_embedding_parameters_raises_the_exponent(vocab, a):
-    """The exponents that the counting alone makes of the same law between 1e14 and 1e17, as computed independently."""
+    """Exponents of one law between 1e14 and 1e17 by counting alone, against an independent computation."""
     N, D, loss, budget = counted_grid(vocab, np.geomspace(1e13, 1e18, 41))
     found = kaplan_procedure(N, D, loss, loss, budget=budget)
     inside = (found.flops > 0.3e14) & (found.flops < 1e17)
@@ -310,7 +310,7 @@ def test_counting_non_embedding_parameters_raises_the_exponent(vocab, a):
     assert found.simulated == found.a
 
 
-def test_kaplan_procedure_is_compared_at_its_own_points():
+def test_kaplan_procedure_is_compared_at_the_same_points():
     """Noise moves the measured exponent, not the simulated one; both regress the same budgets."""
     N, D, loss, budget = counted_grid(2048, np.geomspace(1e15, 1e17, 9))
     rng = np.random.default_rng(0)
@@ -321,9 +321,9 @@ def test_kaplan_procedure_is_compared_at_its_own_points():
     assert noisy.a == pytest.approx(noisy.simulated, abs=0.1)
 
 
-def test_levels_between_stand_in_for_budgets():
-    """Two budgets, at whose own C_kaplan too few sizes meet: levels between them have a minimum, and without noise it
-    is the simulated one. Noise gives an interval, about as wide as the exponents of 40 noisy tables are apart."""
+def test_levels_between_budgets_are_used_if_needed():
+    """Two budgets with too few sizes at their C_kaplan: levels between them have a minimum, and without noise it is the
+    simulated one. Noise gives an interval about as wide as the spread of the exponents of 40 noisy tables."""
     N, D, loss, budget = counted_grid(2048, np.geomspace(1e15, 1e17, 2))
     rng, noise = np.random.default_rng(0), 0.0005
     found = kaplan_procedure(N, D, loss, loss, budget=budget, noise=noise, replicates=200)

@@ -1,4 +1,4 @@
-"""Optima where C is not 6ND: every answer against a scan over sizes."""
+"""Optima if C is not 6ND: every answer against a scan over sizes."""
 
 import json
 import time
@@ -31,9 +31,9 @@ def best_by_scan(law: Law, C: float) -> float:
 
 @COSTS
 @pytest.mark.parametrize("C", [1e11, 3e13, 1e19])
-def test_the_optimum_is_the_least_loss_at_its_cost(cost, C):
-    """By trying 400,001 sizes, each on the tokens that spend C; the optimum spends C, and is the one for its own N,
-    its own D and its own loss."""
+def test_the_optimum_is_the_lowest_loss_at_its_cost(cost, C):
+    """Against 400,001 sizes, each with the tokens that cost C. The optimum costs C; its N, its D and its loss give the
+    same optimum back."""
     law = made_up(cost)
     N, D = law.optimal(C)
     assert N == pytest.approx(best_by_scan(law, C), rel=2e-4)
@@ -45,8 +45,8 @@ def test_the_optimum_is_the_least_loss_at_its_cost(cost, C):
     assert off_optimum(law, C, 3 * N).D == pytest.approx(C / (18 * N * cost.at(3 * N)[0]))
 
 
-def test_eq_4_is_that_of_6nd():
-    """Without a cost of its own a law answers by the paper's closed form."""
+def test_eq_4_is_the_optimum_of_6nd():
+    """Without a cost the law uses the closed form of the paper."""
     for C in (1e11, 5.76e23):
         N, D = BESIROGLU.optimal(C)
         a, b, G = BESIROGLU.a, BESIROGLU.b, BESIROGLU.G
@@ -55,8 +55,8 @@ def test_eq_4_is_that_of_6nd():
 
 
 @COSTS
-def test_replicates_are_answered_at_once(cost):
-    """Each of 50 laws in one call as by itself; a loss that one of them cannot reach is nan there."""
+def test_replicates_at_once(cost):
+    """50 laws in one call give the same as one by one; nan for a loss that one of them cannot reach."""
     rng = np.random.default_rng(0)
     drawn = {name: value * np.exp(0.1 * rng.standard_normal(50)) for name, value in LAW.items()}
     many, each = Law("", **drawn, cost=cost), [Law("", *v, cost=cost) for v in zip(*drawn.values(), strict=True)]
@@ -88,8 +88,8 @@ def test_serving_costs_a_third_of_training(cost, served):
 
 
 @COSTS
-def test_little_text_at_its_cost(cost):
-    """The allocation of repeated data spends C and is the best of all sizes."""
+def test_limited_text_at_its_cost(cost):
+    """The allocation with repeated data costs C and is the best of all sizes."""
     limited, C = laws.DataConstrained(made_up(cost)), 1e13
     unique = limited.law.optimal(C)[1] / 8
     N, D = limited.optimal(C, unique)
@@ -100,8 +100,8 @@ def test_little_text_at_its_cost(cost):
 
 
 @pytest.mark.parametrize("physical", [0.6, 1.5])
-def test_the_curve_of_cost_comes_back(physical):
-    """Of runs that cost 6 N (1 + physical (1e5/N)^0.3) a token, in 7 sizes a budget and in any order."""
+def test_the_cost_curve_is_recovered(physical):
+    """From runs that cost 6 N (1 + physical (1e5/N)^0.3) per token, in 7 sizes per budget and in any order."""
     rows = np.random.default_rng(0).permutation(sweep(noise=0, physical=physical))
     N, D, C = (np.array([row[name] for row in rows], float) for name in ("params", "tokens", "flops"))
     cost = Cost.of(N, D, C)
@@ -115,9 +115,9 @@ def test_the_curve_of_cost_comes_back(physical):
         assert made_up(Cost.of(N, D, C)).optimal(budget)[0] == pytest.approx(exact, rel=2e-4)
 
 
-def test_costs_that_are_no_such_curve():
-    """One size, a constant factor, and a cost that jumps about: each has a curve; that of the last owns up to its
-    misfit, and still has one optimum a budget."""
+def test_costs_that_do_not_follow_the_curve():
+    """One size, a constant factor, a cost with jumps: each gets a curve; the last one reports its misfit, and still has
+    one optimum per budget."""
     one = np.full(5, 1e6)
     assert Cost.of(one, one, 9 * one * one).at(1e6)[0] == pytest.approx(1.5)
     N = np.geomspace(1e4, 1e7, 9)
@@ -129,8 +129,8 @@ def test_costs_that_are_no_such_curve():
 
 
 def test_ratio_of_a_size_is_the_median_of_its_runs():
-    """Sizes with one run, two and three, in any order: by numpy's own median of each; a hundred thousand sizes, which
-    would be 1e10 comparisons one by one, take no time."""
+    """Sizes with one, two and three runs, in any order, against numpy's median; a hundred thousand sizes, 1e10
+    comparisons one by one, are fast."""
     rng = np.random.default_rng(0)
     N = rng.permutation(np.repeat([1e5, 3e5, 7e5], [1, 2, 3]))
     D, ratio = rng.uniform(1e6, 1e7, 6), rng.uniform(0.8, 1.6, 6)
@@ -142,8 +142,8 @@ def test_ratio_of_a_size_is_the_median_of_its_runs():
     assert time.process_time() - start < 2
 
 
-def test_the_cost_travels_with_the_law(tmp_path):
-    """load_law plans in the FLOPs of the fit; without the key, as in older files, in 6ND; nonsense is refused."""
+def test_the_cost_is_stored_with_the_law(tmp_path):
+    """load_law plans in the FLOPs of the fit; without the key, as in older files, in 6ND; invalid costs are refused."""
     path, meta = tmp_path / "laws.json", {"params_convention": "total", "flops_convention": "physical"}
     cost = {"c": 18.6, "q": 0.35, "s": 1, "misfit": 0.05}
     for own, expected in (({"cost": cost}, Cost(**cost)), ({}, SIX_ND)):
@@ -155,9 +155,9 @@ def test_the_cost_travels_with_the_law(tmp_path):
             laws.load_law(path)
 
 
-def test_the_ladder_agrees():
-    """Of real shapes, priced by their exact FLOPs, the one of least loss is a neighbour of the smooth optimum, also a
-    thousand times beyond the runs through which the cost was drawn; both have the same loss within 0.01."""
+def test_real_shapes_agree_with_the_optimum():
+    """Of real shapes with exact FLOPs, the one of lowest loss is next to the smooth optimum, also at a thousand times
+    the compute of the runs to which the cost was fitted; their losses agree within 0.01."""
     make = partial(make_shape, vocab_size=256, seq_len=128)
     shapes = [make(*rung) for rung in LADDER]
     N = np.array([count_params(shape).total for shape in shapes], float)

@@ -10,7 +10,7 @@ TIED = Law("tied", E=1.8, A=480.0, B=1500.0, alpha=0.35, beta=0.35)
 
 
 def curves(law, sizes, *, horizon: float = 400, points: int = 300, noise: float = 0.0, seed: int = 0):
-    """Runs of constant schedule: the loss at D tokens is the law's; `horizon` tokens per parameter."""
+    """Runs with a constant learning rate: loss of the law at D tokens, up to `horizon` tokens per parameter."""
     rng = np.random.default_rng(seed)
     run, N, D = [], [], []
     for i, n in enumerate(sizes):
@@ -22,7 +22,7 @@ def curves(law, sizes, *, horizon: float = 400, points: int = 300, noise: float 
 
 
 def test_the_envelope_is_the_frontier():
-    """Many sizes without noise: each winner is the size nearest to the law's optimum, the exponent is the law's."""
+    """Many sizes without noise: each winner is the size nearest to the optimum; the exponent is that of the law."""
     sizes = np.geomspace(1e6, 1e10, 161)
     fit = fit_envelope(*curves(TIED, sizes), smooth=0)
     inner = (fit.params > sizes[8]) & (fit.params < sizes[-9])
@@ -35,16 +35,16 @@ def test_the_envelope_is_the_frontier():
 
 
 def test_the_lowest_run_wins_by_hand():
-    """Four curves of two points each: straight lines in logs, whose crossings can be computed."""
+    """Four curves of two points each: straight lines in logs, with known crossings."""
     run = np.repeat(["a", "b", "c", "d"], 2)
     N = np.repeat([1e6, 1e7, 1e8, 1e9], 2)
     C = np.tile([1e15, 1e19], 4)
-    log_loss = np.array([1.0, 0.8, 1.2, 0.6, 1.6, 0.4, 9.0, 0.5])  # in log C: slopes -0.05, -0.15, -0.30 a decade
+    log_loss = np.array([1.0, 0.8, 1.2, 0.6, 1.6, 0.4, 9.0, 0.5])  # in log C: slopes -0.05, -0.15, -0.30 per decade
     fit = fit_envelope(run, N, C / (6 * N), np.exp(log_loss), C, points=4001, smooth=0)
     first, second = fit.flops[np.searchsorted(fit.params, [1e7, 1e8])]
     assert math.log10(first) == pytest.approx(15 + 0.2 / 0.1, abs=2e-3)
     assert math.log10(second) == pytest.approx(15 + 0.4 / 0.15, abs=2e-3)
-    # The smallest size wins up to the first crossing, where nothing smaller could have beaten it.
+    # The smallest size wins up to the first crossing, without a smaller one to compare with.
     assert (fit.bracketed == (fit.flops >= first)).all()
     assert fit.late_share == pytest.approx(-math.log10(0.85) / 2, abs=1e-3)
     assert fit.to_json()["n_winners"] == 2
@@ -52,8 +52,8 @@ def test_the_lowest_run_wins_by_hand():
     assert fit.law.a == pytest.approx(np.polyfit(np.log(fit.flops[used]), np.log(fit.params[used]), 1)[0], rel=1e-9)
 
 
-def test_only_what_two_sizes_cover_counts():
-    """Where a single size has a loss there is no choice, hence no winner."""
+def test_winners_need_two_sizes():
+    """Where only one size has a loss there is no winner."""
     sizes = (1e5, 3e5, 1e6, 3e6, 1e7, 3e7, 1e8, 3e8, 5e6)
     spans = [(1e13, 1e15)] * 4 + [(1e17, 1e19)] * 4 + [(3e14, 2e17)]
     run, N = np.repeat(np.arange(9), 50), np.repeat(sizes, 50)
@@ -64,7 +64,7 @@ def test_only_what_two_sizes_cover_counts():
 
 
 def test_smoothing():
-    """A line stays a line up to its ends; noise shrinks; short curves and small windows are left alone."""
+    """A line stays a line up to its ends; noise shrinks; short curves and small windows are unchanged."""
     x = np.linspace(4, 2, 60)
     assert gaussian_smooth(x, 10) == pytest.approx(x, abs=1e-12)
     noise = np.random.default_rng(0).standard_normal(4000)
@@ -78,7 +78,7 @@ def test_smoothing():
 
 
 def test_noise_is_smoothed_and_resampled():
-    """Noisy curves give the exponent within the interval that resampled runs give."""
+    """The exponent of noisy curves is within the interval of resampled runs."""
     rows = curves(TIED, np.geomspace(1e6, 1e10, 40), noise=0.004)
     fit = fit_envelope(*rows)
     sure = bootstrap(fit, replicates=300)
@@ -89,7 +89,7 @@ def test_noise_is_smoothed_and_resampled():
 
 
 def test_a_replicate_is_the_fit_of_its_runs():
-    """The first replicates equal fits of the drawn runs alone, on the same FLOPs."""
+    """The first replicates equal fits of only the drawn runs, at the same FLOPs."""
     run, N, D, loss = curves(BESIROGLU, np.geomspace(1e6, 1e9, 12), points=60)
     fit = fit_envelope(run, N, D, loss, smooth=0)
     law = bootstrap(fit, replicates=4).law
@@ -106,7 +106,7 @@ def test_a_replicate_is_the_fit_of_its_runs():
 
 
 def test_order_and_duplicates_do_not_matter():
-    """Rows in any order; of two rows at the same FLOPs the later one stands."""
+    """Rows in any order; of two rows at the same FLOPs the later one is kept."""
     rows = curves(BESIROGLU, np.geomspace(1e6, 1e9, 8), points=40)
     mixed = np.random.default_rng(0).permutation(len(rows[0]))
     a, b = fit_envelope(*rows).law, fit_envelope(*(v[mixed] for v in rows)).law
@@ -119,11 +119,11 @@ def test_order_and_duplicates_do_not_matter():
     "sizes, law, says",
     [
         ([1e7, 1e8], BESIROGLU, "at least 3 model sizes, but has 2"),
-        ([1e7, 2e7, 4e7], Law("larger is worse", 1, 1e-6, 1e-6, 1e-3, 1e-3), "0 of 3 sizes ever have the lowest"),
+        ([1e7, 2e7, 4e7], Law("larger is worse", 1, 1e-6, 1e-6, 1e-3, 1e-3), "but has 0 of 3"),
     ],
 )
 def test_curves_without_a_frontier_are_refused(sizes, law, says):
-    """Two sizes; the smallest that is still in training always the lowest."""
+    """Two sizes; the smallest size still in training always lowest."""
     run, N, D, loss = curves(law, sizes)
     if law is not BESIROGLU:
         loss = loss + 1e-8 * N
@@ -132,7 +132,7 @@ def test_curves_without_a_frontier_are_refused(sizes, law, says):
 
 
 def test_disjoint_curves_are_refused():
-    """Three sizes that never spend the same FLOPs cannot be compared."""
+    """Three sizes without common FLOPs cannot be compared."""
     run, N = np.repeat(["a", "b", "c"], 2), np.repeat([1e6, 1e7, 1e8], 2)
     C = np.array([1e13, 2e13, 1e15, 2e15, 1e17, 2e17])
     with pytest.raises(NotIdentified, match="no FLOP count"):

@@ -19,7 +19,7 @@ def window(width: float, sizes: int = 15) -> np.ndarray:
 
 
 def test_equal_exponents_make_the_parabola_exact():
-    """With alpha = beta and centred grids the curve is symmetric: exponents and constants to rounding."""
+    """With alpha = beta and centred grids the curve is symmetric: exponents and constants up to rounding."""
     for width in (2, 8, 100):
         law = fit_isoflop(*isoflop_grid(TIED, BUDGETS, window(width))).law
         assert law.a == pytest.approx(0.5, abs=1e-9)
@@ -29,13 +29,13 @@ def test_equal_exponents_make_the_parabola_exact():
 
 @pytest.mark.parametrize(
     "law, errors",
-    [  # error of D extrapolated to 1e24, as Czech et al. 2026 print it, for windows of +-2x, 4x, 8x, 16x
+    [  # published error of D extrapolated to 1e24 (Czech et al. 2026), for windows of +-2x, 4x, 8x, 16x
         (ROUNDED, (-0.003, -0.013, -0.029, -0.051)),
         (SKEWED, (-0.017, -0.065, -0.139, -0.231)),
     ],
 )
 def test_bias_of_the_parabola(law, errors):
-    """Unequal exponents shift the vertex by a constant factor: slopes right, constants wrong by what is published."""
+    """Unequal exponents shift the vertex by a constant factor: correct slopes, constants off as published."""
     for width, error in zip((2, 4, 8, 16), errors, strict=True):
         found = fit_isoflop(*isoflop_grid(law, BUDGETS, window(width))).law
         assert found.a == pytest.approx(law.a, abs=1e-9)
@@ -43,8 +43,8 @@ def test_bias_of_the_parabola(law, errors):
         assert found.optimal(1e24)[1] / law.optimal(1e24)[1] - 1 == pytest.approx(error, abs=0.004)
 
 
-def test_a_drifting_grid_moves_the_exponent_of_the_parabola_not_of_the_spline():
-    """Centres that drift by 3x over the budgets: the parabola's a is off, the interpolating estimator's is not."""
+def test_a_drifting_grid_biases_the_parabola_but_not_the_spline():
+    """Centres that drift by 3x over the budgets: a is biased by parabolas, not by splines."""
     grid = isoflop_grid(SKEWED, BUDGETS, window(16, 41), drift=3)
     parabola, spline = fit_isoflop(*grid).law, fit_isoflop(*grid, method="akima").law
     assert abs(parabola.a - SKEWED.a) > 0.005
@@ -53,7 +53,7 @@ def test_a_drifting_grid_moves_the_exponent_of_the_parabola_not_of_the_spline():
 
 
 def test_vertices_by_hand():
-    """Against numpy's own polynomial fit of one noisy budget, D by C / 6N; the window and its centre are reported."""
+    """Against numpy's polynomial fit of one noisy budget, D by C / 6N; the window and its centre are reported."""
     rng = np.random.default_rng(0)
     N, D, loss = isoflop_grid(BESIROGLU, [1e18, 1e20], window(5, 7), drift=1.5)
     loss = loss + 0.01 * rng.standard_normal(14)
@@ -68,17 +68,17 @@ def test_vertices_by_hand():
         assert budget.off_centre == pytest.approx(budget.params_opt / math.sqrt(N[rows][0] * N[rows][-1]))
 
 
-def test_exponents_need_not_add_to_one():
-    """FLOPs that are not 6 N D (attention, logits): a and b are fitted apart and their sum is information."""
+def test_exponents_need_not_sum_to_one():
+    """FLOPs that are not 6 N D (attention, logits): a and b are fitted separately and need not sum to 1."""
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(4))
     C = (6 * N * D) ** 1.1
     law = fit_isoflop(N, D, loss, C, budget=np.repeat(BUDGETS**1.1, 15)).law
     assert law.a + law.b == pytest.approx(1 / 1.1, rel=1e-9)
 
 
-def test_thousands_of_budgets_take_one_sort():
-    """A column of 50,000 labels, two rows each and in any order: each row gets the geometric mean of its pair's C.
-    Compared one by one that would be 5e9 comparisons."""
+def test_thousands_of_budgets_are_fast():
+    """A column of 50,000 labels, two rows each and in any order: each row gets the geometric mean C of its pair. One by
+    one this would be 5e9 comparisons."""
     rng, start = np.random.default_rng(0), time.process_time()
     order, C = rng.permutation(100_000), rng.uniform(1e18, 1e20, (50_000, 2))
     found = group_budgets(C.ravel()[order], budget=np.repeat(rng.permutation(np.arange(50_000.0)), 2)[order])
@@ -88,7 +88,7 @@ def test_thousands_of_budgets_take_one_sort():
 
 @pytest.mark.parametrize("unit", [1e-18, -3.7, 1.0])
 def test_a_column_of_budgets_only_groups(unit):
-    """Budgets in units of 1e18 FLOPs, or numbered downwards: the law is in the unit of C, as without the column."""
+    """Budgets in units of 1e18 FLOPs, or numbered downwards: the law is in units of C, as without the column."""
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(4))
     alone, grouped = fit_isoflop(N, D, loss), fit_isoflop(N, D, loss, budget=np.repeat(BUDGETS * unit, 15))
     assert grouped.law.optimal(1e22) == pytest.approx(alone.law.optimal(1e22), rel=1e-9)
@@ -97,9 +97,9 @@ def test_a_column_of_budgets_only_groups(unit):
         assert 6 * budget.params_opt * budget.tokens_opt == pytest.approx(C, rel=1e-6)
 
 
-def test_budgets_in_another_convention_than_c():
-    """Runs at equal physical FLOPs, 2 to 3 times 6 N D, asked for a law in 6 N D: at its optimum 6 N D is C, as nearly
-    as the mean of a group is its C at the vertex."""
+def test_budgets_in_a_different_convention_than_c():
+    """Runs at equal physical FLOPs, 2 to 3 times 6 N D, and a law in 6 N D: at its optimum 6 N D is C, as closely as
+    the mean C of a group is that at its vertex."""
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(4))
     physical = 1.3 * (1 + (1e8 / N) ** 0.1)
     D = D / physical
@@ -110,7 +110,7 @@ def test_budgets_in_another_convention_than_c():
 
 
 def test_minima_at_the_edge_are_refused():
-    """A grid that stops before its minimum has none; the others still make a law, and the reason is given."""
+    """A budget that stops before its minimum has none; the others still give a law, and the reason is given."""
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(8, 9))
     kept = ~((BESIROGLU.optimal(1e21)[0] > N) & (6 * N * D > 9e20))
     for method in ("parabola", "akima"):
@@ -125,7 +125,7 @@ def test_minima_at_the_edge_are_refused():
 
 
 def test_no_bracketed_minimum_raises():
-    """Runs that are all too large: no optimum is made up, budgets are named with the reason."""
+    """All runs too large: no optimum is invented, budgets are named with the reason."""
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, np.geomspace(4, 60, 7))
     with pytest.raises(NotIdentified) as error:
         fit_isoflop(N, D, loss)
@@ -134,7 +134,7 @@ def test_no_bracketed_minimum_raises():
 
 
 def test_concave_curves_are_refused():
-    """Noise may turn a curve over: its vertex would be a maximum."""
+    """Noise may make a curve concave: its vertex would be a maximum."""
     N, D, loss = isoflop_grid(TIED, BUDGETS, window(4))
     last = N * D * 6 > 9e20
     fit = fit_isoflop(N, D, np.where(last, 6 - loss, loss))
@@ -154,19 +154,19 @@ def test_too_little_is_refused(rows, says):
         fit_isoflop(np.where(np.arange(75) % 2, 1e7, 1e8), D, loss)
 
 
-def test_a_refusal_of_many_budgets_is_one_readable_line():
-    """Of forty budgets without a minimum three are named for each reason, and the others are counted."""
+def test_an_error_about_many_budgets_is_one_short_line():
+    """Of forty budgets without a minimum, three are named per reason and the others counted."""
     N, D, loss = isoflop_grid(TIED, np.geomspace(1e15, 1e25, 40), [3.0, 5.0, 8.0, 13.0])
     concave = np.arange(160) // 4 >= 38
     with pytest.raises(NotIdentified) as error:
         fit_isoflop(N, D, np.where(concave, 9 - loss, loss))
     said = str(error.value)
-    assert len(said) < 300 and "and 35 more FLOPs: its minimum lies at" in said and said.count("FLOPs") == 2
+    assert len(said) < 300 and "and 35 more FLOPs: its minimum is at" in said and said.count("FLOPs") == 2
     assert "1e+25 FLOPs: its curve is concave" in said
 
 
-def test_budgets_are_found_in_the_column_of_flops():
-    """Clusters of nearly equal C, jittered by 3% as whole batches do; runs in between belong to none."""
+def test_budgets_are_found_by_clustering_c():
+    """Clusters of nearly equal C, jittered by 3% as by whole batches; runs in between belong to none."""
     rng = np.random.default_rng(0)
     budgets = np.repeat([1e15, 1.3e15, 1e16], 7)
     C = np.append(budgets * np.exp(rng.uniform(-0.03, 0.03, 21)), [3e15, 5e15, 7e17])
@@ -180,8 +180,8 @@ def test_budgets_are_found_in_the_column_of_flops():
     assert len(np.unique(group_budgets(C[:21], tolerance=0.5))) == 2
 
 
-def test_rows_of_no_budget_are_named():
-    """They are left out of the fit and listed."""
+def test_rows_without_a_budget_are_listed():
+    """They are not fitted."""
     N, D, loss = isoflop_grid(TIED, BUDGETS, window(4))
     fit = fit_isoflop(np.append(N, 1e8), np.append(D, 7e11), np.append(loss, 2.5))
     assert fit.left_out.tolist() == [75]
@@ -189,7 +189,7 @@ def test_rows_of_no_budget_are_named():
 
 
 def test_spline_passes_through_lines_and_points():
-    """A line stays a line; at the knots the values come back; two points suffice."""
+    """A line stays a line; values at the knots are exact; two points suffice."""
     x, at = np.array([0.0, 1.0, 3.0, 3.5, 7.0]), np.linspace(0, 7, 29)
     assert akima(x, 2 * x[None] - 1, at)[0] == pytest.approx(2 * at - 1, abs=1e-12)
     y = np.array([[3.0, 1.0, 4.0, 1.0, 5.0]])
@@ -198,7 +198,7 @@ def test_spline_passes_through_lines_and_points():
 
 
 def test_chinchilla_by_parabolas():
-    """The digitised runs cluster at the paper's budgets, and give its a = 0.49 within what it prints (0.462, 0.534)."""
+    """The digitised runs cluster at the paper's budgets and give its a = 0.49, inside its interval (0.462, 0.534)."""
     fit = fit_isoflop(*chinchilla())
     assert 0.462 < fit.law.a < 0.534
     near = [
@@ -207,9 +207,9 @@ def test_chinchilla_by_parabolas():
     assert max(near) < 0.12
 
 
-def test_minima_have_intervals_of_their_own():
-    """Of every budget, as wide as the vertices of 300 tables with the same noise are apart; the one that the
-    resamples mostly lose has none; to_json carries them beside the budget."""
+def test_minima_have_intervals():
+    """For every budget, as wide as the spread of the vertices of 300 tables with the same noise; none for a budget that
+    most resamples do not bracket; to_json includes them."""
     N, D, exact = isoflop_grid(BESIROGLU, BUDGETS, window(6))
     rng, noise = np.random.default_rng(0), 0.003
     tables = [fit_isoflop(N, D, exact * np.exp(noise * rng.standard_normal(len(N)))) for _ in range(300)]
@@ -223,12 +223,12 @@ def test_minima_have_intervals_of_their_own():
     written = tables[0].to_json(sure[0])["budgets"]
     assert [one["ci"]["params_opt"] for one in written] == [sure[0].at_budget(i)["params_opt"] for i in range(5)]
     assert all(one["ci"]["tokens_opt"][0] < one["tokens_opt"] < one["ci"]["tokens_opt"][1] for one in written)
-    far = fit_isoflop(N[10:], D[10:], exact[10:])  # of the first budget only sizes that are too large
+    far = fit_isoflop(N[10:], D[10:], exact[10:])  # only sizes that are too large for the first budget
     assert not far.budgets[0].bracketed and bootstrap(far, replicates=100).at_budget(0) == {}
 
 
 def test_laws_without_some_budgets():
-    """The power law through the remaining minima, by numpy's own line; one minimum is none."""
+    """The power law through the remaining minima, against numpy's line; one minimum is too few."""
     fit = fit_isoflop(*isoflop_grid(BESIROGLU, BUDGETS, window(6)))
     rest = fit.budgets[2:]
     slope = np.polyfit(np.log([b.flops for b in rest]), np.log([b.params_opt for b in rest]), 1)[0]

@@ -32,7 +32,7 @@ def random_runs(law: Law, n: int, seed: int, noise: float = 0.0):
 
 
 def test_the_optimum_on_chinchilla():
-    """The published procedure, carried to its end: objective to 1e-9 relative, exponents and E to 1e-5."""
+    """The published procedure run to convergence: objective to 1e-9 relative, exponents and E to 1e-5."""
     N, D, loss = chinchilla()
     fit = fit_parametric(N, D, loss)
     assert fit.objective == pytest.approx(0.00101827401780, rel=1e-9)
@@ -49,7 +49,7 @@ def test_the_optimum_on_chinchilla():
 @pytest.mark.parametrize(
     "delta, expected",
     [  # A, B, E, alpha, beta
-        (1e-6, (481.93, 2085.00, 1.81683, 0.34780, 0.36584)),  # what Besiroglu et al. print, in effect
+        (1e-6, (481.93, 2085.00, 1.81683, 0.34780, 0.36584)),  # in effect as printed by Besiroglu et al.
         (1e-4, (478.7, 2065, 1.8158, 0.3474, 0.3654)),
         (1e-2, (538.8, 2906, 1.8381, 0.3544, 0.3815)),
         (1e-1, (593.3, 4876, 1.8646, 0.3603, 0.4059)),
@@ -65,7 +65,7 @@ def test_other_deltas_on_chinchilla(delta, expected):
     assert fit.starts_agreeing == fit.starts
 
 
-def test_outliers_kept_on_chinchilla():
+def test_chinchilla_with_outliers():
     """All 245 rows: five points move beta from .37 to .45."""
     fit = fit_parametric(*chinchilla(245))
     assert fit.objective == pytest.approx(0.00182601, rel=3e-6)
@@ -80,16 +80,16 @@ def test_least_squares_of_the_loss_itself(rows, rss, beta, a):
     assert (fit.law.beta, fit.law.a) == pytest.approx((beta, a), abs=6e-5)
 
 
-def test_published_constants_are_no_optimum():
-    """Besiroglu's printed law scores worse than ours on its own rows, and the rounding alone costs half a percent."""
+def test_published_constants_are_not_an_optimum():
+    """Besiroglu's printed law has a higher objective than ours on its rows; rounding alone costs half a percent."""
     N, D, loss = chinchilla()
     assert objective(BESIROGLU, N, D, loss, 1e-3) > fit_parametric(N, D, loss).objective * 1.004
 
 
 @pytest.mark.parametrize("name", ["chinchilla", "made up", "few and noisy"])
 def test_same_optimum_as_the_reference(name):
-    """From fifty starts of the paper's grid L-BFGS comes within 1e-5 of our optimum and not below it, at the same law;
-    its gradient is that of finite differences."""
+    """From fifty starts of the paper's grid L-BFGS gets within 1e-5 of our optimum, not below it, and to the same law;
+    its gradient matches finite differences."""
     rng = np.random.default_rng(5)
     if name == "chinchilla":
         N, D, loss = chinchilla()
@@ -110,7 +110,7 @@ def test_same_optimum_as_the_reference(name):
 
 
 def test_scipy_finds_no_better_optimum():
-    """L-BFGS-B and Nelder-Mead from our optimum, shaken: neither gets below it."""
+    """L-BFGS-B and Nelder-Mead from a perturbed optimum: neither gets below ours."""
     N, D, loss = chinchilla()
     law = fit_parametric(N, D, loss).law
     ours = objective(law, N, D, loss, 1e-3)
@@ -134,9 +134,9 @@ def test_scipy_finds_no_better_optimum():
 
 @pytest.mark.parametrize("delta", [1e-3, math.inf])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_long_valley_is_walked_to_its_end(seed, delta):
-    """Seven sizes at four lengths each hardly tell E from the rest: the optimum lies in a flat, curved valley. Every
-    start reaches it, and no E on either side of it does better."""
+def test_a_long_valley_is_followed_to_its_end(seed, delta):
+    """Seven sizes at four lengths each hardly identify E: the optimum is in a flat, curved valley. All starts converge
+    to it, and no E on either side is better."""
     N = np.repeat([20e3, 26e3, 33e3, 49e3, 68e3, 90e3, 115e3], 4)
     D = np.tile(1.6e5 * 16.0 ** (np.arange(4) / 3), 7) * np.sqrt(N / 20e3)
     noise = 0.006 * np.random.default_rng(seed).standard_normal(28)
@@ -149,7 +149,7 @@ def test_a_long_valley_is_walked_to_its_end(seed, delta):
 
 
 @pytest.mark.parametrize("options", [{}, {"delta": math.inf}, {"space": "linear"}, {"delta": 1e-6}], ids=str)
-def test_noise_free_laws_come_back(options):
+def test_noise_free_laws_are_recovered(options):
     """20 random laws from 60 runs each, to 1e-8."""
     rng = np.random.default_rng(1)
     for seed in range(20):
@@ -161,7 +161,7 @@ def test_noise_free_laws_come_back(options):
 
 
 def test_scaling_and_order_do_not_matter():
-    """N times c changes A alone (A c^alpha), D times c only B; the order of runs changes nothing."""
+    """N times c changes only A (A c^alpha), D times c only B; the order of runs changes nothing."""
     N, D, loss = random_runs(BESIROGLU, 80, 3, noise=0.01)
     fit = fit_parametric(N, D, loss)
     base = fit.law
@@ -175,7 +175,7 @@ def test_scaling_and_order_do_not_matter():
 
 
 def test_weights_are_repeats():
-    """A weight of 3 is the row three times; the objective is a sum, so that twice the rows give twice of it."""
+    """A weight of 3 is the row three times; the objective is a sum, so twice the rows double it."""
     N, D, loss = random_runs(BESIROGLU, 30, 4, noise=0.01)
     weights = np.where(np.arange(30) < 10, 3.0, 1.0)
     repeated = np.repeat(np.arange(30), weights.astype(int))
@@ -190,7 +190,7 @@ def test_weights_are_repeats():
 
 
 def test_fixed_e_and_tied_exponents():
-    """The true E held fixed gives the law back; tied exponents are equal and give a = 1/2; both cost objective."""
+    """Fixing the true E recovers the law; tied exponents are equal and give a = 1/2; both raise the objective."""
     tied = Law("tied", 1.9, 500, 1500, 0.35, 0.35)
     N, D, loss = random_runs(tied, 50, 5)
     assert pytest.approx(1500, rel=1e-7) == fit_parametric(N, D, loss, tied=True).law.B
@@ -209,7 +209,7 @@ def test_fixed_e_and_tied_exponents():
 @pytest.mark.parametrize("space", ["log", "linear"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradient_and_hessian_are_derivatives(space, tied):
-    """Against central differences of the objective and of the gradient, away from the kinks."""
+    """Against central differences of the objective and the gradient, away from the kinks."""
     N, D, loss = random_runs(BESIROGLU, 25, 6, noise=0.02)
     surface = Surface.of(N, D, loss, delta=0.02, space=space, E=None, tied=tied)
     z = projected_starts(surface, 2)
@@ -226,8 +226,8 @@ def test_gradient_and_hessian_are_derivatives(space, tied):
         assert hessian[:, i] == pytest.approx((g_above - g_below) / (2 * h), rel=1e-4, abs=1e-5)
 
 
-def test_every_start_is_a_different_one():
-    """Starts are no neighbours on the grid, and they reach one optimum from far apart."""
+def test_starts_are_different():
+    """No two starts are neighbours on the grid, and all converge to the same optimum."""
     N, D, loss = random_runs(BESIROGLU, 60, 7, noise=0.01)
     surface = Surface.of(N, D, loss, delta=1e-3, space="log", E=None, tied=False)
     z = projected_starts(surface, 12)
@@ -239,9 +239,9 @@ def test_every_start_is_a_different_one():
     assert found.objective == pytest.approx(found.objective.min(), rel=1e-9)
 
 
-def test_a_failed_step_is_no_convergence():
-    """From a hopeless start a replicate ends at the optimum or says that it did not converge; it never claims a
-    point with a gradient."""
+def test_a_failed_step_is_not_convergence():
+    """From a hopeless start a replicate reaches an optimum or reports that it did not converge; it never reports a
+    point with a gradient as converged."""
     N, D, loss = random_runs(BESIROGLU, 60, 8, noise=0.01)
     surface = Surface.of(N, D, loss, delta=1e-3, space="log", E=None, tied=False)
     rng = np.random.default_rng(0)
@@ -262,8 +262,8 @@ def test_a_failed_step_is_no_convergence():
         ((np.geomspace(1e6, 1e8, 5), np.geomspace(1e8, 1e9, 5)), "at least 6 usable rows, but has 5"),
     ],
 )
-def test_rows_that_cannot_hold_the_law_are_refused(rows, says):
-    """One line that says what is missing."""
+def test_rows_that_cannot_identify_the_law_are_refused(rows, says):
+    """One line says what is missing."""
     with pytest.raises(NotIdentified) as error:
         fit_parametric(*rows, BESIROGLU.loss(*rows))
     assert says in str(error.value)
@@ -271,7 +271,7 @@ def test_rows_that_cannot_hold_the_law_are_refused(rows, says):
 
 
 def test_e_at_its_bound_is_refused():
-    """A pure power law has no irreducible loss: E runs into 0, which is said, or left to `at_bound` if asked."""
+    """A pure power law has no irreducible loss: E is at 0, which is an error, or with allow_bound in `at_bound`."""
     rng = np.random.default_rng(2)
     N, D = np.exp(rng.uniform(13, 20, 40)), np.exp(rng.uniform(18, 25, 40))
     loss = (30 * N**-0.1 + 40 * D**-0.1 - 4) * np.exp(0.01 * rng.standard_normal(40))
@@ -284,7 +284,7 @@ def test_e_at_its_bound_is_refused():
 
 @pytest.mark.parametrize("factor", [0.999, 1.0, 2.0])
 def test_a_fixed_e_is_below_the_lowest_loss(factor):
-    """No law with E above a loss can reach it: one line that names both."""
+    """A law cannot reach a loss below its E: the error names both."""
     N, D, loss = random_runs(BESIROGLU, 30, 5, noise=0.01)
     if factor < 1:
         assert fit_parametric(N, D, loss, E=0.9 * loss.min()).law.E == 0.9 * loss.min()
@@ -296,18 +296,18 @@ def test_a_fixed_e_is_below_the_lowest_loss(factor):
 
 @pytest.mark.parametrize("scale", [1e200, 1e-200])
 @pytest.mark.parametrize("space", ["log", "linear"])
-def test_losses_beyond_all_measure_are_refused(scale, space):
-    """Their squares leave the range of floats: said in one line, whether one row or all."""
+def test_extreme_losses_are_refused(scale, space):
+    """Their squares overflow floats: one line of error, for one row or all."""
     N, D, loss = random_runs(BESIROGLU, 30, 5, noise=0.01)
     for rows in (slice(None), slice(3, 4)):
         huge = loss.copy()
         huge[rows] *= scale
-        with pytest.raises(NotIdentified, match="no nats per token"):
+        with pytest.raises(NotIdentified, match="not nats per token"):
             fit_parametric(N, D, huge, space=space)
 
 
-def test_an_optimum_that_one_start_alone_reaches_is_refused(monkeypatch):
-    """Twelve starts of which eleven end higher are no agreement; a single start has nothing to agree with."""
+def test_an_optimum_reached_by_only_one_start_is_refused(monkeypatch):
+    """If eleven of twelve starts end higher, the optimum is not confirmed; a single start needs no confirmation."""
     N, D, loss = random_runs(BESIROGLU, 30, 5, noise=0.01)
     true = Surface.minimise
 
@@ -323,8 +323,8 @@ def test_an_optimum_that_one_start_alone_reaches_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
-def test_numbers_that_are_none_are_refused(bad):
-    """They are the caller's to drop."""
+def test_invalid_numbers_are_refused(bad):
+    """The caller must drop them."""
     N, D, loss = random_runs(BESIROGLU, 10, 0)
     loss[3] = bad
     with pytest.raises(ValueError, match="loss"):
@@ -332,15 +332,15 @@ def test_numbers_that_are_none_are_refused(bad):
 
 
 def test_integers_do_not_overflow():
-    """6 N D of int64 columns passes 9.2e18; they are taken as floats."""
+    """6 N D of int64 columns exceeds 9.2e18; they are converted to floats."""
     N, D, loss = random_runs(BESIROGLU, 30, 9)
     N, D = N.astype(np.int64) * 1000, D.astype(np.int64)
     floats = fit_parametric(N.astype(float), D.astype(float), loss).law
     assert fit_parametric(N, D, loss).law == floats
 
 
-def test_kaplan_form_comes_back():
-    """Losses made by Kaplan's form with Kaplan's constants give them back; Chinchilla's law does not fit it."""
+def test_kaplan_form_is_recovered():
+    """Losses of Kaplan's form give its constants; the form does not fit losses of Chinchilla's law."""
     rng = np.random.default_rng(3)
     N, D = np.exp(rng.uniform(13, 21, 50)), np.exp(rng.uniform(17, 24, 50))
     loss = ((6.4e13 / N) ** (0.076 / 0.103) + 1.8e13 / D) ** 0.103
@@ -352,7 +352,7 @@ def test_kaplan_form_comes_back():
 
 
 def test_a_hundred_thousand_rows():
-    """Memory stays bounded: nothing of the size rows x starts x grid is built at once."""
+    """Memory is bounded: no array of size rows x starts x grid."""
     import tracemalloc
 
     N, D, loss = random_runs(BESIROGLU, 100_000, 10, noise=0.01)

@@ -35,7 +35,7 @@ def shape_of(options, width=24, layers=2):
 
 
 def make(options, seed=1, perturbed=True, **rest):
-    """A model whose norms and biases are not the ones and zeros they start as, so that they count."""
+    """A model with random norm weights and biases instead of the initial ones and zeros, so that they matter."""
     model = GPT(shape_of(options), seed=seed, **rest)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -68,7 +68,7 @@ def papers(shape, weights, tokens):
         return y + weights[f"{name}.bias"] if shape.bias else y
 
     def place(x):
-        """(T, D): Su et al. 2021, section 3.2: complex number i of position t is turned by t * 10000^(-2i/D)."""
+        """(T, D): Su et al. 2021, section 3.2: complex number i of position t is rotated by t * 10000^(-2i/D)."""
         if shape.qk_norm:  # Henry et al. 2020, with the root mean square and no gain
             x = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6)
         if shape.positions == "rotary":
@@ -121,7 +121,7 @@ def doubles(model):
 
 
 @every_variant
-def test_logits_are_those_of_the_papers(options):
+def test_logits_match_the_papers(options):
     """Every variant gives the logits of the float64 textbook model, on full and on shorter sequences."""
     model = make(options)
     for tokens in (some_tokens(2, T), some_tokens(3, 5), some_tokens(1, 1)):
@@ -132,8 +132,8 @@ def test_logits_are_those_of_the_papers(options):
 
 
 @every_variant
-def test_loss_and_gradients_are_those_of_the_papers(options):
-    """The loss and its gradient in every parameter equal those of the textbook model; no parameter is left out."""
+def test_loss_and_gradients_match_the_papers(options):
+    """The loss and its gradient in every parameter equal those of the textbook model."""
     model, tokens = make(options), some_tokens(2, T + 1)
     weights = doubles(model)
     rows = [papers(model.shape, weights, row[:-1]).log_softmax(-1)[range(T), row[1:]] for row in tokens]
@@ -148,8 +148,8 @@ def test_loss_and_gradients_are_those_of_the_papers(options):
         assert (grad - exact).norm() < 1e-5 * exact.norm() + 1e-8, name
 
 
-def test_targets_of_minus_one_do_not_count():
-    """The loss is the mean over the targets that are there."""
+def test_targets_of_minus_one_are_ignored():
+    """The loss is the mean over the other targets."""
     model, tokens = make({}), some_tokens(2, T)
     targets = some_tokens(2, T, seed=4)
     targets[0, 3:], targets[1, :2] = -1, -1
@@ -160,8 +160,8 @@ def test_targets_of_minus_one_do_not_count():
     assert model(tokens, targets).item() == pytest.approx(by_hand, rel=1e-6)
 
 
-def test_z_loss_shapes_gradients_but_is_no_part_of_a_measured_loss():
-    """While training z_loss log(Z)^2 is added; without gradients the loss is plain nats, comparable between runs."""
+def test_z_loss_is_not_part_of_the_evaluated_loss():
+    """In training z_loss log(Z)^2 is added; without gradients the loss is plain nats, comparable between runs."""
     model, tokens, targets = make({}, z_loss=0.01), some_tokens(2, T), some_tokens(2, T, seed=4)
     logits = model(tokens).double()
     nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
@@ -174,7 +174,7 @@ def test_z_loss_shapes_gradients_but_is_no_part_of_a_measured_loss():
 
 @every_variant
 def test_no_position_sees_the_future(options):
-    """Another token at t leaves every logit before t as it was, to the bit, and changes those at t."""
+    """Another token at t changes the logits at t; all logits before t are bit-identical."""
     model, tokens = make(options), some_tokens(1, T)
     with torch.no_grad():
         before = model(tokens)[0]
@@ -187,8 +187,8 @@ def test_no_position_sees_the_future(options):
 
 
 @every_variant
-def test_parameters_are_as_many_as_counted(options):
-    """The model has exactly `count_params(shape).total` trained numbers."""
+def test_number_of_parameters_matches_count_params(options):
+    """The model has exactly `count_params(shape).total` trained parameters."""
     model = make(options)
     assert sum(p.numel() for p in model.parameters()) == count_params(model.shape).total
     assert all(p.requires_grad for p in model.parameters())
@@ -198,8 +198,8 @@ def test_parameters_are_as_many_as_counted(options):
 # Weights
 
 
-def test_weights_depend_on_the_seed_alone():
-    """Same seed, same bits, whatever torch's global generator or the compute dtype; another seed, other matrices."""
+def test_weights_depend_only_on_the_seed():
+    """The same seed gives the same bits, with any global generator state or dtype; another seed other matrices."""
     torch.manual_seed(1)
     first = make({}, perturbed=False)
     torch.manual_seed(2)
@@ -211,8 +211,8 @@ def test_weights_depend_on_the_seed_alone():
 
 @pytest.mark.parametrize("options", [VARIANTS["chinchilla"], VARIANTS["all at once"]], ids=["tied", "untied"])
 def test_scale_of_the_initial_weights(options):
-    """Matrices have deviation sqrt(2 / 5C), the two into the residual stream that over sqrt(2 layers); norms are 1
-    and biases 0."""
+    """Matrices have standard deviation sqrt(2 / 5C), over sqrt(2 layers) for the two that write to the residual stream;
+    norms are 1 and biases 0."""
     model = GPT(shape_of(options | {"vocab_size": 512, "seq_len": 64, "head_size": 16}, width=64, layers=3))
     for name, p in model.named_parameters():
         if p.ndim < 2:
@@ -225,8 +225,8 @@ def test_scale_of_the_initial_weights(options):
 
 
 @every_variant
-def test_loss_starts_at_a_guess(options):
-    """Untrained, a model is about as good as guessing: ln V, plus half the variance of its logits (0.4)."""
+def test_initial_loss_is_that_of_guessing(options):
+    """An untrained model is about as good as guessing: ln V plus half the variance of its logits (0.4)."""
     model = GPT(shape_of(options | {"vocab_size": 1024}, width=72))
     tokens = torch.randint(1024, (8, T + 1), generator=torch.Generator().manual_seed(0))
     loss = model(tokens[:, :-1], tokens[:, 1:]).item()
@@ -234,7 +234,7 @@ def test_loss_starts_at_a_guess(options):
 
 
 def test_tied_matrix_is_one_parameter():
-    """The output matrix is the embedding itself, or with --tied=false another one."""
+    """The output matrix is the embedding itself, or a separate one with --tied=false."""
     tied, untied = make({}), make({"tied": False})
     assert tied.head.weight is tied.embed.weight
     assert untied.head.weight is not untied.embed.weight
@@ -243,7 +243,7 @@ def test_tied_matrix_is_one_parameter():
 
 @pytest.mark.parametrize("options", [VARIANTS["chinchilla"], VARIANTS["all at once"]], ids=["default", "all"])
 def test_bf16_computes_on_float32_weights(options):
-    """bf16 compute leaves weights and gradients in float32; loss and gradients are those of float32 within 2%."""
+    """In bf16 weights and gradients stay float32; loss and gradients are within 2% of float32."""
     exact, rounded = make(options), make(options, dtype=torch.bfloat16)
     tokens = some_tokens(2, T + 1)
     losses = [model(tokens[:, :-1], tokens[:, 1:]) for model in (exact, rounded)]

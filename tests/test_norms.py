@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm in Triton, interpreted where there is no GPU, against the mathematics in float64."""
+"""RMSNorm and LayerNorm in Triton (interpreted without a GPU) against a float64 reference."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ SIZES += [(64, 1024, 768), (16384, 2048), (8191, 8192), (100, 32768), (300_000, 
 
 
 def torch_norm(name):
-    """PyTorch's own operations under our signature."""
+    """PyTorch's operations with our signature."""
     norm = F.rms_norm if name.endswith("rms_norm") else F.layer_norm
     eps = 1e-6 if name.endswith("rms_norm") else 1e-5
 
@@ -42,7 +42,7 @@ def test_all_four(size, dtype):
 
 
 def test_layer_norm_without_bias():
-    """The bias is optional; its gradient then is None."""
+    """The bias is optional; its gradient is then None."""
     x, weight = randn(5, 24), randn(24, seed=1)
     theirs = lambda x, w: F.layer_norm(x, (24,), w)  # noqa: E731
     compare(lambda x, w: norms.layer_norm(x, w, None), theirs,
@@ -50,8 +50,8 @@ def test_layer_norm_without_bias():
 
 
 @pytest.mark.parametrize("scale, offset", [(1e4, 0.0), (1e-4, 0.0), (1.0, 1e3)])
-def test_odd_scales(scale, offset):
-    """Large, small and far from zero: statistics lose no more digits than PyTorch's."""
+def test_extreme_scales(scale, offset):
+    """Large, small and far from zero: statistics are as accurate as PyTorch's."""
     x, weight, bias = randn(6, 200, scale=scale) + offset, randn(200, seed=1), randn(200, seed=2)
     compare(norms.rms_norm, torch_norm("rms_norm"), reference.rms_norm, [x, weight], torch.float32)
     compare(norms.layer_norm, torch_norm("layer_norm"), reference.layer_norm, [x, weight, bias], torch.float32)
@@ -69,7 +69,7 @@ def test_equal_numbers_in_a_row():
 
 
 def test_only_one_of_two_outputs_is_used():
-    """The gradient of the sum alone passes through; that of the norm alone has no other added."""
+    """If only the sum or only the norm is used, the gradient is that of this output alone."""
     x, residual, weight = (randn(*size).float().to(DEVICE).requires_grad_() for size in ((3, 16), (3, 16), (16,)))
     _, total = norms.add_rms_norm(x, residual, weight)
     assert torch.equal(torch.autograd.grad(total.sum(), x)[0], torch.ones_like(x))
@@ -80,7 +80,7 @@ def test_only_one_of_two_outputs_is_used():
 
 
 def test_other_strides():
-    """A transposed input and an expanded gradient give what their contiguous copies give."""
+    """A transposed input and an expanded gradient give the same results as contiguous copies."""
     x, weight = randn(32, 7).float().to(DEVICE).T.requires_grad_(), randn(32, seed=1).float().to(DEVICE)
     got = norms.rms_norm(x, weight)
     assert torch.equal(got, norms.rms_norm(x.contiguous(), weight))
@@ -90,8 +90,8 @@ def test_other_strides():
 
 
 def test_weight_gradient_sums_every_row():
-    """More rows than the programs of one round hold, each counted once: with equal rows dw is their number times one
-    row's."""
+    """More rows than all programs process at once, each counted once: with equal rows dw is their number times that of
+    one row."""
     row, weight = randn(1, 16).float().to(DEVICE), torch.ones(16, device=DEVICE, requires_grad=True)
     many = 32 * 5 + 3
     one, all_of_them = (
@@ -102,7 +102,7 @@ def test_weight_gradient_sums_every_row():
 
 
 def test_repeats_and_compiles():
-    """Bits repeat, also under torch.compile."""
+    """Bit-identical when repeated, also under torch.compile."""
     x, residual, weight, bias = (randn(*s, seed=i).float().to(DEVICE).requires_grad_()
                                  for i, s in enumerate(((70, 24), (70, 24), (24,), (24,))))  # fmt: skip
     repeats(norms.rms_norm, x, weight)
@@ -111,14 +111,14 @@ def test_repeats_and_compiles():
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_opcheck(centred):
-    """torch.library's own checks of schema, fake tensors and autograd registration."""
+    """torch.library's checks of schema, fake tensors and autograd registration."""
     x, residual, weight = (randn(*size).float().to(DEVICE).requires_grad_() for size in ((5, 24), (5, 24), (24,)))
     torch.library.opcheck(norms.norm, (x, residual, weight, weight if centred else None, 1e-5, centred))
     torch.library.opcheck(norms.norm, (x, None, weight, None, 1e-5, centred))
 
 
 def test_bad_shapes_are_refused():
-    """A row that no program can hold, and tensors that do not fit together, instead of reading foreign memory."""
+    """Rows too wide for a program and mismatched tensors raise instead of reading out of bounds."""
     x, ones = torch.zeros(2, 8, device=DEVICE), torch.ones(8, device=DEVICE)
     with pytest.raises(ValueError, match="32769"):
         norms.rms_norm(torch.zeros(1, 32769, device=DEVICE), torch.ones(32769, device=DEVICE))

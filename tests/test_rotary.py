@@ -1,4 +1,4 @@
-"""Rotary positions and QK-norm before attention in Triton, interpreted where there is no GPU, against float64; and the
+"""Rotary positions and QK-norm before attention in Triton (interpreted without a GPU) against float64; and the
 table of angles. The gradients are in test_attention.py."""
 
 import math
@@ -14,12 +14,12 @@ rotary = load("rotary")
 
 # (B, T, heads, head size): one token, odd sizes, heads that do not fill a group of four
 SIZES = [(1, 1, 1, 2), (2, 7, 3, 8), (1, 31, 5, 48), (2, 20, 1, 128)]
-SIZES += [(2, 33, 2, 2), (1, 9, 2, 10), (3, 5, 5, 14), (1, 21, 8, 20)]  # heads as narrow models have them
+SIZES += [(2, 33, 2, 2), (1, 9, 2, 10), (3, 5, 5, 14), (1, 21, 8, 20)]  # heads of narrow models
 SIZES += [(8, 1024, 12, 64), (2, 4096, 5, 128), (3, 1000, 7, 96)] if CUDA else []
 
 
 def rotate(qkv, n_heads, theta, qk_norm=False):
-    """Queries and keys (B, T, 2C), their halves where `reference.rotary` has them; inverse root mean squares."""
+    """Queries and keys (B, T, 2C), halves ordered as in `reference.rotary`; inverse root mean squares."""
     B, T, C3 = qkv.shape
     table = None if theta is None else fallback.rotary_table(T, C3 // 3 // n_heads, theta, DEVICE)
     with poisoned():
@@ -33,7 +33,7 @@ def rotate(qkv, n_heads, theta, qk_norm=False):
 @pytest.mark.parametrize("theta, qk_norm", [(10_000.0, False), (10_000.0, True), (None, True)])
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_rotary(size, theta, qk_norm, dtype):
-    """Queries and keys turned and normalised: at most twice the error of PyTorch's operations at that dtype, plus four
+    """Rotated and normalised queries and keys: at most twice the error of PyTorch's operations at that dtype, plus four
     units in the last place."""
     B, T, H, D = size
     qkv = randn(B, T, 3 * H * D).to(DEVICE, dtype)
@@ -47,8 +47,8 @@ def test_rotary(size, theta, qk_norm, dtype):
 
 
 def test_far_positions():
-    """At position 4095 the angles still have float32's digits: a unit query turned by them is the cosine and sine that
-    Python computes."""
+    """At position 4095 the angles still have float32 precision: a rotated unit query is the cosine and sine that Python
+    computes."""
     T, D, theta = 4096, 8, 10_000.0
     qkv = torch.zeros(1, T, 3 * D, device=DEVICE)
     qkv[..., : D // 2] = 1.0  # first halves of the query
@@ -58,7 +58,7 @@ def test_far_positions():
 
 
 def test_large_and_zero_heads():
-    """QK-norm of huge heads is finite and of unit root mean square, of zero heads zero."""
+    """QK-norm gives huge heads a root mean square of 1 and zero heads 0."""
     x = torch.cat((torch.full((1, 3, 48), 1e15), torch.zeros(1, 3, 48)), dim=1).to(DEVICE)
     y, r = rotate(x, 2, 100.0, qk_norm=True)
     rms = y[0, :3].view(3, 4, 8).square().mean(-1)
@@ -67,16 +67,16 @@ def test_large_and_zero_heads():
 
 
 def test_sequences_of_a_batch_do_not_mix():
-    """Each sequence starts at position 0, also where a block of tokens spans several: alone it gives the same bits."""
+    """Each sequence starts at position 0, also if a block of tokens spans several: alone it gives the same bits."""
     x = randn(5, 9, 3 * 16).float().to(DEVICE)
     together, _ = rotate(x, 2, 10.0)
     for b in range(5):
         assert torch.equal(rotate(x[b : b + 1], 2, 10.0)[0][0], together[b])
 
 
-def test_tables_stay_in_their_place():
-    """A captured step reads a table where it lay, however many other lengths were asked for since; 200 lengths need but
-    a table for each power of two."""
+def test_cached_tables_keep_their_address():
+    """A captured step reads its table in place, however many other lengths were used since; 200 lengths need only one
+    table per power of two."""
 
     def table(T):
         return fallback.rotary_table(T, 6, 3.0, DEVICE)

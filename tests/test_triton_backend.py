@@ -1,4 +1,4 @@
-"""The whole model on Triton kernels, interpreted where there is no GPU, and the choice of who computes."""
+"""The whole model on Triton kernels (interpreted without a GPU), and the choice of the implementation."""
 
 import subprocess
 import sys
@@ -25,8 +25,8 @@ def batch(shape, sequences, seed=0):
 
 
 def train(implementation, shape, steps):
-    """Losses of `steps` steps on one sequence. Plain gradient descent: Adam would make full steps of the rounding that
-    is all there is of a gradient which is zero, as that of the keys' biases."""
+    """Losses of `steps` steps on one sequence. Plain gradient descent: Adam would take full steps along gradients that
+    are only rounding error, such as those of the key biases."""
     model, tokens = GPT(shape, z_loss=1e-4).to(DEVICE), batch(shape, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
@@ -46,8 +46,8 @@ def train(implementation, shape, steps):
     {"norm": "layernorm", "positions": "learned", "activation": "swiglu", "bias": True, "tied": False},
 ])  # fmt: skip
 def test_training_gives_the_same_losses(options):
-    """20 steps on Triton kernels and on PyTorch operations: losses differ by at most 1e-5 of themselves, the rounding
-    of float32 sums in another order as it grows over the steps, while they fall by far more."""
+    """20 steps on Triton kernels and on PyTorch operations: relative differences of the losses are at most 1e-5, from
+    the order of float32 sums, and far below the drop in loss."""
     load_all()
     shape = make_shape(24, 1, vocab_size=101, seq_len=20, head_size=12, **options)
     ours, theirs = train("triton", shape, 20), train("fallback", shape, 20)
@@ -57,8 +57,8 @@ def test_training_gives_the_same_losses(options):
 
 @pytest.mark.parametrize("options", [{}, {"activation": "swiglu", "tied": False, "qk_norm": True, "norm": "layernorm"}])
 def test_flops(options):
-    """FlopCounterMode with our formulas sees the ledger's `physical` count on Triton kernels to the last operation:
-    forward and backward in training, the forward alone in evaluation."""
+    """FlopCounterMode counts exactly the `physical` FLOPs of nanochin.flops on Triton kernels: forward and backward in
+    training, only forward in evaluation."""
     load_all()
     shape = make_shape(24, 2, vocab_size=77, seq_len=20, head_size=12, **options)
     model, tokens = GPT(shape).to(DEVICE), batch(shape, 2)
@@ -73,7 +73,7 @@ def test_flops(options):
 
 
 def test_the_model_compiles_to_one_graph():
-    """torch.compile takes the whole model with its operators without a break; loss and gradients keep their bits."""
+    """torch.compile has no graph break in the whole model; loss and gradients are bit-identical."""
     load_all()
     shape = make_shape(24, 1, vocab_size=77, seq_len=20, head_size=12, qk_norm=True)
     model, tokens = GPT(shape).to(DEVICE), batch(shape, 1)
@@ -88,7 +88,7 @@ def test_the_model_compiles_to_one_graph():
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 def test_cuda_graph():
-    """A forward and backward pass captured in a CUDA graph replays to loss and gradients of an eager one."""
+    """A captured forward and backward pass replays to the loss and gradients of an eager one."""
     shape = make_shape(256, 2, vocab_size=1000, seq_len=100)
     model, tokens = GPT(shape, dtype=torch.bfloat16).to(DEVICE), batch(shape, 4)
     parameters = list(model.parameters())
@@ -99,7 +99,7 @@ def test_cuda_graph():
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and fills what is cached
+    with torch.cuda.stream(side):  # compiles, and fills caches
         want = [x.clone() for x in step()]
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
@@ -110,7 +110,7 @@ def test_cuda_graph():
 
 
 def test_use_triton_restores():
-    """Inside the block Triton computes, whatever the device; afterwards who did before."""
+    """In the block it is Triton on any device; afterwards the previous implementation."""
     load_all()
     x, weight = torch.ones(2, 4, device=DEVICE), torch.ones(4, device=DEVICE, requires_grad=True)
 
@@ -123,7 +123,7 @@ def test_use_triton_restores():
 
 
 def test_backend_says_why(monkeypatch):
-    """Every choice with its reason: no CUDA, no triton, interpreting, an old GPU, AMD's, a good one."""
+    """Every choice with its reason: no CUDA, no triton, interpreting, an old GPU, an AMD GPU, a supported one."""
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     name, why = kernels.backend(CPU)
@@ -156,7 +156,7 @@ def python(code, **environment):
 
 
 def test_a_cpu_does_not_import_triton():
-    """Without a GPU neither choosing nor computing imports triton."""
+    """Without a GPU, neither the choice nor the computation imports triton."""
     code = """
 import sys, torch
 from kernels import ops
@@ -167,7 +167,7 @@ print("triton" in sys.modules)
 
 
 def test_without_triton():
-    """Where triton cannot be imported, everything works on PyTorch operations, also if asked to interpret."""
+    """If triton cannot be imported, everything works on PyTorch operations, also with TRITON_INTERPRET=1."""
     code = """
 import importlib.util, sys
 find = importlib.util.find_spec
@@ -181,8 +181,8 @@ print(kernels.backend(torch.device("cpu"))[0], kernels.ops.rms_norm(torch.ones(2
 
 
 def test_interpreting_on_request():
-    """TRITON_INTERPRET=1 makes the model run on interpreted kernels, but for float64, bf16 and heads beyond 128,
-    which PyTorch operations compute."""
+    """TRITON_INTERPRET=1 runs the model on interpreted kernels, except float64, bf16 and heads above 128, which fall
+    back to PyTorch operations."""
     pytest.importorskip("triton")
     skip_if_it_cannot_interpret()
     code = """

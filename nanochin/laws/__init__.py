@@ -1,24 +1,24 @@
-"""Scaling laws: from runs (N, D, loss) to what a budget C should buy. numpy only; every function takes plain arrays.
+"""Scaling laws: from runs (N, D, loss) to the compute-optimal model for a budget C. Functions take plain arrays.
 
     N parameters, D training tokens, C training FLOPs, L validation loss in nats per token; each a float array (n,)
 
-    law.py         Law, PowerLaw, laws.json          what a fit gives and a planner uses
-    cost.py        Cost                              what a token costs, where that is not 6 N
-    published.py   HOFFMANN, BESIROGLU, KAPLAN ...    laws of others, to stand beside ours
+    law.py         Law, PowerLaw, laws.json          result of a fit, input of a planner
+    cost.py        Cost                              FLOPs per token, if not 6 N
+    published.py   HOFFMANN, BESIROGLU, KAPLAN ...    published laws, for comparison
     envelope.py    fit_envelope(run, N, D, loss)      Approach 1: lower envelope of the training curves
     isoflop.py     fit_isoflop(N, D, loss)            Approach 2: the minimum of each budget's curve
     parametric.py  fit_parametric(N, D, loss)         Approach 3: L = E + A / N^alpha + B / D^beta
     surface.py  newton.py                             its objective and optimiser, thousands of problems at once
-    bootstrap.py   bootstrap(fit, runs=...)           intervals for all of them, by resampling runs
-    checks.py      hold_out, leave_out_highest ...    what would change the answer, and how far it may be trusted
-    allocation.py  target loss, inference, few data   what to train, beyond Eq. 4
+    bootstrap.py   bootstrap(fit, runs=...)           intervals for all three, by resampling runs
+    checks.py      hold_out, leave_out_highest ...    what changes the answer, and how well it extrapolates
+    allocation.py  target loss, inference, few data   optima beyond Eq. 4
 
     >>> fit = fit_parametric(N, D, loss)
     >>> fit.law.optimal(1e21)                          # (N, D)
     >>> sure = bootstrap(fit, runs=run)                # resamples whole runs
     >>> sure.interval("alpha"), sure.interval(lambda law: law.optimal(1e21)[0], level=80)
 
-What the data cannot support is refused: NotIdentified, one line that says why.
+If the data cannot identify a parameter, a fit raises NotIdentified, which says why in one line.
 """
 
 from nanochin.laws.allocation import (

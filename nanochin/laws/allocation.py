@@ -1,6 +1,6 @@
-"""What to train, beyond Eq. 4: for a target loss, for many inference tokens, with few unique tokens.
+"""Optima beyond Eq. 4: for a target loss, for many inference tokens, with few unique tokens.
 
-FLOPs are counted as the law's `cost` says. Of a law of replicates all but the last answer for all of them at once."""
+FLOPs are counted by the law's `cost`. All but the last also take a law of replicates and return arrays."""
 
 import math
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from nanochin.laws.published import MUENNIGHOFF
 
 
 def compute_for_loss(law: Law, loss: float) -> float:
-    """Training FLOPs at which the optimum reaches `loss`; nan for a replicate with loss <= E. Raises NotIdentified
-    if there is no other."""
+    """Training FLOPs at which the optimum reaches `loss`; nan for replicates with loss <= E. Raises NotIdentified if
+    that is all of them."""
     N = law.params_reaching(_reachable(law, loss))
     return law.cost.flops(N, law.tokens_for(N))
 
@@ -31,7 +31,7 @@ def _reachable(law: Law, loss):
 
 @dataclass(frozen=True)
 class OffOptimum:
-    """What another size costs against the optimum of the same budget."""
+    """Another model size compared with the optimum of the same budget."""
 
     N: float
     D: float
@@ -52,12 +52,12 @@ def off_optimum(law: Law, C: float, N: float) -> OffOptimum:
 
 
 def inference_optimal(law: Law, loss: float, inference_tokens: float) -> tuple[float, float]:
-    """(N, D) that reaches `loss` for the least compute of training and of serving D_inf tokens, each at a third of
-    its cost in training: 6 N D + 2 N D_inf (Sardana & Frankle 2023). 0 tokens give the optimum of training alone.
-    To ask by budget: inference_optimal(law, law.loss(*law.optimal(C)), tokens). Raises NotIdentified if loss <= E.
+    """(N, D) that reaches `loss` with the lowest compute for training plus serving D_inf tokens, 6 N D + 2 N D_inf:
+    a served token costs a third of a trained one (Sardana & Frankle 2023). 0 tokens give the training optimum.
+    By budget: inference_optimal(law, law.loss(*law.optimal(C)), tokens). Raises NotIdentified if loss <= E.
 
     At the optimum alpha A N^-alpha / (beta B D^-beta) = p (1 + D_inf / 3D). Along the curve of equal loss the left
-    side grows and D falls as N shrinks, so that this has one root, found by bisection in log N."""
+    side and D grow as N shrinks, so there is one root, found by bisection in log N."""
     loss = _reachable(law, loss)
 
     def tokens(N):
@@ -73,14 +73,14 @@ def inference_optimal(law: Law, loss: float, inference_tokens: float) -> tuple[f
             asked = law.cost.at(N)[1] * (1 + inference_tokens / (3 * D))
             return asked > law.alpha * law.A * N**-law.alpha / (law.beta * law.B * D**-law.beta)
 
-    largest = np.log(law.params_reaching(loss))  # more inference never asks for more parameters
+    largest = np.log(law.params_reaching(loss))  # inference never favours a larger model
     smallest = np.log(law.A / (loss - law.E)) / law.alpha  # here D would be infinite
     N = np.exp(_root(too_large, smallest, largest))
     return N, tokens(N)
 
 
 def _root(beyond: Callable, low, high):
-    """Between low and high, where `beyond` begins to be true; `high` if it does not before."""
+    """Where `beyond` becomes true between low and high, by bisection; `high` if it does not."""
     for _ in range(60):
         middle = (low + high) / 2
         far = beyond(middle)
@@ -90,22 +90,22 @@ def _root(beyond: Callable, low, high):
 
 @dataclass(frozen=True)
 class DataConstrained:
-    """Muennighoff et al. 2023 (arXiv 2305.16264): repeated tokens, and parameters in excess of what the unique tokens
-    deserve, are worth less and less. R_D and R_N: after so many repeats they have lost 1 - 1/e of their worth."""
+    """Muennighoff et al. 2023 (arXiv 2305.16264): repeated tokens, and parameters beyond the optimum for the unique
+    tokens, have diminishing value. R_D and R_N: after that many repeats, the value of one more has fallen to 1/e."""
 
     law: Law = MUENNIGHOFF
     R_D: float = 15.387756
     R_N: float = 5.309743
 
     def loss(self, N: float, D: float, unique_tokens: float) -> float:
-        """Predicted loss of N parameters trained on D tokens, of which `unique_tokens` are different."""
+        """Predicted loss of N parameters trained on D tokens, of which `unique_tokens` are unique."""
         U_D = min(D, unique_tokens)
         U_N = min(N, self.law.params_for(U_D))
-        return self.law.loss(_worth(N, U_N, self.R_N), _worth(D, U_D, self.R_D))
+        return self.law.loss(_effective(N, U_N, self.R_N), _effective(D, U_D, self.R_D))
 
     def optimal(self, C: float, unique_tokens: float) -> tuple[float, float]:
-        """(N, D) of least loss for C FLOPs when only `unique_tokens` exist; D / unique_tokens are the epochs.
-        Raises NotIdentified where more compute gains nothing any more, so that there is no optimum."""
+        """(N, D) of lowest loss for C FLOPs if only `unique_tokens` exist; D / unique_tokens is the number of epochs.
+        Raises NotIdentified if more compute no longer lowers the loss, so that there is no optimum."""
         N, D = best = self.law.optimal(C)
         if unique_tokens >= D:
             return best
@@ -119,7 +119,7 @@ class DataConstrained:
 
         N = math.exp(minimize_scalar(loss, bounds=bounds, options={"xatol": 1e-9}).x)
         D = self.law.cost.tokens(N, C)
-        if D / unique_tokens - 1 > 20 * self.R_D:  # worth exp(-20) a token
+        if D / unique_tokens - 1 > 20 * self.R_D:  # one more token is worth exp(-20)
             raise NotIdentified(
                 f"{C:g} FLOPs are more than {unique_tokens:g} unique tokens can use: neither more "
                 "epochs nor more parameters lower the loss"
@@ -127,6 +127,6 @@ class DataConstrained:
         return N, D
 
 
-def _worth(total: float, unique: float, decay: float) -> float:
-    """U + U R (1 - exp(-repeats / R)): what `total`, of which `unique` are new, is worth in new ones."""
+def _effective(total: float, unique: float, decay: float) -> float:
+    """U + U R (1 - exp(-repeats / R)): the unique tokens or parameters that `total` is worth, U = `unique`."""
     return unique * (1 + decay * (1 - math.exp(-(total / unique - 1) / decay)))

@@ -1,8 +1,8 @@
-"""Intervals for all three approaches: resample the independent units (runs, not rows), fit again, take percentiles.
+"""Intervals for all three approaches: resample the independent units (runs, not rows), refit, take percentiles.
 
 A replicate is a vector of counts: how often each run was drawn. Counts are weights on the same rows, so nothing is
-copied and a whole batch of replicates is optimised at once. Rows of one run (checkpoints, repeated evaluations) are
-not independent: resampling rows then gives intervals that are several times too narrow.
+copied and a batch of replicates is optimised at once. Rows of one run (checkpoints, repeated evaluations) are not
+independent: resampling rows would give intervals that are several times too narrow.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,32 +19,32 @@ from nanochin.laws.surface import BATCH, Surface, projected_starts
 
 LEVELS = (80, 95)  # percent
 NO_FACTS = {"at_bound": 0, "checked": 0, "worse": 0, "unconfirmed": 0, "gradient_norm": 0.0, "verified": 0}
-FEW = 10  # independent runs; with fewer, percentiles are warned about
+FEW = 10  # independent runs; fewer give a warning
 CONSTANTS = {Law: ("E", "A", "B", "alpha", "beta", "a", "b", "G"), PowerLaw: ("k_N", "a", "k_D", "b")}
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """Laws of all replicates. Those without an optimum (`failed`) are left out of every interval."""
+    """Laws of all replicates. Those without an optimum (`failed`) are excluded from every interval."""
 
     law: Law | PowerLaw  # its constants are arrays (replicates - failed,)
     unit: str  # what was resampled: "run", "row" or "seed noise"
-    units: int  # how many of them
-    replicates: int  # asked for
-    failed: int  # without an optimum (Approach 2: fewer than 2 bracketed budgets); left out
-    at_bound: int  # ended with a constant at its bound (kept: E = 0 belongs in the interval of E)
-    # Replicates that were optimised again from other starts, all of them if one of the first `verify` proves worse:
-    checked: int  # one of those starts reached their optimum or a lower one
-    worse: int  # of `checked`: they had ended above that lower one, and were replaced by it
-    unconfirmed: int  # none of those starts reached their optimum; not among `checked`
-    gradient_norm: float  # the largest of all replicates (Approach 3), as ParametricFit.gradient_norm
-    verified: int  # of Approach 3: at their optimum the gradient is FLAT or less and the Hessian positive definite
+    units: int  # number of units
+    replicates: int  # requested
+    failed: int  # without an optimum (Approach 2: fewer than 2 bracketed budgets); excluded
+    at_bound: int  # with a constant at its bound (included: E = 0 belongs in the interval of E)
+    # Replicates also minimised from other starts: the first `verify`, or all if one of these has a lower optimum.
+    checked: int  # one of those starts reached the same optimum or a lower one
+    worse: int  # of `checked`: a lower optimum was found and is used instead
+    unconfirmed: int  # none of those starts reached the optimum; not in `checked`
+    gradient_norm: float  # largest of all replicates (Approach 3), see ParametricFit.gradient_norm
+    verified: int  # Approach 3: gradient at most FLAT and Hessian positive definite at the optimum
     warnings: tuple[str, ...]  # sentences for the report: rows that repeat a run, few units, failed replicates
     optima: tuple[np.ndarray, np.ndarray] | None = None  # Approach 2: N_opt, D_opt (replicates, budgets), nan: none
 
     def at_budget(self, i: int, level: float = 95) -> dict:
-        """Of the minimum of the fit's budget i: intervals of `params_opt` and `tokens_opt` over the replicates that
-        bracket it, and their `share`; {} where fewer than half do."""
+        """Intervals of `params_opt` and `tokens_opt` of the fit's budget i over the replicates where its minimum is
+        bracketed, and the `share` of these; {} if it is less than half."""
         there = np.isfinite(self.optima[0][:, i])
         if not 2 * there.sum() >= self.replicates:
             return {}
@@ -59,7 +59,7 @@ class Bootstrap:
         return float(low), float(high)
 
     def sample(self, count: int) -> dict[str, list[float]]:
-        """{constant: values} of up to `count` replicates, evenly chosen, to eight digits."""
+        """{constant: values} of up to `count` replicates, evenly spaced, to eight digits."""
         every = len(self.law.a)
         chosen = np.unique(np.linspace(0, every - 1, count).astype(int))
         own = {f.name for f in fields(self.law)}
@@ -68,7 +68,7 @@ class Bootstrap:
 
     def intervals(self, budgets=()) -> dict[str, dict[int, tuple[float, float]]]:
         """{quantity: {80: (low, high), 95: ...}} of every constant, and of N_opt, D_opt and the ratio D/N (and
-        loss_opt, for Approach 3) at each of `budgets`, named such as "N_opt(1e+21)"."""
+        loss_opt, for Approach 3) at each of `budgets`, with names like "N_opt(1e+21)"."""
         quantities: dict = {name: name for name in CONSTANTS[type(self.law)]}
         for C in budgets:
             N, D = self.law.optimal(C)
@@ -79,7 +79,7 @@ class Bootstrap:
         return {name: {level: self.interval(q, level) for level in LEVELS} for name, q in quantities.items()}
 
     def to_json(self) -> dict:
-        """What laws.json says of the constants beside their values: `ci` (95%), `ci80`, and how these were found."""
+        """Entries of laws.json: intervals of the constants, `ci` (95%) and `ci80`, and `bootstrap`, the counts."""
         found = self.intervals()
         counts = ("unit", "units", "replicates", "failed", "at_bound", "verified", "checked", "worse", "unconfirmed",
                   "gradient_norm")  # fmt: skip
@@ -100,9 +100,9 @@ def bootstrap(
     progress: Callable[[int, int], None] | None = None,
 ) -> Bootstrap:
     """Resample runs with replacement and fit each replicate to convergence. `fit` is a ParametricFit, IsoflopFit or
-    EnvelopeFit; `runs` (n,) are the ids that rows share (default: each row is a run of its own; an envelope knows its
-    runs). Of Approach 3 every replicate's optimum is verified by its gradient and Hessian, and `verify` replicates are
-    optimised again from other starts, all of them if that finds a better optimum of any (0: no second starts at all).
+    EnvelopeFit; `runs` (n,) are the run ids of the rows (default: each row is its own run; an envelope has its runs).
+    For Approach 3 each optimum is verified by gradient and Hessian, and `verify` replicates (0: none) are also
+    minimised from other starts, all replicates if that finds a lower optimum for any.
     `progress` is called with (replicates done, replicates) after each batch.
     Raises NotIdentified with fewer than 3 units or if most replicates fail."""
     if isinstance(fit, EnvelopeFit):
@@ -115,7 +115,7 @@ def bootstrap(
     if rows > units:
         warnings.append(f"{rows} rows belong to {units} runs: whole runs were resampled")
     if units < FEW:
-        warnings.append(f"only {units} independent runs: percentile intervals of so few are too narrow")
+        warnings.append(f"only {units} independent runs: percentile intervals are too narrow")
     facts, optima = {}, None
     if isinstance(fit, ParametricFit):
         constants, facts = _refit_parametric(fit, batches, min(verify, replicates))
@@ -130,8 +130,8 @@ def bootstrap(
 def resample(
     runs, replicates: int, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[int, Callable[[int], Iterator[np.ndarray]]]:
-    """How many runs there are among the ids `runs` (n,), and a function of a batch size that yields weights (k, n):
-    how often the run of each row was drawn. Raises NotIdentified with fewer than 3 runs."""
+    """(number of distinct ids in `runs` (n,), batches). batches(size) yields weights (k, n): how often the run of each
+    row was drawn. Raises NotIdentified with fewer than 3 runs."""
     ids, run_of_row = np.unique(np.asarray(runs), return_inverse=True)
     m = len(ids)
     if m < 3:
@@ -149,9 +149,9 @@ def resample(
 
 
 def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, dict]:
-    """Each replicate by Newton steps from the fit's own optimum. The first `verify` of them (they are exchangeable),
-    and those that fail, again from four starts far from it and from each other; if that mends a single one, then all
-    the others too."""
+    """Minimise each replicate by Newton steps from the fit's optimum. Minimise the first `verify` (replicates are
+    exchangeable), and those that fail, also from four starts far from it and from each other; all of them if that
+    finds a lower optimum for any."""
     surface = Surface.of(
         fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=fit.fixed_e, tied=fit.tied, weights=fit.weights
     )
@@ -159,10 +159,10 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
     warm, others = surface.z(fit.law), [starts[-1], *starts[::4]]
     size = max(1, BATCH // fit.n)
     facts = dict(NO_FACTS)
-    optima, sampled = [], []  # of each batch, and how many of it are in the sample
+    optima, sampled = [], []  # per batch: its optima, and how many are in the sample
 
-    def again(found: Optimum, weights, rows) -> None:
-        worse, confirmed = _again(surface, found, weights, rows, others)
+    def check(found: Optimum, weights, rows) -> None:
+        worse, confirmed = _minimise_also(surface, found, weights, rows, others)
         facts["worse"] += int(worse.sum())
         facts["checked"] += int(confirmed.sum())
         facts["unconfirmed"] += int((found.converged[rows] & ~confirmed).sum())
@@ -171,15 +171,15 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
         weights *= fit.weights
         found = surface.minimise(np.tile(warm, (len(weights), 1)), weights)
         sampled.append(min(len(weights), verify - sum(sampled)))
-        again(found, weights, np.arange(sampled[-1]))
+        check(found, weights, np.arange(sampled[-1]))
         if verify:
-            _again(surface, found, weights, np.flatnonzero(~found.converged), others)
+            _minimise_also(surface, found, weights, np.flatnonzero(~found.converged), others)
         optima.append(found)
     if facts["worse"]:
         for weights, found, first in zip(batches(size), optima, sampled, strict=True):
-            again(found, weights * fit.weights, np.arange(first, len(weights)))
+            check(found, weights * fit.weights, np.arange(first, len(weights)))
     for found in optima:
-        good = found.converged  # which says that gradient and Hessian are those of an optimum
+        good = found.converged  # which includes the check of gradient and Hessian
         facts["verified"] += int(good.sum())
         facts["at_bound"] += int(surface.at_bound(found.theta[good]).any(1).sum())
         facts["gradient_norm"] = max(facts["gradient_norm"], float(found.gradient_norm[good].max(initial=0)))
@@ -188,9 +188,9 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
     return {k: getattr(law, k) for k in ("E", "A", "B", "alpha", "beta")}, facts
 
 
-def _again(surface: Surface, found: Optimum, weights, rows, starts) -> tuple[np.ndarray, np.ndarray]:
-    """Minimise the problems `rows` from each of `starts` as well and put the lowest optima into `found`. Returns, of
-    each, whether it had converged above that (worse), and whether one of `starts` ended there (confirmed)."""
+def _minimise_also(surface: Surface, found: Optimum, weights, rows, starts) -> tuple[np.ndarray, np.ndarray]:
+    """Minimise the problems `rows` also from each of `starts` and put the lowest optima into `found`. Returns for each
+    whether it had converged to a higher one (worse), and whether one of `starts` reached the lowest (confirmed)."""
     if not len(rows):
         return np.zeros(0, bool), np.zeros(0, bool)
     total = weights[rows].sum(1)
@@ -208,7 +208,7 @@ def _again(surface: Surface, found: Optimum, weights, rows, starts) -> tuple[np.
 
 
 def _replace(found: Optimum, k: int, other: Optimum, at: int) -> None:
-    """Put optimum `at` of `other` in the place of optimum k."""
+    """Replace optimum k by optimum `at` of `other`."""
     for name in ("theta", "objective", "converged", "gradient_norm"):
         getattr(found, name)[k] = getattr(other, name)[at]
 
@@ -216,12 +216,12 @@ def _replace(found: Optimum, k: int, other: Optimum, at: int) -> None:
 def bootstrap_seed_noise(
     fit: IsoflopFit, *, noise: float | None = None, replicates: int = 1000, seed: int = 0
 ) -> Bootstrap:
-    """The noise-and-interpolate interval of Porian et al. 2024 for an IsoflopFit: Gaussian noise of sd `noise` on log
-    loss (default: the fit's own `noise`), all minima anew by the fit's method, budgets of equal weight as in
-    the fit. Raises NotIdentified if the noise is unknown or most replicates fail."""
+    """The noise-and-interpolate interval of Porian et al. 2024 for an IsoflopFit: add Gaussian noise of sd `noise` to
+    log loss (default: `fit.noise`) and recompute all minima by the fit's method, with equal weights of the budgets as
+    in the fit. Raises NotIdentified if the noise is unknown or most replicates fail."""
     noise = fit.noise if noise is None else noise
     if not noise >= 0:
-        raise NotIdentified("seed noise: unknown, since no budget has more than 3 runs; name it")
+        raise NotIdentified("seed noise: unknown, since no budget has more than 3 runs")
     constants, optima = seed_noise(fit, noise, replicates, np.random.default_rng(seed))
     return _collect(fit, constants, "seed noise", len(fit.N), replicates, {}, [], optima)
 
@@ -241,10 +241,10 @@ def _collect(
     if failed > replicates / 2:
         raise NotIdentified(f"bootstrap: {failed} of {replicates} replicates have no optimum")
     if failed:
-        warnings.append(f"{failed} of {replicates} replicates have no optimum and are left out of the intervals")
+        warnings.append(f"{failed} of {replicates} replicates have no optimum and are not in the intervals")
     if facts.get("unconfirmed"):
-        warnings.append(f"{facts['unconfirmed']} of {replicates} replicates end where no other start led")
+        warnings.append(f"{facts['unconfirmed']} of {replicates} replicates have an optimum no other start reached")
     if facts.get("at_bound"):
-        warnings.append(f"{facts['at_bound']} of {replicates} replicates end with a constant at its bound")
+        warnings.append(f"{facts['at_bound']} of {replicates} replicates have a constant at its bound")
     law = replace(fit.law, **{k: v[good] for k, v in constants.items()})
     return Bootstrap(law, unit, units, replicates, failed, warnings=tuple(warnings), optima=optima, **NO_FACTS | facts)

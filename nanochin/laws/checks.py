@@ -1,4 +1,4 @@
-"""What would change the answer, and how far it may be trusted."""
+"""What changes the answer, and how well the law extrapolates."""
 
 import math
 from collections.abc import Callable
@@ -13,20 +13,20 @@ from nanochin.laws.law import NotIdentified
 from nanochin.laws.parametric import ParametricFit, fit_parametric
 from nanochin.laws.surface import BATCH, Surface, projected_starts
 
-MIN_CURVATURE = 4  # three budgets always lie on a parabola
-BETWEEN = 33  # levels of C_kaplan where the budgets have too few optima
+MIN_CURVATURE = 4  # a parabola fits any three budgets
+BETWEEN = 33  # levels of C_kaplan if the budgets have too few optima
 
 
 @dataclass(frozen=True)
 class Refit:
-    """The same runs fitted in another way."""
+    """The same runs fitted with one change."""
 
-    change: object  # what was changed: k runs left out, delta, or words
+    change: object  # k runs left out, delta, or a description
     fit: ParametricFit | NotIdentified
     sure: Bootstrap | None = None
 
     def interval(self, quantity: str | Callable) -> tuple[float, float]:
-        """95%, as of a Bootstrap; nan without one."""
+        """95% interval as Bootstrap.interval; nan without a Bootstrap."""
         return self.sure.interval(quantity) if self.sure else (np.nan, np.nan)
 
     def to_json(self) -> dict:
@@ -40,8 +40,8 @@ class Refit:
 
 
 def refit(change, fit: ParametricFit, rows=slice(None), *, runs=None, replicates=0, seed=0, **changes) -> Refit:
-    """The same fit on some of its rows, or with another delta, space, E or tied, and `replicates` (0: none) resamples
-    of it; `runs` (n,) as in bootstrap."""
+    """The same fit on some of its rows, or with another delta, space, E or tied, and `replicates` (0: none) resamples;
+    `runs` (n,) as in bootstrap."""
     law = fit.law
     options = {"delta": fit.delta, "space": fit.space, "E": fit.fixed_e, "tied": fit.tied, "weights": fit.weights[rows]}
     options |= {"name": law.name, "params_convention": law.params_convention, "cost": law.cost} | changes
@@ -65,9 +65,9 @@ def leave_out_highest(fit: ParametricFit, counts=(0, 1, 3, 5, 8, 15), **resampli
 
 
 def near_minimum(fit: ParametricFit, isoflop: IsoflopFit, factors=(4.0, 2.7, 2.0), **resampling) -> list[Refit]:
-    """For each of `factors` the same fit on the rows alone whose N is within it of the minimum of their budget, by
-    `isoflop`, a fit of the same rows. E is what the ends of the isoFLOP curves make of it: should they bend more than
-    the form allows, E and the exponents move as the ends go."""
+    """For each of `factors` the same fit on only the rows whose N is within that factor of the minimum of their budget
+    in `isoflop`, a fit of the same rows. E is driven by models far from compute-optimal: if the ends of the isoFLOP
+    curves bend more than the form allows, E and the exponents change without them."""
     distance = np.full(fit.n, np.inf)  # |log N - log N of the minimum|
     for budget in isoflop.budgets:
         if budget.bracketed:
@@ -77,14 +77,14 @@ def near_minimum(fit: ParametricFit, isoflop: IsoflopFit, factors=(4.0, 2.7, 2.0
 
 
 def delta_sensitivity(fit: ParametricFit, deltas=(1e-6, 1e-4, 1e-3, 1e-2, 1e-1, np.inf), **resampling) -> list[Refit]:
-    """The same fit with each of `deltas`. Towards delta = 0 few and noisy rows leave an objective with as many corners
-    as rows, on which no start may converge."""
+    """The same fit with each of `deltas`. As delta goes to 0, the objective gets a corner at every row, and with few
+    noisy rows possibly no start converges."""
     return [refit(delta, fit, delta=delta, allow_bound=True, **resampling) for delta in deltas]
 
 
 def profile_e(fit: ParametricFit, points: int = 41) -> tuple[np.ndarray, np.ndarray]:
-    """(E (points,), objective (points,)): everything else optimised with E held fixed, from 0 to the lowest loss. How
-    flat this is tells how well E is known; nan where no optimum was found."""
+    """Profile of E: (E (points,), objective (points,)), everything else optimised at fixed E from 0 to the lowest loss;
+    nan where no optimum was found. The flatter it is, the less the data say about E."""
     grid = np.linspace(0, fit.loss.min() * (1 - 1e-3), points)
     surface = Surface.of(
         fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=None, tied=fit.tied, weights=fit.weights
@@ -121,26 +121,26 @@ def residuals_by_compute(fit: ParametricFit, bins: int = 3) -> list[dict]:
 
 @dataclass(frozen=True)
 class HoldOut:
-    """The law fitted without the largest budget(s), asked about them."""
+    """A law fitted without the largest budgets and tested on them."""
 
     fit: ParametricFit  # on the rest
     bootstrap: Bootstrap | None
     rows: np.ndarray  # (m,) indices held out
     predicted: np.ndarray  # (m,) loss
-    low: np.ndarray  # (m,) 95% interval for what is observed: the law's and the scatter of the rows that were fitted;
+    low: np.ndarray  # (m,) 95% prediction interval: uncertainty of the law plus scatter of the fitted rows;
     high: np.ndarray  # nan without bootstrap
     observed: np.ndarray
     bias: float  # median of log predicted - log observed
     error: float  # median of its absolute value
-    in_sample_error: float  # the same on the rows that were fitted
+    in_sample_error: float  # the same on the fitted rows
     reach: float  # largest C held out over largest C fitted
     # For each held-out budget with a bracketed minimum: (C, N_opt measured, N_opt predicted, (low, high) of it).
     optima: tuple[tuple[float, float, float, tuple[float, float]], ...]
-    why: str = ""  # why there are no intervals, though they were asked for
+    why: str = ""  # why there are no intervals, if requested
 
     @property
     def outside(self) -> int:
-        """How many of the losses observed lie outside their interval."""
+        """How many observed losses fall outside their interval."""
         return int(((self.observed < self.low) | (self.observed > self.high)).sum())
 
     def to_json(self) -> dict:
@@ -157,10 +157,10 @@ class HoldOut:
 
 def hold_out(N, D, loss, C=None, *, budgets: int = 1, least: int = 1, budget=None, above: float | None = None,
              runs=None, replicates: int = 1000, seed: int = 0, **options) -> HoldOut:  # fmt: skip
-    """Hold out the `budgets` largest budgets (groups of the column `budget`, or of clustered C), more if they have not
-    `least` runs, and rows of no budget that are as large, or every row with C > `above`; `options` go to
+    """Hold out the `budgets` largest budgets (groups of the column `budget`, or of clustered C), more if they have
+    fewer than `least` runs, and rows of no budget that are as large; or every row with C > `above`. `options` go to
     fit_parametric. replicates=0: no intervals.
-    Raises NotIdentified if the rest cannot be fitted; if it can, but not resampled, `why` says so."""
+    Raises NotIdentified if the rest cannot be fitted; if it cannot be resampled, `why` gives the reason."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
     nominal = group_budgets(C, budget=budget)
@@ -200,7 +200,7 @@ def hold_out(N, D, loss, C=None, *, budgets: int = 1, least: int = 1, budget=Non
 
 
 def _prediction_interval(fit: ParametricFit, sure: Bootstrap, N, D, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Low and high (m,): each replicate's law, times the scatter of a random row of the fit."""
+    """Low and high (m,): predictions of each replicate times the scatter of a random fitted row."""
     names = ("E", "A", "B", "alpha", "beta")
     law = replace(
         sure.law, **{name: getattr(sure.law, name)[:, None] for name in names}
@@ -214,7 +214,7 @@ def _prediction_interval(fit: ParametricFit, sure: Bootstrap, N, D, rng) -> tupl
 
 
 def _held_optima(fit, sure, N, D, loss, nominal, rows) -> tuple:
-    """Measured against predicted N_opt at each budget held out whose minimum is bracketed."""
+    """Measured and predicted N_opt at each held-out budget with a bracketed minimum."""
     optima = []
     for c in np.unique(nominal[rows][np.isfinite(nominal[rows])]):
         at = rows[nominal[rows] == c]
@@ -238,8 +238,8 @@ class Curvature:
 
 
 def frontier_curvature(fit: IsoflopFit, *, runs=None, replicates: int = 1000, seed: int = 0) -> Curvature:
-    """Quadratic term of the frontier, its interval from resampled runs (ids `runs` (n,) if rows share them). Raises
-    NotIdentified below 4 bracketed budgets."""
+    """Quadratic term of the frontier, with intervals from resampled runs (ids `runs` (n,) if rows share them). Raises
+    NotIdentified with fewer than 4 bracketed budgets."""
     good = [b for b in fit.budgets if b.bracketed]
     if len(good) < MIN_CURVATURE:
         raise NotIdentified(f"curvature needs {MIN_CURVATURE} budgets with a bracketed minimum, but has {len(good)}")
@@ -258,21 +258,21 @@ def frontier_curvature(fit: IsoflopFit, *, runs=None, replicates: int = 1000, se
 
 @dataclass(frozen=True)
 class LossLine:
-    """The least losses of the budgets as a straight line in log-log, L = K C^-c: what a law looks like as long as its E
-    cannot be seen."""
+    """The lowest losses of the budgets as a straight line in log-log, L = K C^-c, as of a law whose E is too small to
+    be seen."""
 
     exponent: float  # c, of all budgets
     flops: float  # the largest budget
-    measured: float  # its least loss
-    predicted: float  # the same, by the line through the others
+    measured: float  # its lowest loss
+    predicted: float  # the same by the line through the other budgets
 
 
 def loss_line(fit: IsoflopFit) -> LossLine:
-    """Raises NotIdentified below 4 bracketed budgets: the line is to be held against one that it has not seen."""
+    """Raises NotIdentified with fewer than 4 bracketed budgets, since the largest is predicted from the others."""
     good = sorted((b.flops, b.loss_opt) for b in fit.budgets if b.bracketed)
     if len(good) < MIN_CURVATURE:
         raise NotIdentified(
-            f"the line of least losses needs {MIN_CURVATURE} budgets with a bracketed minimum, but has {len(good)}"
+            f"the line of lowest losses needs {MIN_CURVATURE} budgets with a bracketed minimum, but has {len(good)}"
         )
     log_c, log_l = np.log(good).T
     start, slope = line(log_c[:-1], log_l[:-1])
@@ -295,7 +295,7 @@ class KaplanProcedure:
     simulated: float  # with the losses replaced by the fitted law's
     intervals: dict[int, tuple[float, float]]  # of a, {80: ..., 95: ...}, by noise on the losses; {} without
     between: bool  # `flops` are log-spaced over the runs, since too few of the budgets are bracketed
-    levels: int  # C_kaplan that were tried, of which these are bracketed:
+    levels: int  # number of C_kaplan tried; of these are bracketed:
     flops: np.ndarray
     params: np.ndarray  # N_opt (non-embedding) there
 
@@ -312,10 +312,10 @@ def kaplan_procedure(
     seed: int = 0,
 ) -> KaplanProcedure:
     """At equal C_kaplan = 6 N_non_embedding D interpolate each size's loss, take the minimum over sizes, regress
-    log N on log C. `law_loss` (n,) is the fitted law's loss of every row; `budget` (n,) groups the rows, and there is
-    one C_kaplan a budget, the geometric mean of its rows'. If fewer than 3 of these have a bracketed minimum,
-    BETWEEN levels over the whole range of C_kaplan stand in for them. `replicates` draw noise of sd `noise` on the
-    log losses. Raises NotIdentified if fewer than 2 levels have a bracketed minimum."""
+    log N on log C. `law_loss` (n,) is the fitted law's loss of every row. `budget` (n,) groups the rows, with one
+    C_kaplan per budget, the geometric mean of its rows. If fewer than 3 of these have a bracketed minimum, BETWEEN
+    levels over the whole range of C_kaplan are used instead. `replicates` add noise of sd `noise` to the log losses.
+    Raises NotIdentified if fewer than 2 levels have a bracketed minimum."""
     N, D, loss, law_loss = (np.asarray(v, np.float64) for v in (params_non_embedding, D, loss, law_loss))
     C = 6 * N * D
     nominal = group_budgets(C, budget=budget)
@@ -344,9 +344,9 @@ def kaplan_procedure(
 
 
 def _kaplan_optima(N, C, log_loss, levels) -> np.ndarray:
-    """(K, levels): N of least loss at each log C_kaplan of `levels`, by log losses (K, n); nan where not bracketed.
-    Each size with at least two runs gives its loss by interpolation in logs (never beyond its runs); the minimum over
-    sizes is the spline's."""
+    """(K, levels): N of lowest loss at each log C_kaplan of `levels`, from log losses (K, n); nan where not bracketed.
+    The loss of each size with at least two runs is interpolated in logs (never extrapolated); the minimum over sizes
+    is that of a spline."""
     sizes = [np.flatnonzero(n == N) for n in np.unique(N)]
     sizes = [rows[np.argsort(C[rows], kind="stable")] for rows in sizes if len(np.unique(C[rows])) >= 2]
     params = np.full((len(log_loss), len(levels)), np.nan)

@@ -1,17 +1,16 @@
-"""What a token costs. Eq. 4 of Hoffmann et al. 2022 is the optimum where that is 6 N; few budgets are counted so.
+"""FLOPs per token. Eq. 4 of Hoffmann et al. 2022 is the optimum if they are 6 N; few budgets are counted that way.
 
     C = 6 N R(N) D,    R = (1 + c N^-q)^s,    0 <= q <= 1, s = 1 or -1
 
-What is not proportional to N (logits, attention, a table that is only looked up) weighs less the larger the model: R
-fades to 1. With q at most 1 N R rises with N: a token always costs more in a larger model, and so each budget has one
-optimum.
+FLOPs not proportional to N (logits, attention, embedding tables, which cost none) matter less in larger models: R goes
+to 1. With q <= 1, N R rises with N: a token always costs more in a larger model, so each budget has one optimum.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-SAME = 1e-3  # of log R: this is 6 N D, with rounding
+SAME = 1e-3  # |log R| below this is 6 N D with rounding
 
 
 @dataclass(frozen=True)
@@ -21,12 +20,12 @@ class Cost:
     c: float = 0.0
     q: float = 0.0
     s: int = 1
-    misfit: float = 0.0  # of the runs about this curve: root mean square of log C
+    misfit: float = 0.0  # root mean square deviation of log C of the runs from this curve
 
     @classmethod
     def of(cls, N, D, C) -> "Cost":
-        """The curve through the sizes of runs (n,): log(R^s - 1) against log N, weighted by what its errors are worth
-        in log R."""
+        """Fit to runs (n,): log(R^s - 1) of each size against log N, with weights that turn its errors into those of
+        log R."""
         x, log_ratio = ratios(N, D, C)
         if np.all(np.abs(log_ratio) < SAME):
             return SIX_ND
@@ -55,7 +54,7 @@ class Cost:
         return 6 * N * D * self.at(N)[0]
 
     def tokens(self, N, C):
-        """D on which N parameters spend C."""
+        """D at which a run of N parameters costs C FLOPs."""
         return C / (6 * N * self.at(N)[0])
 
 
@@ -65,7 +64,7 @@ SIX_ND = Cost()
 def ratios(N, D, C) -> tuple[np.ndarray, np.ndarray]:
     """(log N, log C / 6ND) of each size, the median of its runs."""
     ratio = np.log(C / (6 * N * D))
-    order = np.lexsort((ratio, N))  # within a size by ratio: its median stands in the middle
+    order = np.lexsort((ratio, N))  # sorted by ratio within a size, for the median
     sizes, first, runs = np.unique(N[order], return_index=True, return_counts=True)
     low, high = (ratio[order[first + middle]] for middle in ((runs - 1) // 2, runs // 2))
     return np.log(sizes), (low + high) / 2

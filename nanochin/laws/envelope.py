@@ -1,10 +1,10 @@
 """Approach 1: the lower envelope of all training curves.
 
-At each FLOP count the run with the lowest loss wins; its size, and the tokens it had seen by then, are read as the
-optimum for that compute. Where the smallest or the largest size that got so far wins, a still smaller or larger one
-might have done better: such points are shown, but not fitted. The minimum of noisy curves prefers lucky noise, so the
-envelope lies a little low; and a loss in the middle of a decaying schedule is too high, which is why the paper looks at
-whether winners are near the end of their run.
+At each FLOP count the run with the lowest loss wins; its size and its tokens so far are taken as the optimum for that
+compute. If the winner is the smallest or the largest size trained that far, an even smaller or larger one might be
+better: such points are shown but not fitted. The minimum of noisy curves favours lucky noise, so the envelope is a
+little too low. The loss in the middle of a decaying schedule is too high, so the paper checks whether winners are near
+the end of their run.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ LATE = 0.85  # from here on a run is in its last 15%
 
 @dataclass(frozen=True)
 class EnvelopeFit:
-    """Who wins at each FLOP count, and the power laws through the winners."""
+    """The winner at each FLOP count, and power laws through the winners."""
 
     law: PowerLaw
     flops: np.ndarray  # (points,) log-spaced
@@ -27,7 +27,7 @@ class EnvelopeFit:
     tokens: np.ndarray  # its tokens at that moment
     loss: np.ndarray  # its smoothed loss
     winner: np.ndarray  # its index into `runs`
-    bracketed: np.ndarray  # (points,) bool: smaller and larger sizes were there to be beaten; only these are fitted
+    bracketed: np.ndarray  # (points,) bool: smaller and larger sizes are trained as far; only these are fitted
     runs: np.ndarray  # distinct run ids, sorted
     late_share: float  # share of the bracketed winners that are in the last 15% of their run's FLOPs
     curves: dict  # run id -> (flops, smoothed loss, N), for the figure
@@ -50,12 +50,11 @@ class EnvelopeFit:
 
 def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 10, name: str = "Approach 1",
                  params_convention: str = "total", flops_convention: str = "6nd") -> EnvelopeFit:  # fmt: skip
-    """Rows are moments of training: `run` (n,) ids, N of the run, D tokens so far, the loss then, C FLOPs so far
+    """Rows are points of training curves: `run` (n,) ids, N of the run, D tokens so far, the loss there, C FLOPs so far
     (6 N D by default). Each curve is smoothed by a Gaussian of `smooth` logged points and interpolated (log loss in
-    log C); at `points` log-spaced C covered by at least two sizes the lowest run wins (Hoffmann et al. 2022, 3.1).
+    log C). At `points` log-spaced C covered by at least two sizes the lowest run wins (Hoffmann et al. 2022, 3.1).
 
-    Raises NotIdentified with fewer than 3 sizes, or if fewer than 2 of them ever win with smaller and larger ones
-    present."""
+    Raises NotIdentified with fewer than 3 sizes, or fewer than 2 that ever win against smaller and larger ones."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
     runs, run_of_row = np.unique(np.asarray(run), return_inverse=True)
@@ -63,7 +62,7 @@ def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 1
     for i in range(len(runs)):
         rows = np.flatnonzero(run_of_row == i)
         rows = rows[np.argsort(C[rows], kind="stable")]
-        rows = rows[np.append(np.diff(C[rows]) > 0, True)]  # of two rows at one C the later stands
+        rows = rows[np.append(np.diff(C[rows]) > 0, True)]  # of two rows at one C the later is kept
         curves.append((np.log(C[rows]), np.log(D[rows]), gaussian_smooth(loss[rows], smooth), N[rows[0]]))
     sizes = np.array([n for *_, n in curves])
     different = len(np.unique(np.round(np.log(sizes), 6)))
@@ -85,8 +84,8 @@ def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 1
     won = np.unique(sizes[winner][bracketed])
     if len(won) < 2:
         raise NotIdentified(
-            f"Approach 1: {len(won)} of {different} sizes ever have the lowest loss while smaller and "
-            "larger ones are trained as far; it needs 2"
+            "Approach 1 needs 2 sizes that have the lowest loss where smaller and larger ones are trained as far, "
+            f"but has {len(won)} of {different}"
         )
     x = log_c[bracketed]
     k_N, a = line(x, np.log(sizes[winner])[bracketed])
@@ -108,8 +107,8 @@ def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 1
 
 
 def gaussian_smooth(values, window: int) -> np.ndarray:
-    """Gaussian smoothing of evenly logged values; `window` points hold 4 standard deviations. At the ends the part of
-    the window that exists is what counts, and is fitted by a line, so that a falling curve is not bent there."""
+    """Gaussian smoothing of evenly logged values; `window` points span 4 standard deviations. It fits a line in each
+    window, so that a falling curve is not bent at its ends, where part of the window is missing."""
     if window < 2 or len(values) < 3:
         return values
     reach = window // 2
@@ -141,8 +140,8 @@ def _sizes_covering(table, sizes) -> np.ndarray:
 
 
 def refit_envelope(fit: EnvelopeFit, batches) -> dict[str, np.ndarray]:
-    """Constants (replicates,) of the power laws when runs are drawn anew; `batches(size)` yields how often (k, runs).
-    The envelope only asks whether a run was drawn at all; nan where fewer than 2 sizes win."""
+    """Constants (replicates,) of the power laws for resampled runs; `batches(size)` yields how often each was drawn,
+    (k, runs), of which only zero or not matters here. nan if fewer than 2 sizes win."""
     log_c, log_n = np.log(fit.flops), np.log(fit.sizes)
     there, at, fits = np.isfinite(fit.table), np.arange(len(log_c)), []
     keys = (fit.table, log_n[:, None], -log_n[:, None])  # lowest loss, smallest and largest size first
@@ -159,13 +158,13 @@ def refit_envelope(fit: EnvelopeFit, batches) -> dict[str, np.ndarray]:
 
 
 def _first_present(rank, there, drawn) -> np.ndarray:
-    """(k, points): at each point the run that comes first in `rank` (runs, points) of those that have a loss `there`
-    (runs, points) and were `drawn` (k, runs), or 0 where there is none; those that do not have one are last in rank."""
+    """(k, points): at each point the first run in `rank` (runs, points) that has a loss `there` (runs, points) and was
+    `drawn` (k, runs), or 0 if there is none. Runs without a loss are last in `rank`."""
     first = np.full((len(drawn), rank.shape[1]), -1)
     left = there.sum(0)  # candidates of each point
     for i, runs in enumerate(rank):
         waiting = (first < 0) & (i < left)
-        if not waiting.any():  # soon: of each rank five in eight runs are drawn
+        if not waiting.any():  # soon: 63% of the runs are drawn
             break
         first = np.where(waiting & drawn[:, runs], runs, first)
     return np.maximum(first, 0)

@@ -1,8 +1,8 @@
 """Approach 2: at each budget the loss against log N has a minimum; the minima follow power laws in C.
 
-The vertex of a parabola is where the paper reads the minimum off. A parabola is the second-order expansion of the true
-curve: if alpha and beta differ, its vertex is off by a factor that grows with the width of the window but not with C,
-so that the exponent survives and the constant does not. The interpolating spline has no such bias and more noise.
+As in the paper, the minimum is the vertex of a parabola. A parabola is the second-order expansion of the true curve: if
+alpha and beta differ, its vertex is biased by a factor that grows with the width of the window but not with C, so the
+constant is biased and the exponent is not. The interpolating spline has no such bias, but more noise.
 """
 
 import math
@@ -13,7 +13,7 @@ import numpy as np
 from nanochin.laws.law import NotIdentified, PowerLaw
 
 MIN_ROWS, MIN_SIZES, MIN_BUDGETS = 6, 3, 2
-MAX_BUDGETS = 100  # that are looked for in a column of C
+MAX_BUDGETS = 100  # found by clustering C
 FINE = 25  # points of the spline in each gap between two sizes
 
 
@@ -22,7 +22,7 @@ class Budget:
     """One isoFLOP curve."""
 
     flops: float  # geometric mean of its runs' C
-    rows: np.ndarray  # indices into the arrays that were fitted, sorted by N
+    rows: np.ndarray  # indices of the fitted rows, sorted by N
     bracketed: bool  # convex, and its minimum inside the sampled sizes: only then is there an optimum
     reason: str  # why it is not bracketed, else ""
     params_opt: float  # nan where not bracketed
@@ -43,7 +43,7 @@ class IsoflopFit:
 
     law: PowerLaw  # a and b fitted separately: a + b need not be 1
     method: str  # "parabola" or "akima"
-    budgets: tuple[Budget, ...]  # by rising flops, those without optimum too
+    budgets: tuple[Budget, ...]  # by increasing flops, also those without optimum
     noise: float  # sd of the log-loss about the curves (parabola), pooled over budgets; nan without degrees of freedom
     left_out: np.ndarray  # indices of rows that belong to no budget (a group of fewer than 3 runs)
     N: np.ndarray  # (n,) the rows as given
@@ -65,7 +65,7 @@ class IsoflopFit:
         return out
 
     def without(self, left_out) -> PowerLaw:
-        """The power laws through the other minima. Raises NotIdentified with fewer than 2 of them."""
+        """Power laws through the minima of the other budgets. Raises NotIdentified with fewer than 2 of them."""
         good = [b for b in self.budgets if b.bracketed and b not in left_out]
         if len(good) < MIN_BUDGETS:
             raise NotIdentified(f"Approach 2 needs at least {MIN_BUDGETS} budgets, but has {len(good)}")
@@ -77,7 +77,7 @@ def _null(value: float) -> float | None:
 
 
 def equal_rows(values) -> list[np.ndarray]:
-    """The indices of the rows that share a finite value, by rising value: one sort, however many values there are."""
+    """Indices of the rows of each finite value, by increasing value, in one sort for any number of values."""
     order = np.argsort(values, kind="stable")
     order = order[np.isfinite(values[order])]
     return np.split(order, np.flatnonzero(np.diff(values[order])) + 1) if len(order) else []
@@ -86,9 +86,9 @@ def equal_rows(values) -> list[np.ndarray]:
 def group_budgets(C, tolerance: float = 0.1, *, budget=None) -> np.ndarray:
     """(n,) nominal budget of each row, the geometric mean of its group's C, or nan for rows of no group.
 
-    Equal numbers in the column `budget` (n,) are a group, whatever they count (nan: none). Without it, a group is a
-    window in log C, `tolerance` wide; the fullest is taken first, and those with fewer than 3 rows, or less than a
-    third of the fullest, are none: they are what lies between the budgets."""
+    Rows with equal numbers in the column `budget` (n,), in any unit, are a group (nan: none). Without it, a group is a
+    window in log C of width `tolerance`. The fullest is taken first; windows with fewer than 3 rows, or less than a
+    third of the fullest, are between budgets and no group."""
     log_c = np.log(np.asarray(C, np.float64))
     nominal = np.full(len(log_c), np.nan)
     if budget is not None:
@@ -104,7 +104,7 @@ def group_budgets(C, tolerance: float = 0.1, *, budget=None) -> np.ndarray:
         if not len(x) or (end - start).max() < least:
             break
         least = max(least, (end - start).max() / 3)
-        best = int(np.argmax(end - start - (x[end - 1] - x) / (2 * tolerance)))  # of equally full ones the tightest
+        best = int(np.argmax(end - start - (x[end - 1] - x) / (2 * tolerance)))  # the tightest of equally full ones
         rows = left[best : end[best]]
         nominal[rows] = math.exp(log_c[rows].mean())
         left = np.delete(left, slice(best, end[best]))
@@ -116,10 +116,9 @@ def fit_isoflop(N, D, loss, C=None, *, budget=None, tolerance: float = 0.1, meth
                 flops_convention: str = "6nd") -> IsoflopFit:  # fmt: skip
     """Minimum of each budget's curve, then log N and log D against log C by least squares.
 
-    C defaults to 6 N D, and the laws are in its unit. The column `budget` (n,) only groups the rows (nan: none);
+    C defaults to 6 N D; the laws are in units of C. The column `budget` (n,) only groups the rows (nan: none);
     without it C is clustered. method "parabola": vertex of a quadratic in log N (the paper); "akima": minimum of the
-    interpolating spline (Porian et al. 2024). Rows of one size in a budget count as one at their mean loss for the
-    spline.
+    interpolating spline (Porian et al. 2024), which takes the mean loss of rows of one size.
     Raises NotIdentified with fewer than 6 rows, fewer than 3 sizes, or fewer than 2 budgets with bracketed minimum."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
@@ -207,12 +206,12 @@ def _budget(rows, N, D, loss, flops: float, method: str) -> Budget:
                   params / middle)  # fmt: skip
 
 
-REASONS = ("", "its curve is concave", "its minimum lies at or beyond the smallest or largest size")
+REASONS = ("", "its curve is concave", "its minimum is at or beyond the smallest or largest size")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Rows of one budget, sorted by N; losses come as (K, m), K variants of the m rows."""
+    """Rows of one budget, sorted by N. Losses are (K, m): K variants of the m rows."""
 
     x: np.ndarray  # (m,) log N
     mean: float
@@ -228,11 +227,11 @@ class Curve:
         return cls(x, float(x.mean()), sizes, size_of_row, log_d)
 
     def by_size(self, values) -> np.ndarray:
-        """(K, s): values (K, m) of the rows, summed over those of each size."""
+        """(K, s): values (K, m) of the rows, summed for each size."""
         return np.add.reduceat(values, np.searchsorted(self.size_of_row, np.arange(len(self.sizes))), axis=1)
 
     def tokens(self, u) -> np.ndarray:
-        """D at ln N = u + mean, between the sizes linear in logs: N D hardly varies along an isoFLOP curve."""
+        """D at ln N = u + mean, interpolated linearly in logs: N D hardly varies along an isoFLOP curve."""
         return np.exp(np.interp(u + self.mean, self.sizes, self.log_d))
 
     def parabola(self, loss, weights=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -250,7 +249,7 @@ class Curve:
         return tuple(out.T)
 
     def minimum(self, loss, weights=None, method: str = "parabola") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """u (K,) of the minimum, the loss there, and an index into REASONS: 0 where it is bracketed."""
+        """u (K,) of the minimum, the loss there, and an index into REASONS, 0 if bracketed."""
         if method == "akima":
             return self._spline_minimum(loss, weights)
         p, q, r = self.parabola(loss, weights)
@@ -260,12 +259,12 @@ class Curve:
         lowest = u[np.where(there, loss, np.inf).argmin(1)]
         with np.errstate(divide="ignore", invalid="ignore"):
             vertex = -q / (2 * p)
-        # Of runs that are all too large a parabola may put its vertex just inside: the lowest run tells.
+        # If all runs are too large, the vertex may still be just inside: the lowest run decides.
         inside = (vertex > low) & (vertex < high) & (lowest > low) & (lowest < high)
         return vertex, r - p * vertex * vertex, np.where(~(p > 0), 1, np.where(inside, 0, 2))
 
     def _spline_minimum(self, loss, weights):
-        """Of the Akima spline of log loss through the mean of each size, sampled at FINE points a gap."""
+        """As `minimum`, of the Akima spline of log loss through the mean of each size, at FINE points per gap."""
         if weights is not None:
             raise ValueError("resampling leaves gaps in the spline: use the noise bootstrap")
         s = len(self.sizes)
@@ -300,9 +299,9 @@ def _noise(budgets, N, loss) -> float:
 
 
 def refit_isoflop(fit: IsoflopFit, batches) -> tuple[dict[str, np.ndarray], tuple]:
-    """Constants (replicates,) of the power laws, nan where fewer than 2 budgets are bracketed, and the optima of
-    replicate_optima. `batches(size)` yields weights (k, n). Resampled rows are fitted by parabolas, whatever the method
-    of the fit: a spline through a resample would only jump over the runs that it lacks."""
+    """Constants (replicates,) of the power laws, nan if fewer than 2 budgets are bracketed, and the optima of
+    replicate_optima. `batches(size)` yields weights (k, n). Always fits parabolas, also if the method is the spline,
+    which would only skip the runs missing from a resample."""
     N, D = replicate_optima(fit, batches)
     return _lines([b.flops for b in fit.budgets], N, D), (N, D)
 
@@ -318,9 +317,9 @@ def replicate_optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
 
 
 def seed_noise(fit: IsoflopFit, noise: float, replicates: int, rng) -> tuple[dict[str, np.ndarray], tuple]:
-    """Constants and optima, as of refit_isoflop, with Gaussian noise on log loss (Porian et al. 2024). Each replicate
-    is fitted like the point estimate, through the budgets that it uses, all of the same weight, less those that are
-    not bracketed in this draw. (Porian et al. weigh by 1 / variance: the interval of another estimate.)"""
+    """Constants and optima, as in refit_isoflop, with Gaussian noise on log loss (Porian et al. 2024). Replicates are
+    fitted like the point estimate: the same budgets with equal weights, less those not bracketed in this draw.
+    (Porian et al. weight by 1 / variance, which is the interval of another estimate.)"""
     used = np.array([b.bracketed for b in fit.budgets])
     size, optima = max(1, 2**22 // (FINE * len(fit.N))), []
     for start in range(0, replicates, size):
@@ -344,7 +343,7 @@ def _replicates(fit: IsoflopFit, budget: Budget, *, loss=None, weights=None, met
 
 
 def _lines(flops, N, D) -> dict[str, np.ndarray]:
-    """Power laws through (K, budgets) optima, those that are nan left out."""
+    """Power laws through (K, budgets) optima, without those that are nan."""
     good = np.isfinite(N)
     w = good.astype(float)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,10 +1,10 @@
-"""What a fit says about a budget, and the file that carries it.
+"""Fitted laws, the optima that they predict, and laws.json.
 
     L(N, D) = E + A / N^alpha + B / D^beta          Approach 3 of Hoffmann et al. 2022 (Eq. 2): `Law`
     N_opt = k_N C^a,  D_opt = k_D C^b               Approaches 1 and 2: `PowerLaw`
 
-N parameters, D training tokens, C training FLOPs, L validation loss in nats per token. The constants belong to
-the tokenizer and the corpus that they were fitted on; only a, b and (roughly) D/N are meant to carry over.
+N parameters, D training tokens, C training FLOPs, L validation loss in nats per token. The constants are specific to
+the tokenizer and the corpus of the fit; only a, b and (roughly) D/N are meant to transfer.
 """
 
 import json
@@ -22,14 +22,14 @@ from nanochin.laws.cost import SIX_ND, Cost
 
 
 class NotIdentified(UserError):
-    """The data cannot support this fit; the message, one line, says what they lack."""
+    """The data cannot support this fit; the message says in one line what is missing."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """L(N, D) = E + A / N^alpha + B / D^beta, with N counted as `params_convention` says.
+    """L(N, D) = E + A / N^alpha + B / D^beta, with N counted by `params_convention`.
 
-    Constants may be arrays (bootstrap replicates): every method then answers for all of them at once."""
+    Constants may be arrays (bootstrap replicates); methods then return arrays."""
 
     name: str
     E: float
@@ -38,9 +38,9 @@ class Law:
     alpha: float
     beta: float
     params_convention: str = "total"
-    cost: Cost = SIX_ND  # what a token costs, which decides the optimum but not the loss
+    cost: Cost = SIX_ND  # FLOPs per token: affects the optimum, not the loss
     meta: dict = field(default_factory=dict, compare=False)
-    replicates: "Law | None" = field(default=None, compare=False, repr=False)  # of resampled runs, constants (k,)
+    replicates: "Law | None" = field(default=None, compare=False, repr=False)  # bootstrap replicates, constants (k,)
     noise: float | None = field(default=None, compare=False)  # standard deviation of a run's log loss about the law
 
     def loss(self, N: float, D: float) -> float:
@@ -48,8 +48,8 @@ class Law:
         return self.E + self.A * N**-self.alpha + self.B * D**-self.beta
 
     def forecast(self, N: float, D: float, level: float = 95) -> tuple[float, float] | None:
-        """Where the loss of one more run will lie: percentiles over the replicates (how sure the law is) and a normal
-        scatter of the log loss about each (how far off single runs are). None for a law without them."""
+        """Prediction interval for the loss of a new run: percentiles over the replicates (uncertainty of the law), each
+        with a normal scatter of the log loss (noise of a single run). None for a law without replicates or noise."""
         if self.replicates is None or self.noise is None:
             return None
         scatter = [NormalDist().inv_cdf((i + 0.5) / 200) for i in range(200)]
@@ -57,8 +57,8 @@ class Law:
         low, high = np.exp(np.percentile(log_loss, (50 - level / 2, 50 + level / 2)))
         return float(low), float(high)
 
-    # Minimising L under C = 6 N R(N) D gives alpha A N^-alpha = p beta B D^-beta with p = d log(N R) / d log N. Where
-    # R = p = 1 that is Eq. 4 of the paper, N_opt = G (C/6)^a and D_opt = (C/6)^b / G, whose constants these are.
+    # Minimising L under C = 6 N R(N) D gives alpha A N^-alpha = p beta B D^-beta with p = d log(N R) / d log N. For
+    # R = p = 1 this is Eq. 4 of the paper, N_opt = G (C/6)^a and D_opt = (C/6)^b / G, with these constants.
 
     @property
     def a(self) -> float:
@@ -73,9 +73,9 @@ class Law:
         return (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
 
     def optimal(self, C: float) -> tuple[float, float]:
-        """(N, D) of least loss for C training FLOPs, counted as `cost` says."""
+        """(N, D) of lowest loss for C training FLOPs, counted by `cost`."""
         G, a, power = self.G, self.a, -1 / (self.alpha + self.beta)
-        N = self._settled(lambda R, p: G * p**power * (C / (6 * R)) ** a)
+        N = self._fixed_point(lambda R, p: G * p**power * (C / (6 * R)) ** a)
         return N, self.cost.tokens(N, C)
 
     def tokens_for(self, N: float) -> float:
@@ -86,16 +86,16 @@ class Law:
     def params_for(self, D: float) -> float:
         """The N for which D tokens are optimal."""
         scale = self.alpha * self.A / (self.beta * self.B) * D**self.beta
-        return self._settled(lambda R, p: (scale / p) ** (1 / self.alpha))
+        return self._fixed_point(lambda R, p: (scale / p) ** (1 / self.alpha))
 
     def params_reaching(self, loss: float) -> float:
         """The N whose optimum has this loss, above E."""
-        return self._settled(
+        return self._fixed_point(
             lambda R, p: (self.A * (1 + self.alpha / (p * self.beta)) / (loss - self.E)) ** (1 / self.alpha)
         )
 
-    def _settled(self, size: Callable) -> float:
-        """The N that size(R, p) gives for its own R and p: each round brings it some ten times nearer."""
+    def _fixed_point(self, size: Callable) -> float:
+        """N = size(R(N), p(N)), by iteration; each round reduces the error about tenfold."""
         N = size(1.0, 1.0)
         for _ in range(0 if self.cost.is_6nd else 200):
             before, N = N, size(*self.cost.at(N))
@@ -106,7 +106,7 @@ class Law:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """N_opt = k_N C^a and D_opt = k_D C^b; it knows the optimum, but no loss. Constants may be arrays, as in `Law`."""
+    """N_opt = k_N C^a and D_opt = k_D C^b, without a predicted loss. Constants may be arrays, as in `Law`."""
 
     name: str
     k_N: float  # noqa: N815
@@ -121,7 +121,7 @@ class PowerLaw:
         return {name: float(getattr(self, name)) for name in ("a", "b", "k_N", "k_D")}
 
     def optimal(self, C: float) -> tuple[float, float]:
-        """(N, D) of least loss for C training FLOPs, counted as `flops_convention` says."""
+        """(N, D) of lowest loss for C training FLOPs, counted by `flops_convention`."""
         return self.k_N * C**self.a, self.k_D * C**self.b
 
     def tokens_for(self, N: float) -> float:
@@ -134,14 +134,14 @@ class PowerLaw:
 
 
 def exponents(law: Law | PowerLaw, low: float, high: float) -> tuple[float, float]:
-    """N and D of the optimum grow as these powers of C between `low` and `high` FLOPs: a and b, where C is 6ND."""
+    """Exponents of the optimal N and D in C between `low` and `high` FLOPs: a and b if C is 6ND."""
     (n, d), (N, D) = law.optimal(low), law.optimal(high)
     return np.log(N / n) / math.log(high / low), np.log(D / d) / math.log(high / low)
 
 
 def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
-    """The law that approach 1, 2 or 3 gave in a laws.json. Raises UserError, one line, for a file that cannot be
-    read or is not a laws.json, an approach that is missing or null, a constant that is not a finite number > 0."""
+    """The law of approach 1, 2 or 3 in a laws.json. Raises UserError if the file cannot be read or is not a laws.json,
+    if the approach is missing or null, or if a constant is not a finite number > 0."""
     try:
         laws = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -151,10 +151,10 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
     key = f"approach{approach}"
     meta = laws.get("meta") if isinstance(laws, dict) else None
     if not isinstance(meta, dict) or key not in laws:
-        raise UserError(f"`law` {path}: not a laws.json of fit.py: it needs the keys {key} and meta")
+        raise UserError(f"`law` {path}: not a laws.json of fit.py: needs the keys {key} and meta")
     if not isinstance(laws[key], dict):
         reasons = meta.get("reasons") or {}
-        raise UserError(f"`law` {path}: no approach {approach} in it ({reasons.get(key, 'the fit gave none')})")
+        raise UserError(f"`law` {path}: has no approach {approach} ({reasons.get(key, 'no reason given')})")
 
     def constant(name: str) -> float:
         value = laws[key].get(name)
@@ -198,7 +198,7 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
 
 
 def _scatter(fit: dict) -> dict:
-    """`replicates` and `noise` of a laws.json, where it has them as they should be."""
+    """`replicates` and `noise` of an approach in laws.json; {} if they are missing or malformed."""
     found, noise = fit.get("replicates"), fit.get("noise")
     try:
         constants = {name: np.array(found[name], float) for name in ("E", "A", "B", "alpha", "beta")}
@@ -210,8 +210,8 @@ def _scatter(fit: dict) -> dict:
 
 
 def laws_json(approach1, approach2, approach3, meta: dict) -> dict:
-    """The contents of laws.json. Each approach is the dict of a fit's `to_json(bootstrap)` or the NotIdentified that
-    it raised: that becomes null, with the reason under meta.reasons."""
+    """The contents of laws.json. Each approach is the dict of a fit's `to_json(bootstrap)`, or the NotIdentified that
+    it raised, which becomes null with the reason under meta.reasons."""
     laws, reasons = {}, {}
     for key, value in (("approach1", approach1), ("approach2", approach2), ("approach3", approach3)):
         refused = isinstance(value, Exception)
@@ -222,6 +222,6 @@ def laws_json(approach1, approach2, approach3, meta: dict) -> dict:
 
 
 def laws_text(laws: dict) -> str:
-    """laws.json at full precision, a list of numbers on one line."""
+    """laws.json at full precision, with each list of numbers on one line."""
     text = json.dumps(laws, indent=1, allow_nan=False) + "\n"
     return re.sub(r"\[\s+([^][{}\"]+?)\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)

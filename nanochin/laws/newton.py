@@ -1,10 +1,10 @@
 """Newton's method on many small problems at once: thousands of bootstrap replicates in one batch of numpy calls.
 
 The objective is a sum of Huber functions, so its Hessian jumps where a residual crosses delta and may be indefinite
-away from the optimum. Each problem therefore has a damping mu of its own: 0 is the exact Newton step; as mu grows, the
-Hessian is blended towards the one of iteratively reweighted least squares, which lies above the objective, and its
-diagonal is raised. A step that does not descend is never taken, and a problem counts as converged only if an exact
-Newton step promises less than `TOLERANCE` of the objective.
+away from the optimum. So each problem has its own damping mu: 0 is the exact Newton step; as mu grows, the Hessian is
+blended with that of iteratively reweighted least squares, which majorises the objective, and its diagonal is raised.
+Steps that do not descend are never taken. A problem has converged only if the predicted gain of an exact Newton step is
+less than `TOLERANCE` of the objective.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TOLERANCE = 1e-13  # of the objective, still to be gained by the next step
-FLOOR = 1e-30  # of the summed weights: what rounding leaves of the objective of noise-free data
+TOLERANCE = 1e-13  # predicted gain of the next step, relative to the objective
+FLOOR = 1e-30  # rounding error in the objective of noise-free data, relative to the summed weights
 MAX_STEPS = 300
 
-# Damping begins at the first number where a step fails, and ends below the second. What is not done after 10 steps
-# lies in a long, flat, curved valley, with eigenvalues 1e-6 of the largest: damped by 0.02 it would hardly move.
+# Damping starts at the first number when a step fails, and ends below the second. Problems not converged after 10 steps
+# are in a long, flat, curved valley, with eigenvalues 1e-6 of the largest: damping by 0.02 would nearly stop them.
 DAMPING, FINE_DAMPING, FINE_FROM = (0.02, 1e-3), (1e-5, 1e-5), 10
 
 # (theta (K, p), mu (K,), rows (K,): which problems) -> objective (K,), gradient (K, p), Hessian (K, p, p)
@@ -26,7 +26,7 @@ Evaluate = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.n
 
 @dataclass
 class Optimum:
-    """Of K problems."""
+    """Optima of K problems."""
 
     theta: np.ndarray  # (K, p)
     objective: np.ndarray  # (K,)
@@ -38,19 +38,19 @@ def minimise(
     evaluate: Evaluate, theta, lower, upper, weight, tolerance: float = TOLERANCE, damping=0.0, most: int = MAX_STEPS
 ) -> Optimum:
     """Minimise K problems of p unknowns from theta (K, p), each within lower <= theta <= upper, (p,) or (K, p); weight
-    (K,) is what the objective's terms weigh in sum. A coordinate with lower == upper is held fixed. After `most` steps
-    a problem is given up."""
+    (K,) is the sum of the weights in each objective. A coordinate with lower == upper is fixed. Problems that have not
+    converged stop after `most` steps."""
     theta = np.clip(theta, lower, upper)
     K = len(theta)
     lower, upper = np.broadcast_to(lower, theta.shape), np.broadcast_to(upper, theta.shape)
     mu = np.full(K, float(damping))
     result = Optimum(theta.copy(), np.full(K, np.inf), np.zeros(K, bool))
-    rows = np.arange(K)  # problems that still move; all arrays below are theirs
+    rows = np.arange(K)  # problems not finished; all arrays below are of these
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         F, g, H = evaluate(theta, mu, rows)
         for taken in range(most + 1):
             step, gain = _step(theta, g, H, mu, lower, upper)
-            # An exact Newton step with nothing left to gain. `gain` is negative for an indefinite Hessian.
+            # An exact Newton step would gain nothing. `gain` is negative for an indefinite Hessian.
             rounding = FLOOR * weight[rows]
             done = (mu == 0) & (gain >= 0) & (gain <= tolerance * F + rounding) | (rounding >= F)
             result.converged[rows[done]] = True
@@ -67,7 +67,7 @@ def minimise(
             least, last = DAMPING if taken < FINE_FROM else FINE_DAMPING
             softer = np.where(mu > last, mu / 10, 0.0)
             F_new, g_new, H_new = evaluate(trial, softer, rows)
-            # The last digits of two nearly equal sums say nothing.
+            # The last digits of two nearly equal sums are rounding errors.
             better = (F_new <= F * (1 + 1e-15)) & (gain >= 0) & np.isfinite(g_new).all(1)
             theta = np.where(better[:, None], trial, theta)
             F, g = np.where(better, F_new, F), np.where(better[:, None], g_new, g)
@@ -79,20 +79,20 @@ def minimise(
 
 
 def _step(theta, g, H, mu, lower, upper) -> tuple[np.ndarray, np.ndarray]:
-    """Damped Newton step (K, p) on the coordinates that are not held by a bound, and what it promises to gain (K,)."""
+    """Damped Newton step (K, p) on the coordinates that are not held by a bound, and its predicted gain (K,)."""
     p = theta.shape[1]
     free = ~(((theta <= lower) & (g >= 0)) | ((theta >= upper) & (g <= 0)) | (lower == upper))
     g = g * free
     H = H * (free[:, :, None] & free[:, None, :])
     diagonal = np.einsum("kii->ki", H)  # a view
-    # Raised a little even at mu = 0 (by rounding's size), so that a flat direction stays solvable.
+    # Raised by about rounding error even at mu = 0, so that flat directions stay solvable.
     diagonal += (mu[:, None] + 1e-14) * np.abs(diagonal) + ~free + 1e-300
     bad = ~np.isfinite(H).all((1, 2))
     if bad.any():
         H[bad], g[bad] = np.eye(p), 0
     try:
         step = -np.linalg.solve(H, g[:, :, None])[:, :, 0]
-    except np.linalg.LinAlgError:  # one of them is singular to the last bit
+    except np.linalg.LinAlgError:  # one of them is exactly singular
         step = -np.linalg.solve(H + 1e-9 * np.abs(H).max((1, 2))[:, None, None] * np.eye(p), g[:, :, None])[:, :, 0]
     gain = -np.einsum("ki,ki->k", g, step)
     gain[bad] = -1

@@ -1,9 +1,8 @@
 """Approach 3: the parametric loss, L(N, D) = E + A / N^alpha + B / D^beta.
 
-`reference_fit` is the procedure of the paper. `fit_parametric` finds the same optimum in milliseconds where that takes
-minutes, from nearly every start, by three things: centred logs and the exact Hessian (surface.py), starts by variable
-projection, which for given exponents solves the other three constants as a linear problem, and Newton steps for all
-starts in one batch (newton.py).
+`reference_fit` is the procedure of the paper. `fit_parametric` finds the same optimum from nearly every start, in
+milliseconds instead of minutes: centred logs and the exact Hessian (surface.py), starts by variable projection, which
+solves for the other three constants linearly at given exponents, and Newton steps for all starts at once (newton.py).
 """
 
 import itertools
@@ -18,7 +17,7 @@ from nanochin.laws.law import Law, NotIdentified
 from nanochin.laws.newton import minimise
 from nanochin.laws.surface import NAMES, Surface, projected_starts
 
-AGREE = 1e-9  # starts agree when their objectives do, relative
+AGREE = 1e-9  # relative difference of objectives up to which starts agree
 # log A, log B, log E, alpha, beta: the starts of Hoffmann et al. 2022, Appendix D.2.
 GRID = list(itertools.product(range(0, 30, 5), range(0, 30, 5), (-1, -0.5, 0, 0.5, 1), *2 * [(0, 0.5, 1, 1.5, 2)]))
 
@@ -37,7 +36,7 @@ def reference_objective(theta, log_n, log_d, log_loss, delta: float = 1e-3, weig
 
 
 def reference_fit(N, D, loss, *, delta: float = 1e-3, starts=GRID) -> tuple[Law, float]:
-    """(law, objective): L-BFGS from every start, the lowest optimum kept, as in the paper. Slow: a minute or two for
+    """(law, objective) of the lowest optimum of L-BFGS from every start, as in the paper. Slow: a minute or two for
     240 rows. Tests compare `fit_parametric` with it; python -m bench.fit times both."""
     from scipy.optimize import minimize
 
@@ -54,19 +53,19 @@ def reference_fit(N, D, loss, *, delta: float = 1e-3, starts=GRID) -> tuple[Law,
 
 @dataclass(frozen=True)
 class ParametricFit:
-    """The global optimum of the sum of Huber_delta over residuals, and how it was certified."""
+    """The global optimum of the sum of Huber_delta over residuals, and how it was verified."""
 
     law: Law
     objective: float  # the SUM over rows, at the optimum
     delta: float  # math.inf: least squares
     space: str  # of the residuals, predicted minus observed: "log" loss or "linear" loss
-    starts: int  # that were refined to the end
-    starts_agreeing: int  # of these the ones that reached the optimum (1e-9 relative)
-    gradient_norm: float  # largest component of the gradient over the sum of its terms' sizes: 0 is exact, 1 is none
-    at_bound: tuple[str, ...]  # constants that ran into their bounds: they are not identified by the data
-    fixed_e: float | None  # the E that was given, if any
+    starts: int  # number of starts, all minimised
+    starts_agreeing: int  # how many of them reached the optimum (1e-9 relative)
+    gradient_norm: float  # largest gradient component over the sum of its absolute terms: 0 at an exact optimum
+    at_bound: tuple[str, ...]  # constants at their bounds: not identified by the data
+    fixed_e: float | None  # the given E, if any
     tied: bool  # alpha = beta
-    N: np.ndarray  # (n,) the rows that were fitted
+    N: np.ndarray  # (n,) the fitted rows
     D: np.ndarray
     loss: np.ndarray
     weights: np.ndarray
@@ -99,7 +98,7 @@ class ParametricFit:
 
     @property
     def noise(self) -> float | None:
-        """Standard deviation of a run's log loss about the law; None where there are no more runs than constants."""
+        """Standard deviation of a run's log loss about the law; None without more runs than constants."""
         free = self.n - (5 - self.tied - (self.fixed_e is not None))
         return math.sqrt(np.sum(self.residuals**2) / free) if free > 0 else None
 
@@ -107,13 +106,13 @@ class ParametricFit:
 def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: float | None = None, tied: bool = False,
                    weights=None, starts: int = 12, allow_bound: bool = False, name: str = "Approach 3",
                    params_convention: str = "total", cost: Cost = SIX_ND) -> ParametricFit:  # fmt: skip
-    """Minimise sum_i w_i Huber_delta(r_i), r the residual of log loss (or of loss: space="linear"). `cost` says in
-    which FLOPs the law will be asked for optima; it does not enter the fit.
+    """Minimise sum_i w_i Huber_delta(r_i), r the residual of log loss (or of loss: space="linear"). `cost` counts the
+    FLOPs of the law's optima; the fit does not use it.
 
     delta=math.inf is least squares; `E` fixes the irreducible loss; `tied` forces alpha = beta.
-    Raises NotIdentified: fewer than 6 rows, fewer than 3 sizes or token counts, E or an exponent at its bound (unless
-    `allow_bound`, which leaves that to `at_bound`), a fixed E not below the lowest loss, no start that converges, no
-    two starts that agree on the lowest optimum."""
+    Raises NotIdentified: fewer than 6 rows, fewer than 3 sizes or token counts, E or an exponent at its bound (with
+    `allow_bound` only reported in `at_bound`), a fixed E not below the lowest loss, no start converges, no two starts
+    agree on the lowest optimum."""
     surface = Surface.of(N, D, loss, delta=delta, space=space, E=E, tied=tied, weights=weights)
     z = projected_starts(surface, starts)
     if not len(z):
@@ -125,7 +124,7 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: fl
     agreeing = found.converged & agree(found.objective, found.objective[best], surface.weights.sum())
     if agreeing.sum() < 2 <= len(found.theta):
         raise NotIdentified(
-            f"Approach 3: only 1 of {len(found.theta)} starts ends in the lowest optimum: it is not confirmed; add runs"
+            f"Approach 3: only 1 of {len(found.theta)} starts reaches the lowest optimum: not confirmed; add runs"
         )
     z = found.theta[best : best + 1]
     bounds = tuple(n for n, at in zip(NAMES, surface.at_bound(z)[0], strict=True) if at)
@@ -139,15 +138,15 @@ def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: fl
 
 
 def agree(objective, best, weight):
-    """Whether `objective` is no higher than `best`; `weight` is that of their rows in sum. Noise-free rows leave an
-    objective of rounding errors only, in which all starts agree."""
+    """Whether `objective` is not higher than `best`; `weight` is the sum of the weights. With noise-free rows all
+    objectives are rounding errors, and all starts agree."""
     return objective <= best * (1 + AGREE) + 1e-24 * weight
 
 
 def _explain(bounds: tuple[str, ...]) -> str:
     if bounds == ("E",):
-        return "Approach 3: E is not identified: the best E is its bound, 0; add larger or longer runs, or fix E"
-    return f"Approach 3: {', '.join(bounds)} not identified: the best values are at the bounds of the search"
+        return "Approach 3: E is not identified: the best E is at its bound, 0; add larger or longer runs, or fix E"
+    return f"Approach 3: {', '.join(bounds)} not identified: the best values are at their bounds"
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def fit_kaplan_form(N, D, loss, *, delta: float = 1e-3) -> KaplanForm:
         psi = np.clip(r, -delta, delta)
         keep = (1 / (1 + mu))[:, None]
         q = keep * (psi == r) + (1 - keep) * np.minimum(1, delta / np.maximum(np.abs(r), 1e-300))
-        dh = np.stack([np.zeros_like(p), p, -x * p, 1 - p], 2)  # of h; below of c h
+        dh = np.stack([np.zeros_like(p), p, -x * p, 1 - p], 2)  # derivatives of h; below those of c h
         dm = c[:, :, None] * dh
         dm[:, :, 0] = h
         d = np.stack([np.zeros_like(p), np.ones_like(p), np.broadcast_to(-x, p.shape), -np.ones_like(p)], 2)

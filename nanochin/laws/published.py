@@ -1,4 +1,4 @@
-"""Laws of others, to stand beside ours. Their constants belong to other tokenizers and corpora; compare exponents."""
+"""Published laws, for comparison. Their constants are for other tokenizers and corpora; compare exponents."""
 
 import math
 from dataclasses import replace
@@ -20,8 +20,8 @@ BESIROGLU = Law(
     meta={"source": "arXiv 2404.10102"},
 )
 
-# Hoffmann et al. 2022, Approach 3, with the digits that its LaTeX source holds. The printed 1.69, 406.4, 410.7,
-# 0.34, 0.28 are rounded so hard that they move the optimum of Gopher's budget from 40B to 32B parameters.
+# Hoffmann et al. 2022, Approach 3, with the digits of its LaTeX source. The printed 1.69, 406.4, 410.7, 0.34, 0.28 are
+# rounded so much that they move the optimum of Gopher's budget from 40B to 32B parameters.
 HOFFMANN = Law(
     "Hoffmann et al. 2022, Approach 3",
     E=math.exp(0.5267228),
@@ -33,7 +33,7 @@ HOFFMANN = Law(
 )
 
 # Tables 3 and A3 of Hoffmann et al. 2022: parameters, then FLOPs and tokens of the compute-optimal run according to
-# Approaches 1, 2 and 3. As printed, but for Approach 3 at 175B: the paper has 1.26e24, a tenth of 6 N D.
+# Approaches 1, 2 and 3. As printed, except Approach 3 at 175B, where the paper has 1.26e24, a tenth of 6 N D.
 TABLE_3 = (
     (0.4e9, 1.92e19, 8.0e9, 1.84e19, 7.7e9, 2.21e19, 9.2e9),
     (1e9, 1.21e20, 20.2e9, 1.20e20, 20.0e9, 1.62e20, 27.1e9),
@@ -48,7 +48,7 @@ TABLE_3 = (
 
 
 def _from_table_3(name: str, column: int) -> PowerLaw:
-    """The paper prints exponents to two digits and no constants: both are read off its table of predictions."""
+    """The paper prints exponents to two digits and no constants: both are fitted to its table of predictions."""
     log_c, log_n, log_d = np.log([[row[i] for row in TABLE_3] for i in (column, 0, column + 1)])
     (k_N, a), (k_D, b) = line(log_c, log_n), line(log_c, log_d)
     return PowerLaw(
@@ -78,7 +78,7 @@ KAPLAN = PowerLaw(
     meta={"source": "arXiv 2001.08361"},
 )
 
-# Muennighoff et al. 2023 (arXiv 2305.16264), fitted on C4 with alpha = beta: the law under their data-constrained one
+# Muennighoff et al. 2023 (arXiv 2305.16264), fitted on C4 with alpha = beta: the base of their data-constrained law
 # (allocation.DataConstrained).
 MUENNIGHOFF = Law(
     "Muennighoff et al. 2023",
@@ -94,8 +94,8 @@ PUBLISHED = (HOFFMANN_1, HOFFMANN_2, HOFFMANN, BESIROGLU, KAPLAN, MUENNIGHOFF)
 
 
 def advice(law: Law | PowerLaw, cost: Cost, C) -> tuple:
-    """(N, D) by a law of others for C FLOPs that `cost` counts. One that knows the loss is asked for the least at that
-    cost; of one that knows only optima of 6ND it is the one that costs C; Kaplan's keeps to its own count."""
+    """(N, D) of a published law for C FLOPs counted by `cost`: of a `Law` the lowest loss at that cost; of a `PowerLaw`
+    in 6ND the optimum that costs C; Kaplan's law keeps its own FLOP count."""
     if isinstance(law, Law):
         return replace(law, cost=cost).optimal(C)
     if law.flops_convention != "6nd":

@@ -2,7 +2,7 @@
 
     sum_i w_i Huber_delta(r_i),   r_i = log(u1 + u2 + E) - log L_i,   u1 = A N_i^-alpha,   u2 = B D_i^-beta
 
-log N and log D are centred: otherwise A trades off against alpha, and B against beta, and every optimiser crawls.
+log N and log D are centred: otherwise A trades off against alpha, B against beta, and every optimiser is slow.
 """
 
 from dataclasses import dataclass, replace
@@ -16,12 +16,12 @@ from nanochin.laws.newton import TOLERANCE, Optimum, minimise
 MIN_ROWS, MIN_SIZES = 6, 3
 EXPONENTS = (1e-3, 4.0)  # bounds of alpha and beta
 SCALE = 40.0  # bound of |log u1| and |log u2| at the mean of log N and log D
-BLOCK = 24_576  # numbers in an intermediate array: 192 KiB, so that those in use stay in cache and off the page tables
+BLOCK = 24_576  # numbers in an intermediate array: 192 KiB, so that arrays stay in cache without page faults
 BATCH = 2**22  # numbers in the weights of a batch of replicates: 32 MiB
-NARROW = np.log(1.3)  # runs whose budgets or ratios D/N all lie within this factor count as one
-CORNERS = 5e-5  # a delta on log loss below which Newton's method needs to be led
-FLAT = 1e-4  # gradient norm of an optimum, at most
-ROUNDING = 1e-12  # eigenvalues of a Hessian whose diagonal is 1 that may as well be 0
+NARROW = np.log(1.3)  # budgets or ratios D/N within this factor count as one
+CORNERS = 5e-5  # delta on log loss below which fits start with larger deltas
+FLAT = 1e-4  # largest gradient norm of an optimum
+ROUNDING = 1e-12  # eigenvalues of a Hessian with unit diagonal that count as 0
 EPS = np.finfo(float).eps
 
 # The unknowns: log u1 at the centre (it holds A), alpha, log u2 at the centre (it holds B), beta, E.
@@ -30,33 +30,33 @@ NAMES = ("A", "alpha", "B", "beta", "E")
 
 @dataclass(frozen=True)
 class Surface:
-    """The rows, and what is minimised over them. Weights are (n,), or (K, n) for K replicates."""
+    """The rows and the objective over them. Weights are (n,), or (K, n) for K replicates."""
 
     N: np.ndarray  # (n,)
     D: np.ndarray
     loss: np.ndarray
     weights: np.ndarray
     delta: float
-    space: str  # "log" or "linear": of the residuals
+    space: str  # of the residuals: "log" or "linear"
     target: np.ndarray  # (n,) log loss or loss
     centre: tuple[float, float]  # means of log N and log D
     bases: tuple[np.ndarray, ...]  # columns of x = log N - mean and y = log D - mean, see `_block`
-    free: np.ndarray  # (5, p): the unknowns z that are optimised give theta = free z; alpha = beta leaves p = 4
+    free: np.ndarray  # (5, p): theta = free z for the unknowns z; p = 4 if alpha = beta, else 5
     lower: np.ndarray  # (p,)
     upper: np.ndarray
 
     @classmethod
     def of(cls, N, D, loss, *, delta: float, space: str, E: float | None, tied: bool, weights=None) -> "Surface":
-        """Raises NotIdentified for rows that cannot hold the law, ValueError for what is not a positive number."""
+        """Raises NotIdentified for rows that cannot identify the law, ValueError for numbers that are not positive."""
         N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
         weights = np.ones(len(N)) if weights is None else np.asarray(weights, np.float64)
         for label, v in (("N", N), ("D", D), ("loss", loss)):
             if v.shape != N.shape or not (np.isfinite(v) & (v > 0)).all():
-                raise ValueError(f"{label}: needs one finite number above 0 a row")
+                raise ValueError(f"{label}: needs one finite number above 0 per row")
         if space not in ("log", "linear") or not delta > 0:
             raise ValueError(f"space {space!r}, delta {delta}: must be log or linear, and above 0")
         if loss.size and not np.exp(-SCALE) < loss.min() <= loss.max() < np.exp(SCALE):
-            raise NotIdentified(f"Approach 3: losses from {loss.min():.3g} to {loss.max():.3g} are no nats per token")
+            raise NotIdentified(f"Approach 3: losses from {loss.min():.3g} to {loss.max():.3g} are not nats per token")
         if E is not None and not 0 <= E < loss.min(initial=np.inf):
             raise NotIdentified(
                 f"Approach 3: E is fixed at {E:g}, but must be at least 0 and below the lowest loss, "
@@ -74,11 +74,11 @@ class Surface:
         for what, v in (("one budget (6 N D)", x + y), ("one ratio D/N", y - x)):
             if np.ptp(v) < NARROW:
                 raise NotIdentified(
-                    f"Approach 3 cannot tell N from D: all runs are at {what}, within {np.exp(np.ptp(v)):.3g}x"
+                    f"Approach 3 cannot separate N and D: all runs are at {what}, within {np.exp(np.ptp(v)):.3g}x"
                 )
         spread = np.linalg.svd(np.stack([x, y]), compute_uv=False)
         if spread[1] < 1e-3 * spread[0]:
-            raise NotIdentified("Approach 3 cannot tell N from D: all runs lie on one line in log N and log D")
+            raise NotIdentified("Approach 3 cannot separate N and D: all runs are on one line in log N and log D")
         columns = ((one, -x, x * x), (one, -y, y * y), (one, -x, -y, x * y), (one, -x), (one, -y))
         bases = tuple(np.stack(c, 1) for c in columns)
         low, high = EXPONENTS
@@ -111,17 +111,17 @@ class Surface:
         return np.array(theta)[[0, 1, 2, 4] if self.free.shape[1] == 4 else slice(None)]
 
     def at_bound(self, z) -> np.ndarray:
-        """(K, 5) bool, in the order of NAMES: constants that stand at a bound, a fixed E excepted."""
+        """(K, 5) bool, in the order of NAMES: constants at a bound, except a fixed E."""
         near = ((z <= self.lower + 1e-9) | (z >= self.upper - 1e-9)) & (self.lower < self.upper)
         return near @ self.free.T > 0
 
     def minimise(self, z, weights=None, *, cold: bool = False) -> Optimum:
-        """From K starts z (K, p), with weights (n,) or (K, n). `cold` starts, which are far from the optimum, are
-        first brought near by larger deltas: the objective is smoother there."""
+        """Optima from K starts z (K, p), with weights (n,) or (K, n). `cold` starts, far from the optimum, first use
+        larger deltas, for which the objective is smoother."""
         return self._minimise(z, self.weights if weights is None else weights, self.lower, self.upper, cold)
 
     def profile(self, z, E) -> Optimum:
-        """From z (p,), the optimum with each E (K,) held fixed."""
+        """Optima from z (p,) with E fixed at each of E (K,)."""
         lower, upper = (np.tile(v, (len(E), 1)) for v in (self.lower, self.upper))
         lower[:, -1] = upper[:, -1] = E
         return self._minimise(np.tile(z, (len(E), 1)), self.weights, lower, upper, cold=True)
@@ -134,17 +134,17 @@ class Surface:
         for delta, tolerance in self._larger_deltas(cold):
             z = minimise(objective(delta), z, lower, upper, total, tolerance, damping=0.1, most=50).theta
         found = minimise(objective(self.delta), z, lower, upper, total)
-        # Nothing left to gain is not enough. Where a term of the law has vanished there is a plateau, on which all
-        # terms of the gradient pull one way; and where the Hessian is not positive definite there is a saddle.
+        # A predicted gain of 0 is not enough: it may be a plateau, where a term of the law has vanished and all terms
+        # of the gradient have the same sign, or a saddle, where the Hessian is not positive definite.
         held = (found.theta <= lower) | (found.theta >= upper)
         norm = self.gradient_norm(found.theta, weights, held)
         proven = (norm < FLAT) & self.curves_up(found.theta, weights, held)
         return replace(found, converged=found.converged & proven, gradient_norm=norm)
 
     def _larger_deltas(self, cold: bool) -> list[tuple[float, float]]:
-        """(delta, tolerance) of what is minimised first. With a small delta nearly every row is a corner, among which
-        Newton's steps wander: there it is lowered by thirds, each optimum found before the next."""
-        typical = 1.0 if self.space == "log" else float(np.median(self.loss))  # what a relative residual is worth
+        """(delta, tolerance) to minimise with first. With a small delta the objective has a corner at nearly every row
+        and Newton steps wander: there delta is divided by 3 at a time, each optimum the start of the next."""
+        typical = 1.0 if self.space == "log" else float(np.median(self.loss))  # scale of the residuals
         path = [(3e-3, 1e-2)] if cold else []
         if self.delta < CORNERS * typical:
             path += [(3.0**-k, TOLERANCE) for k in range(6, 13)]  # 1.4e-3 to 1.9e-6
@@ -155,8 +155,8 @@ class Surface:
         return [slice(k, k + size) for k in range(0, K, size)]
 
     def __call__(self, z, mu, weights, delta: float, rows=None):
-        """Of K problems z (K, p) with weights (n,) or weights[rows]: objective (K,), gradient (K, p) and Hessian
-        (K, p, p), the last blended by mu (K,) towards the one of reweighted least squares (see newton.py)."""
+        """Objective (K,), gradient (K, p) and Hessian (K, p, p) of K problems z (K, p) with weights (n,) or
+        weights[rows]. The Hessian is blended by mu (K,) with that of reweighted least squares (see newton.py)."""
         rows = np.arange(len(z)) if rows is None else rows
         F, g, H = np.empty(len(z)), np.empty((len(z), 5)), np.empty((len(z), 5, 5))
         theta = z @ self.free.T
@@ -185,7 +185,7 @@ class Surface:
             t = (mu / (1 + mu))[blend, None]
             w = weights[blend] if weights.ndim == 2 else weights
             q[blend] = (1 - t) * q[blend] + t * w * np.minimum(1, delta / np.maximum(np.abs(r[blend]), 1e-300))
-            for v in (s, s1, s2):  # of these only the second derivatives of the law are still to come
+            for v in (s, s1, s2):  # only the second derivatives of the law still use these
                 v[blend] *= 1 - t
         if self.space == "log":
             q -= s
@@ -218,10 +218,10 @@ class Surface:
         return total, u1, u2, f
 
     def gradient_norm(self, z, weights, held) -> np.ndarray:
-        """(K,): the largest component of the gradient over the sum of the sizes of its terms, `held` coordinates
-        (K, p) left out. It has no units: 0 is an exact optimum, 1 a point where all terms pull the same way."""
+        """(K,): the largest component of the gradient over the sum of its absolute terms, without `held` coordinates
+        (K, p). Dimensionless: 0 at an exact optimum, 1 where all terms have the same sign."""
         linear_n, linear_d = self.bases[3:]
-        # Of noise-free rows the residuals hold nothing but rounding.
+        # With noise-free rows the residuals are only rounding errors.
         rounding = 1e8 * EPS * np.abs(self.target).max()
         g, size = np.empty((2, len(z), 5))
         for k in self._blocks(len(z)):
@@ -236,11 +236,11 @@ class Surface:
         return np.where(held, 0, np.abs(g @ self.free) / (size @ self.free)).max(1)
 
     def curves_up(self, z, weights, held) -> np.ndarray:
-        """(K,) bool: whether the Hessian at z (K, p) is positive definite, `held` coordinates (K, p) left out."""
+        """(K,) bool: whether the Hessian at z (K, p), without `held` coordinates (K, p), is positive definite."""
         H = self(z, np.zeros(len(z)), weights, self.delta)[2]
         free = ~held
         H = np.where(free[:, :, None] & free[:, None, :], H, np.eye(z.shape[1]))
-        scale = np.sqrt(np.maximum(np.einsum("kii->ki", H), 1e-300))  # its diagonal becomes 1: no units
+        scale = np.sqrt(np.maximum(np.einsum("kii->ki", H), 1e-300))  # for a unit diagonal, dimensionless
         H = H / (scale[:, :, None] * scale[:, None, :])
         finite = np.isfinite(H).all((1, 2))
         return finite & (np.linalg.eigvalsh(np.where(finite[:, None, None], H, 0)).min(1) > ROUNDING)
@@ -248,8 +248,8 @@ class Surface:
 
 def projected_starts(surface: Surface, count: int, weights=None) -> np.ndarray:
     """(count, p) starts by variable projection: for given exponents E, A and B are a linear least-squares problem
-    (weights 1 / L^2 imitate log residuals). A grid of (alpha, beta) is solved whole; the best cells are
-    the starts, no two of them neighbours, so that it means something if they agree on one optimum."""
+    (weights 1 / L^2 imitate log residuals). It is solved on a grid of (alpha, beta); the starts are the
+    best cells, no two of them neighbours, so that agreement on one optimum is evidence for it."""
     weights = surface.weights if weights is None else weights
     pick = slice(None, None, max(1, len(surface.N) // 2000))  # starts need no more rows than that
     x, y, L = surface.bases[3][pick, 1], surface.bases[4][pick, 1], surface.loss[pick]
@@ -268,7 +268,7 @@ def projected_starts(surface: Surface, count: int, weights=None) -> np.ndarray:
     fixed = surface.lower[-1] == surface.upper[-1]
     best = np.full((576, 3), np.nan)
     left = np.ones(576, bool)
-    # E as it comes, where it is inside its bounds; else at the bound nearest to zero.
+    # E from least squares where it is not negative, else 0.
     for E in (surface.lower[-1],) if fixed else (None, 0.0):
         k = 3 if E is None else 2
         ridge = 1e-12 * np.einsum("kii->ki", normal)[:, :k, None] * np.eye(k)
