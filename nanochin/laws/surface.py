@@ -16,7 +16,7 @@ from nanochin.laws.newton import TOLERANCE, Optimum, minimise
 MIN_ROWS, MIN_SIZES = 6, 3
 EXPONENTS = (1e-3, 4.0)  # bounds of alpha and beta
 SCALE = 40.0  # bound of |log u1| and |log u2| at the mean of log N and log D
-BLOCK = 24_576  # numbers in an intermediate array: 192 KiB, so that arrays stay in cache without page faults
+BLOCK = 24_576  # numbers in an intermediate array: 192 KiB, so that arrays stay in cache and covered by the TLB
 BATCH = 2**22  # numbers in the weights of a batch of replicates: 32 MiB
 NARROW = np.log(1.3)  # budgets or ratios D/N within this factor count as one
 CORNERS = 5e-5  # delta on log loss below which fits start with larger deltas
