@@ -1,12 +1,12 @@
-"""The commands beside train.py, sweep.py and fit.py: python -m nanochin COMMAND ...
+"""Commands in addition to train.py, sweep.py and fit.py: python -m nanochin COMMAND ...
 
-    sample     text from a run
+    sample     sample text from a run
     evaluate   loss and bits per byte of a run on any text
-    export     a run as a folder that transformers and lm-eval load
-    ladder     which models a budget can buy
-    flops      where the FLOPs of a shape go
+    export     export a run for transformers and lm-eval
+    ladder     models that fit a compute budget
+    flops      FLOPs of a model by operation
 
-python -m nanochin COMMAND --help says more.
+python -m nanochin COMMAND --help shows the options.
 """
 
 import importlib

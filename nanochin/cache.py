@@ -1,7 +1,7 @@
-"""A cache folder: text in, shards of token ids out, whole or absent.
+"""The cache of tokenised text: builds a folder of shards atomically.
 
-Threads encode: tiktoken releases Python's lock, and unlike processes they need no second import of the program, no
-copies of the text, and leave nothing behind when the program is killed.
+Encoding uses threads, since tiktoken releases the GIL. Unlike processes they import nothing again, copy no text and
+leave nothing behind when the program is killed.
 """
 
 import hashlib
@@ -36,41 +36,41 @@ from nanochin.text import (
 from nanochin.tokenizer import Tokenizer, train_bpe
 
 VERSION = 1  # of the cache folder's content; part of its name
-SHARD = 100_000_000  # tokens in a shard
-UNFINISHED = "nanochin-unfinished"  # an empty file in a cache folder that is being made: the proof that it is ours
+SHARD = 100_000_000  # tokens per shard
+UNFINISHED = "nanochin-unfinished"  # empty file that marks a folder as ours while it is being built
 JOB = 1 << 20  # bytes of text that a thread encodes at a time
-BPE_SAMPLE = 1 << 25  # bytes of text that it is trained on, at most
+BPE_SAMPLE = 1 << 25  # maximum bytes of text to train a BPE on
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the content of a cache folder."""
+    """Everything that determines the content of a cache folder."""
 
     name: str
     train: list[File]
-    val: list[File]  # none: part of the training files
+    val: list[File]  # empty: split from the training files
     val_bytes: int
     tokenizer: str
     vocab_size: int | None  # of our own BPE
     skip_bad: bool
 
     def key(self) -> str:
-        """Not of skip_bad: text without bad records comes out alike, and `prepare` refuses what it does not allow."""
+        """Without skip_bad: it does not change text without bad records, and `prepare` rejects text with them."""
         parts = [VERSION, fingerprint(self.train), fingerprint(self.val), self.val_bytes]
         return hashlib.sha256(json.dumps([*parts, self.tokenizer, self.vocab_size]).encode()).hexdigest()[:12]
 
 
 def build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
-    """Make `folder` under a temporary name, then rename it: finished, or not there at all."""
+    """Build `folder` under a temporary name, then rename it. Raises UserError if that name is taken."""
     temp = folder.with_name(folder.name + ".tmp")
     for leftover in folder.parent.glob("*.tmp"):
-        with suppress(OSError):  # somebody else's; Timeout is one, too: another run is still writing it
+        with suppress(OSError):  # no permission; Timeout (an OSError): another run is still writing it
             if _is_unfinished(leftover):
                 with nullcontext() if leftover == temp else FileLock(leftover.with_suffix(".lock"), timeout=0):
                     _discard(leftover)
     if temp.is_symlink() or temp.exists() and not (temp.is_dir() and not any(temp.iterdir())):
         raise UserError(
-            f"{temp}: already exists and is not a temporary folder of nanochin's; move or delete it, then run again"
+            f"{temp}: already exists and is not a temporary folder of nanochin; move or delete it and rerun"
         )
     temp.mkdir(exist_ok=True)
     try:
@@ -92,13 +92,13 @@ def build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
 
 
 def _is_unfinished(path: Path) -> bool:
-    """Whether `path` is a cache folder that a run of ours began. Its name alone is no proof."""
+    """Whether `path` is an unfinished cache folder of nanochin. The name alone does not prove it."""
     named = re.fullmatch(r".+-[0-9a-f]{12}\.tmp", path.name)
     return bool(named) and not path.is_symlink() and (path / UNFINISHED).is_file()
 
 
 def _discard(temp: Path) -> None:
-    """Delete an unfinished folder; what proves that it is ours goes last, in case this is interrupted."""
+    """Delete an unfinished folder, its marker file last, so that an interrupted deletion can be completed later."""
     with suppress(OSError):
         for path in temp.iterdir():
             if path.is_dir():
@@ -110,9 +110,9 @@ def _discard(temp: Path) -> None:
 
 
 def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
-    """Shards and tokenizer of the corpus into `temp`. Returns what meta.json says of them."""
+    """Write shards and tokenizer into `temp`. Returns the content of meta.json, but for the files."""
     if recipe.tokenizer != "bpe":
-        tokenizer = Tokenizer.load(recipe.tokenizer)  # first: without a network it fails, and reading may take long
+        tokenizer = Tokenizer.load(recipe.tokenizer)  # first, since it may fail (no network) and reading may be slow
     stage = Stage("reading", sum(file.size for file in recipe.train + recipe.val), progress)
     text = val_text = read_text(recipe.train, temp / "text", stage, recipe.skip_bad)
     if recipe.val:
@@ -152,7 +152,7 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
 
 
 def encode(text: Text, ranges: np.ndarray, tokenizer: Tokenizer, stage: Stage) -> Iterator[np.ndarray]:
-    """Tokens of `ranges` in order: end-of-text, then each document with end-of-text after its last byte."""
+    """Tokens of `ranges` in order: end-of-text, then each document followed by end-of-text."""
     eot = np.array([tokenizer.eot], tokenizer.dtype)
 
     def encode_job(job: list[tuple[int, int, bool]]) -> np.ndarray:
@@ -169,7 +169,7 @@ def encode(text: Text, ranges: np.ndarray, tokenizer: Tokenizer, stage: Stage) -
 
 
 def _pieces(text: Text, ranges: np.ndarray) -> Iterator[tuple[int, int, bool]]:
-    """`ranges` in pieces (start, stop, whether a document ends there) of one document and at most JOB bytes each."""
+    """`ranges` in pieces (start, stop, whether a document ends there) of at most JOB bytes of one document."""
     for start, stop in ranges.tolist():
         first, last = np.searchsorted(text.ends, [start + 1, stop + 1])
         ends = zip(map(int, text.ends[first:last]), repeat(True), strict=False)
@@ -184,8 +184,8 @@ def _pieces(text: Text, ranges: np.ndarray) -> Iterator[tuple[int, int, bool]]:
 
 
 def _cut(text: Text, start: int) -> int:
-    """Where to cut within JOB bytes of `start` so that no token changes: before a space after a visible ASCII
-    character, which no pattern of tiktoken joins. Failing that (rare), at a character."""
+    """Where to cut within JOB bytes of `start` without changing a token: before a space that follows a visible ASCII
+    character, where every tiktoken pattern splits. If there is none (rare), at a character boundary."""
     window = text.bytes[start : start + JOB].tobytes()
     last = re.match(rb".*[!-~](?= )", window, re.DOTALL)
     return start + last.end() if last else char_start(text, start + JOB)
@@ -211,7 +211,7 @@ def _jobs(pieces: Iterable[tuple[int, int, bool]]) -> Iterator[list[tuple[int, i
 
 
 def _write_shards(arrays: Iterable[np.ndarray], folder: Path, side: str) -> None:
-    """One stream of tokens as little-endian files side-00000.bin, ... of SHARD tokens."""
+    """Write a stream of tokens as little-endian files side-00000.bin, ... of SHARD tokens each."""
     arrays, number = iter(arrays), 0
     tokens = next(arrays)
     while len(tokens):

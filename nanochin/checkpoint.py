@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or absent, and a resumed run that ends in the same bits as an uninterrupted one.
+"""Atomic checkpoints: a resumed run is bit-identical to an uninterrupted one.
 
     checkpoints/step-N/model.safetensors      float32 weights
                        optimizer.safetensors  Adam's moments by parameter name, random-number state
                        state.json             step, counters, SHA-256 of the other two and of itself
 
-Written as step-N.tmp, fsynced, renamed; older ones are deleted only after that. No pickle anywhere.
+Written as step-N.tmp, fsynced, renamed; older checkpoints are deleted only after that. No pickle anywhere.
 """
 
 import hashlib
@@ -27,35 +27,35 @@ from nanochin.tokenizer import Tokenizer
 
 
 def save(run: Path, step: int, model: nn.Module, optimizer: Adam, state: dict) -> None:
-    """Write checkpoint `step` of the run; `state` is any JSON object. Raises RunError if the disk refuses."""
+    """Write checkpoint `step` of the run; `state` is any JSON object. Raises RunError if it cannot be written."""
     final = run / "checkpoints" / f"step-{step}"
-    aside = final.with_name(final.name + ".tmp")
+    temp = final.with_name(final.name + ".tmp")
     last = newest(run)
     remark = f"; the last good checkpoint is {last}" if last else "; there is no earlier checkpoint"
     with writing(final, remark):
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            shutil.rmtree(temp, ignore_errors=True)
+            temp.mkdir(parents=True)
             tensors = {"model": _model_tensors(model), "optimizer": _optimizer_tensors(model, optimizer)}
             digests = {}
             for part, named in tensors.items():
-                path = aside / f"{part}.safetensors"
+                path = temp / f"{part}.safetensors"
                 _save_tensors(named, path)
                 digests[path.name] = sha256_of(path)
             state = {"step": step, **state, "sha256": digests}
-            with replacing(aside / "state.json") as file:
+            with replacing(temp / "state.json") as file:
                 file.write(json.dumps(state | {"state_sha256": _digest(state)}, indent=1).encode())
-            os.rename(aside, final)
+            os.rename(temp, final)
             fsync(final.parent)
         except OSError:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temp, ignore_errors=True)
             raise
 
 
 def load(folder: Path, model: nn.Module, optimizer: Adam | None = None) -> dict:
-    """Fill the model (and the optimizer) from a checkpoint folder and return its state.
+    """Load the model (and the optimizer) from a checkpoint folder and return its state.
 
-    Raises UserError naming the file if one is missing, truncated or changed.
+    Raises UserError naming the file if one is missing, truncated or corrupted.
     """
     state = verify(folder)
     weights = load_file(folder / "model.safetensors")
@@ -76,7 +76,7 @@ def load(folder: Path, model: nn.Module, optimizer: Adam | None = None) -> dict:
 
 
 def verify(folder: Path) -> dict:
-    """The state of a checkpoint whose files are as they were written; raises UserError naming the one that is not."""
+    """The state of an intact checkpoint. Raises UserError naming the file that is missing, truncated or corrupted."""
     state = read_json(folder / "state.json")
     if state.pop("state_sha256", None) != _digest(state):
         raise UserError(f"{folder / 'state.json'}: corrupted (SHA-256 differs)")
@@ -92,7 +92,7 @@ def verify(folder: Path) -> dict:
 def load_run(folder: Path) -> tuple[GPT, Tokenizer, dict]:
     """(model in float32 on the CPU, tokenizer, config.json) of a run, from its newest checkpoint.
 
-    Raises UserError if the run has none yet.
+    Raises UserError if the run has no checkpoint yet.
     """
     record = read_json(folder / "config.json")
     last = newest(folder)
@@ -105,33 +105,33 @@ def load_run(folder: Path) -> tuple[GPT, Tokenizer, dict]:
 
 
 def newest(run: Path) -> Path | None:
-    """The checkpoint with the most steps, or None. Leftovers named .tmp are not checkpoints."""
+    """The checkpoint with the most steps, or None. Unfinished step-N.tmp folders do not count."""
     found = steps(run)
     return run / "checkpoints" / f"step-{found[-1]}" if found else None
 
 
 def steps(run: Path) -> list[int]:
-    """The steps of the run's checkpoints, in order."""
+    """The steps of the run's checkpoints, ascending."""
     return sorted(_numbered(run, r"step-(\d+)").values())
 
 
 def newest_valid(run: Path, warn) -> Path | None:
-    """The newest checkpoint that verifies. Newer ones that do not are renamed step-N.broken, out of the way of the
-    run that goes on, and `warn(message)` is told."""
+    """The newest checkpoint that verifies, or None. Newer ones that do not are renamed step-N.broken, with a call of
+    `warn(message)` for each."""
     while folder := newest(run):
         try:
             verify(folder)
             return folder
         except UserError as error:
-            aside = folder.with_name(folder.name + ".broken")
-            warn(f"warning: {error}; set aside as {aside.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(folder, aside)
+            broken = folder.with_name(folder.name + ".broken")
+            warn(f"warning: {error}; renamed to {broken.name}")
+            shutil.rmtree(broken, ignore_errors=True)
+            os.rename(folder, broken)
     return None
 
 
 def prune(run: Path, keep: int, always: tuple[int, ...] = ()) -> None:
-    """Delete all but the newest `keep` checkpoints and those of the steps in `always`; and leftovers of a kill."""
+    """Delete all but the newest `keep` checkpoints and the steps in `always`, and what a killed save left behind."""
     for step in steps(run)[: -max(keep, 1)]:
         if step not in always:
             shutil.rmtree(run / "checkpoints" / f"step-{step}", ignore_errors=True)
@@ -140,13 +140,13 @@ def prune(run: Path, keep: int, always: tuple[int, ...] = ()) -> None:
 
 
 def _numbered(run: Path, pattern: str) -> dict[Path, int]:
-    """The folders of the run's checkpoints whose whole name fits, and the step in it. Others are not ours."""
+    """The checkpoint folders whose full name matches, with the step in the name. Other folders are ignored."""
     folders = (run / "checkpoints").glob("step-*")
     return {folder: int(name[1]) for folder in folders if (name := re.fullmatch(pattern, folder.name))}
 
 
 def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}  # tied matrix once
+    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}  # a tied matrix once
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Adam) -> dict[str, torch.Tensor]:
@@ -163,7 +163,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: Adam) -> dict[str, torch.Ten
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
-    except SafetensorError as error:  # what it makes of a full disk
+    except SafetensorError as error:  # raised on a full disk
         raise OSError(str(error)) from None
     fsync(path)
 

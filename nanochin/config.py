@@ -1,9 +1,9 @@
-"""Options and shapes: every knob of a run in one dataclass, its command line and TOML file, the model's shape.
+"""Options and shapes: every option of a run in one dataclass, the command line and TOML parsers, the model's shape.
 
-    python train.py [FILE.toml] [--key=value ...]      the command line beats the file beats the default
+    python train.py [FILE.toml] [--key=value ...]      the command line overrides the file overrides the default
 
-argparse reads the command line and tomllib the file; the dataclass is the only place where an option is
-named, so `--help`, the error for a misspelt option and config.json cannot disagree with it. No torch here.
+argparse reads the command line and tomllib the file. Options are named only in the dataclass, so `--help`, errors for
+misspelt options and config.json always agree with it. No torch here.
 """
 
 import argparse
@@ -24,26 +24,26 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something the user can put right: printed as one line without a traceback, exit code 2.
+    """An error that the user can fix: printed as one line without a traceback, exit code 2.
 
-    A library function names its parameters in backquotes, as in "`seq_len` 0: ...": in a notebook that is what they are
-    called, and a command prints them as its options (`with_flags`)."""
+    Library functions name parameters in backquotes, as in "`seq_len` 0: ...". Commands print them as options
+    (`with_flags`)."""
 
     code = 2
 
 
 class RunError(UserError):
-    """Something that went wrong while running (disk full, loss not a number): one line as well, exit code 1."""
+    """A failure during a run (disk full, NaN loss): also printed as one line, exit code 1."""
 
     code = 1
 
 
 def need(module: str, what: str):
-    """The optional library `module`, imported. Raises UserError that names `what` needs it and how to install it."""
+    """Import the optional library `module`. Raises UserError with `what` and the install command if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        raise UserError(f"{what} needs a library: pip install {module}") from None
+        raise UserError(f"{what} needs an optional library: pip install {module}") from None
 
 
 def opt(
@@ -58,11 +58,11 @@ def opt(
     later: bool = False,
     positional: bool = False,
 ):
-    """One option: default, meaning, allowed values (`above` excludes its bound, `low` and `high` include theirs).
+    """One option: default, help text, allowed values (`above` excludes its bound, `low` and `high` include theirs).
 
-    `result=False` leaves it out of the run's identity (the hash in its name): it cannot change what is learned, or
-    what it resolves to stands there instead (the data's fingerprint for its path, model and tokens for the budget).
-    `later=True` is for one that did not exist in version 0.1: left out at its default, it renames no older run.
+    `result=False` leaves it out of the run's identity (the hash in its name): either it does not affect the result, or
+    the identity has what it resolves to (the data's fingerprint for its path, model and tokens for the budget).
+    `later=True`: added after version 0.1; the identity omits it at its default, so that older runs keep their names.
     """
     meta = {
         "help": help,
@@ -78,7 +78,7 @@ def opt(
 
 
 def check(options) -> None:
-    """Raises UserError for the first value outside its bounds."""
+    """Raises UserError for the first value out of bounds."""
     for f in fields(options):
         value, meta = getattr(options, f.name), f.metadata
         for number in value if isinstance(value, tuple) else (value,):
@@ -93,23 +93,23 @@ def check(options) -> None:
 
 
 FLOP_CONVENTIONS = {  # counted in flops.py
-    "physical": "matrix products that run: logits counted, lookup 0, attention in full T x T",
-    "causal": "the same, attention counted only where the causal mask lets it look",
-    "appendix_f": "all eight rows of Appendix F of Hoffmann et al. 2022, lookup and softmax included",
-    "table_a4": "its rows inside the layers only: what the paper's Table A4 was computed from",
+    "physical": "matrix products that run, with logits, without lookup, attention as full T x T",
+    "causal": "the same, attention only for the pairs that the causal mask keeps",
+    "appendix_f": "all eight rows of Appendix F of Hoffmann et al. 2022, with lookup and softmax",
+    "table_a4": "only its rows inside the layers, from which the paper's Table A4 was computed",
     "6nd": "6 x total parameters x tokens",
     "kaplan": "6 x non-embedding parameters x tokens",
 }
 PARAM_CONVENTIONS = {
-    "total": "every trained number, a tied matrix once",
-    "non_embedding": "without token and position embedding and without the output matrix (Kaplan et al. 2020)",
-    "with_head": "entries of the matrices that are multiplied by: layers and output matrix, no lookup",
+    "total": "every trained parameter, a tied matrix once",
+    "non_embedding": "without token and position embeddings and output matrix (Kaplan et al. 2020)",
+    "with_head": "parameters in matrix products: layers and output matrix, no lookup",
 }
 
 
 @dataclass(frozen=True)
 class ShapeOptions:
-    """What fixes a model's shape beside width, layers, vocabulary and context. The default is the GPT of Chinchilla;
+    """Options of the model's shape besides width, layers, vocabulary and context. The default is Chinchilla's GPT;
     `norm=layernorm positions=learned bias=true activation=gelu_tanh` is GPT-2, `activation=swiglu tied=false` Llama."""
 
     head_size: int | None = opt(None, "head size; default: by width, 16 from 32 to 128 wide, 64 from 512 on")
@@ -124,11 +124,11 @@ class ShapeOptions:
 
 @dataclass(frozen=True)
 class Config(ShapeOptions):
-    """One training run. None means: derived, and printed with the reason before the run starts."""
+    """One training run. None means: derived, and printed with the reason before training."""
 
-    # What to train: any two of budget, model and tokens give the third; budget alone asks the law.
+    # What to train: any two of budget, model and tokens give the third; with one, the law gives the others.
     budget: float | None = opt(
-        None, "training FLOPs to spend, in the convention named by --flops", above=0, result=False
+        None, "compute budget in training FLOPs, in the convention of --flops", above=0, result=False
     )
     model: str | None = opt(None, "width x layers, such as 256x4")
     tokens: float | None = opt(None, "training tokens D", above=0)
@@ -140,27 +140,27 @@ class Config(ShapeOptions):
     data: tuple[str, ...] | None = opt(
         None,
         "python, python-all, files, folders, globs (text: .txt .jsonl .parquet, also .gz .xz .zst; tokens: "
-        ".bin), or hf:OWNER/NAME[:CONFIG], a data set of the Hugging Face hub",
+        ".bin), or hf:OWNER/NAME[:CONFIG] for a data set of the Hugging Face hub",
         result=False,
     )
     val: tuple[str, ...] | None = opt(
-        None, "validation text; default: files named val*, else documents by hash", result=False
+        None, "validation text; default: files named val*, else documents chosen by hash", result=False
     )
     val_bytes: int = opt(
-        1 << 20, "validation text or tokens kept, in bytes (evenly spaced blocks of it)", low=1, result=False
+        1 << 20, "maximum validation text or tokens, in bytes (evenly spaced blocks)", low=1, result=False
     )
-    max_tokens: float | None = opt(None, "tokens to read of an hf: data set, at most", above=0, result=False)
-    skip_bad: bool = opt(False, "leave out and count lines that are not JSON with a text", result=False)
+    max_tokens: float | None = opt(None, "maximum tokens to read from an hf: data set", above=0, result=False)
+    skip_bad: bool = opt(False, "leave out and count lines and rows without a text", result=False)
     tokenizer: str | None = opt(
         None, "bytes (the default for text), bpe (our own, trained on the corpus), or a tiktoken name such as gpt2"
     )
     vocab_size: int | None = opt(
-        None, "vocabulary; for bpe the size to train (default 4096), else the tokenizer's; enough for token files"
+        None, "vocabulary size; default: the tokenizer's (bpe: 4096); enough for token files without a tokenizer"
     )
     seq_len: int | None = opt(None, "context length T in tokens", low=1)
     cache: str = opt("cache", "folder of tokenised shards", result=False)
 
-    # Optimisation: None follows the numbered rules in nanochin/ladder.py.
+    # Optimisation. None: by the numbered rules in nanochin/ladder.py.
     optimizer: str = opt("adamw", "adamw (decoupled decay) or adam (L2 in the gradient)", choices=("adamw", "adam"))
     lr: float | None = opt(None, "peak learning rate", above=0)
     batch_tokens: int | None = opt(None, "tokens per optimizer step; a multiple of seq_len", low=1)
@@ -168,50 +168,50 @@ class Config(ShapeOptions):
     beta1: float = opt(0.9, "Adam's beta1", low=0, high=0.999999)
     beta2: float | None = opt(None, "Adam's beta2", low=0, high=0.999999)
     weight_decay: float = opt(0.1, "weight decay, on matrices only", low=0)
-    clip: float = opt(1.0, "gradient norm is clipped to this; 0 = never", low=0)
+    clip: float = opt(1.0, "maximum gradient norm; 0 = no clipping", low=0)
     z_loss: float = opt(0.0, "weight of the z-loss, log(Z)^2 (1e-4 is usual)", low=0)
     schedule: str = opt("cosine", "learning-rate schedule", choices=("cosine", "wsd", "linear", "constant"))
-    cycle: float = opt(1.0, "length of the cosine as a multiple of the run (over 1 overshoots, Appendix B)", above=0)
+    cycle: float = opt(1.0, "length of the cosine as a multiple of the run (above 1 overshoots, Appendix B)", above=0)
     final_lr: float | None = opt(
-        None, "final fraction of the peak rate; default: cosine 0.1, wsd and linear 0", low=0, high=1
+        None, "final learning rate / peak; default: 0.1 for cosine, 0 for wsd and linear", low=0, high=1
     )
-    cooldown: float = opt(0.2, "share of a wsd run spent in its 1-sqrt cooldown", low=0, high=1)
+    cooldown: float = opt(0.2, "fraction of a wsd run in its 1-sqrt cooldown", low=0, high=1)
     seed: int = opt(0, "seed of the weights and of the data order", low=0, high=10**9)
 
-    # Execution: how, not what.
+    # Execution.
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps", result=False)
     dtype: str = opt("auto", "compute dtype (weights stay float32)", choices=("auto", "float32", "bfloat16"))
     kernels: str = opt(
         "auto",
-        "auto: Triton's on a GPU that they suit; fallback: PyTorch operations, to compare",
+        "auto: Triton kernels where supported; fallback: PyTorch operations",
         choices=("auto", "fallback"),
         result=False,
     )
     step: str = opt(
         "auto",
-        "how a step runs: eager, compile (torch.compile) or graph (one CUDA graph); auto: as suits",
+        "how a step runs: eager, compile (torch.compile) or graph (CUDA graph); auto: by device",
         choices=("auto", "eager", "compile", "graph"),
         result=False,
     )
     micro_batch: int | None = opt(
-        None, "sequences per forward pass of a new run; default: as many as fit", low=1, high=10**6, result=False
+        None, "sequences per forward pass of a new run; default: by device", low=1, high=10**6, result=False
     )
-    threads: int | None = opt(None, "CPU threads; default: torch's choice", low=1, high=1000, result=False)
+    threads: int | None = opt(None, "CPU threads; default: torch's", low=1, high=1000, result=False)
 
     # The run's folder.
-    name: str | None = opt(None, "name of the run; default: a stem and a hash of the options", result=False)
+    name: str | None = opt(None, "name of the run; default: corpus, size and a hash of the options", result=False)
     out: str = opt("runs", "folder of all runs", result=False)
     branch_from: str | None = opt(None, "RUN@STEP: start from another run's checkpoint (cooldowns)")
     init_from: str | None = opt(
-        None, "GPT-2's weights to start from: a folder of transformers, or a .safetensors file", result=False
+        None, "GPT-2 weights to start from: a transformers folder or a .safetensors file", result=False
     )
-    log_every: int | None = opt(None, "steps between log lines; default: 200 lines a run", low=1, result=False)
-    eval_every: int = opt(0, "steps between evaluations; 0 = at the end only", low=0, result=False)
-    save_every: float = opt(60.0, "seconds between checkpoints; 0 = at the end only", low=0, result=False)
-    save_steps: tuple[int, ...] = opt((), "extra steps at which to save a checkpoint, and keep it", low=1, result=False)
-    keep: int = opt(2, "newest checkpoints to keep", low=1, result=False)
-    loggers: tuple[str, ...] = opt((), "send the log there too", choices=("wandb", "tensorboard"), result=False)
-    sample_tokens: int = opt(256, "tokens of the sample printed at the end; 0 = none", low=0, result=False)
+    log_every: int | None = opt(None, "steps between log lines; default: 200 lines per run", low=1, result=False)
+    eval_every: int = opt(0, "steps between evaluations; 0 = only at the end", low=0, result=False)
+    save_every: float = opt(60.0, "seconds between checkpoints; 0 = only at the end", low=0, result=False)
+    save_steps: tuple[int, ...] = opt((), "additional steps whose checkpoint is saved and kept", low=1, result=False)
+    keep: int = opt(2, "number of newest checkpoints to keep", low=1, result=False)
+    loggers: tuple[str, ...] = opt((), "also log to these", choices=("wandb", "tensorboard"), result=False)
+    sample_tokens: int = opt(256, "length in tokens of the sample printed at the end; 0 = none", low=0, result=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -220,12 +220,12 @@ class Config(ShapeOptions):
 
 @dataclass(frozen=True)
 class Shape:
-    """All that fixes a model's parameters. Made by `make_shape`, which fills the defaults and checks them."""
+    """Everything that determines a model's parameters. Made by `make_shape`, which fills in and checks defaults."""
 
     width: int  # C
     layers: int
     vocab_size: int  # V
-    seq_len: int  # T; a parameter count only with learned positions
+    seq_len: int  # T; affects parameters only with learned positions
     head_size: int  # D
     ffn: int  # F
     norm: str = "rmsnorm"
@@ -253,9 +253,9 @@ def make_shape(
     ffn: int | None = None,
     **options,
 ) -> Shape:
-    """Shape with its defaults filled in.
+    """A Shape with defaults filled in.
 
-    Raises UserError for sizes below 1, a width that the head size does not divide, an odd head size.
+    Raises UserError for sizes below 1, a head size that is odd or does not divide the width.
     """
     for name, value in (
         ("width", width),
@@ -266,7 +266,7 @@ def make_shape(
         ("ffn", ffn),
     ):
         if value is not None and (value != int(value) or not 1 <= value < 2**31):
-            raise UserError(f"`{name}` {value}: must be a whole number from 1 to 2^31")
+            raise UserError(f"`{name}` {value}: must be an integer from 1 to 2^31")
     if head_size is None:
         head_size = default_head_size(width)
     if head_size % 2 or width % head_size:
@@ -277,24 +277,24 @@ def make_shape(
 
 
 def shape_maker(options: ShapeOptions, vocab_size: int, seq_len: int) -> Callable[[int, int], Shape]:
-    """make(width, layers): `make_shape` with all else as the options say."""
+    """make(width, layers): `make_shape` with everything else bound to these options."""
     more = {f.name: getattr(options, f.name) for f in fields(ShapeOptions)}
     return functools.partial(make_shape, vocab_size=vocab_size, seq_len=seq_len, **more)
 
 
 def default_head_size(width: int) -> int:
-    """The even divisor of the width nearest, as a ratio, to width / 2 up to 32 wide, 16 up to 128, width / 8 up to 512,
-    then 64. Measured from 16 to 128 wide, where one head of 64 or of the whole width costs up to 7% of the loss
-    (LOG.md); from 512 on the paper's (Table A9); between them eight heads. An odd width has none."""
+    """The even divisor of the width closest, as a ratio, to width / 2 up to width 32, 16 up to 128, width / 8 (eight
+    heads) up to 512, then 64 as in the paper (Table A9). Measured from 16 to 128, where one head of 64 or of the whole
+    width raises the loss by up to 7% (LOG.md). Raises UserError for an odd width."""
     target = min(64, max(min(16, width / 2), width / 8))
     sizes = [d for d in range(2, width + 1, 2) if width % d == 0]
     if not sizes:
-        raise UserError(f"width {width}: must be even, so that heads can be rotated in pairs")
+        raise UserError(f"width {width}: must be even, since rotary embeddings need even head sizes")
     return min(sizes, key=lambda d: max(d / target, target / d))
 
 
 def parse_model(text: str) -> tuple[int, int]:
-    """'256x4' -> (256, 4): width x layers. Raises UserError for any other form."""
+    """'256x4' -> (256, 4): width x layers. Raises UserError for other formats."""
     try:
         width, layers = (int(part) for part in text.lower().split("x"))
     except ValueError:
@@ -307,13 +307,13 @@ def parse_model(text: str) -> tuple[int, int]:
 
 
 def parse(cls, argv: list[str] | None = None, *, prog: str, description: str, file: bool = False):
-    """Read the options of dataclass `cls` from `argv` (default: sys.argv) and, with `file`, from a TOML file
-    given first. Prints `--help` generated from the dataclass; a mistake is one line on stderr and exit code 2.
+    """Read the options of dataclass `cls` from `argv` (default: sys.argv) and, with `file`, from a TOML file given
+    first. `--help` is generated from the dataclass. On an error, prints one line to stderr and exits with code 2.
     """
     parser = _parser(cls, prog, description, file)
     given = _read(parser, sys.argv[1:] if argv is None else argv)
     if path := given.pop("file", None):
-        # The file is one more command line, read first: same types, same checks, errors that name the file.
+        # The file is parsed as another command line: same types, same checks, errors that name the file.
         in_file = _parser(cls, f"{prog}: {path}", description, file=False)
         given = _read(in_file, _toml_arguments(path, in_file)) | given
     options = cls(**given)
@@ -325,13 +325,13 @@ def parse(cls, argv: list[str] | None = None, *, prog: str, description: str, fi
 
 
 def with_flags(message: object) -> str:
-    """A message of the library with a command's options in place of parameters: `seq_len` becomes --seq-len."""
+    """An error message with options in place of parameters: `seq_len` becomes --seq-len."""
     return re.sub("`([a-z][a-z0-9_]*)`", lambda name: _flag(name[1]), str(message))
 
 
 def run_command(main, prog: str) -> None:
-    """Run a command's `main` and exit with the code that it returns (None: 0). A UserError becomes one line on stderr
-    and its exit code; Ctrl-C and `| head` end it quietly."""
+    """Run a command's `main` and exit with its return value (None: 0). A UserError is printed as one line on stderr and
+    gives the exit code; Ctrl-C and `| head` exit silently."""
     try:
         code = main()
         sys.stdout.flush()
@@ -347,7 +347,7 @@ def run_command(main, prog: str) -> None:
 
 
 def run_renamed(main, name: str) -> None:
-    """`run_command` for python -m nanochin.NAME, as the commands were called up to version 0.1."""
+    """`run_command` for python -m nanochin.NAME, the name of the command up to version 0.1."""
     print(f"python -m nanochin.{name} is now called python -m nanochin {name}", file=sys.stderr)
     run_command(main, f"python -m nanochin {name}")
 
@@ -364,7 +364,7 @@ def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentPa
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     if file:
-        parser.add_argument("file", nargs="?", metavar="FILE.toml", help="options in TOML, one `key = value` a line")
+        parser.add_argument("file", nargs="?", metavar="FILE.toml", help="options in TOML, `key = value` per line")
     hints = typing.get_type_hints(cls)
     for f in sorted(
         fields(cls), key=lambda f: f.name not in cls.__annotations__
@@ -386,7 +386,7 @@ def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentPa
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line that names the option, the value and where to look."""
+    """argparse with one-line errors that name the option, the value and --help."""
 
     def error(self, message: str) -> typing.NoReturn:
         message = message.removeprefix("argument ")
@@ -402,7 +402,7 @@ def _read(parser: argparse.ArgumentParser, argv: list[str]) -> dict:
 
 
 def did_you_mean(name: str, known: list[str], after: str = "") -> str:
-    """The end of an error: '; did you mean NAME?' with the nearest of `known` and `after`, "" if none is near."""
+    """End of an error message: '; did you mean NAME?' with the closest of `known` + `after`, or "" if none is close."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]}{after}?" if close else ""
 
@@ -434,7 +434,7 @@ def value_type(hint):
 def _read_int(text: str) -> int:
     number = _read_float(text)  # counts may be written 2e8
     if number != int(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer")
     return int(number)
 
 

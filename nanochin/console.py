@@ -1,5 +1,4 @@
-"""What a run says: a table of what was chosen and why, a progress bar with its ETA on a terminal, plain lines
-every few seconds elsewhere."""
+"""Console output: tables, and progress as a bar with ETA on a terminal or as a line every few seconds elsewhere."""
 
 import math
 import sys
@@ -9,7 +8,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 
 def table(title: str, rows: list[tuple[str, str, str]]) -> None:
-    """Print rows of (what, value, why)."""
+    """Print rows of (name, value, reason)."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -19,20 +18,20 @@ def table(title: str, rows: list[tuple[str, str, str]]) -> None:
         grid.add_column(style=style, overflow="fold")
     for row in rows:
         grid.add_row(*row)
-    # Elsewhere than on a terminal rich assumes 80 columns; a log file has room for one line a row.
+    # Without a terminal rich assumes 80 columns; in a log file each row should be one line.
     Console(width=None if sys.stdout.isatty() else 130, highlight=False).print(grid)
 
 
 def format_columns(rows: list[list[str]]) -> str:
-    """Rows of text, the heading first, as aligned columns: the first to the left, the others to the right."""
+    """Rows of text, heading first, as aligned columns: the first left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (" ".join(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)) for row in rows)
     return "\n".join(f"{row[0]:{widths[0]}} {line}" for row, line in zip(rows, lines, strict=True))
 
 
 class Progress:
-    """How far a piece of work is: called with (stage, done, total, note), perhaps from another thread. A new stage
-    starts a new bar; `quiet` shows nothing (sweeps)."""
+    """Progress display: call with (stage, done, total, note), from any thread. A new stage starts a new bar; `quiet`
+    shows nothing (sweeps)."""
 
     def __init__(self, quiet: bool = False):
         self.quiet, self.stage = quiet, None
@@ -50,7 +49,7 @@ class Progress:
             self._line(done, total, note)
 
     def say(self, text: str) -> None:
-        """A line of its own, above the bar if there is one."""
+        """Print a line, above the bar if there is one."""
         if not self.quiet:
             (self.bar.console.print if self.bar else print)(text)
 
@@ -76,7 +75,7 @@ class Progress:
         now = time.monotonic()
         if self.first_done is None:
             self.first_done = done
-        ended = done >= total and note  # what is done within seconds and has nothing to tell needs no line
+        ended = done >= total and note  # a short stage without a note needs no line
         if now - self.last_line < SECONDS_BETWEEN_LINES and not ended:
             return
         self.last_line = now
@@ -105,7 +104,7 @@ def clock(seconds: float) -> str:
 
 
 def count(number: float) -> str:
-    """7_654_321 -> '7.65M', 1.432e15 -> '1430T': three figures and a suffix."""
+    """7_654_321 -> '7.65M', 1.432e15 -> '1430T': three significant digits and a suffix."""
     for suffix, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if 0.9995 * size <= abs(number) < 1e17:
             return f"{three(number / size)}{suffix}"
@@ -113,7 +112,7 @@ def count(number: float) -> str:
 
 
 def three(number: float) -> str:
-    """3441.7 -> '3440': three figures, without an exponent where people can read them."""
+    """3441.7 -> '3440': three significant digits, with an exponent only if very large or small."""
     return f"{float(f'{number:.3g}'):g}"
 
 
@@ -127,7 +126,7 @@ def powers(number: float, figures: int = 3) -> str:
 
 
 def digits(number: float, figures: int) -> str:
-    """3441.7, 3 -> '3442': at least so many digits, zeros at the end too, no exponent where people can read them."""
+    """3441.7, 3 -> '3442': at least that many digits, trailing zeros kept, an exponent only if very large or small."""
     if number == 0 or not math.isfinite(number):
         return f"{number:g}"
     if 1e-4 <= abs(number) < 1e7:

@@ -1,11 +1,11 @@
-"""Text in, windows of tokens out.
+"""From text files to tokens for training and validation.
 
     files ──> flat text ──> training and validation ranges ──> shards of token ids in the cache ──> windows
-    files of tokens ───────────────────────────────────────────────────────────────────────────────────┘
+    token files ───────────────────────────────────────────────────────────────────────────────────────┘
 
-`prepare` makes the shards once for a corpus and a tokenizer (text.py has the first two steps, cache.py the third) and
-opens them from then on; token files are used where they lie (tokenfiles.py). windows.py cuts them for training and
-evaluation. No torch here.
+`prepare` makes the shards once per corpus and tokenizer (text.py does the first two steps, cache.py the third) and
+reuses them afterwards. Token files are used in place (tokenfiles.py). windows.py cuts tokens into windows for training
+and evaluation. No torch here.
 """
 
 import errno
@@ -41,29 +41,29 @@ from nanochin.text import (
 from nanochin.tokenfiles import check_ids, hold_out, hold_tokens, open_tokens, pickle_beside, validation_beside
 from nanochin.tokenizer import BPE_VOCAB, Tokenizer, check
 
-CHECK_WHOLE = 1 << 28  # shards up to 256 MB in all are hashed in full when opened, larger ones at both ends
+CHECK_WHOLE = 1 << 28  # shards up to 256 MB in total are hashed in full when opened, larger ones at both ends
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of one corpus and what they stand for. Our shards begin with end-of-text and every document is followed
-    by one, so each byte of the text is predicted exactly once in a pass over them. Of token files that others wrote
-    the counts of bytes and documents are 0: unknown."""
+    """Tokens of one corpus and their source. Shards begin with end-of-text and every document is followed by one, so
+    one pass predicts each byte of the text exactly once. For token files, counts of bytes and documents are 0 if
+    unknown."""
 
     train: Tokens
     val: Tokens
     tokenizer: Tokenizer
-    name: str  # short and human: "python", or from the names of the files
+    name: str  # short: "python", or from the names of the files
     folder: Path
-    data_sha: str  # SHA-256 over the SHA-256 of the files, in their order
+    data_sha: str  # SHA-256 over the files' SHA-256, in order
     val_sha: str  # SHA-256 of the validation text
     train_bytes: int
-    val_bytes: int  # text bytes that the validation tokens stand for
-    documents: int  # with text in the training part
+    val_bytes: int  # bytes of text in the validation tokens
+    documents: int  # that have text in the training part
     val_documents: int
     skipped_bytes: int  # invalid UTF-8 and NUL
     skipped_records: int = 0  # lines and rows without text
-    format: str = "text"  # or that of the token files
+    format: str = "text"  # or the token files' format
 
 
 def prepare(
@@ -78,42 +78,42 @@ def prepare(
     cache: str | Path = "cache",
     progress: Progress | None = None,
 ) -> Corpus:
-    """Training and validation tokens of `data`, from the folder `cache` or made and kept there, or of token files.
+    """Training and validation tokens of `data`: cached in the folder `cache`, or token files in place.
 
     data: `python`, `python-all`, `hf:` data sets, or files, folders and globs. The validation text is `val`; else the
-    files among the data (or beside token files) with val, valid or validation as a word of their name; else what
-    `text.split` chooses; of any of these about `val_bytes` at most, in evenly spaced blocks. So it depends on the text
-    and `val_bytes` alone. Files that are in `val` are not trained on. vocab_size: of our own BPE (default 4096), or of
-    token files without a tokenizer; the other tokenizers have their own. progress: called a few times a second,
-    perhaps from another thread.
+    files in `data` (or next to token files) with val, valid or validation as a word in their name; else what
+    `text.split` selects. At most about `val_bytes` of it are kept, in evenly spaced blocks. So it depends only on the
+    text and `val_bytes`. Files in `val` are not trained on. vocab_size: of our own BPE (default 4096), or of token
+    files without a tokenizer; other tokenizers have a fixed size. progress: called a few times a second, possibly from
+    another thread.
 
-    Raises UserError for data that is missing, empty, unreadable or damaged, an unknown tokenizer, a full disk, a
-    damaged cache.
+    Raises UserError for data that is missing, empty, unreadable or corrupted, an unknown tokenizer, a full disk, a
+    corrupted cache.
     """
     check(tokenizer or "bytes", vocab_size)
     if max_tokens and not any(item.startswith(hub.PREFIX) for item in (*data, *(val or ()))):
-        raise UserError(f"`max_tokens` {max_tokens:g}: is for hf: data sets; `tokens` says how long to train")
+        raise UserError(f"`max_tokens` {max_tokens:g}: only for hf: data sets; `tokens` sets the length of training")
     if val_bytes < 1024:
-        raise UserError(f"`val_bytes` {val_bytes}: too little to measure a loss on; give 1024 or more")
+        raise UserError(f"`val_bytes` {val_bytes}: too little to measure a loss; use at least 1024")
     with _os_errors(cache):
         fetch = partial(_fetch, max_tokens, tokenizer or "bytes", vocab_size, Path(cache) / "hub", progress)
         data, val = fetch("data", data), fetch("val", val or ())
         train_files = find_files(data, "data", progress)
         val_files = find_files(val, "val", progress) or [file for file in train_files if file.is_validation]
         if not val and len(val_files) == len(train_files):
-            val_files = []  # a corpus that is itself called validation
+            val_files = []  # all of the corpus is named validation
         if not val_files:
             val_files = find_files(validation_beside(train_files), "val", progress)
         held = {file.sha for file in val_files}
         train_files = [file for file in train_files if file.sha not in held]
         if not train_files:
-            raise UserError(f"`val` {' '.join(val or data)}: the same files as `data`; nothing is left to train on")
+            raise UserError(f"`val` {' '.join(val or data)}: the same files as `data`; nothing left to train on")
         if hold_tokens(train_files + val_files):
             return _open(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size, progress)
         if tokenizer and tokenizer.startswith("ids-"):
             raise UserError(
-                f"`tokenizer` {tokenizer}: is for token files, but {train_files[0].path} is text: name the "
-                "tokenizer that the model is to read it with, such as gpt2"
+                f"`tokenizer` {tokenizer}: only for token files, but {train_files[0].path} is text; choose a "
+                "tokenizer for it, such as gpt2"
             )
         vocab_size = (vocab_size or BPE_VOCAB) if tokenizer == "bpe" else None
         recipe = Recipe(
@@ -122,18 +122,16 @@ def prepare(
         folder = Path(cache) / f"{recipe.name}-{recipe.key()}"
         if not folder.exists():
             with _locked(folder, progress):
-                if not folder.exists():  # another run may have made it while this one waited
+                if not folder.exists():  # another run may have built it in the meantime
                     build(folder, recipe, progress)
         corpus = load(folder)
         if corpus.skipped_records and not skip_bad:
-            raise UserError(
-                f"`data`: {corpus.skipped_records} lines or rows of it have no text; `skip_bad` goes on without such"
-            )
+            raise UserError(f"`data`: {corpus.skipped_records} records without a text; `skip_bad` skips them")
         return corpus
 
 
 def prepare_for(config: Config, data: tuple[str, ...], progress: Progress | None = None) -> Corpus:
-    """`prepare` as the options of a run say."""
+    """`prepare` with the options of a run."""
     return prepare(
         data,
         val=config.val,
@@ -148,25 +146,25 @@ def prepare_for(config: Config, data: tuple[str, ...], progress: Progress | None
 
 
 def load(folder: str | Path) -> Corpus:
-    """Open a finished cache folder. Raises UserError, naming the file, if one is missing, cut short or changed.
+    """Open a finished cache folder. Raises UserError, naming the file, if one is missing, truncated or changed.
 
-    Checked are the sizes and the SHA-256 of all files; if they are above 256 MB, that of their first and last MB.
+    Checks sizes and SHA-256 of all files; above 256 MB in total, SHA-256 of the first and last MB of each.
     """
     folder = Path(folder)
-    again = f"delete {folder} to tokenise again"
+    again = f"delete {folder} to rebuild it"
     try:
         meta = json.loads((folder / "meta.json").read_text())
         files, about = meta["files"], meta["corpus"]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder / 'meta.json'}: missing or damaged; {again}") from None
+        raise UserError(f"{folder / 'meta.json'}: missing or corrupted; {again}") from None
     check = "sha256" if sum(file["bytes"] for file in files.values()) <= CHECK_WHOLE else "sha256_ends"
     for name, file in files.items():
         path = folder / name
         size = path.stat().st_size if path.exists() else 0
         if size != file["bytes"]:
-            raise UserError(f"{path}: {size} bytes, should be {file['bytes']}; {again}")
+            raise UserError(f"{path}: {size} bytes, expected {file['bytes']}; {again}")
         if CHECKSUMS[check](path) != file[check]:
-            raise UserError(f"{path}: its content has changed since it was written; {again}")
+            raise UserError(f"{path}: changed since it was written (SHA-256 differs); {again}")
     tokenizer = Tokenizer.load(meta["tokenizer"], folder)
     train, val = (
         Tokens([folder / name for name in sorted(files) if name.startswith(side)], tokenizer.dtype)
@@ -176,9 +174,9 @@ def load(folder: str | Path) -> Corpus:
 
 
 def read_tokens(data: tuple[str, ...], tokenizer: Tokenizer, max_bytes: int | None = None) -> tuple[np.ndarray, int]:
-    """Tokens of all of `data`, or of about `max_bytes` of it in evenly spaced blocks; and the bytes they stand for.
+    """(tokens, their bytes of text) of all of `data`, or of about `max_bytes` of it in evenly spaced blocks.
 
-    Raises UserError as `prepare` does. Nothing is cached.
+    Raises UserError as `prepare` does. Caches nothing.
     """
     with _os_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
         files = find_files(data)
@@ -199,7 +197,7 @@ def _fetch(
     option: str,
     items: tuple[str, ...],
 ) -> tuple[str, ...]:
-    """`items` with the data sets of the hub among them as files in `folder`, streamed there the first time."""
+    """`items`, with hub data sets replaced by files in `folder`; streams them there on first use."""
     paths = []
     for item in items:
         if item.startswith(hub.PREFIX):
@@ -215,7 +213,7 @@ def _fetch(
 
 @contextmanager
 def _os_errors(place: str | Path) -> Iterator[None]:
-    """What the operating system refuses, as one line: a file that may not be read, a disk that is full."""
+    """Turns an OSError (no permission, disk full) into a one-line UserError."""
     try:
         yield
     except OSError as error:
@@ -225,14 +223,14 @@ def _os_errors(place: str | Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path, progress: Progress | None) -> Iterator[None]:
-    """Held while `folder` is made; a second run waits here. The lock of a killed process is free at once."""
+    """Holds a lock while `folder` is built; other runs wait. The lock of a killed process is released at once."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder.with_name(folder.name + ".lock"))
     try:
         lock.acquire(timeout=0)
     except Timeout:
         if progress:
-            progress("waiting for another run that makes the same tokens", 0, 1)
+            progress("waiting for another run to build the same cache", 0, 1)
         lock.acquire()
     try:
         yield
@@ -241,7 +239,7 @@ def _locked(folder: Path, progress: Progress | None) -> Iterator[None]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Token files, which are used as they are
+# Token files
 
 
 def _open(
@@ -253,15 +251,15 @@ def _open(
     vocab_size: int | None,
     progress: Progress | None,
 ) -> Corpus:
-    """Token files as a corpus. Without validation files blocks of the tokens are held out, at most 5% of them."""
+    """Token files as a corpus. Without validation files, blocks of at most 5% of the tokens are held out."""
     if tokenizer == "bpe":
         raise UserError(
-            "`tokenizer` bpe: is trained on text, these are token files; name the tokenizer that wrote "
-            "them, or give `vocab_size`"
+            "`tokenizer` bpe: is trained on text, but these are token files; give the tokenizer that wrote "
+            "them, or `vocab_size`"
         )
     if tokenizer is None and vocab_size is None:
         raise UserError(
-            f"{train[0].path}: what its ids mean is not in the file{pickle_beside(train[0].path)}; give "
+            f"{train[0].path}: the file does not name its tokenizer{pickle_beside(train[0].path)}; give "
             "`tokenizer`, such as gpt2, or `vocab_size`"
         )
     tokenizer = Tokenizer.load(tokenizer or f"ids-{vocab_size}")
@@ -274,7 +272,7 @@ def _open(
     else:
         tokens, held = hold_out(tokens, min(keep, int(MAX_HELD_OUT * len(tokens))))
     if len(held) < 2:
-        raise UserError(f"{(val or train)[0].path}: too few tokens to keep some for validation; give `val`")
+        raise UserError(f"{(val or train)[0].path}: too few tokens to hold some out for validation; give `val`")
     val_sha = hashlib.sha256()
     for part in held.parts:
         val_sha.update(part.astype("<i8").tobytes())
@@ -284,7 +282,7 @@ def _open(
 
 
 def _map(files: list[File], tokenizer: Tokenizer, stage: Stage) -> tuple[Tokens, str]:
-    """The ids of token files in their order, all below the vocabulary; and the fingerprint of what they are."""
+    """(ids of the token files in order, checked against the vocabulary; fingerprint of types and contents)."""
     opened = [open_tokens(file.path) for file in files]
     check_ids(opened, tokenizer, stage)
     kinds = [replace(file, format=f"{o.format} {o.ids.dtype}") for file, o in zip(files, opened, strict=True)]
@@ -292,5 +290,5 @@ def _map(files: list[File], tokenizer: Tokenizer, stage: Stage) -> tuple[Tokens,
 
 
 def _text_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:
-    """How many bytes of text the tokens stand for; 0 where nobody knows."""
+    """Bytes of text in the tokens; 0 if unknown."""
     return 0 if tokenizer.numbers else sum(len(tokenizer.decode_bytes(part)) for part in tokens.parts)

@@ -16,22 +16,22 @@ from nanochin.runs import find_run
 from nanochin.text import Tokens
 from nanochin.windows import eval_windows
 
-TOKENS_AT_ONCE = 16384  # tokens a forward pass: what matters is that the logits (x V) fit
+TOKENS_AT_ONCE = 16384  # per forward pass: the logits (x V) must fit in memory
 
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    run: str = opt(None, "the run: its folder, or its name under --out", positional=True)
+    run: str = opt(None, "folder of the run, or its name under --out", positional=True)
     data: tuple[str, ...] = opt((), "text to evaluate on: files, folders, globs")
     out: str = opt("runs", "folder of all runs")
 
 
 @torch.no_grad()
 def evaluate(model: GPT, tokens: Tokens, text_bytes: int, progress=None) -> tuple[float, float | None]:
-    """(loss in nats per token, bits per byte) over `tokens`, every token but the first predicted exactly once from
-    at most seq_len before it (windows lie side by side: the first token of one has no context).
+    """(loss in nats per token, bits per byte) over `tokens`: every token but the first is predicted exactly once, from
+    at most seq_len tokens before it (windows do not overlap, so context starts anew in each).
 
-    Bits per byte = total nats / ln 2 / `text_bytes`, the bytes that the tokens stand for; None where not known (0).
+    Bits per byte = total nats / ln 2 / `text_bytes`, the bytes of text in the tokens; None if unknown (0).
     """
     T = model.shape.seq_len
     device = next(model.parameters()).device
@@ -50,7 +50,7 @@ def evaluate(model: GPT, tokens: Tokens, text_bytes: int, progress=None) -> tupl
 def main(argv: list[str] | None = None) -> None:
     options = parse(EvaluateOptions, argv, prog="python -m nanochin evaluate", description=__doc__)
     if not options.data:
-        raise UserError("`data`: name the text to evaluate on")
+        raise UserError("`data`: missing; give the text to evaluate on")
     folder = find_run(options.run, options.out)
     model, tokenizer, _ = load_run(folder)
     tokens, text_bytes = read_tokens(options.data, tokenizer)

@@ -1,15 +1,14 @@
-"""A run as a folder that `transformers` loads: python -m nanochin export RUN OUT
+"""Export a run as a folder that `transformers` loads: python -m nanochin export RUN OUT
 
-Written are config.json, generation_config.json, model.safetensors (float32) and, where the tokenizer is known,
-tokenizer.json and tokenizer_config.json; none of it needs `transformers` to be installed here. The architecture is
-the one that expresses the run exactly:
+Writes config.json, generation_config.json, model.safetensors (float32) and, if the tokenizer is known, tokenizer.json
+and tokenizer_config.json, without needing `transformers`. The architecture is the one that matches the run exactly:
 
     LayerNorm, learned positions     GPT-2       any activation but swiglu
     LayerNorm, rotary positions      GPT-NeoX    any activation but swiglu
     RMSNorm, rotary positions        Llama       any activation
 
-Biases that a run does without are written as zeros where the architecture has them. Llama's feed-forward is gated,
-activation(gate) * up; one without a gate is the case up = 1: a matrix of zeros and a bias of ones.
+Missing biases are written as zeros if the architecture has them. Llama's feed-forward is gated, activation(gate) * up;
+an ungated one is written with up = 1: a matrix of zeros and a bias of ones.
 """
 
 import json
@@ -36,7 +35,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class ExportOptions:
-    run: str = opt(None, "the run: its folder, or its name under --out", positional=True)
+    run: str = opt(None, "folder of the run, or its name under --out", positional=True)
     folder: str = opt(None, "folder to write, new or empty", positional=True)
     out: str = opt("runs", "folder of all runs")
 
@@ -44,12 +43,12 @@ class ExportOptions:
 def export(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
     """Write `model` and `tokenizer` into `folder`; returns the architecture's name.
 
-    Raises UserError for options that no architecture expresses and for a folder that holds something.
+    Raises UserError if no architecture supports the run's options, or if the folder is not empty.
     """
     folder = Path(folder).resolve()
     convert = architecture(model.shape)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not an empty folder; name a new one")
+        raise UserError(f"{folder}: exists and is not an empty folder; choose a new one")
     ours = {name: p.detach() for name, p in model.named_parameters()}
     tensors, config = convert(ours, model.shape)
     end = None if tokenizer.numbers else tokenizer.eot
@@ -57,40 +56,40 @@ def export(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
     config |= ends | {"vocab_size": model.shape.vocab_size, "tie_word_embeddings": model.shape.tied, "dtype": "float32"}
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    with writing(folder), tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as around:
-        aside = Path(around, "export")
-        aside.mkdir()
+    with writing(folder), tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as parent:
+        temp = Path(parent, "export")
+        temp.mkdir()
         save_file(
             {name: t.contiguous().clone() for name, t in tensors.items()},
-            aside / "model.safetensors",
+            temp / "model.safetensors",
             metadata={"format": "pt"},
         )
         files = {"config.json": config, "generation_config.json": ends}
         if not tokenizer.numbers:
             files |= tokenizer_files(tokenizer, model.shape.seq_len)
         for name, content in files.items():
-            (aside / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            (temp / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         if folder.exists():
             folder.rmdir()
-        os.replace(aside, folder)
+        os.replace(temp, folder)
     return config["architectures"][0]
 
 
 def architecture(shape: Shape):
-    """The function that converts a model of this shape. Raises UserError naming the options that none expresses."""
+    """The function that converts a model of this shape. Raises UserError naming options that no architecture has."""
     if shape.qk_norm:
-        refused = "`qk_norm`"
+        unsupported = "`qk_norm`"
     elif shape.norm == "rmsnorm" and shape.positions == "learned":
-        refused = "`norm` rmsnorm with `positions` learned"
+        unsupported = "`norm` rmsnorm with `positions` learned"
     elif shape.norm == "layernorm" and shape.activation == "swiglu":
-        refused = "`norm` layernorm with `activation` swiglu"
+        unsupported = "`norm` layernorm with `activation` swiglu"
     else:
         return to_llama if shape.norm == "rmsnorm" else to_gpt2 if shape.positions == "learned" else to_neox
-    raise UserError(f"this run cannot be exported: neither Llama nor GPT-2 nor GPT-NeoX has {refused}")
+    raise UserError(f"this run cannot be exported: Llama, GPT-2 and GPT-NeoX do not support {unsupported}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The architectures: (their tensors, their configuration)
+# Architectures: (tensors, config.json)
 
 
 def to_gpt2(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
@@ -115,7 +114,7 @@ def to_gpt2(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
 
 
 def to_neox(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
-    """Its queries, keys and values are packed head by head, (H, 3, D); ours are (3, H, D)."""
+    """NeoX packs queries, keys and values per head, (H, 3, D); we pack them as (3, H, D)."""
     full, tensors = with_biases(ours), {}
     for name, theirs in (("embed", "gpt_neox.embed_in"), ("head", "embed_out")):
         if f"{name}.weight" in full:
@@ -191,7 +190,7 @@ def to_llama(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
 
 
 def sizes(shape: Shape) -> dict:
-    """What NeoX and Llama call by the same names."""
+    """Config entries with the same name in NeoX and Llama."""
     return {
         "hidden_size": shape.width,
         "intermediate_size": shape.ffn,
@@ -203,17 +202,17 @@ def sizes(shape: Shape) -> dict:
 
 
 def rope() -> dict:
-    """As `transformers` 5 has it; older versions read rope_theta or rotary_emb_base."""
+    """The format of `transformers` 5; older versions read rope_theta or rotary_emb_base."""
     return {"rope_type": "default", "rope_theta": ROTARY_THETA}
 
 
 def norms(shape: Shape) -> list[tuple[int, str, str]]:
-    """(i, the norm before its attention, the norm before its feed-forward) of every block, by our names."""
+    """(i, norm before attention, norm before feed-forward) of every block, in our names."""
     return [(i, f"blocks.{i - 1}.norm2" if i else "norm", f"blocks.{i}.norm1") for i in range(shape.layers)]
 
 
 def with_biases(ours: Weights) -> Weights:
-    """`ours` with zeros for the biases that the run does without."""
+    """`ours` with zeros for missing biases."""
     full = dict(ours)
     for name, tensor in ours.items():
         module, _, kind = name.rpartition(".")
@@ -227,9 +226,9 @@ def with_biases(ours: Weights) -> Weights:
 
 
 def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, dict]:
-    """tokenizer.json, as the `tokenizers` library reads it, and what `transformers` wants to know beside it.
+    """tokenizer.json for the `tokenizers` library, and tokenizer_config.json for `transformers`.
 
-    One thing differs: as everywhere in `transformers`, the string <|endoftext|> in a text is read as end-of-text.
+    One difference from our tokenizer: as everywhere in `transformers`, <|endoftext|> in a text becomes end-of-text.
     """
     letter = byte_letters()
     if tokenizer.encoding is None:  # bytes: id 0, which text never contains, is end-of-text
@@ -278,16 +277,16 @@ def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, dict]:
 
 
 def byte_letters() -> list[str]:
-    """The visible letter that stands for each byte in a byte-level vocabulary (GPT-2): itself where it is visible in
-    Latin-1, else the next one from U+0100 on."""
+    """The printable character for each byte in GPT-2's byte-level vocabulary: the byte itself if printable in Latin-1,
+    else the next one from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte) if byte in visible else chr(0x100 + hidden.index(byte)) for byte in range(256)]
 
 
 def all_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every pair of tokens that makes a token, in the order of what it makes. tiktoken needs no such list: it joins
-    neighbours whenever both together are a token, the lowest rank first, and this says the same."""
+    """Every pair of tokens that forms a token, ordered by the rank of the result. Equivalent to tiktoken, which merges
+    any neighbours that form a token, lowest rank first."""
     pairs = []
     for token in sorted(ranks, key=ranks.get):
         cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
@@ -297,8 +296,8 @@ def all_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def oniguruma(pattern: str) -> str:
-    """tiktoken's pattern for the regular expressions of `tokenizers`, where {1,3}+ is no possessive quantifier and $
-    the end of a line."""
+    """tiktoken's pattern in the regex syntax of `tokenizers`, where {1,3}+ is not possessive and $ is the end of a
+    line."""
     return pattern.replace("{1,3}+", "{1,3}").replace("{1,2}+", "{1,2}").replace("$", r"\z")
 
 
@@ -308,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     name = export(model, tokenizer, options.folder)
     print(f'{options.folder}: {name}; AutoModelForCausalLM.from_pretrained("{options.folder}") loads it')
     if tokenizer.numbers:
-        print(f"note: no tokenizer in it: this run was trained on token files without one ({tokenizer.name})")
+        print(f"note: exported without a tokenizer: the run's token files name none ({tokenizer.name})")
 
 
 if __name__ == "__main__":

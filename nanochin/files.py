@@ -1,4 +1,4 @@
-"""Files that are whole or absent, their hashes, and the versions that a record names."""
+"""Atomic file writes, SHA-256 of files, and the versions for a run's record."""
 
 import hashlib
 import json
@@ -13,11 +13,11 @@ from typing import BinaryIO
 
 from nanochin.config import RunError, UserError
 
-PIECE = 1 << 20  # bytes that are hashed at a time
+PIECE = 1 << 20  # bytes hashed at a time
 
 
 class DiskError(RunError):
-    """The disk refused to take a file."""
+    """A file cannot be written."""
 
 
 def read_json(path: Path) -> dict:
@@ -32,29 +32,29 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write aside, fsync, rename: a reader sees the old file or the new one, never half of one."""
+    """Atomic write (temporary file, fsync, rename): a reader sees the old content or the new, never a part."""
     with writing(path), replacing(path) as file:
         file.write(content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to be written in the block, which takes the place of `path` at its end, or never."""
-    aside = path.with_name(path.name + ".tmp")
+    """A temporary file to write in the block; replaces `path` at the end, or is deleted on an error."""
+    temp = path.with_name(path.name + ".tmp")
     try:
-        with open(aside, "wb") as file:
+        with open(temp, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temp, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temp.unlink(missing_ok=True)
         raise
     fsync(path.parent)
 
 
 def fsync(path: Path) -> None:
-    """Make the content of a file, or the names in a folder, survive a power cut."""
+    """Flush a file's content, or a folder's names, to disk, to survive a power loss."""
     with suppress(PermissionError):  # Windows does not open folders
         handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
@@ -63,8 +63,8 @@ def fsync(path: Path) -> None:
             os.close(handle)
 
 
-class writing:  # noqa: N801  (reads as a word: `with writing(path):`)
-    """Turns an OSError inside the block (disk full, no permission) into one line that names the path."""
+class writing:  # noqa: N801  (reads well: `with writing(path):`)
+    """Turns an OSError inside the block (disk full, no permission) into a one-line DiskError that names the path."""
 
     def __init__(self, path: Path, remark: str = ""):
         self.path, self.remark = path, remark
@@ -78,7 +78,7 @@ class writing:  # noqa: N801  (reads as a word: `with writing(path):`)
 
 
 def sha256_of(path: str | Path, told: Callable[[int], object] = lambda _: None) -> str:
-    """SHA-256 of a file, in hexadecimal; `told` is called with the bytes of each piece that is done."""
+    """SHA-256 of a file, in hexadecimal. `told(bytes)` is called after each piece."""
     sha = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(PIECE):
@@ -88,8 +88,8 @@ def sha256_of(path: str | Path, told: Callable[[int], object] = lambda _: None) 
 
 
 def versions() -> dict:
-    """Versions of what a result depends on, and the commit of this checkout (None outside git), with -dirty where
-    tracked files differ from it; those in folders called results do not count, for runs write there."""
+    """Versions that a result depends on, and the commit of this checkout: None outside git, with -dirty if tracked
+    files differ from it, except in folders named results, where runs write."""
 
     def version(package: str) -> str | None:
         try:

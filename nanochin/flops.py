@@ -1,11 +1,10 @@
-"""Exact parameter and FLOP counts of a shape, under every convention in use, and the peaks of known devices.
+"""Exact parameter and FLOP counts of a shape in every convention, and peak FLOP/s of known devices.
 
     python -m nanochin flops --model 768x12 --vocab-size 50304 --seq-len 1024
 
-Everything is read off one ledger: a row for each operation of the model, integers for one sequence of T tokens,
-and a column for each convention that counts operations. A multiply-add is 2 FLOPs, a backward pass costs twice
-its forward pass, recomputation is never counted. docs/flops.md tells the conventions apart and says how far each
-is from 6ND.
+All counts come from one ledger: a row per operation of the model, in integers for one sequence of T tokens, and a
+column per convention that counts operations. A multiply-add is 2 FLOPs, the backward pass costs twice the forward
+pass, recomputation is never counted. docs/flops.md compares the conventions with each other and with 6ND.
 
 B batch, T sequence, C width, H heads, F feed-forward width, V vocabulary, L layers.
 """
@@ -27,7 +26,7 @@ from nanochin.config import (
 )
 from nanochin.console import format_columns
 
-OPERATION_CONVENTIONS = ("physical", "causal", "appendix_f", "table_a4")  # those that count operations
+OPERATION_CONVENTIONS = ("physical", "causal", "appendix_f", "table_a4")  # counted from the ledger
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,8 +34,8 @@ OPERATION_CONVENTIONS = ("physical", "causal", "appendix_f", "table_a4")  # thos
 
 
 class Params(NamedTuple):
-    """Parameter counts of a shape, by PARAM_CONVENTIONS; which one is called N moves a fitted exponent by up to 0.25 at
-    small scale."""
+    """Parameter counts of a shape by PARAM_CONVENTIONS. At small scale the choice changes a fitted exponent by up to
+    0.25."""
 
     total: int
     non_embedding: int
@@ -44,13 +43,13 @@ class Params(NamedTuple):
 
 
 def count_params(shape: Shape) -> Params:
-    """Exact parameter counts; `total` equals the sum of p.numel() over nanochin.model.GPT(shape)."""
+    """Exact parameter counts. `total` is the sum of p.numel() over nanochin.model.GPT(shape)."""
     C, F, V, L = shape.width, shape.ffn, shape.vocab_size, shape.layers
     ups = _ups(shape)
     norm = C * (2 if _norm_bias(shape) else 1)
     matrices = L * (3 * C * C + C * C + C * ups * F + F * C)  # QKV, output projection, feed-forward up and down
     biases = L * (3 * C + C + ups * F + C) if shape.bias else 0
-    norms = (2 * L + 1) * norm  # two in each layer and the last one; QK-norm has no weight
+    norms = (2 * L + 1) * norm  # two per layer and a final one; QK-norm has no weight
     positions = shape.seq_len * C if shape.positions == "learned" else 0
     non_embedding = matrices + biases + norms
     embeddings = V * C * (1 if shape.tied else 2) + positions
@@ -58,7 +57,7 @@ def count_params(shape: Shape) -> Params:
 
 
 def _ups(shape: Shape) -> int:
-    """SwiGLU goes up twice: gate and value, one matrix of 2F columns."""
+    """Up-projections: 2 for SwiGLU (gate and value, one matrix of 2F columns), else 1."""
     return 2 if shape.activation == "swiglu" else 1
 
 
@@ -78,35 +77,35 @@ class Row(NamedTuple):
     causal: int = 0
     appendix_f: int = 0
     table_a4: int = 0
-    elementwise: int = 0  # arithmetic outside matrix products, masked scores left out; no convention counts it
-    weights: int = 0  # parameters read once a pass, whatever the batch
-    activations: int = 0  # numbers read and written a sequence, each once, if all that can stay on chip does
+    elementwise: int = 0  # arithmetic outside matrix products, without masked scores; no convention counts it
+    weights: int = 0  # parameters read, once per pass for any batch
+    activations: int = 0  # numbers read and written per sequence, if everything that can stay on chip does
 
     @property
     def forward(self) -> int:
-        """FLOPs that run, where attention computes all T x T scores."""
+        """FLOPs that run if attention computes all T x T scores."""
         return self.physical + self.elementwise
 
     @property
     def backward(self) -> int:
-        """A product y = x W needs two: dx = dy W^T and dW = x^T dy; elementwise work is taken to double likewise."""
+        """A product y = x W needs two: dx = dy W^T and dW = x^T dy. Elementwise work is assumed to double too."""
         return 2 * self.forward
 
 
 def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
-    """Every operation of the forward pass on one sequence of `seq_len` tokens (default: the shape's own)."""
+    """Every operation of the forward pass on one sequence of `seq_len` tokens (default: the shape's)."""
     T = _sequence(shape, seq_len)
     C, F, V, H, L = shape.width, shape.ffn, shape.vocab_size, shape.heads, shape.layers
     ups, biased = _ups(shape), int(shape.bias)
-    pairs, kept = T * T, T * (T + 1) // 2  # (query, key) pairs, and those that the causal mask keeps
+    pairs, kept = T * T, T * (T + 1) // 2  # (query, key) pairs: all, and kept by the causal mask
 
     def product(operation: str, flops: int, causal: int | None = None, **more) -> Row:
-        """A matrix product inside the layers: counted by all."""
+        """A matrix product inside the layers, counted by every convention."""
         causal = flops if causal is None else causal
         return Row(operation, physical=flops, causal=causal, appendix_f=flops, table_a4=flops, **more)
 
     learned = int(shape.positions == "learned")
-    # Arithmetic on one element, a transcendental function being 1.
+    # FLOPs per element, with a transcendental function as 1.
     per_norm = {"rmsnorm": 4, "layernorm": 6}[shape.norm] + int(_norm_bias(shape))
     per_activation = {"gelu": 5, "gelu_tanh": 9, "relu2": 2, "swiglu": 5}[shape.activation]
     per_qk = 3 * (shape.positions == "rotary") + 3 * shape.qk_norm  # on queries and keys
@@ -115,9 +114,9 @@ def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
         Row("embedding", appendix_f=2 * T * V * C, elementwise=learned * T * C, weights=learned * T * C,
             activations=2 * T * C),
         product("qkv", L * 2 * T * C * 3 * C, weights=L * 3 * C * C, activations=L * 4 * T * C),
-        # A lower bound: rotation can be fused into kernels that read or write queries and keys anyway.
+        # No memory traffic (a lower bound): rotation can be fused into kernels that read or write queries and keys.
         Row("rotary, qk-norm", elementwise=L * T * 2 * C * per_qk),
-        # The scores stay on chip (FlashAttention): queries and keys are read here, values and results below.
+        # The scores stay on chip (FlashAttention): traffic of queries and keys here, of values and results below.
         product("attention scores", L * 2 * pairs * C, causal=L * 2 * kept * C, activations=L * 2 * T * C),
         Row("softmax", appendix_f=L * 3 * H * pairs, table_a4=L * 3 * H * pairs, elementwise=L * 3 * H * kept),
         product("attention values", L * 2 * pairs * C, causal=L * 2 * kept * C, activations=L * 2 * T * C),
@@ -125,7 +124,7 @@ def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
         product("feed-forward", L * 2 * T * C * F * (ups + 1), weights=L * C * F * (ups + 1),
                 activations=L * T * (2 * C + (ups + 1) * F)),
         Row("activation", elementwise=L * T * F * per_activation, activations=L * T * F * (ups + 1)),
-        # x + residual, then its norm, in one pass: two numbers in, two out. The first norm has no residual.
+        # x + residual and its norm, fused: two numbers in, two out. The first norm has no residual.
         Row("norms, residuals", elementwise=(2 * L + 1) * T * C * per_norm + 2 * L * T * C,
             activations=2 * T * C + 2 * L * 4 * T * C),
         Row("biases", elementwise=biased * L * T * (5 * C + ups * F)),
@@ -137,7 +136,7 @@ def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
 
 
 def flops_per_token(shape: Shape, convention: str = "physical", seq_len: int | None = None) -> float:
-    """Training FLOPs (3 x forward) of one token in sequences of `seq_len` (default: the shape's own)."""
+    """Training FLOPs (3 x forward) per token in sequences of `seq_len` (default: the shape's)."""
     if convention not in FLOP_CONVENTIONS:
         raise UserError(f"`flops` {convention}: must be one of {', '.join(FLOP_CONVENTIONS)}")
     T = _sequence(shape, seq_len)
@@ -145,8 +144,8 @@ def flops_per_token(shape: Shape, convention: str = "physical", seq_len: int | N
 
 
 def count_flops(shape: Shape, tokens: float, seq_len: int | None = None) -> dict[str, float]:
-    """Training FLOPs of a run of `tokens`, under each convention. Exact integers until the last division, then
-    float64: at 2^63 = 9.2e18 an integer of a fixed size would overflow."""
+    """Training FLOPs of a run of `tokens` in each convention. Exact Python integers until the final division gives a
+    float64: int64 would overflow at 2^63 = 9.2e18."""
     T = _sequence(shape, seq_len)
     if not 0 < tokens < 1e30:
         raise UserError(f"`tokens` {tokens}: must be above 0 and below 1e30")
@@ -164,9 +163,9 @@ def _sequence_flops(shape: Shape, T: int) -> dict[str, int]:
 def _sequence(shape: Shape, seq_len: int | None) -> int:
     T = shape.seq_len if seq_len is None else seq_len
     if T < 1 or T % 1:
-        raise UserError(f"`seq_len` {T}: must be a whole number from 1")
+        raise UserError(f"`seq_len` {T}: must be a positive integer")
     if shape.positions == "learned" and shape.seq_len < T:
-        raise UserError(f"`seq_len` {T}: the model learns positions for {shape.seq_len} tokens only")
+        raise UserError(f"`seq_len` {T}: the model has learned positions for only {shape.seq_len} tokens")
     return int(T)
 
 
@@ -178,18 +177,18 @@ BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4, "float32": 4}
 
 @dataclass(frozen=True)
 class Device:
-    """Published peaks: dense (no 2:4 sparsity) TFLOP/s per dtype, sums kept in float32, and memory GB/s."""
+    """Published peaks: dense (no 2:4 sparsity) TFLOP/s per dtype with float32 accumulation, and memory GB/s."""
 
-    names: str  # regular expression that must match all of torch.cuda.get_device_name() but the vendor's prefix
+    names: str  # regular expression that matches all of torch.cuda.get_device_name() without the vendor prefix
     float16: float | None
     bfloat16: float | None
-    tf32: float | None  # float32 data, products in TF32 on tensor cores
-    float32: float  # float32 proper, no tensor cores
+    tf32: float | None  # float32 data, TF32 tensor cores
+    float32: float  # without tensor cores
     bandwidth: float
 
 
-# Whole names only: a laptop chip, a slice of a GPU (MIG) or a China edition shares part of its name with a faster one.
-# GeForce cards run at half rate when sums are kept in float32, as training keeps them; that rate is listed.
+# Full names only: a laptop chip, a GPU slice (MIG) or a China edition shares part of its name with a faster device.
+# GeForce cards run at half rate with float32 accumulation, as training needs; that rate is listed.
 # Sources: NVIDIA's data sheets and architecture white papers (Volta to Blackwell), AMD's CDNA 2-3 data sheets.
 DEVICES = {
     #                        names                             fp16    bf16    tf32   fp32   GB/s
@@ -234,15 +233,15 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device | None:
-    """The device that torch calls `name`, such as "NVIDIA H100 80GB HBM3", or that the table does: "H100 SXM"."""
+    """The device by torch's name, such as "NVIDIA H100 80GB HBM3", or by the table's: "H100 SXM". None if unknown."""
     bare = re.sub(r"^(NVIDIA |AMD Instinct )?(GeForce |Tesla )?", "", name.strip())
     by_torch = (device for device in DEVICES.values() if re.fullmatch(device.names, bare))
     return DEVICES.get(name) or next(by_torch, None)
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Dense peak FLOP/s of a known accelerator for float16, bfloat16, tf32 or float32; None for an unknown one, and
-    for a dtype that its matrix units lack: no MFU then, rather than a guessed one."""
+    """Dense peak FLOP/s of a known accelerator for float16, bfloat16, tf32 or float32. None for an unknown device or a
+    dtype that its matrix units lack: then there is no MFU rather than a guess."""
     device = find_device(device_name)
     if dtype not in BYTES:
         raise UserError(f"`dtype` {dtype}: peaks are listed for {', '.join(BYTES)}")
@@ -251,13 +250,13 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
 
 def row_bytes(row: Row, sequences: int, number: int = 2) -> int:
-    """Least memory traffic of an operation's forward pass over `sequences`, at `number` bytes a number."""
+    """Minimum bytes of memory traffic of an operation's forward pass over `sequences`, at `number` bytes per number."""
     return number * (row.weights + sequences * row.activations)
 
 
 def floor_seconds(row: Row, sequences: int, device: Device, dtype: str) -> float | None:
-    """Least time of an operation, forward and backward, over `sequences`, masked scores skipped: at the peak of the
-    device's matrix units, other arithmetic or memory, whichever takes longest. None if it lacks the dtype."""
+    """Minimum seconds of an operation, forward and backward, over `sequences`, without masked scores: the longest of
+    matrix units, other arithmetic and memory traffic, each at its peak. None if the device lacks the dtype."""
     peak = getattr(device, dtype)
     if peak is None:
         return None
@@ -278,8 +277,8 @@ class LedgerOptions(ShapeOptions):
     model: str = opt("768x12", "width x layers")
     vocab_size: int = opt(256, "vocabulary V", low=1)
     seq_len: int = opt(256, "context length T in tokens", low=1)
-    batch_tokens: int | None = opt(None, "tokens of a step, taken in one pass (default: 16 sequences)", low=1)
-    device: str = opt("H100 SXM", "device of the time floor, as torch names it or as listed in nanochin/flops.py")
+    batch_tokens: int | None = opt(None, "tokens per step, in one pass (default: 16 sequences)", low=1)
+    device: str = opt("H100 SXM", "device for the minimum time, as torch names it or as listed in nanochin/flops.py")
     dtype: str = opt("bfloat16", "dtype of activations and weights", choices=tuple(BYTES))
 
 
@@ -292,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"`batch_tokens` {batch}: must be a multiple of `seq_len` {T}")
     device = find_device(options.device)
     if device is None:
-        raise UserError(f"`device` {options.device}: not known; known are {', '.join(DEVICES)}")
+        raise UserError(f"`device` {options.device}: unknown; choose from {', '.join(DEVICES)}")
     if getattr(device, options.dtype) is None:
         raise UserError(f"`dtype` {options.dtype}: {options.device} has no matrix units for it")
 
@@ -301,13 +300,13 @@ def main(argv: list[str] | None = None) -> None:
         f"{shape}, vocabulary {shape.vocab_size}, sequences of {T} tokens. Parameters: {params.total:,} total, "
         f"{params.non_embedding:,} non_embedding, {params.with_head:,} with_head.\n"
     )
-    print("FLOPs of one token: as they run, and a training token (3 x forward) as each convention counts it.\n")
+    print("FLOPs per token: forward and backward as run, and training (3 x forward) in each convention.\n")
     print(_ledger_table(shape, batch // T, device, options.dtype))
     print(f"""
-step        training FLOPs of {batch:,} tokens in one pass, as they run
-FLOPs/byte  of the forward pass in {options.dtype}, each number read and written once, scores and logits kept on chip
-floor       least time of a step on {options.device}: each operation by itself at the peak of matrix units, arithmetic
-            or memory, masked scores skipped, optimizer left out
+step        training FLOPs of {batch:,} tokens in one pass, as run
+FLOPs/byte  of the forward pass in {options.dtype}, each number read and written once, scores and logits on chip
+floor       minimum time of a step on {options.device}: each operation at the peak of matrix units, arithmetic or
+            memory, without masked scores and optimizer
 """)
     print(_convention_table(shape, batch))
 

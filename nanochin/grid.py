@@ -1,11 +1,11 @@
-"""From a sweep file to its cells: which runs there are, what each is, what it costs. Pure, and without torch.
+"""From a sweep file to its cells: the runs of a sweep, with their options and costs. Pure functions; no torch.
 
     sweep = read_sweep("sweeps/mini.toml")
     cells = plan_cells(sweep, vocab_size=256)       each a resolved train.Config and its place in the sweep
-    more = extend(sweep, cells, losses, vocab_size=256)   sizes on the open side of budgets without an inner minimum
+    more = extend(sweep, cells, losses, vocab_size=256)   more sizes for budgets whose minimum is at an edge
 
-A sweep file is TOML: keys of `Grid` below, and any option of train.py. An option of train.py that takes one value may
-be given a list: each of its values, in product with the other lists (or `vary = "one"` at a time).
+A sweep file is TOML: keys of `Grid` below, and any option of train.py. An option of train.py with a single value may
+also be a list: the sweep takes the product of all lists (or, with `vary = "one"`, one list at a time).
 """
 
 import dataclasses
@@ -30,60 +30,60 @@ KINDS = ("isoflop", "horizons", "trunk", "grid")
 
 @dataclass(frozen=True)
 class Grid:
-    """The keys of a sweep file that are not options of train.py."""
+    """The keys of a sweep file that are not options of train.py. Kinds at the start of a help are those that use it."""
 
     kind: str | None = opt(
         None,
-        "isoflop: sizes at each budget (Approach 2 and 3); horizons: each size at several "
-        "lengths (Approach 1); trunk: the same by cooldowns from one constant-rate run a size; "
-        "grid: any product",
+        "isoflop: several sizes per budget (Approach 2 and 3); horizons: each size at several "
+        "lengths (Approach 1); trunk: the same, by cooldowns from one constant-rate run per size; "
+        "grid: models x budgets",
         choices=KINDS,
     )
-    budgets: tuple[float, ...] = opt((), "training FLOPs, as --flops counts them", above=0)
-    models: tuple[str, ...] = opt((), "the sizes, such as 16x2 48x2; default: of the ladder, around the optimum")
-    sizes: int = opt(7, "how many sizes", low=1)
-    spread: float = opt(4.0, "isoflop: N goes from 1/spread to spread times the optimum", low=1)
-    centre: tuple[float, ...] = opt((), "the optimal N (total) expected at each budget; default: by --law", above=0)
+    budgets: tuple[float, ...] = opt((), "training FLOPs, in the convention of --flops", above=0)
+    models: tuple[str, ...] = opt((), "sizes, such as 16x2 48x2; default: from the ladder, around the optimum")
+    sizes: int = opt(7, "number of sizes", low=1)
+    spread: float = opt(4.0, "isoflop: N ranges from 1/spread to spread times the optimum", low=1)
+    centre: tuple[float, ...] = opt((), "expected optimal N (total) of each budget; default: by --law", above=0)
     seeds: tuple[int, ...] = opt((0,), "seeds of every cell", low=0, high=10**9)
-    centre_seeds: tuple[int, ...] = opt((), "isoflop: more seeds for the size nearest to each centre", low=0)
-    extend: bool = opt(False, "isoflop: add sizes on the open side of a budget whose minimum is at an edge")
-    extend_limit: int = opt(3, "sizes added to a budget, at most", low=1)
-    horizons: int = opt(4, "horizons, trunk: lengths of each size", low=2)
-    span: float = opt(16.0, "horizons, trunk: the longest over the shortest", above=1)
+    centre_seeds: tuple[int, ...] = opt((), "isoflop: more seeds for the size closest to each centre", low=0)
+    extend: bool = opt(False, "isoflop: add sizes beyond the edge if a budget's minimum is at an edge")
+    extend_limit: int = opt(3, "maximum number of sizes added to a budget", low=1)
+    horizons: int = opt(4, "horizons, trunk: number of lengths per size", low=2)
+    span: float = opt(16.0, "horizons, trunk: longest / shortest", above=1)
     reach: float = opt(
         4.0,
-        "horizons, trunk: the longest costs this many times the budget that its size is best for, "
-        "and the largest budget at most",
+        "horizons, trunk: cost of the longest run as a multiple of the budget for which its size is "
+        "optimal, at most the largest budget",
         above=0,
     )
-    paired: bool = opt(False, "grid: the first model goes with the first budget (or tokens), and so on")
+    paired: bool = opt(False, "grid: pair the first model with the first budget, and so on")
     lr_times: tuple[float, ...] = opt((1.0,), "multiples of the learning rate by rule", above=0)
     batch_times: tuple[float, ...] = opt((1.0,), "multiples of the batch by rule", above=0)
     warmup_times: tuple[float, ...] = opt((1.0,), "multiples of the warm-up by rule", low=0)
     vary: str = opt(
         "product",
-        "lists: their product, or one at a time around the first value of the others",
+        "lists: their product, or one list at a time with the first value of the others",
         choices=("product", "one"),
     )
-    bootstrap: int = opt(4000, "resamples of the fit at the end", low=0)
-    max_epochs: float | None = opt(None, "refuse a cell that sees its text more often", above=0)
-    corpus_tokens: float | None = opt(None, "expected tokens of the text: --dry-run need not read it", above=0)
-    throughput: float | None = opt(None, "FLOP/s (physical) of one worker, for planned hours", above=0)
-    step_seconds: float = opt(0.0, "seconds that a step takes beside its FLOPs, for planned hours", low=0)
-    assumes: str | None = opt(None, "what throughput and step_seconds were taken from")
+    bootstrap: int = opt(4000, "bootstrap replicates of the fit at the end", low=0)
+    max_epochs: float | None = opt(None, "reject cells that repeat the text more often", above=0)
+    corpus_tokens: float | None = opt(None, "expected tokens of the text, so that --dry-run need not read it", above=0)
+    throughput: float | None = opt(None, "FLOP/s (physical) per worker, for planned hours", above=0)
+    step_seconds: float = opt(0.0, "fixed overhead per step in seconds, for planned hours", low=0)
+    assumes: str | None = opt(None, "source of throughput and step_seconds")
 
 
 TIMES = ("lr_times", "batch_times", "warmup_times")
-# Options of train.py that a sweep decides itself.
+# Options of train.py that the sweep sets itself.
 OURS = {"name", "out", "branch_from", "init_from", "save_steps", "sample_tokens", "threads", "keep", "log_every"}
-# A sweep has one text, which is cut into tokens in one way.
+# One text, tokenised once, per sweep.
 SINGLE = {"val_bytes", "max_tokens", "skip_bad", "tokenizer", "vocab_size", "seq_len", "cache", "device"}
-BY_GRID = {"budget": "budgets", "model": "models", "tokens": "budgets", "seed": "seeds"}  # a plural says it
+BY_GRID = {"budget": "budgets", "model": "models", "tokens": "budgets", "seed": "seeds"}  # to use instead
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file, read: its grid, the options that all cells share, and the lists that are varied."""
+    """A parsed sweep file: its grid, the options that all cells share, and the lists to vary."""
 
     path: str
     name: str
@@ -94,21 +94,21 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the sweep. `spent` counts what a cooldown shares with its trunk in the trunk alone."""
+    """One run of the sweep. Steps that cooldowns share with their trunk count in the trunk's `spent` only."""
 
     name: str
-    kind: str  # that of the sweep; "trunk" with is_trunk for the constant-rate run that gives no row
+    kind: str  # the sweep's
     config: Config
     plan: ladder.Plan
     budget: float | None
     spent: float  # training FLOPs, physical
-    trunk: str | None = None  # the run that a cooldown is branched from
-    step: int = 0  # the step at which it is
-    is_trunk: bool = False
-    varied: str = ""  # which of the varied options, as in the name
+    trunk: str | None = None  # run that a cooldown branches from
+    step: int = 0  # step at which it branches
+    is_trunk: bool = False  # a constant-rate run, which gives no row
+    varied: str = ""  # varied options, as in the name
 
     def digest(self, data_sha: str, val_sha: str) -> str:
-        """A hash of all that the sweep decides about the run, and of its text: equal hash, equal run."""
+        """Hash of the options that the sweep sets for the run, and of its text: equal hash, equal run."""
         decided = {
             f.name: value
             for f in fields(Config)
@@ -123,8 +123,8 @@ class Cell:
 
 
 def read_sweep(path: str | Path, **overrides) -> Sweep:
-    """The sweep of a file; `overrides` (unless None) stand in for options of train.py in it. Raises UserError, one line
-    with the file and the key, for what is no sweep file."""
+    """Read a sweep file; `overrides` that are not None replace its options of train.py. Raises UserError, one line with
+    file and key, if the file is invalid."""
     try:
         table = tomllib.loads(Path(path).read_text())
     except OSError as error:
@@ -132,16 +132,16 @@ def read_sweep(path: str | Path, **overrides) -> Sweep:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not TOML: {error}") from None
     if twice := [key for key in table if "-" in key and key.replace("-", "_") in table]:
-        raise UserError(f"{path}: {twice[0]}: there twice, also as {twice[0].replace('-', '_')}")
+        raise UserError(f"{path}: {twice[0]}: given twice, also as {twice[0].replace('-', '_')}")
     table = {key.replace("-", "_"): value for key, value in table.items()}
     table |= {key: list(value) for key, value in overrides.items() if value is not None}
     own, many = {f.name for f in fields(Grid)}, _tuples(Grid) | _tuples(Config)
     known = own | {f.name for f in fields(Config)}
     for key, value in table.items():
         if key in BY_GRID and key not in own:
-            raise UserError(f"{path}: {key}: a sweep file says {BY_GRID[key]}")
+            raise UserError(f"{path}: {key}: use {BY_GRID[key]} in a sweep file")
         if key in OURS:
-            raise UserError(f"{path}: {key}: decided by the sweep itself; leave it out")
+            raise UserError(f"{path}: {key}: set by the sweep itself; leave it out")
         if key not in known:
             near = did_you_mean(key, sorted(known - OURS - BY_GRID.keys()))
             raise UserError(f"{path}: unknown key {key}{near}")
@@ -161,24 +161,24 @@ def read_sweep(path: str | Path, **overrides) -> Sweep:
     _check(grid, base, path)
     for f in fields(Grid):
         if f.name in table and grid.kind not in (kinds := _kinds(f)):
-            raise UserError(f"{path}: {f.name}: is for {' or '.join(kinds)}, this sweep's kind is {grid.kind}")
+            raise UserError(f"{path}: {f.name}: only for kind {' or '.join(kinds)}, but this sweep is {grid.kind}")
     return Sweep(str(path), Path(path).stem, grid, base, lists)
 
 
 def _kinds(f: dataclasses.Field) -> tuple[str, ...]:
-    """The kinds of sweeps that a key of Grid is for: those that its help begins with, all if there is none."""
+    """The kinds of sweep that use a key of Grid: those at the start of its help text, else all."""
     named = tuple(f.metadata["help"].partition(": ")[0].split(", "))
     return named if f.name != "kind" and set(named) <= set(KINDS) else KINDS
 
 
 def _tuples(cls) -> set[str]:
-    """The options that take several values."""
+    """Options that take several values."""
     hints = get_type_hints(cls)
     return {name for name, hint in hints.items() if any(get_origin(arm) is tuple for arm in (hint, *get_args(hint)))}
 
 
 def _parse(cls, table: dict, path):
-    """`table` as options of `cls`, by the parser of the command line: same types, same bounds, same words."""
+    """`table` as options of `cls`, by the command-line parser: same types, bounds and errors."""
     argv = []
     for key, value in table.items():
         flag = "--" + key.replace("_", "-")
@@ -192,21 +192,21 @@ def _check(grid: Grid, base: Config, path) -> None:
             raise UserError(f"{path}: {message}")
 
     need(grid.kind is not None, f"kind: missing; one of {', '.join(KINDS)}")
-    need(base.seq_len is not None, "seq_len: missing; a sweep is the same on every device, so it has no default")
+    need(base.seq_len is not None, "seq_len: missing; no default, since a sweep must not depend on the device")
     need(bool(grid.budgets), "budgets: missing; training FLOPs, such as [1e11, 1e12]")
     need(not grid.centre or len(grid.centre) == len(grid.budgets), "centre: one number for each of budgets")
     for key in ("budgets", "seeds", "models"):
         values = getattr(grid, key)
-        need(len(set(values)) == len(values), f"{key}: the same value twice")
+        need(len(set(values)) == len(values), f"{key}: duplicate value")
     if grid.kind in ("horizons", "trunk") and not grid.models:
-        need(len(grid.budgets) > 1, "budgets: two or more, between whose optima the sizes lie; or give models")
-    need(tuple(sorted(grid.budgets)) == grid.budgets or grid.kind == "grid", "budgets: must rise")
-    need(not set(grid.seeds) & set(grid.centre_seeds), "centre_seeds: seeds that seeds has not")
+        need(len(grid.budgets) > 1, "budgets: needs two or more, whose optima bound the sizes; or give models")
+    need(tuple(sorted(grid.budgets)) == grid.budgets or grid.kind == "grid", "budgets: must be ascending")
+    need(not set(grid.seeds) & set(grid.centre_seeds), "centre_seeds: must not repeat values of seeds")
     if grid.kind == "grid":
         need(bool(grid.models), 'models: missing; such as ["16x2", "48x2"]')
-        need(not grid.paired or len(grid.models) == len(grid.budgets), "paired: as many models as budgets")
+        need(not grid.paired or len(grid.models) == len(grid.budgets), "paired: needs as many models as budgets")
     if grid.kind == "trunk":
-        need(base.schedule in ("cosine", "wsd"), "schedule: a trunk's cooldowns are wsd")
+        need(base.schedule in ("cosine", "wsd"), "schedule: leave it out; the cooldowns of a trunk use wsd")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -214,31 +214,31 @@ def _check(grid: Grid, base: Config, path) -> None:
 
 
 def plan_cells(sweep: Sweep, vocab_size: int, corpus_tokens: float | None = None) -> list[Cell]:
-    """All cells, in the order of runs.csv. Raises UserError for a cell that cannot be, or (with `corpus_tokens`) sees
-    more than `max_epochs` of its text."""
+    """All cells, in the order of runs.csv. Raises UserError for an impossible cell or, with `corpus_tokens`, for one of
+    more than `max_epochs` epochs."""
     cells = []
     try:
         for variant in _variants(sweep):
             cells += _PLANNERS[sweep.grid.kind](_Builder(sweep, vocab_size, *variant))
-    except UserError as error:  # in the words of train.py
+    except UserError as error:  # the same message as from train.py
         raise UserError(f"{sweep.path}: {error}") from None
     names = [cell.name for cell in cells]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"{sweep.path}: two cells would be called {min(twice)}; make their options differ")
+        raise UserError(f"{sweep.path}: two cells would be named {min(twice)}; make their options differ")
     most = sweep.grid.max_epochs
     for cell in cells:
         if most and corpus_tokens and cell.plan.tokens > most * corpus_tokens:
             epochs = cell.plan.tokens / corpus_tokens
             raise UserError(
-                f"{sweep.path}: {cell.name} would see its text {epochs:.2g} times, max_epochs is {most:g}: "
-                "give more text, fewer small sizes or a smaller budget"
+                f"{sweep.path}: {cell.name} would train for {epochs:.2g} epochs, max_epochs is {most:g}; "
+                "use more text, fewer small sizes or a smaller budget"
             )
     return cells
 
 
 def extend(sweep: Sweep, cells: list[Cell], losses: dict[str, float | None], vocab_size: int) -> list[Cell]:
-    """The cells to add where the least loss of a budget, all of whose cells have an end, is at its smallest or largest
-    size. `losses` by run: None for one that failed. The same losses give the same cells, so a rerun adds none anew."""
+    """New cells for budgets whose cells have all ended and whose lowest loss is at the smallest or largest size.
+    `losses`: by run, None for a failed run. The same losses give the same cells, so a rerun adds no others."""
     if sweep.grid.kind != "isoflop" or not sweep.grid.extend:
         return []
     added = []
@@ -252,18 +252,18 @@ def extend(sweep: Sweep, cells: list[Cell], losses: dict[str, float | None], voc
                 continue
             if side := open_side(group, losses):
                 edge = side * max(side * math.log(N) for N in tried.values())
-                able = {shape: math.log(count_params(shape).total) for shape in build.affordable(budget)}
-                beyond = [shape for shape, size in able.items() if side * (size - edge) > 0]
+                log_size = {shape: math.log(count_params(shape).total) for shape in build.affordable(budget)}
+                beyond = [shape for shape, size in log_size.items() if side * (size - edge) > 0]
                 target = edge + side * build.spacing()
                 if beyond:
-                    shape = min(beyond, key=lambda s, able=able, target=target: abs(able[s] - target))
+                    shape = min(beyond, key=lambda s, size=log_size, target=target: abs(size[s] - target))
                     added += [build.isoflop_cell(budget, shape, seed) for seed in sweep.grid.seeds]
     return added
 
 
 def open_side(group: list[Cell], losses: dict[str, float | None]) -> int:
-    """-1 if the least mean loss of a budget's cells is at the smallest size, 1 if at the largest, 0 if it lies between
-    or cannot be told."""
+    """Where a budget's lowest loss (mean over seeds) is: -1 at the smallest size, 1 at the largest, 0 between them or
+    unknown."""
     by_size = {}
     for cell in group:
         if (loss := losses.get(cell.name)) is not None:
@@ -276,7 +276,7 @@ def open_side(group: list[Cell], losses: dict[str, float | None]) -> int:
 
 
 def _variants(sweep: Sweep):
-    """(Config, multiples, label) for each combination of the varied options; the label names those with several."""
+    """(Config, multiples, label) for each combination of varied options; the label shows those with several values."""
     axes = {**sweep.lists, **{key: getattr(sweep.grid, key) for key in TIMES}}
     if sweep.grid.vary == "product":
         chosen = itertools.product(*axes.values())
@@ -287,10 +287,10 @@ def _variants(sweep: Sweep):
         ]
     for values in chosen:
         point = dict(zip(axes, values, strict=True))
-        told = {key: value for key, value in point.items() if len(axes[key]) > 1}
-        if sweep.grid.vary == "one":  # the others are as they were
-            told = {key: value for key, value in told.items() if value != axes[key][0]}
-        label = "".join(f"-{key}={_short(value)}" for key, value in told.items())
+        varied = {key: value for key, value in point.items() if len(axes[key]) > 1}
+        if sweep.grid.vary == "one":  # without options at their first value
+            varied = {key: value for key, value in varied.items() if value != axes[key][0]}
+        label = "".join(f"-{key}={_short(value)}" for key, value in varied.items())
         options = {key: value for key, value in point.items() if key in sweep.lists}
         yield dataclasses.replace(sweep.base, **options), {key: point[key] for key in TIMES}, label
 
@@ -309,7 +309,7 @@ class _Builder:
         return ladder.affordable(self.make, budget, self.base.flops, self.base.batch_tokens)
 
     def centres(self) -> list[float]:
-        """The optimal N expected at each budget."""
+        """The expected optimal N of each budget."""
         if self.grid.centre:
             return list(self.grid.centre)
         best = [
@@ -339,7 +339,7 @@ class _Builder:
         return budget / flops_per_token(shape, self.base.flops) >= least
 
     def spacing(self) -> float:
-        """The step in log N between planned sizes."""
+        """The distance in log N between planned sizes."""
         return 2 * math.log(self.grid.spread) / (self.grid.sizes - 1) if self.grid.sizes > 1 else math.log(1.5)
 
     def named(self, model: str) -> Shape:
@@ -348,7 +348,7 @@ class _Builder:
     # Plans and cells
 
     def plan(self, shape: Shape, budget: float | None = None, tokens: float | None = None, **fixed) -> ladder.Plan:
-        """The run of this shape by the rules, with this variant's multiples of them."""
+        """The plan of this shape by the rules, times this variant's multiples."""
         given = {
             "batch_tokens": self.base.batch_tokens,
             "lr": self.base.lr,
@@ -365,7 +365,7 @@ class _Builder:
             convention=self.base.flops,
         )
         plan = make(**given)
-        given["lr"] = plan.lr * self.times["lr_times"]  # not that of another batch: the multiples vary one by one
+        given["lr"] = plan.lr * self.times["lr_times"]  # for the batch before batch_times
         if self.times["batch_times"] != 1 and "batch_tokens" not in fixed:
             sequences = max(1, round(plan.batch_tokens * self.times["batch_times"] / shape.seq_len))
             given["batch_tokens"] = sequences * shape.seq_len
@@ -403,7 +403,7 @@ def _isoflop(build: _Builder) -> list[Cell]:
 
 
 def _lengths(build: _Builder) -> list[tuple[Shape, list[float]]]:
-    """(shape, its numbers of tokens, rising) for horizons and trunk."""
+    """(shape, its ascending numbers of tokens) for horizons and trunk."""
     grid, convention = build.grid, build.base.flops
     budgets, centres = grid.budgets, build.centres()
     if grid.models:
@@ -429,13 +429,13 @@ def _lengths(build: _Builder) -> list[tuple[Shape, list[float]]]:
 
 
 def _interpolate(x: float, xs: list[float], ys: tuple[float, ...]) -> float:
-    """y at x, along a power law through the first and the last point; C ~ N^2 where there is but one."""
+    """y at x, on a power law through the first and the last point; C ~ N^2 if there is only one."""
     slope = math.log(ys[-1] / ys[0]) / math.log(xs[-1] / xs[0]) if xs[-1] != xs[0] else 2.0
     return ys[0] * (x / xs[0]) ** slope
 
 
 def _horizons(build: _Builder) -> list[Cell]:
-    """Approach 1: each size at several lengths, each with a schedule of its own length."""
+    """Approach 1: each size at several lengths, each with a schedule of that length."""
     cells = []
     for shape, lengths in _lengths(build):
         for tokens in lengths:
@@ -445,8 +445,8 @@ def _horizons(build: _Builder) -> list[Cell]:
 
 
 def _trunk(build: _Builder) -> list[Cell]:
-    """The same lengths by one constant-rate run a size, from whose checkpoints a cooldown to each length is branched
-    (Haegele et al. 2024): its batch is the rule's for the length in the middle, its warm-up that for the shortest."""
+    """The same lengths by cooldowns that branch from one constant-rate run per size (Haegele et al. 2024). Batch by the
+    rule for the geometric mean of the lengths, warm-up by the rule for the shortest."""
     cells, share = [], build.base.cooldown
     for shape, lengths in _lengths(build):
         middle = math.exp(sum(map(math.log, lengths)) / len(lengths))
@@ -454,9 +454,9 @@ def _trunk(build: _Builder) -> list[Cell]:
         warmup = build.plan(shape, tokens=lengths[0], batch_tokens=batch).warmup_tokens
         fixed = {"batch_tokens": batch, "warmup_tokens": warmup}
         plans = [build.plan(shape, tokens=tokens, **fixed) for tokens in lengths]
-        steps = [math.floor(plan.steps * (1 - share)) for plan in plans]  # up to there wsd's rate is constant
+        steps = [math.floor(plan.steps * (1 - share)) for plan in plans]  # wsd is constant up to here
         if not all(warmup / batch < step < plan.steps for step, plan in zip(steps, plans, strict=True)):
-            raise UserError(f"{shape}: {min(steps)} steps leave no room for warm-up and cooldown")
+            raise UserError(f"{shape}: {min(steps)} steps are too few for warm-up and cooldown")
         whole = build.plan(shape, tokens=steps[-1] * batch, **fixed)
         for seed in build.grid.seeds:
             trunk = build.cell(
@@ -479,7 +479,7 @@ def _trunk(build: _Builder) -> list[Cell]:
 
 
 def _grid(build: _Builder) -> list[Cell]:
-    """Every model at every budget, or each at its own."""
+    """Every model at every budget, or, if paired, at its own."""
     models, budgets = map(build.named, build.grid.models), build.grid.budgets
     pairs = zip(models, budgets, strict=True) if build.grid.paired else itertools.product(models, budgets)
     return [build.isoflop_cell(budget, shape, seed) for shape, budget in pairs for seed in build.grid.seeds]
@@ -489,7 +489,7 @@ _PLANNERS = {"isoflop": _isoflop, "horizons": _horizons, "trunk": _trunk, "grid"
 
 
 def _short(value) -> str:
-    """1e12 -> '1e12', 0.01 -> '0.01', 'gelu' -> 'gelu', for names of folders."""
+    """1e12 -> '1e12', 0.01 -> '0.01', 'gelu' -> 'gelu', for folder names."""
     if isinstance(value, int | float):
         return re.sub(r"e[+]?(-?)0*", r"e\1", f"{value:g}")
     return str(value).replace("/", "_")

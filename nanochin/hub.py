@@ -1,7 +1,7 @@
-"""Data sets of the Hugging Face hub: hf:OWNER/NAME[:CONFIG], streamed once into a .jsonl file of the cache.
+"""Data sets of the Hugging Face hub: hf:OWNER/NAME[:CONFIG], streamed once into a .jsonl file in the cache.
 
-From there on they are a corpus like any other, fingerprint and resuming included, and no network is needed again.
-The `datasets` library (optional) reads them; since version 4 it runs no code of theirs. No torch here.
+From then on they are like any other corpus, with fingerprint and resume, and need no network. The optional `datasets`
+library reads them; since version 4 it does not run a data set's code. No torch here.
 """
 
 import hashlib
@@ -20,15 +20,15 @@ from nanochin.text import Stage
 from nanochin.tokenizer import BPE_VOCAB, Tokenizer, train_bpe
 
 PREFIX = "hf:"
-SAMPLE = 1 << 22  # bytes on which a throwaway BPE is trained, to count the tokens of one that is not there yet
-AT_ONCE = 256  # documents that a thread counts
+SAMPLE = 1 << 22  # bytes to train a temporary BPE on, which counts tokens before the real BPE exists
+AT_ONCE = 256  # documents that a thread counts at a time
 
 
 @dataclass(frozen=True)
 class Source:
-    """What to stream: as many whole documents of the split `train` as make `max_tokens` with that tokenizer."""
+    """What to stream: whole documents of the split `train`, up to `max_tokens` of that tokenizer."""
 
-    what: str  # as the user named it
+    what: str  # option and value, for errors
     dataset: str
     config: str | None
     max_tokens: float
@@ -49,15 +49,15 @@ def parse(item: str, option: str, max_tokens: float | None, tokenizer: str, voca
     if not re.fullmatch(r"[^\s:]*[^\s:/]", dataset):
         raise UserError(f"`{option}` {item}: expected hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
     if max_tokens is None:
-        raise UserError(f"`{option}` {item}: say how much of it to read, such as `max_tokens` 1e8")
+        raise UserError(f"`{option}` {item}: needs `max_tokens`, the tokens to read, such as 1e8")
     return Source(f"`{option}` {item}", dataset, config or None, max_tokens, tokenizer, vocab_size)
 
 
 def stream(source: Source, path: Path, progress: Progress | None) -> None:
-    """Write the documents of `source` to `path`, one {"text": ...} a line; the file appears when it is whole.
+    """Write the documents of `source` to `path` atomically, one {"text": ...} per line.
 
-    A row without a string is written as {"text": null}, which the reader of .jsonl refuses or skips. Raises UserError
-    if the library is missing, or the data set cannot be had or has no column `text`.
+    A row without a string is written as {"text": null}, which the .jsonl reader rejects or skips. Raises UserError if
+    the library is missing, the data set cannot be loaded or has no column `text`.
     """
     tokenizer, texts = _counter(source, _texts(source))
     stage = Stage("streaming", int(source.max_tokens), progress)
@@ -75,14 +75,14 @@ def stream(source: Source, path: Path, progress: Progress | None) -> None:
             file.write((json.dumps({"text": text}) + "\n").encode())
             stage.add(tokens)
         if not file.tell():
-            raise UserError(f"{source.what}: its first document alone exceeds `max_tokens` {source.max_tokens:g}")
+            raise UserError(f"{source.what}: the first document alone exceeds `max_tokens` {source.max_tokens:g}")
 
 
 def _texts(source: Source) -> Iterator[str | None]:
-    """The documents, from the network as they are asked for."""
+    """The documents, downloaded lazily."""
     datasets = need("datasets", source.what)
     importlib.import_module("huggingface_hub").logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is told once, below
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, below
     try:
         for row in datasets.load_dataset(source.dataset, source.config, split="train", streaming=True):
             if "text" not in row:
@@ -90,14 +90,14 @@ def _texts(source: Source) -> Iterator[str | None]:
             yield row["text"] if isinstance(row["text"], str) else None
     except UserError:
         raise
-    except Exception as error:  # of the network, the hub, the format: each library underneath has its own
+    except Exception as error:  # network, hub, format: each underlying library has its own
         message = " ".join(str(error).split())[:300]
         raise UserError(f"{source.what}: {type(error).__name__}: {message}") from error
 
 
 def _counter(source: Source, texts: Iterator[str | None]) -> tuple[Tokenizer, Iterator[str | None]]:
-    """What counts tokens, and the texts again. Our own BPE, trained only when all the text is there, is stood in for
-    by one trained on the first 4 MB, so that the number of tokens is then only about right."""
+    """(tokenizer to count with, the same texts). Our BPE is trained only once all the text is there; until then one
+    trained on the first 4 MB counts, so the number of tokens is approximate."""
     if source.tokenizer != "bpe":
         return Tokenizer.load(source.tokenizer), texts
     sample, size = [], 0

@@ -1,4 +1,4 @@
-"""Where else the rows of log.jsonl go: wandb or tensorboard, optional libraries, imported only when asked for."""
+"""Loggers that also receive the rows of log.jsonl: wandb and tensorboard, optional, imported only on request."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +13,9 @@ def check(names: tuple[str, ...]) -> None:
 
 
 def open_logger(name: str, folder: Path, options: dict, step: int) -> tuple[Callable[[dict], None], Callable[[], None]]:
-    """(function that takes a row, function that ends it) for the run in `folder`, which goes on from `step`.
+    """(function that logs a row, function that closes the logger) for the run in `folder`, which resumes from `step`.
 
-    Raises RunError where wandb refuses (no account, no network).
+    Raises RunError if wandb fails (no account, no network).
     """
     if name == "wandb":
         import wandb
@@ -31,7 +31,7 @@ def open_logger(name: str, folder: Path, options: dict, step: int) -> tuple[Call
 
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)  # what a resumed run will log again
+    writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)  # rows that a resumed run logs again
 
     def log(row: dict) -> None:
         for key, value in row.items():

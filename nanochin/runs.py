@@ -1,4 +1,4 @@
-"""A run's folder: its name, its configuration, its log, its summary, and the lock that keeps a second process out.
+"""A run's folder: name, configuration, log, summary, and the lock that keeps a second process out.
 
 runs/<name>/config.json     resolved options, identity, versions, device, data fingerprints
             log.jsonl       one object per logged step or evaluation
@@ -21,12 +21,12 @@ from nanochin.files import DiskError, read_json, write_file, write_json, writing
 
 
 class BusyError(UserError):
-    """Another process is training this run."""
+    """The run is being trained by another process."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The folder of a run. `loggers` are pairs (function that takes a row, function that ends it)."""
+    """The folder of a run. `loggers` are pairs (function that logs a row, function that closes the logger)."""
 
     folder: Path
     loggers: list = dataclasses.field(default_factory=list)
@@ -37,15 +37,15 @@ class Run:
         return read_json(path) if path.exists() else None
 
     def log(self, row: dict) -> None:
-        """Append one object to log.jsonl, and tell the loggers."""
+        """Append one object to log.jsonl and pass it to the loggers."""
         with writing(self.folder / "log.jsonl"), open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         for log, _ in self.loggers:
             log(row)
 
     def cut_log(self, step: int) -> None:
-        """Forget what a run that goes on from `step` will log again: later steps, the evaluation that follows this
-        one, and a line cut off by a kill."""
+        """Remove the rows that a run resumed from `step` logs again: later steps, the evaluation after `step`, and a
+        line truncated by a kill."""
         path = self.folder / "log.jsonl"
         if path.exists():
             kept = [row for row in read_log(self.folder) if row["step"] < step + ("val_loss" not in row)]
@@ -57,9 +57,9 @@ class Run:
 
 @contextmanager
 def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
-    """Create or reopen the folder of the run that `record` describes, and hold its lock inside the block.
+    """Create or reopen the folder of the run that `record` describes, locked inside the block.
 
-    Raises UserError if another process holds it, or if the folder belongs to a run of other options.
+    Raises UserError if another process has the lock, or if the folder belongs to a run with other options.
     """
     folder = Path(out) / name
     with writing(folder):
@@ -71,7 +71,7 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
         raise BusyError(f"{folder}: another process is training this run; wait for it or choose `name`") from None
     except OSError as error:
         raise DiskError(f"{folder}: cannot write: {error.strerror}") from None
-    with lock:  # the lock counts: this releases the acquisition above too, on every way out
+    with lock:  # filelock counts: after this release, leaving the block in any way frees the lock
         lock.release()
         if (folder / "config.json").exists():
             _same_run(folder, record["identity"])
@@ -103,8 +103,8 @@ def find_run(run: str, out: str = "runs") -> Path:
 
 
 def identity(config: Config, **facts) -> dict:
-    """What defines the result of a run: the resolved options that can change it, and facts about the data. An option
-    that came later is left out at its default, so that older runs keep their names."""
+    """What defines the result of a run: the resolved options that can change it, and facts about the data. Options
+    added after version 0.1 are left out at their default, so that older runs keep their names."""
     options = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -114,7 +114,7 @@ def identity(config: Config, **facts) -> dict:
 
 
 def first_difference(theirs: dict, ours: dict) -> str | None:
-    """The first key, in alphabetical order, in which two identities differ; one that is absent has its default."""
+    """The alphabetically first key in which two identities differ, or None. An absent key means its default."""
     defaults = {f.name: f.default for f in dataclasses.fields(Config)}
     for key in sorted(theirs.keys() | ours.keys()):
         if theirs.get(key, defaults.get(key)) != ours.get(key, defaults.get(key)):
@@ -123,13 +123,13 @@ def first_difference(theirs: dict, ours: dict) -> str | None:
 
 
 def run_name(corpus: str, identity: dict) -> str:
-    """A short readable stem and a hash of the identity: 'python-96x4-7.5M-0b1c2d3e'."""
+    """A readable stem and a hash of the identity: 'python-96x4-7.5M-0b1c2d3e'."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return f"{corpus}-{identity['model']}-{three(identity['tokens'] / 1e6)}M-{digest[:8]}"
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The rows of log.jsonl; a last line that a kill cut off is left out."""
+    """The rows of log.jsonl, without a last line truncated by a kill."""
     rows = []
     for line in (folder / "log.jsonl").read_text().splitlines():
         try:

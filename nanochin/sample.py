@@ -1,4 +1,4 @@
-"""Text from a finished run: python -m nanochin sample RUN --prompt "def " """
+"""Sample text from a run: python -m nanochin sample RUN --prompt "def " """
 
 import sys
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from nanochin.runs import find_run
 
 @dataclass(frozen=True)
 class SampleOptions:
-    run: str = opt(None, "the run: its folder, or its name under --out", positional=True)
-    prompt: str = opt("", "text to go on from; default: the start of a document")
+    run: str = opt(None, "folder of the run, or its name under --out", positional=True)
+    prompt: str = opt("", "text to continue; default: the start of a document")
     tokens: int = opt(256, "tokens to generate", low=1)
-    temperature: float = opt(0.8, "1 samples the model's own distribution, 0 takes the likeliest token", low=0)
-    top_k: int = opt(50, "sample among the k likeliest tokens; 0 = all", low=0)
+    temperature: float = opt(0.8, "1 samples the model's own distribution, 0 is greedy", low=0)
+    top_k: int = opt(50, "sample from the k most likely tokens; 0 = all", low=0)
     seed: int = opt(0, "seed of the sampling", low=0, high=10**9)
     out: str = opt("runs", "folder of all runs")
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     ids = generate(
         model, prompt, options.tokens, temperature=options.temperature, top_k=options.top_k, seed=options.seed
     )
-    sys.stdout.reconfigure(errors="replace")  # the text may hold what this terminal's encoding cannot show
+    sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack a character of the text
     print(tokenizer.decode(ids[0 if options.prompt else 1 :].tolist()))
 
 

@@ -1,10 +1,9 @@
-"""Files of text as one flat text, and which of its bytes are kept for validation.
+"""Read text files into one flat text, and split it into training and validation ranges.
 
     python, python-all, files, folders, globs ──> find_files ──> read_text ──> split, thin
 
-The flat text is valid UTF-8 without NUL, documents back to back, on disk. All that follows is arithmetic on byte
-ranges of it, in memory that hardly grows with the corpus (16 bytes a document). Threads share the work: hashing and
-unpacking release Python's lock.
+The flat text on disk is valid UTF-8 without NUL, documents back to back. All later steps work on byte ranges of it and
+need little memory (16 bytes per document). Work runs on threads: hashing and decompression release the GIL.
 """
 
 import array
@@ -33,10 +32,10 @@ from nanochin.config import UserError, need
 from nanochin.console import Progress
 from nanochin.files import sha256_of
 
-BLOCK = 1 << 16  # bytes: unit of thinning, and of hashing where documents are too few
+BLOCK = 1 << 16  # bytes: unit of thinning, and of hashing if there are too few documents
 PIECE = 1 << 20  # bytes read at a time
 PART = 1 << 23  # bytes of files that one thread hashes, or reads into one part of the flat text
-MAX_HELD_OUT = 0.05  # share of the text that is kept for validation, at most
+MAX_HELD_OUT = 0.05  # maximum fraction of the text held out for validation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,10 +43,8 @@ MAX_HELD_OUT = 0.05  # share of the text that is kept for validation, at most
 
 
 class Tokens:
-    """Memory-mapped files of one integer type, seen as one array: `len()` and `[start:stop]`.
-
-    The flat text is one as well: its tokens are bytes.
-    """
+    """Memory-mapped files of one integer type as one array: `len()` and `[start:stop]`. Also used for the flat text,
+    as uint8."""
 
     def __init__(self, paths: list[Path], dtype: np.dtype):
         little = np.dtype(dtype).newbyteorder("<")
@@ -56,7 +53,7 @@ class Tokens:
 
     @classmethod
     def of(cls, parts: list[np.ndarray]) -> "Tokens":
-        """What is mapped already, of any integer types, as one array."""
+        """Arrays that are already mapped, of any integer types, as one."""
         tokens = cls.__new__(cls)
         tokens._join(parts)
         return tokens
@@ -76,7 +73,7 @@ class Tokens:
         return found[0] if len(found) == 1 else np.concatenate(found)
 
     def views(self, start: int, stop: int) -> list[np.ndarray]:
-        """The pieces that [start:stop] is made of, without a copy."""
+        """The parts of [start:stop] as views, without a copy."""
         if start >= stop:
             return []
         first, last = bisect_right(self.starts, start) - 1, bisect_left(self.starts, stop)
@@ -84,24 +81,24 @@ class Tokens:
 
 
 class Stage:
-    """One stage of the work: shares it among threads and tells `progress(stage, done, total)` how far it is."""
+    """One stage of the work: runs it on threads and reports to `progress(stage, done, total)`."""
 
     def __init__(self, name: str, total: int = 0, progress: Progress | None = None):
         self.name, self.total, self.progress = name, total, progress
-        self.done, self.told, self.stopped, self.lock = 0, 0.0, False, threading.Lock()
+        self.done, self.reported, self.stopped, self.lock = 0, 0.0, False, threading.Lock()
 
     def add(self, count: int) -> None:
-        """Called by the threads for every `count` bytes done; told on a few times a second."""
+        """Called by the threads for every `count` bytes done; reports a few times a second."""
         with self.lock:
-            if self.stopped:  # another thread failed, or Ctrl-C: do not finish a file of many minutes
+            if self.stopped:  # another thread failed, or Ctrl-C: do not finish a file that takes minutes
                 raise CancelledError
             self.done += count
-            if self.progress and (time.monotonic() - self.told > 0.2 or self.done >= self.total):
-                self.told = time.monotonic()
+            if self.progress and (time.monotonic() - self.reported > 0.2 or self.done >= self.total):
+                self.reported = time.monotonic()
                 self.progress(self.name, self.done, self.total)
 
     def map(self, function: Callable, items: Iterable) -> Iterator:
-        """`map` on a thread per core, results in order, with few items in flight so that memory stays bounded."""
+        """`map` on one thread per core, results in order, with few items in flight to bound memory."""
         threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         pool, waiting = ThreadPoolExecutor(threads), deque()
         try:
@@ -124,7 +121,7 @@ class Stage:
 
 @dataclass(frozen=True, order=True)
 class File:
-    key: str  # path relative to what the user named: decides the order of files, wherever they lie
+    key: str  # path relative to the item that the user named: sorts files independently of their location
     sha: str  # SHA-256 of the content
     path: str
     format: str
@@ -132,15 +129,15 @@ class File:
 
     @property
     def is_validation(self) -> bool:
-        """Whether val, valid or validation is a word of its name: gutenberg-val.jsonl.xz, val/00.txt; not interval."""
+        """Whether val, valid or validation is a word in its name: gutenberg-val.jsonl.xz, val/00.txt; not interval."""
         return bool(re.search(r"(?<![a-z])val(id|idation)?(?![a-z])", self.key.lower())) and self.format != ".py"
 
 
 def find_files(data: Iterable[str], option: str = "data", progress: Progress | None = None) -> list[File]:
     """The files that `data` names, each once, in an order that does not depend on how they were named.
 
-    An item is `python` (the interpreter's standard library, without tests), `python-all` (and all installed
-    packages), a file, a folder (its known formats, at any depth) or a glob. Raises UserError for what is not there.
+    An item is `python` (the standard library, without tests), `python-all` (plus all installed packages), a file, a
+    folder (known formats, recursively) or a glob. Raises UserError if an item does not exist.
     """
     found: dict[str, tuple[str, str]] = {}  # path -> (key, format)
     for item in data:
@@ -157,13 +154,13 @@ def find_files(data: Iterable[str], option: str = "data", progress: Progress | N
 
 
 def fingerprint(files: list[File]) -> str:
-    """SHA-256 over formats and contents in order; places and names do not count."""
+    """SHA-256 over formats and contents in order, independent of paths."""
     return hashlib.sha256("".join(f"{file.format} {file.sha}\n" for file in files).encode()).hexdigest()
 
 
 def corpus_name(data: Iterable[str]) -> str:
-    """What the names have in common, fit for a folder: gutenberg-train-00.jsonl.xz and -01 give gutenberg-train. A
-    file called train has the name of its folder."""
+    """The names' common prefix, usable as a folder name: gutenberg-train-00.jsonl.xz and -01 give gutenberg-train. A
+    file named train takes the name of its folder."""
     paths = [Path(re.split(r"[*?[]", item)[0]).resolve() for item in data]
     stems = [path.parent.name if path.stem == "train" else path.name.split(".")[0] for path in paths]
     name = stems[0] if len(stems) == 1 else os.path.commonprefix(stems).rstrip("0123456789")
@@ -171,7 +168,7 @@ def corpus_name(data: Iterable[str]) -> str:
 
 
 def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
-    """(path, key, format) of each file that one item of the option names."""
+    """(path, key, format) of each file of one item."""
     if item in ("python", "python-all"):
         roots = [sysconfig.get_path("stdlib")]
         if item == "python-all":
@@ -181,15 +178,15 @@ def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
         return
     named = [item] if os.path.exists(item) else glob.glob(item, recursive=True)
     if not named and os.path.exists(item + ".idx"):
-        named = [item + ".idx"]  # Megatron names a pair of files by what they share
+        named = [item + ".idx"]  # Megatron names a pair of files by their common prefix
     if not named:
         raise UserError(f"`{option}` {item}: no such file or folder")
     for path in map(os.path.abspath, named):
         if not os.path.isdir(path):
-            path = re.sub(r"\.idx$", TOKENS, path)  # the .bin is where the tokens are
+            path = re.sub(r"\.idx$", TOKENS, path)  # the .bin has the tokens
             format = _format(path)
             if format in PICKLES:
-                raise UserError(f"`{option}` {path}: not read: a pickle can run any program; give text or token files")
+                raise UserError(f"`{option}` {path}: pickles can run code, so they are not read; give text or tokens")
             yield path, os.path.basename(path), format if format in (*READERS, TOKENS) else ""
             continue
         inside = [(file, key, _format(file)) for file, key in _walk(path) if _format(file) in IN_FOLDERS]
@@ -205,7 +202,7 @@ NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_
 
 
 def _walk(root: str, skip: set[str] = frozenset()) -> Iterator[tuple[str, str]]:
-    """(path, path relative to `root`) of the files below `root`, hidden ones left out."""
+    """(path, path relative to `root`) of the files below `root`, without hidden ones."""
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
         prefix = folder[len(root) :].strip(os.sep).replace(os.sep, "/")
@@ -221,7 +218,7 @@ def _format(path: str) -> str:
 
 
 def _groups(items: Iterable, sizes: Iterable[int]) -> list[list]:
-    """Items in lists of about PART bytes: what one thread does at a time."""
+    """Items in lists of about PART bytes, one per thread at a time."""
     groups, room = [], 0
     for item, size in zip(items, sizes, strict=True):
         if room <= 0:
@@ -233,8 +230,8 @@ def _groups(items: Iterable, sizes: Iterable[int]) -> list[list]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading: one function per format, yielding (piece of a document's bytes, whether the document ends with it). What is
-# no document goes to `bad(where, what)`, which raises UserError, or counts it if such are to be skipped.
+# Reading: one function per format, yielding (piece of a document's bytes, whether the document ends with it). A bad
+# record is passed to `bad(where, what)`, which raises UserError or, with skip_bad, counts it.
 
 
 def read_txt(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
@@ -245,14 +242,14 @@ def read_txt(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
 
 
 def read_unknown(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
-    """A file that was named, with a suffix that says nothing: text, if it looks like text."""
+    """A file with an unknown suffix that was named explicitly: plain text if it has no NUL."""
     if b"\0" in stream.peek(4096)[:4096]:
         raise UserError(f"{path}: neither text nor a known format ({' '.join(filter(None, READERS))})")
     yield from read_txt(stream, path, bad)
 
 
 def read_jsonl(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
-    """A line is one document: a JSON object with a string `text`. Blank lines are passed over."""
+    """A line is one document: a JSON object with a string `text`. Blank lines are skipped."""
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
@@ -263,12 +260,12 @@ def read_jsonl(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]
             continue
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
-            bad(f"{path}, line {number}", 'no string "text" in it')
+            bad(f"{path}, line {number}", 'no string "text"')
             continue
         try:
-            yield text.encode("utf-8", "surrogateescape"), True  # bytes that were invalid, for `_read_part` to drop
+            yield text.encode("utf-8", "surrogateescape"), True  # the invalid bytes again, for `_read_part` to drop
         except UnicodeEncodeError:
-            yield text.encode("utf-8", "surrogatepass"), True  # half a pair, written as \ud83d
+            yield text.encode("utf-8", "surrogatepass"), True  # half a surrogate pair, written as \ud83d
 
 
 def read_parquet(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
@@ -290,9 +287,9 @@ def read_parquet(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool
             column = batch.column(0).cast(arrow.large_string()).cast(arrow.large_binary())
             for text in column.to_pylist():  # bytes, for `_read_part` to decode
                 number += 1
-                stream.seek(size * number // rows)  # nobody reads from it: it tells how far this is
+                stream.seek(size * number // rows)  # for the progress bar only
                 if text is None:
-                    bad(f"{path}, row {number}", "null is no text")
+                    bad(f"{path}, row {number}", "text is null")
                 else:
                     yield text, True
 
@@ -307,7 +304,7 @@ def _open_zst(raw):
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet, ".py": read_txt, "": read_unknown}
 TOKENS = ".bin"  # not text: tokenfiles.py
-IN_FOLDERS = (".txt", ".jsonl", ".parquet", TOKENS)  # what is taken from a folder
+IN_FOLDERS = (".txt", ".jsonl", ".parquet", TOKENS)  # read from a folder
 PICKLES = (".pkl", ".pickle", ".pt", ".pth")
 UNPACKERS = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}
 
@@ -317,15 +314,15 @@ class Text:
     """The flat text: documents back to back, valid UTF-8 without NUL."""
 
     bytes: Tokens  # uint8
-    ends: np.ndarray  # (documents,) int64: where each document stops
+    ends: np.ndarray  # (documents,) int64: end of each document
     hashes: np.ndarray  # (documents,) uint64: first 8 bytes of its SHA-256
     skipped: int  # bytes: invalid UTF-8 and NUL
-    bad: int = 0  # lines and rows that were no documents
+    bad: int = 0  # lines and rows without a text
 
 
 def read_text(files: list[File], folder: Path, stage: Stage, skip_bad: bool = False) -> Text:
-    """Write the flat text of `files` into `folder`, several files at a time, and open it. A line or row that is no
-    document raises UserError, or is counted if `skip_bad`."""
+    """Write the flat text of `files` into `folder`, several files at a time, and open it. A line or row without a text
+    raises UserError, or is counted if `skip_bad`."""
     folder.mkdir(parents=True)
     parts = _groups(files, [file.size for file in files])
     paths = [folder / f"text-{i:05d}" for i in range(len(parts))]
@@ -346,13 +343,13 @@ def read_text(files: list[File], folder: Path, stage: Stage, skip_bad: bool = Fa
 def _read_part(
     files: list[File], path: Path, stage: Stage, skip_bad: bool
 ) -> tuple[array.array, array.array, int, int]:
-    """Write the text of `files` to `path`. Returns documents' ends and hashes, bytes skipped, lines or rows skipped."""
+    """Write the text of `files` to `path`. Returns (document ends, hashes, bytes skipped, lines and rows skipped)."""
     ends, hashes, position, skipped, bad = array.array("q"), array.array("Q"), 0, 0, 0
 
     def on_bad(where: str, what: str) -> None:
         nonlocal bad
         if not skip_bad:
-            raise UserError(f"{where}: {what}; `skip_bad` goes on without such")
+            raise UserError(f"{where}: {what}; `skip_bad` skips bad records")
         bad += 1
 
     decoder = codecs.getincrementaldecoder("utf-8")("ignore")
@@ -374,7 +371,7 @@ def _read_part(
 
 
 def _pieces(file: File, bad: Callable) -> Iterator[tuple[bytes, bool, int]]:
-    """What the reader of its format yields, with the number of bytes of the file that were read for it."""
+    """The pieces from the reader of its format, each with the number of bytes of the file read for it."""
     try:
         with open(file.path, "rb") as raw:
             unpack, seen = UNPACKERS.get(os.path.splitext(file.path)[1].lower()), 0
@@ -388,20 +385,20 @@ def _pieces(file: File, bad: Callable) -> Iterator[tuple[bytes, bool, int]]:
         if isinstance(error, UserError) or getattr(error, "filename", None):
             raise
         # EOFError, zlib.error, LZMAError, ZstdError, ...: each library has its own
-        raise UserError(f"{file.path}: damaged ({' '.join(str(error).split())})") from error
+        raise UserError(f"{file.path}: corrupted ({' '.join(str(error).split())})") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which bytes are for training and which for validation: (n, 2) arrays of ranges [start, stop) of the flat text
+# Training and validation split: (n, 2) arrays of byte ranges [start, stop) of the flat text
 
 
 def split(text: Text, val_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training and validation ranges, by the hash of the content: so equal documents are on the same side and
-    neither order nor names matter.
+    """(training ranges, validation ranges) by content hash, so equal documents are on the same side, and file order and
+    names do not matter.
 
-    A document is held out when its hash, as a fraction, is below min(5%, 2 val_bytes / all bytes). Where this takes
-    nothing or over a quarter, documents are too few or too large, and 64 KB blocks of them are hashed instead
-    (smaller ones for a text under 1.3 MB); where that takes nothing, the block of the smallest hash.
+    A document is held out if its hash, as a fraction, is below min(5%, 2 val_bytes / all bytes). If this selects
+    nothing or more than a quarter of the text, it falls back to hashing 64 KB blocks (smaller for a text under 1.3 MB);
+    if that fails too, to the block with the smallest hash. Raises UserError if all of the text would be held out.
     """
     total = len(text.bytes)
     limit = min(MAX_HELD_OUT, 2 * val_bytes / total) * 2.0**64
@@ -415,15 +412,15 @@ def split(text: Text, val_bytes: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 < np.diff(ends, prepend=0)[held].sum() <= total / 4:
             held = hashes == hashes.min()
         if held.all():
-            raise UserError("`data`: too little text, or all the same, to keep some for validation; give `val`")
+            raise UserError("`data`: cannot split off validation text (too short, or all the same); give `val`")
     units = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
     return _merge(units[~held]), _merge(units[held])
 
 
 def thin(text: Text, ranges: np.ndarray, keep: int) -> np.ndarray:
-    """`ranges`, or evenly spaced blocks of them, `keep` bytes in all (but for characters that a block would cut)."""
+    """`ranges`, or evenly spaced blocks of them with `keep` bytes in total, up to character boundaries."""
     lengths = ranges[:, 1] - ranges[:, 0]
-    offsets, total = np.cumsum(lengths) - lengths, lengths.sum()  # of each range within all of them, end to end
+    offsets, total = np.cumsum(lengths) - lengths, lengths.sum()  # offset of each range in their concatenation
     if total <= keep:
         return ranges
     count, block, kept = max(1, keep // BLOCK), min(BLOCK, keep), []
@@ -441,18 +438,18 @@ def _block_ends(text: Text, block: int) -> np.ndarray:
     for end in text.ends.tolist():
         ends += [char_start(text, i) for i in range(start + block, end, block)] + [end]
         start = end
-    return np.unique(ends)  # a character longer than a block leaves two equal ends
+    return np.unique(ends)  # a character longer than a block gives two equal ends
 
 
 def char_start(text: Text, i: int) -> int:
-    """The first position at or before `i` where a character starts (or the text ends)."""
+    """The last position at or before `i` where a character starts (or the text ends)."""
     while i < len(text.bytes) and text.bytes[i : i + 1][0] & 0xC0 == 0x80:
         i -= 1
     return i
 
 
 def _merge(ranges: np.ndarray) -> np.ndarray:
-    """Join ranges that touch."""
+    """Merge adjacent ranges."""
     new = np.concatenate([[True], ranges[1:, 0] != ranges[:-1, 1]])
     return np.stack([ranges[new, 0], ranges[np.append(new[1:], True), 1]], axis=1)
 
@@ -466,7 +463,7 @@ def total_bytes(ranges: np.ndarray) -> int:
 
 
 def count_documents(text: Text, ranges: np.ndarray) -> int:
-    """Documents with text in `ranges`."""
+    """Number of documents with text in `ranges`."""
     inside = np.zeros(len(text.ends) + 1, np.int64)
     np.add.at(inside, np.searchsorted(text.ends, ranges[:, 0], "right"), 1)
     np.add.at(inside, np.searchsorted(text.ends, ranges[:, 1] - 1, "right") + 1, -1)

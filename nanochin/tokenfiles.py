@@ -1,12 +1,12 @@
-"""Token files of other trainers, read where they lie: memory-mapped, neither copied nor tokenised again.
+"""Token files of other trainers, used in place: memory-mapped, neither copied nor tokenised again.
 
     nanoGPT     train.bin          uint16 without a header
     llm.c       *.bin              256 int32 (magic, version, number of tokens), then uint16, or uint32 for Llama 3;
                                    modded-nanogpt's shards are the same
-    Megatron    *.bin and *.idx    the .idx holds type, lengths and offsets of the sequences that the .bin is made of
+    Megatron    *.bin and *.idx    the .idx holds type, lengths and offsets of the sequences in the .bin
 
-All are little-endian. What a token means is in none of them, so a file is believed only if all its ids are below the
-vocabulary. No torch here.
+All are little-endian. None of them names its tokenizer, so the only check is that all ids are below the vocabulary
+size. No torch here.
 """
 
 import glob
@@ -23,7 +23,7 @@ from nanochin.text import BLOCK, TOKENS, File, Stage, Tokens
 from nanochin.tokenizer import Tokenizer
 
 HEADER = 1024  # bytes of llm.c's header
-LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic -> version, type; the second is Llama 3's
+LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic -> version, type; the second is for Llama 3
 LLM_C_EVAL = 20240522
 MEGATRON = b"MMIDIDX\0\0"
 MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats
@@ -38,10 +38,10 @@ class TokenFile:
 
 
 def open_tokens(path: str) -> TokenFile:
-    """Open a token file of any of the formats. Raises UserError for what none of them would have written."""
+    """Open a token file of any of these formats. Raises UserError for a file that fits none of them."""
     size, idx = os.path.getsize(path), os.path.splitext(path)[0] + ".idx"
     if not path.lower().endswith(TOKENS):
-        raise UserError(f"{path}: unpack it first; token files are used where they lie")
+        raise UserError(f"{path}: unpack it first; token files are used in place")
     if not size:
         raise UserError(f"{path}: empty")
     if os.path.exists(idx):
@@ -50,16 +50,16 @@ def open_tokens(path: str) -> TokenFile:
         header = file.read(HEADER)
     magic, version, count = struct.unpack_from("<3i", header.ljust(12, b"\0"))
     if magic == LLM_C_EVAL:
-        raise UserError(f"{path}: magic {magic} is llm.c's format of evaluation sets (HellaSwag), not training text")
+        raise UserError(f"{path}: magic {magic} is llm.c's format for evaluation sets (HellaSwag), not training tokens")
     if magic in LLM_C:
         return TokenFile(path, "llm.c", _llm_c(path, magic, version, count, size))
     if _is_header(header):
         known = " or ".join(map(str, LLM_C))
-        raise UserError(f"{path}: magic {magic} is not one of training tokens (llm.c's {known})")
+        raise UserError(f"{path}: magic {magic} is not llm.c's for training tokens ({known})")
     if size % 2:
         raise UserError(
-            f"{path}: {size} bytes, an odd number, cannot be nanoGPT's uint16 tokens, and it has neither "
-            "llm.c's magic nor an .idx beside it"
+            f"{path}: an odd number of bytes ({size}), so not nanoGPT's uint16 tokens, and it has neither "
+            "llm.c's magic nor an .idx file next to it"
         )
     return TokenFile(path, "nanoGPT", np.memmap(path, "<u2", mode="r").view(np.ndarray))
 
@@ -67,76 +67,76 @@ def open_tokens(path: str) -> TokenFile:
 def _llm_c(path: str, magic: int, version: int, count: int, size: int) -> np.ndarray:
     expected, kind = LLM_C[magic]
     if version != expected:
-        raise UserError(f"{path}: version {version} of llm.c's magic {magic}; known is {expected}")
+        raise UserError(f"{path}: version {version} of llm.c's magic {magic}; only {expected} is supported")
     if count < 1 or size != HEADER + count * np.dtype(kind).itemsize:
         raise UserError(
-            f"{path}: {size} bytes, but {HEADER} + {np.dtype(kind).itemsize} x the {count} tokens of its "
-            f"header make {HEADER + count * np.dtype(kind).itemsize}; it is damaged"
+            f"{path}: corrupted: {size} bytes, but its header says {count} tokens, that is {HEADER} + "
+            f"{np.dtype(kind).itemsize} x {count} = {HEADER + count * np.dtype(kind).itemsize} bytes"
         )
     return np.memmap(path, kind, mode="r", offset=HEADER).view(np.ndarray)
 
 
 def _is_header(header: bytes) -> bool:
-    """Whether this looks like another of llm.c's files (models, states): a date as magic, and mostly zeros. Tokens
-    may begin with the one, but not go on with the other."""
+    """Whether this looks like another llm.c file (model, state): a date as magic, then mostly zeros. Tokens may start
+    with such a number, but do not continue with zeros."""
     date = int.from_bytes(header[:4], "little")  # such as 20240326
     is_date = 2023 <= date // 10_000 <= 2040 and 1 <= date // 100 % 100 <= 12 and 1 <= date % 100 <= 31
     return is_date and len(header) == HEADER and not any(header[HEADER // 2 :])
 
 
 def _megatron(path: str, idx: str) -> np.ndarray:
-    """The ids of the .bin, after its .idx was found to describe it: sequences one behind the other, up to its end."""
+    """The ids of the .bin, after checking that its .idx describes it: contiguous sequences that fill the file."""
 
     def disagree(what: str):
-        raise UserError(f"{idx}: {what}; it does not belong to {path}, or one of them is damaged")
+        raise UserError(f"{idx}: {what}; it does not belong to {path}, or one of them is corrupted")
 
     content = np.memmap(idx, np.uint8, mode="r") if os.path.getsize(idx) else np.zeros(0, np.uint8)
     if content[: len(MEGATRON)].tobytes() != MEGATRON:
         raise UserError(
-            f"{idx}: not Megatron's index (it begins with {content[:9].tobytes()!r}, not {MEGATRON!r}); "
+            f"{idx}: not a Megatron index (it starts with {content[:9].tobytes()!r}, not {MEGATRON!r}); "
             f"move it away to read {path} without it"
         )
     if len(content) < 34:
         disagree(f"{len(content)} bytes, less than its header")
     version, code, sequences, documents = struct.unpack("<QBQQ", content[9:34].tobytes())
     if version != 1:
-        raise UserError(f"{idx}: version {version} of Megatron's index; known is 1")
+        raise UserError(f"{idx}: version {version} of Megatron's index; only 1 is supported")
     if code not in MEGATRON_TYPES:
-        raise UserError(f"{idx}: type code {code} is no integer; tokens have one of {list(MEGATRON_TYPES)}")
+        raise UserError(f"{idx}: type code {code} is not an integer type; expected one of {list(MEGATRON_TYPES)}")
     size = 34 + 12 * sequences + 8 * documents
-    if len(content) not in (size, size + sequences):  # with a mode for each sequence, or without
+    if len(content) not in (size, size + sequences):  # a mode byte per sequence is optional
         disagree(f"{len(content)} bytes, but {sequences} sequences and {documents} document bounds take {size}")
     lengths = content[34 : 34 + 4 * sequences].view("<i4")
     offsets = content[34 + 4 * sequences : 34 + 12 * sequences].view("<i8")
-    bounds = content[34 + 12 * sequences : size].view("<i8")  # of documents, in sequences
+    bounds = content[34 + 12 * sequences : size].view("<i8")  # of documents, counted in sequences
     kind = np.dtype(MEGATRON_TYPES[code])
     sizes = lengths.astype(np.int64) * kind.itemsize
     if sizes.sum() != os.path.getsize(path):
-        disagree(f"its sequences are {sizes.sum()} bytes long, {path} {os.path.getsize(path)}")
+        disagree(f"its sequences add up to {sizes.sum()} bytes, but {path} has {os.path.getsize(path)}")
     if (lengths < 0).any():
-        disagree(f"sequence {int(np.argmax(lengths < 0))} has a length below 0")
+        disagree(f"sequence {int(np.argmax(lengths < 0))} has a negative length")
     wrong = np.flatnonzero(offsets != np.cumsum(sizes) - sizes)
     if len(wrong):
-        disagree(f"sequence {wrong[0]} starts at byte {offsets[wrong[0]]}, not where the one before it ends")
+        disagree(f"sequence {wrong[0]} starts at byte {offsets[wrong[0]]}, not where the previous one ends")
     if documents and (bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any()):
-        disagree(f"its documents go from sequence {bounds[0]} to {bounds[-1]}, not in order from 0 to {sequences}")
+        disagree(f"its document bounds ({bounds[0]} to {bounds[-1]}) do not rise from 0 to {sequences}")
     return np.memmap(path, kind, mode="r").view(np.ndarray)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is in them
+# Contents
 
 
 def hold_tokens(files: list[File]) -> bool:
     """Whether these are token files. Raises UserError if some are and some are not."""
     kinds = {file.format == TOKENS: file.path for file in files}
     if len(kinds) > 1:
-        raise UserError(f"`data`, `val`: {kinds[True]} holds tokens, {kinds[False]} text; name files of one kind only")
+        raise UserError(f"`data`, `val`: {kinds[True]} has tokens, {kinds[False]} has text; give only one kind")
     return True in kinds
 
 
 def check_ids(files: list[TokenFile], tokenizer: Tokenizer, stage: Stage) -> None:
-    """Raises UserError for the first id that is not in the vocabulary, naming file, position and value."""
+    """Raises UserError for the first id outside the vocabulary, naming file, position and value."""
     vocab_size = tokenizer.vocab_size
 
     def first_wrong(job: tuple[TokenFile, int]) -> tuple[TokenFile, int, int] | None:
@@ -153,13 +153,13 @@ def check_ids(files: list[TokenFile], tokenizer: Tokenizer, stage: Stage) -> Non
             file, position, value = found
             whose = "`vocab_size`" if tokenizer.numbers else f"`tokenizer` {tokenizer.name} has"
             raise UserError(
-                f"{file.path}: token id {value} at position {position} is beyond the vocabulary ({whose} "
-                f"{vocab_size}); read as {file.format}'s format"
+                f"{file.path}: token id {value} at position {position} is outside the vocabulary ({whose} "
+                f"{vocab_size}); read as {file.format} format"
             )
 
 
 def validation_beside(files: list[File]) -> list[str]:
-    """val.bin beside train.bin, fineweb_val_*.bin beside fineweb_train_*.bin: the paths that are there."""
+    """Validation files in the same folder: val.bin for train.bin, fineweb_val_*.bin for fineweb_train_*.bin."""
     found = set()
     for file in files:
         folder, name = os.path.split(file.path)
@@ -170,7 +170,7 @@ def validation_beside(files: list[File]) -> list[str]:
 
 
 def hold_out(tokens: Tokens, keep: int) -> tuple[Tokens, Tokens]:
-    """(the rest, about `keep` of the tokens), in evenly spaced blocks of at most 64k from the first to the last."""
+    """(the rest, about `keep` held-out tokens): evenly spaced blocks of at most 64k, from the start to the end."""
     total, block = len(tokens), min(BLOCK, keep)
     count = max(1, keep // block)
     starts = [i * (total - block) // max(1, count - 1) for i in range(count)]
@@ -180,6 +180,6 @@ def hold_out(tokens: Tokens, keep: int) -> tuple[Tokens, Tokens]:
 
 
 def pickle_beside(path: str) -> str:
-    """What to say of nanoGPT's meta.pkl, if it is there."""
+    """A remark on nanoGPT's meta.pkl if it exists, else ""."""
     meta = Path(path).with_name("meta.pkl")
-    return f" ({meta} may know it, but is not read: a pickle can run any program)" if meta.exists() else ""
+    return f" ({meta} may, but is not read: pickles can run code)" if meta.exists() else ""

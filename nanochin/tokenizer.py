@@ -1,8 +1,7 @@
-"""Text to token ids and back: bytes, any tiktoken encoding by name, or our own byte-level BPE; or ids and no text.
+"""Tokenizers: bytes, any tiktoken encoding by name, our own byte-level BPE, or plain ids without text.
 
-Everything but `bytes` and `ids-N` is encoded by tiktoken. The own BPE is trained by rustbpe and kept as a file of
-tiktoken ranks (a line is: base64 of the token, space, rank), so that a run's folder holds all that is needed to read
-its tokens. No torch here.
+tiktoken encodes everything but `bytes` and `ids-N`. Our BPE is trained by rustbpe and saved as a file of tiktoken ranks
+(per line: base64 of the token, space, rank), so that a run's folder is self-contained. No torch here.
 """
 
 import base64
@@ -20,22 +19,22 @@ from nanochin.config import UserError
 
 RANKS_FILE = "tokenizer.tiktoken"
 END_OF_TEXT = "<|endoftext|>"
-BPE_VOCAB = 4096  # default --vocab-size of our own BPE
+BPE_VOCAB = 4096  # default vocabulary of our BPE
 NUMBERS = re.compile(r"ids-[1-9]\d{0,9}")
-DOWNLOAD_SECONDS = 60  # tiktoken downloads without a timeout of its own
+DOWNLOAD_SECONDS = 60  # tiktoken's own downloads have no timeout
 
-# How our BPE cuts text before it merges: a word, up to three digits, or a run of signs, each with one space in
-# front, or a run of white space; English contractions as in GPT-2. Without GPT-2's look-ahead tiktoken encodes about
-# twice as fast, at the same bytes per token. It is not in the rank file: runs that exist rely on it as it stands.
+# Pre-tokenisation of our BPE: a word, up to three digits, or a run of punctuation, each with one leading space, or a
+# run of white space; English contractions as in GPT-2. Without GPT-2's look-ahead tiktoken encodes about twice as fast,
+# at the same bytes per token. Do not change it: the rank files of existing runs depend on it and do not contain it.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 class Tokenizer:
-    """One vocabulary. `eot` is the id of end-of-text, which stands before and after every document.
+    """One vocabulary. `eot` is the id of end-of-text, which precedes and follows every document.
 
     `bytes` has exactly 256 ids: id = byte, and end-of-text is byte 0, which text never contains (see data.py).
-    `ids-N` is for token files of which only the size N of the vocabulary is known: its text is the numbers, such as
-    "464 3290", and 0 stands in for end-of-text.
+    `ids-N` is for token files with an unknown tokenizer and a vocabulary of N: its text is the ids as numbers, such as
+    "464 3290", and its end-of-text is 0.
     """
 
     def __init__(self, name: str, encoding: tiktoken.Encoding | None = None):
@@ -50,8 +49,8 @@ class Tokenizer:
     def load(cls, name: str, folder: str | Path | None = None) -> "Tokenizer":
         """`bytes`, `ids-N`, a tiktoken name, or `bpe` from the ranks in `folder`.
 
-        Raises UserError for an unknown name, ranks that are missing or broken, and an encoding that tiktoken can
-        neither find in its cache nor download.
+        Raises UserError for an unknown name, missing or corrupted ranks, and an encoding that tiktoken neither has in
+        its cache nor can download.
         """
         if name == "bytes" or NUMBERS.fullmatch(name):
             return cls(name)
@@ -60,23 +59,23 @@ class Tokenizer:
         return cls(name, _named_encoding(name))
 
     def save(self, folder: str | Path) -> None:
-        """Write the ranks of our own BPE into `folder`; the other tokenizers are known by their name alone."""
+        """Write the ranks of our BPE into `folder`. The other tokenizers need only their name."""
         if self.name == "bpe":
             ranks = self.encoding._mergeable_ranks
             lines = [b"%s %d\n" % (base64.b64encode(token), ranks[token]) for token in sorted(ranks, key=ranks.get)]
             (Path(folder) / RANKS_FILE).write_bytes(b"".join(lines))
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Ids of valid UTF-8 `text`, without end-of-text; special tokens are never read out of text.
+        """Ids of `text` (valid UTF-8), without end-of-text. Special tokens in the text are encoded as plain text.
 
-        Raises UserError for text that is not numbers below N, of `ids-N`.
+        With `ids-N`, raises UserError for text that is not numbers below N.
         """
         if self.numbers:
             wrong = next((word for word in text.split() if not word.isdigit() or int(word) >= self.vocab_size), None)
             if wrong is not None:
                 raise UserError(
-                    f"{wrong.decode()!r} is not a token id below {self.vocab_size}: this model was trained "
-                    "on token files without a known tokenizer, its text is numbers"
+                    f"{wrong.decode()!r} is not a token id below {self.vocab_size}: this model was trained on "
+                    "token files with an unknown tokenizer, so text must be token ids"
                 )
             return np.array([int(word) for word in text.split()], self.dtype)
         if self.encoding is None:
@@ -84,14 +83,14 @@ class Tokenizer:
         return self.encoding.encode_to_numpy(text.decode(), disallowed_special=()).astype(self.dtype)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` stand for; end-of-text and ids beyond the vocabulary stand for none."""
+        """The bytes of `ids`; end-of-text and ids outside the vocabulary have none."""
         if self.numbers:
             return b" ".join(b"%d" % i for i in ids)
         table = self._token_bytes
         return b"".join(table[i] for i in map(int, ids) if i < len(table))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Like `decode_bytes`, as text; a cut character becomes U+FFFD."""
+        """`decode_bytes` as text; an incomplete character becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @cached_property
@@ -99,7 +98,7 @@ class Tokenizer:
         if self.encoding is None:
             table = [bytes([i]) for i in range(256)]
         else:
-            table = [b""] * self.vocab_size  # some named vocabularies have holes
+            table = [b""] * self.vocab_size  # some named vocabularies have unused ids
             for token, rank in self.encoding._mergeable_ranks.items():
                 table[rank] = token
         table[self.eot] = b""
@@ -109,36 +108,36 @@ class Tokenizer:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE of exactly `vocab_size` ids: 256 bytes, merges learned from `texts`, end-of-text last.
 
-    Raises UserError when `vocab_size` is below 257 or the text has too few different pairs for it.
+    Raises UserError if `vocab_size` is below 257 or the text has too few distinct pairs for it.
     """
     check("bpe", vocab_size)
-    import rustbpe  # here: only who trains one needs it
+    import rustbpe  # only needed for training
 
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(iter(texts), vocab_size - 1, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < vocab_size - 1:
-        raise UserError(f"`vocab_size` {vocab_size}: the text yields only {len(ranks) + 1}; use that or less")
+        raise UserError(f"`vocab_size` {vocab_size}: the text gives only {len(ranks) + 1}; use that or less")
     return _bpe(ranks)
 
 
 def model_vocab(tokenizer: Tokenizer, vocab_size: int | None) -> int:
-    """Rows V of the model's token matrix: the tokenizer's vocabulary, or `vocab_size` where that pads it.
+    """Rows V of the model's token matrix: the tokenizer's vocabulary, or `vocab_size` to pad it.
 
-    Raises UserError when `vocab_size` is smaller than the tokenizer's vocabulary.
+    Raises UserError if `vocab_size` is smaller than the tokenizer's vocabulary.
     """
     if vocab_size is None:
         return tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
         raise UserError(
             f"`vocab_size` {vocab_size}: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids; "
-            "leave the option out or give more"
+            "leave the option out or increase it"
         )
     return vocab_size
 
 
 def check(name: str, vocab_size: int | None = None) -> None:
-    """Raise UserError unless there is such a tokenizer, naming the nearest one, and its vocabulary is possible."""
+    """Raises UserError for an unknown tokenizer, suggesting the nearest names, or a `vocab_size` too small for bpe."""
     known = ["bytes", "bpe", *tiktoken.list_encoding_names()]
     if name not in known and not NUMBERS.fullmatch(name):
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
@@ -161,21 +160,21 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         if sorted(ranks.values()) != list(range(len(pairs))) or len(pairs) < 256:
             raise ValueError
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; it holds the ranks of the run's own BPE") from None
+        raise UserError(f"{path}: missing; it holds the ranks of the run's BPE") from None
     except ValueError:
-        raise UserError(f"{path}: not a file of tiktoken ranks; it is damaged") from None
+        raise UserError(f"{path}: corrupted; not a file of tiktoken ranks") from None
     return ranks
 
 
 def _named_encoding(name: str) -> tiktoken.Encoding:
-    """tiktoken's encoding `name`, from its cache or downloaded by it, within DOWNLOAD_SECONDS."""
+    """tiktoken's encoding `name`, from its cache or downloaded within DOWNLOAD_SECONDS."""
     check(name)
     result: list = []
 
     def get():
         try:
             result.append(tiktoken.get_encoding(name))
-        except Exception as error:  # whatever its HTTP library raises: no network, proxy, status, wrong hash
+        except Exception as error:  # anything that its HTTP library raises: no network, proxy, status, wrong hash
             result.append(error)
 
     worker = threading.Thread(target=get, daemon=True)  # daemon: a stuck download does not keep the program alive
@@ -186,5 +185,5 @@ def _named_encoding(name: str) -> tiktoken.Encoding:
     reason = type(result[0]).__name__ if result else f"no answer in {DOWNLOAD_SECONDS} s"
     raise UserError(
         f"`tokenizer` {name}: tiktoken cannot download its ranks ({reason}); set TIKTOKEN_CACHE_DIR to a "
-        "folder that holds them, or use `tokenizer` bytes or bpe"
+        "folder with them, or use `tokenizer` bytes or bpe"
     )

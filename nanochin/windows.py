@@ -9,24 +9,24 @@ from nanochin.text import Tokens
 
 
 class Windows:
-    """Training windows of T+1 tokens, T apart, so that each token is a target at most once in an epoch.
+    """Training windows of T+1 tokens, T apart, so that each token is a target at most once per epoch.
 
-    They are drawn without replacement, in an order that (seed, epoch) alone fix. The tokens are seen as a ring that
-    each epoch after the first cuts at a place of its own, so its windows are not those of the epoch before.
-    Raises UserError when there are fewer than T+1 tokens.
+    Windows are drawn without replacement, in an order fixed by (seed, epoch). The tokens form a ring; each epoch after
+    the first starts at a random offset below T, so that its windows differ from those of the epoch before.
+    Raises UserError if there are fewer than T+1 tokens.
     """
 
     def __init__(self, tokens: Tokens | np.ndarray, seq_len: int, seed: int):
         if len(tokens) < seq_len + 1:
             raise UserError(
                 f"`seq_len` {seq_len}: the training text has only {len(tokens)} tokens, less than one "
-                "window; give more text or a shorter length"
+                "window; use more text or a shorter length"
             )
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         self.per_epoch = (len(tokens) - 1) // seq_len
 
     def batch(self, start: int, count: int) -> np.ndarray:
-        """(count, T+1) int64: windows number start, start+1, ... since the beginning of the run."""
+        """(count, T+1) int64: windows start, start+1, ..., numbered from the beginning of the run."""
         T, size = self.seq_len, len(self.tokens)
         out = np.empty((count, T + 1), np.int64)
         for row, number in zip(out, range(start, start + count), strict=True):
@@ -35,14 +35,14 @@ class Windows:
             first = (shift + int(order[index]) * T) % size
             head = min(T + 1, size - first)
             row[:head] = self.tokens[first : first + head]
-            if head <= T:  # over the end of the ring
+            if head <= T:  # wraps around the ring
                 row[head:] = self.tokens[: T + 1 - head]
         return out
 
 
-@lru_cache(maxsize=2)  # a batch may lie across two epochs
+@lru_cache(maxsize=2)  # a batch may span two epochs
 def _order(seed: int, epoch: int, windows: int, seq_len: int) -> tuple[int, np.ndarray]:
-    """Where epoch `epoch` cuts the ring, and the order of its windows."""
+    """(offset of epoch `epoch` in the ring, order of its windows)."""
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed % 2**64, epoch])))
     shift = int(random.integers(seq_len)) if epoch else 0
     return shift, random.permutation(np.arange(windows, dtype=np.uint32))
@@ -51,7 +51,7 @@ def _order(seed: int, epoch: int, windows: int, seq_len: int) -> tuple[int, np.n
 def eval_windows(tokens: Tokens | np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and targets, (n, T) int64 each: every token but the first is a target exactly once, in order.
 
-    The last row is filled up with input 0 and target -1, which the loss ignores.
+    The last row is padded with input 0 and target -1, which the loss ignores.
     """
     n = -(-(len(tokens) - 1) // seq_len)
     x, y = np.zeros(n * seq_len, np.int64), np.full(n * seq_len, -1, np.int64)

@@ -1,4 +1,4 @@
-"""Every mistake of a user is one line on stderr that names what is wrong, exit code 2, and no traceback."""
+"""Every user error is one line on stderr that names the problem, exit code 2, and no traceback."""
 
 import io
 import os
@@ -15,11 +15,11 @@ from conftest import arguments, pseudo_english
         ({"data": ("nowhere.txt",)}, "--data nowhere.txt: no such file or folder"),
         ({"data": ("{tmp}/empty.txt",)}, "empty.txt"),
         ({"data": ("{tmp}/folder",)}, "no text in this folder"),
-        ({"data": ("{tmp}/word.txt",)}, "--data: too little text"),
+        ({"data": ("{tmp}/word.txt",)}, "--data: cannot split off validation text"),
         ({"data": ("{tmp}/page.txt",), "seq_len": 4096, "batch_tokens": None, "tokens": 1e6}, "--seq-len 4096: the "),
         ({"val": ("nowhere.txt",)}, "--val nowhere.txt: no such file or folder"),
         ({"budget": 1.0, "tokens": None, "model": None, "batch_tokens": None}, "--budget 1: too small"),
-        ({"budget": 1.0, "tokens": None}, "it takes --budget"),
+        ({"budget": 1.0, "tokens": None}, "it needs --budget"),
         ({"tokens": 100.0}, "less than one step"),
         ({"batch_tokens": 100}, "--batch-tokens 100: must be a multiple of --seq-len 32"),
         ({"budget": 1e15}, "leave one of the three out"),
@@ -36,7 +36,7 @@ from conftest import arguments, pseudo_english
     ],
 )
 def test_bad_input_is_one_line(tiny, tmp_path, options, said, refusal):
-    """Each mistake is one line that names option and value, exit code 2, and makes no folder of a run."""
+    """Each error is one line that names option and value, exit code 2, and makes no run folder."""
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "word.txt").write_text("x")
@@ -49,14 +49,14 @@ def test_bad_input_is_one_line(tiny, tmp_path, options, said, refusal):
 
 
 def test_a_model_that_does_not_fit(tiny, refusal):
-    """One line as well, before there is a folder; its exit code is that of a run that fails, which a sweep survives."""
+    """Also one line, before a folder exists; exit code 1, so that a sweep continues."""
     config = tiny(model="200000x100")
     assert "choose a smaller --model" in refusal(*arguments(config), code=1)
     assert not Path(config.out).exists()
 
 
 def test_folder_of_another_run(tiny, main, refusal):
-    """A run of other options by the same name is refused; the error names the option, the first by the alphabet."""
+    """A run with other options and the same name is rejected, naming the first different option."""
     assert main(*arguments(tiny(name="run"))) == 0
     folder = Path(tiny().out) / "run"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -66,7 +66,7 @@ def test_folder_of_another_run(tiny, main, refusal):
 
 
 def test_bad_input_to_the_commands(tiny, command, main):
-    """sample and evaluate refuse in one line what is no run, or a run whose checkpoint is broken."""
+    """sample and evaluate report in one line a missing run, or a run whose checkpoint is broken."""
     assert main(*arguments(tiny(name="run"))) == 0
     folder = Path(tiny().out) / "run"
     weights = folder / "checkpoints" / "step-100" / "model.safetensors"
@@ -80,7 +80,7 @@ def test_bad_input_to_the_commands(tiny, command, main):
 
 
 def test_output_that_is_not_utf8(tiny, monkeypatch, main):
-    """A sample with signs that the encoding of stdout lacks is shown without them."""
+    """Characters of a sample that the encoding of stdout lacks are replaced."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     monkeypatch.setattr("nanochin.tokenizer.Tokenizer.decode", lambda *_: "caf\u00e9")
     assert main(*arguments(tiny(sample_tokens=1))) == 0
@@ -88,7 +88,7 @@ def test_output_that_is_not_utf8(tiny, monkeypatch, main):
     assert b"caf?" in sys.stdout.buffer.getvalue()
 
 
-def test_the_real_command_refuses(command, tmp_path):
+def test_the_real_command(command, tmp_path):
     """`python train.py` from the shell: one line on stderr, exit code 2."""
     done = command("train.py", "--data", tmp_path / "nowhere.txt", "--device=cpu")
     assert (done.returncode, done.stdout) == (2, "")

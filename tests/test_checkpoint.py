@@ -18,7 +18,7 @@ STATE = {"seconds": 1.5, "lap": 1.25, "recent": [[2.5, 0.1]], "micro_batch": 4}
 
 
 def make(seed=0, kind="adamw", **options):
-    """A small model after two steps of its optimizer, so that there are moments to keep."""
+    """A small model after two optimizer steps, so that there are moments to save."""
     model = GPT(make_shape(16, 2, vocab_size=31, seq_len=8, **options), seed=seed)
     optimizer = Adam(model, kind, 0.01, (0.9, 0.99), 0.1)
     for _ in range(2):
@@ -40,7 +40,7 @@ def save(run, steps=(2,), **rest):
 
 
 def damage(path, how):
-    """Cut a file short by two bytes, change a bit in its middle, or remove it."""
+    """Truncate a file by two bytes, flip a bit in its middle, or delete it."""
     content = bytearray(path.read_bytes())
     if how == "missing":
         path.unlink()
@@ -54,7 +54,7 @@ def damage(path, how):
 @pytest.mark.parametrize("kind", ["adamw", "adam"])
 @pytest.mark.parametrize("options", [{}, {"tied": False, "bias": True, "norm": "layernorm"}], ids=["tied", "untied"])
 def test_round_trip(tmp_path, kind, options):
-    """Weights, moments, random state and counters come back to the bit, and the next step is the same step."""
+    """Weights, moments, random state and counters are restored bit by bit, and the next step is identical."""
     model, optimizer = save(tmp_path, kind=kind, **options)
     random = torch.rand(3)  # drawn after the save
     other, other_optimizer = make(seed=1, kind=kind, **options)
@@ -73,7 +73,7 @@ def test_round_trip(tmp_path, kind, options):
 
 
 def test_files_of_a_checkpoint(tmp_path):
-    """Three files and no leftover; the tied matrix is written once; no pickle."""
+    """Three files and no leftovers; a tied matrix is written once; no pickle."""
     save(tmp_path)
     folder = tmp_path / "checkpoints" / "step-2"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
@@ -87,7 +87,7 @@ def test_files_of_a_checkpoint(tmp_path):
 @pytest.mark.parametrize("how", ["truncated", "changed", "missing"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_damage_is_named(tmp_path, name, how):
-    """One byte or bit off in any file, or a file gone, is an error that names the file."""
+    """A changed byte or bit, or a missing file, raises an error that names the file."""
     model, optimizer = save(tmp_path)
     path = tmp_path / "checkpoints" / "step-2" / name
     damage(path, how)
@@ -97,8 +97,8 @@ def test_damage_is_named(tmp_path, name, how):
 
 
 @pytest.mark.parametrize("position", range(20))
-def test_every_bit_of_the_state_counts(tmp_path, position):
-    """No change to the numbers in state.json goes unnoticed, wherever it is."""
+def test_any_change_of_the_state_is_detected(tmp_path, position):
+    """A changed digit anywhere in state.json is detected."""
     model, optimizer = save(tmp_path)
     path = tmp_path / "checkpoints" / "step-2" / "state.json"
     content = bytearray(path.read_bytes())
@@ -110,9 +110,9 @@ def test_every_bit_of_the_state_counts(tmp_path, position):
         checkpoint.load(path.parent, model, optimizer)
 
 
-def test_newest_valid_passes_over_the_broken(tmp_path):
-    """A run goes on from the newest checkpoint that is whole; each newer one is warned of and moved out of the way,
-    so that it is neither found again nor kept in place of a good one."""
+def test_newest_valid_skips_broken_checkpoints(tmp_path):
+    """A run resumes from the newest valid checkpoint. Newer broken ones give a warning and are renamed, so that they
+    are neither found again nor kept instead of a good one."""
     save(tmp_path, steps=(5, 9, 10))
     folder = tmp_path / "checkpoints"
     damage(folder / "step-10" / "model.safetensors", "truncated")
@@ -127,16 +127,16 @@ def test_newest_valid_passes_over_the_broken(tmp_path):
     assert checkpoint.newest_valid(tmp_path, warnings.append) == folder / "step-9" and len(warnings) == 2
 
 
-def test_no_checkpoint_at_all(tmp_path):
-    """Neither an empty run nor one whose only checkpoint is broken has a valid one."""
+def test_no_valid_checkpoint(tmp_path):
+    """An empty run and a run whose only checkpoint is broken have no valid checkpoint."""
     assert checkpoint.newest(tmp_path) is None and checkpoint.newest_valid(tmp_path, print) is None
     save(tmp_path, steps=(1,))
     damage(tmp_path / "checkpoints" / "step-1" / "optimizer.safetensors", "changed")
     assert checkpoint.newest_valid(tmp_path, lambda line: None) is None
 
 
-def test_leftovers_are_never_loaded(tmp_path):
-    """A step-N.tmp of a kill is no checkpoint, however whole, and the next save clears it away."""
+def test_unfinished_checkpoints_are_ignored(tmp_path):
+    """A step-N.tmp left by a kill is not a checkpoint, even if complete; the next save deletes it."""
     model, optimizer = save(tmp_path, steps=(3,))
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "step-3", folder / "step-7.tmp")
@@ -148,8 +148,8 @@ def test_leftovers_are_never_loaded(tmp_path):
 
 
 def test_prune(tmp_path):
-    """The newest `keep` and the steps named stay (in the order of numbers, not of letters); leftovers go. A folder
-    whose name only resembles a checkpoint's stays."""
+    """Keeps the newest `keep` and the named steps (in numeric order) and deletes leftovers, but not folders with
+    similar names."""
     save(tmp_path, steps=(2, 5, 9, 10, 100))
     (tmp_path / "checkpoints" / "step-101.tmp").mkdir()
     others = [tmp_path / "checkpoints" / name for name in ("step-notes.tmp", "step-1.backup.tmp", "step-1-backup")]
@@ -163,8 +163,8 @@ def test_prune(tmp_path):
 
 
 @pytest.mark.parametrize("call, nth", [("rename", 1), ("fsync", 1), ("fsync", 2), ("fsync", 3), ("fsync", 4)])
-def test_failed_save_leaves_the_last_one(tmp_path, monkeypatch, call, nth):
-    """Wherever the disk refuses, the half-written checkpoint is removed; the error names it and the last good one."""
+def test_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch, call, nth):
+    """Wherever writing fails, the partial checkpoint is deleted, and the error names it and the last good one."""
     model, optimizer = save(tmp_path, steps=(1,))
     original, calls = getattr(os, call), itertools.count(1)
 

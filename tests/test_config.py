@@ -14,7 +14,7 @@ def read(*argv, cls=Config):
 
 
 def refusal(capsys, *argv) -> str:
-    """What is printed when `argv` is refused: one line on stderr, exit code 2."""
+    """The error printed for `argv`: one line on stderr, exit code 2."""
     with pytest.raises(SystemExit) as exit:
         read(*argv)
     out, err = capsys.readouterr()
@@ -28,7 +28,7 @@ def refusal(capsys, *argv) -> str:
 
 
 def test_no_option_gives_the_defaults():
-    """An empty command line is Config() and equal to the dataclass's own defaults."""
+    """An empty command line gives Config(), the dataclass's defaults."""
     assert read() == Config()
 
 
@@ -71,7 +71,7 @@ def test_forms_of_values(argv, name, value):
         (["-seed=1"], "unknown option -seed; did you mean --seed?"),
         (["--xyzzy"], "unknown option --xyzzy (see --help)"),
         (["--seed=1", "--lr", "0.1", "stray"], "stray"),
-        (["--seed=1.5"], "--seed: '1.5' is not a whole number"),
+        (["--seed=1.5"], "--seed: '1.5' is not an integer"),
         (["--seed=two"], "--seed: 'two' is not a number"),
         (["--seed"], "--seed: expected one argument"),
         (["--data"], "--data: expected at least one argument"),
@@ -93,12 +93,12 @@ def test_forms_of_values(argv, name, value):
     ],
 )
 def test_mistakes_are_one_line(capsys, argv, said):
-    """Whatever is wrong with the command line: one line that names the option and the value, exit code 2."""
+    """Every mistake on the command line gives one line that names option and value, exit code 2."""
     assert said in refusal(capsys, *argv)
 
 
 @pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(Config)])
-def test_misspelt_option_names_the_nearest(capsys, name):
+def test_misspelt_option_suggests_the_closest(capsys, name):
     """Doubling a letter of any option still finds it."""
     flag = "--" + name.replace("_", "-")
     misspelt = flag[:4] + flag[3] + flag[4:]
@@ -106,7 +106,7 @@ def test_misspelt_option_names_the_nearest(capsys, name):
 
 
 def test_help_lists_every_option(capsys):
-    """--help has the description as it is, each field once with its meaning and its default, and ends with code 0."""
+    """--help has the description unchanged, each field once with help text and default, and exits with code 0."""
     with pytest.raises(SystemExit) as exit:
         parse(Config, ["--help"], prog="train.py", description="Trains.\n\n    train.py    a run", file=True)
     out = capsys.readouterr().out
@@ -138,8 +138,8 @@ def test_positional_options():
 # The TOML file
 
 
-def test_command_line_beats_file_beats_default(tmp_path):
-    """Each option comes from the last of default, file, command line that gives it; both spellings of a key work."""
+def test_command_line_overrides_file_overrides_default(tmp_path):
+    """Each option comes from the last of default, file and command line that gives it; both spellings of a key work."""
     path = tmp_path / "run.toml"
     path.write_text(
         'seed = 3\nvocab-size = 4096\nbatch_tokens = 256\nbias = true\ndata = ["a", "b"]\nlr = 1e-3\nsave-steps = [5]\n'
@@ -161,7 +161,7 @@ def test_command_line_beats_file_beats_default(tmp_path):
     "content, said",
     [
         (b"sed = 1", "unknown option --sed; did you mean --seed?"),
-        (b"seed = 1.5", "--seed: '1.5' is not a whole number"),
+        (b"seed = 1.5", "--seed: '1.5' is not an integer"),
         (b'bias = "maybe"', "--bias: 'maybe' is not true or false"),
         (b"bias = 1", "--bias: '1' is not true or false"),
         (b"lr = nan", "--lr: 'nan' is not a finite number"),
@@ -176,7 +176,7 @@ def test_command_line_beats_file_beats_default(tmp_path):
     ],
 )
 def test_mistakes_in_the_file_name_the_file(capsys, tmp_path, content, said):
-    """A mistake in the file is one line as well, and says in which file."""
+    """A mistake in the file also gives one line, which names the file."""
     path = tmp_path / "run.toml"
     path.write_bytes(content)
     line = refusal(capsys, str(path))
@@ -184,12 +184,12 @@ def test_mistakes_in_the_file_name_the_file(capsys, tmp_path, content, said):
 
 
 def test_file_may_not_be_a_folder(capsys, tmp_path):
-    """A folder in place of the file is one line."""
+    """A folder instead of the file gives one line."""
     assert "directory" in refusal(capsys, str(tmp_path)).lower()
 
 
 def test_values_out_of_bounds_from_python():
-    """`check` refuses what the command line refuses, for configs made in Python (sweeps)."""
+    """`check` rejects the same values for configs made in Python (sweeps) as the command line."""
     check(Config(save_steps=(1, 2)))
     for wrong in ({"lr": 0.0}, {"seed": -1}, {"final_lr": 1.01}, {"save_steps": (1, 0)}, {"lr": float("nan")}):
         with pytest.raises(UserError, match="must be"):
@@ -201,7 +201,7 @@ def test_values_out_of_bounds_from_python():
 
 
 def test_shape_defaults():
-    """Head size, heads and feed-forward width as documented: 2 heads, 16, 8 heads, then 64; 4C; 8C/3 to 8s."""
+    """As documented: 2 heads, head size 16, 8 heads, then head size 64; ffn 4C, or 8C/3 rounded up to 8s."""
     sizes = {"vocab_size": 256, "seq_len": 32}
     assert make_shape(256, 4, **sizes) == Shape(256, 4, 256, 32, head_size=32, ffn=1024)
     assert make_shape(6, 1, **sizes) == Shape(6, 1, 256, 32, head_size=2, ffn=24)
@@ -228,13 +228,13 @@ def test_shape_defaults():
     ],
 )
 def test_impossible_shapes(width, layers, options, said):
-    """What cannot be a model is refused with the option and the value."""
+    """Impossible shapes are rejected with the option and the value."""
     with pytest.raises(UserError, match=said.replace("+", r"\+")):
         make_shape(width, layers, **{"vocab_size": 256, "seq_len": 32} | options)
 
 
 @pytest.mark.parametrize("text", ["256", "256x", "x4", "256x4x2", "256*4", "2.5x4", "", "axb"])
-def test_model_of_another_form(text):
+def test_invalid_models(text):
     """Only 'width x layers' is a model."""
     with pytest.raises(UserError, match="expected width x layers, such as 256x4"):
         parse_model(text)
@@ -242,8 +242,8 @@ def test_model_of_another_form(text):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes close otherwise there")
-def test_closed_pipe_is_no_traceback():
-    """A reader that leaves early, such as `| head -1`, ends a command without a word."""
+def test_closed_pipe():
+    """A reader that exits early, such as `| head -1`, ends a command silently."""
     code = "from nanochin.config import run_command; run_command(lambda: print('line\\n' * 100_000), 'x')"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"line\n"
@@ -256,14 +256,14 @@ def test_closed_pipe_is_no_traceback():
 
 
 def test_parameters_are_named_as_options():
-    """A library's error names parameters in backquotes, a command the options of that name."""
+    """Errors of the library name parameters in backquotes, a command names its options instead."""
     error = UserError("`batch_tokens` 100: must be a multiple of `seq_len` 32; see a`b and `N`")
     assert with_flags(error) == "--batch-tokens 100: must be a multiple of --seq-len 32; see a`b and `N`"
 
 
 def test_commands(command):
-    """python -m nanochin lists its commands and runs them without loading torch for those that do not need it; an
-    unknown one names the nearest; the names of version 0.1 work and say what they are called now."""
+    """python -m nanochin lists its commands and runs them, without torch if not needed; an unknown one suggests the
+    closest; the names of version 0.1 still work and print the new ones."""
     listed = command("-m", "nanochin", "--help")
     assert listed.returncode == 0
     for name in ("sample", "evaluate", "export", "ladder", "flops"):

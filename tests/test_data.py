@@ -1,4 +1,4 @@
-"""From files to training windows: what the shards hold, what faults leave behind, which windows are drawn."""
+"""From files to training windows: contents of the shards, behaviour on faults, order of the windows."""
 
 import hashlib
 import itertools
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def words(count: int, seed: int) -> str:
-    """Text that does not repeat, with a character of 2 to 4 bytes now and then."""
+    """Text that does not repeat, with a few characters of 2 to 4 bytes."""
     draw = np.random.default_rng(seed).integers(0, 1000, count).tolist()
     return " ".join("é中🙂"[n % 3] * (n < 20) + f"w{n:03d}" for n in draw) + "\n"
 
@@ -48,11 +48,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-# What is prepared
+# prepare
 
 
 def test_shards_are_documents_between_ends_of_text(tmp_path):
-    """With bytes the files are, by hand: 0, document, 0, document, 0 in little-endian uint16; the record of it counts
+    """With bytes, the files worked out by hand: 0, document, 0, document, 0 in little-endian uint16. The record counts
     bytes and documents and has the SHA-256 of the validation text."""
     for name, text in {"b.txt": "second é", "a.txt": "first\r\n", "val.txt": "held out"}.items():
         (tmp_path / name).write_bytes(text.encode())
@@ -67,7 +67,7 @@ def test_shards_are_documents_between_ends_of_text(tmp_path):
 
 
 def test_many_shards_are_one_array(corpus, tmp_path, monkeypatch):
-    """Shards of 70,000 tokens are full but for the last and hold together what one shard holds."""
+    """Shards of 70,000 tokens are full except the last, and together equal a single shard."""
     one = prepare((str(corpus),), cache=tmp_path / "one")
     monkeypatch.setattr(module, "SHARD", 70_000)
     many = prepare((str(corpus),), cache=tmp_path / "many")
@@ -76,9 +76,9 @@ def test_many_shards_are_one_array(corpus, tmp_path, monkeypatch):
     assert (many.train[:] == one.train[:]).all() and (many.val[:] == one.val[:]).all()
 
 
-def test_the_second_time_opens_what_the_first_made(corpus, tmp_path):
-    """The same data and tokenizer are tokenised once, from any place; another tokenizer, validation size or a changed
-    byte is another folder."""
+def test_the_cache_is_reused(corpus, tmp_path):
+    """The same data and tokenizer are tokenised once, wherever the data is; another tokenizer, validation size or a
+    changed byte gives another folder."""
     first = prepare((str(corpus),), cache=tmp_path / "cache")
     times = {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir()}
     shutil.copytree(corpus, tmp_path / "elsewhere" / "books")
@@ -94,8 +94,8 @@ def test_the_second_time_opens_what_the_first_made(corpus, tmp_path):
     assert len({first.folder, *others}) == 5
 
 
-def test_validation_depends_on_the_text_alone(corpus, tmp_path):
-    """Order of --data, tokenizer and place change neither the fingerprints nor the validation text."""
+def test_validation_depends_only_on_the_text(corpus, tmp_path):
+    """The order of --data, the tokenizer and the folder change neither fingerprints nor validation text."""
     files = [str(path) for path in sorted(corpus.iterdir())]
     a = prepare(tuple(files), cache=tmp_path / "a")
     b = prepare(tuple(files[::-1]), cache=tmp_path / "b", tokenizer="bpe", vocab_size=300)
@@ -106,8 +106,8 @@ def test_validation_depends_on_the_text_alone(corpus, tmp_path):
 
 
 def test_named_validation_and_val_option(corpus, tmp_path):
-    """A file named validation is held out, --val wins over it, and what is in both --data and --val is not
-    trained on."""
+    """A file named validation is held out, --val overrides it, and files in both --data and --val are not trained
+    on."""
     (corpus / "validation.txt").write_text(words(500, 1000))
     (tmp_path / "other.txt").write_text(words(400, 2000))
     named = prepare((str(corpus),), cache=tmp_path / "cache")
@@ -116,13 +116,13 @@ def test_named_validation_and_val_option(corpus, tmp_path):
     assert given.val_sha == hashlib.sha256(words(400, 2000).encode()).hexdigest() and given.documents == 101
     both = prepare((str(corpus),), val=(str(corpus / "validation.txt"),), cache=tmp_path / "cache")
     assert (both.data_sha, both.val_sha, both.folder) == (named.data_sha, named.val_sha, named.folder)
-    with pytest.raises(UserError, match="nothing is left to train on"):
+    with pytest.raises(UserError, match="nothing left to train on"):
         prepare((str(corpus / "part-0.jsonl"),), val=(str(corpus),), cache=tmp_path / "cache")
 
 
 def test_long_validation_text_is_thinned(tmp_path):
-    """A validation file of 1 MB gives about val_bytes: three blocks of 64 KB, at its start, middle and
-    end, of whole characters."""
+    """A validation file of 1 MB is reduced to about val_bytes: three blocks of 64 KB, at its start, middle and end, cut
+    at whole characters."""
     (tmp_path / "train.txt").write_text(words(1000, 0))
     text = words(200_000, 1).encode()
     (tmp_path / "val.txt").write_bytes(text)
@@ -138,8 +138,8 @@ def test_long_validation_text_is_thinned(tmp_path):
 
 
 def test_own_bpe_is_trained_on_the_training_text(corpus, tmp_path):
-    """The cache folder holds ranks that tiktoken reads; its ids of each training document, with end-of-text between,
-    are the shards; and decoding them gives back the text."""
+    """tiktoken reads the ranks in the cache folder; its ids of each training document, with end-of-text between, equal
+    the shards; decoding gives the text."""
     c = prepare((str(corpus),), cache=tmp_path / "cache", tokenizer="bpe", vocab_size=400)
     ranks = tiktoken.load.load_tiktoken_bpe(str(c.folder / RANKS_FILE))
     special = {END_OF_TEXT: 399}
@@ -153,7 +153,7 @@ def test_own_bpe_is_trained_on_the_training_text(corpus, tmp_path):
 
 
 def test_own_bpe_does_not_see_the_validation_text(tmp_path):
-    """A word that one held-out document repeats is no token, while the same document in training makes it one."""
+    """A word repeated in one held-out document is not a token; the same document in training makes it one."""
     for held_out in (True, False):
         documents = ("zebra " * 1000 + str(n) for n in range(1000))
         zebra = next(text for text in documents
@@ -167,7 +167,7 @@ def test_own_bpe_does_not_see_the_validation_text(tmp_path):
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "bpe"])
 def test_long_documents_are_cut_where_no_token_changes(tmp_path, monkeypatch, name):
-    """A document encoded in pieces of 300 bytes on all cores has the ids of the document encoded at once."""
+    """A document encoded in pieces of 300 bytes on all cores has the same ids as when encoded at once."""
     code = Path(json.__file__).with_name("decoder.py").read_text() + words(3000, 1) + "  \n\t x = 1;  \r\n\r\n//\n" * 50
     (tmp_path / "code.txt").write_text(code)
     if name == "bpe":
@@ -184,8 +184,8 @@ def test_long_documents_are_cut_where_no_token_changes(tmp_path, monkeypatch, na
     assert tokens.tolist() == [tokenizer.eot, *whole, tokenizer.eot] and size == len(code.encode())
 
 
-def test_read_tokens_reads_a_part_when_asked(corpus, tmp_path):
-    """For evaluation: everything, or evenly spaced blocks of about max_bytes; nothing is left on disk."""
+def test_read_tokens_can_read_a_part(corpus, tmp_path):
+    """For evaluation: everything, or evenly spaced blocks of about max_bytes; leaves nothing on disk."""
     tokenizer = Tokenizer("bytes")
     tokens, size = read_tokens((str(corpus),), tokenizer)
     assert size == sum(len(words(1000, i).encode()) for i in range(100)) == len(tokens) - 101
@@ -194,7 +194,7 @@ def test_read_tokens_reads_a_part_when_asked(corpus, tmp_path):
 
 
 def test_progress_names_the_stages(corpus, tmp_path):
-    """hashing, reading, training the tokenizer and tokenising are told, each up to its end."""
+    """Reports hashing, reading, training the tokenizer and tokenising, each to completion."""
     told = {}
     prepare((str(corpus),), cache=tmp_path / "cache", tokenizer="bpe", vocab_size=300,
             progress=lambda stage, done, total: told.__setitem__(stage, (done, total)))  # fmt: skip
@@ -209,7 +209,7 @@ def test_progress_names_the_stages(corpus, tmp_path):
     ({"val_bytes": 10}, "`val_bytes` 10: too little"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(corpus, tmp_path, options, message):
-    """Each names the option and its value, and leaves no folder in the cache."""
+    """Each error names the option and its value, and leaves no folder in the cache."""
     with pytest.raises(UserError, match=message) as error:
         prepare((str(corpus),), cache=tmp_path / "cache", **options)
     assert "\n" not in str(error.value)
@@ -240,9 +240,9 @@ def wait_for(process: subprocess.Popen, line: str) -> None:
         assert read, process.stderr.read()
 
 
-def test_a_killed_run_leaves_nothing_that_counts(corpus, tmp_path):
-    """kill -9 while shards are being written; the next run takes over at once, ends in the same bytes as one that was
-    never interrupted, and clears away what the dead one left, also for other corpora."""
+def test_rerun_after_a_kill(corpus, tmp_path):
+    """kill -9 while writing shards: the next run starts at once, gives the same bytes as an uninterrupted run, and
+    deletes what the killed one left, also for other corpora."""
     other = tmp_path / "cache" / "other-0123456789ab.tmp"
     (other / "text").mkdir(parents=True)
     (other / UNFINISHED).touch()
@@ -263,19 +263,19 @@ def test_a_killed_run_leaves_nothing_that_counts(corpus, tmp_path):
     assert contents(after.folder) == contents(prepare((str(corpus),), cache=tmp_path / "untouched").folder)
 
 
-def test_what_others_keep_in_the_cache_stays(corpus, tmp_path):
-    """Files and folders that are called .tmp but were not made here keep their bytes, get no lock file and do not
-    stand in the way; nor does a link to a folder of ours lead to the deletion of what it points to."""
+def test_foreign_files_in_the_cache_are_kept(corpus, tmp_path):
+    """Files and folders named .tmp that are not ours keep their content, get no lock file and do not block a run. A
+    link to one of our folders does not delete its target."""
     cache = tmp_path / "cache"
     for name in ("thesis.tmp", "books-0123456789ab.tmp", "thesis-unfinished.tmp"):
         (cache / name).mkdir(parents=True)
         (cache / name / "chapter.txt").write_text("precious")
-    (cache / "thesis-unfinished.tmp" / UNFINISHED).touch()  # a folder that is not named as ours are
+    (cache / "thesis-unfinished.tmp" / UNFINISHED).touch()  # not a name of ours
     (cache / "notes.tmp").write_text("precious")
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / UNFINISHED).touch()
     (cache / "link-0123456789ab.tmp").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    alive = cache / "other-0123456789ab.tmp"  # another corpus, which a run that is still alive is writing
+    alive = cache / "other-0123456789ab.tmp"  # another corpus, being written by a live run
     alive.mkdir()
     (alive / UNFINISHED).touch()
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
@@ -287,8 +287,8 @@ def test_what_others_keep_in_the_cache_stays(corpus, tmp_path):
     assert new == {made, made.with_name(made.name + ".lock")} and not (made / UNFINISHED).exists()
 
 
-def test_interrupted_while_clearing_away(corpus, tmp_path, monkeypatch):
-    """Wherever deleting a leftover is broken off, what is left is still known as ours, and the next run clears it."""
+def test_interrupted_cleanup(corpus, tmp_path, monkeypatch):
+    """Wherever deletion is interrupted, the rest is still recognised as ours, and the next run deletes it."""
     folder = prepare((str(corpus),), cache=tmp_path / "first").folder
     temp = tmp_path / "cache" / (folder.name + ".tmp")
     for after in range(4):
@@ -311,9 +311,9 @@ def test_interrupted_while_clearing_away(corpus, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
-def test_a_foreign_name_in_our_place_is_refused(corpus, tmp_path, kind):
-    """Where a corpus would be made lies something of that very name: one line that names it, and it stays. An empty
-    folder, as a kill in the first moment leaves it, is taken over."""
+def test_our_temporary_name_is_taken(corpus, tmp_path, kind):
+    """Something foreign with the name of our temporary folder gives a one-line error that names it, and stays. An empty
+    folder, as left by an early kill, is reused."""
     folder = prepare((str(corpus),), cache=tmp_path / "first").folder
     place = tmp_path / "cache" / (folder.name + ".tmp")
     place.parent.mkdir()
@@ -322,7 +322,7 @@ def test_a_foreign_name_in_our_place_is_refused(corpus, tmp_path, kind):
     precious.write_text("precious")
     if kind == "link":
         place.symlink_to(precious)
-    with pytest.raises(UserError, match="not a temporary folder of nanochin's") as refused:
+    with pytest.raises(UserError, match="not a temporary folder of nanochin;") as refused:
         prepare((str(corpus),), cache=tmp_path / "cache")
     assert str(place) in str(refused.value) and precious.read_text() == "precious"
     precious.unlink()
@@ -331,7 +331,7 @@ def test_a_foreign_name_in_our_place_is_refused(corpus, tmp_path, kind):
 
 
 def test_two_runs_at_once_tokenise_once(corpus, tmp_path):
-    """The second waits, says so, and opens what the first made."""
+    """The second waits, reports it, and opens what the first built."""
     cache = str(tmp_path / "cache")
     first = child(PREPARE.format(data=str(corpus), cache=cache, pause_at="tokenising", pause=1.0))
     wait_for(first, "tokenising")
@@ -346,8 +346,8 @@ def test_two_runs_at_once_tokenise_once(corpus, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(corpus, tmp_path):
-    """When the system refuses to write more (a limit of 200 KB a file), the error names the place and the temporary
-    folder is gone."""
+    """If the system fails to write (a limit of 200 KB per file), the error names the path and the temporary folder is
+    deleted."""
     pytest.importorskip("resource")
     code = f"""
 import resource
@@ -364,7 +364,7 @@ except UserError as error:
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
 
 
-def test_no_space_left_is_told_with_what_to_do(corpus, tmp_path, monkeypatch):
+def test_no_space_left_gives_advice(corpus, tmp_path, monkeypatch):
     """ENOSPC, raised by the system for /dev/full, adds the advice."""
     if not Path("/dev/full").exists():
         pytest.skip("needs /dev/full")
@@ -382,8 +382,8 @@ def test_no_space_left_is_told_with_what_to_do(corpus, tmp_path, monkeypatch):
 @pytest.mark.parametrize("file", ["train-00000.bin", "val-00000.bin", RANKS_FILE, "meta.json"])
 @pytest.mark.parametrize("whole", [True, False])
 def test_damaged_shards_are_named(corpus, tmp_path, monkeypatch, file, whole):
-    """A file that is cut short, has a changed byte or is missing is named, with the folder to delete; large corpora
-    are checked at both ends of each file."""
+    """A file that is truncated, changed or missing is named, with the folder to delete; large corpora are checked at
+    both ends of each file."""
     if not whole:
         monkeypatch.setattr("nanochin.data.CHECK_WHOLE", 0)
     options = {"cache": tmp_path / "cache", "tokenizer": "bpe", "vocab_size": 300}
@@ -395,19 +395,19 @@ def test_damaged_shards_are_named(corpus, tmp_path, monkeypatch, file, whole):
         (folder / file).unlink()
         if bad is not None:
             (folder / file).write_bytes(bad)
-        with pytest.raises(UserError, match=f"{file}: .*delete {folder} to tokenise again"):
+        with pytest.raises(UserError, match=f"{file}: .*delete {folder} to rebuild it"):
             prepare((str(corpus),), **options)
         (folder / file).write_bytes(good)
     prepare((str(corpus),), **options)
 
 
 def test_skipped_lines_are_in_the_record(corpus, tmp_path):
-    """--skip-bad reads the rest and says how many lines it left out, the second time as well; without it the tokens
-    that are then in the cache are refused like the file."""
+    """--skip-bad reads the rest and counts the lines that it skips, also from the cache; without it, cached tokens are
+    rejected just like the file."""
     with open(corpus / "part-1.jsonl", "a") as file:
         file.write("\n{broken\n" + json.dumps({"text": words(1000, 200)}) + "\nnull\n")
     for _ in range(2):
-        with pytest.raises(UserError, match="`skip_bad` goes on without such"):
+        with pytest.raises(UserError, match="`skip_bad` skips"):
             prepare((str(corpus),), cache=tmp_path / "cache")
         found = prepare((str(corpus),), cache=tmp_path / "cache", skip_bad=True)
         assert found.skipped_records == 2 and found.documents + found.val_documents == 101
@@ -417,7 +417,7 @@ def test_skipped_lines_are_in_the_record(corpus, tmp_path):
 
 
 def spans(w: Windows, start: int, count: int) -> list[int]:
-    """First tokens of windows over np.arange: where each lies. Checks that it runs on from there, round the ring."""
+    """First tokens of windows over np.arange: the position of each. Checks that the rest follows, around the ring."""
     rows = w.batch(start, count)
     assert rows.dtype == np.int64 and rows.shape == (count, w.seq_len + 1)
     assert (rows == (rows[:, :1] + np.arange(w.seq_len + 1)) % len(w.tokens)).all()
@@ -426,8 +426,8 @@ def spans(w: Windows, start: int, count: int) -> list[int]:
 
 @pytest.mark.parametrize(("tokens", "T"), [(1001, 10), (1000, 10), (1009, 10), (500, 1), (11, 10), (777, 64)])
 def test_each_window_of_an_epoch_is_drawn_once(tokens, T):
-    """In each of four epochs the windows lie side by side, so that no token is a target twice and all but fewer than
-    T+1 are targets."""
+    """In each of four epochs the windows do not overlap: no token is a target twice, and all but fewer than T+1 are
+    targets."""
     w = Windows(np.arange(tokens), T, seed=3)
     assert w.per_epoch == (tokens - 1) // T
     shifts = set()
@@ -441,28 +441,28 @@ def test_each_window_of_an_epoch_is_drawn_once(tokens, T):
     assert len(shifts) > 1 or T == 1 or w.per_epoch == 1
 
 
-def test_the_order_depends_on_seed_and_epoch_alone():
-    """Windows are shuffled, differently for each seed and epoch, and however the run is cut into batches."""
+def test_order_depends_only_on_seed_and_epoch():
+    """Windows are shuffled, differently for each seed and epoch, whatever the batches."""
     w = Windows(np.arange(10_001), 10, seed=0)
     first, second = spans(w, 0, 1000), spans(w, 1000, 1000)
     assert first != sorted(first) and [a - second[0] for a in first] != [a - second[0] for a in second]
     assert spans(Windows(np.arange(10_001), 10, seed=1), 0, 1000) != first
-    for cut in (7, 995, 1000):  # also over the end of an epoch
+    for cut in (7, 995, 1000):  # also across epochs
         parts = np.concatenate([w.batch(990, cut), w.batch(990 + cut, 1010 - cut)])
         assert (parts == Windows(np.arange(10_001), 10, seed=0).batch(990, 1010)).all()
 
 
-def test_the_order_stays_what_it_was():
-    """A resumed run must find the order of its first part under any version of NumPy: Philox, seed and epoch as the
-    entropy of its SeedSequence, a permutation of uint32."""
+def test_order_is_stable_across_numpy_versions():
+    """A resumed run needs the same order under any NumPy version: Philox, SeedSequence with seed and epoch as entropy,
+    a permutation of uint32."""
     w = Windows(np.arange(101), 10, seed=1234)
     philox = np.random.Generator(np.random.Philox(np.random.SeedSequence([1234, 0])))
     assert [a // 10 for a in spans(w, 0, 10)] == philox.permutation(np.arange(10, dtype=np.uint32)).tolist()
     assert spans(w, 0, 20) == [50, 40, 70, 60, 90, 30, 80, 20, 0, 10, 58, 8, 88, 68, 38, 18, 28, 48, 98, 78]
 
 
-def test_windows_come_from_shards_too(corpus, tmp_path, monkeypatch):
-    """Windows that lie across two shards, or over the ring's end, are those of the tokens as one array."""
+def test_windows_span_shards(corpus, tmp_path, monkeypatch):
+    """Windows that span two shards, or the end of the ring, equal those of the tokens as one array."""
     monkeypatch.setattr(module, "SHARD", 1000)
     tokens = prepare((str(corpus / "part-0.jsonl"),), cache=tmp_path / "cache").train
     assert len(tokens.parts) > 100
@@ -471,7 +471,7 @@ def test_windows_come_from_shards_too(corpus, tmp_path, monkeypatch):
 
 
 def test_too_few_tokens_for_one_window():
-    """T+1 tokens are one window, T are an error that says how many there are."""
+    """T+1 tokens are one window; with T tokens the error says how many there are."""
     assert Windows(np.arange(9), 8, seed=0).batch(0, 2).tolist()[0] == list(range(9))
     with pytest.raises(UserError, match="`seq_len` 8: the training text has only 8 tokens"):
         Windows(np.arange(8), 8, seed=0)
@@ -481,7 +481,7 @@ def test_too_few_tokens_for_one_window():
     ("tokens", "T", "rows"), [(101, 10, 10), (102, 10, 11), (100, 10, 10), (2, 10, 1), (11, 10, 1)]
 )
 def test_every_token_but_the_first_is_evaluated_once(tokens, T, rows):
-    """Targets are 1, 2, ... in order, each the successor of its input, padded with -1 to whole rows."""
+    """Targets are 1, 2, ... in order, each following its input, padded with -1 to whole rows."""
     x, y = eval_windows(np.arange(tokens), T)
     assert x.shape == y.shape == (rows, T) and x.dtype == y.dtype == np.int64
     assert y[y >= 0].tolist() == list(range(1, tokens))

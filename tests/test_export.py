@@ -1,4 +1,4 @@
-"""A run as a folder of `transformers`: the same logits, the same greedy text, the same tokens; lm-eval's perplexity."""
+"""A run exported for `transformers`: the same logits, greedy text and tokens; lm-eval's perplexity."""
 
 import functools
 import itertools
@@ -41,7 +41,7 @@ ODD = (
 
 
 def make(seed=1, **options) -> GPT:
-    """A model whose norms and biases are not the ones and zeros that they start as."""
+    """A model whose norms and biases are not the initial ones and zeros."""
     usual = {"vocab_size": V, "seq_len": T, "head_size": 8}
     model = GPT(make_shape(24, 3, **usual | options), seed=seed).eval()
     generator = torch.Generator().manual_seed(7)
@@ -52,7 +52,7 @@ def make(seed=1, **options) -> GPT:
 
 
 def load(folder: Path):
-    """The model as `transformers` loads it, after it said that every tensor had its place."""
+    """The model loaded by `transformers`, checking that every tensor was used."""
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     model, said = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(said.values()), said
@@ -60,7 +60,7 @@ def load(folder: Path):
 
 
 def greedy(model, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The likeliest continuation by `generate` of transformers, with its cache of keys and values."""
+    """Greedy continuation by `generate` of transformers, with its KV cache."""
     return model.generate(prompt[None], max_new_tokens=tokens, do_sample=False, eos_token_id=None)[0]
 
 
@@ -74,8 +74,7 @@ def name(options: dict) -> str:
 
 @pytest.mark.parametrize("options", EXPORTED, ids=name)
 def test_logits_and_greedy_text_are_equal(tmp_path, options):
-    """For every combination of options that an architecture expresses: logits to 1e-4 on the whole context, and the
-    same tokens when the likeliest is taken each time."""
+    """For every exportable combination of options: logits to 1e-4 on the whole context, and the same greedy tokens."""
     model = make(**options)
     architecture = export.export(model, IDS, tmp_path / "out")
     theirs = load(tmp_path / "out")
@@ -94,7 +93,7 @@ def test_logits_and_greedy_text_are_equal(tmp_path, options):
     {"norm": "layernorm", "positions": "learned", "ffn": 7, "seq_len": 5}, {"activation": "swiglu", "seq_len": 300},
 ], ids=str)  # fmt: skip
 def test_odd_shapes(tmp_path, options):
-    """One head, heads of 2, odd widths of the feed-forward, other vocabularies and lengths."""
+    """One head, head size 2, odd feed-forward widths, other vocabularies and lengths."""
     model = make(**options)
     export.export(model, Tokenizer.load(f"ids-{model.shape.vocab_size}"), tmp_path / "out")
     tokens = torch.randint(V, (2, model.shape.seq_len), generator=torch.Generator().manual_seed(2))
@@ -109,18 +108,18 @@ def test_odd_shapes(tmp_path, options):
 ], ids=str)  # fmt: skip
 def test_options_that_no_architecture_has_are_named(tmp_path, options, refused):
     """One line that names them, and no folder."""
-    with pytest.raises(UserError, match=f"cannot be exported: neither Llama nor GPT-2 nor GPT-NeoX has {refused}$"):
+    with pytest.raises(UserError, match=f"cannot be exported: Llama, GPT-2 and GPT-NeoX do not support {refused}$"):
         export.export(make(**options), IDS, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path):
-    """A new or an empty folder is filled; one with a file, or a file of that name, is refused and untouched."""
+def test_existing_folders(tmp_path):
+    """A new or empty folder is filled; a folder with a file, or a file of that name, is rejected and unchanged."""
     (tmp_path / "full").mkdir()
     (tmp_path / "full/thesis.txt").write_text("keep me")
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "full", tmp_path / "full/thesis.txt"):
-        with pytest.raises(UserError, match="exists and is not an empty folder; name a new one"):
+        with pytest.raises(UserError, match="exists and is not an empty folder; choose a new one"):
             export.export(make(), IDS, folder)
     assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     export.export(make(), IDS, tmp_path / "empty")
@@ -132,7 +131,7 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 
 
 def test_tied_matrix_is_written_once(tmp_path):
-    """The file of a tied GPT-2 without biases has as many numbers as the model, and the zeros for its biases."""
+    """The file of a tied GPT-2 without biases has the model's parameters, and zeros for the biases."""
     model = make(norm="layernorm", positions="learned")
     export.export(model, IDS, tmp_path / "out")
     weights = load_file(tmp_path / "out/model.safetensors")
@@ -161,14 +160,14 @@ def same(ours: Tokenizer, theirs, text: str) -> bool:
 
 @functools.cache
 def a_megabyte() -> str:
-    """1 MB of text: made-up English, this repository's code, and signs of every kind."""
+    """1 MB of text: made-up English, this repository's code, and all kinds of symbols."""
     code = "".join(path.read_text() for path in sorted(ROOT.glob("*/*.py"))).replace(END_OF_TEXT, "")
     return (pseudo_english(800_000, seed=3) + ODD * 50 + code)[:1_000_000].ljust(1_000_000, "\n")
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe", "gpt2", "cl100k_base"])
 def test_a_megabyte_of_text_round_trips(tmp_path, monkeypatch, name):
-    """Of 1 MB of text the exported tokenizer makes our ids, and of them the text again; end-of-text is ours."""
+    """On 1 MB of text the exported tokenizer gives our ids, and decodes them to the text; end-of-text is ours."""
     text = a_megabyte()
     if name == "bpe":
         ours = train_bpe([text[::-1][:300_000]], 1000)
@@ -185,8 +184,8 @@ def test_a_megabyte_of_text_round_trips(tmp_path, monkeypatch, name):
 
 @pytest.mark.parametrize("name", tiktoken.list_encoding_names())
 def test_patterns_of_every_named_encoding(tmp_path, monkeypatch, name):
-    """tiktoken's patterns cut odd text in the same places when `tokenizers` runs them; the ranks are a BPE of our own
-    here, which is cut differently by each."""
+    """`tokenizers` runs tiktoken's patterns with the same splits of odd text; the ranks are those of our BPE, split
+    differently by each pattern."""
     ranks = train_bpe([a_megabyte()[:300_000]], 800).encoding._mergeable_ranks
     for reader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
         monkeypatch.setattr(tiktoken_ext.openai_public, reader, lambda *_, **__: ranks)
@@ -200,27 +199,27 @@ def test_patterns_of_every_named_encoding(tmp_path, monkeypatch, name):
 
 
 def test_end_of_text_in_a_text(tmp_path):
-    """As everywhere in `transformers`, the name of a special token in a text is read as that token."""
+    """As everywhere in `transformers`, the name of a special token in a text becomes that token."""
     ours = train_bpe([a_megabyte()[:300_000]], 300)
     theirs = reload(ours, tmp_path / "tokenizer")
     assert theirs(f"a{END_OF_TEXT}b")["input_ids"] == [*ours.encode(b"a"), ours.eot, *ours.encode(b"b")]
 
 
 def test_letters_of_bytes():
-    """The 256 letters are different and visible; ASCII and Latin-1 that can be seen stand for themselves, a space is
-    GPT-2's Ġ and a line end its Ċ."""
+    """The 256 letters are distinct and printable; printable ASCII and Latin-1 map to themselves, a space is GPT-2's Ġ
+    and a line end its Ċ."""
     letters = byte_letters()
     assert len(set(letters)) == 256 and all(letter.isprintable() and not letter.isspace() for letter in letters)
     assert "".join(letters[byte] for byte in b"a ~\n") == "aĠ~Ċ" and letters[0xE9] == "é" and letters[0] == "Ā"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A run from its training to transformers and lm-eval
+# From training to transformers and lm-eval
 
 
 @pytest.fixture
 def exported(tiny, tmp_path, command) -> tuple[Path, Path]:
-    """A trained run of default options and our own BPE, and its export by the command."""
+    """A trained run with default options and our BPE, and its export by the command."""
     config = tiny(name="run", tokenizer="bpe", vocab_size=300, model="32x2", lr=0.02)
     train.train(config, quiet=True)
     run, out = Path(config.out) / "run", tmp_path / "exported"
@@ -231,7 +230,7 @@ def exported(tiny, tmp_path, command) -> tuple[Path, Path]:
 
 
 def test_a_run_is_exported_by_the_command(exported, tiny):
-    """Text in, text out: what the exported tokenizer and model go on with greedily is what the run goes on with."""
+    """Text in, text out: greedy text from the exported tokenizer and model equals that of the run."""
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     run, out = exported
     model, tokenizer, _ = checkpoint.load_run(run)
@@ -246,16 +245,16 @@ def test_a_run_is_exported_by_the_command(exported, tiny):
     assert words.model_max_length == theirs.config.max_position_embeddings == model.shape.seq_len
 
 
-def test_the_command_refuses_in_one_line(tiny, tmp_path, command):
+def test_errors_of_the_command(tiny, tmp_path, command):
     """A run that cannot be exported: one line, exit code 2, no folder."""
     train.train(tiny(name="run", qk_norm=True), quiet=True)
     done = command("-m", "nanochin", "export", "run", tmp_path / "out", "--out", tiny().out)
-    assert done.returncode == 2 and done.stderr.endswith("has --qk-norm\n") and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and done.stderr.endswith("support --qk-norm\n") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_gpt2_goes_round(tiny, tmp_path):
-    """Exported as GPT-2 and imported again by --init-from, a model goes on from the loss that it had."""
+def test_gpt2_round_trip(tiny, tmp_path):
+    """Exported as GPT-2 and imported again by --init-from, a model starts from the loss that it had."""
     options = {"norm": "layernorm", "positions": "learned", "bias": True, "activation": "gelu_tanh", "seq_len": 32}
     config = tiny(name="first", **options)
     loss = train.train(config, quiet=True)["loss"]
@@ -291,8 +290,8 @@ metric_list: [{{metric: acc}}]
 @pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
 def test_lm_eval_runs_on_the_folder(tiny, tmp_path, tokenizer):
-    """`lm_eval --model hf` measures our bits per byte to 1e-3 on a text of whole windows, and answers
-    multiple-choice questions, with tasks and data from this disk."""
+    """`lm_eval --model hf` measures our bits per byte to 1e-3 on a text of whole windows, and answers multiple-choice
+    questions, with local tasks and data."""
     for library in ("lm_eval", "accelerate"):
         pytest.importorskip(library, reason="pip install 'lm_eval[hf]'")
     config = tiny(name="run", tokenizer=tokenizer, vocab_size={"bpe": 300}.get(tokenizer), model="32x2", lr=0.02)
@@ -300,7 +299,7 @@ def test_lm_eval_runs_on_the_folder(tiny, tmp_path, tokenizer):
     model, words, _ = checkpoint.load_run(Path(config.out) / "run")
     export.export(model, words, tmp_path / "exported")
 
-    # lm-eval lets the windows of a text lie side by side as we do, but for a last one that is not full.
+    # lm-eval uses non-overlapping windows as we do, except for an incomplete last one.
     ids = words.encode(Path(config.data[0]).read_bytes()[:40_000]).tolist()
     ids = ids[: len(ids) // config.seq_len * config.seq_len]
     text = words.decode(ids)

@@ -461,7 +461,7 @@ def test_no_checkpoint_left(uninterrupted, interrupted, capsys, main):
     for step in (20, 40):
         (folder / f"step-{step}" / "model.safetensors").unlink()
     assert main(*arguments(interrupted)) == 0
-    assert capsys.readouterr().out.count("model.safetensors: missing; set aside as") == 2
+    assert capsys.readouterr().out.count("model.safetensors: missing; renamed to") == 2
     assert outcome(Path(interrupted.out)) == uninterrupted
 
 

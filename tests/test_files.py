@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and the versions of a record."""
+"""Atomic file writes, and the versions of a record."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from nanochin.files import replacing, sha256_of, versions, write_file
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_write_file_keeps_the_old_one_on_failure(tmp_path, monkeypatch, call):
-    """A disk that refuses at any point leaves the old content, and the error names the file."""
+    """If writing fails at any point, the old content remains and the error names the file."""
     path = tmp_path / "file.json"
     write_file(path, b"old")
 
@@ -30,8 +30,8 @@ def test_write_file_keeps_the_old_one_on_failure(tmp_path, monkeypatch, call):
     assert path.read_bytes() == b"new" and [p.name for p in tmp_path.iterdir()] == ["file.json"]
 
 
-def test_write_file_never_shows_half_a_file(tmp_path, monkeypatch):
-    """Whenever the new content is not yet complete on disk, a reader still sees the old file."""
+def test_write_file_is_atomic(tmp_path, monkeypatch):
+    """Until the new content is completely on disk, a reader sees the old file."""
     path, seen, fsync = tmp_path / "file.json", [], os.fsync
     write_file(path, b"old")
 
@@ -44,8 +44,8 @@ def test_write_file_never_shows_half_a_file(tmp_path, monkeypatch):
     assert seen == [b"old", b"new"]  # the file before its rename, then the folder
 
 
-def test_what_is_not_finished_is_not_there(tmp_path):
-    """An error inside the block leaves the old file and nothing beside it."""
+def test_replacing_cleans_up_after_an_error(tmp_path):
+    """An error inside the block leaves the old file and no other."""
     path = tmp_path / "file"
     write_file(path, b"old")
     with pytest.raises(ZeroDivisionError), replacing(path) as file:
@@ -55,14 +55,14 @@ def test_what_is_not_finished_is_not_there(tmp_path):
 
 
 def test_hash_of_a_file(tmp_path):
-    """hashlib's of the whole, with every byte told of."""
+    """Equals hashlib's of the whole file; the callback gets every byte."""
     content, told = os.urandom(3 * files.PIECE + 5), []
     (tmp_path / "file").write_bytes(content)
     assert sha256_of(tmp_path / "file", told.append) == hashlib.sha256(content).hexdigest()
     assert sum(told) == len(content) and len(told) > 3
 
 
-def test_versions_of_what_a_result_depends_on():
+def test_versions():
     """The record has the versions in use."""
     import numpy
     import torch
@@ -72,9 +72,9 @@ def test_versions_of_what_a_result_depends_on():
     assert found["git"] is None or re.fullmatch("[0-9a-f]{40}(-dirty)?", found["git"])
 
 
-def test_a_commit_that_is_not_what_ran(tmp_path, monkeypatch):
-    """The commit of the folder of the code; -dirty when a tracked file differs from it, staged or not, but not for
-    files that git does not know or that runs write to a folder results; None outside git and without git."""
+def test_dirty_commit(tmp_path, monkeypatch):
+    """The commit of the code's folder, with -dirty if a tracked file differs, staged or not, but not for untracked
+    files or those in a folder results; None outside git and without git."""
     home = tmp_path / "code" / "nanochin"
     (home.parent / "results").mkdir(parents=True)
     home.mkdir()

@@ -52,7 +52,7 @@ OPTIONS = {
 
 
 def random_shapes(n: int, seed: int):
-    """Small shapes with odd sizes; every value of every option among them, and head sizes and ffn set by hand."""
+    """Small shapes with odd sizes, with every value of every option, and explicit head sizes and ffn."""
     rng = random.Random(seed)
     for i in range(n):
         options = {name: values[i % len(values)] if i < 6 else rng.choice(values) for name, values in OPTIONS.items()}
@@ -66,7 +66,7 @@ def random_shapes(n: int, seed: int):
 
 
 @pytest.mark.parametrize("shape", list(random_shapes(30, seed=1)), ids=str)
-def test_count_params_is_the_models(shape):
+def test_count_params_equals_the_model(shape):
     """The three counts equal sums over the real model's parameters."""
     from nanochin.model import GPT
 
@@ -80,14 +80,14 @@ def test_count_params_is_the_models(shape):
 
 
 def test_gpt2_small():
-    """GPT-2's published 124,439,808 parameters come out of its options."""
+    """GPT-2's published 124,439,808 parameters."""
     gpt2 = make_shape(768, 12, vocab_size=50257, seq_len=1024, norm="layernorm", positions="learned", bias=True)
     assert count_params(gpt2).total == 124_439_808
 
 
 def chinchilla_params(width: int, ffn: int, head_size: int, heads: int, layers: int, vocab_size: int = 32_000) -> int:
-    """Parameters of the paper's own models (Table A9): layernorm, biases, tied head, and the relative positions
-    of Transformer-XL, whose key projection is a fifth matrix of attention. Heads need not fill the width."""
+    """Parameters of the paper's models (Table A9): layernorm, biases, tied head, and Transformer-XL's relative
+    positions, with a fifth attention matrix for their keys. Heads need not fill the width."""
     d, f, q = width, ffn, heads * head_size
     layer = 3 * (d * q + q) + (d * q + 2 * q) + (q * d + d) + (d * f + f) + (f * d + d) + 4 * d
     return vocab_size * d + 2 * d + layers * layer
@@ -109,7 +109,7 @@ def test_table_a9():
 
 
 def test_every_row_by_hand():
-    """A model small enough to count on paper: C 4, F 6 (swiglu), H 2, V 5, T 3, one layer, everything on."""
+    """A model small enough to count on paper: C 4, F 6 (swiglu), H 2, V 5, T 3, one layer, all options on."""
     shape = make_shape(4, 1, vocab_size=5, seq_len=3, head_size=2, ffn=6, activation="swiglu", norm="layernorm",
                        bias=True, qk_norm=True, tied=False)  # fmt: skip
     rows = {row.operation: row for row in ledger(shape)}
@@ -153,7 +153,7 @@ def test_conventions_by_hand():
 
 @pytest.mark.parametrize("layers, width, ffn, heads, head_size, printed, only_layers, with_logits, all_rows", TABLE_A4)
 def test_table_a4(layers, width, ffn, heads, head_size, printed, only_layers, with_logits, all_rows):
-    """Appendix F, with and without its rows outside the layers, over 6ND with the paper's own N: as published."""
+    """Appendix F, with and without its rows outside the layers, over 6ND with the paper's N: as published."""
     shape = make_shape(width, layers, vocab_size=32_000, seq_len=2048, head_size=head_size, ffn=ffn)
     six_n = 6 * chinchilla_params(width, ffn, head_size, heads, layers)
     table_a4, appendix_f = (flops_per_token(shape, name) / six_n for name in ("table_a4", "appendix_f"))
@@ -165,15 +165,15 @@ def test_table_a4(layers, width, ffn, heads, head_size, printed, only_layers, wi
 
 
 @pytest.mark.parametrize("shape", list(random_shapes(20, seed=2)), ids=str)
-def test_physical_is_what_torch_counts(shape):
-    """torch's FlopCounterMode on the real model with the explicit mathematics, forward and backward, two sequences."""
+def test_physical_equals_torchs_count(shape):
+    """torch's FlopCounterMode on the real model with the reference operations, forward and backward, two sequences."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     import kernels
     from nanochin.model import GPT
 
-    T = max(1, shape.seq_len - 2)  # not the shape's own
+    T = max(1, shape.seq_len - 2)  # differs from the shape's
     tokens = torch.randint(shape.vocab_size, (2, T), generator=torch.Generator().manual_seed(0))
     model = GPT(shape)
     with kernels.use("reference"):
@@ -188,12 +188,12 @@ def test_physical_is_what_torch_counts(shape):
 
 
 def test_nanochats_and_palms_formulas():
-    """Both count 6 x (entries of the multiplied matrices) + 12 L d T a token: by hand, `physical` is the same."""
+    """Both count 6 x (entries of the multiplied matrices) + 12 L d T per token: equal to `physical`, by hand."""
     # nanochat at depth 4: 12 x 4 x 256^2 in the layers, 32768 x 256 in its own head.
     nanochat = make_shape(256, 4, vocab_size=32768, seq_len=2048, head_size=128, activation="relu2", qk_norm=True,
                           tied=False)  # fmt: skip
     assert flops_per_token(nanochat) == 6 * (3_145_728 + 8_388_608) + 12 * 4 * 256 * 2048 == 94_371_840
-    # PaLM 8B's sizes (with a key and value of its own for each head): 32 x (4 x 4096^2 + 3 x 4096 x 16384) in the
+    # PaLM 8B's sizes (with separate keys and values per head): 32 x (4 x 4096^2 + 3 x 4096 x 16384) in the
     # layers, 256000 x 4096 shared with the embedding; 12 L H Q T with 16 heads of 256.
     palm = make_shape(4096, 32, vocab_size=256_000, seq_len=2048, head_size=256, ffn=16384, activation="swiglu")
     by_hand = 6 * (8_589_934_592 + 1_048_576_000) + 12 * 32 * 16 * 256 * 2048
@@ -205,12 +205,12 @@ def test_causal_counts_the_pairs_that_are_kept():
     shape = make_shape(6, 2, vocab_size=3, seq_len=7)
     pairs = sum(1 for query in range(7) for key in range(7) if key <= query)
     masked = 49 - pairs
-    per_token = 3 * 2 * (2 * 2 * 6) * masked / 7  # 2 layers, scores and values, 2 x 6 FLOPs a pair
+    per_token = 3 * 2 * (2 * 2 * 6) * masked / 7  # 2 layers, scores and values, 2 x 6 FLOPs per pair
     assert flops_per_token(shape) - flops_per_token(shape, "causal") == pytest.approx(per_token, rel=1e-15)
 
 
 def test_float64_beyond_int64():
-    """A budget above 2^63 FLOPs stays exact to float64."""
+    """A budget above 2^63 FLOPs is exact to float64."""
     shape = make_shape(512, 8, vocab_size=256, seq_len=256)
     tokens = 10**13
     want = 6 * count_params(shape).total * tokens
@@ -224,7 +224,7 @@ def test_bad_input():
     learned = make_shape(4, 1, vocab_size=5, seq_len=8, positions="learned")
     with pytest.raises(UserError, match="`flops` tflops"):
         flops_per_token(learned, "tflops")
-    with pytest.raises(UserError, match="`seq_len` 9: the model learns positions for 8"):
+    with pytest.raises(UserError, match="`seq_len` 9: the model has learned positions for only 8"):
         ledger(learned, 9)
     with pytest.raises(UserError, match="`seq_len` 0"):
         ledger(learned, 0)
@@ -234,7 +234,7 @@ def test_bad_input():
 
 
 def test_documented_error_of_6nd():
-    """The tables in docs/flops.md are what the command prints; one cell is worked out here."""
+    """The tables in docs/flops.md are the command's output; one cell is computed here."""
     from bench.flops_error import table
 
     page = (Path(__file__).parents[1] / "docs" / "flops.md").read_text()
@@ -267,7 +267,7 @@ def test_documented_error_of_6nd():
         ("Tesla T4", "float16", 65),
         ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
         ("AMD Instinct MI300X", "bfloat16", 1307.4),
-        # Parts and relatives of known devices, which are slower, and devices without a published peak.
+        # Slower variants of known devices, and devices without a published peak.
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
         ("NVIDIA GeForce RTX 4090 D", "bfloat16", None),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "bfloat16", None),
@@ -277,13 +277,13 @@ def test_documented_error_of_6nd():
     ],
 )
 def test_peaks_by_torchs_names(name, dtype, teraflops):
-    """Published dense peaks for whole device names; nothing for a device that only resembles one."""
+    """Published dense peaks for full device names; None for similar names."""
     want = None if teraflops is None else teraflops * 1e12
     assert peak_flops(name, dtype) == want
 
 
 def test_table_of_devices_is_consistent():
-    """Half the rate for twice the bits, never a sparse figure by slip; memory between 0.3 and 8 TB/s."""
+    """Half the rate for twice the bits, never a sparse rate by mistake; memory between 0.3 and 8 TB/s."""
     for name, device in DEVICES.items():
         assert find_device(name) is device
         assert 300 <= device.bandwidth <= 8000
@@ -296,7 +296,7 @@ def test_table_of_devices_is_consistent():
 
 
 def test_floor_and_intensity_by_hand():
-    """One QKV row on an A100, from its shapes: compute-bound at many tokens, memory-bound at few."""
+    """The QKV row on an A100, from its shapes: compute-bound with many tokens, memory-bound with few."""
     shape = make_shape(512, 1, vocab_size=256, seq_len=128)
     qkv = next(row for row in ledger(shape) if row.operation == "qkv")
     a100 = DEVICES["A100 SXM 80GB"]
@@ -317,7 +317,7 @@ def run(*argv: str) -> subprocess.CompletedProcess:
 
 
 def test_command_prints_the_ledger():
-    """The issue's example: ledger, ratios and floor of GPT-2 small's size."""
+    """Ledger, ratios and floor for the size of GPT-2 small."""
     done = run("--model", "768x12", "--vocab-size", "50304", "--seq-len", "1024")
     assert done.returncode == 0
     assert done.stderr == ""
@@ -352,7 +352,7 @@ def test_bad_options_are_one_line(argv, names):
 
 @pytest.mark.parametrize("module, heavy, limit", [("flops", {"torch", "numpy"}, 0.3), ("ladder", {"torch"}, 0.6)])
 def test_starts_fast_and_light(module, heavy, limit):
-    """What is heavy is not imported, and the CPU time is short (the laws that the ladder asks need numpy)."""
+    """Heavy libraries are not imported, and the CPU time is short (the ladder's laws need numpy)."""
     resource = pytest.importorskip("resource")
     code = f"import sys, nanochin.{module} as m; assert not {heavy} & set(sys.modules)"
     seconds = []

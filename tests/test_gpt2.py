@@ -1,4 +1,4 @@
-"""Training that starts from GPT-2's weights, here of a small `transformers` model with random ones."""
+"""Training from GPT-2 weights, here of a small `transformers` model with random weights."""
 
 import json
 import pickle
@@ -22,7 +22,7 @@ V, T = 256, 48
 
 
 def theirs(**options):
-    """A GPT-2 whose norms and biases count."""
+    """A GPT-2 with nontrivial norms and biases."""
     usual = {"vocab_size": V, "n_positions": T, "n_embd": 32, "n_layer": 3, "n_head": 4,
              "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
     torch.manual_seed(1)
@@ -40,7 +40,7 @@ def folder(tmp_path) -> Path:
 
 
 def ours(path, **options) -> GPT:
-    """Our model of the shape and weights that are found at `path`."""
+    """Our model with the shape and weights found at `path`."""
     config = initial_options(Config(init_from=str(path), **{"tokens": 1e6, "lr": 3e-5} | options))
     width, layers = map(int, config.model.split("x"))
     names = ("vocab_size", "seq_len", "head_size", "ffn", "norm", "positions", "activation", "bias", "tied", "qk_norm")
@@ -61,17 +61,17 @@ def agree(model: GPT, hf) -> bool:
      {"tie_word_embeddings": False}, {"n_layer": 1, "n_head": 1}],
     ids=str,
 )  # fmt: skip
-def test_logits_are_those_of_transformers(tmp_path, options):
-    """To 1e-4, whatever GPT-2's own options are."""
+def test_logits_equal_transformers(tmp_path, options):
+    """To 1e-4, for all options of GPT-2."""
     hf = theirs(**options)
     hf.save_pretrained(tmp_path / "gpt2")
     model = ours(tmp_path / "gpt2")
     assert agree(model, hf) and model.shape.tied == hf.config.tie_word_embeddings
 
 
-def test_forms_of_checkpoints(tmp_path):
-    """A checkpoint in many files, one in half precision, one without the prefix and with the causal masks that older
-    versions saved, and a .safetensors file without its config.json (heads of 64 unless told) are the same weights."""
+def test_checkpoint_formats(tmp_path):
+    """The same weights from several files, in half precision, without the prefix and with the causal masks of older
+    versions, and from a .safetensors file without its config.json (head size 64 by default)."""
     hf = theirs(n_embd=128, n_head=2)
     hf.save_pretrained(tmp_path / "many", max_shard_size="100KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3 and agree(ours(tmp_path / "many"), hf)
@@ -96,16 +96,16 @@ def test_a_shorter_context_takes_the_first_positions(folder):
     assert model.shape.seq_len == 20 and agree(model, theirs())
 
 
-def test_every_parameter_has_a_place():
-    """The names are those of a `transformers` model of three layers, each once."""
+def test_every_parameter_has_a_name():
+    """The names are those of a `transformers` model with three layers, each once."""
     model = GPT(make_shape(32, 3, vocab_size=V, seq_len=T, norm="layernorm", positions="learned", bias=True))
     names = [gpt2_name(name, 3)[0] for name, _ in model.named_parameters()]
     assert sorted(names) == sorted(name for name, _ in theirs().named_parameters())
 
 
-def test_training_goes_on_from_the_weights(tiny, folder):
-    """The first loss is that of the `transformers` model on the first batch; the shape is the checkpoint's; resuming
-    and other weights are told apart as for any run."""
+def test_training_starts_from_the_weights(tiny, folder):
+    """The first loss equals that of the `transformers` model on the first batch; the shape is the checkpoint's;
+    resuming works, and other weights are another run."""
     options = {
         "model": None,
         "seq_len": None,
@@ -143,10 +143,10 @@ def change(folder: Path, **told) -> None:
         ({"activation": "swiglu"}, {}, "`activation` swiglu: `init_from` .* has gelu_tanh"),
         ({"tied": False}, {}, "`tied` False: "),
         ({"vocab_size": 300}, {}, "`vocab_size` 300: "),
-        ({"seq_len": 49}, {}, "`seq_len` 49: `init_from` .* has learned 48 positions"),
-        ({"tokenizer": "bpe"}, {}, "`tokenizer` bpe: is trained anew"),
-        ({"tokens": None}, {}, "say how to go on, with `tokens` and `lr`"),
-        ({"lr": None, "budget": 1e15}, {}, "say how to go on, with `tokens` and `lr`"),
+        ({"seq_len": 49}, {}, "`seq_len` 49: `init_from` .* has 48 learned positions"),
+        ({"tokenizer": "bpe"}, {}, "`tokenizer` bpe: a newly trained vocabulary does not match"),
+        ({"tokens": None}, {}, "needs `tokens` and `lr`"),
+        ({"lr": None, "budget": 1e15}, {}, "needs `tokens` and `lr`"),
         ({}, {"model_type": "llama"}, "model_type llama, only gpt2 can be imported"),
         ({}, {"n_head": 3}, "n_head 3 does not divide the width 32"),
         ({}, {"n_head": None}, "n_head None does not divide the width 32"),
@@ -155,16 +155,16 @@ def change(folder: Path, **told) -> None:
         ({}, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
     ],
 )
-def test_what_contradicts_the_weights(folder, options, told, said):
-    """An option that asks for another shape, and a GPT-2 with what our model lacks: one line."""
+def test_contradictory_options(folder, options, told, said):
+    """An option that contradicts the shape, or a GPT-2 with features that our model lacks: one line."""
     change(folder, **told)
     with pytest.raises(UserError, match=said) as error:
         ours(folder, **options)
     assert "\n" not in str(error.value)
 
 
-def test_weights_that_are_not_gpt2s(folder, tmp_path):
-    """Missing, damaged, foreign, too few or too many tensors, and pickles, which are never loaded: one line each."""
+def test_invalid_weights(folder, tmp_path):
+    """Corrupted or foreign files, missing or extra tensors, and pickles, which are never loaded: one line each."""
     weights = load_file(folder / "model.safetensors")
 
     def said(path, match):
@@ -177,24 +177,24 @@ def test_weights_that_are_not_gpt2s(folder, tmp_path):
 
     said(tmp_path / "nowhere", "nowhere: no such file or folder")
     rewrite(weights | {"transformer.extra.weight": torch.ones(2)})
-    said(folder, r"tensor transformer\.extra\.weight has no place in this model")
+    said(folder, r"unexpected tensor transformer\.extra\.weight")
     rewrite({name: t for name, t in weights.items() if name != "transformer.h.1.attn.c_attn.bias"})
     said(folder, r"tensor transformer\.h\.1\.attn\.c_attn\.bias is missing")
     rewrite(weights | {"transformer.h.1.ln_1.weight": torch.ones(7)})
-    said(folder, r"tensor transformer\.h\.1\.ln_1\.weight is \[7\], where \[32\] is wanted")
+    said(folder, r"tensor transformer\.h\.1\.ln_1\.weight is \[7\], expected \[32\]")
     rewrite({"model.embed_tokens.weight": torch.ones(3, 3)})
-    said(folder, "these are not GPT-2's weights")
+    said(folder, "not GPT-2 weights")
     (folder / "model.safetensors").write_bytes(b"no tensors at all")
-    said(folder, r"model\.safetensors: damaged")
+    said(folder, r"model\.safetensors: corrupted")
     (folder / "model.safetensors").unlink()
     said(folder, "no model.safetensors in this folder")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
-    said(folder, r"pytorch_model\.bin is a pickle, which can run any program: save it again as safetensors")
-    said(folder / "pytorch_model.bin", "not .safetensors; a pickle is not read")
+    said(folder, r"pytorch_model\.bin is a pickle, which can run code; save it again as safetensors")
+    said(folder / "pytorch_model.bin", "not .safetensors; pickles can run code")
     shutil.rmtree(folder)
 
 
 def test_the_vocabulary_of_the_weights(tiny, folder, refusal):
-    """Text needs the tokenizer that the weights were trained with, and is told so in one line; ids do not."""
+    """Text needs the tokenizer that the weights were trained with, and the error says so in one line; ids do not."""
     line = refusal(*arguments(tiny(model=None, seq_len=None, init_from=str(folder))))
-    assert "--tokenizer ids-256: is for token files, but" in line
+    assert "--tokenizer ids-256: only for token files, but" in line

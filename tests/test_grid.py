@@ -1,4 +1,4 @@
-"""nanochin/grid.py: sweep files and the cells that they stand for, against hand-made counts."""
+"""nanochin/grid.py: sweep files and their cells, against counts by hand."""
 
 import math
 from collections import Counter
@@ -24,7 +24,7 @@ def toml(table: dict) -> str:
 
 @pytest.fixture
 def read(tmp_path):
-    """`read(kind="trunk", ...)`: the sweep of a file with PLAIN and these keys, None for a key left out."""
+    """`read(kind="trunk", ...)`: the sweep of a file with PLAIN and these keys; None leaves a key out."""
 
     def read(**keys) -> grid.Sweep:
         path = tmp_path / "some.toml"
@@ -47,30 +47,30 @@ def cells(sweep: grid.Sweep, **more) -> list[grid.Cell]:
     [
         ({"budgetz": [1e9]}, "unknown key budgetz; did you mean budgets?"),
         ({"weight_decai": 0.1}, "unknown key weight_decai; did you mean weight_decay?"),
-        ({"name": "x"}, "name: decided by the sweep itself"),
-        ({"seed": 1}, "seed: a sweep file says seeds"),
+        ({"name": "x"}, "name: set by the sweep itself"),
+        ({"seed": 1}, "seed: use seeds in a sweep file"),
         ({"kind": None}, "kind: missing"),
         ({"seq_len": None}, "seq_len: missing"),
         ({"budgets": None}, "budgets: missing"),
         ({"budgets": []}, "budgets: expected a value or a list of values"),
-        ({"budgets": [1e11, 1e10]}, "budgets: must rise"),
-        ({"seeds": [1, 1]}, "seeds: the same value twice"),
-        ({"centre_seeds": [0]}, "centre_seeds: seeds that seeds has not"),
+        ({"budgets": [1e11, 1e10]}, "budgets: must be ascending"),
+        ({"seeds": [1, 1]}, "seeds: duplicate value"),
+        ({"centre_seeds": [0]}, "centre_seeds: must not repeat values of seeds"),
         ({"centre": [1e4]}, "centre: one number for each of budgets"),
         ({"extend": [True]}, "extend: expected one value, not a list"),
         ({"tokenizer": ["bytes", "bpe"]}, "tokenizer: expected one value, not a list"),
         ({"seq_len": [32, 64]}, "seq_len: expected one value, not a list"),
-        ({"paired": True}, "paired: is for grid, this sweep's kind is isoflop"),
-        ({"kind": "trunk", "extend": True}, "extend: is for isoflop, this sweep's kind is trunk"),
-        ({"span": 16}, "span: is for horizons or trunk"),
-        ({"kind": "horizons", "budgets": [1e11]}, "budgets: two or more"),
-        ({"batch-tokens": 64, "batch_tokens": 64}, "batch-tokens: there twice"),
+        ({"paired": True}, "paired: only for kind grid, but this sweep is isoflop"),
+        ({"kind": "trunk", "extend": True}, "extend: only for kind isoflop, but this sweep is trunk"),
+        ({"span": 16}, "span: only for kind horizons or trunk"),
+        ({"kind": "horizons", "budgets": [1e11]}, "budgets: needs two or more"),
+        ({"batch-tokens": 64, "batch_tokens": 64}, "batch-tokens: given twice"),
         ({"kind": "grid"}, "models: missing"),
-        ({"kind": "grid", "models": ["16x1"], "paired": True}, "paired: as many models as budgets"),
+        ({"kind": "grid", "models": ["16x1"], "paired": True}, "paired: needs as many models as budgets"),
     ],
 )
-def test_refused(read, keys, words):
-    """A file that is no sweep is refused in one line that names the file, the key and what to do."""
+def test_invalid_sweeps(read, keys, words):
+    """An invalid sweep file gives one line that names the file, the key and the remedy."""
     with pytest.raises(UserError) as error:
         read(**keys)
     assert words in str(error.value) and "some.toml" in str(error.value) and "\n" not in str(error.value)
@@ -80,24 +80,24 @@ def test_refused(read, keys, words):
                                          ({"models": ["13x1"]}, "width 13: must be even"),
                                          ({"batch_tokens": 50}, "`batch_tokens` 50: must be a multiple"),
                                          ({"warmup_times": [1000]}, "`warmup_tokens`"),
-                                         ({"kind": "trunk", "cooldown": 1}, "leave no room")])  # fmt: skip
-def test_refused_by_the_plan(read, keys, words):
-    """What train.py would refuse of a run is refused before anything is trained, with the file's name, said once."""
+                                         ({"kind": "trunk", "cooldown": 1}, "too few for warm-up")])  # fmt: skip
+def test_impossible_plans(read, keys, words):
+    """Runs that train.py would reject are rejected before any training, naming the file once."""
     with pytest.raises(UserError) as error:
         cells(read(**keys))
     assert words in str(error.value) and str(error.value).count("some.toml") == 1
 
 
 def test_names_are_folders(read):
-    """A path among varied values makes no folder inside the folder of runs."""
+    """A path among the varied values makes no subfolder of the folder of runs."""
     folder = ROOT / "results"
     laws = [str(folder / name / "laws.json") for name in ("mini", "books")]
     assert all("/" not in cell.name for cell in cells(read(law=laws)))
 
 
 @pytest.mark.parametrize("keys, words", [({"kind": "isoflops"}, "isoflops"), ({"lr": [0.1, -1]}, "must be above 0"),
-                                         ({"sizes": 2.5}, "is not a whole number")])  # fmt: skip
-def test_refused_by_the_parser(read, capsys, keys, words):
+                                         ({"sizes": 2.5}, "is not an integer")])  # fmt: skip
+def test_errors_of_the_parser(read, capsys, keys, words):
     """Types, choices and bounds are those of the command line, and the error names the file."""
     with pytest.raises(SystemExit) as exit:
         read(**keys)
@@ -107,7 +107,7 @@ def test_refused_by_the_parser(read, capsys, keys, words):
 
 @pytest.mark.parametrize("text, words", [("kind = ", "not TOML"), (None, "No such file")])
 def test_unreadable(tmp_path, text, words):
-    """A file that is missing or no TOML is named."""
+    """A file that is missing or not TOML is named."""
     path = tmp_path / "x.toml"
     if text is not None:
         path.write_text(text)
@@ -116,7 +116,7 @@ def test_unreadable(tmp_path, text, words):
 
 
 def test_overrides(tmp_path):
-    """What the command line gives for the text stands in for the file's."""
+    """Data options on the command line override the file's."""
     path = tmp_path / "x.toml"
     path.write_text(toml(PLAIN | {"data": None}).replace("data = None\n", ""))
     assert grid.read_sweep(path).base.data is None
@@ -125,7 +125,7 @@ def test_overrides(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
 def test_named_sweeps(path):
-    """Every sweep in sweeps/ can be planned, and says what its hours assume; cells of one budget differ in size."""
+    """Every sweep in sweeps/ can be planned and says what its hours assume; cells of one budget differ in size."""
     sweep = grid.read_sweep(path)
     found = cells(sweep, corpus_tokens=sweep.grid.corpus_tokens) if sweep.base.tokenizer == "bytes" else []
     assert (sweep.grid.throughput is None) == (sweep.grid.assumes is None)
@@ -139,8 +139,8 @@ def test_named_sweeps(path):
 
 
 def test_isoflop(read):
-    """Every cell spends its budget within half a step; the sizes of one budget lie within the spread of the centre,
-    its ends near the ends."""
+    """Every cell spends its budget within half a step; the sizes of a budget are within the spread around the centre,
+    the outermost close to its ends."""
     sweep = read(centre=[5e3, 2e4], spread=3)
     found = cells(sweep)
     assert Counter(cell.budget for cell in found) == {1e10: 5, 1e11: 5}
@@ -156,7 +156,7 @@ def test_isoflop(read):
 
 
 def test_seeds(read):
-    """Every cell in every seed, the one nearest to the centre in more of them; names differ, digests too."""
+    """Every cell with every seed, the one closest to the centre with more; names and digests differ."""
     found = cells(read(centre=[5e3, 2e4], seeds=[3, 4], centre_seeds=[7]))
     assert Counter(cell.config.seed for cell in found) == {3: 10, 4: 10, 7: 2}
     for cell in found:
@@ -169,22 +169,22 @@ def test_seeds(read):
 
 
 def test_digest(read):
-    """The hash of a cell changes with what can change the run and with its text, and with nothing else."""
+    """The hash of a cell depends on everything that can change the run and on its text, and on nothing else."""
     (first, *_), (same, *_), (other, *_) = (cells(read(**keys)) for keys in ({}, {"save_every": 1}, {"beta1": 0.8}))
     assert first.digest("a", "b") == same.digest("a", "b") != other.digest("a", "b") != first.digest("a", "c")
 
 
 def test_max_epochs(read):
-    """A cell that would see its text too often is refused by name."""
+    """A cell that would repeat its text too often is rejected by name."""
     sweep = read(max_epochs=1)
     longest = max(cell.config.tokens for cell in cells(sweep))
     assert cells(sweep, corpus_tokens=longest)
-    with pytest.raises(UserError, match="would see its text 2 times, max_epochs is 1"):
+    with pytest.raises(UserError, match="would train for 2 epochs, max_epochs is 1"):
         cells(sweep, corpus_tokens=longest / 2)
 
 
 def test_too_small_a_budget(read):
-    """A budget that no shape can spend is refused with the file's name."""
+    """A budget that no shape can spend is rejected with the file's name."""
     with pytest.raises(UserError, match="some.toml|too small"):
         cells(read(budgets=[1e4]))
 
@@ -202,7 +202,7 @@ def test_product(read):
 
 
 def test_one_at_a_time(read):
-    """With vary = "one" each list is walked while the others stay at their first value."""
+    """With vary = "one" each list is varied with the others at their first value."""
     found = cells(read(kind="grid", models=["16x1"], budgets=[1e11], vary="one", lr_times=[1.0, 0.5, 2.0],
                        batch_times=[1.0, 0.5], warmup_times=[1.0, 0.0]))  # fmt: skip
     base = found[0]
@@ -213,7 +213,7 @@ def test_one_at_a_time(read):
 
 
 def test_paired(read):
-    """Paired, the i-th model goes with the i-th budget alone."""
+    """If paired, the i-th model goes only with the i-th budget."""
     keys = {"kind": "grid", "models": ["16x1", "24x2"], "budgets": [1e10, 1e11]}
     assert [(c.config.model, c.budget) for c in cells(read(**keys, paired=True))] == [("16x1", 1e10), ("24x2", 1e11)]
     assert len(cells(read(**keys))) == 4
@@ -226,8 +226,8 @@ LONG = {"budgets": [1e10, 1e11], "centre": [5e3, 2e4], "models": ["16x1", "16x2"
 
 
 def test_horizons(read):
-    """Each size has four lengths, evenly spaced in log over 16x, the longest at most as dear as the largest budget;
-    each has a schedule of its own length."""
+    """Each size has four lengths, evenly spaced in log over 16x, the longest costing at most the largest budget; each
+    has a schedule of its length."""
     found = cells(read(kind="horizons", **LONG))
     assert len(found) == 12
     for model in LONG["models"]:
@@ -240,15 +240,15 @@ def test_horizons(read):
 
 
 def test_reach(read):
-    """A size that is best for C has its longest run at reach x C: 5000 parameters are said to be best for 1e10."""
+    """A size that is optimal for C has its longest run at reach x C; here 5000 parameters for 1e10."""
     N = count_params(make_shape(16, 1, vocab_size=256, seq_len=64)).total
     keys = LONG | {"models": ["16x1"], "centre": [N, 4 * N]}
     assert cells(read(kind="horizons", **keys, reach=2))[-1].plan.flops["physical"] == pytest.approx(2e10, rel=0.01)
 
 
 def test_trunk(read):
-    """One constant-rate trunk a size, as long as the start of its last cooldown; each cooldown is branched where the
-    rate of wsd begins to fall, with the trunk's batch, rate and warm-up, and counts as spent only from there."""
+    """One constant-rate trunk per size, which ends where its last cooldown starts. Each cooldown branches where the wsd
+    rate begins to fall, has the trunk's batch, rate and warm-up, and counts as spent only from there."""
     found = cells(read(kind="trunk", **LONG, cooldown=0.25))
     assert [c.is_trunk for c in found] == [True, False, False, False, False] * 3
     for trunk, *cooldowns in (found[i : i + 5] for i in range(0, 15, 5)):
@@ -262,7 +262,7 @@ def test_trunk(read):
             for key in ("batch_tokens", "lr", "warmup_tokens", "beta2", "seed", "model"):
                 assert getattr(c.config, key) == getattr(trunk.config, key)
     from_scratch = sum(c.plan.flops["physical"] for c in found if not c.is_trunk)
-    relative = [16 ** (-i / 3) for i in range(4)]  # the lengths, over the longest
+    relative = [16 ** (-i / 3) for i in range(4)]  # lengths / longest
     saved = (0.75 + 0.25 * sum(relative)) / sum(relative)
     assert sum(c.spent for c in found) == pytest.approx(saved * from_scratch, rel=0.01)
 
@@ -272,14 +272,14 @@ def test_trunk(read):
 
 
 def bowl(found: list[grid.Cell], centre: float) -> dict[str, float]:
-    """Losses with their minimum at `centre`, whatever the budget."""
+    """Losses with their minimum at `centre`, for any budget."""
     return {c.name: 2 + math.log(c.plan.params.total / centre) ** 2 for c in found}
 
 
 @pytest.mark.parametrize("side, centre", [(1, 1e5), (-1, 3e3)])
 def test_extend(read, side, centre):
-    """Where the least loss is at an edge, one size beyond it is added, then another, until the minimum is inside; the
-    same losses ask for the same sizes."""
+    """If the lowest loss is at an edge, one size beyond it is added, then another, until the minimum is inside; the
+    same losses give the same sizes."""
     sweep = read(centre=[2e4], budgets=[1e11], sizes=3, spread=2, extend=True, extend_limit=6)
     found, rounds = cells(sweep), 0
     while more := grid.extend(sweep, found, bowl(found, centre), 256):
@@ -291,7 +291,7 @@ def test_extend(read, side, centre):
 
 
 def test_extend_waits_and_stops(read):
-    """Nothing is added while a run of the budget has no end, beyond the limit, without `extend`, or for a minimum that
+    """Nothing is added while a run of the budget has not ended, beyond the limit, without `extend`, or if the minimum
     is inside; a failed run counts as tried."""
     keys = {"centre": [1e4], "budgets": [1e11], "sizes": 3, "spread": 2}
     sweep = read(**keys, extend=True, extend_limit=1)
@@ -307,7 +307,7 @@ def test_extend_waits_and_stops(read):
 
 
 def test_open_side_takes_the_mean_over_seeds(read):
-    """A lucky seed at an edge does not make it the best size."""
+    """A lucky seed at an edge does not make its size the best."""
     found = [c for c in cells(read(centre=[5e3, 2e4], sizes=3, seeds=[0, 1])) if c.budget == 1e10]
     losses = dict(zip([c.name for c in found], [2.0, 3.0, 2.2, 2.2, 2.6, 2.6], strict=True))
     assert grid.open_side(found, losses) == 0

@@ -1,4 +1,4 @@
-"""Data sets of the hub, here folders of parquet on this disk, which the `datasets` library streams the same way."""
+"""Data sets of the hub, here local folders of parquet, which the `datasets` library streams in the same way."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ TEXTS = [f"Document {i}: " + f"{i * 7919 % 1000} words of it, and a ligature ﬁ
 
 @pytest.fixture
 def dataset(tmp_path, monkeypatch) -> Path:
-    """A folder with two parquet files of TEXTS, and the library kept from the network and from the user's cache."""
+    """A folder with two parquet files of TEXTS; the library has no network and not the user's cache."""
     pytest.importorskip("datasets", reason="pip install datasets")
     arrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
     from pyarrow import parquet
@@ -32,15 +32,15 @@ def dataset(tmp_path, monkeypatch) -> Path:
 
 
 def documents(corpus) -> set[bytes]:
-    """What lies between the ends of text, in training and validation."""
+    """The text between the end-of-text tokens, in training and validation."""
     return {text for tokens in (corpus.train, corpus.val) for text in bytes(tokens[:].astype("u1")).split(b"\0")} - {
         b""
     }
 
 
 def test_first_documents_up_to_max_tokens(dataset, tmp_path):
-    """The first documents that fit into --max-tokens with an end of text each, no more; in the cache as .jsonl, from
-    where the second run reads them without the library."""
+    """The first documents that fit into --max-tokens, with an end-of-text each, and no more; cached as .jsonl, which
+    the second run reads without the library."""
     corpus = prepare((f"hf:{dataset}",), max_tokens=100_000, val_bytes=2048, cache=tmp_path / "cache")
     count, total = 0, 1
     while total + len(TEXTS[count].encode()) + 1 <= 100_000:
@@ -49,7 +49,7 @@ def test_first_documents_up_to_max_tokens(dataset, tmp_path):
     (path,) = (tmp_path / "cache/hub").rglob("*.jsonl")
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == TEXTS[:count]
     assert documents(corpus) == {text.encode() for text in TEXTS[:count]} and corpus.name == "books"
-    assert len(corpus.train) + len(corpus.val) == total + 1  # each side begins with an end of text
+    assert len(corpus.train) + len(corpus.val) == total + 1  # each side begins with end-of-text
 
     before, sys.modules["datasets"] = sys.modules["datasets"], None
     try:
@@ -60,33 +60,33 @@ def test_first_documents_up_to_max_tokens(dataset, tmp_path):
 
 
 def test_all_of_a_small_data_set(dataset, tmp_path):
-    """A limit above its size takes everything, as the local folder read without the library gives it."""
+    """A limit above its size takes everything, the same as reading the local folder without the library."""
     hub = prepare((f"hf:{dataset}",), max_tokens=1e9, cache=tmp_path / "cache")
     local = prepare((str(dataset),), cache=tmp_path / "cache")
     assert documents(hub) == documents(local) == {text.encode() for text in TEXTS}
     assert hub.val_sha == local.val_sha
 
 
-def test_tokens_of_our_own_bpe_are_about_right(dataset, tmp_path, monkeypatch):
-    """A BPE that is not trained yet is stood in for by one of the first texts: within 10% of --max-tokens."""
+def test_max_tokens_with_our_own_bpe(dataset, tmp_path, monkeypatch):
+    """Before our BPE is trained, one trained on the first texts counts: within 10% of --max-tokens."""
     monkeypatch.setattr(module, "SAMPLE", 20_000)
     corpus = prepare((f"hf:{dataset}",), max_tokens=30_000, tokenizer="bpe", vocab_size=400, cache=tmp_path / "cache")
     assert 27_000 < len(corpus.train) + len(corpus.val) < 33_000
 
 
 def test_rows_without_text(dataset, tmp_path):
-    """Nulls reach the reader as bad lines: refused by number, or counted with --skip-bad."""
+    """Nulls are bad lines: rejected with their number, or counted with --skip-bad."""
     import pyarrow
     from pyarrow import parquet
 
     parquet.write_table(pyarrow.table({"id": [0, 1, 2], "text": ["a", None, "b" * 3000]}), dataset / "train-0.parquet")
-    with pytest.raises(UserError, match=r'jsonl, line 2: no string "text" in it; `skip_bad`'):
+    with pytest.raises(UserError, match=r'jsonl, line 2: no string "text"; `skip_bad`'):
         prepare((f"hf:{dataset}",), max_tokens=1e9, cache=tmp_path / "cache")
     corpus = prepare((f"hf:{dataset}",), max_tokens=1e9, skip_bad=True, cache=tmp_path / "cache")
     assert corpus.skipped_records == 1 and b"b" * 3000 in documents(corpus)
 
 
-def test_what_cannot_be_streamed_is_one_line(dataset, tmp_path):
+def test_errors_are_one_line(dataset, tmp_path):
     """No such data set, no such split, no column `text`, a document above the limit: one line, no file left."""
     import pyarrow
     from pyarrow import parquet
@@ -99,7 +99,7 @@ def test_what_cannot_be_streamed_is_one_line(dataset, tmp_path):
         (f"hf:{tmp_path}/nowhere", 1e6, f"`data` hf:{tmp_path}/nowhere: .*Error: "),
         (f"hf:{empty}", 1e6, f"`data` hf:{empty}: "),
         (f"hf:{other}", 1e6, "no column 'text'; it has content, url"),
-        (f"hf:{dataset}", 10, "its first document alone exceeds `max_tokens` 10"),
+        (f"hf:{dataset}", 10, "the first document alone exceeds `max_tokens` 10"),
     ]:
         with pytest.raises(UserError, match=said) as error:
             prepare((item,), max_tokens=limit, cache=tmp_path / "cache")
@@ -108,15 +108,14 @@ def test_what_cannot_be_streamed_is_one_line(dataset, tmp_path):
 
 
 def test_without_the_library_the_command_is_named(tmp_path, monkeypatch):
-    """Without `datasets` the error is the install command."""
+    """Without `datasets` the error has the install command."""
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="`data` hf:a/b needs a library: pip install datasets"):
+    with pytest.raises(UserError, match="`data` hf:a/b needs an optional library: pip install datasets"):
         prepare(("hf:a/b",), max_tokens=1e6, cache=tmp_path)
 
 
-def test_names_are_taken_apart():
-    """OWNER/NAME and CONFIG; what is not of that form, or has no limit, is refused; what asks for other text is
-    another file."""
+def test_parse():
+    """OWNER/NAME and CONFIG; other forms, or no limit, are rejected; different text is a different file."""
     source = parse("hf:HuggingFaceFW/fineweb-edu:sample-10BT", "data", 1e8, "bytes", None)
     assert (source.dataset, source.config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
     assert source.place.endswith("/fineweb-edu-sample-10BT.jsonl")
@@ -126,5 +125,5 @@ def test_names_are_taken_apart():
     for item in ("hf:", "hf:a/", "hf:a b"):
         with pytest.raises(UserError, match="expected hf:OWNER/NAME"):
             parse(item, "data", 1e6, "bytes", None)
-    with pytest.raises(UserError, match=r"`val` hf:a/b: say how much of it to read, such as `max_tokens` 1e8"):
+    with pytest.raises(UserError, match=r"`val` hf:a/b: needs `max_tokens`"):
         parse("hf:a/b", "val", None, "bytes", None)

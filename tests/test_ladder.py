@@ -24,13 +24,13 @@ TABLE_A9 = """512x8 576x9 640x10 640x13 640x16 768x12 768x15 768x18 896x14 896x1
 
 @pytest.mark.parametrize("vocab_size", [256, 1024, 4096, 32_000, 50_304, 151_936])
 def test_steps_of_the_ladder(vocab_size):
-    """No step of more than 1.5x in with_head, 12 L C^2 + V C, whatever the vocabulary."""
+    """Neighbours differ by at most 1.5x in with_head, 12 L C^2 + V C, for any vocabulary."""
     sizes = sorted(12 * layers * width**2 + vocab_size * width for width, layers in LADDER)
     assert max(after / before for before, after in zip(sizes, sizes[1:], strict=False)) <= 1.5
 
 
 def test_ends_of_the_ladder():
-    """About 2 thousand parameters with bytes to about a billion, the paper's shapes among them, no shape twice."""
+    """From about 2 thousand parameters with bytes to about a billion, with the paper's shapes and no duplicates."""
     smallest, largest = (count_params(make(*LADDER[i])).with_head for i in (0, -1))
     assert 1_800 < smallest < 2_200
     assert 0.9e9 < largest < 1.1e9
@@ -39,8 +39,8 @@ def test_ends_of_the_ladder():
 
 
 def test_head_sizes_of_the_ladder():
-    """Two heads of 8 and 12 as measured, 16 up to 128 wide, eight heads up to 512, then the paper's 64; and no step of
-    the ladder halves the heads, which would bend the curves. 128 leaves its multiples."""
+    """Two heads at width 8 and 12 as measured, head size 16 up to width 128, eight heads up to 512, then the paper's
+    64. No step of the ladder halves the heads, which would distort the curves. Head size 128: only multiples."""
     measured = {16: 8, 24: 12, 32: 16, 40: 20, 48: 16, 64: 16, 96: 16, 128: 16, 192: 24, 256: 32, 384: 48}
     for width, layers in LADDER:
         size = make(width, layers).head_size
@@ -58,8 +58,8 @@ def test_head_sizes_of_the_ladder():
 
 
 def test_rules_at_known_points():
-    """The batch within 2x of what sweeps found best and within 1.3x of Step Law's 297k and 1.11M where that was fitted;
-    the rate by hand; the caps and thresholds."""
+    """Batch within 2x of the best in sweeps and within 1.3x of Step Law's 297k and 1.11M where that was fitted;
+    learning rate by hand; caps and thresholds."""
     for D, best in ((453e3, 256), (1.45e6, 512), (5.65e6, 1024)):
         assert best / 2 < rule_batch(D) < 2 * best
     for D in (1e10, 1e11):
@@ -109,7 +109,7 @@ def test_budgets_are_spent(convention):
 @pytest.mark.parametrize("law", [BESIROGLU, HOFFMANN], ids=lambda law: law.name)
 @pytest.mark.parametrize("budget", [1e13, 2e16, 7e18])
 def test_the_law_chooses(law, budget):
-    """The chosen shape has the least L(N, D) of the ladder, N and FLOPs per token worked out here."""
+    """The chosen shape has the lowest L(N, D) of the ladder, with N and FLOPs per token computed here."""
 
     def loss(width: int, layers: int) -> float:
         matrices = 12 * layers * width**2 + 256 * width
@@ -125,8 +125,8 @@ def test_the_law_chooses(law, budget):
     assert p.predicted_loss < law.loss(*law.optimal(6 * N * D)) * 1.005
 
 
-def test_the_law_counts_as_it_was_fitted():
-    """A law of non-embedding parameters is asked with those: at 50k tokens of vocabulary it takes another shape."""
+def test_conventions_of_the_law():
+    """A law of non-embedding parameters uses those: with a vocabulary of 50k it chooses another shape."""
     bound = partial(make_shape, vocab_size=50_304, seq_len=128)
     blocks = type(BESIROGLU)("blocks", 1.8, 482.0, 2085.0, 0.35, 0.37, params_convention="non_embedding")
     p = plan(bound, budget=1e17, law=blocks)
@@ -135,7 +135,7 @@ def test_the_law_counts_as_it_was_fitted():
 
 
 def test_power_laws_choose_in_their_own_conventions():
-    """Nearest in log N to k_N C^a, N and C counted as the law says, whatever the budget's convention."""
+    """Closest in log N to k_N C^a, with N and C in the law's conventions, whatever the budget's."""
     law = PowerLaw("power", 0.3, 0.5, 0.5, 0.5, params_convention="with_head", flops_convention="kaplan")
     p = plan(make, budget=1e16, law=law, convention="causal")
     off = {}
@@ -149,13 +149,13 @@ def test_power_laws_choose_in_their_own_conventions():
 
 
 def test_any_two_fix_the_third():
-    """Budget + model, model + tokens and budget + tokens describe one and the same run."""
+    """Budget + model, model + tokens and budget + tokens give the same run."""
     by_budget = plan(make, budget=1e14, model=(128, 4))
     by_tokens = plan(make, model=(128, 4), tokens=by_budget.tokens)
     by_both = plan(make, budget=by_budget.flops["physical"], tokens=by_budget.tokens)
     assert by_budget.shape == by_tokens.shape == by_both.shape == make(128, 4)
     assert by_budget.tokens == by_tokens.tokens == by_both.tokens
-    # by hand: 6 (12 x 4 x 128^2 + 256 x 128) + 12 x 4 x 128 x 128 a token
+    # by hand: 6 (12 x 4 x 128^2 + 256 x 128) + 12 x 4 x 128 x 128 per token
     assert by_budget.tokens == pytest.approx(1e14 / 5_701_632, rel=0.005)
     all_three = plan(make, budget=1.005 * by_budget.flops["physical"], model=(128, 4), tokens=by_budget.tokens)
     assert all_three.tokens == by_budget.tokens
@@ -173,21 +173,21 @@ def test_model_or_tokens_alone():
 
 
 def test_at_least_100_steps():
-    """Whatever the length of a sequence, the derived batch of the shortest run allowed leaves 100 steps."""
+    """For any sequence length, the derived batch of the shortest allowed run leaves 100 steps."""
     for T in (2, 16, 128, 1024, 8192):
         p = plan(partial(make_shape, vocab_size=256, seq_len=T), model=(8, 1), tokens=100 * T)
         assert (p.batch_tokens, p.steps) == (T, 100)
 
 
-def test_least_tokens():
+def test_min_tokens():
     """99.6 sequences round to 100 steps, within 0.5%; 99.4 do not."""
     assert plan(make, model=(8, 1), tokens=99.6 * 128).steps == 100
     with pytest.raises(UserError, match="fewer than 100 steps"):
         plan(make, model=(8, 1), tokens=99.4 * 128)
 
 
-def test_what_is_given_is_taken():
-    """Explicit values stand, derived ones have a reason each."""
+def test_given_values_are_kept():
+    """Given values are unchanged; each derived value has a reason."""
     p = plan(make, model=(16, 1), tokens=5_000, batch_tokens=1024, lr=0.5, warmup_tokens=0, beta2=0.9)
     assert (p.batch_tokens, p.steps, p.tokens, p.lr, p.warmup_tokens, p.beta2) == (1024, 5, 5120, 0.5, 0, 0.9)
     assert set(p.why) == {"model", "tokens"}
@@ -208,12 +208,12 @@ def test_what_is_given_is_taken():
         ({"model": (0, 3)}, "`width` 0"),
         ({"model": (7, 3)}, "width 7"),
         ({"budget": 1e6}, "the smallest, 6x1, needs `budget` "),
-        ({"budget": 1e9, "model": (256, 4)}, "fewer than 100 steps of one 128-token sequence: it takes `tokens` 12800"),
+        ({"budget": 1e9, "model": (256, 4)}, "fewer than 100 steps of one 128-token sequence; it needs `tokens` 12800"),
         ({"budget": 1e11, "model": (256, 4)}, " or `seq_len` 47"),
         ({"model": (256, 4), "tokens": 50}, "50 tokens for 256x4 are fewer than 100 steps"),
         ({"budget": 1e15, "model": (256, 4), "tokens": 1e8}, "leave one of the three out"),
-        ({"budget": 1e12, "tokens": 1e12}, "no shape costs that on `tokens` 1e+12; the nearest, `model` 6x1,"),
-        ({"budget": 1e20, "tokens": 1e6}, "no shape costs that on `tokens` 1e+06; the nearest, `model` 1792x26,"),
+        ({"budget": 1e12, "tokens": 1e12}, "no shape costs that on `tokens` 1e+12; the closest, `model` 6x1,"),
+        ({"budget": 1e20, "tokens": 1e6}, "no shape costs that on `tokens` 1e+06; the closest, `model` 1792x26,"),
         ({"budget": 1e14, "batch_tokens": 1000}, "`batch_tokens` 1000: must be a multiple of `seq_len` 128"),
         ({"budget": 1e14, "batch_tokens": 0}, "`batch_tokens` 0"),
         ({"model": (64, 2), "tokens": 1e6, "batch_tokens": 2**20}, "less than one step of `batch_tokens` 1048576"),
@@ -224,7 +224,7 @@ def test_what_is_given_is_taken():
     ],
 )
 def test_impossible_plans_are_named(options, says):
-    """One line that names the option and its value, and where it can what would do."""
+    """One line that names the option and its value and, if possible, suggests a value."""
     with pytest.raises(UserError) as error:
         plan(make, **options)
     assert says in str(error.value)
@@ -234,7 +234,7 @@ def test_impossible_plans_are_named(options, says):
 @pytest.mark.parametrize("batch_tokens", [None, 4096])
 @pytest.mark.parametrize("model", [None, (256, 4)])
 def test_suggested_budgets_suffice(model, batch_tokens):
-    """The budget that a refusal names is accepted, and is at most a tenth more than needed."""
+    """The budget suggested by an error is accepted, and at most a tenth above the minimum."""
     with pytest.raises(UserError) as error:
         plan(make, budget=1e5, model=model, batch_tokens=batch_tokens)
     suggested = float(str(error.value).split("`budget` ")[-1].split()[0].rstrip(")"))
@@ -266,7 +266,7 @@ def run(*argv: str) -> subprocess.CompletedProcess:
 
 
 def test_command_prints_the_grid(tmp_path):
-    """Three budgets under a law from a file, with epochs of a corpus and hours."""
+    """Three budgets with a law from a file, with epochs of a corpus and hours."""
     constants = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.36}
     meta = {"params_convention": "total", "flops_convention": "physical"}
     (tmp_path / "laws.json").write_text(json.dumps({"approach3": constants, "meta": meta}))
@@ -284,7 +284,7 @@ def test_command_prints_the_grid(tmp_path):
 @pytest.mark.parametrize(
     "argv, says",
     [
-        ([], "--budget: name at least one"),
+        ([], "--budget: give at least one"),
         (["--budget", "1e3"], "--budget 1000: too small"),
         (["--budget", "lots"], "'lots' is not a number"),
         (["--budget", "nan"], "nan"),

@@ -1,4 +1,4 @@
-"""Loggers beside log.jsonl: what they are told, and that nothing is there without them."""
+"""Loggers: what they receive, and that nothing is imported or written without them."""
 
 import sys
 from pathlib import Path
@@ -32,7 +32,7 @@ def expected(folder: Path) -> dict[tuple[str, int], float]:
 
 
 def test_tensorboard_has_the_rows_of_the_log(tiny):
-    """Every number of log.jsonl is in the event files once, under its name and step."""
+    """Every number in log.jsonl is in the event files once, with its name and step."""
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
     config = tiny(name="run", loggers=("tensorboard",), eval_every=20)
     train.train(config, quiet=True)
@@ -42,8 +42,8 @@ def test_tensorboard_has_the_rows_of_the_log(tiny):
     assert all(found[key] == [pytest.approx(value, rel=1e-6)] for key, value in rows.items())
 
 
-def test_a_run_that_goes_on_is_told_once(tiny, monkeypatch):
-    """After an interruption the steps that are trained again replace those that tensorboard had seen."""
+def test_resumed_steps_are_logged_once(tiny, monkeypatch):
+    """After an interruption, steps that are trained again replace those already in tensorboard."""
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
     config = tiny(name="run", loggers=("tensorboard",), save_steps=(40,), keep=9)
     real, steps = train.train_step, []
@@ -59,7 +59,7 @@ def test_a_run_that_goes_on_is_told_once(tiny, monkeypatch):
 
 
 def test_wandb_offline(tiny, monkeypatch):
-    """wandb, kept offline, is given the rows, the options and the run's name, and is finished at the end."""
+    """wandb, offline, receives the rows, the options and the run's name, and is finished at the end."""
     wandb = pytest.importorskip("wandb", reason="pip install wandb")
     calls: list = []
 
@@ -79,8 +79,8 @@ def test_wandb_offline(tiny, monkeypatch):
     assert rows == [(row["step"], row) for row in runs.read_log(Path(config.out) / "run")]
 
 
-def test_wandb_that_refuses_is_one_line(tiny, monkeypatch, refusal):
-    """What wandb says of a missing account, over several lines, is one line with the way out, exit code 1."""
+def test_wandb_errors_are_one_line(tiny, monkeypatch, refusal):
+    """wandb's message about a missing account, several lines long, becomes one line with the remedy, exit code 1."""
     wandb = pytest.importorskip("wandb", reason="pip install wandb")
 
     def refuse(**_):
@@ -92,8 +92,8 @@ def test_wandb_that_refuses_is_one_line(tiny, monkeypatch, refusal):
 
 
 @pytest.mark.slow
-def test_wandb_itself(tiny, command, monkeypatch):
-    """The real library in its offline mode writes its files into the run's folder."""
+def test_real_wandb(tiny, command, monkeypatch):
+    """The real library in offline mode writes its files into the run's folder."""
     pytest.importorskip("wandb", reason="pip install wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     done = command("train.py", *arguments(tiny(name="run", loggers=("wandb",))))
@@ -101,8 +101,8 @@ def test_wandb_itself(tiny, command, monkeypatch):
     assert list((Path(tiny().out) / "run" / "wandb").glob("offline-run-*/*.wandb"))
 
 
-def test_without_loggers_there_is_no_trace(tiny, command):
-    """A plain run imports neither library and leaves its usual files alone."""
+def test_no_loggers(tiny, command):
+    """A plain run imports neither library and writes only its usual files."""
     code = ("import sys, train; sys.argv = ['train.py', *sys.argv[1:]]; assert not train.main(); "
             "print([name for name, module in sys.modules.items() if module and name.split('.')[0] in ('wandb', "
             "'tensorboard')])")  # fmt: skip
@@ -114,14 +114,14 @@ def test_without_loggers_there_is_no_trace(tiny, command):
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_missing_library_names_the_command(tiny, monkeypatch, refusal, name):
-    """Before anything is read or made: one line with the install command."""
+    """One line with the install command, before anything is read or written."""
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=f"`loggers` {name} needs a library: pip install {name}"):
+    with pytest.raises(UserError, match=f"`loggers` {name} needs an optional library: pip install {name}"):
         loggers.check((name,))
     assert f"pip install {name}" in refusal(*arguments(tiny(loggers=(name,), data=("nowhere.txt",))))
     assert not Path(tiny().out).exists()
 
 
 def test_an_unknown_logger(refusal):
-    """A name that is none is refused with those that are."""
+    """An unknown name is rejected with the list of known ones."""
     assert "'mlflow' (choose from" in refusal("--loggers", "mlflow")

@@ -1,5 +1,5 @@
-"""nanochin/pool.py with real workers that train nothing: how runs end, how workers die and are replaced, what the
-environment of a worker is. (test_sweep.py kills whole sweeps.)"""
+"""nanochin/pool.py with real workers that train nothing: how runs end, how workers die and are replaced, the
+environment of a worker. (test_sweep.py kills whole sweeps.)"""
 
 import os
 import signal
@@ -14,11 +14,11 @@ from nanochin.files import DiskError
 from nanochin.pool import Answer, Pool
 from nanochin.runs import BusyError
 
-PATIENCE = 60  # seconds until a worker that says nothing is an error
+PATIENCE = 60  # seconds until a silent worker is an error
 
 
 def load_behaviour():
-    """What a worker does instead of training: a run's `data` says how it ends, `out` where it leaves a file."""
+    """What a worker does instead of training: a run's `data` says how it ends, its `out` where to write a file."""
     import torch
 
     errors = {
@@ -88,13 +88,13 @@ def started(tmp_path):
 
 
 def test_ends(started, tmp_path):
-    """A run is finished, has failed with a reason in one line, or is another process's; lack of memory says what helps.
-    A full disk and a mistake in the options are for the user, with their exit codes. The same worker does all."""
+    """A run finishes, fails with a one-line reason, or is busy in another process; out-of-memory adds advice. A full
+    disk and an invalid option are raised, with their exit codes. The same worker does all."""
     one = started()
     reasons = {
         "diverge": "the run diverged",
-        "too large": "one sequence does not fit cuda:0; fewer workers leave more memory to each",
-        "full": "OutOfMemoryError: CUDA out of memory.; fewer workers leave more memory to each",
+        "too large": "one sequence does not fit cuda:0; with fewer workers each has more memory",
+        "full": "OutOfMemoryError: CUDA out of memory.; with fewer workers each has more memory",
         "bug": "ValueError: some bug",
     }
     expected = [Answer("fine", "finished"), Answer("busy", "busy")]
@@ -115,8 +115,8 @@ def test_ends(started, tmp_path):
 
 
 def test_workers_that_die(started, tmp_path):
-    """Whose run a dead worker had, and how it died, is known, and the other worker's run goes on; the new worker takes
-    the next run. One that dies without a run is replaced in silence."""
+    """The run of a dead worker, and how it died, is known, and the other worker's run continues; the new worker takes
+    the next run. A worker that dies without a run is replaced silently."""
     two = started(2)
     two.submit(run("long", tmp_path / "long"))
     for how, fate in (("exit", "exit code 7"), ("kill", "signal 9")):
@@ -139,18 +139,18 @@ def test_workers_that_die(started, tmp_path):
     [
         (load_behaviour, "cuda:99", UserError, "`device` cuda:99"),
         (load_nothing, "cpu", UserError, "there is no text"),
-        (load_death, "cpu", RunError, r"before it began \(exit code 3\); see .*workers.log"),
+        (load_death, "cpu", RunError, r"before it was ready \(exit code 3\); see .*workers.log"),
     ],
 )
-def test_worker_that_cannot_begin(tmp_path, load, device, kind, words):
-    """A worker without its device or its text says so in its own words, one that just ends names the log."""
+def test_worker_that_cannot_start(tmp_path, load, device, kind, words):
+    """A worker without its device or its text reports that error; for one that exits, the error names the log."""
     with pytest.raises(kind, match=words):
         answers(Pool(load, device, tmp_path / "workers.log", workers=1), 1)
 
 
 def test_environment(started, tmp_path, monkeypatch):
-    """A worker has one thread, whatever the sweep has; where the first finds several GPUs, the others see one each. The
-    sweep's own environment and Ctrl-C stay as they were."""
+    """A worker has one thread, however many the sweep has; if the first finds several GPUs, the others see one each.
+    The sweep's environment and Ctrl-C handler are unchanged."""
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     before, on_interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)
@@ -176,7 +176,7 @@ def test_environment(started, tmp_path, monkeypatch):
     ],
 )
 def test_size(tmp_path, monkeypatch, device, gpus, asked, most, size):
-    """One worker a CPU core, one on mps, one a GPU, or as many as asked for; no more than there are runs."""
+    """One worker per CPU core, one on mps, one per GPU, or as many as asked for; not more than there are runs."""
     monkeypatch.setattr(Pool, "_start", lambda self, number: number)
     monkeypatch.setattr(Pool, "wait", lambda self: setattr(self, "hello", pool.Hello(device, gpus)))
     found = Pool(None, "auto", tmp_path, asked, most)
@@ -187,8 +187,8 @@ def test_size(tmp_path, monkeypatch, device, gpus, asked, most, size):
 @pytest.mark.parametrize(
     "visible, seen", [(None, "0 1 2 0"), ("4,6,7", "4 6 7 4"), ("GPU-a,GPU-b,MIG-c", "GPU-a GPU-b MIG-c GPU-a")]
 )
-def test_gpus_are_shared_out_in_turn(monkeypatch, visible, seen):
-    """Each worker sees one GPU, of those that the sweep may use."""
+def test_gpus_are_assigned_round_robin(monkeypatch, visible, seen):
+    """Each worker sees one of the GPUs that the sweep may use."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

@@ -27,13 +27,13 @@ def identity_of(config: Config) -> tuple[str, dict]:
 
 
 @pytest.mark.parametrize("tokens, words", [(12_800, "0.0128M"), (4.84e6, "4.84M"), (999.6e6, "1000M"), (5e9, "5000M")])
-def test_a_name_has_plain_numbers(tokens, words):
-    """Tokens in millions to three figures, without an exponent however many they are."""
+def test_run_names_have_no_exponents(tokens, words):
+    """Tokens in millions with three significant digits, never with an exponent."""
     assert re.fullmatch(rf"text-64x2-{words}-[0-9a-f]{{8}}", runs.run_name("text", {"model": "64x2", "tokens": tokens}))
 
 
 def test_identity_does_not_depend_on_paths(tiny, text, tmp_path):
-    """The same text elsewhere, another cache and another folder of runs: the same run, by the same name."""
+    """The same text elsewhere, another cache and another output folder give the same run name."""
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     shutil.copy(text, elsewhere)
@@ -44,7 +44,7 @@ def test_identity_does_not_depend_on_paths(tiny, text, tmp_path):
     assert str(text.parent) not in json.dumps(identity)
 
 
-OTHER = {  # for every option another value than a tiny run has
+OTHER = {  # every option, with a value that differs from a tiny run
     "budget": 6.7e8, "model": "24x2", "tokens": 25_600.0, "flops": "6nd", "law_approach": 1, "tokenizer": "bpe",
     "vocab_size": 300, "seq_len": 64, "head_size": 4, "ffn": 32, "norm": "layernorm", "positions": "learned",
     "activation": "swiglu", "bias": True, "tied": False, "qk_norm": True, "optimizer": "adam", "lr": 0.02,
@@ -54,21 +54,21 @@ OTHER = {  # for every option another value than a tiny run has
     "eval_every": 9, "save_every": 5.0, "save_steps": (3,), "keep": 3, "sample_tokens": 5,
     "skip_bad": True, "kernels": "fallback",
 }  # fmt: skip
-# Paths, tested above or in the tests of their modules; or not to be had here.
+# Paths, tested above or in the tests of their modules, or not available here.
 PLACES = {"data", "val", "cache", "out", "law", "device", "val_bytes", "max_tokens", "init_from", "loggers"}
 
 
 @pytest.mark.parametrize("option", [f.name for f in dataclasses.fields(Config) if f.name not in PLACES])
-def test_identity_has_what_changes_the_result(tiny, option):
-    """Another value of an option is another run if, and only if, it is an option that can change the result."""
+def test_identity_has_exactly_the_options_that_change_the_result(tiny, option):
+    """Changing an option changes the run if and only if the option can change the result."""
     changes_result = {f.name: f.metadata["result"] for f in dataclasses.fields(Config)}
-    usual = {"vocab_size": 290}  # both bytes and our BPE can have that
+    usual = {"vocab_size": 290}  # valid for both bytes and our BPE
     same = identity_of(tiny(**usual)) == identity_of(tiny(**usual | {option: OTHER[option]}))
     assert same is not changes_result[option]
 
 
 def test_records_of_version_0_1():
-    """The identity of a kept run, its name, and that a new option neither renames it nor makes it another run."""
+    """The identity and name of an existing run are unchanged, and an option added later does not rename it."""
 
     @dataclasses.dataclass(frozen=True)
     class Later(Config):
@@ -83,15 +83,15 @@ def test_records_of_version_0_1():
     assert other == kept | {"dropout": 0.1} and runs.first_difference(kept, other) == "dropout"
 
 
-def test_a_key_that_is_absent_has_its_default():
-    """Identities with and without a key are equal if its value is the default, whoever lacks it."""
+def test_an_absent_key_means_its_default():
+    """Identities with and without a key are equal if its value is the default, whichever lacks it."""
     ours = {"model": "16x1", "clip": 1.0}
     assert runs.first_difference({"model": "16x1"}, ours) is None is runs.first_difference(ours, {"model": "16x1"})
     assert runs.first_difference({"model": "16x1", "clip": 0.5}, {"model": "16x1"}) == "clip"
 
 
-def test_other_text_is_another_run(tiny, text, tmp_path):
-    """A byte more, or another choice of validation text, makes another run though all options are the same."""
+def test_different_text_is_a_different_run(tiny, text, tmp_path):
+    """One more byte, or other validation text, gives another run although all options are equal."""
     longer, val = tmp_path / "made-up.txt", tmp_path / "other.txt"
     longer.write_text(text.read_text() + "x")
     val.write_text("another text to validate on " * 100)
@@ -104,8 +104,8 @@ def test_other_text_is_another_run(tiny, text, tmp_path):
 # The folder
 
 
-def test_folder_is_held_while_open(tmp_path):
-    """Nobody else can open a run inside the block; afterwards, even after an error, it is free."""
+def test_folder_is_locked_while_open(tmp_path):
+    """No one else can open a run inside the block; afterwards, even after an error, it is unlocked."""
     with runs.open_run(tmp_path, "a", RECORD) as run:
         assert json.loads((run.folder / "config.json").read_text()) == RECORD
         with (
@@ -113,7 +113,7 @@ def test_folder_is_held_while_open(tmp_path):
             runs.open_run(tmp_path, "a", RECORD),
         ):
             pass
-        with runs.open_run(tmp_path, "b", RECORD):  # another run is no matter
+        with runs.open_run(tmp_path, "b", RECORD):  # other runs are not locked
             pass
     with pytest.raises(ZeroDivisionError), runs.open_run(tmp_path, "a", RECORD):
         raise ZeroDivisionError
@@ -121,8 +121,8 @@ def test_folder_is_held_while_open(tmp_path):
         assert run.summary is None
 
 
-def test_folder_of_other_options_is_refused(tmp_path):
-    """A name that belongs to a run of other options: the error names folder, option and both values."""
+def test_folder_of_a_different_run_is_rejected(tmp_path):
+    """A name used by a run with other options: the error names folder, option and both values."""
     with runs.open_run(tmp_path, "a", RECORD):
         pass
     other = {"identity": RECORD["identity"] | {"seed": 5, "model": "24x1"}}
@@ -131,20 +131,20 @@ def test_folder_of_other_options_is_refused(tmp_path):
     start = f"{tmp_path / 'a'} holds a run with model = 16x1, this one has 24x1: "
     assert str(error.value).startswith(start) and error.value.code == 2
     assert json.loads((tmp_path / "a" / "config.json").read_text()) == RECORD
-    with runs.open_run(tmp_path, "a", RECORD | {"device": "another"}) as run:  # facts about the machine may differ
+    with runs.open_run(tmp_path, "a", RECORD | {"device": "another"}) as run:  # the device may differ
         assert run.folder == tmp_path / "a"
 
 
 def test_damaged_record_is_named(tmp_path):
-    """A config.json that is not JSON is one line that names it."""
+    """A config.json that is not JSON gives a one-line error that names it."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.json").write_text('{"identity": ')
     with pytest.raises(UserError, match="config.json: not readable as JSON"), runs.open_run(tmp_path, "a", RECORD):
         pass
 
 
-def test_place_that_cannot_be_a_folder(tmp_path):
-    """A file where the folder of runs should be is one line that names it."""
+def test_out_is_a_file(tmp_path):
+    """A file in place of the folder of runs gives a one-line error that names it."""
     (tmp_path / "file").touch()
     with (
         pytest.raises(RunError, match=f"{tmp_path}/file/a: cannot write: "),
@@ -154,7 +154,7 @@ def test_place_that_cannot_be_a_folder(tmp_path):
 
 
 def test_find_run(tmp_path):
-    """A run is found by its folder or by its name under `out`; anything else is an error that says where it looked."""
+    """Finds a run by its folder or by its name under `out`; otherwise the error says where it looked."""
     with runs.open_run(tmp_path, "a", RECORD) as run:
         pass
     assert runs.find_run("a", tmp_path) == run.folder == runs.find_run(str(tmp_path / "a"), "nowhere")
@@ -173,8 +173,8 @@ ROWS = [{"step": 10, "loss": 0.1 + 0.2}, {"step": 10, "val_loss": 3.0}, {"step":
 
 @pytest.mark.parametrize("end", ["", '{"step": 40, "lo', '{"step": 40, "loss": 1.5}', "\n"])
 def test_log_is_cut_to_the_checkpoint(tmp_path, end):
-    """What a run that goes on from step 20 will log again is forgotten: later steps, half a line, and the evaluation
-    of step 20, which follows its checkpoint. The rest stays to the bit."""
+    """Resuming from step 20 removes the rows that will be logged again: later steps, an incomplete line, and the
+    evaluation at step 20, which follows its checkpoint. The rest stays identical."""
     run = runs.Run(tmp_path)
     for row in ROWS:
         run.log(row)
@@ -187,6 +187,6 @@ def test_log_is_cut_to_the_checkpoint(tmp_path, end):
 
 
 def test_no_log_yet(tmp_path):
-    """A run that has logged nothing has nothing to cut."""
+    """A run without a log has nothing to cut."""
     runs.Run(tmp_path).cut_log(0)
     assert not (tmp_path / "log.jsonl").exists()

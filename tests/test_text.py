@@ -1,4 +1,4 @@
-"""Files into one flat text, and which of its bytes are held out."""
+"""From files to one flat text, and which of its bytes are held out."""
 
 import gzip
 import hashlib
@@ -56,7 +56,7 @@ def words(size: int, seed: int = 0) -> str:
 # Files
 
 
-def test_files_are_found_once_in_an_order_that_names_do_not_change(tmp_path):
+def test_file_order_does_not_depend_on_how_files_are_named(tmp_path):
     """A folder, its files one by one in any order, a glob, and a copy elsewhere give the same files in the same order,
     so the same fingerprint; changing a byte changes it."""
     for name in ("b.txt", "a.jsonl", "deep/c.txt", "a.txt.gz", "z.md", ".hidden.txt", "deep/.git/x.txt"):
@@ -81,7 +81,7 @@ def test_files_are_found_once_in_an_order_that_names_do_not_change(tmp_path):
 
 
 def test_python_is_the_standard_library_without_tests():
-    """`python` has the library's own source and none of its tests or of installed packages."""
+    """`python` is the library's own source, without its tests and installed packages."""
     keys = [file.key for file in find_files(["python"])]
     assert "json/decoder.py" in keys and "os.py" in keys
     assert not [key for key in keys if {"test", "tests", "site-packages"} & set(key.split("/"))]
@@ -94,7 +94,7 @@ def test_python_is_the_standard_library_without_tests():
     (["gutenberg-train-00.jsonl.xz", "x/gutenberg-train-01.jsonl.xz"], "gutenberg-train"), (["a.txt", "b.txt"], "text"),
 ])  # fmt: skip
 def test_a_corpus_has_a_short_name(data, name):
-    """The stem of a file, the folder of a glob, or what several names share."""
+    """The stem of a file, the folder of a glob, or the common prefix of several names."""
     assert corpus_name(data) == name
 
 
@@ -103,7 +103,7 @@ def test_a_corpus_has_a_short_name(data, name):
     ("Valid.txt", True), ("interval.txt", False), ("value.txt", False), ("carnival/1.txt", False),
 ])  # fmt: skip
 def test_which_names_mean_validation(tmp_path, name, expected):
-    """val, valid and validation count as whole words of a name only."""
+    """val, valid and validation count only as whole words of a name."""
     write(tmp_path / name, "text")
     assert [file.is_validation for file in find_files([str(tmp_path)])] == [expected]
 
@@ -113,7 +113,7 @@ def test_which_names_mean_validation(tmp_path, name, expected):
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
 def test_formats_agree(tmp_path, suffix):
-    """The same documents come out of .txt files and .jsonl lines, packed or not."""
+    """.txt files and .jsonl lines, compressed or not, give the same documents."""
     texts = ["one\r\ntwo\n", "中 🙂", words(5000)]
     for i, text in enumerate(texts):
         write(tmp_path / f"txt/{i}.txt{suffix}", pack(suffix, text.encode()))
@@ -125,7 +125,7 @@ def test_formats_agree(tmp_path, suffix):
 
 
 def test_many_threads_read_what_one_reads(tmp_path, monkeypatch):
-    """Files read in groups of 5 KB, several at a time, are the text that one thread reads."""
+    """Files read in groups of 5 KB, several at a time, give the same text as one thread."""
     for i in range(30):
         write(tmp_path / f"books/{i:02d}.jsonl", jsonl([words(100 * i, i), words(1000, i)]))
     one = read(tmp_path / "books", folder=tmp_path / "one")
@@ -136,30 +136,30 @@ def test_many_threads_read_what_one_reads(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
-def test_packed_files_may_have_many_frames_but_not_half_a_one(tmp_path, suffix):
-    """Concatenated frames are one file; a truncated or altered one is named."""
+def test_compressed_files(tmp_path, suffix):
+    """Concatenated frames are one file; a truncated or changed file is named in the error."""
     frames = pack(suffix, words(3000).encode()) + pack(suffix, b" and more")
     path = write(tmp_path / f"a.txt{suffix}", frames)
     assert documents(read(path, folder=tmp_path / "flat")) == [words(3000).encode() + b" and more"]
     for damaged in (frames[:-7], frames[:40] + b"garbage" + frames[47:]):
         write(path, damaged)
-        with pytest.raises(UserError, match=rf"a\.txt\{suffix}: damaged"):
+        with pytest.raises(UserError, match=rf"a\.txt\{suffix}: corrupted"):
             read(path, folder=tmp_path / f"flat-{len(damaged)}")
 
 
 def test_zst_without_its_library_names_the_command(tmp_path, monkeypatch):
-    """Without it the error is the install command."""
+    """Without the library the error has the install command."""
     monkeypatch.setitem(sys.modules, "compression", None)
     monkeypatch.setitem(sys.modules, "backports.zstd", None)
     path = write(tmp_path / "a.txt.zst", "never read")
-    with pytest.raises(UserError, match=r"a\.txt\.zst: \.zst needs a library: pip install backports\.zstd"):
+    with pytest.raises(UserError, match=r"a\.txt\.zst: \.zst needs an optional library: pip install backports\.zstd"):
         read(path, folder=tmp_path / "flat")
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 1 << 20])
 def test_invalid_bytes_are_skipped_and_counted(tmp_path, monkeypatch, piece):
-    """Invalid UTF-8 and NUL go and are counted, a byte-order mark just goes, and CRLF and characters that lie across
-    two reads stay."""
+    """Invalid UTF-8 and NUL are removed and counted, a byte-order mark is removed, and CRLF and characters that span
+    two reads are kept."""
     monkeypatch.setattr(module, "PIECE", piece)
     path = write(tmp_path / "a.txt", b"\xef\xbb\xbfa\xff\r\nb\x00\xe4\xb8\xad\xf0\x9f\x99\x82\xe4\xb8")
     text = read(path, folder=tmp_path / "flat")
@@ -169,7 +169,7 @@ def test_invalid_bytes_are_skipped_and_counted(tmp_path, monkeypatch, piece):
         tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "a\xff\xc3\xa9\\u0000"}\n{"text": ""}\n{"text": "b\\ud83d"}'
     )
     text = read(path, folder=tmp_path / "flat2")
-    assert documents(text) == ["aé".encode(), b"b"]  # and a document without text is none
+    assert documents(text) == ["aé".encode(), b"b"]  # an empty document does not count
     assert text.skipped == 5  # FF, NUL, and three for half a surrogate pair
 
 
@@ -178,15 +178,15 @@ def test_invalid_bytes_are_skipped_and_counted(tmp_path, monkeypatch, piece):
     ('{"text": 5}', 'no string "text"'), ('["text"]', 'no string "text"'),
 ])  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, line, reason):
-    """A line that is no JSON object with a text is refused with file and line number."""
+    """A line that is not a JSON object with a text is rejected with file and line number."""
     path = write(tmp_path / "a.jsonl", jsonl(["fine"]) + "\n" + line + "\n")
     with pytest.raises(UserError, match=rf"a\.jsonl, line 3: {reason}") as error:
         read(path, folder=tmp_path / "flat")
     assert "\n" not in str(error.value)
 
 
-def test_what_holds_no_text_is_named(tmp_path):
-    """A missing path, a folder without known formats, an empty file and a binary one are one line each."""
+def test_sources_without_text_are_named(tmp_path):
+    """A missing path, a folder without known formats, an empty file and a binary file give one line each."""
     write(tmp_path / "folder/readme.md", "text")
     for item, reason in [
         ("nothing.txt", "no such file or folder"),
@@ -205,8 +205,8 @@ def test_what_holds_no_text_is_named(tmp_path):
 # Splitting
 
 
-def test_documents_are_held_out_by_the_hash_of_their_content(tmp_path):
-    """Held out are the documents whose SHA-256, as a fraction of 2^256, is below min(5%, 2 val_bytes / all bytes)."""
+def test_documents_are_held_out_by_content_hash(tmp_path):
+    """Documents are held out if their SHA-256, as a fraction of 2^256, is below min(5%, 2 val_bytes / all bytes)."""
     texts = [words(400, seed) for seed in range(300)]
     text = read(write(tmp_path / "a.jsonl", jsonl(texts)), folder=tmp_path / "flat")
     for val_bytes, share in ((10**6, 0.05), (1500, 3000 / len("".join(texts).encode()))):
@@ -218,7 +218,7 @@ def test_documents_are_held_out_by_the_hash_of_their_content(tmp_path):
 
 
 def test_equal_documents_are_on_the_same_side(tmp_path):
-    """Three copies of each document, in another order each time: none is on both sides."""
+    """Three copies of each document, each time in another order: none is on both sides."""
     texts = [words(300, seed) for seed in range(100)]
     text = read(write(tmp_path / "a.jsonl", jsonl(texts + texts[::-1] + texts)), folder=tmp_path / "flat")
     train, val = (pick(text, ranges).decode() for ranges in split(text, 10**6))
@@ -226,8 +226,8 @@ def test_equal_documents_are_on_the_same_side(tmp_path):
     assert sum(val.count(t) for t in texts) == 3 * len({t for t in texts if t in val})
 
 
-def test_a_lone_document_is_cut_into_blocks(tmp_path):
-    """64 KB blocks of it are held out by hash; every byte is on exactly one side and no character is cut."""
+def test_a_single_document_is_split_into_blocks(tmp_path):
+    """64 KB blocks are held out by hash; every byte is on exactly one side and no character is cut."""
     content = words(3_000_000).encode()
     text = read(write(tmp_path / "a.txt", content), folder=tmp_path / "flat")
     train, val = split(text, 100_000)
@@ -249,8 +249,8 @@ def test_a_lone_document_is_cut_into_blocks(tmp_path):
         assert (block in held) == below
 
 
-def test_a_document_too_large_to_give_away_is_cut_instead(tmp_path):
-    """A document of half the text is not held out, even if its hash says so: blocks of both documents are."""
+def test_a_large_document_is_split_into_blocks(tmp_path):
+    """A document of half the text is not held out, even if selected by its hash: blocks of both documents are."""
     below = next(words(50_000, seed) for seed in range(1000)
                  if int(hashlib.sha256(words(50_000, seed).encode()).hexdigest(), 16) / 2**256 < 0.05)  # fmt: skip
     other = next(words(50_000, seed) for seed in range(1000, 2000)
@@ -261,24 +261,24 @@ def test_a_document_too_large_to_give_away_is_cut_instead(tmp_path):
 
 
 @pytest.mark.parametrize("size", [40, 1000, 60_000])
-def test_a_small_text_keeps_something_on_both_sides(tmp_path, size):
-    """However small the text, a part of at most a quarter (one block at least) is held out."""
+def test_small_texts_have_both_sides(tmp_path, size):
+    """However small the text, a part of at most a quarter (at least one block) is held out."""
     text = read(write(tmp_path / "a.txt", words(size)), folder=tmp_path / "flat")
     train, val = split(text, 1 << 20)
     assert 0 < len(pick(text, val)) <= len(text.bytes) / 4 + 4
     assert len(pick(text, val)) + len(pick(text, train)) == len(text.bytes)
 
 
-def test_a_text_that_is_all_the_same_cannot_be_split(tmp_path):
-    """Where every block equals every other none can be held out: an error that asks for --val."""
+def test_a_constant_text_cannot_be_split(tmp_path):
+    """If all blocks are equal none can be held out: the error asks for --val."""
     text = read(write(tmp_path / "a.txt", "a" * 20 * BLOCK), folder=tmp_path / "flat")
     with pytest.raises(UserError, match="give `val`"):
         split(text, 1 << 20)
 
 
 def test_thinning_keeps_evenly_spaced_blocks(tmp_path):
-    """5 blocks out of 2 MB of ranges with gaps: first and last block at the ends, equal spacing between, never in the
-    gaps, at most three bytes a cut away from the size asked for."""
+    """5 blocks of 2 MB of ranges with gaps: first and last block at the ends, equal spacing, never in the gaps, at most
+    three bytes per cut away from the requested size."""
     text = read(write(tmp_path / "a.txt", words(3_000_000)), folder=tmp_path / "flat")
     ranges = np.array([[0, 300_000], [400_000, 1_000_000], [1_200_000, 2_300_001]])
     ranges = np.array([[module.char_start(text, a), module.char_start(text, b)] for a, b in ranges])
@@ -298,7 +298,7 @@ def test_thinning_keeps_evenly_spaced_blocks(tmp_path):
 
 
 def test_tokens_are_one_array_over_many_files(tmp_path):
-    """Slices within, across and beyond files are those of the files' contents end to end."""
+    """Slices within, across and beyond files equal those of the concatenated contents."""
     whole = np.arange(1000, dtype=np.uint16)
     cuts = [0, 1, 1, 400, 403, 1000]
     paths = [tmp_path / f"{i}" for i in range(len(cuts) - 1)]
@@ -312,7 +312,7 @@ def test_tokens_are_one_array_over_many_files(tmp_path):
 
 
 def test_a_stage_keeps_order_and_few_items_in_flight():
-    """Results come in the order of the items, which are drawn only as results are taken."""
+    """Results come in the order of the items, which are drawn only as results are consumed."""
     drawn = []
     results = Stage("s").map(lambda i: i * i, (drawn.append(i) or i for i in range(10_000)))
     assert [next(results) for _ in range(3)] == [0, 1, 4]
@@ -321,7 +321,7 @@ def test_a_stage_keeps_order_and_few_items_in_flight():
 
 
 def test_a_stage_that_fails_stops_its_threads():
-    """The first error is the one that is raised, and the other threads end at their next report."""
+    """The first error is raised, and the other threads stop at their next report."""
     stage, calls = Stage("s"), []
 
     def work(i):
@@ -339,15 +339,15 @@ def test_a_stage_that_fails_stops_its_threads():
     assert len(calls) == count
 
 
-def test_progress_is_told_a_few_times_and_at_the_end():
-    """A thousand small steps in no time make a few calls, the last of them complete."""
+def test_progress_is_throttled():
+    """A thousand fast steps make a few calls, the last of them complete."""
     told = []
     stage = Stage("hashing", 1000, lambda *args: told.append(args))
     list(stage.map(lambda i: stage.add(1), range(1000)))
     assert told[-1] == ("hashing", 1000, 1000) and 1 <= len(told) < 20
 
 
-# Parquet, and lines and rows that are no documents
+# Parquet, bad lines and rows
 
 
 def parquet(path: Path, rows: int = 1024, **columns) -> Path:
@@ -361,9 +361,9 @@ def parquet(path: Path, rows: int = 1024, **columns) -> Path:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 5000])
-def test_parquet_holds_documents(tmp_path, rows):
-    """The column `text` of a FineWeb-like file, whatever its row groups and the other columns, gives the documents of
-    the same texts as .jsonl lines, in a folder as well."""
+def test_parquet(tmp_path, rows):
+    """The column `text` of a FineWeb-like file gives the same documents as .jsonl lines, whatever its row groups and
+    other columns, also in a folder."""
     texts = [words(200, seed=i) + "\r\n中 🙂\0" for i in range(2500)]
     parquet(tmp_path / "p/00.parquet", rows, text=texts[:1100], id=list(range(1100)), score=[0.5] * 1100)
     parquet(tmp_path / "p/01.parquet", rows, dump=["x"] * 1400, text=texts[1100:])
@@ -374,8 +374,8 @@ def test_parquet_holds_documents(tmp_path, rows):
     assert [file.format for file in find_files([str(tmp_path / "p")])] == [".parquet"] * 2
 
 
-def test_parquet_as_others_store_text(tmp_path):
-    """large_string columns and dictionary-encoded strings are text too; progress ends at the size of the file."""
+def test_string_types_of_parquet(tmp_path):
+    """large_string columns and dictionary-encoded strings work too; progress ends at the file's size."""
     arrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
     texts = ["one", "two", "one"]
     for name, kind in {"large": arrow.large_string(), "dictionary": arrow.string()}.items():
@@ -389,7 +389,7 @@ def test_parquet_as_others_store_text(tmp_path):
 
 
 def test_parquet_without_text_lists_its_columns(tmp_path):
-    """No column `text`, one of numbers, or a file that is no parquet: one line with what is there."""
+    """No column `text`, a numeric one, or a file that is not parquet: a one-line error with the columns that exist."""
     for name, columns, said in [
         ("a", {"content": ["x"], "url": ["y"]}, r"a\.parquet: no column 'text'; it has content, url"),
         ("b", {"text": [1, 2]}, r"b\.parquet: column 'text' is int64, not string"),
@@ -398,27 +398,27 @@ def test_parquet_without_text_lists_its_columns(tmp_path):
             read(parquet(tmp_path / f"{name}.parquet", **columns), folder=tmp_path / name)
     whole = parquet(tmp_path / "c.parquet", text=["x" * 1000] * 100).read_bytes()
     for i, damaged in enumerate((b"", b"PAR1", whole[:-10], whole[100:])):
-        with pytest.raises(UserError, match=r"c\.parquet: damaged") as error:
+        with pytest.raises(UserError, match=r"c\.parquet: corrupted") as error:
             read(write(tmp_path / "c.parquet", damaged), folder=tmp_path / f"c{i}")
         assert "\n" not in str(error.value)
 
 
 def test_parquet_without_its_library_names_the_command(tmp_path, monkeypatch):
-    """Without pyarrow the error is the install command."""
+    """Without pyarrow the error has the install command."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     path = write(tmp_path / "a.parquet", "never read")
-    with pytest.raises(UserError, match=r"a\.parquet: \.parquet needs a library: pip install pyarrow"):
+    with pytest.raises(UserError, match=r"a\.parquet: \.parquet needs an optional library: pip install pyarrow"):
         read(path, folder=tmp_path / "flat")
 
 
-def test_bad_lines_are_refused_or_counted(tmp_path):
-    """A line that is not JSON, has no text or another type for it is named by file and number; with skip_bad all such
-    are counted and the rest is read, across files and parts."""
+def test_bad_lines_are_rejected_or_counted(tmp_path):
+    """A line that is not JSON, or has no text or a text of another type, is named by file and number. With skip_bad all
+    of them are counted and the rest is read, across files and parts."""
     good, bad = '{"text": "good"}\n', ["{not json\n", "[1]\n", '{"content": "x"}\n', '{"text": 3}\n', '"text"\n']
     for i, line in enumerate(bad):
         path = write(tmp_path / f"{i}.jsonl", good * 2 + "\n" + line + good)
-        what = "not JSON" if i == 0 else 'no string "text" in it'
-        with pytest.raises(UserError, match=rf"{i}\.jsonl, line 4: {what}.*; `skip_bad` goes on without such"):
+        what = "not JSON" if i == 0 else 'no string "text"'
+        with pytest.raises(UserError, match=rf"{i}\.jsonl, line 4: {what}.*; `skip_bad` skips bad records"):
             read(path, folder=tmp_path / f"flat{i}")
     text = read_text(find_files([str(tmp_path)]), tmp_path / "flat", Stage("reading"), skip_bad=True)
     assert documents(text) == [b"good"] * 15 and text.bad == 5
@@ -427,7 +427,7 @@ def test_bad_lines_are_refused_or_counted(tmp_path):
 def test_null_rows_of_parquet_are_bad(tmp_path):
     """A null is named by its row, or counted."""
     path = parquet(tmp_path / "a.parquet", rows=2, text=["a", "b", None, "c", None])
-    with pytest.raises(UserError, match=r"a\.parquet, row 3: null is no text; `skip_bad`"):
+    with pytest.raises(UserError, match=r"a\.parquet, row 3: text is null; `skip_bad`"):
         read(path, folder=tmp_path / "flat")
     text = read_text(find_files([str(path)]), tmp_path / "flat2", Stage("reading"), skip_bad=True)
     assert documents(text) == [b"a", b"b", b"c"] and text.bad == 2

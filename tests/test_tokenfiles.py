@@ -1,4 +1,4 @@
-"""Token files of nanoGPT, llm.c and Megatron, written here by their documented layouts."""
+"""Token files of nanoGPT, llm.c and Megatron, written here by their documented formats."""
 
 import gzip
 import os
@@ -25,7 +25,7 @@ V = 300
 
 
 def some_ids(count: int, seed: int = 0) -> np.ndarray:
-    """Ids below V of which each is likely to follow from the one before, so that a model can learn them."""
+    """Ids below V, each likely to follow from the one before, so that a model can learn them."""
     draw = np.random.default_rng(seed)
     return np.cumsum(draw.integers(1, 4, count)) % V
 
@@ -52,8 +52,8 @@ def llama3(path: Path, ids) -> Path:
 
 
 def megatron(path: Path, ids, code: int = 8, modes: bool = False, cuts=(0.1, 0.5, 0.7), **change) -> Path:
-    """NVIDIA/Megatron-LM megatron/core/datasets/indexed_dataset.py: the pair .bin, .idx of sequences; `change`
-    puts something wrong into a field of the .idx."""
+    """NVIDIA/Megatron-LM megatron/core/datasets/indexed_dataset.py: the pair .bin, .idx of sequences; `change` corrupts
+    a field of the .idx."""
     kind = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.get(code, "<u2")
     edges = [0, *(int(cut * len(ids)) for cut in cuts), len(ids)]
     lengths = np.diff(edges).astype("<i4")
@@ -74,13 +74,13 @@ every_format = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is read
+# Reading
 
 
 @every_format
-def test_tokens_are_used_as_they_are(tmp_path, write):
-    """The ids of the file are the training tokens, mapped from it rather than copied, those of val.bin beside it the
-    validation tokens; bytes are unknown, and nothing is written."""
+def test_tokens_are_memory_mapped(tmp_path, write):
+    """The file's ids are the training tokens, mapped and not copied; val.bin next to it has the validation tokens.
+    Bytes are unknown, and nothing is written."""
     ids, val = some_ids(1000), some_ids(90, seed=1)
     path = write(tmp_path / "train.bin", ids)
     write(tmp_path / "val.bin", val)
@@ -97,8 +97,8 @@ def test_tokens_are_used_as_they_are(tmp_path, write):
 @pytest.mark.parametrize("modes", [False, True])
 @pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 8])
 def test_integer_types_of_megatron(tmp_path, code, modes):
-    """Each of Megatron's integer types, with and without the modes that may end the .idx, found by the .bin, by the
-    .idx and by the name that both share."""
+    """Every integer type of Megatron, with and without the optional modes at the end of the .idx, found by .bin, by
+    .idx and by the common prefix."""
     ids = some_ids(777) % 100
     path = megatron(tmp_path / "corpus_text_document.bin", ids, code, modes)
     assert open_tokens(str(path)).ids.tolist() == ids.tolist()
@@ -106,9 +106,9 @@ def test_integer_types_of_megatron(tmp_path, code, modes):
         assert read_tokens((str(name),), Tokenizer.load("ids-100"))[0].tolist() == ids.tolist()
 
 
-def test_shards_follow_one_another(tmp_path):
-    """A folder of shards and a glob over them are one stream in the order of their names; those named val are the
-    validation set, also when the glob leaves them out."""
+def test_shards_are_one_stream(tmp_path):
+    """A folder of shards and a glob over them are one stream in the order of their names. Those named val are the
+    validation set, even if the glob does not match them."""
     shards = [some_ids(500 + i, seed=i) for i in range(3)]
     for i, ids in enumerate(shards):
         llm_c(tmp_path / f"fineweb_train_{i:06d}.bin", ids)
@@ -121,7 +121,7 @@ def test_shards_follow_one_another(tmp_path):
 
 
 def test_without_validation_files_blocks_are_held_out(tmp_path):
-    """5% of the tokens, evenly spaced, are no training tokens any more; --val-bytes caps them; --val wins."""
+    """5% of the tokens, evenly spaced, are removed from training; --val-bytes caps them; --val overrides."""
     ids = np.arange(100_000) % 60_000
     path = nanogpt(tmp_path / "all.bin", ids)
     corpus = prepare((str(path),), vocab_size=60_000, cache=tmp_path / "cache")
@@ -134,8 +134,9 @@ def test_without_validation_files_blocks_are_held_out(tmp_path):
 
 
 @pytest.mark.parametrize(("total", "keep"), [(20_000, 1), (20_000, 999), (300_000, 150_000), (1_000_001, 140_000)])
-def test_held_out_blocks_lie_evenly(total, keep):
-    """Both sides together are all tokens once; the blocks of one size begin at the first token and end at the last."""
+def test_held_out_blocks_are_evenly_spaced(total, keep):
+    """Both sides together have all tokens once; the blocks, of equal size, begin at the first token and end at the
+    last."""
     parts = np.split(np.arange(total), [total // 3])
     rest, held = hold_out(Tokens.of(parts), keep)
     assert sorted([*rest[:], *held[:]]) == list(range(total))
@@ -148,15 +149,15 @@ def test_held_out_blocks_lie_evenly(total, keep):
 
 
 def test_a_long_validation_file_is_thinned(tmp_path):
-    """Of a val.bin above --val-bytes evenly spaced blocks are kept, and the same ones every time."""
+    """From a val.bin larger than --val-bytes, evenly spaced blocks are kept, always the same."""
     path = nanogpt(tmp_path / "train.bin", some_ids(1000))
     nanogpt(tmp_path / "val.bin", np.arange(40_000))
     one, two = (prepare((str(path),), vocab_size=40_000, val_bytes=2048, cache=tmp_path / "cache") for _ in "ab")
     assert len(one.val) == 1024 and one.val_sha == two.val_sha
 
 
-def test_fingerprint_is_that_of_the_tokens(tmp_path):
-    """A changed id, another type of the same bytes and another validation file show in the fingerprints; place and
+def test_fingerprint_depends_on_the_tokens(tmp_path):
+    """A changed id, another type for the same bytes and another validation file change the fingerprints; folder and
     name do not."""
     ids = some_ids(1000) % 100
     first = megatron(tmp_path / "train.bin", ids, code=8)
@@ -172,13 +173,13 @@ def test_fingerprint_is_that_of_the_tokens(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training on them
+# Training
 
 
 @every_format
 def test_every_format_trains(tiny, tmp_path, write):
-    """A model learns the ids of each format: its loss falls below that of guessing; the record says what it read, the
-    sample is ids, and the same command finds the run finished."""
+    """A model learns the ids of each format: its loss falls below that of guessing. The record names the format, the
+    sample is ids, and a rerun finds the run finished."""
     path = write(tmp_path / "train.bin", some_ids(30_000))
     config = tiny(data=(str(path),), vocab_size=V, lr=0.03)
     summary = train.train(config, quiet=True)
@@ -191,9 +192,9 @@ def test_every_format_trains(tiny, tmp_path, write):
     assert train.train(config, quiet=True) == summary
 
 
-def test_training_equals_that_on_the_text(tiny, tmp_path):
-    """Our own shards of a text are nanoGPT's format: trained on as such, with the tokenizer's name, they give the
-    losses, the bits per byte and the sample of the run on the text."""
+def test_same_result_as_training_on_the_text(tiny, tmp_path):
+    """Our shards of a text have nanoGPT's format: training on them with the tokenizer's name gives the losses, bits per
+    byte and sample of the run on the text."""
     text = tiny(name="text", eval_every=50)
     expected = train.train(text, quiet=True)
     shards = prepare(text.data, val_bytes=text.val_bytes, cache=text.cache).folder
@@ -213,9 +214,9 @@ def test_training_equals_that_on_the_text(tiny, tmp_path):
     assert rows[0] == rows[1] and found["val_bpb"] == expected["val_bpb"]
 
 
-def test_a_stopped_run_goes_on(tiny, tmp_path, monkeypatch):
-    """A run on token files that was interrupted ends in the weights of one that was not; with a changed id it is
-    refused as another run."""
+def test_resume(tiny, tmp_path, monkeypatch):
+    """An interrupted run on token files resumes and ends with the same weights; with a changed id it is rejected as
+    another run."""
     path = nanogpt(tmp_path / "train.bin", some_ids(5000))
     options = {"data": (str(path),), "vocab_size": V, "save_steps": (40,), "keep": 9}
     whole = tiny(name="whole", **options)
@@ -236,7 +237,7 @@ def test_a_stopped_run_goes_on(tiny, tmp_path, monkeypatch):
         train.train(stopped, quiet=True)
 
 
-def test_evaluate_reads_them_too(tiny, tmp_path, command):
+def test_evaluate_reads_token_files(tiny, tmp_path, command):
     """`nanochin.evaluate` on a token file gives the loss of the run's own validation set."""
     path = nanogpt(tmp_path / "train.bin", some_ids(5000))
     val = nanogpt(tmp_path / "val.bin", some_ids(500, seed=2))
@@ -249,19 +250,19 @@ def test_evaluate_reads_them_too(tiny, tmp_path, command):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is refused
+# Errors
 
 
-def test_ids_beyond_the_vocabulary_are_named(tmp_path, monkeypatch):
-    """File, position and value of the first id that the vocabulary lacks, wherever it lies, also a negative one; the
-    id below the vocabulary by one is none."""
+def test_ids_outside_the_vocabulary_are_named(tmp_path, monkeypatch):
+    """File, position and value of the first id outside the vocabulary, at any position, also if negative; the largest
+    valid id is accepted."""
     monkeypatch.setattr(module, "SCAN", 64)
     nanogpt(tmp_path / "train_0.bin", some_ids(1000))
     ids = some_ids(1000, seed=1)
     ids[[700, 999]] = V, 60_000
     nanogpt(tmp_path / "train_1.bin", ids)
     data = (str(tmp_path),)
-    with pytest.raises(UserError, match=r"train_1\.bin: token id 300 at position 700 is beyond the vocabulary .* 300"):
+    with pytest.raises(UserError, match=r"train_1\.bin: token id 300 at position 700 is outside the vocabulary .* 300"):
         prepare(data, vocab_size=V, cache=tmp_path)
     with pytest.raises(UserError, match=r"train_1\.bin: token id 60000 at position 999 .*`vocab_size` 301"):
         prepare(data, vocab_size=V + 1, cache=tmp_path)
@@ -274,7 +275,7 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path, monkeypatch):
 
 
 def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Files that none of the formats allows, and what the error says of each."""
+    """Files that fit none of the formats, and the expected error for each."""
     ids = some_ids(100)
     odd, empty, short = folder / "odd.bin", folder / "empty.bin", folder / "short.bin"
     odd.write_bytes(bytes(101))
@@ -291,29 +292,29 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
     cut = megatron(folder / "cut.bin", ids)
     os.truncate(cut, 150)
     return {
-        "odd size": (odd, r"odd\.bin: 101 bytes, an odd number"),
+        "odd size": (odd, r"odd\.bin: an odd number of bytes \(101\)"),
         "packed": (packed, r"packed\.bin\.gz: unpack it first"),
         "empty": (empty, r"empty\.bin: empty"),
-        "llm.c cut short": (short, r"short\.bin: 1100 bytes, but 1024 \+ 2 x the 100 tokens of its header make 1224"),
-        "llm.c cut in its header": (header, r"header\.bin: 500 bytes, but"),
-        "llm.c too long": (llm_c(folder / "long.bin", ids, count=99), "make 1222; it is damaged"),
-        "llm.c without tokens": (llm_c(folder / "none.bin", [], count=0), r"none\.bin: 1024 bytes, but"),
+        "llm.c cut short": (short, r"short\.bin: corrupted: 1100 bytes, but .* 100 tokens, .* 1024 \+ 2 x 100 = 1224"),
+        "llm.c cut in its header": (header, r"header\.bin: corrupted: 500 bytes, but"),
+        "llm.c too long": (llm_c(folder / "long.bin", ids, count=99), "= 1222 bytes"),
+        "llm.c without tokens": (llm_c(folder / "none.bin", [], count=0), r"none\.bin: corrupted: 1024 bytes, but"),
         "llm.c of another version": (llm_c(folder / "v.bin", ids, version=2), r"version 2 of llm\.c's magic 20240520"),
-        "uint16 as Llama 3": (llm_c(folder / "l.bin", ids, 20240801, 7), r"1224 bytes, but 1024 \+ 4 x"),
-        "evaluation set": (llm_c(folder / "eval.bin", ids, 20240522), r"magic 20240522 is llm\.c's format of eval"),
-        "llm.c's model": (llm_c(folder / "model.bin", [0] * 100, 20240326, 3), "magic 20240326 is not one of training"),
-        "no index": (megatron(folder / "i.bin", ids, magic=b"SOMETHING"), r"i\.idx: not Megatron's index"),
-        "an empty index": (blank, r"blank\.idx: not Megatron's index"),
+        "uint16 as Llama 3": (llm_c(folder / "l.bin", ids, 20240801, 7), r"1224 bytes, but .* 1024 \+ 4 x"),
+        "evaluation set": (llm_c(folder / "eval.bin", ids, 20240522), r"magic 20240522 is llm\.c's format for eval"),
+        "llm.c's model": (llm_c(folder / "model.bin", [0] * 100, 20240326, 3), "20240326 is not llm.c's for training"),
+        "no index": (megatron(folder / "i.bin", ids, magic=b"SOMETHING"), r"i\.idx: not a Megatron index"),
+        "an empty index": (blank, r"blank\.idx: not a Megatron index"),
         "a stump of an index": (stump, r"stump\.idx: 14 bytes, less than its header; it does not belong to"),
         "Megatron version 2": (megatron(folder / "m2.bin", ids, version=struct.pack("<Q", 2)), "version 2 of Megatron"),
-        "floats": (megatron(folder / "f.bin", ids, code=6), "type code 6 is no integer"),
-        "floats of gpt-neox": (megatron(folder / "g.bin", ids, code=7), "type code 7 is no integer"),
+        "floats": (megatron(folder / "f.bin", ids, code=6), "type code 6 is not an integer type"),
+        "floats of gpt-neox": (megatron(folder / "g.bin", ids, code=7), "type code 7 is not an integer type"),
         "a longer index": (megatron(folder / "x.bin", ids, modes=True, magic=b"MMIDIDX\0\0", bounds=bytes(8)), "take"),
-        "another .bin": (cut, r"cut\.idx: its sequences are 200 bytes long, .*cut\.bin 150"),
+        "another .bin": (cut, r"cut\.idx: its sequences add up to 200 bytes, but .*cut\.bin has 150"),
         "offsets": (megatron(folder / "o.bin", ids, offsets=np.array([0, 20, 99, 140]).astype("<i8").tobytes()),
-                    "sequence 2 starts at byte 99, not where the one before it ends"),
+                    "sequence 2 starts at byte 99, not where the previous one ends"),
         "documents": (megatron(folder / "d.bin", ids, bounds=np.array([0, 1, 2, 3, 9]).astype("<i8").tobytes()),
-                      "its documents go from sequence 0 to 9, not in order from 0 to 4"),
+                      r"its document bounds \(0 to 9\) do not rise from 0 to 4"),
     }  # fmt: skip
 
 
@@ -323,8 +324,8 @@ def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
     "llm.c of another version", "uint16 as Llama 3", "evaluation set", "llm.c's model", "no index", "an empty index",
     "a stump of an index", "Megatron version 2", "floats", "floats of gpt-neox", "a longer index", "another .bin",
     "offsets", "documents"])  # fmt: skip
-def test_files_that_no_format_allows(tmp_path, kind):
-    """Each is one line that names the file and what is wrong with it."""
+def test_invalid_files(tmp_path, kind):
+    """Each gives one line that names the file and what is wrong with it."""
     path, said = wrong_files(tmp_path)[kind]
     with pytest.raises(UserError, match=said) as error:
         prepare((str(path),), vocab_size=65_536, cache=tmp_path / "cache")
@@ -332,7 +333,7 @@ def test_files_that_no_format_allows(tmp_path, kind):
 
 
 class Bomb:
-    """Unpickling it makes the file `burst`."""
+    """Unpickling it creates the file `burst`."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -342,45 +343,43 @@ class Bomb:
 
 
 def test_the_vocabulary_is_not_guessed_nor_unpickled(tmp_path):
-    """Without --tokenizer or --vocab-size the ids mean nothing; meta.pkl is mentioned and never loaded, nor is a
-    pickle that is named as data."""
+    """Without --tokenizer or --vocab-size the vocabulary is unknown; meta.pkl is mentioned and never loaded, nor is a
+    pickle given as data."""
     path = nanogpt(tmp_path / "train.bin", some_ids(100))
-    with pytest.raises(UserError, match=r"train\.bin: what its ids mean is not in the file; give `tokenizer`"):
+    with pytest.raises(UserError, match=r"train\.bin: the file does not name its tokenizer; give `tokenizer`"):
         prepare((str(path),), cache=tmp_path)
     meta = tmp_path / "meta.pkl"
     meta.write_bytes(pickle.dumps(Bomb(tmp_path)))
-    with pytest.raises(
-        UserError, match=r"meta\.pkl may know it, but is not read: a pickle can run any program\); give"
-    ):
+    with pytest.raises(UserError, match=r"meta\.pkl may, but is not read: pickles can run code\); give"):
         prepare((str(path),), cache=tmp_path)
-    with pytest.raises(UserError, match=r"meta\.pkl: not read: a pickle can run any program"):
+    with pytest.raises(UserError, match=r"meta\.pkl: pickles can run code"):
         prepare((str(meta),), cache=tmp_path)
-    prepare((str(tmp_path),), vocab_size=V, cache=tmp_path / "cache")  # the folder with both
+    prepare((str(tmp_path),), vocab_size=V, cache=tmp_path / "cache")  # the folder has both files
     assert not (tmp_path / "burst").exists()
     pickle.loads(meta.read_bytes())
-    assert (tmp_path / "burst").exists()  # it would have
+    assert (tmp_path / "burst").exists()  # unpickling does run code
 
 
 def test_text_and_tokens_do_not_mix(tmp_path):
-    """A folder that holds both is refused with one of each named; our own BPE cannot be trained on ids; --max-tokens
-    is for hub data sets; too few tokens leave nothing to validate on."""
+    """A folder with both is rejected, naming one of each. Our BPE cannot be trained on ids; --max-tokens is for hub
+    data sets; too few tokens leave nothing for validation."""
     path = nanogpt(tmp_path / "train.bin", some_ids(100))
     (tmp_path / "input.txt").write_text("text")
-    with pytest.raises(UserError, match=r"train\.bin holds tokens, .*input\.txt text; name files of one kind"):
+    with pytest.raises(UserError, match=r"train\.bin has tokens, .*input\.txt has text; give only one kind"):
         prepare((str(tmp_path),), vocab_size=V, cache=tmp_path / "cache")
-    with pytest.raises(UserError, match="`tokenizer` bpe: is trained on text, these are token files"):
+    with pytest.raises(UserError, match="`tokenizer` bpe: is trained on text, but these are token files"):
         prepare((str(path),), tokenizer="bpe", cache=tmp_path / "cache")
-    with pytest.raises(UserError, match="`max_tokens` 100: is for hf: data sets"):
+    with pytest.raises(UserError, match="`max_tokens` 100: only for hf: data sets"):
         prepare((str(path),), vocab_size=V, max_tokens=100, cache=tmp_path / "cache")
-    with pytest.raises(UserError, match=r"few\.bin: too few tokens to keep some for validation; give `val`"):
+    with pytest.raises(UserError, match=r"few\.bin: too few tokens to hold some out for validation; give `val`"):
         prepare((str(nanogpt(tmp_path / "few.bin", range(20))),), vocab_size=V, cache=tmp_path / "cache")
-    with pytest.raises(UserError, match="`tokenizer` ids-300: is for token files, but"):
+    with pytest.raises(UserError, match="`tokenizer` ids-300: only for token files, but"):
         prepare((str(tmp_path / "input.txt"),), tokenizer="ids-300", val_bytes=1024, cache=tmp_path / "cache")
 
 
-def test_errors_are_one_line_of_the_command(tiny, tmp_path, refusal):
-    """train.py refuses a file of a larger vocabulary in one line and leaves no folder of a run."""
+def test_errors_of_the_command(tiny, tmp_path, refusal):
+    """train.py rejects a file with a larger vocabulary in one line and leaves no run folder."""
     path = nanogpt(tmp_path / "train.bin", [*some_ids(5000), 50_256])
     config = tiny(data=(str(path),), vocab_size=V)
-    assert "train.bin: token id 50256 at position 5000 is beyond the vocabulary" in refusal(*arguments(config))
+    assert "train.bin: token id 50256 at position 5000 is outside the vocabulary" in refusal(*arguments(config))
     assert not Path(config.out).exists()

@@ -1,4 +1,4 @@
-"""Tokenizers: ids to bytes and back, the own BPE against tiktoken, and what is refused."""
+"""Tokenizers: round trips, our BPE against tiktoken, and errors."""
 
 import base64
 import os
@@ -52,8 +52,8 @@ def test_bytes_are_their_own_ids():
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe", "gpt2"])
-def test_odd_text_comes_back(name, request):
-    """decode(encode(text)) is the text, and a cut character decodes to U+FFFD instead of an error."""
+def test_round_trip(name, request):
+    """decode(encode(text)) is the text, and an incomplete character decodes to U+FFFD instead of an error."""
     t = Tokenizer.load("bytes") if name == "bytes" else request.getfixturevalue(name)
     assert t.decode(t.encode(ODD.encode())) == ODD
     assert t.decode_bytes(t.encode(ODD.encode()).tolist()) == ODD.encode()
@@ -64,14 +64,14 @@ def test_odd_text_comes_back(name, request):
 
 
 def test_bpe_counts_end_of_text_as_its_last_id(bpe):
-    """A vocabulary of 600 is 256 bytes, 343 merges and end-of-text, and text never encodes to end-of-text."""
+    """A vocabulary of 600 is 256 bytes, 343 merges and end-of-text; text never encodes to end-of-text."""
     assert (bpe.vocab_size, bpe.eot, bpe.dtype) == (600, 599, np.uint16)
     ids = bpe.encode(END_OF_TEXT.encode())
     assert bpe.eot not in ids and bpe.decode(ids) == END_OF_TEXT
     assert bpe.decode([bpe.eot, *ids.tolist(), bpe.eot, 600, 10_000]) == END_OF_TEXT
 
 
-def test_saved_ranks_are_what_tiktoken_reads(bpe, tmp_path):
+def test_tiktoken_reads_saved_ranks(bpe, tmp_path):
     """tiktoken's own reader of the saved file, with our pattern, gives the same ids; so does `load`."""
     bpe.save(tmp_path)
     ranks = tiktoken.load.load_tiktoken_bpe(str(tmp_path / RANKS_FILE))
@@ -82,14 +82,14 @@ def test_saved_ranks_are_what_tiktoken_reads(bpe, tmp_path):
     assert Tokenizer.load("bpe", tmp_path).encode(text.encode()).tolist() == theirs.encode_ordinary(text)
 
 
-def test_bpe_merges_what_repeats():
-    """' aab' repeated has three pairs to merge, whatever their order: the third merge is the whole word."""
+def test_bpe_merges_repeated_pairs():
+    """' aab' repeated has three pairs to merge, in any order: the third merge is the whole word."""
     t = train_bpe([" aab" * 500], 256 + 3 + 1)
     assert t.decode_bytes([258]) == b" aab" and t.encode(b" aab aab").tolist() == [258, 258]
 
 
 def test_bpe_training_is_deterministic(bpe):
-    """The same text, however it is cut into pieces at spaces, gives the same ranks."""
+    """The same text gives the same ranks, however it is split at spaces."""
     text = english(40_000)
     middle = text.index(" ", len(text) // 2)
     assert train_bpe([text[:middle], text[middle:]], 600).encoding._mergeable_ranks == bpe.encoding._mergeable_ranks
@@ -103,7 +103,7 @@ def test_gpt2_is_tiktokens(gpt2):
 
 
 def test_large_vocabularies_need_32_bits():
-    """A vocabulary of all bytes and all pairs of bytes is above 65,536 ids; each pair in text is one id."""
+    """A vocabulary of all bytes and all pairs of bytes has more than 65,536 ids; each pair in text is one id."""
     singles = {bytes([a]): a for a in range(256)}
     pairs = {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
     special = {END_OF_TEXT: 256 + 65_536}
@@ -114,15 +114,15 @@ def test_large_vocabularies_need_32_bits():
     assert smile.tolist() == [256 + 256 * 0xF0 + 0x9F, 256 + 256 * 0x99 + 0x82] and t.decode(smile) == "🙂"
 
 
-def test_holes_in_a_vocabulary_decode_to_nothing(gpt2):
-    """cl100k_base has ids that stand for no token."""
+def test_unused_ids_decode_to_nothing(gpt2):
+    """cl100k_base has ids without a token."""
     t = Tokenizer.load("cl100k_base")
     assert (t.dtype, t.vocab_size) == (np.uint32, 100_277)
     assert t.decode([*t.encode(ODD.encode()), 100_256, 100_276]) == ODD
 
 
 def test_model_vocab_pads_but_never_cuts(bpe):
-    """--vocab-size may exceed the tokenizer's ids (rows of padding), never fall below them."""
+    """--vocab-size may exceed the tokenizer's ids (padding rows), but not be smaller."""
     assert model_vocab(bpe, None) == 600
     assert model_vocab(bpe, 640) == 640
     with pytest.raises(UserError, match=r"`vocab_size` 599: tokenizer bpe has 600 ids"):
@@ -130,17 +130,17 @@ def test_model_vocab_pads_but_never_cuts(bpe):
 
 
 def test_vocabularies_that_cannot_be_trained():
-    """Below 257 there is no room for bytes and end-of-text; too little text cannot fill the vocabulary."""
+    """Below 257 there is no room for bytes and end-of-text; a short text cannot fill the vocabulary."""
     with pytest.raises(UserError, match="`vocab_size` 256: bpe needs at least 257"):
         train_bpe(["text"], 256)
-    with pytest.raises(UserError, match=r"`vocab_size` 400: the text yields only 260; use that or less"):
+    with pytest.raises(UserError, match=r"`vocab_size` 400: the text gives only 260; use that or less"):
         train_bpe([" aab" * 500], 400)
     assert train_bpe(["anything"], 257).encode(b"any").tolist() == [*b"any"]
 
 
 @pytest.mark.parametrize(("name", "nearest"), [("gtp2", "gpt2"), ("byte", "bytes"), ("cl100k", "cl100k_base")])
-def test_an_unknown_name_names_the_nearest(name, nearest):
-    """A misspelt tokenizer is one line with the known name nearest to it."""
+def test_an_unknown_name_suggests_the_closest(name, nearest):
+    """A misspelt tokenizer gives one line with the closest known name."""
     with pytest.raises(UserError, match=f"`tokenizer` {name}: unknown; did you mean .*{nearest}") as error:
         Tokenizer.load(name)
     assert "\n" not in str(error.value)
@@ -148,11 +148,11 @@ def test_an_unknown_name_names_the_nearest(name, nearest):
 
 @pytest.mark.parametrize("damage", [b"", b"not ranks\n", b"QQ== 0\n", base64.b64encode(b"a") + b" x\n"])
 def test_damaged_ranks_are_named(tmp_path, damage):
-    """A rank file that is missing, cut short or not one is named, not decoded into nonsense."""
+    """A rank file that is missing, truncated or something else is named, not decoded."""
     with pytest.raises(UserError, match=r"tokenizer\.tiktoken: missing"):
         Tokenizer.load("bpe", tmp_path)
     (tmp_path / RANKS_FILE).write_bytes(damage)
-    with pytest.raises(UserError, match=r"tokenizer\.tiktoken: .*damaged"):
+    with pytest.raises(UserError, match=r"tokenizer\.tiktoken: .*corrupted"):
         Tokenizer.load("bpe", tmp_path)
 
 
@@ -166,13 +166,13 @@ def silent_proxy(monkeypatch, tmp_path):
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
     yield server
     server.close()
-    for thread in set(threading.enumerate()) - before:  # the download fails now, and with it tiktoken's lock goes
+    for thread in set(threading.enumerate()) - before:  # the download fails now and releases tiktoken's lock
         thread.join(10)
 
 
 @pytest.mark.parametrize("silent", [True, False])
-def test_without_network_and_cache_one_line_says_what_to_do(silent_proxy, monkeypatch, silent):
-    """A refused connection and one that hangs both end in a line with the ways out."""
+def test_no_network_and_no_cache(silent_proxy, monkeypatch, silent):
+    """A refused connection and one that hangs both end in one line with the alternatives."""
     monkeypatch.setattr(module, "DOWNLOAD_SECONDS", 0.3)
     if not silent:
         silent_proxy.close()
