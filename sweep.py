@@ -264,7 +264,7 @@ def train_all(
                     schedule.put(answer)
                 view.show()
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
-        view.say("stopping, and saving what is running; the same command goes on from there")
+        view.say("stopping and saving the runs in progress; rerun the same command to resume")
         raise
     finally:
         view.close()

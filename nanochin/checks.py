@@ -1,4 +1,4 @@
-"""What one should know before believing a law. A check is one function of the study and one line of CHECKS.
+"""Checks of a law: a check is one function of the study and one line of CHECKS.
 
     outcomes = run_checks(study)             {name: Outcome}, in the order in which they are shown
     outcomes["hold_out"].status              "ok", "doubt" or "not checked"
@@ -109,8 +109,8 @@ def chance(study: Study) -> Outcome:
     what = max(found, key=found.get)
     return doubt_if(
         found[what] > CHANCE,
-        f"The losses do not follow {what} more closely than chance would have it (F test, p = {found[what]:.2f}): what "
-        f"the law says of {what} is noise.",
+        f"The loss does not depend significantly on {what} (F test, p = {found[what]:.2f}): the law's dependence "
+        "on it is noise.",
     )
 
 
@@ -130,13 +130,13 @@ def cost(study: Study) -> Outcome:
     if cost.is_6nd:
         return Outcome()
     said = (
-        f"C is {study.flops_name}: the runs spent 6ND {'times' if cost.s > 0 else 'over'} 1 + {cost.c:.3g} / "
-        f"N^{cost.q:.3g}, give or take {100 * cost.misfit:.1f}%"
+        f"C is {study.flops_name}: 6ND {'times' if cost.s > 0 else 'over'} 1 + {cost.c:.3g} / N^{cost.q:.3g}, within "
+        f"{100 * cost.misfit:.1f}%"
     )
     if isinstance(third, Approach):
         said += (
-            f"; least loss by the law at such C has a = {third.exponent(third.law):.3f}"
-            f"{bracketed(third.interval(third.exponent))} over the runs, where Eq. 4, for 6ND, has {third.law.a:.3f}"
+            f"; in these FLOPs the law's optimum has a = {third.exponent(third.law):.3f}"
+            f"{bracketed(third.interval(third.exponent))} over the runs; Eq. 4, for 6ND, gives {third.law.a:.3f}"
         )
     return judged(cost.misfit < BAD_COST, said + ".")
 
@@ -146,8 +146,8 @@ def starts(study: Study) -> Outcome:
     fit = study.need(3).fit
     return judged(
         2 * fit.starts_agreeing >= fit.starts,
-        f"{fit.starts_agreeing} of {fit.starts} starts end in the same optimum, where the gradient is "
-        f"{fit.gradient_norm:.0e} of its terms.",
+        f"{fit.starts_agreeing} of {fit.starts} starts converge to the same optimum (relative gradient "
+        f"{fit.gradient_norm:.0e}).",
     )
 
 
@@ -157,9 +157,9 @@ def resamples(study: Study) -> Outcome:
         return Outcome("not checked")
     return judged(
         sure.worse == 0 and sure.failed < FEW_FAIL * sure.replicates,
-        f"{sure.replicates} resamples of {sure.units} {sure.unit}s; at {sure.verified} of their optima the gradient is "
-        f"at most {sure.gradient_norm:.0e} of its terms and the Hessian positive definite; {sure.checked} fitted again "
-        f"from other starts, {sure.worse} of them to a better one.",
+        f"{sure.replicates} bootstrap replicates over {sure.units} {sure.unit}s: {sure.verified} converged (relative "
+        f"gradient at most {sure.gradient_norm:.0e}, Hessian positive definite); {sure.checked} refitted from other "
+        f"starts, {sure.worse} of them to a better optimum.",
     )
 
 
@@ -171,7 +171,7 @@ def irreducible_loss(study: Study) -> Outcome:
     low, high = third.interval("E")
     return doubt_if(
         high - low > 0.25 * third.law.E,
-        f"E is hardly known: 95% interval {low:.2f} to {high:.2f} nats. It is not the entropy of the text.",
+        f"E is poorly determined: 95% interval {low:.2f} to {high:.2f} nats. It is not the entropy of the text.",
     )
 
 
@@ -191,8 +191,8 @@ def late_winners(study: Study) -> Outcome:
     late = study.need(1).fit.late_share
     return doubt_if(
         late < 0.5,
-        f"Approach 1: only {late:.0%} of the winners are in the last 15% of their run, in the paper all; in the middle "
-        "of a decaying schedule the loss is too high.",
+        f"Approach 1: only {late:.0%} of the envelope comes from the last 15% of a run (all of it in the paper). "
+        "Earlier, while the learning rate is still high, the loss is too high.",
     )
 
 
@@ -203,14 +203,14 @@ def budgets(study: Study) -> Outcome:
         return Outcome()
     good = [budget for budget in second.budgets if budget.bracketed]
     one = [law.a for law in (attempt(second.without, [budget]) for budget in good) if isinstance(law, PowerLaw)]
-    said = f"Approach 2: no column tells the budgets; {len(good)} clusters of C serve as such"
-    said += f", without any one of which a is {min(one):.3f} to {max(one):.3f}" if one else ""
+    said = f"Approach 2: no column of budgets; {len(good)} clusters of C are used instead"
+    said += f"; leaving out any one of them gives a from {min(one):.3f} to {max(one):.3f}" if one else ""
     narrow = [budget for budget in good if budget.width < NARROW]
     without = attempt(second.without, narrow)
     if narrow and isinstance(without, PowerLaw):
         which = ", ".join(f"{budget.flops:.3g} of {budget.n_runs}" for budget in narrow)
         said += (
-            f"; sizes span less than {NARROW}x in {len(narrow)} of them ({which} runs), without which it is "
+            f"; sizes span less than {NARROW}x in {len(narrow)} of them ({which} runs); without these a is "
             f"{without.a:.3f}"
         )
     return judged(not narrow, said + ".")
@@ -234,21 +234,21 @@ def independence(study: Study) -> Outcome:
         same = identical(study.N, study.D, study.L)
         return doubt_if(
             same > 0,
-            f"{same} rows are identical to others, and no column run tells whether they are copies: each counts as a "
-            "run of its own, so if they are, the intervals are too narrow.",
+            f"{same} rows are identical to others and there is no column run. Each counts as a separate run; if they "
+            "are copies, the intervals are too narrow.",
         )
     runs = len(np.unique(resampled_unit(study.rows, "run"))) if settings.cluster == "row" else n
     return doubt_if(
         runs < n,
-        f"{n} rows belong to {runs} runs, but `cluster` row draws each by itself, as if rows of one run did not share "
-        "its luck: the intervals are too narrow.",
+        f"{n} rows belong to {runs} runs, but `cluster` row resamples rows, as if rows of one run were independent: "
+        "the intervals are too narrow.",
     )
 
 
 def repeated_text(study: Study) -> Outcome:
     unique = study.rows.get("unique_tokens")
     again = 0 if unique is None else int(np.sum(study.D / unique > 1.001))
-    return doubt_if(again > 0, f"{again} runs read their text more than once; the law assumes fresh text.")
+    return doubt_if(again > 0, f"{again} runs saw their text more than once; the law assumes new text.")
 
 
 def fewer_resamples(study: Study) -> Outcome:
@@ -258,7 +258,7 @@ def fewer_resamples(study: Study) -> Outcome:
 def runs(study: Study) -> Outcome:
     """How many runs are the checks that fit again made on?"""
     n, some = len(study.N), min(len(study.N), MOST_CHECKED)
-    said = f"The checks were made on {some} of the {n} runs, chosen at random."
+    said = f"Checks that refit use a random sample of {some} of the {n} runs."
     return Outcome(sentence=said if some < n else "", json=some)
 
 
@@ -275,18 +275,14 @@ def hold_out(study: Study) -> Outcome:
     held = laws.hold_out(study.N, study.D, study.L, study.C, budget=budget, least=LEAST_HELD, **options)
     m, good = len(held.rows), held.error < 3 * max(held.in_sample_error, 1e-3)
     said = (
-        f"Fitted without the {m} largest runs and asked about them, the law is off by {100 * held.error:.2f}% (median; "
-        f"{100 * held.bias:+.2f}% on balance), inside by {100 * held.in_sample_error:.2f}%; they lie {held.reach:.2g} "
-        "times beyond the rest"
+        f"Hold-out error on the {m} largest runs {100 * held.error:.2f}% (median; {100 * held.bias:+.2f}% signed), "
+        f"in-sample {100 * held.in_sample_error:.2f}%, at {held.reach:.2g}x the compute"
     )
     if held.bootstrap:
         good &= held.outside <= max(1, 0.15 * m)
-        said += (
-            f"; {held.outside} of these {m} losses lie outside the 95% interval that was predicted of them, where "
-            f"{0.05 * m:.2g} are to be expected"
-        )
+        said += f"; {held.outside} of {m} runs fall outside the predicted 95% interval ({0.05 * m:.2g} expected)"
     elif held.why:
-        good, said = False, f"{said}; the hold-out has no intervals: {held.why}"
+        good, said = False, f"{said}; no intervals: {held.why}"
     tables = hold_out_tables(study, held)
     held = held if study.index is None else replace(held, rows=study.index[held.rows])
     return judged(good, said + ".", held.to_json(), tables, held)
@@ -317,10 +313,10 @@ def curvature(study: Study) -> Outcome:
         raise NotIdentified(WITHOUT)
     found = laws.frontier_curvature(second.fit, **study.resampling(1000))
     low, high = found.intervals[95]
-    bends = f"bends {'down' if found.quadratic < 0 else 'up'}, more than chance would make it"
+    bends = f"bends {'down' if found.quadratic < 0 else 'up'} significantly"
     return judged(
         not found.significant,
-        f"In log-log the frontier {bends if found.significant else 'has no bend beyond chance'}: quadratic term "
+        f"In log-log the frontier {bends if found.significant else 'has no significant curvature'}: quadratic term "
         f"{found.quadratic:+.3f} [{low:+.3f}, {high:+.3f}].",
         {"quadratic": found.quadratic, "intervals": found.intervals},
     )
@@ -334,8 +330,8 @@ def loss_line(study: Study) -> Outcome:
         return Outcome("not checked", json={"reason": str(found)})
     return Outcome(
         "ok",
-        f"The least losses of the budgets go as C^-{found.exponent:.4f}; the straight line through those of the "
-        f"smaller ones is off by {100 * (found.predicted / found.measured - 1):+.2f}% at the largest.",
+        f"The lowest losses of the budgets follow C^-{found.exponent:.4f}; a power law through the smaller budgets is "
+        f"{100 * (found.predicted / found.measured - 1):+.2f}% off at the largest.",
         asdict(found),
     )
 
@@ -352,8 +348,8 @@ def kaplan_procedure(study: Study) -> Outcome:
     ends = bracketed(found.intervals.get(95, (np.nan, np.nan)))
     return Outcome(
         "ok",
-        f"Kaplan's procedure (non-embedding N and C, losses interpolated, {where}) gives a = {found.a:.3f}{ends}; the "
-        f"law's losses in their place give {found.simulated:.3f}.",
+        f"Kaplan's procedure (non-embedding N and C, losses interpolated, {where}) gives a = {found.a:.3f}{ends}; "
+        f"with the law's losses instead, {found.simulated:.3f}.",
         asdict(found) | {"flops": found.flops.tolist(), "params": found.params.tolist()},
         found=found,
     )
@@ -409,7 +405,7 @@ def near_minimum(study: Study) -> Outcome:
     E = (study.whole or study).need(3).law.E
     refits = laws.near_minimum(study.need(3).fit, study.need(2).fit, **study.resampling(SENSITIVITY))
     said = [
-        f"E, {E:.3g}, comes from runs far from the minimum of their budget: the {runs} within {factor:g} times of it "
+        f"E ({E:.3g}) is driven by models far from compute-optimal: the {runs} runs within {factor:g}x of the optimum "
         f"give {low:.3g} to {high:.3g}."
         for factor, runs, (low, high) in ((*one.change, one.sure.interval("E")) for one in refits if one.sure)
         if not low <= E <= high

@@ -210,7 +210,7 @@ def test_the_hold_out_in_a_table(made):
     for _, seen, told, (low, high) in held.optima:
         assert f"{count(told)} {count(low)} – {count(high)} {count(seen)} {100 * (told / seen - 1):+.0f}%" in text
     outside = int(np.sum((held.observed < held.low) | (held.observed > held.high)))
-    assert f"{outside} of these {len(held.rows)} losses lie outside" in text
+    assert f"{outside} of {len(held.rows)} runs fall outside" in text
 
 
 def test_laws_of_others_stand_beside_ours(made):

@@ -296,13 +296,13 @@ def test_all_killed_again_and_again(peace, sweeps):
     (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_signalled(peace, sweeps, number, code):
-    """SIGTERM and SIGINT save what is running and end all processes; the same command goes on from there."""
+    """SIGTERM and SIGINT save what is running and end all processes; the same command resumes them."""
     process = sweeps.start("--workers", "2")
     sweeps.wait_for(process, lambda: sweeps.steps() > 20)
     workers = children(process.pid)
     process.send_signal(number)
     out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == code and "Traceback" not in err and "the same command goes on from there" in out
+    assert process.returncode == code and "Traceback" not in err and "rerun the same command to resume" in out
     assert all(map(gone, workers))
     sweeps.run()
     same(sweeps, peace)
