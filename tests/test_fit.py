@@ -159,7 +159,7 @@ def test_narrow_clusters_are_no_budgets():
     study = study_runs(_as_rows(rows[:21] + narrow), settings=Settings(bootstrap=0))
     found = run_checks(study)["budgets"]
     without = study.results[2].fit.without(study.results[2].fit.budgets[-1:]).a
-    assert found.status == "doubt" and f"of {len(narrow)} runs), without which it is {without:.3f}." in found.sentence
+    assert found.status == "doubt" and f"of {len(narrow)} runs); without these a is {without:.3f}." in found.sentence
 
 
 def test_every_approach_has_both_intervals(run, made_up, tmp_path):
