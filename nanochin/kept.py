@@ -96,10 +96,10 @@ def of_hold_out(found: dict | None) -> str:
     if "reason" in held:
         return f"Hold-out: none ({held['reason']})."
     n = len(held["rows"])
-    outside = f"; {held['outside']} of the {n} lie outside their predicted 95% intervals" if "outside" in held else ""
+    outside = f"; {held['outside']} of {n} fall outside the predicted 95% interval" if "outside" in held else ""
     return (
-        f"Fitted without the {n} largest runs, Approach 3 is off by {held['error']:.2%} on them (median; "
-        f"{held['bias']:+.2%} on balance){outside}."
+        f"Hold-out error of Approach 3 on the {n} largest runs: {held['error']:.2%} (median; {held['bias']:+.2%} "
+        f"signed){outside}."
     )
 
 
