@@ -72,7 +72,7 @@ def test_law():
 def test_hold_out():
     """Off by how much on how many runs, or the reason why it is not known."""
     said = text_of(law())
-    assert "without the 2 largest runs" in said and "1.20%" in said and "-1.00%" in said and "1 of the 2" in said
+    assert "on the 2 largest runs" in said and "1.20%" in said and "-1.00%" in said and "1 of 2" in said
     assert "too few budgets" in text_of(law(checks={"hold_out": {"reason": "too few budgets"}}))
     assert "Hold-out" not in text_of(law(checks={}))
 
