@@ -25,10 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.aot_cases import Build, builds
+from bench.common import RESULTS
 from nanochin.config import UserError, opt, parse, run_command
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
 # KiB of shared memory a block may have (CUDA programming guide, compute capabilities). sm_80 itself allows 163, but its
 # configurations serve the consumer cards sm_86, sm_89 and sm_120 as well.
 SHARED_LIMIT = {80: 99, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -69,12 +68,11 @@ def compile_and_read(build: Build, capability: int) -> Report:
     from triton.compiler import ASTSource
 
     arguments = {name: build.signature.get(name, "constexpr") for name in build.kernel.arg_names}
-    sixteen = [
-        (i,)
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
         for i, (name, kind) in enumerate(arguments.items())
         if kind.startswith("*") or kind == "i32" and name not in build.odd
-    ]
-    attributes = {place: [["tt.divisibility", 16]] for place in sixteen}
+    }
     source = ASTSource(build.kernel, arguments, build.constexprs, attributes)
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
     log = io.StringIO()
@@ -143,13 +141,10 @@ def loops_of(sass: str) -> list[list[str]]:
 
 def read_all(jobs: list[tuple[int, int]], processes: int) -> list[Report]:
     """The reports of (place in `builds()`, capability) pairs, in their order."""
-    spawn = multiprocessing.get_context("spawn")  # compiling wants a process where no kernel has been interpreted
-    with ProcessPoolExecutor(processes, mp_context=spawn, initializer=_compile_here) as pool:
-        return list(pool.map(_read_one, jobs))
-
-
-def _compile_here() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
+    spawn = multiprocessing.get_context("spawn")  # compiling wants a process where no kernel has been interpreted
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        return list(pool.map(_read_one, jobs))
 
 
 def _read_one(job: tuple[int, int]) -> Report:
@@ -165,23 +160,19 @@ def violations(reports: list[Report], committed: dict[str, int]) -> list[str]:
     """One line for everything that must not be; `committed` has registers by name, empty where this triton has no
     table."""
     found = []
-    for report in reports:
-        limit, wanted = SHARED_LIMIT[report.capability], wanted_mma(report)
-        if report.spills and report.capability in GATED:
-            found.append(f"{report.name}: {report.spills} local loads and stores (registers spill)")
-        if report.shared > limit * 1024:
-            found.append(f"{report.name}: {report.shared / 1024:.0f} KiB of shared memory, the limit is {limit}")
-        if wanted not in report.mma:
-            found.append(f"{report.name}: no {wanted} instruction")
-        if report.gate and report.serialised:
-            found.append(f"{report.name}: ptxas serialises wgmma")
-        if report.gate and report.copies and wanted == "HGMMA":  # these tiles come by TMA descriptors
-            found.append(f"{report.name}: {report.copies} LDGSTS in its loops")
-        before = committed.get(report.name, report.registers)
-        if abs(report.registers - before) > REGISTER_MARGIN:
-            found.append(
-                f"{report.name}: {report.registers} registers, {before} in the table (margin {REGISTER_MARGIN})"
-            )
+    for r in reports:
+        limit, wanted, before = SHARED_LIMIT[r.capability], wanted_mma(r), committed.get(r.name, r.registers)
+        moved = abs(r.registers - before) > REGISTER_MARGIN
+        wrong = {
+            f"{r.spills} local loads and stores (registers spill)": r.spills and r.capability in GATED,
+            f"{r.shared / 1024:.0f} KiB of shared memory, the limit is {limit}": r.shared > limit * 1024,
+            f"no {wanted} instruction": wanted not in r.mma,
+            "ptxas serialises wgmma": r.gate and r.serialised,
+            # These tiles come by TMA descriptors.
+            f"{r.copies} LDGSTS in its loops": r.gate and r.copies and wanted == "HGMMA",
+            f"{r.registers} registers, {before} in the table (margin {REGISTER_MARGIN})": moved,
+        }
+        found += [f"{r.name}: {text}" for text, is_so in wrong.items() if is_so]
     return found
 
 
@@ -232,7 +223,7 @@ class Options:
     processes: int = opt(2, "compile so many at a time", low=1)
 
 
-def main() -> None:
+def main() -> int:
     options = parse(Options, prog="bench.aot", description="What the shipped Triton kernels use, without a GPU.")
     tool()
     import triton
@@ -254,7 +245,7 @@ def main() -> None:
     if not options.gate and not options.only:
         path.write_text(text)
     print(f"{len(reports)} configurations, {len(found)} violations")
-    sys.exit(1 if found else 0)
+    return int(bool(found))
 
 
 if __name__ == "__main__":

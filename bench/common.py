@@ -1,143 +1,116 @@
-"""What the benches of whole training steps share: workers that take turns, and nanoGPT's step."""
+"""What several benches share: workers in processes of their own, and how results are written."""
 
 import contextlib
-import importlib
-import io
 import json
 import os
+import platform
 import queue
+import select
+import shlex
+import signal
 import subprocess
 import sys
 import threading
-import traceback
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from nanochin.config import Shape, UserError
+from nanochin.config import UserError
+from nanochin.files import versions
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+LATE = "not measured: out of time"
 
 
 class Worker:
-    """`python -m MODULE --worker SPEC`, which answers each line of JSON that it is told with another one."""
+    """`python -m MODULE --worker SPEC` in a process group of its own. It answers each line of JSON with another one."""
 
-    def __init__(self, module: str, spec: dict, checkout: Path | None = None):
-        command = [sys.executable, "-m", module, "--worker", json.dumps(spec)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=checkout)
-        self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
+    def __init__(self, module: str, spec: dict, checkout: Path | None = None, environment: dict | None = None):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", module, "--worker", json.dumps(spec)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=checkout,
+            env=os.environ | (environment or {}),
+            start_new_session=True,
+        )
 
-    def _read(self) -> None:
-        for line in self.process.stdout:
-            self.lines.put(line)
-        self.lines.put("")
-
-    def tell(self, message) -> None:
-        with contextlib.suppress(OSError, ValueError):  # it has ended, or was made to: `hear` says so
+    def ask(self, message, timeout: float | None = None):
+        """Its answer. Raises UserError if the worker has ended, TimeoutError if it takes over `timeout` seconds."""
+        with contextlib.suppress(OSError):  # it has ended, and the empty line below says so
             print(json.dumps(message), file=self.process.stdin, flush=True)
-
-    def hear(self, timeout: float | None = None):
-        """Its next answer. Raises UserError if it has ended, TimeoutError."""
-        try:
-            line = self.lines.get(timeout=timeout and max(timeout, 0.01))
-        except queue.Empty:
-            raise TimeoutError("no answer in time") from None
+        if not select.select([self.process.stdout], [], [], timeout)[0]:
+            raise TimeoutError("no answer in time")
+        line = self.process.stdout.readline()
         if not line:
-            self.lines.put("")  # whoever asks again need not wait for it
             raise UserError(f"its process ended early with exit code {self.process.wait()} (see above)")
         return json.loads(line)
 
-    def ask(self, message, timeout: float | None = None):
-        self.tell(message)
-        return self.hear(timeout)
-
-    def let_go(self) -> None:
-        """There are no more messages: it ends when it has answered the last."""
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-
     def close(self, patience: float | None = None) -> None:
         """End it, by force if it takes longer than `patience` seconds."""
-        self.let_go()
-        try:
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        kill_group(self.process)
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """Kill what is left of a process that leads a group, and of those that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def messages() -> Iterator[tuple[object, Callable[[object], None]]]:
-    """In a worker: (message, function that answers it), until there are no more. Whatever else prints to the standard
-    output goes to the standard error."""
+    """In a worker: (message, function that answers it). The worker ends when there are no more, or whoever asked has
+    died, also in the middle of its work: it must not keep a device busy. Whatever else prints to the standard output
+    goes to the standard error."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    for line in sys.stdin:
-        yield json.loads(line), lambda answer: print(json.dumps(answer), file=answers)
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield json.loads(lines.get()), lambda answer: print(json.dumps(answer), file=answers)
 
 
-def serve(spec: dict) -> None:
-    """In a worker: {"do": NAME, ...} calls a method of what `make(spec)` of the module spec["module"] returns, and is
-    answered with its result or {"error": text}. torch is loaded at once, the rest by the first message: until then the
-    worker has no context on a GPU, which takes half a GiB of it. spec["environment"] holds for this process."""
-    os.environ.update(spec.get("environment", {}))
-    import torch  # noqa: F401
-
-    worker = None
-    for message, answer in messages():
-        try:
-            if worker is None:
-                worker = importlib.import_module(spec["module"]).make(spec)
-            answer(getattr(worker, message.pop("do"))(**message))
-        except Exception as error:
-            traceback.print_exc()
-            answer({"error": error_text(error)})
+def nanogpt_folder(path: str) -> str:
+    """The full path of a checkout of nanoGPT. Raises UserError if it is none."""
+    if not (Path(path) / "model.py").exists():
+        raise UserError(f"--nanogpt {path}: no model.py there; name a checkout of karpathy/nanoGPT")
+    return str(Path(path).resolve())
 
 
 def error_text(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-class NanoGPT:
-    """The model and optimizer of a nanoGPT checkout; `step(batch)` trains on (n, T+1) tokens as its train.py does, in
-    pieces of `micro_batch` sequences, and returns the loss of the last one, on the device."""
-
-    def __init__(self, checkout: str, shape: Shape, device, dtype, micro_batch: int):
-        import torch
-
-        sys.path.insert(0, checkout)
-        from model import GPT, GPTConfig  # the checkout's model.py
-
-        config = GPTConfig(
-            block_size=shape.seq_len,
-            vocab_size=shape.vocab_size,
-            n_layer=shape.layers,
-            n_head=shape.heads,
-            n_embd=shape.width,
-            dropout=0.0,
-            bias=False,
-        )
-        with contextlib.redirect_stdout(io.StringIO()):
-            self.model = GPT(config).to(device)
-            self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
-        self.forward, self.micro_batch = self.model, micro_batch
-        low = dtype == torch.bfloat16
-        self.cast = torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
-
-    def gradient(self, batch):
-        """Adds up the gradient of the batch's mean loss."""
-        for piece in batch.split(self.micro_batch):
-            with self.cast:
-                _, loss = self.forward(piece[:, :-1].contiguous(), piece[:, 1:].contiguous())
-            (loss * (len(piece) / len(batch))).backward()
-        return loss.detach()
-
-    def step(self, batch):
-        import torch
-
-        loss = self.gradient(batch)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss
+def write_report(path: str, module: str, note: str, text: str, record: dict) -> None:
+    """Write `record` with command, processor, date and versions as JSON, and beside it `text` as .md."""
+    arguments = (Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])  # folders of a machine say nothing
+    about = {
+        "command": shlex.join(["python", "-m", module, *arguments]),
+        "cpu": cpu_name(),
+        "load": os.getloadavg()[0],  # running programs over the last minute: above the threads, others disturbed it
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": versions(),
+    }
+    Path(path).write_text(json.dumps(about | record, indent=1) + "\n")
+    note = f"{about['cpu']}, torch {about['versions']['torch']}, {about['date']}; {note}"
+    Path(path).with_suffix(".md").write_text(f"`{about['command']}`\n\n{note}\n\n```\n{text}\n```\n")
 
 
-if __name__ == "__main__":
-    serve(json.loads(sys.argv[2]))  # after --worker
+def cpu_name() -> str:
+    """The processor as Linux names it, else as Python does."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()

@@ -10,10 +10,8 @@ times faster than the finite differences or autograd that are published. Needs s
 """
 
 import csv
-import json
 import math
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -26,14 +24,19 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.common import ROOT, write_report
 from nanochin.config import UserError, opt, parse, run_command
 from nanochin.console import format_columns
-from nanochin.laws import BESIROGLU, HOFFMANN, bootstrap, fit_parametric
+from nanochin.laws import BESIROGLU, HOFFMANN, Law, bootstrap, fit_parametric
 from nanochin.laws.parametric import GRID, reference_objective
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 DELTA = 1e-3
-ROOT = Path(__file__).resolve().parents[1]
+COMMANDS = (  # what, options of fit.py, whether the answer on the terminal ends it, seconds promised
+    ("point estimates, until the answer", ("--bootstrap=0", "--figures=none"), True, 1),
+    ("4000 bootstraps, until the answer", ("--bootstrap=4000", "--figures=none"), True, 3),
+    ("everything, SVG and PNG figures included", (), False, 8),
+)
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,11 @@ class Options:
     resamples: int = opt(100, "how many of the 4000 resamples BFGS is timed on; scaled up", low=1)
     rounds: int = opt(5, "repetitions of what takes less than a second", low=1)
     command_rounds: int = opt(3, "repetitions of the whole command, of which the fastest counts", low=1)
-    remark: str = opt("", "what else one should know about this run, such as: beside other work")
     wrong_way: bool = opt(False, "instead: how an optimiser that stops too early makes the interval collapse")
     json: str | None = opt(None, "write the results to this file, and a table beside it (.md)")
 
 
-def load_runs(path: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if path is None:
-        return made_up(240)
+def load_runs(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     try:
         with open(path, newline="") as file:
             table = list(csv.DictReader(file))
@@ -72,6 +72,28 @@ def made_up(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 # The peers
 
 
+class Peers:
+    """scipy on the same rows."""
+
+    def __init__(self, N: np.ndarray, D: np.ndarray, loss: np.ndarray):
+        self.data, self.ones = (np.log(N), np.log(D), np.log(loss), DELTA), np.ones(len(N))
+
+    def minimize(self, start, method: str, weights: np.ndarray | None = None):
+        from scipy.optimize import minimize
+
+        arguments = (*self.data, self.ones if weights is None else weights)
+        return minimize(reference_objective, start, arguments, method, jac=True)
+
+    def resamples(self, number: int) -> np.ndarray:
+        """How often each row is drawn: (number, rows)."""
+        n = len(self.ones)
+        return np.random.default_rng(0).multinomial(n, self.ones / n, number).astype(float)
+
+
+def start_at(law: Law) -> tuple[float, ...]:
+    return np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta
+
+
 def timed(work: Callable[[], object], rounds: int = 1) -> tuple[float, object]:
     """Median CPU seconds, and the last result."""
     seconds = []
@@ -83,67 +105,48 @@ def timed(work: Callable[[], object], rounds: int = 1) -> tuple[float, object]:
 
 
 def compare(N, D, loss, options: Options) -> list[dict]:
-    from scipy.optimize import minimize
-
-    x, y, target = np.log(N), np.log(D), np.log(loss)
-    some = [GRID[i] for i in np.linspace(0, len(GRID) - 1, options.starts).round().astype(int)]
-
-    def lbfgs(weights=np.ones(len(N))):  # noqa: B008
-        return [
-            minimize(reference_objective, s, (x, y, target, DELTA, weights), "L-BFGS-B", jac=True).fun for s in some
-        ]
-
+    peers = Peers(N, D, loss)
+    starts = [GRID[i] for i in np.linspace(0, len(GRID) - 1, options.starts).round().astype(int)]
     fit_parametric(N, D, loss)  # warm up: imports, caches
     ours, fit = timed(lambda: fit_parametric(N, D, loss), 4 * options.rounds)
-    theirs, objectives = timed(lbfgs)
-    best, law = min(objectives), fit.law
-    warm = (np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta)
-    rng = np.random.default_rng(0)
-    counts = rng.multinomial(len(N), np.full(len(N), 1 / len(N)), options.resamples).astype(float)
-
-    def bfgs():
-        return [minimize(reference_objective, warm, (x, y, target, DELTA, w), "BFGS", jac=True) for w in counts]
-
+    theirs, found = timed(lambda: [peers.minimize(start, "L-BFGS-B").fun for start in starts])
+    warm, weights = start_at(fit.law), peers.resamples(options.resamples)
     strap, sure = timed(lambda: bootstrap(fit), options.rounds)
-    bfgs_seconds, _ = timed(bfgs)
-    theirs *= len(GRID) / len(some)
-    bfgs_seconds *= 4000 / len(counts)
-    near = float(np.mean(np.array(objectives) <= fit.objective * (1 + 1e-6)))
-    return [
-        {"what": "one fit", "who": "nanochin", "seconds": ours, "ratio": None, "objective": fit.objective,
-         "note": f"{fit.starts_agreeing} of {fit.starts} starts agree to 1e-9"},
-        {"what": "one fit", "who": "scipy L-BFGS-B, 4500 starts", "seconds": theirs, "ratio": theirs / ours,
-         "objective": best, "note": f"{near:.1%} of starts within 1e-6; timed on {len(some)} of 4500"},
-        {"what": "4000 bootstraps", "who": "nanochin", "seconds": strap, "ratio": None, "objective": None,
-         "note": f"{sure.worse} of {sure.checked} checked from a second start were wrong"},
-        {"what": "4000 bootstraps", "who": "scipy BFGS, one start", "seconds": bfgs_seconds,
-         "ratio": bfgs_seconds / strap, "objective": None, "note": f"timed on {len(counts)} of 4000"},
-    ]  # fmt: skip
+    bfgs, _ = timed(lambda: [peers.minimize(warm, "BFGS", w) for w in weights])
+    near = float(np.mean(np.array(found) <= fit.objective * (1 + 1e-6)))
+    notes = (
+        f"{fit.starts_agreeing} of {fit.starts} starts agree to 1e-9",
+        f"{near:.1%} of starts within 1e-6; timed on {len(starts)} of 4500",
+        f"{sure.worse} of {sure.checked} checked from a second start were wrong",
+        f"timed on {len(weights)} of 4000",
+    )
+    theirs, bfgs = theirs * len(GRID) / len(starts), bfgs * 4000 / len(weights)
+    rows = (
+        ("one fit: nanochin", ours, None, fit.objective),
+        ("one fit: scipy L-BFGS-B, 4500 starts", theirs, theirs / ours, min(found)),
+        ("4000 bootstraps: nanochin", strap, None, None),
+        ("4000 bootstraps: scipy BFGS, one start", bfgs, bfgs / strap, None),
+    )
+    names = ("what", "seconds", "ratio", "objective", "note")
+    return [dict(zip(names, (*row, note), strict=True)) for row, note in zip(rows, notes, strict=True)]
 
 
 def wrong_way(N, D, loss, resamples: int) -> list[dict]:
     """Width of the 80% interval of a when resamples are optimised as published at first (the mean of the Huber terms,
     L-BFGS-B at its default tolerances, one start at Hoffmann's constants), when only the mean is mended to a sum, and
     when each resample is carried to its optimum."""
-    from scipy.optimize import minimize
-
-    x, y, target, law = np.log(N), np.log(D), np.log(loss), HOFFMANN
-    start = (np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta)
-    counts = np.random.default_rng(0).multinomial(len(N), np.full(len(N), 1 / len(N)), resamples).astype(float)
-    told = []
+    peers, told = Peers(N, D, loss), []
     for name, scale in (("mean, default tolerances", 1 / len(N)), ("sum, default tolerances", 1.0)):
-        results = [
-            minimize(reference_objective, start, (x, y, target, DELTA, scale * w), "L-BFGS-B", jac=True) for w in counts
-        ]
-        exponents = [r.x[4] / (r.x[3] + r.x[4]) for r in results]
-        low, high = np.percentile(exponents, (10, 90))
+        weights = scale * peers.resamples(resamples)
+        results = [peers.minimize(start_at(HOFFMANN), "L-BFGS-B", w) for w in weights]
+        low, high = np.percentile([r.x[4] / (r.x[3] + r.x[4]) for r in results], (10, 90))
         told.append({"how": name, "low": low, "high": high, "steps": float(np.median([r.nit for r in results]))})
     low, high = bootstrap(fit_parametric(N, D, loss), replicates=resamples).interval("a", 80)
     return [*told, {"how": "sum, converged (nanochin)", "low": low, "high": high, "steps": math.nan}]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Memory
+# Memory and the whole command
 
 
 def peak_memory(rows: int) -> float:
@@ -153,16 +156,6 @@ def peak_memory(rows: int) -> float:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak / 1e6
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-
-COMMANDS = (  # what, options of fit.py, whether the answer on the terminal ends it, seconds promised
-    ("point estimates, until the answer", ("--bootstrap=0", "--figures=none"), True, 1),
-    ("4000 bootstraps, until the answer", ("--bootstrap=4000", "--figures=none"), True, 3),
-    ("everything, SVG and PNG figures included", (), False, 8),
-)
 
 
 def time_commands(N, D, loss, rounds: int) -> list[dict]:
@@ -175,23 +168,24 @@ def time_commands(N, D, loss, rounds: int) -> list[dict]:
         np.savetxt(path, np.stack([N, D, loss], 1), fmt="%.17g", delimiter=",", header=header, comments="")
         for what, options, until_answer, target in COMMANDS:
             argv = [sys.executable, "fit.py", str(path), f"--out={folder}/out", *options]
-            best = {"seconds": math.inf}
-            for _ in range(rounds):
-                start = time.perf_counter()
-                with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE) as process:
-                    process.stdout.readline()  # the answer comes in one piece
-                    answered = time.perf_counter() - start
-                    process.stdout.read()
-                    ended = time.perf_counter() - start
-                    _, status, used = os.wait4(process.pid, 0)
-                    process.returncode = os.waitstatus_to_exitcode(status)
-                if process.returncode:
-                    raise UserError(f"{' '.join(argv)}: exit code {process.returncode}")
-                seconds, cpu = answered if until_answer else ended, used.ru_utime + used.ru_stime
-                if seconds < best["seconds"]:
-                    best = {"seconds": seconds, "cpu_seconds": cpu}
-            rows.append({"what": what, "options": " ".join(options), "target": target} | best)
+            seconds, cpu = min(time_command(argv, until_answer) for _ in range(rounds))
+            rows.append({"what": what, "target": target, "seconds": seconds, "cpu_seconds": cpu})
     return rows
+
+
+def time_command(argv: list[str], until_answer: bool) -> tuple[float, float]:
+    """(seconds by the clock, CPU seconds)."""
+    start = time.perf_counter()
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()  # the answer comes in one piece
+        answered = time.perf_counter() - start
+        process.stdout.read()
+        ended = time.perf_counter() - start
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise UserError(f"{' '.join(argv)}: exit code {process.returncode}")
+    return answered if until_answer else ended, used.ru_utime + used.ru_stime
 
 
 def main() -> None:
@@ -199,62 +193,35 @@ def main() -> None:
     if any(os.environ.get(name) != value for name, value in ONE_THREAD.items()):
         # Read by the BLAS when it is loaded: start again.
         os.execve(sys.executable, [sys.executable, "-m", "bench.fit", *sys.argv[1:]], os.environ | ONE_THREAD)
-    N, D, loss = load_runs(options.runs)
+    runs = load_runs(options.runs) if options.runs else made_up(240)
     if options.wrong_way:
         lines = [["resamples are optimised by", "80% interval of a", "width", "steps"]]
-        for row in wrong_way(N, D, loss, options.resamples):
-            lines.append(
-                [
-                    row["how"],
-                    f"{row['low']:.4f} to {row['high']:.4f}",
-                    f"{row['high'] - row['low']:.4f}",
-                    "-" if math.isnan(row["steps"]) else f"{row['steps']:.0f}",
-                ]
-            )
+        for row in wrong_way(*runs, options.resamples):
+            low, high, steps = row["low"], row["high"], row["steps"]
+            width, steps = f"{high - low:.4f}", "-" if math.isnan(steps) else f"{steps:.0f}"
+            lines.append([row["how"], f"{low:.4f} to {high:.4f}", width, steps])
         return print(format_columns(lines))
-    rows = compare(N, D, loss, options)
+    rows = compare(*runs, options)
     memory = {n: peak_memory(n) for n in (1000, 100_000)}
-    commands = time_commands(N, D, loss, options.command_rounds)
+    commands = time_commands(*runs, options.command_rounds)
     lines = [["what", "CPU s", "ratio", "objective", "remarks"]]
     for row in rows:
         ratio = f"{row['ratio']:.0f}x" if row["ratio"] else "1"
         objective = f"{row['objective']:.13g}" if row["objective"] else "-"
-        lines.append([f"{row['what']}: {row['who']}", f"{row['seconds']:.3g}", ratio, objective, row["note"]])
-    text = format_columns(lines)
-    text += "\n" + "\n".join(f"{n} rows, a fit and 20 bootstraps: {mb:.0f} MB" for n, mb in memory.items())
-    table = [[f"python fit.py, {len(N)} rows", "by the clock, s", "target, s", "CPU s of it all"]]
+        lines.append([row["what"], f"{row['seconds']:.3g}", ratio, objective, row["note"]])
+    table = [[f"python fit.py, {len(runs[0])} rows", "by the clock, s", "target, s", "CPU s of it all"]]
     for row in commands:
-        numbers = (f"{row['seconds']:.2f}", str(row["target"]), f"{row['cpu_seconds']:.2f}")
-        table.append([row["what"], *numbers])
-    text += "\n\n" + format_columns(table)
+        table.append([row["what"], f"{row['seconds']:.2f}", str(row["target"]), f"{row['cpu_seconds']:.2f}"])
+    used = [f"{n} rows, a fit and 20 bootstraps: {mb:.0f} MB" for n, mb in memory.items()]
+    text = "\n".join([format_columns(lines), *used, "", format_columns(table)])
     print(text)
     if options.json:
         import scipy
 
-        from bench.train_throughput import cpu_name
-
-        source = "240 made-up runs" if options.runs is None else f"{len(N)} rows of {Path(options.runs).name}"
-        shown = shlex.join(Path(a).name if a == options.runs else a for a in sys.argv[1:])
-        about = {
-            "command": f"python -m bench.fit {shown}".strip(),
-            "source": source,
-            "cpu": cpu_name(),
-            "threads": 1,
-            "date": time.strftime("%Y-%m-%d"),
-            "python": sys.version.split()[0],
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-        }
         kept = asdict(options) | {"runs": options.runs and Path(options.runs).name}
-        result = about | {"options": kept, "rows": rows, "memory_mb": memory, "commands": commands}
-        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
-        note = (
-            f"{source}; {about['cpu']}, one thread, numpy {about['numpy']}, scipy {about['scipy']}, "
-            f"{about['date']}; CPU seconds, ratios to nanochin in the same run"
-            + f"; {options.remark}"
-            * bool(options.remark)
-        )
-        Path(options.json).with_suffix(".md").write_text(f"`{about['command']}`\n\n{note}\n\n```\n{text}\n```\n")
+        record = {"options": kept, "rows": rows, "memory_mb": memory, "commands": commands}
+        note = f"one thread, numpy {np.__version__}, scipy {scipy.__version__}; CPU seconds, ratios to nanochin"
+        write_report(options.json, "bench.fit", note, text, record)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ once, which compiles the kernels on all cores. No torch here.
               their peers; the GPU tests in bf16
     second    124M beside nanoGPT compiled (--nanogpt); `python train.py`; compute-sanitizer
     tiles     the shipped tiles and their neighbours
-    sizes     10M, 50M, 350M
+    sizes     10M, 50M, 350M in each kind of step; last, nanoGPT
+    kernels   more shapes, and peers that take long to compile
     sweep     sweeps/quick.toml on text that is tokenised already: train.bin and val.bin in --tokens
 """
 
@@ -27,41 +28,40 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from bench.common import Worker
+from bench.common import LATE, ROOT, Worker, error_text, kill_group
 from nanochin.config import UserError, opt, parse, run_command
 from nanochin.files import writing
 
-ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("first", "second", "tiles", "sizes", "sweep")
-LATE = "not measured: out of time"
-# Names of bench.kernels.check_all, operations of bench.gpu_jobs.Jobs.compile, cases of bench.kernels
-CHECKS = ("attention", "attention, rotary", "attention, rotary, QK-norm", "add_rms_norm", "linear_cross_entropy",
-          "activation_linear", "rms_norm", "add_layer_norm", "layer_norm", "activation_linear, swiglu")  # fmt: skip
-COMPILED = ("attention", "loss", "norms", "activation")
-ATTENTION = tuple(f"D{D} T{T} 65536 tokens" for T in (1024, 2048) for D in (64, 128))
-CASES = (
-    ("attention", ATTENTION[0]),
-    ("attention", ATTENTION[1]),
-    ("add_rms_norm", "C768 65536 tokens"),
-    ("linear_cross_entropy", "C768 V50257 16384 tokens"),
-    ("attention", ATTENTION[2]),
-    ("attention", ATTENTION[3]),
-    ("gelu", "F3072 65536 tokens"),
-    ("rotary attention", ATTENTION[0]),
+STEP_TOKENS = 65_536  # of a step, accumulated where memory does not hold them at once; beyond, no kernel gets faster
+SIZES = {  # width, layers, head size, vocabulary, context
+    "124M": (768, 12, 64, 50304, 1024),
+    "10M": (320, 6, 64, 8192, 512),
+    "50M": (640, 8, 64, 16384, 1024),
+    "350M": (1024, 24, 64, 50304, 1024),
+}
+KINDS, PEERS = ("graph", "eager", "compile"), ("nanoGPT flash", "nanoGPT cudnn")
+CHECKS = (  # of bench.kernels, the most valuable first
+    *("attention", "attention, rotary", "attention, rotary, QK-norm", "add_rms_norm", "linear_cross_entropy"),
+    *("activation_linear", "rms_norm", "add_layer_norm", "layer_norm", "activation_linear, swiglu"),
 )
-TUNED = (
-    ("rotary attention", ATTENTION[0]),
-    ("rotary attention", ATTENTION[1]),
-    ("add_rms_norm", "C768 65536 tokens"),
-    ("linear_cross_entropy", "C768 V50257 16384 tokens"),
-    ("gelu", "F3072 65536 tokens"),
+# Operations of bench.kernel_cases, and their shapes.
+ATTENTION = tuple(f"attention D{D} T{T}" for T in (1024, 2048) for D in (64, 128))
+NORM, LOSS, GELU = "add_rms_norm C768", "linear_cross_entropy C768 V50257 M16384", "gelu F3072"
+CASES = (*ATTENTION[:2], NORM, LOSS, *ATTENTION[2:], GELU, "rotary attention D64 T1024")
+TUNED = ("rotary attention D64 T1024", "rotary attention D128 T1024", NORM, LOSS, GELU)
+MORE_CASES = (
+    *(f"{name} C{C}" for name in ("add_rms_norm", "add_layer_norm", "rms_norm", "layer_norm") for C in (768, 2048)),
+    *(LOSS, "linear_cross_entropy C2048 V50257 M16384", "linear_cross_entropy C320 V8192 M65536", GELU, "swiglu F3072"),
+    *(f"rotary attention D{D} T{T}" for T in (1024, 2048) for D in (64, 128)),
+    *(f"attention D{D} T{T}" for T in (512, 4096) for D in (64, 128)),
 )
 TESTS = "(dtype2 or bfloat16 or graph or kinds_agree or losses) and not sm_80"
-# The longest last.
-TESTED = ("step", "triton_backend", "norms", "cross_entropy", "activation", "rotary", "attention")
+TESTED = ("step", "triton_backend", "norms", "cross_entropy", "activation", "rotary", "attention")  # the longest last
 TOGETHER = 90.0  # seconds for what runs together, so that something is left for the rest
 SANITIZED = """
 import torch
@@ -83,15 +83,18 @@ class Row:
     seconds: float = 30.0  # what it may take
     together: bool = False  # with others of its kind at once
     command: tuple[str, ...] = ()
-    environment: tuple[tuple[str, str], ...] = ()
-    results: str = ""  # a glob, in the folder for work, of JSON files of which the last becomes part of the row
-    text: str = ""  # a file there, which does as well
+    inputs: dict[str, str] = field(default_factory=dict)  # files for it, by name in the folder for work
+    files: tuple[str, ...] = ()  # patterns of files that it leaves there and that become part of the row
     expect: str = ""  # a pattern that the output must contain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The parts: their rows, the most valuable first
 
 
 @dataclass(frozen=True)
 class Place:
-    """What the plan depends on beside the part."""
+    """What the rows of a part depend on."""
 
     work: Path  # where commands leave their files
     minutes: float
@@ -100,77 +103,81 @@ class Place:
     dry: bool = False
 
 
-def plan(part: str, place: Place) -> list[Row]:
-    """The rows of a part, the most valuable first."""
-    python, dry = sys.executable, place.dry
-    if part == "first":
-        rows = [Row("device", "about", seconds=TOGETHER, together=True)]
-        rows += [Row(f"check {name}", "check", {"name": name}, 90, together=True) for name in CHECKS]
-        rows += [Row(f"compile {name}", "compile", {"name": name}, 90, together=True) for name in COMPILED]
-        rows += [Row(f"124M {kind}", "step", {"size": "124M", "kind": kind}, 60) for kind in ("graph", "eager")]
-        rows += [Row("ceilings", "ceilings")]
-        for name, shape in CASES:
-            limit = 60 if name == "rotary attention" else 30  # its peers compile
-            rows.append(Row(f"{name} {shape}", "case", {"operation": name, "shape": shape}, limit))
-        tests = [f"tests/test_{name}.py" for name in TESTED]
-        chosen = ("-m", "not slow", "-k", "repeating") if dry else ("-m", "gpu", "-n", "auto", "-k", TESTS)
-        pytest = (python, "-m", "pytest", "-o", "addopts=", "-q", "-rf", "--tb=line", "--timeout", "60")
-        return [*rows, Row("GPU tests", seconds=110, expect=r"\d+ passed", command=(*pytest, *chosen, *tests))]
-    if part == "second":
-        more = ["--nanogpt", place.nanogpt] if place.nanogpt else []
-        # Without nanoGPT under another name, so that a call that has it does not take the row for done.
-        rows = [of_bench_gpu("124M" if more or dry else "124M without nanoGPT", place, 0.55, more)]
-        small = ("--data", "README.md", "--model", "16x1", "--tokens", "3e4", "--val-bytes", "2048") if dry else ()
-        rows += [
-            Row(
-                "train.py",
-                seconds=90,
-                command=(python, "train.py", "--out", str(place.work / "runs"), *small),
-                results="runs/*/summary.json",
-            )
-        ]
-        sanitizer = ("compute-sanitizer", "--report-api-errors=no", "--error-exitcode=1")
-        return [
-            *rows,
-            Row(
-                "compute-sanitizer",
-                seconds=90,
-                command=(*sanitizer, python, "-c", SANITIZED),
-                environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
-            ),
-        ]
-    if part == "tiles":
-        return [
-            Row("device", "about"),
-            *(Row(f"{name} {shape}", "tiles", {"operation": name, "shape": shape}, 120) for name, shape in TUNED),
-        ]
-    if part == "sizes":
-        return [of_bench_gpu(size, place, 0.3, []) for size in ("10M", "50M", "350M")]
-    data = ("README.md", "LOG.md") if dry else (f"{place.tokens}/train.bin", f"{place.tokens}/val.bin")
-    return [Row("quick", seconds=60 * place.minutes, results="quick/laws.json", text="quick/runs.csv", command=(
-        python, "sweep.py", str(place.work / "quick.toml"), "--data", data[0], "--val", data[1], "--out",
-        str(place.work), "--results", "none"))]  # fmt: skip
+def plan_first(place: Place) -> list[Row]:
+    rows = [Row("device", "about", seconds=TOGETHER, together=True)]
+    rows += [Row(f"check {name}", "check", {"name": name}, 90, together=True) for name in CHECKS]
+    rows += [Row("compile 124M", "compile", {"size": "124M"}, 90, together=True)]
+    rows += [of_step("124M", kind, place) for kind in ("graph", "eager")]
+    rows += [Row("ceilings", "ceilings"), *(of_case(name, "case", 60) for name in CASES)]
+    tests = [f"tests/test_{name}.py" for name in TESTED]
+    chosen = ("-m", "not slow", "-k", "repeating") if place.dry else ("-m", "gpu", "-n", "auto", "-k", TESTS)
+    pytest = (sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rf", "--tb=line", "--timeout", "60")
+    return [*rows, Row("GPU tests", seconds=110, expect=r"\d+ passed", command=(*pytest, *chosen, *tests))]
 
 
-def write_sweep(place: Place) -> None:
-    """sweeps/quick.toml for text that is tokenised already, or a tiny one."""
-    text = (ROOT / "sweeps" / "quick.toml").read_text().replace('tokenizer = "bpe"\n', "")
+def plan_second(place: Place) -> list[Row]:
+    small = ("--data", "README.md", "--model", "16x1", "--tokens", "3e4", "--val-bytes", "2048") if place.dry else ()
+    train = (sys.executable, "train.py", "--out", str(place.work / "runs"), *small)
+    sanitizer = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--report-api-errors=no")
+    sanitizer += ("--error-exitcode=1", sys.executable, "-c", SANITIZED)
+    return [
+        of_step("124M", "graph", place),
+        *(of_step("124M", kind, place) for kind in PEERS if place.nanogpt),
+        Row("train.py", seconds=90, command=train, files=("runs/*/summary.json",)),
+        Row("compute-sanitizer", seconds=90, command=sanitizer),
+        of_step("124M", "compile", place),
+    ]
+
+
+def plan_tiles(place: Place) -> list[Row]:
+    return [Row("device", "about"), *(of_case(name, "tiles", 120) for name in TUNED)]
+
+
+def plan_sizes(place: Place) -> list[Row]:
+    kinds = (*KINDS, *(PEERS if place.nanogpt else ()))
+    return [of_step(size, kind, place) for kind in kinds for size in ("10M", "50M", "350M")]
+
+
+def plan_kernels(place: Place) -> list[Row]:
+    return [of_case(name, "case", 120, slow=True) for name in MORE_CASES]
+
+
+def plan_sweep(place: Place) -> list[Row]:
+    """sweeps/quick.toml for text that is tokenised already, or a tiny sweep."""
+    sweep = (ROOT / "sweeps" / "quick.toml").read_text().replace('tokenizer = "bpe"\n', "")
+    data = (f"{place.tokens}/train.bin", f"{place.tokens}/val.bin")
     if place.dry:
-        text = 'kind = "grid"\nseq_len = 32\nbudgets = [2e9, 4e9]\nmodels = ["8x1", "16x1"]\nbatch_tokens = 128\n'
-        text += 'val_bytes = 2048\nbootstrap = 20\ndevice = "cpu"\n'
-    place.work.mkdir(parents=True, exist_ok=True)
-    (place.work / "quick.toml").write_text(text)
+        sweep = 'kind = "grid"\nseq_len = 32\nbudgets = [2e9, 4e9]\nmodels = ["8x1", "16x1"]\nbatch_tokens = 128\n'
+        sweep += 'val_bytes = 2048\nbootstrap = 20\ndevice = "cpu"\n'
+        data = ("README.md", "LOG.md")
+    command = (sys.executable, "sweep.py", str(place.work / "quick.toml"), "--data", data[0], "--val", data[1])
+    command += ("--out", str(place.work), "--results", "none")
+    left = ("quick/laws.json", "quick/runs.csv")
+    return [Row("quick", seconds=60 * place.minutes, command=command, inputs={"quick.toml": sweep}, files=left)]
 
 
-def of_bench_gpu(name: str, place: Place, share: float, more: list[str]) -> Row:
-    """A size, with which the name begins, by bench.gpu."""
-    size = name.split()[0]
-    folder, minutes, dry = place.work / f"gpu_{size}", share * place.minutes, place.dry
-    command = [sys.executable, "-m", "bench.gpu", "--sizes", size, "--minutes", f"{minutes:g}",
-               "--out", str(folder), *more]  # fmt: skip
-    command += ["--dry-run"] * dry
-    return Row(name, seconds=60 * minutes + 15, command=tuple(command), results=f"gpu_{size}/*.json")
+def of_step(size: str, kind: str, place: Place) -> Row:
+    """A training step in one kind, in a process of its own."""
+    checkout = {"nanogpt": place.nanogpt} if kind in PEERS else {}
+    seconds = 60 if kind in ("graph", "eager") else 120  # the others compile
+    return Row(f"{size} {kind}", "step", {"size": size, "kind": kind, **checkout}, seconds)
 
+
+def of_case(name: str, do: str, seconds: float, **more) -> Row:
+    """An operation at a shape, such as "attention D64 T1024"."""
+    operation, shape = re.sub(r" [A-Z]\d+", "", name), dict(re.findall(r" ([A-Z])(\d+)", name))
+    shape = {letter: int(number) for letter, number in shape.items()}
+    return Row(name, do, {"operation": operation, "shape": shape, **more}, seconds)
+
+
+PARTS = {
+    "first": plan_first,
+    "second": plan_second,
+    "tiles": plan_tiles,
+    "sizes": plan_sizes,
+    "kernels": plan_kernels,
+    "sweep": plan_sweep,
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows on the disk
@@ -184,28 +191,22 @@ class Kept:
     dry: bool
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def read(self, any_kind: bool = False) -> dict[str, dict]:
-        """The last line of each row. A line that was cut off counts as missing. Raises UserError if real rows would
-        stand beside those of a dry run, unless told to read `any_kind`."""
+    def read(self) -> dict[str, dict]:
+        """The last line of each row. A line that was cut off counts as missing."""
         rows = {}
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            try:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
                 rows[row["row"]] = row
-            except (ValueError, KeyError, TypeError):
-                continue
-        if not any_kind and any(row.get("dry", False) != self.dry for row in rows.values()):
-            raise UserError(f"{self.path}: holds rows of {'a real' if self.dry else 'a dry'} run; give another --out")
         return rows
 
     def add(self, name: str, got: dict, seconds: float) -> None:
-        line = json.dumps({"row": name, "dry": self.dry, "seconds": round(seconds, 2), **got})
+        line = json.dumps({"row": name, "dry": self.dry, "seconds": round(seconds, 2), **got}) + "\n"
         with self.lock, open(self.path, "ab+") as file:
-            file.seek(0, os.SEEK_END)
-            if file.tell():
+            if file.tell():  # at the end of what is there
                 file.seek(-1, os.SEEK_END)
                 line = ("" if file.read() == b"\n" else "\n") + line  # after a line that was cut off
-            file.write(line.encode() + b"\n")
+            file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
         print(f"{name}: {got.get('error') or 'done'} ({seconds:.1f} s)", flush=True)
@@ -217,120 +218,93 @@ class Kept:
 
 def measure(rows: list[Row], kept: Kept, work: Path, deadline: float) -> None:
     """Those that may run together first, then one after the other, until `deadline` on time.monotonic()."""
-    together, alone = queue.SimpleQueue(), queue.SimpleQueue()
-    for row in rows:
-        (together if row.together else alone).put(row)
-    number = min(together.qsize(), 2 if kept.dry else os.cpu_count() or 2)
+    together = [row for row in rows if row.together]
+    threads = min(len(together), 2 if kept.dry else os.cpu_count() or 2)
+    waiting = queue.SimpleQueue()
+    for row in [*together, *[None] * threads]:
+        waiting.put(row)
     first = min(deadline, time.monotonic() + TOGETHER * (10 if kept.dry else 1))
-    threads = [threading.Thread(target=in_turn, args=(together, kept, work, first)) for _ in range(number)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    in_turn(alone, kept, work, deadline)
+    with ThreadPoolExecutor(max(1, threads)) as pool:
+        list(pool.map(lambda _: in_turn(iter(waiting.get, None), kept, work, first), range(threads)))
+    in_turn([row for row in rows if not row.together], kept, work, deadline)
 
 
-def in_turn(rows: queue.SimpleQueue, kept: Kept, work: Path, deadline: float) -> None:
-    """Rows by one worker process, which a row that fails takes with it."""
+def in_turn(rows: Iterable[Row], kept: Kept, work: Path, deadline: float) -> None:
+    """Rows by one worker process, which a row that fails takes with it. Commands and training steps have the device to
+    themselves: the worker before them ends, and a step has a worker of its own."""
     worker = None
-    while True:
-        try:
-            row = rows.get_nowait()
-        except queue.Empty:
-            break
+    for row in rows:
         start = time.monotonic()
         limit = min(row.seconds * (10 if kept.dry else 1), deadline - start)
         if limit < 1:
             print(f"{row.name}: {LATE}", flush=True)
             continue
+        if worker and (row.command or row.do == "step"):
+            worker.close(10)
+            worker = None
         if row.command:
-            if worker:
-                worker.close(10)  # its memory is wanted
-            worker, got = None, run_row(row, work, limit)
+            got = run_row(row, work, limit)
         else:
-            environment = {"TRITON_INTERPRET": "1"} if kept.dry else {}
-            spec = {"module": "bench.gpu_jobs", "dry": kept.dry, "environment": environment}
-            worker = worker or Worker("bench.common", spec)
-            try:
-                limited = {"seconds": max(1.0, limit - 8)} if row.do in ("case", "tiles") else {}  # its process starts
-                got = worker.ask({"do": row.do, **row.arguments, **limited}, limit)
-            except (UserError, TimeoutError) as error:
-                got = {"error": f"{type(error).__name__}: {error}"}
-            if "error" in got:  # a broken context would fail all that follow
-                worker.process.kill()
-                worker.process.wait()
-                worker = None
+            worker = worker or new_worker(kept.dry)
+            got = ask(worker, row, limit)
+        if worker and ("error" in got or row.do == "step"):
+            worker.close(0 if "error" in got else 10)
+            worker = None
         kept.add(row.name, got, time.monotonic() - start)
     if worker:
         worker.close(10)
 
 
-def run_row(row: Row, work: Path, limit: float) -> dict:
-    """The end of what a command prints, what it leaves as JSON in `work`, and an error if it fails. At its limit it is
-    interrupted, with all its processes, and killed five seconds later; what it has left until then is kept."""
-    begun = time.time()
+def new_worker(dry: bool) -> Worker:
+    return Worker("bench.gpu_jobs", {"dry": dry}, environment={"TRITON_INTERPRET": "1"} if dry else None)
+
+
+def ask(worker: Worker, row: Row, limit: float) -> dict:
+    """The worker's answer, or {"error": text}."""
+    # These stop by themselves and keep what they have; the worker may still have to start.
+    arguments = row.arguments | ({"seconds": max(1.0, limit - 8)} if row.do in ("case", "tiles") else {})
     try:
-        process = subprocess.Popen(
-            row.command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-            env=os.environ | dict(row.environment),
-        )
-    except FileNotFoundError:
-        return {"error": f"{row.command[0]}: not installed here"}
+        return worker.ask({"do": row.do, **arguments}, limit)
+    except (UserError, TimeoutError) as error:
+        return {"error": error_text(error)}
+
+
+def run_row(row: Row, work: Path, limit: float) -> dict:
+    """The end of what a command prints, the files that it leaves in `work`, and an error if it fails. At its limit it
+    is interrupted, with all its processes, and killed five seconds later."""
+    work.mkdir(parents=True, exist_ok=True)
+    for name, text in row.inputs.items():
+        (work / name).write_text(text)
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        row.command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, errors="replace", start_new_session=True
+    )
     got = {}
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         got["error"] = f"cut off after {limit:.0f} s"
-        out, err = end(process)
+        os.killpg(process.pid, signal.SIGINT)  # so that it says what it knows
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+        kill_group(process)
+        out, err = process.communicate()
     if not re.search(row.expect, out):
         got.setdefault("error", f"its output does not contain {row.expect}")
     if process.returncode:
-        got.setdefault("error", f"exit code {process.returncode}")
-    got["tail"] = out[-1500:]
-    if "error" in got:
-        got["stderr"] = err[-1500:]
-    left = [path for path in work.glob(row.results) if path.stat().st_mtime >= begun - 1] if row.results else []
-    with contextlib.suppress(ValueError):  # half a file
-        if left:
-            got["result"] = json.loads(max(left, key=lambda path: path.stat().st_mtime).read_text())
-    if row.text and (work / row.text).exists():
-        got["text"] = (work / row.text).read_text()
-    if failed := untimed(got.get("result")):
-        got.setdefault("error", failed)
-    return got
+        got.setdefault("error", f"exit code {process.returncode} {' '.join(err.split())[-100:]}".strip())
+    left = [path for pattern in row.files for path in work.glob(pattern)]
+    got |= {"tail": out[-1500:], "files": {path.name: path.read_text() for path in left}}
+    return got | ({"stderr": err[-1500:]} if "error" in got else {})
 
 
-def end(process: subprocess.Popen) -> tuple[str, str]:
-    """Interrupt a command and its children, so that it says what it knows; kill what is left of them."""
-    for number, patience in ((signal.SIGINT, 5), (signal.SIGKILL, None)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            said = process.communicate(timeout=patience)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            return said
-    raise AssertionError("a killed process has ended")
-
-
-def untimed(result) -> str:
-    """Of bench.gpu's result: why neither ours nor, where it takes part, nanoGPT was timed. "" if both were."""
-    rows = result.get("sizes", []) if isinstance(result, dict) else []
-    for who in dict.fromkeys(row["who"] for row in rows):
-        if not any("tokens_per_s" in row for row in rows if row["who"] == who):
-            return f"{who}: {next(row['error'] for row in rows if row['who'] == who)}"
-    return ""
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
 
 
 @dataclass(frozen=True)
 class Options:
-    part: str = opt("first", "what to measure", choices=PARTS)
+    part: str = opt("first", "what to measure", choices=tuple(PARTS))
     minutes: float = opt(4.0, "rows that are not begun by then are left for another call", above=0)
     out: str = opt("gpu-check", "folder of the rows")
     nanogpt: str = opt(".peer/nanoGPT", "a checkout of karpathy/nanoGPT; without it its rows are left out")
@@ -338,33 +312,35 @@ class Options:
     dry_run: bool = opt(False, "tiny shapes on a CPU, interpreted: whether all parts work, no more")
 
 
-def main() -> None:
+def main() -> int:
     start = time.monotonic()
     options = parse(Options, prog="bench/gpu_check.sh", description=__doc__)
     if not options.dry_run and not shutil.which("nvidia-smi"):
         raise UserError("there is no NVIDIA GPU here (no nvidia-smi): nothing to measure; --dry-run runs the code")
-    tokens = Path(options.tokens)
+    tokens, nanogpt, out = (Path(path).resolve() for path in (options.tokens, options.nanogpt, options.out))
     if options.part == "sweep" and not options.dry_run and not (tokens / "train.bin").exists():
         raise UserError(f"--tokens {tokens}: has no train.bin and val.bin; bench/README.md says how to make them")
-    out = Path(options.out).resolve()
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    kept = Kept(out / f"{options.part}.jsonl", options.dry_run)
-    there = (Path(options.nanogpt) / "model.py").exists()
-    if options.part == "second" and not there:
+    there = (nanogpt / "model.py").exists()
+    if options.part in ("second", "sizes") and not there:
         print(f"nanoGPT left out: {options.nanogpt} has no model.py", flush=True)
-    nanogpt = str(Path(options.nanogpt).resolve()) if there else None
+    kept = Kept(out / f"{options.part}.jsonl", options.dry_run)
     work = ROOT / "build" / f"gpu-check-{os.getpid()}"
-    place = Place(work, options.minutes, nanogpt, str(tokens.resolve()), options.dry_run)
-    if options.part == "sweep":
-        write_sweep(place)
-    rows, known = plan(options.part, place), kept.read()
-    missing = [row for row in rows if "error" in known.get(row.name, {"error": "missing"})]
-    measure(missing, kept, work, start + 60 * options.minutes)
-    found = kept.read()
-    good = [row for row in rows if "error" not in found.get(row.name, {"error": "missing"})]
-    print(f"{kept.path}: {len(good)} of {len(rows)} rows ({time.monotonic() - start:.0f} s)")
-    sys.exit(0 if len(good) == len(rows) else 1)
+    place = Place(work, options.minutes, str(nanogpt) if there else None, str(tokens), options.dry_run)
+    rows = PARTS[options.part](place)
+    measure(missing(rows, kept), kept, work, start + 60 * options.minutes)
+    good = len(rows) - len(missing(rows, kept))
+    print(f"{kept.path}: {good} of {len(rows)} rows ({time.monotonic() - start:.0f} s)")
+    return int(good < len(rows))
+
+
+def missing(rows: list[Row], kept: Kept) -> list[Row]:
+    """Those that were not measured or failed. Raises UserError if real rows would stand beside those of a dry run."""
+    known = kept.read()
+    if any(row["dry"] != kept.dry for row in known.values()):
+        raise UserError(f"{kept.path}: holds rows of {'a real' if kept.dry else 'a dry'} run; give another --out")
+    return [row for row in rows if "error" in known.get(row.name, {"error": "missing"})]
 
 
 if __name__ == "__main__":

@@ -1,91 +1,72 @@
 """The rows of bench.gpu_check, measured in its worker processes: what a message asks for is a method of `Jobs`."""
 
 import functools
+import gc
+import json
 import math
-import platform
 import statistics
 import subprocess
+import sys
 import time
-from dataclasses import asdict, replace
+import traceback
+from dataclasses import replace
 
-import numpy
 import torch
+from torch import Tensor
 
 import kernels
 from bench import kernels as kernel_bench
-from bench.gpu import SIZES, STEP_TOKENS
-from bench.gpu_worker import Ours, peak_bytes, profile, release, shape_of, time_steps
-from kernels import ops
-from nanochin.config import UserError
+from bench.common import error_text, messages
+from bench.gpu_check import PEERS, SIZES, STEP_TOKENS
+from bench.kernel_cases import Bench, make_case
+from bench.steps import NanoGPT, our_step, profile, time_blocks
+from nanochin.config import Shape, UserError, make_shape
 from nanochin.files import versions
+from nanochin.step import WARM_UP, TrainingStep
 
-TINY = (32, 1, 16, 64, 16)  # width, layers, head size, vocabulary, context of a dry run
-# Left to bench.kernels, since they compile for many seconds.
-SLOW = ("torch.compile", "flex_attention", "F.linear_cross_entropy", "F.linear_cross_entropy chunked", "Liger")
+SLOW = ("torch.compile", "F.linear_cross_entropy")  # peers that compile for many seconds
+FIRST = WARM_UP + 3  # steps until one is like any other: a graph's warm-up, its capture, replays
 
 
-def make(spec: dict) -> "Jobs":
-    torch.manual_seed(0)
-    if spec["dry"]:
+def prepare(dry: bool) -> None:
+    """Settings of this process."""
+    from torch._dynamo import config as dynamo
+    from torch._functorch import config as functorch
+
+    functorch.donated_buffer = False  # a compiled forward is timed with many backwards
+    dynamo.recompile_limit = 64
+    if dry:
         torch.set_num_threads(1)
+        torch.compile = lambda function, **_: function  # it takes seconds
     elif not torch.cuda.is_available():
         raise UserError("there is no CUDA device here, so there is nothing to measure (--dry-run runs the code)")
-    kernel_bench.repeat_backwards()
-    return Jobs(spec["dry"])
 
 
 class Jobs:
     def __init__(self, dry: bool):
+        prepare(dry)
         self.device = torch.device("cpu") if dry else torch.device("cuda", 0)
-        cache = 0 if dry else torch.cuda.get_device_properties(self.device).L2_cache_size
-        self.bench = kernel_bench.Bench(self.device, torch.float32 if dry else torch.bfloat16, dry, math.inf, cache)
+        self.bench = Bench(self.device, torch.float32 if dry else torch.bfloat16, dry)
 
     def about(self) -> dict:
         """The device and the versions of what runs on it."""
-        found = {
-            "versions": versions(),
-            "python": platform.python_version(),
-            "numpy": numpy.__version__,
-            "kernels": kernels.backend(self.device)[1],
-        }
-        if self.device.type != "cuda":
+        found = {"versions": versions(), "kernels": kernels.backend(self.device)[1]}
+        if self.bench.dry:
             return found | {"device": "a CPU: these numbers mean nothing"}
         known = torch.cuda.get_device_properties(self.device)
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-        ).stdout.strip()
-        return found | {
-            "device": known.name,
-            "driver": driver,
-            "cuda": torch.version.cuda,
-            "memory_bytes": known.total_memory,
-            "multiprocessors": known.multi_processor_count,
-            "l2_bytes": known.L2_cache_size,
-        }
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+        return found | {"device": known.name, "memory_bytes": known.total_memory, "driver": driver}
 
     def check(self, name: str) -> dict:
         """One operation against float64, forward and every gradient."""
-        wrong = kernel_bench.check_all(self.bench, name)[name]
+        wrong = kernel_bench.check_operation(self.bench, name)
         return {"error": f"wrong: {wrong}"} if wrong else {"right": True}
 
-    def compile(self, name: str) -> dict:
-        """One operation of 124M, on one sequence, both ways: its kernels are in Triton's cache then."""
-        width, _, head, vocab, T = TINY if self.bench.dry else SIZES["124M"]
-        x, weight = self.bench.randn(T, width), self.bench.randn(width, dtype=torch.float32)
-        if name == "attention":
-            out = ops.attention(self.bench.randn(1, T, 3 * width), width // head, 10_000.0)
-        elif name == "loss":
-            targets = torch.zeros(T, dtype=torch.long, device=self.device)
-            out = ops.linear_cross_entropy(x, self.bench.randn(vocab, width, dtype=torch.float32), targets)
-        elif name == "norms":
-            normed, total = ops.add_rms_norm(ops.rms_norm(x, weight), x, weight)
-            out = normed + total
-        else:
-            up, down = self.bench.randn(T, 4 * width), self.bench.randn(width, 4 * width)
-            out = ops.activation_linear(up, down, None, "gelu")
-        out.float().sum().backward()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def compile(self, size: str) -> dict:
+        """A step of one layer on one sequence: the kernels of this size are in Triton's cache then."""
+        shape = replace(self._shape(size), layers=1)
+        first_steps(our_step("eager", shape, 1, self.device, self.bench.dtype), random_batch(shape, 1), 1)
         return {"compiled": True}
 
     @functools.cached_property
@@ -96,43 +77,115 @@ class Jobs:
         """FLOP/s of a large matrix product, bytes/s of a large copy."""
         return self.limits
 
-    def step(self, size: str, kind: str) -> dict:
-        """Training steps on random tokens: losses of the first ones, time, memory, and of eager ones the device's time
-        by category."""
-        width, layers, head, vocab, T = TINY if self.bench.dry else SIZES[size]
-        sequences = 2 if self.bench.dry else STEP_TOKENS // T
-        release(self.device)
-        ours = Ours(
-            kind, shape_of([width, layers, head, vocab, T]), sequences, sequences, self.device, self.bench.dtype
-        )
-        losses = []
-        peak = peak_bytes(lambda: losses.extend(float(ours.step()[0]) for _ in range(6)), self.device)
-        if not all(map(math.isfinite, losses)):
-            return {"error": f"losses {losses}"}
-        seconds = statistics.median(time_steps(ours.step, self.device, 0.01 if self.bench.dry else 3.0))
-        found = {"losses": losses, "ms": 1e3 * seconds, "tokens_per_s": sequences * T / seconds, "peak_bytes": peak}
-        if kind == "eager":
-            found["split_ms"] = {name: us / 1e3 for name, us in profile(ours.step, self.device).items()}
-        return found
-
-    def case(self, operation: str, shape: str, seconds: float) -> dict:
+    def case(self, operation: str, shape: dict[str, int], seconds: float, slow: bool = False) -> dict:
         """One operation beside its peers; what is not begun within `seconds` is left out."""
-        case = self._find(operation, shape)
-        for name in SLOW:
+        bench = self._until(seconds)
+        case = make_case(bench, operation, shape)
+        for name in () if slow else SLOW:
             case.contenders.pop(name, None)
-        rows = [asdict(row) for row in kernel_bench.run_case(case, self._until(seconds), self.limits)]
-        failed = [row["error"] for row in rows if row["who"] == "ours" and row["error"]]
+        rows = list(kernel_bench.time_case(case, bench, self.limits))
+        failed = [row["error"] for row in rows if row["who"] == "ours" and "error" in row]
         return {"rows": rows} | ({"error": failed[0]} if failed else {})
 
-    def tiles(self, operation: str, shape: str, seconds: float) -> dict:
+    def tiles(self, operation: str, shape: dict[str, int], seconds: float) -> dict:
         """The shipped configurations of one operation and those next to them, as many as `seconds` allow."""
-        return {"tiles": list(kernel_bench.tuned(self._find(operation, shape), self._until(seconds)))}
+        bench = self._until(seconds)
+        return {"tiles": list(kernel_bench.tune(operation, make_case(bench, operation, shape), bench))}
 
-    def _until(self, seconds: float) -> kernel_bench.Bench:
+    def _until(self, seconds: float) -> Bench:
         return self.bench if self.bench.dry else replace(self.bench, deadline=time.monotonic() + seconds)
 
-    def _find(self, operation: str, shape: str) -> kernel_bench.Case:
-        for case in kernel_bench.all_cases(self.bench):
-            if case.operation == operation and (self.bench.dry or case.shape == shape):
-                return case
-        raise UserError(f"bench.kernels has no case {operation} {shape}")
+    # -----------------------------------------------------------------------------------------------------------------
+    # Training steps
+
+    def step(self, size: str, kind: str, nanogpt: str | None = None) -> dict:
+        """Training steps on random tokens, ours or nanoGPT's: losses of the first ones, time, memory; of our eager ones
+        also memory at smaller micro-batches and the device's time by part."""
+        torch.manual_seed(0)  # for losses that can be compared
+        shape = self._shape(size)
+        sequences = 2 if self.bench.dry else STEP_TOKENS // shape.seq_len
+        batch, began = random_batch(shape, sequences), time.perf_counter()
+        if kind in PEERS:
+            batch = batch.to(self.device)
+            step = self._nanogpt_step(nanogpt, kind.split()[1], shape, batch)
+        else:
+            replay = {"capture": lambda function, *_: function} if self.bench.dry else {}
+            step = our_step(kind, shape, sequences, self.device, self.bench.dtype, say=refuse, **replay)
+        losses = first_steps(step, batch)
+        seconds = time.perf_counter() - began
+        if not all(map(math.isfinite, losses)):
+            return {"error": f"losses {losses}"}
+        own = step.micro_batch
+        smaller = [own // n for n in (8, 4, 2) if n <= own] if kind == "eager" else []
+        peaks = {n: self._peak_bytes(step, batch, n) for n in (*smaller, own)}
+        blocks = time_blocks(lambda: step(batch, 1e-3), self.device, 0.01 if self.bench.dry else 3.0)
+        median = statistics.median(blocks)
+        found = {
+            "losses": losses,
+            "first_steps_seconds": seconds,
+            "ms": 1e3 * median,
+            "ms_min": 1e3 * min(blocks),
+            "ms_max": 1e3 * max(blocks),
+            "tokens_per_s": sequences * shape.seq_len / median,
+            "micro_batch": own,
+            "peak_bytes": peaks[own],
+            "peak_bytes_at": peaks,
+        }
+        if kind == "eager":
+            found["split_ms"] = profile(lambda: step(batch, 1e-3), self.device)
+        return found
+
+    def _shape(self, size: str) -> Shape:
+        width, layers, head, vocab, T = (16, 1, 16, 64, 16) if self.bench.dry else SIZES[size]
+        return make_shape(width, layers, vocab_size=vocab, seq_len=T, head_size=head)
+
+    def _nanogpt_step(self, checkout: str, attention: str, shape: Shape, batch: Tensor) -> NanoGPT:
+        """Compiled, with one kernel for attention."""
+        if not self.bench.dry:
+            for backend in ("flash", "cudnn", "mem_efficient", "math"):
+                getattr(torch.backends.cuda, f"enable_{backend}_sdp")(backend == attention)
+            torch.backends.cuda.matmul.allow_tf32 = True  # as its train.py has it
+            torch.backends.cudnn.allow_tf32 = True
+        theirs = NanoGPT(checkout, shape, len(batch), self.device, self.bench.dtype)
+        theirs.compile(batch)
+        return theirs
+
+    def _peak_bytes(self, step: TrainingStep | NanoGPT, batch: Tensor, micro_batch: int) -> int:
+        """Most memory allocated by steps with so many sequences at once, a graph's capture included; 0 on a CPU."""
+        step.cut(micro_batch)
+        if not self.bench.dry:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        first_steps(step, batch)
+        return 0 if self.bench.dry else torch.cuda.max_memory_allocated()
+
+
+def random_batch(shape: Shape, sequences: int) -> Tensor:
+    return torch.randint(shape.vocab_size, (sequences, shape.seq_len + 1))
+
+
+def first_steps(step: TrainingStep | NanoGPT, batch: Tensor, number: int = FIRST) -> list[float]:
+    """Their losses."""
+    return [float(step(batch, 1e-3)[0]) for _ in range(number)]
+
+
+def refuse(message: str) -> None:
+    """A kind of step that falls back to another one is an error here."""
+    raise RuntimeError(message)
+
+
+def serve(dry: bool) -> None:
+    """Answer {"do": NAME, ...} with the result of that method of `Jobs`, or with {"error": text}."""
+    jobs = None
+    for message, answer in messages():
+        try:
+            jobs = jobs or Jobs(dry)
+            answer(getattr(jobs, message.pop("do"))(**message))
+        except Exception as error:
+            traceback.print_exc()
+            answer({"error": error_text(error)})
+
+
+if __name__ == "__main__":
+    serve(**json.loads(sys.argv[2]))  # after --worker

@@ -1,17 +1,33 @@
 """The rows of bench/gpu_check.sh beside their goals, and what to change first.
 
-python -m bench.gpu_table DIR      prints the table; of real rows also writes bench/results/gpu_check_DEVICE.md
+    python -m bench.gpu_table DIR      prints the table; of real rows also writes bench/results/gpu_check_DEVICE.md
+
+MFU is against the published dense peak: by nanoGPT's count, 6 N + 12 L C T FLOPs a token with N all parameters but
+position embeddings, and physical, what runs (nanochin/flops.py); attention in full in both.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.gpu_check import ATTENTION, PARTS, Kept, Place, plan
-from nanochin.config import UserError, opt, parse, run_command
+from bench.common import RESULTS
+from bench.gpu_check import ATTENTION, KINDS, LOSS, NORM, PARTS, PEERS, SIZES, STEP_TOKENS, Kept, Place
+from nanochin import flops
+from nanochin.config import Shape, UserError, make_shape, opt, parse, run_command
 
-RESULTS = Path(__file__).resolve().parent / "results"
-MFU = {"10M": 0.30, "50M": 0.40, "350M": 0.47}  # by nanoGPT's count
+MFU = {"124M": 0.47, "10M": 0.30, "50M": 0.40, "350M": 0.47}  # goals by nanoGPT's count, on an H100
+PARTS_OF_LEDGER = {
+    "matmul": ("qkv", "output projection", "feed-forward", "logits"),
+    "attention, rotary": ("rotary, qk-norm", "attention scores", "softmax", "attention values"),
+    "norm, activation": ("activation", "norms, residuals", "biases"),
+    "loss": ("loss",),
+}
+Rows = dict[str, dict]  # by part and name, such as "first 124M graph"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures that have a goal
 
 
 @dataclass(frozen=True)
@@ -40,70 +56,87 @@ class Line:
         return [self.what, f"{self.value:,.4g}{self.unit}", bound, verdict]
 
 
-def lines(rows: dict[str, dict]) -> Iterator[Line]:
-    """Everything that has a goal. `rows`: by part and name, without those that failed."""
-    for shape in ATTENTION:
-        D, T, *_ = shape.split()
-        us = times(rows.get(f"first attention {shape}"))
-        if T == "T1024":
-            yield Line(
-                f"attention forward {D} {T}, speed over SDPA cuDNN",
-                ratio(us, "forward", "SDPA cuDNN", "ours"),
-                1.0 if D == "D64" else 0.95,
-                part="attention, rotary",
-            )
-        yield Line(
-            f"attention backward {D} {T}, speed over SDPA flash",
-            ratio(us, "backward", "SDPA flash", "ours"),
-            1.2,
-            part="attention, rotary",
-        )
-    norm = rows.get("first add_rms_norm C768 65536 tokens", {}).get("rows", [])
+def lines(rows: Rows) -> Iterator[Line]:
+    """Everything that has a goal. `rows`: without those that failed."""
+    part = "attention, rotary"
+    for name in ATTENTION:
+        us = figures(rows.get(f"first {name}"))
+        if name.endswith("T1024"):
+            goal = 1.0 if "D64" in name else 0.95
+            yield Line(f"{name}, forward, speed over SDPA cuDNN", ratio(us, "forward", "SDPA cuDNN"), goal, part=part)
+            yield Line(f"{name}, forward, speed over SDPA flash", ratio(us, "forward", "SDPA flash"), 1.2, part=part)
+        yield Line(f"{name}, backward, speed over SDPA flash", ratio(us, "backward", "SDPA flash"), 1.2, part=part)
+    shares = figures(rows.get(f"first {NORM}"), "of_ceiling")
     for direction in ("forward", "backward"):
-        shares = [row["of_ceiling"] for row in norm if (row["direction"], row["who"]) == (direction, "ours")]
-        yield Line(
-            f"add + RMSNorm {direction}, share of a copy's bandwidth",
-            shares[0] if shares else None,
-            0.9,
-            part="norm, activation",
-        )
-    us = times(rows.get("first linear_cross_entropy C768 V50257 16384 tokens"))
-    yield Line(
-        "output layer and loss, time over that of their matrix products",
-        ratio(us, "both", "ours", "matrix products alone"),
-        1.15,
-        most=True,
-        part="loss",
-    )
-    beside = sizes_of(rows.get("second 124M")) or sizes_of(rows.get("second 124M without nanoGPT"))
-    speeds = [rows.get(f"first 124M {kind}", {}).get("tokens_per_s", 0) for kind in ("graph", "eager")]
-    speeds += [row.get("tokens_per_s", 0) for row in beside if row["who"] == "nanochin"]
-    yield Line("124M", max(speeds) or None, 550_000, " tokens/s")
-    yield Line("124M, speed over nanoGPT compiled", best(beside, "times_nanogpt", max), 1.3)
-    yield Line("124M, memory over nanoGPT's", best(beside, "memory_over_nanogpt", min), 0.5, most=True)
-    for size, goal in MFU.items():
-        mfu = best(sizes_of(rows.get(f"sizes {size}")), "mfu_nanogpt_count", max)
-        yield Line(f"{size}, MFU by nanoGPT's count", mfu, goal)
+        what = f"add + RMSNorm {direction}, share of a copy's bandwidth"
+        yield Line(what, shares.get((direction, "ours")), 0.9, part="norm, activation")
+    loss, alone = rows.get(f"first {LOSS}"), "matrix products alone"
+    over = ratio(figures(loss), "both", "ours", alone)
+    yield Line("output layer and loss, time over that of their matrix products", over, 1.15, most=True, part="loss")
+    over = ratio(figures(loss, "peak_mib"), "both", "ours", "eager")
+    yield Line("output layer and loss, memory over eager", over, 0.25, most=True)
+    for size in SIZES:
+        yield from size_lines(size, steps_of(rows, size), device_of(rows).get("device", ""))
 
 
-def times(row: dict | None) -> dict[tuple[str, str], float]:
-    """Microseconds by (direction, who) of a case."""
-    return {(one["direction"], one["who"]): one["us"] for one in (row or {}).get("rows", []) if one["us"]}
+def size_lines(size: str, steps: dict[str, dict], device: str) -> Iterator[Line]:
+    """Goals of a whole training step."""
+    ours = [steps[kind] for kind in KINDS if kind in steps]
+    theirs = [steps[kind] for kind in PEERS if kind in steps]
+    speed = max((row["tokens_per_s"] for row in ours), default=None)
+    if size == "124M":
+        yield Line(size, speed, 550_000, " tokens/s")
+    yield Line(f"{size}, MFU by nanoGPT's count", speed and mfu(size, speed, device)[0], MFU[size])
+    over = speed and theirs and speed / max(row["tokens_per_s"] for row in theirs)
+    yield Line(f"{size}, speed over nanoGPT compiled", over or None, 1.3)
+    # Both with nanoGPT's sequences at once.
+    lean = min(theirs, key=lambda row: row["peak_bytes"], default={"micro_batch": None})
+    memory = steps.get("eager", {}).get("peak_bytes_at", {}).get(str(lean["micro_batch"]))
+    yield Line(f"{size}, memory over nanoGPT's", memory and memory / lean["peak_bytes"], 0.5, most=True)
 
 
-def ratio(us: dict[tuple[str, str], float], direction: str, above: str, below: str) -> float | None:
-    pair = us.get((direction, above)), us.get((direction, below))
+def figures(row: dict | None, key: str = "us") -> dict[tuple[str, str], float]:
+    """Microseconds, or another figure, by (direction, who) of a case."""
+    return {(one["direction"], one["who"]): one[key] for one in (row or {}).get("rows", []) if one.get(key)}
+
+
+def ratio(by: dict, direction: str, above: str, below: str = "ours") -> float | None:
+    pair = by.get((direction, above)), by.get((direction, below))
     return pair[0] / pair[1] if all(pair) else None
 
 
-def sizes_of(row: dict | None) -> list[dict]:
-    """bench.gpu's rows."""
-    return (row or {}).get("result", {}).get("sizes", [])
+def steps_of(rows: Rows, size: str) -> dict[str, dict]:
+    """The training steps of a size by kind; part second has some of part first again, beside nanoGPT's."""
+    found = {}
+    for part in ("first", "second", "sizes"):
+        found |= {kind: rows[name] for kind in (*KINDS, *PEERS) if (name := f"{part} {size} {kind}") in rows}
+    return found
 
 
-def best(rows: list[dict], name: str, of) -> float | None:
-    found = [row[name] for row in rows if row["who"] == "nanochin" and row.get(name)]
-    return of(found) if found else None
+def shape_of(size: str) -> Shape:
+    width, layers, head, vocab, T = SIZES[size]
+    return make_shape(width, layers, vocab_size=vocab, seq_len=T, head_size=head)
+
+
+def mfu(size: str, speed: float, device: str) -> tuple[float, float] | tuple[None, None]:
+    """(by nanoGPT's count, physical); None where the device's peak is not known."""
+    shape, peak = shape_of(size), flops.peak_flops(device, "bfloat16")
+    if peak is None:
+        return None, None
+    nanogpt_count = 6 * flops.count_params(shape).total + 12 * shape.layers * shape.width * shape.seq_len
+    return nanogpt_count * speed / peak, flops.flops_per_token(shape) * speed / peak
+
+
+def floor(size: str, ceilings: dict[str, float], device: str) -> dict[str, float]:
+    """Milliseconds by part that a step needs at least, by the ledger and at the measured ceilings. The optimizer reads
+    weight, gradient and two moments and writes all but the gradient: 28 bytes a parameter."""
+    shape, known = shape_of(size), flops.find_device(device)
+    vector = known.float32 if known else ceilings["flops"] / 1e12 / 15  # TFLOP/s without matrix units
+    limits = flops.Device("", None, ceilings["flops"] / 1e12, None, vector, ceilings["bytes"] / 1e9)
+    sequences = STEP_TOKENS // shape.seq_len
+    ms = {r.operation: 1e3 * flops.floor_seconds(r, sequences, limits, "bfloat16") for r in flops.ledger(shape)}
+    found = {part: sum(ms.get(operation, 0.0) for operation in names) for part, names in PARTS_OF_LEDGER.items()}
+    return found | {"optimizer": 1e3 * 28 * flops.count_params(shape).total / ceilings["bytes"]}
 
 
 def to_change_first(found: list[Line], split: dict[str, float]) -> list[tuple[float, str]]:
@@ -119,64 +152,93 @@ def to_change_first(found: list[Line], split: dict[str, float]) -> list[tuple[fl
     return sorted(saved.values(), reverse=True)
 
 
-def markdown(rows: dict[str, dict], planned: list[str], dry: bool) -> str:
-    """The page. `rows`: by part and name, those that failed included; `planned`: all that there should be."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def markdown(rows: Rows, planned: list[str], dry: bool) -> str:
+    """The page. `rows`: those that failed included; `planned`: all that there should be."""
     good = {name: row for name, row in rows.items() if "error" not in row}
     text = heading(good, dry)
     checks = [name for name in planned if name.startswith("first check ")]
     if checks:
         text.append(f"Kernels that agree with float64: {sum(name in good for name in checks)} of {len(checks)}.")
     found = list(lines(good))
-    text += ["", "| figure | measured | goal | |", "|---|---|---|---|"]
-    text += [f"| {' | '.join(line.cells())} |" for line in found]
-    for kind in ("graph", "eager"):
-        if row := good.get(f"first 124M {kind}"):
-            text += [
-                "",
-                f"124M by {kind}, 65,536 tokens a step: {row['ms']:.1f} ms, {row['tokens_per_s']:,.0f} "
-                f"tokens/s, {row['peak_bytes'] / 2**30:.1f} GiB at most, loss {row['losses'][0]:.4f}, after "
-                f"{len(row['losses'])} steps {row['losses'][-1]:.4f}.",
-            ]
+    text += table("figure | measured | goal | ", [" | ".join(line.cells()) for line in found])
+    text += training_steps(good)
     if split := good.get("first 124M eager", {}).get("split_ms"):
-        text += [
-            "",
-            "Milliseconds of the device by part: " + ", ".join(f"{name} {ms:.2f}" for name, ms in split.items()) + ".",
-        ]
-        text += ["", "What to change first, by the share of a step that reaching the goal would save:", ""]
+        text += ["", "What to change first, by the share of a step of 124M that reaching the goal would save:", ""]
         text += [f"- {gain:.1%}: {what}" for gain, what in to_change_first(found, split)] or ["- nothing is behind"]
-    if law := good.get("sweep quick", {}).get("result", {}).get("approach2"):
-        text += ["", f"sweeps/quick.toml: a = {law['a']:.3f}, 95% {law.get('a_ci')}, by Approach 2."]
-    tuned = [one for row in good.values() for one in row.get("tiles", []) if one.get("gain", 0) > 1.02]
-    if tuned:
-        text += ["", "Tiles that are faster than the shipped ones:", ""]
-        text += [f"- {one['what']}: {one['best']}, {one['gain']:.2f}x" for one in tuned]
-    failed = [
-        f"- {name}: {rows[name]['error'] if name in rows else 'not measured'}" for name in planned if name not in good
+    cases = [
+        f"{name} | {one['direction']} | {one['who']} | {one['us']:.1f} | {one['of_ceiling']:.2f}"
+        for name, row in good.items()
+        for one in row.get("rows", [])
+        if "us" in one
     ]
-    text += ["", "Rows that failed or are missing:", "", *failed] if failed else []
+    text += table("case | direction | who | us | share of the ceiling", cases)
+    if law := json.loads(good.get("sweep quick", {}).get("files", {}).get("laws.json", "{}")).get("approach2"):
+        text += ["", f"sweeps/quick.toml: a = {law['a']:.3f}, 95% {law.get('a_ci')}, by Approach 2."]
+    faster = [
+        f"{name.removeprefix('tiles ')} {one['what']} | {one['best']} | {one['gain']:.2f}x"
+        for name, row in good.items()
+        for one in row.get("tiles", [])
+        if one.get("gain", 0) > 1.02
+    ]
+    text += table("tiles that are faster than the shipped ones | which | gain", faster)
+    errors = {name: rows.get(name, {}).get("error", "not measured") for name in planned if name not in good}
+    failed = [f"{name} | {error.replace('|', '/')}" for name, error in errors.items()]
+    text += table("rows that failed or are missing | why", failed)
     return "\n".join(text) + "\n"
 
 
-def device_of(rows: dict[str, dict]) -> dict:
+def table(heading: str, rows: list[str]) -> list[str]:
+    """Lines of Markdown; none without rows."""
+    rule = "|---" * (heading.count("|") + 1) + "|"
+    return ["", f"| {heading} |", rule, *(f"| {row} |" for row in rows)] if rows else []
+
+
+def training_steps(good: Rows) -> list[str]:
+    """Speed and memory of each size and kind, and where the time of our eager steps goes."""
+    device, ceilings = device_of(good).get("device", ""), good.get("first ceilings")
+    speeds, splits, parts = [], [], []
+    for size in SIZES:
+        steps = steps_of(good, size)
+        for kind, row in steps.items():
+            shares = " | ".join(f"{share:.1%}" if share else "-" for share in mfu(size, row["tokens_per_s"], device))
+            speeds.append(
+                f"{size} {kind} | {row['tokens_per_s']:,.0f} | {row['ms']:.1f} | {shares} | {row['micro_batch']} | "
+                f"{row['peak_bytes'] / 2**30:.1f} | {row['first_steps_seconds']:.0f} | {row['losses'][-1]:.4f}"
+            )
+        if split := steps.get("eager", {}).get("split_ms"):
+            parts, busy = list(split), sum(split.values())
+            least = floor(size, ceilings, device) if ceilings else {}
+            cells = [f"{ms:.2f} ({least.get(part, 0):.2f})" for part, ms in split.items()]
+            cells += [f"{steps[kind]['ms'] - busy:.2f}" if kind in steps else "-" for kind in ("eager", "graph")]
+            splits.append(" | ".join([size, *cells]))
+    heading = "step | tokens/s | ms | MFU by nanoGPT's count | physical | sequences at once | peak GiB | "
+    text = table(heading + "first steps, s | loss of the last of these", speeds)
+    heading = ["ms of the device by part (in brackets the floor)", *parts, "gaps, eager", "gaps, graph"]
+    return text + table(" | ".join(heading), splits)
+
+
+def device_of(rows: Rows) -> dict:
     """The row that names the device, of whichever part has it."""
     return next((row for name, row in rows.items() if name.endswith(" device") and "device" in row), {})
 
 
-def heading(good: dict[str, dict], dry: bool) -> list[str]:
+def heading(good: Rows, dry: bool) -> list[str]:
     about = device_of(good)
-    versions = about.get("versions", {})
+    versions = {"torch": "?", "triton": "?", "git": "?"} | about.get("versions", {})
     text = [f"# Measured on {about.get('device', 'a device that no row names')}", ""]
     text += ["**A dry run on a CPU: these numbers mean nothing.**", ""] if dry else []
     text += [
-        f"`bench/gpu_check.sh`, torch {versions.get('torch', '?')}, Triton {versions.get('triton', '?')}, driver "
-        f"{about.get('driver', '?')}, commit {versions.get('git', '?')}.",
+        f"`bench/gpu_check.sh`, torch {versions['torch']}, Triton {versions['triton']}, driver "
+        f"{about.get('driver', '?')}, commit {versions['git']}.",
         "",
     ]
     if ceilings := good.get("first ceilings"):
-        text += [
-            f"Ceilings: {ceilings['flops'] / 1e12:.0f} TFLOP/s (matrix product), "
-            f"{ceilings['bytes'] / 1e9:.0f} GB/s (copy)."
-        ]
+        product, copy = ceilings["flops"] / 1e12, ceilings["bytes"] / 1e9
+        text.append(f"Ceilings: {product:.0f} TFLOP/s (matrix product), {copy:.0f} GB/s (copy).")
     return text
 
 
@@ -188,18 +250,15 @@ class Options:
 def main() -> None:
     options = parse(Options, prog="python -m bench.gpu_table", description=__doc__)
     folder = Path(options.folder)
-    rows, planned, dry = {}, [], False
-    for part in PARTS:
-        kept = Kept(folder / f"{part}.jsonl", dry=False)
-        if not kept.path.exists():
-            continue
-        found = kept.read(any_kind=True)
-        dry = dry or any(row["dry"] for row in found.values())
-        rows |= {f"{part} {name}": row for name, row in found.items()}
-        place = Place(folder, 4.0, nanogpt="as planned")
-        planned += [f"{part} {row.name}" for row in plan(part, place) if row.do != "compile"]
+    rows, planned = {}, []
+    for part, plan in PARTS.items():
+        found = Kept(folder / f"{part}.jsonl", dry=False).read()
+        if found:
+            rows |= {f"{part} {name}": row for name, row in found.items()}
+            planned += [f"{part} {row.name}" for row in plan(Place(folder, 4.0, nanogpt="as planned"))]
     if not rows:
         raise UserError(f"{folder}: no rows of bench/gpu_check.sh there")
+    dry = any(row["dry"] for row in rows.values())
     text = markdown(rows, planned, dry)
     print(text)
     if not dry:

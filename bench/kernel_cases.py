@@ -1,260 +1,172 @@
-"""What the kernel bench times: operations at the shapes of training, each by our kernel and by its best peers."""
+"""Operations to be timed, each at the shape that its caller names, by our kernel and by its best peers.
 
-import functools
-from collections.abc import Callable, Iterator
+T is the context, D the head size, C the width, F the feed-forward width, V the vocabulary, M the tokens of the output
+layer; the other operations take TOKENS. `OPERATIONS` has a function for each operation that makes its `Case`.
+"""
+
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from kernels import fallback, ops
+from kernels.activation import activate
+from kernels.reference import rotary_table
+
+TOKENS = 65_536
+TINY = {"T": 16, "D": 16, "C": 24, "F": 40, "V": 65, "M": 8}  # shape of a dry run
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and on what sizes."""
+    """Where things run, and until when."""
 
     device: torch.device
     dtype: torch.dtype
-    dry: bool
-    deadline: float  # on the monotonic clock
-    cache: int  # bytes of L2
+    dry: bool  # on a CPU: tiny shapes
+    deadline: float = math.inf  # on the monotonic clock
 
-    def compiled(self, function: Callable) -> Callable:
-        return torch.compile(function, dynamic=False, backend="eager" if self.dry else "inductor")
+    def randn(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(size, device=self.device, dtype=dtype or self.dtype, requires_grad=True)
 
-    def randn(self, *size: int, dtype: torch.dtype | None = None, grad: bool = True) -> Tensor:
-        return torch.randn(size, device=self.device, dtype=dtype or self.dtype).requires_grad_(grad)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A differentiable function of the inputs, or of what `prepare` makes of them beforehand."""
-
-    function: Callable[..., Tensor | tuple[Tensor, ...]]
-    prepare: Callable[[list[Tensor]], list[Tensor]] = lambda inputs: inputs
+    @property
+    def tokens(self) -> int:
+        return 16 if self.dry else TOKENS
 
 
 @dataclass(frozen=True)
 class Case:
-    """One operation at one shape. The contender "ours" is compared with the best of the others."""
+    """One operation at one shape."""
 
-    group: str
-    operation: str
-    shape: str
-    inputs: Callable[[], list[Tensor]]
-    contenders: dict[str, Contender]
-    directions: tuple[str, ...]  # of forward, backward, both
-    flops: dict[str, float]  # by direction
-    bytes: dict[str, float]
+    contenders: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], list[Tensor]]]  # function, its inputs
+    work: dict[str, float]  # FLOPs or bytes by direction: forward, backward, or both at once
+    ceiling: str  # "flops" or "bytes": which of the two bounds it
 
 
-def attention_cases(bench: Bench) -> Iterator[Case]:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    from kernels import ops
-
-    flex = bench.compiled(flex_attention)
-    shapes = [(tokens, D, T) for tokens in (16384, 65536) for D in (64, 128) for T in (512, 1024, 2048, 4096)]
-    for tokens, D, T in [(16, 16, 16)] if bench.dry else shapes:
-        B, H = tokens // T, (1 if bench.dry else 2048 // D)
-
-        def split(inputs, H=H, D=D):  # what is best for the others: no packing, no transposed copies
-            qkv = inputs[0].detach().view(*inputs[0].shape[:2], 3, H, D).permute(2, 0, 3, 1, 4)
-            return [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in qkv]  # (B, H, T, D)
-
-        def sdpa(q, k, v, backend):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-        @functools.cache
-        def mask(T=T):
-            return create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device=bench.device)
-
-        contenders = {
-            "ours": Contender(lambda qkv, H=H: ops.attention(qkv, H)),
-            "SDPA flash": Contender(functools.partial(sdpa, backend=SDPBackend.FLASH_ATTENTION), split),
-            "SDPA cuDNN": Contender(functools.partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION), split),
-        }
-        if tokens == 65536 or bench.dry:  # each shape takes it 10 s to compile
-            contenders["flex_attention"] = Contender(lambda q, k, v, mask=mask: flex(q, k, v, block_mask=mask()), split)
-        forward = 2 * B * H * T * T * D
-        yield Case(
-            "attention",
-            "attention",
-            f"D{D} T{T} {tokens} tokens",
-            lambda size=(B, T, 3 * H * D): [bench.randn(*size)],
-            contenders,
-            ("forward", "backward"),
-            {"forward": forward, "backward": 2.5 * forward},
-            {},
-        )
+def make_case(bench: Bench, operation: str, shape: dict[str, int]) -> Case:
+    return OPERATIONS[operation](bench, **({name: TINY[name] for name in shape} if bench.dry else shape))
 
 
-def rotary_attention_cases(bench: Bench) -> Iterator[Case]:
-    """Attention as the model calls it, with rotary positions; torch's own rotates packed qkv, compiled."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention: FLOPs are those of the causal half, 2 B H T^2 D forward and 2.5 times that backward
 
-    from kernels import fallback, ops
 
-    rotate = bench.compiled(torch_rotary)
+def attention(bench: Bench, D: int, T: int) -> Case:
+    """Without positions; the peers get queries, keys and values as they like them, without packing."""
+    H = 1 if bench.dry else 2048 // D
+    qkv = bench.randn(bench.tokens // T, T, 3 * H * D)
+    parts = qkv.detach().view(-1, T, 3, H, D).unbind(2)
+    parts = [x.contiguous().transpose(1, 2).requires_grad_() for x in parts]  # (B, H, T, D)
 
-    def sdpa(qkv, H, backend):
+    def sdpa(q, k, v, backend):
         with sdpa_kernel(backend):
-            return fallback.attention(rotate(qkv, *tables(qkv, H)), H)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    for D, T in [(16, 16)] if bench.dry else [(64, 1024), (64, 2048), (128, 1024), (128, 2048)]:
-        tokens, H = (16, 1) if bench.dry else (65536, 768 // D)
-        contenders = {"ours": Contender(lambda qkv, H=H: ops.attention(qkv, H, 10_000.0))}
-        for name in ("flash", "cuDNN"):
-            backend = getattr(SDPBackend, f"{name.upper()}_ATTENTION")
-            contenders[f"SDPA {name}"] = Contender(functools.partial(sdpa, H=H, backend=backend))
-        forward = 2 * tokens * H * T * D
-        yield Case(
-            "rotary attention",
-            "rotary attention",
-            f"D{D} T{T} {tokens} tokens",
-            lambda size=(tokens // T, T, 3 * H * D): [bench.randn(*size)],
-            contenders,
-            ("forward", "backward"),
-            {"forward": forward, "backward": 2.5 * forward},
-            {},
-        )
+    contenders = {"ours": (lambda qkv: ops.attention(qkv, H), [qkv])}
+    contenders |= {who: (partial(sdpa, backend=backend), parts) for who, backend in SDPA.items()}
+    return Case(contenders, _attention_flops(bench.tokens * H * T * D), "flops")
 
 
-def torch_rotary(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, qk_norm: bool = False) -> Tensor:
-    """Rotary positions on packed qkv (B, T, 3C), to be compiled."""
-    B, T, C3 = qkv.shape
-    D = C3 // 3 // n_heads
-    qk, v = qkv.view(B, T, 3 * n_heads, D).split((2 * n_heads, n_heads), dim=2)
-    x1, x2 = (F.rms_norm(qk, (D,), eps=1e-6) if qk_norm else qk).chunk(2, dim=-1)
+def rotary_attention(bench: Bench, D: int, T: int) -> Case:
+    """As the model calls it; the peers rotate packed qkv first, compiled."""
+    H = 1 if bench.dry else 768 // D
+    qkv = bench.randn(bench.tokens // T, T, 3 * H * D)
+    cos, sin = rotary_table(T, D, 10_000.0, bench.device)[:, None].to(bench.dtype).chunk(2, dim=-1)  # (T, 1, D/2) each
+    rotate = torch.compile(_rotate, dynamic=False)
+
+    def sdpa(qkv, backend):
+        with sdpa_kernel(backend):
+            return fallback.attention(rotate(qkv, cos, sin, H), H)
+
+    contenders = {"ours": (lambda qkv: ops.attention(qkv, H, 10_000.0), [qkv])}
+    contenders |= {who: (partial(sdpa, backend=backend), [qkv]) for who, backend in SDPA.items()}
+    return Case(contenders, _attention_flops(bench.tokens * H * T * D), "flops")
+
+
+SDPA = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+
+
+def _attention_flops(scores: float) -> dict[str, float]:
+    return {"forward": 2 * scores, "backward": 5 * scores}
+
+
+def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor, H: int) -> Tensor:
+    """Rotary positions on packed qkv (B, T, 3C)."""
+    qk, v = qkv.unflatten(-1, (3 * H, -1)).split((2 * H, H), dim=2)
+    x1, x2 = qk.chunk(2, dim=-1)
     qk = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-    return torch.cat((qk, v), dim=2).view(B, T, C3)
+    return torch.cat((qk, v), dim=2).flatten(2)
 
 
-def tables(qkv: Tensor, n_heads: int) -> tuple[Tensor, Tensor, int]:
-    """What `torch_rotary` needs beside qkv."""
-    return *_tables(qkv.shape[1], qkv.shape[2] // 3 // n_heads, qkv.device, qkv.dtype), n_heads
+# ---------------------------------------------------------------------------------------------------------------------
+# What memory bounds: bytes are those that must be read and written once
 
 
-@functools.cache
-def _tables(T: int, D: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    from kernels.reference import rotary_table
+def norm(bench: Bench, C: int, name: str) -> Case:
+    """rms_norm, layer_norm and both with the residual added before."""
+    function, eps = (F.rms_norm, 1e-6) if name.endswith("rms_norm") else (F.layer_norm, 1e-5)
 
-    return rotary_table(T, D, 10_000.0, device)[:, None].to(dtype).chunk(2, dim=-1)  # (T, 1, D/2) each
+    def eager(x, *more):
+        residual, parameters = (more[0], more[1:]) if name.startswith("add") else (None, more)
+        total = x if residual is None else x + residual
+        normed = function(total, (C,), *(p.to(x.dtype) for p in parameters), eps=eps)
+        return normed if residual is None else (normed, total)
 
-
-def liger(name: str) -> Callable | None:
-    """A function of Liger's, if it is installed."""
-    try:
-        from liger_kernel.transformers import functional
-    except ImportError:
-        return None
-    return getattr(functional, name, None)
-
-
-def norm_cases(bench: Bench) -> Iterator[Case]:
-    from kernels import ops
-
-    def torch_norm(name, x, *parameters):
-        norm, eps = (F.rms_norm, 1e-6) if name == "rms_norm" else (F.layer_norm, 1e-5)
-        return norm(x, x.shape[-1:], *(p.to(x.dtype) for p in parameters), eps=eps)
-
-    def torch_add_norm(name, x, residual, *parameters):
-        total = x + residual
-        return torch_norm(name, total, *parameters), total
-
-    for tokens, C in [(20, 24)] if bench.dry else [(16384, 768), (65536, 768), (65536, 2048)]:
-        for name in ("rms_norm", "layer_norm"):
-            for add in (False, True):
-                eager = functools.partial(torch_add_norm if add else torch_norm, name)
-                operation = f"add_{name}" if add else name
-                contenders = {
-                    "ours": Contender(getattr(ops, operation)),
-                    "eager": Contender(eager),
-                    "torch.compile": Contender(bench.compiled(eager)),
-                }
-                if not add and (theirs := liger(f"liger_{name}")):
-                    eps = 1e-6 if name == "rms_norm" else 1e-5
-                    contenders["Liger"] = Contender(lambda *xs, f=theirs, eps=eps: f(*xs, eps))
-
-                def inputs(tokens=tokens, C=C, name=name, add=add):
-                    parameters = [bench.randn(C, dtype=torch.float32) for _ in range(1 + (name == "layer_norm"))]
-                    return [*(bench.randn(tokens, C) for _ in range(1 + add)), *parameters]
-
-                number = tokens * C * torch.finfo(bench.dtype).bits // 8
-                moved = {"forward": (4 if add else 2) * number, "backward": (4 if add else 3) * number}
-                yield Case(
-                    "norms", operation, f"C{C} {tokens} tokens", inputs, contenders, ("forward", "backward"), {}, moved
-                )
+    add, centred = name.startswith("add"), name.endswith("layer_norm")
+    inputs = [bench.randn(bench.tokens, C) for _ in range(1 + add)]
+    inputs += [bench.randn(C, dtype=torch.float32) for _ in range(1 + centred)]
+    size = inputs[0].nbytes
+    return Case(
+        _beside_torch(getattr(ops, name), eager, inputs),
+        {"forward": (4 if add else 2) * size, "backward": (4 if add else 3) * size},
+        "bytes",
+    )
 
 
-def elementwise_cases(bench: Bench) -> Iterator[Case]:
-    """Activations."""
-    from kernels.activation import activate
-
-    def swiglu(x):
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
-
-    tokens, width = (16, 40) if bench.dry else (65536, 3072)
-    for kind, theirs, ups in (("gelu", F.gelu, 1), ("swiglu", swiglu, 2)):
-        contenders = {
-            "ours": Contender(functools.partial(activate, kind=kind)),
-            "eager": Contender(theirs),
-            "torch.compile": Contender(bench.compiled(theirs)),
-        }
-        number = tokens * width * torch.finfo(bench.dtype).bits // 8
-        yield Case(
-            "elementwise",
-            kind,
-            f"F{width} {tokens} tokens",
-            lambda u=ups: [bench.randn(tokens, u * width)],
-            contenders,
-            ("forward", "backward"),
-            {},
-            {"forward": (1 + ups) * number, "backward": (1 + 2 * ups) * number},
-        )
+def activation(bench: Bench, F: int, kind: str) -> Case:
+    ups = 2 if kind == "swiglu" else 1
+    x = bench.randn(bench.tokens, ups * F)
+    size = x.nbytes // ups
+    contenders = _beside_torch(partial(activate, kind=kind), EAGER_ACTIVATIONS[kind], [x])
+    return Case(contenders, {"forward": (1 + ups) * size, "backward": (1 + 2 * ups) * size}, "bytes")
 
 
-def loss_cases(bench: Bench) -> Iterator[Case]:
-    from kernels import ops
+def _swiglu(x: Tensor) -> Tensor:
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+EAGER_ACTIVATIONS = {"gelu": F.gelu, "swiglu": _swiglu}
+
+
+def _beside_torch(ours: Callable, eager: Callable, inputs: list[Tensor]) -> dict[str, tuple[Callable, list[Tensor]]]:
+    compiled = torch.compile(eager, dynamic=False)
+    return {"ours": (ours, inputs), "eager": (eager, inputs), "torch.compile": (compiled, inputs)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The output layer with its loss: FLOPs are those of its three matrix products
+
+
+def linear_cross_entropy(bench: Bench, C: int, V: int, M: int) -> Case:
+    h, targets = bench.randn(M, C), torch.randint(V, (M,), device=bench.device)
+    weight = (0.02 * bench.randn(V, C)).detach().requires_grad_()
+    padded = F.pad(weight.detach(), (0, 0, 0, -V % 64)).requires_grad_()  # rows at round addresses, as ours has them
 
     def eager(h, weight, targets):
         return F.cross_entropy(F.linear(h, weight).float(), targets)
 
-    def pad(weight):  # rows of logits at round addresses, as ours has them: what makes the products fastest
-        return F.pad(weight.detach(), (0, 0, 0, -len(weight) % 64)).requires_grad_()
-
-    shapes = [(16384, 768, 50257), (65536, 768, 50257), (16384, 2048, 50257), (65536, 320, 8192)]
-    for tokens, C, V in [(8, 16, 65)] if bench.dry else shapes:
-
-        def inputs(tokens=tokens, C=C, V=V):
-            weight = (0.02 * bench.randn(V, C, grad=False)).requires_grad_()
-            return [bench.randn(tokens, C), weight, torch.randint(V, (tokens,), device=bench.device)]
-
-        contenders = {
-            "ours": Contender(ops.linear_cross_entropy),
-            "matrix products alone": Contender(_ThreeProducts.apply, lambda inputs: [inputs[0], pad(inputs[1])]),
-            "eager": Contender(eager),
-            "torch.compile": Contender(bench.compiled(eager)),
-        }
-        if hasattr(F, "linear_cross_entropy"):
-            contenders["F.linear_cross_entropy"] = Contender(F.linear_cross_entropy)
-            chunked = functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
-            contenders["F.linear_cross_entropy chunked"] = Contender(chunked)
-        if theirs := liger("liger_fused_linear_cross_entropy"):
-            contenders["Liger"] = Contender(theirs)
-        yield Case(
-            "loss",
-            "linear_cross_entropy",
-            f"C{C} V{V} {tokens} tokens",
-            inputs,
-            contenders,
-            ("both",),
-            {"both": 6 * tokens * C * V},
-            {},
-        )
+    contenders = _beside_torch(ops.linear_cross_entropy, eager, [h, weight, targets])
+    contenders["matrix products alone"] = (_ThreeProducts.apply, [h, padded])
+    if hasattr(F, "linear_cross_entropy"):
+        chunked = partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+        contenders["F.linear_cross_entropy"] = (chunked, [h, weight, targets])
+    return Case(contenders, {"both": 6 * M * C * V}, "flops")
 
 
 class _ThreeProducts(torch.autograd.Function):
@@ -270,3 +182,12 @@ class _ThreeProducts(torch.autograd.Function):
     def backward(ctx, grad):
         h, weight, logits = ctx.saved_tensors
         return logits @ weight, logits.T @ h
+
+
+OPERATIONS = {
+    "attention": attention,
+    "rotary attention": rotary_attention,
+    **{name: partial(norm, name=name) for name in ("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm")},
+    **{kind: partial(activation, kind=kind) for kind in EAGER_ACTIVATIONS},
+    "linear_cross_entropy": linear_cross_entropy,
+}

@@ -13,6 +13,7 @@ start     seconds until --help has been printed
 speed     training steps, fits and a sweep: the interval of the speed ratio over `--rounds` alternations reaches 0.98
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -29,11 +30,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench.common import Worker
+from bench.common import ROOT, Worker
 from nanochin.config import UserError, opt, parse, run_command
 from nanochin.console import Progress
 
-HERE = Path(__file__).resolve().parents[1]
 TRAIN = "--data python --val-bytes 65536 --seq-len 64 --batch-tokens 2048 --sample-tokens 0 --eval-every 20"
 RUNS = {
     "chinchilla": "--model 32x2 --tokens 120e3",
@@ -93,7 +93,7 @@ class Place:
 
     @property
     def both(self) -> dict[str, Path]:
-        return {"base": self.base, "here": HERE}
+        return {"base": self.base, "here": ROOT}
 
 
 def run(checkout: Path, command: list[str]) -> str:
@@ -157,7 +157,7 @@ def resume(place: Place) -> Iterator[Result]:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     code = process.wait()
-    said = run(HERE, train_command(place, "stopped", case))
+    said = run(ROOT, train_command(place, "stopped", case))
     left = [finished(place.work / name) for name in ("whole", "stopped")]
     resumed = re.search(r"from \S*(step-\d+)", said)
     yield compared("resume", f"stopped with code {code} at {resumed[1] if resumed else '?'}", *left, "the same bits")
@@ -181,7 +181,7 @@ def distance(a, b) -> float:
 
 
 def laws(place: Place) -> Iterator[Result]:
-    for folder in sorted(path.parent for path in HERE.glob("results/*/runs.csv")):
+    for folder in sorted(path.parent for path in ROOT.glob("results/*/runs.csv")):
         left = {}
         for side, checkout in place.both.items():
             out = place.work / f"{side}-{folder.name}"
@@ -208,33 +208,31 @@ def options(place: Place) -> Iterator[Result]:
 # What is timed
 
 
-def ratio(part: str, what: str, rounds: int, times: Callable[[str], float], least: float = 0.98) -> Result:
+def ratio(part: str, what: str, rounds: int, times: dict[str, Callable[[], float]], least: float = 0.98) -> Result:
     """Speed of this checkout over the other's: the median of `rounds` alternations, with the interval of the median by
-    resampling."""
+    resampling. times: what gives the seconds of each side."""
     found = []
     for number in range(rounds):
-        sides = ("base", "here") if number % 2 else ("here", "base")
-        seconds = {side: times(side) for side in sides}
-        found.append(seconds["base"] / seconds["here"])
+        took = {side: times[side]() for side in (("base", "here") if number % 2 else ("here", "base"))}
+        found.append(took["base"] / took["here"])
     draw = random.Random(0)
     medians = sorted(statistics.median(draw.choices(found, k=rounds)) for _ in range(4000))
     low, high = medians[100], medians[-101]
-    said = f"{statistics.median(found):.3f}x [{low:.3f}, {high:.3f}], {seconds['here']:.3g} s here"
+    said = f"{statistics.median(found):.3f}x [{low:.3f}, {high:.3f}], {took['here']:.3g} s here"
     return Result(part, what, high >= least, said)
 
 
-def clocked(work: Callable[[], object]) -> float:
+def seconds(checkout: Path, command: list[str]) -> float:
+    """How long `python COMMAND` takes."""
     begun = time.monotonic()
-    work()
+    run(checkout, command)
     return time.monotonic() - begun
 
 
 def start(place: Place) -> Iterator[Result]:
     for command in COMMANDS:
-
-        def times(side: str, command=command) -> float:
-            return clocked(lambda: run(place.both[side], [*command.split(), "--help"]))
-
+        argv = [*command.split(), "--help"]
+        times = {side: functools.partial(seconds, checkout, argv) for side, checkout in place.both.items()}
         yield ratio("start", command, place.options.rounds, times, least=0.95)
 
 
@@ -246,27 +244,27 @@ def speed(place: Place) -> Iterator[Result]:
         for worker in workers.values():
             worker.ask(3)  # warm up
 
-        def step(side: str, workers=workers, steps=steps) -> float:
-            return statistics.median(workers[side].ask(steps)["seconds"])
+        def step(worker: Worker, steps=steps) -> float:
+            return statistics.median(worker.ask(steps)["seconds"])
 
-        yield ratio("speed", f"training step, {shape}", rounds, step)
+        times = {side: functools.partial(step, worker) for side, worker in workers.items()}
+        yield ratio("speed", f"training step, {shape}", rounds, times)
         for worker in workers.values():
             worker.close()
 
-    def fit(side: str) -> float:
-        flags = ["--bootstrap=1000", "--figures=none", f"--out={place.work / f'{side}-timed'}"]
-        return clocked(lambda: run(place.both[side], ["fit.py", "results/mini", *flags]))
+    fit = ["fit.py", "results/mini", "--bootstrap=1000", "--figures=none", f"--out={place.work / 'timed'}"]
+    times = {side: functools.partial(seconds, checkout, fit) for side, checkout in place.both.items()}
+    yield ratio("speed", "fit.py results/mini", rounds, times)
+    text = Path(ROOT, "sweeps", "smoke.toml").read_text() + f'cache = "{place.work / "cache"}"\n'
+    (place.work / "smoke.toml").write_text(text)
 
-    yield ratio("speed", "fit.py results/mini", rounds, fit)
-
-    def sweep(side: str) -> float:
+    def sweep(checkout: Path) -> float:
         out = tempfile.mkdtemp(dir=place.work)
-        text = Path(HERE, "sweeps", "smoke.toml").read_text() + f'cache = "{place.work / "cache"}"\n'
-        (place.work / "smoke.toml").write_text(text)
         argv = ["sweep.py", str(place.work / "smoke.toml"), f"--out={out}", "--results=none", "--workers=2"]
-        return clocked(lambda: run(place.both[side], argv))
+        return seconds(checkout, argv)
 
-    yield ratio("speed", "sweep.py sweeps/smoke.toml", rounds, sweep)
+    times = {side: functools.partial(sweep, checkout) for side, checkout in place.both.items()}
+    yield ratio("speed", "sweep.py sweeps/smoke.toml", rounds, times)
 
 
 def main() -> int:

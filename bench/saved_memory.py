@@ -10,9 +10,6 @@ which the full one follows: bytes are linear in layers and in tokens.
 """
 
 import contextlib
-import importlib
-import io
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
+from bench.steps import nanogpt_model
 from kernels.fallback import rotary_table
 from nanochin.config import Shape, UserError, make_shape, opt, parse, run_command
 from nanochin.model import GPT, ROTARY_THETA
@@ -75,26 +73,9 @@ def of_ours(shape: Shape, sequences: int, dtype: torch.dtype = torch.bfloat16) -
 
 def of_nanogpt(folder: str, shape: Shape, sequences: int, *, compiled: bool) -> list[Saved]:
     """nanoGPT's at the same size."""
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    try:
-        theirs = importlib.import_module("model")
-    except ImportError:
-        raise UserError(
-            f"--nanogpt {folder}: has no model.py; give a checkout of github.com/karpathy/nanoGPT"
-        ) from None
-    config = theirs.GPTConfig(
-        block_size=shape.seq_len,
-        vocab_size=shape.vocab_size,
-        n_layer=shape.layers,
-        n_head=shape.heads,
-        n_embd=shape.width,
-        dropout=0.0,
-        bias=False,
-    )
     torch._dynamo.reset()
-    with contextlib.nullcontext() if compiled else FakeTensorMode(), contextlib.redirect_stdout(io.StringIO()):
-        model, tokens = theirs.GPT(config), torch.zeros(sequences, shape.seq_len, dtype=torch.long)
+    with contextlib.nullcontext() if compiled else FakeTensorMode():
+        model, tokens = nanogpt_model(folder, shape), torch.zeros(sequences, shape.seq_len, dtype=torch.long)
         run = torch.compile(model) if compiled else model
         with torch.autocast("cpu", torch.bfloat16):
             return saved(lambda: run(tokens, tokens)[1], list(model.parameters()))

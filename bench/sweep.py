@@ -3,10 +3,10 @@
     python -m bench.sweep sweeps/mini.toml              in a folder of its own; what is there already is not redone
     python -m bench.sweep sweeps/mini.toml --loop 3     time three runs of the loop and estimate the others
 
-The loop is what one would write in a shell: one `train.py` after the other, with torch's own number of threads (or
-`--loop-threads`), each paying for start-up, imports and opening the corpus. Of runs that are not timed the training is
-taken to last in proportion to what it took in the sweep (FLOPs do not tell: small models take longer for one), and
-all else as long as for a timed one.
+The loop is what one would write in a shell: one `train.py` after the other, with torch's own number of threads, each
+paying for start-up, imports and opening the corpus. Of runs that are not timed the training is taken to last in
+proportion to what it took in the sweep (FLOPs do not tell: small models take longer for one), and all else as long as
+for a timed one.
 """
 
 import csv
@@ -17,10 +17,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.common import ROOT
 from nanochin import grid
 from nanochin.config import UserError, opt, parse, run_command
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,6 @@ class BenchOptions:
     sweep: str = opt("sweeps/mini.toml", "the sweep", positional=True)
     out: str = opt("build/bench-sweep", "folder of the runs; give a new one for a new measurement")
     loop: int = opt(0, "runs of the loop to time, spread over the sweep; 0 = all", low=0)
-    loop_threads: int | None = opt(None, "threads of each process of the loop; default: torch's choice", low=1)
-    workers: int | None = opt(None, "workers of the sweep; default: its own", low=1)
 
 
 def main() -> None:
@@ -60,8 +57,6 @@ def main() -> None:
 def time_sweep(options: BenchOptions, out: Path) -> tuple[float, int]:
     """(seconds, workers) of the sweep."""
     command = [sys.executable, str(ROOT / "sweep.py"), options.sweep, "--out", str(out / "sweep"), "--results", "none"]
-    if options.workers:
-        command += ["--workers", str(options.workers)]
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.perf_counter() - start
@@ -76,14 +71,12 @@ def time_loop(options: BenchOptions, out: Path, rows: list[dict]) -> float:
     base = grid.read_sweep(options.sweep).base
     start = time.perf_counter()
     for row in rows:
-        command = [sys.executable, str(ROOT / "train.py"), "--data", *base.data, f"--val-bytes={base.val_bytes}",
-                   f"--cache={base.cache}", f"--seq-len={row['seq_len']}", f"--model={row['width']}x{row['layers']}",
-                   f"--tokens={row['tokens']}", f"--batch-tokens={row['batch_tokens']}", f"--lr={row['lr']}",
-                   f"--seed={row['seed']}", f"--device={base.device}", f"--out={out / 'loop'}",
-                   f"--name={row['run']}", "--sample-tokens=0"]  # fmt: skip
-        if options.loop_threads:
-            command.append(f"--threads={options.loop_threads}")
-        subprocess.run(command, check=True, capture_output=True)
+        known = {key: row[key] for key in ("seq_len", "tokens", "batch_tokens", "lr", "seed")}
+        known |= {key: getattr(base, key) for key in ("val_bytes", "cache", "device")}
+        known |= {"model": f"{row['width']}x{row['layers']}", "name": row["run"], "out": out / "loop"}
+        flags = [f"--{key.replace('_', '-')}={value}" for key, value in known.items()]
+        train = [sys.executable, str(ROOT / "train.py"), "--data", *base.data, "--sample-tokens=0"]
+        subprocess.run([*train, *flags], check=True, capture_output=True)
     return time.perf_counter() - start
 
 

@@ -1,91 +1,100 @@
-"""The kernel bench: its whole code on tiny shapes, and what it says where there is nothing to time."""
+"""The kernel bench on tiny shapes: times, checks and tiles."""
 
-import json
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT
-from interpreted import CUDA
+from interpreted import CUDA, DEVICE, load_all
+
+pytest.importorskip("triton", reason="triton is not installed (it has no build for this platform)")
+
+import kernels
+from bench import kernels as bench_kernels
+from bench.gpu_check import CASES, MORE_CASES, TUNED, of_case
+from bench.kernel_cases import Bench, Case, make_case
+
+BENCH = Bench(DEVICE, torch.float32, dry=True)
+LIMITS = {"flops": 1e9, "bytes": 1e9}
 
 
-@pytest.fixture(scope="module")
-def table():
-    """The rows of `python -m bench.kernels --dry-run`, by (operation, direction, who)."""
-    pytest.importorskip("triton")
-    before = sorted((ROOT / "bench" / "results").iterdir())
-    argv = [sys.executable, "-m", "bench.kernels", "--dry-run"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert sorted((ROOT / "bench" / "results").iterdir()) == before  # nothing written
-    assert "these times mean nothing" in done.stdout.splitlines()[0]
-    lines = [line for line in done.stdout.splitlines() if "tokens |" in line]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    return {(operation, direction, who): rest for operation, _, direction, who, *rest in cells}
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Our kernels in Python, nothing compiled."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    load_all()
+    with kernels.use("triton"):
+        yield
 
 
-@pytest.mark.parametrize("operation", ["attention", "rotary attention", "rms_norm", "add_layer_norm", "swiglu"])
-def test_ours_is_timed_both_ways(table, operation):
-    """Forward and backward of every operation have a time, and a ratio to the best peer."""
-    for direction in ("forward", "backward"):
-        time, *_, versus_best = table[operation, direction, "ours"]
-        assert float(time) > 0 and versus_best
-
-
-def test_the_loss_has_its_products_for_comparison(table):
-    """The output layer's row stands beside its matrix products alone and PyTorch's own ways."""
-    whos = {who for operation, _, who in table if operation == "linear_cross_entropy"}
-    assert {"ours", "matrix products alone", "eager", "torch.compile"} <= whos
-    assert ("F.linear_cross_entropy" in whos) == hasattr(torch.nn.functional, "linear_cross_entropy")
-
-
-def test_some_cases_into_a_folder(command, tmp_path):
-    """--only keeps what contains the text, --out writes its rows and table there; a text that fits nothing is an
+@pytest.mark.parametrize("name", sorted({*CASES, *MORE_CASES, *TUNED}))
+def test_every_planned_case_is_timed(name):
+    """Ours and a peer have a time in every direction, and a share of the ceiling; what fails is a row with its
     error."""
-    pytest.importorskip("triton")
-    done = command("-m", "bench.kernels", "--dry-run", "--only", "rms_norm C24", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "kernels_dry.json").read_text())["rows"]
-    assert {row["operation"] for row in rows} == {"rms_norm", "add_rms_norm"}
-    assert "| rms_norm | C24" in (tmp_path / "kernels_dry.md").read_text()
-    done = command("-m", "bench.kernels", "--dry-run", "--only", "no such case")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "no such case" in done.stderr
+    arguments = of_case(name, "case", 60).arguments
+    case = make_case(BENCH, **arguments)
+    rows = {(row["direction"], row["who"]): row for row in bench_kernels.time_case(case, BENCH, LIMITS)}
+    assert {direction for direction, _ in rows} == set(case.work)
+    for direction in case.work:
+        timed = [who for by, who in rows if by == direction and "us" in rows[by, who]]
+        assert "ours" in timed and len(timed) > 1
+        row = rows[direction, "ours"]
+        assert row["of_ceiling"] == pytest.approx(case.work[direction] / row["us"] * 1e6 / LIMITS[case.ceiling])
 
 
 @pytest.mark.skipif(CUDA, reason="cuDNN runs here")
-def test_a_failing_peer_is_a_row(table):
+def test_a_failing_peer_is_a_row():
     """A peer that cannot run leaves its error's text, and the rows after it are there."""
-    assert table["attention", "forward", "SDPA cuDNN"][0].startswith("RuntimeError")
-    assert float(table["attention", "backward", "SDPA flash"][0]) > 0
+    case = make_case(BENCH, "attention", {"D": 64, "T": 1024})
+    rows = list(bench_kernels.time_case(case, BENCH, LIMITS))
+    assert [row["who"] for row in rows] == 2 * ["ours", "SDPA flash", "SDPA cuDNN"]
+    assert rows[2]["error"].startswith("RuntimeError") and "us" in rows[3]
 
 
-@pytest.mark.skipif(CUDA, reason="there is something to time")
-def test_without_a_gpu_there_is_nothing_to_time(command):
-    """One line that says so, exit code 2."""
-    done = command("-m", "bench.kernels")
-    assert done.returncode == 2
-    assert done.stdout == "" and done.stderr.count("\n") == 1 and "no CUDA device" in done.stderr
+def test_the_deadline_is_kept():
+    """What comes after the deadline is not timed, and says so."""
+    late = Bench(DEVICE, torch.float32, dry=True, deadline=time.monotonic() - 1)
+    case = Case({"ours": (torch.exp, [torch.ones(2)])}, {"forward": 8}, "bytes")
+    (row,) = bench_kernels.time_case(case, late, LIMITS)
+    assert "us" not in row and "out of time" in row["error"]
+
+
+def test_work_by_hand():
+    """FLOPs and bytes of tiny shapes: causal attention of 1 sequence of 16 and 1 head of 16, residual and norm of
+    16 x 24 numbers of 4 bytes, the output layer of 8 tokens, width 24 and vocabulary 65."""
+    work = {name: make_case(BENCH, **of_case(name, "case", 60).arguments).work for name in CASES}
+    assert work["attention D64 T1024"] == {"forward": 2 * 16**3, "backward": 5 * 16**3}
+    assert work["add_rms_norm C768"] == {"forward": 4 * 4 * 16 * 24, "backward": 4 * 4 * 16 * 24}
+    assert work["gelu F3072"] == {"forward": 2 * 4 * 16 * 40, "backward": 3 * 4 * 16 * 40}
+    assert work["linear_cross_entropy C768 V50257 M16384"] == {"both": 6 * 8 * 24 * 65}
 
 
 def test_a_wrong_result_is_noticed():
-    """The check before timing measures errors against float64: an operation that is off by a thousandth fails it."""
-    from bench.kernels import check
-
-    x = torch.randn(5, 8, requires_grad=True)
-    exact = torch.tanh
+    """The check measures errors against float64: an operation that is off by a thousandth fails it."""
+    check, exact, x = bench_kernels.check, torch.tanh, torch.randn(5, 8, requires_grad=True)
     assert check(torch.tanh, torch.tanh, exact, [x]) is None
     assert "output 0" in check(lambda x: torch.tanh(x) * 1.001, torch.tanh, exact, [x])
     assert "output 1" in check(lambda x: torch.tanh(x) + (x - x.detach()) * 1e-3, torch.tanh, exact, [x])
 
 
-def test_the_deadline_is_kept():
-    """What comes after the deadline is not timed, and says so."""
-    from bench.kernels import Bench, Case, Contender, run_case
+def test_tiles_with_other_results_do_not_win(monkeypatch):
+    """A neighbour that is faster but wrong, or that fails, has no time; what is shipped stays as it was."""
+    from kernels import norms
 
-    bench = Bench(torch.device("cpu"), torch.float32, True, deadline=time.monotonic() - 1, cache=0)
-    contenders = {"ours": Contender(torch.exp)}
-    case = Case("norms", "x", "1", lambda: [torch.ones(2)], contenders, ("forward",), {}, {"forward": 8})
-    (row,) = run_case(case, bench, {"bytes": 1.0})
-    assert row.us is None and "out of time" in row.error
+    class Module:
+        @staticmethod
+        def config(C):
+            return {"ROWS": 4, "num_warps": 2}
+
+    def norm(x):
+        config = Module.config(x.shape[-1])
+        if config["ROWS"] == 8:
+            raise RuntimeError("too much shared memory")
+        return x * (2 if config["num_warps"] == 1 else 1)
+
+    before = Module.config, norms._forward_config
+    case = Case({"ours": (norm, [torch.ones(3, 4)])}, {"forward": 1}, "bytes")
+    arguments = case, "forward", Module, "config", None, ("ROWS", "num_warps"), BENCH
+    us = dict(bench_kernels.neighbours(*arguments))
+    assert {name for name in us if us[name]} == {"as shipped", "ROWS=2", "num_warps=4"}
+    assert us["ROWS=8"] is us["num_warps=1"] is None
+    assert (Module.config, norms._forward_config) == before

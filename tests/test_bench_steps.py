@@ -1,0 +1,163 @@
+"""Training steps that are timed, on tiny shapes with a stand-in for nanoGPT, and the processes that time them."""
+
+import math
+
+import pytest
+import torch
+from conftest import ROOT
+
+from bench.common import Worker
+from bench.steps import NanoGPT, nanogpt_model, profile, time_blocks
+from nanochin.config import UserError, make_shape
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+SHAPE = make_shape(16, 1, vocab_size=64, seq_len=16)
+
+# What the bench uses of a nanoGPT checkout's model.py.
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        print("number of parameters: few")
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+    def configure_optimizers(self, weight_decay, lr, betas, device_type):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+    def forward(self, x, y):
+        logits = self.embed(x) @ self.embed.weight.T
+        return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten())
+"""
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("nanoGPT")
+    (folder / "model.py").write_text(NANOGPT)
+    return str(folder)
+
+
+@pytest.fixture
+def step(checkout, monkeypatch):
+    """A NanoGPT of 8 sequences at once."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    torch.manual_seed(0)
+    return NanoGPT(checkout, SHAPE, 8, CPU, torch.float32)
+
+
+@pytest.fixture
+def batch():
+    return torch.randint(64, (8, 17), generator=torch.Generator().manual_seed(0))
+
+
+def test_cuts_do_not_change_the_gradient(step, batch):
+    """That of the mean loss over all sequences, also where they come out uneven; a step then descends."""
+    whole = []
+    for micro_batch in (8, 3):
+        step.cut(micro_batch)
+        step.gradient(batch)
+        whole.append(step.model.embed.weight.grad.clone())
+    torch.testing.assert_close(*whole)
+    step.cut(8)
+    first, second = step(batch, 0.0), step(batch, 0.0)
+    assert second[0] < first[0] and first[1] > 0
+    assert step.model.embed.weight.grad is None
+
+
+@pytest.mark.parametrize("fits, expected", [(8, 8), (3, 2), (1, 1)])
+def test_the_micro_batch_is_halved_until_it_fits(step, batch, monkeypatch, fits, expected):
+    """Out of memory, by torch or by CUDA, tries half; another error is raised, and so is memory for not even one."""
+
+    def gradient(piece):
+        if len(piece) > fits:
+            raise torch.OutOfMemoryError() if len(piece) > 4 else RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(step, "gradient", gradient)
+    step.compile(batch)
+    assert step.micro_batch == expected
+    fits = 0
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step.compile(batch)
+
+
+def test_no_checkout_is_one_line():
+    """A folder without model.py."""
+    with pytest.raises(UserError, match="--nanogpt /nowhere: no model.py there"):
+        nanogpt_model("/nowhere", SHAPE)
+
+
+def test_time_of_blocks():
+    """Three blocks, each of as many steps as fill a third of the budget; at least one."""
+    calls = []
+    blocks = time_blocks(lambda: calls.append(0), CPU, 0.0)
+    assert len(calls) == 4 and len(blocks) == 3 and all(seconds > 0 for seconds in blocks)
+
+
+def test_time_is_split():
+    """Matrix products have a time of their own; what no part is known for is other."""
+    x = torch.randn(200, 200)
+    split = profile(lambda: (x @ x).sin(), CPU)
+    assert split["matmul"] > 0 and split["other"] > 0 and split["loss"] == 0
+
+
+def test_every_kind_is_measured(checkout):
+    """Ours in three kinds with equal losses, of which eager has memory by micro-batch and its time by part; nanoGPT's
+    with both kernels for attention; what a job raises is an error, and the worker goes on."""
+    worker = Worker("bench.gpu_jobs", {"dry": True})
+    ours = [worker.ask({"do": "step", "size": "10M", "kind": kind}) for kind in ("graph", "eager", "compile")]
+    for row in ours:
+        assert row["losses"] == pytest.approx(ours[0]["losses"]) and row["losses"][-1] < row["losses"][0]
+        assert row["tokens_per_s"] > 0 and row["micro_batch"] == 2
+    assert set(ours[1]["peak_bytes_at"]) == {"1", "2"} and ours[1]["split_ms"]["matmul"] > 0
+    theirs = [
+        worker.ask({"do": "step", "size": "10M", "kind": f"nanoGPT {kernel}", "nanogpt": checkout})
+        for kernel in ("flash", "cudnn")
+    ]
+    assert all(row["tokens_per_s"] > 0 and math.isfinite(row["losses"][0]) for row in theirs)
+    assert "KeyError" in worker.ask({"do": "check", "name": "none"})["error"]
+    assert worker.ask({"do": "compile", "size": "10M"}) == {"compiled": True}
+    worker.close()
+
+
+def test_a_worker_that_dies_or_hangs(tmp_path, monkeypatch):
+    """An error for whoever asks, and the process is gone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dies.py").write_text("import sys; sys.exit(3)")
+    (tmp_path / "hangs.py").write_text("import time; time.sleep(60)")
+    dies, hangs = Worker("dies", {}), Worker("hangs", {})
+    for _ in range(2):
+        with pytest.raises(UserError, match="ended early with exit code 3"):
+            dies.ask(1, 20)
+    with pytest.raises(TimeoutError):
+        hangs.ask(1, 0.05)
+    for worker in (dies, hangs):
+        worker.close(0)
+        assert worker.process.returncode is not None
+
+
+def test_a_worker_ends_with_whoever_asked(tmp_path, monkeypatch):
+    """In the middle of its work: its answers are read by nobody."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "works.py").write_text(
+        "import time\nfrom bench.common import messages\nfor _, answer in messages(): time.sleep(60)"
+    )
+    worker = Worker("works", {}, tmp_path)
+    with pytest.raises(TimeoutError):
+        worker.ask(1, 1.0)
+    worker.process.stdin.close()  # as the end of a process does
+    assert worker.process.wait(20) == 0
+    worker.close(0)
