@@ -110,7 +110,7 @@ def plan_first(place: Place) -> list[Row]:
     rows += [of_step("124M", kind, place) for kind in ("graph", "eager")]
     rows += [Row("ceilings", "ceilings"), *(of_case(name, "case", 60) for name in CASES)]
     tests = [f"tests/test_{name}.py" for name in TESTED]
-    chosen = ("-m", "not slow", "-k", "repeating") if place.dry else ("-m", "gpu", "-n", "auto", "-k", TESTS)
+    chosen = ("-m", "not slow", "-k", "bit_identical") if place.dry else ("-m", "gpu", "-n", "auto", "-k", TESTS)
     pytest = (sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rf", "--tb=line", "--timeout", "60")
     return [*rows, Row("GPU tests", seconds=110, expect=r"\d+ passed", command=(*pytest, *chosen, *tests))]
 
