@@ -1,0 +1,204 @@
+"""sweeps/make_books.py: the cleaning of single books, what is dropped as seen, the split, and the shards themselves."""
+
+import hashlib
+import importlib.util
+import json
+import lzma
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, pseudo_english
+
+SCRIPT = ROOT / "sweeps" / "make_books.py"
+SHARDS = ROOT.parent / "shared" / "data" / "gutenberg"
+spec = importlib.util.spec_from_file_location("make_books", SCRIPT)
+make_books = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make_books)
+
+PROSE = "It was a long walk to the mill, and the rain had not stopped since noon,\nbut the miller's son did not mind."
+JOINED = PROSE.replace("\n", " ")
+
+
+def ebook(body: str) -> str:
+    """A file as Project Gutenberg lays it out, with the line ends of the source."""
+    text = (
+        "The Project Gutenberg EBook of A Tale\n\nTitle: A Tale\n\n"
+        f"*** START OF THIS PROJECT GUTENBERG EBOOK A TALE ***\n\n\nProduced by Some Volunteer\n\n\n{body}\n\n\n"
+        "End of Project Gutenberg's A Tale, by Nobody\n\n*** END OF THIS PROJECT GUTENBERG EBOOK A TALE ***\n\nEnd\n"
+    )
+    return text.replace("\n", "\r\n")
+
+
+def sentences(count: int, seed: int) -> list[str]:
+    """Paragraphs of 120 characters each."""
+    text = pseudo_english(200 * count, seed).replace("\n", " ")
+    return [text[120 * i : 120 * (i + 1)].strip().ljust(120, "x") for i in range(count)]
+
+
+def test_only_the_book_is_left():
+    """Header, credits, the closing line and the licence go; paragraphs are split by blank lines, however many."""
+    assert make_books.paragraphs(ebook(f"A TALE\n\n\n\n{PROSE}\n\nTHE END")) == ["A TALE", JOINED, "THE END"]
+
+
+@pytest.mark.parametrize(
+    "start, end",
+    [
+        ("*** START OF THIS PROJECT GUTENBERG EBOOK A TALE ***", "*** END OF THIS PROJECT GUTENBERG EBOOK A TALE ***"),
+        (
+            "***START OF THE PROJECT GUTENBERG EBOOK A VERY\nLONG TALE***",
+            "***END OF THE PROJECT GUTENBERG EBOOK A VERY",
+        ),
+        (
+            "***START**THE SMALL PRINT!**\n\nBla.\n\n*END*THE SMALL PRINT! FOR ETEXTS*END*",
+            "End of Project Gutenberg Etext",
+        ),
+    ],
+)
+def test_markers(start, end):
+    """Each form of the markers; a file without either of them is no book."""
+    assert make_books.paragraphs(f"Header\n{start}\n\nONE\n\nTWO\n\n{end}\n\nLicence") == ["ONE", "TWO"]
+    assert not make_books.paragraphs(f"{start}\n\nONE\n\nTWO")
+    assert not make_books.paragraphs(f"ONE\n\nTWO\n\n{end}")
+
+
+@pytest.mark.parametrize(
+    "as_it_stands",
+    [
+        "  The wind it blew, the wind it blew,\n    And all the leaves came down",
+        "Shall I compare thee to a day\nThat is as short as this, and grey?",
+        "CHAPTER I.  The Mill                                             1\n"
+        "CHAPTER II.  In which very many people come to the mill at once   17\n"
+        "  CHAPTER III.  The Flood                                        203\n  CHAPTER IV.  Home        250",
+        "                         A TALE\n                      OF THE MILL",
+    ],
+)
+def test_verse_and_tables_stay(as_it_stands):
+    """Two indented lines, or lines that are short on average, are no wrapped paragraph."""
+    assert make_books.paragraphs(ebook(f"{PROSE}\n\n{as_it_stands}")) == [JOINED, as_it_stands]
+
+
+def test_prose_with_one_indented_line_is_joined():
+    """The source's line that begins with a space after a closing quotation mark."""
+    assert make_books.paragraphs(ebook("  " + PROSE)) == [JOINED]
+    assert make_books.unwrap(["x" * 50, "y"]) == "x" * 50 + "\ny"  # 50 is not over 50
+    assert make_books.unwrap(["x" * 51, " y"]) == "x" * 51 + " y"
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [
+        "[Illustration]",
+        "[Illustration: The miller\nand his son]",
+        "ILLUSTRATIONS",
+        "This text is also at www.gutenberg.org in HTML.",
+    ],
+)
+def test_captions_and_the_name_of_the_source_go(gone):
+    assert make_books.paragraphs(ebook(f"ONE\n\n{gone}\n\nTWO")) == ["ONE", "TWO"]
+
+
+def test_what_only_looks_like_credits_stays():
+    """Credits are removed at the start alone, and a caption that text goes on after is text."""
+    kept = ["ONE", "Produced by the miller.", "[Illustration] as he said.", "An etext."]
+    assert make_books.paragraphs(ebook("\n\n".join(kept))) == kept
+
+
+def test_letters_are_composed():
+    """Unicode NFC: one e with an accent, not two characters."""
+    assert make_books.paragraphs(ebook("Cafe\u0301")) == ["Caf\u00e9"]
+
+
+def test_which_books_are_wanted():
+    book = ["the mill and the river, as it was in the days of old " * 10] * 40
+    assert make_books.wanted("A/B.txt", "text", book)
+    assert not make_books.wanted("A/B.txt", "text", book[:30])  # too short
+    assert not make_books.wanted("A/B.txt", "This is a COPYRIGHTED Project Gutenberg eBook", book)
+    assert not make_books.wanted("Orban, Paul/B.txt", "text", book)
+    assert not make_books.wanted("A/B.txt", "text", ["moulin et la riviere " * 100] * 20)
+
+
+def test_repeated_paragraphs_stay_in_the_longest_book():
+    """Same letters, another punctuation: kept once, in the longest book. Short ones may repeat everywhere."""
+    a, b = sentences(10, seed=1), sentences(6, seed=2)
+    again = a[3].upper() + "!"
+    texts = dict(make_books.without_repeats({"b": ["THE END", *b, again], "a": [*a, a[0], "THE END"]}))
+    assert texts == {"a": "\n\n".join([*a, a[0], "THE END"]) + "\n", "b": "\n\n".join(["THE END", *b]) + "\n"}
+
+
+def test_a_book_that_is_mostly_known_is_dropped():
+    """40% of the characters in long paragraphs may be known; and a dropped book makes nothing known."""
+    a, b, c = sentences(10, seed=1), sentences(3, seed=2), sentences(2, seed=3)
+    books = {"a": a, "b": [*b, *a[:2]], "c": [*c, *a[:2]], "d": c}
+    assert list(dict(make_books.without_repeats(books))) == ["a", "b", "d"]
+
+
+def test_split(monkeypatch):
+    """Files are filled in the order of the hash, each with whole books; one hash digit chooses the validation books;
+    what comes after the last full file is left out."""
+    monkeypatch.setattr(make_books, "SHARD_BYTES", 1000)
+    texts = {f"Author/{i}.txt": "é" * (20 + i % 7) for i in range(400)}
+    files = make_books.split(texts)
+    order = sorted(texts, key=lambda path: hashlib.sha256(path.encode()).digest())
+    chosen = [path for path in order if path in sum(files.values(), [])]
+    assert chosen == order[: len(chosen)] and len(chosen) < 400
+    for name in make_books.TRAIN:
+        sizes = [len(texts[path].encode()) for path in files[name]]
+        assert sum(sizes) >= 1000 > sum(sizes[:-1]) and files[name] == [p for p in order if p in files[name]]
+    digits = {path: hashlib.sha256(path.encode()).hexdigest()[62] for path in chosen}
+    assert files[make_books.VAL] == [path for path in chosen if digits[path] == "0"] != []
+
+
+def test_lines():
+    """A line of JSON as nanochin reads it; a carriage return in the name becomes a space, as in the shards."""
+    path = "Zola, Émile/Truth\rA Novel.txt"
+    line = make_books.line(path, "Où?\n")
+    assert line.endswith("\n") and "É" in line and "\r" not in line
+    digest = hashlib.sha256(path.encode()).hexdigest()
+    assert list(json.loads(line).items()) == [
+        ("id", digest[:12]), ("author", "Zola, Émile"), ("title", "Truth A Novel"), ("text", "Où?\n")
+    ]  # fmt: skip
+
+
+def test_files_depend_on_the_source_alone(monkeypatch):
+    """The same books in another order give the same bytes, and xz of JSON lines is what they are."""
+    monkeypatch.setattr(make_books, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(make_books, "LEAST_LENGTH", 1000)
+    monkeypatch.setattr(make_books, "ENGLISH_SHARE", 0)
+    books = [(f"A/{i}.txt", ebook("\n\n".join(sentences(40, seed=i)))) for i in range(60)]
+    once, again = dict(make_books.make(books)), dict(make_books.make(reversed(books)))
+    assert once == again and list(once) == list(make_books.SHA256)
+    records = [json.loads(line) for data in once.values() for line in lzma.decompress(data).decode().splitlines()]
+    assert len({record["id"] for record in records}) == len(records) > 40
+    assert all(record["text"].count("\n\n") == 39 for record in records)
+
+
+@pytest.mark.parametrize("argv, code, words", [(["--help"], 0, "CHECKOUT"), (["nowhere", "out"], 1, "no clone of")])
+def test_command(tmp_path, argv, code, words):
+    """Help and a wrong folder, from any place; the error is one line."""
+    done = subprocess.run([sys.executable, SCRIPT, *argv], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code and words in done.stdout + done.stderr
+    assert code == 0 or len(done.stderr.splitlines()) == 1
+
+
+def test_the_documented_sums_are_the_scripts():
+    text = (ROOT / "docs" / "data.md").read_text()
+    assert dict(re.findall(r"\| (gutenberg-[\w-]+\.jsonl\.xz) \|.*\| ([0-9a-f]{64}) \|", text)) == make_books.SHA256
+    assert make_books.COMMIT in text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_shards_are_made_byte_for_byte(tmp_path):
+    """All five files from the public repository have the documented SHA-256, and those on this machine have it too."""
+    checkout = os.environ.get("NANOCHIN_GUTENBERG")
+    if not checkout:
+        pytest.skip("needs a clone of github.com/rcdm-uga/Gutenberg_Text: set NANOCHIN_GUTENBERG to its folder")
+    done = subprocess.run([sys.executable, SCRIPT, checkout, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for folder in (tmp_path, SHARDS) if SHARDS.is_dir() else (tmp_path,):
+        sums = {name: hashlib.sha256(Path(folder, name).read_bytes()).hexdigest() for name in make_books.SHA256}
+        assert sums == make_books.SHA256
