@@ -5,7 +5,7 @@
     python sweep.py sweeps/books.toml --data books
 
 OUT gets four training files and a validation file: xz of JSON lines, a book a line. docs/data.md has the facts and the
-reasons of each rule. Git reads the source, at the commit below whatever is checked out, so that neither line ends nor
+reasons of each rule. Git reads the source, at one commit whatever is checked out, so that neither line ends nor
 file names depend on the machine. Takes five minutes of one core and 3 GB of memory; needs git, and no library.
 """
 
@@ -177,8 +177,13 @@ def make(files: Iterable[tuple[str, str]]) -> Iterator[tuple[str, bytes]]:
         yield name, lzma.compress(lines.encode(), preset=PRESET.get(name, 6))
 
 
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"make_books: {message}\n")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", metavar="CHECKOUT", help="a clone of github.com/rcdm-uga/Gutenberg_Text")
     parser.add_argument("out", metavar="OUT", help="folder for the five files")
     options = parser.parse_args()

@@ -176,7 +176,9 @@ def test_files_depend_on_the_source_alone(monkeypatch):
     assert all(record["text"].count("\n\n") == 39 for record in records)
 
 
-@pytest.mark.parametrize("argv, code, words", [(["--help"], 0, "CHECKOUT"), (["nowhere", "out"], 1, "no clone of")])
+@pytest.mark.parametrize(
+    "argv, code, words", [(["--help"], 0, "CHECKOUT"), (["nowhere", "out"], 1, "no clone of"), ([], 2, "required")]
+)
 def test_command(tmp_path, argv, code, words):
     """Help and a wrong folder, from any place; the error is one line."""
     done = subprocess.run([sys.executable, SCRIPT, *argv], cwd=tmp_path, capture_output=True, text=True)
