@@ -49,9 +49,7 @@ MOST_REPEATED = 0.4  # of the characters in a book's long paragraphs
 START = re.compile(r"\*\*\* ?START OF.*?\*\*\*|\*END\*THE SMALL PRINT[^\n]*", re.S | re.I)
 END = re.compile(r"\*\*\* ?END OF", re.I)
 OLD_END = re.compile(r"End of (the )?Project Gutenberg", re.I)
-CREDITS = re.compile(
-    r"(produced by|e-?text prepared|transcribed f|this etext was)|.*distributed\s+proofread", re.S | re.I
-)
+CREDITS = re.compile(r"(?is)produced by|e-?text prepared|transcribed f|this etext was|.*distributed\s+proofread")
 ILLUSTRATION = re.compile(r"\s*\[?illustration[^\]]*\]?\s*", re.I)
 
 
@@ -67,8 +65,7 @@ def unwrap(lines: list[str]) -> str:
     """A paragraph on one line if it looks like prose: at most one line is indented, and up to the last one they are
     over 50 characters long on average. Verse, tables and title pages stay as they are."""
     indented = sum(line.startswith(" ") for line in lines)
-    length = sum(map(len, lines[:-1]))
-    if len(lines) > 1 and indented < 2 and length > 50 * (len(lines) - 1):
+    if len(lines) > 1 and indented < 2 and sum(map(len, lines[:-1])) > 50 * (len(lines) - 1):
         return " ".join(line.strip() for line in lines)
     return "\n".join(lines)
 
@@ -128,8 +125,7 @@ def split(texts: dict[str, str]) -> dict[str, list[str]]:
             files[VAL].append(path)
             continue
         files[shards[0]].append(path)
-        size += length
-        if size >= SHARD_BYTES:
+        if (size := size + length) >= SHARD_BYTES:
             size, shards = 0, shards[1:]
         if not shards:
             break
@@ -143,8 +139,7 @@ def sha(text: str) -> str:
 def line(path: str, text: str) -> str:
     """A book's line of JSON. Some file names have the line break of their title page, as a carriage return."""
     author, title = path.removesuffix(".txt").replace("\r", " ").split("/")
-    record = {"id": sha(path)[:12], "author": author, "title": title, "text": text}
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    return json.dumps({"id": sha(path)[:12], "author": author, "title": title, "text": text}, ensure_ascii=False) + "\n"
 
 
 def source(checkout: str) -> Iterator[tuple[str, str]]:
@@ -187,19 +182,17 @@ def main() -> int:
     parser.add_argument("checkout", metavar="CHECKOUT", help="a clone of github.com/rcdm-uga/Gutenberg_Text")
     parser.add_argument("out", metavar="OUT", help="folder for the five files")
     options = parser.parse_args()
-    out = Path(options.out)
+    out, wrong = Path(options.out), 0
     try:
         out.mkdir(parents=True, exist_ok=True)
-        same = True
         for name, data in make(source(options.checkout)):
             (out / name).write_bytes(data)
             digest = hashlib.sha256(data).hexdigest()
-            right = digest == SHA256[name]
-            same = same and right
-            print(f"{name}  {digest}  {'as' if right else 'NOT as'} in docs/data.md", flush=True)
+            wrong += digest != SHA256[name]
+            print(f"{name}  {digest}  {'as' if digest == SHA256[name] else 'NOT as'} in docs/data.md", flush=True)
     except OSError as error:
         sys.exit(f"make_books: {error}")
-    return 0 if same else 1
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
