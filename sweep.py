@@ -318,7 +318,7 @@ class View:
         for cell in schedule.cells:
             if since := schedule.running.get(cell.name):
                 done, loss = schedule.book.progress(cell)
-                new = done - self.shares.setdefault(cell.name, done)  # a run that goes on has not done all of it now
+                new = done - self.shares.setdefault(cell.name, done)  # a resumed run did the rest before
                 eta = f"ETA {clock((time.monotonic() - since) * (1 - done) / new)}" if new > 0 else ""
                 lines.append(f"  {cell.name} {done:4.0%} {f'loss {loss:.3f}' if loss else ''} {eta}".rstrip())
         return "\n".join(lines)
@@ -449,13 +449,13 @@ def row_of(cell: Cell, end: End) -> RunRow:
 
 
 def edges(sweep: Sweep, cells: list[Cell], ends: dict[str, End]) -> list[str]:
-    """A line for each budget whose least loss is at an edge of its sizes."""
+    """A line for each budget whose lowest loss is at an edge of its sizes."""
     found, lines = losses(ends), []
     for budget, varied in dict.fromkeys((cell.budget, cell.varied) for cell in cells if sweep.grid.kind == "isoflop"):
         group = [cell for cell in cells if (cell.budget, cell.varied) == (budget, varied)]
         if len({cell.plan.shape for cell in group}) > 1 and (side := grid.open_side(group, found)):
             size = "largest" if side > 0 else "smallest"
-            lines.append(f"{budget:g} FLOPs{varied}: the least loss is at the {size} size; it has no inner minimum")
+            lines.append(f"{budget:g} FLOPs{varied}: the lowest loss is at the {size} size; it has no inner minimum")
     return lines
 
 

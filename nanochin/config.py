@@ -366,9 +366,8 @@ def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentPa
     if file:
         parser.add_argument("file", nargs="?", metavar="FILE.toml", help="options in TOML, `key = value` per line")
     hints = typing.get_type_hints(cls)
-    for f in sorted(
-        fields(cls), key=lambda f: f.name not in cls.__annotations__
-    ):  # a class's own before inherited ones
+    own_first = sorted(fields(cls), key=lambda f: f.name not in cls.__annotations__)  # then the inherited ones
+    for f in own_first:
         kind = value_type(hints[f.name])
         many = typing.get_origin(kind) is tuple
         kind = typing.get_args(kind)[0] if many else kind

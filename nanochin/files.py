@@ -1,4 +1,4 @@
-"""Atomic file writes, SHA-256 of files, and the versions for a run's record."""
+"""Files and the machine: atomic writes, SHA-256, CPU cores, and the versions for a run's record."""
 
 import hashlib
 import json
@@ -63,18 +63,13 @@ def fsync(path: Path) -> None:
             os.close(handle)
 
 
-class writing:  # noqa: N801  (reads well: `with writing(path):`)
+@contextmanager
+def writing(path: Path, remark: str = "") -> Iterator[None]:
     """Turns an OSError inside the block (disk full, no permission) into a one-line DiskError that names the path."""
-
-    def __init__(self, path: Path, remark: str = ""):
-        self.path, self.remark = path, remark
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, OSError):
-            raise DiskError(f"{self.path}: cannot write: {error.strerror or error}{self.remark}") from None
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(f"{path}: cannot write: {error.strerror or error}{remark}") from None
 
 
 def sha256_of(path: str | Path, told: Callable[[int], object] = lambda _: None) -> str:
@@ -85,6 +80,11 @@ def sha256_of(path: str | Path, told: Callable[[int], object] = lambda _: None) 
             sha.update(piece)
             told(len(piece))
     return sha.hexdigest()
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def versions() -> dict:

@@ -25,7 +25,7 @@ from multiprocessing import connection
 from pathlib import Path
 
 from nanochin.config import Config, RunError, UserError
-from nanochin.files import DiskError
+from nanochin.files import DiskError, cores
 from nanochin.runs import BusyError
 
 READY = "ready"  # message from a worker that has loaded
@@ -155,11 +155,6 @@ class Pool:
         return Answer(dead.run, "died", how) if dead.run else None
 
 
-def cores() -> int:
-    """The CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def one_gpu(number: int, gpus: int) -> str:
     """CUDA_VISIBLE_DEVICES for worker `number`: one of the `gpus` that this process sees."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
@@ -221,7 +216,7 @@ def attempt(train: Train, config: Config) -> Answer | UserError:
     """Train -> how it ended, or an error that should stop the sweep. Exits if the run was stopped by a signal."""
     import torch
 
-    from nanochin.step import out_of_memory
+    from nanochin.step import SequenceTooLarge, out_of_memory
 
     try:
         train(config)
@@ -233,7 +228,7 @@ def attempt(train: Train, config: Config) -> Answer | UserError:
             sys.exit(error.code)
         if isinstance(error, DiskError) or not isinstance(error, RunError):
             return (RunError if error.code == 1 else UserError)(str(error))  # a class that any process can unpickle
-        reason, full = str(error), "does not fit" in str(error)  # from TrainingStep, at one sequence at a time
+        reason, full = str(error), isinstance(error, SequenceTooLarge)
     except Exception as error:  # one failed run must not stop the others
         _log(traceback.format_exc())
         reason, full = " ".join(f"{type(error).__name__}: {error}".split())[:300], out_of_memory(error)

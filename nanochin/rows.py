@@ -190,7 +190,7 @@ def best_tuning(rows: Rows) -> Rows:
     run[order] = np.cumsum(new) - 1  # rows of one number are one run in several tunings
 
     by_loss = np.lexsort((rows["loss"], run))
-    best = by_loss[np.unique(run[by_loss], return_index=True)[1]]  # the row of least loss of each run
+    best = by_loss[np.unique(run[by_loss], return_index=True)[1]]  # the row with the lowest loss of each run
     return rows.keep(tuning == tuning[best][run], "worse tunings of a run")
 
 

@@ -2,7 +2,7 @@
 
     runs/<run>/summary.json     finished (or a row of the same run in results/<sweep>/runs.csv)
                failed.json      failed, and why
-               config.json      begun; another process holds its lock, or a worker goes on with it
+               config.json      begun; another process holds its lock, or a worker resumes it
 
 So a sweep that is killed at any moment loses nothing but the steps since the last checkpoints, and two sweeps on one
 folder share its runs between them: the lock of a run keeps the second out, its summary tells it the result.

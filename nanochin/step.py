@@ -46,6 +46,10 @@ CHOICES = (
 )
 
 
+class SequenceTooLarge(RunError):
+    """The memory of the device does not hold even one sequence."""
+
+
 def pick_step(asked: str, device: torch.device, params: int) -> tuple[str, str]:
     """(kind, why). Raises UserError for a kind that this device cannot run."""
     if asked == "graph" and device.type != "cuda":
@@ -269,7 +273,7 @@ class TrainingStep:
     def _smaller(self) -> int:
         if self.micro_batch == 1:
             shape = self.model.shape
-            raise RunError(
+            raise SequenceTooLarge(
                 f"one sequence of {shape.seq_len} tokens through {shape} does not fit {self.device}: "
                 "choose a smaller `model` or `seq_len`"
             )

@@ -30,7 +30,7 @@ import numpy as np
 
 from nanochin.config import UserError, need
 from nanochin.console import Progress
-from nanochin.files import sha256_of
+from nanochin.files import cores, sha256_of
 
 BLOCK = 1 << 16  # bytes: unit of thinning, and of hashing if there are too few documents
 PIECE = 1 << 20  # bytes read at a time
@@ -99,7 +99,7 @@ class Stage:
 
     def map(self, function: Callable, items: Iterable) -> Iterator:
         """`map` on one thread per core, results in order, with few items in flight to bound memory."""
-        threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = cores()
         pool, waiting = ThreadPoolExecutor(threads), deque()
         try:
             for item in items:

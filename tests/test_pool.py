@@ -21,9 +21,11 @@ def load_behaviour():
     """What a worker does instead of training: a run's `data` says how it ends, its `out` where to write a file."""
     import torch
 
+    from nanochin.step import SequenceTooLarge
+
     errors = {
         "diverge": RunError("the run diverged"),
-        "too large": RunError("one sequence does not fit cuda:0"),
+        "too large": SequenceTooLarge("one sequence does not fit cuda:0"),
         "full": torch.OutOfMemoryError("CUDA out of memory."),
         "bug": ValueError("some\nbug"),
         "busy": BusyError("another process"),

@@ -19,11 +19,21 @@ import torch
 import kernels
 import train
 from nanochin import runs, step
-from nanochin.config import RunError, UserError, make_shape
+from nanochin.config import UserError, make_shape
 from nanochin.device import peak_of
 from nanochin.model import GPT
 from nanochin.optim import Adam
-from nanochin.step import CHOICES, WARM_UP, CudaGraph, Shards, TrainingStep, out_of_memory, pick_step, share_out
+from nanochin.step import (
+    CHOICES,
+    WARM_UP,
+    CudaGraph,
+    SequenceTooLarge,
+    Shards,
+    TrainingStep,
+    out_of_memory,
+    pick_step,
+    share_out,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -305,12 +315,12 @@ def test_out_of_memory_captures_smaller_pieces(broken_off):
 
 
 def test_one_sequence_that_does_not_fit():
-    """Not even one sequence: a RunError that names the shape."""
+    """Not even one sequence: a SequenceTooLarge that names the shape."""
 
     def short(*_):
         raise torch.OutOfMemoryError
 
-    with pytest.raises(RunError, match="one sequence of 8 tokens through 16x1 does not fit cpu"):
+    with pytest.raises(SequenceTooLarge, match="one sequence of 8 tokens through 16x1 does not fit cpu"):
         made("graph", short)[0](batches(1)[0], 0.01)
 
 
