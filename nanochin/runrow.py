@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from nanochin.config import UserError, value_type
+from nanochin.files import read_json
 
 
 def number(default=None):
@@ -121,6 +122,18 @@ def csv_of(rows: list[dict]) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
+
+
+def read_summary(path: Path) -> RunRow:
+    """The summary.json of a finished run. Raises UserError for anything else."""
+    record = read_json(path)
+    try:
+        row = RunRow.of(record) if isinstance(record, dict) else None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}; delete that folder to train the run again") from None
+    if row is None or row.loss is None:
+        raise UserError(f"{path}: no loss of a finished run; delete that folder to train the run again")
+    return row
 
 
 def read_csv(path: Path) -> dict[str, RunRow]:

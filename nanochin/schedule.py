@@ -20,7 +20,7 @@ from nanochin.curves import CURVES, Curves, log_points, read_csv_gz
 from nanochin.files import read_json, write_json, writing
 from nanochin.grid import Cell
 from nanochin.pool import Answer
-from nanochin.runrow import RunRow, read_csv
+from nanochin.runrow import RunRow, read_csv, read_summary
 from nanochin.runs import first_difference, read_log
 
 DEATHS = 3  # of workers on one run, after which it counts as failed
@@ -57,7 +57,7 @@ class Book:
         if (folder / "config.json").exists():
             self._same(cell, folder)
             if (folder / "summary.json").exists():
-                return End(self.row(cell, RunRow.of(read_json(folder / "summary.json"))))
+                return End(self.row(cell, read_summary(folder / "summary.json")))
         elif (row := self.kept.get(cell.name)) and (end := self._from_results(cell, row)):
             return end
         if (folder / "failed.json").exists():

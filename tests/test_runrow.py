@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError
-from nanochin.runrow import TYPES, RunRow, columns_of, flops_column, params_column, read_csv, to_csv
+from nanochin.runrow import TYPES, RunRow, columns_of, flops_column, params_column, read_csv, read_summary, to_csv
 
 TABLES = sorted(ROOT.glob("results/*/runs.csv"))
 ROW = RunRow("a", params=10, tokens=100, loss=2.5, flops=6e3, budget=1e4)
@@ -60,6 +60,18 @@ def test_what_is_no_table(tmp_path, text, words):
     with pytest.raises(UserError, match=words) as error:
         read_csv(path)
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"run": "a"}', '{"run": "a", "params": "many"}', '{"run": "a", "params": []}']
+)
+def test_what_is_no_summary(tmp_path, text):
+    """An empty or truncated file, no object, no loss, no number: one line that names the file."""
+    path = tmp_path / "summary.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        read_summary(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
 def test_conventions_have_columns():
