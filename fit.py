@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 
 from nanochin import laws
-from nanochin.answers import SHOWN, Answer, Answers, Questions, answer, estimates, optimum
-from nanochin.checks import Outcome, run_checks
+from nanochin.base.console import Progress, count, format_columns
+from nanochin.base.files import versions, write_file, writing
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError, opt, parse, run_command, with_flags
-from nanochin.console import Progress, count, format_columns
-from nanochin.curves import curves_of_runs, is_csv_gz
-from nanochin.files import versions, write_file, writing
 from nanochin.laws import Law, NotIdentified
-from nanochin.rows import (
+from nanochin.report.allocate import SHOWN, Answer, Answers, Questions, answer, estimates, optimum
+from nanochin.report.analysis import Approach, Settings, Study, resamples, study_runs
+from nanochin.report.checks import Outcome, run_checks
+from nanochin.report.table import (
     Rows,
     all_or_no_flops,
     best_tuning,
@@ -32,8 +32,8 @@ from nanochin.rows import (
     read_rows,
     require_usable,
 )
-from nanochin.study import Approach, Settings, Study, resamples, study_runs
-from nanochin.trials import Trial, read_trial
+from nanochin.report.trials import Trial, read_trial
+from nanochin.run.curves import curves_of_runs, is_csv_gz
 
 MOST = 1e40  # FLOPs or tokens that one may ask about: beyond, losses differ from E in no digit
 GREAT_FILE = 10_000_000  # bytes that take some seconds to read
@@ -248,16 +248,16 @@ def write(
 ) -> str:
     """laws.json, figures, report.html: each whole or as it was before. Figures that an earlier fit wrote here and this
     one does not are deleted; nothing else in the folder is touched."""
-    from nanochin import report  # imports jinja2, as `draw` matplotlib: --help needs neither
+    from nanochin.report import html  # imports jinja2, as `draw` matplotlib: --help needs neither
 
     built = versions()
-    provenance = report.Provenance(
+    provenance = html.Provenance(
         command=command(),
         commit=built["git"] or "not in git",
         versions=f"python {built['python']}, numpy {built['numpy']}",
     )
     files, panels = draw(study, outcomes, options.figures)
-    files["report.html"] = report.render(study, outcomes, panels, questions, answers, trials, provenance).encode()
+    files["report.html"] = html.render(study, outcomes, panels, questions, answers, trials, provenance).encode()
     meta = describe(study, options) | {"command": command(), "git": built["git"], "files": sorted(files)}
     files["laws.json"] = laws.laws_text(contents(study, outcomes, questions, answers, trials, meta)).encode()
 
@@ -283,8 +283,8 @@ def draw(study: Study, outcomes: dict[str, Outcome], wanted: str) -> tuple[dict[
     """({file name: content}, {figure: its panels for the report}) of `wanted`: all, svg or none."""
     if wanted == "none":
         return {}, {}
-    from nanochin import figures
-    from nanochin.panels import png, svg
+    from nanochin.report import figures
+    from nanochin.report.panels import png, svg
 
     drawn, files, panels = figures.draw(study, {name: one.found for name, one in outcomes.items()}), {}, {}
     for name, figure in drawn.items():

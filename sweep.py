@@ -22,7 +22,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from nanochin import grid
+from nanochin.base.console import Progress, clock, count, format_columns
+from nanochin.base.files import write_file, writing
 from nanochin.config import (
     FLOP_CONVENTIONS,
     PARAM_CONVENTIONS,
@@ -33,16 +34,15 @@ from nanochin.config import (
     parse,
     run_command,
 )
-from nanochin.console import Progress, clock, count, format_columns
-from nanochin.curves import CURVES, to_csv_gz
-from nanochin.data import BPE_VOCAB, Corpus, prepare_for
-from nanochin.files import write_file, writing
-from nanochin.grid import Cell, Sweep
-from nanochin.kept import keep
-from nanochin.pool import Pool
+from nanochin.data.corpus import BPE_VOCAB, Corpus, prepare_for
+from nanochin.data.tokenizer import Tokenizer, model_vocab
+from nanochin.report.kept import keep
+from nanochin.run.curves import CURVES, to_csv_gz
 from nanochin.runrow import RunRow, csv_of, params_column, to_csv
-from nanochin.schedule import Book, End, Schedule
-from nanochin.tokenizer import Tokenizer, model_vocab
+from nanochin.sweep import cells as grid
+from nanochin.sweep.cells import Cell, Sweep
+from nanochin.sweep.pool import Pool
+from nanochin.sweep.store import Book, End, Schedule
 
 ROOT = Path(__file__).resolve().parent
 SECONDS_BETWEEN_LINES = 15.0  # of the progress view, elsewhere than on a terminal

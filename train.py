@@ -27,20 +27,25 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from nanochin import checkpoint, files, gpt2, ladder, laws, loggers, runs
-from nanochin.branch import find_branch
+from nanochin import laws
+from nanochin.base import files
+from nanochin.base.console import Progress
 from nanochin.config import Config, RunError, check, parse, parse_model, run_command, shape_maker
-from nanochin.console import Progress
-from nanochin.data import Corpus, prepare_for
-from nanochin.device import check_memory, keep_freed_memory, peak_of, pick_device, pick_dtype
-from nanochin.display import progress_note, show_plan, show_result
-from nanochin.evaluate import evaluate
+from nanochin.data.corpus import Corpus, prepare_for
+from nanochin.data.tokenizer import model_vocab
+from nanochin.data.windows import Windows
+from nanochin.interop import gpt2, loggers
 from nanochin.model import GPT
-from nanochin.optim import Adam, default_final, learning_rate
-from nanochin.record import Job, describe, summarise
-from nanochin.step import Shards, TrainingStep, pick_step
-from nanochin.tokenizer import model_vocab
-from nanochin.windows import Windows
+from nanochin.plan import ladder
+from nanochin.run import checkpoint
+from nanochin.run import folder as runs
+from nanochin.run.branch import find_branch
+from nanochin.run.device import check_memory, keep_freed_memory, peak_of, pick_device, pick_dtype
+from nanochin.run.display import progress_note, show_plan, show_result
+from nanochin.run.evaluate import evaluate
+from nanochin.run.optim import Adam, default_final, learning_rate
+from nanochin.run.record import Job, describe, summarise
+from nanochin.run.step import Shards, TrainingStep, pick_step
 
 # Defaults by device type, never by a timing, so that the same command is the same run: the largest 1-2-5 budget that
 # takes about 3 minutes on 2 CPU cores or a minute on a data-centre GPU, on at most one epoch of text that is at hand.
@@ -78,7 +83,7 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
 
     corpus = corpus or read_corpus(config, progress)
 
-    # Shape, tokens, batch and learning rate: rules and sources in nanochin/ladder.py.
+    # Shape, tokens, batch and learning rate: rules and sources in nanochin/plan/ladder.py.
     law = laws.load_law(config.law, config.law_approach) if config.law else laws.BESIROGLU
     make = shape_maker(config, model_vocab(corpus.tokenizer, config.vocab_size), seq_len)
     plan = ladder.plan(
@@ -106,7 +111,8 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
     learning_rate(config, 0)  # raises if the warm-up is longer than the schedule
     windows = Windows(corpus.train, seq_len, config.seed)
     step = pick_step(config.step, device, plan.params.total)
-    return Job(config, plan, law, corpus, windows, device, dtype, why_dtype, *step)
+    init_sha = gpt2.initial_sha(config.init_from) if config.init_from else None
+    return Job(config, plan, law, corpus, windows, device, dtype, why_dtype, *step, init_sha)
 
 
 def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> dict:

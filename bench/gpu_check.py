@@ -34,8 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.common import LATE, ROOT, Worker, error_text, kill_group
+from nanochin.base.files import writing
 from nanochin.config import UserError, opt, parse, run_command
-from nanochin.files import writing
 
 STEP_TOKENS = 65_536  # of a step, accumulated where memory does not hold them at once; beyond, no kernel gets faster
 SIZES = {  # width, layers, head size, vocabulary, context
@@ -61,7 +61,8 @@ MORE_CASES = (
     *(f"attention D{D} T{T}" for T in (512, 4096) for D in (64, 128)),
 )
 TESTS = "(dtype2 or bfloat16 or graph or kinds_agree or losses) and not sm_80"
-TESTED = ("step", "triton_backend", "norms", "cross_entropy", "activation", "rotary", "attention")  # the longest last
+KERNEL_TESTS = ("triton_backend", "norms", "cross_entropy", "activation", "rotary", "attention")  # the longest last
+TESTED = ("tests/run/test_step.py", *(f"tests/kernels/test_{name}.py" for name in KERNEL_TESTS))
 TOGETHER = 90.0  # seconds for what runs together, so that something is left for the rest
 SANITIZED = """
 import torch
@@ -109,10 +110,21 @@ def plan_first(place: Place) -> list[Row]:
     rows += [Row("compile 124M", "compile", {"size": "124M"}, 90, together=True)]
     rows += [of_step("124M", kind, place) for kind in ("graph", "eager")]
     rows += [Row("ceilings", "ceilings"), *(of_case(name, "case", 60) for name in CASES)]
-    tests = [f"tests/test_{name}.py" for name in TESTED]
     chosen = ("-m", "not slow", "-k", "bit_identical") if place.dry else ("-m", "gpu", "-n", "auto", "-k", TESTS)
-    pytest = (sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rf", "--tb=line", "--timeout", "60")
-    return [*rows, Row("GPU tests", seconds=110, expect=r"\d+ passed", command=(*pytest, *chosen, *tests))]
+    pytest = (
+        sys.executable,
+        "-m",
+        "pytest",
+        "-o",
+        "addopts=",
+        "--import-mode=importlib",
+        "-q",
+        "-rf",
+        "--tb=line",
+        "--timeout",
+        "60",
+    )
+    return [*rows, Row("GPU tests", seconds=110, expect=r"\d+ passed", command=(*pytest, *chosen, *TESTED))]
 
 
 def plan_second(place: Place) -> list[Row]:

@@ -3,7 +3,7 @@
     python -m bench.gpu_table DIR      prints the table; of real rows also writes bench/results/gpu_check_DEVICE.md
 
 MFU is against the published dense peak: by nanoGPT's count, 6 N + 12 L C T FLOPs a token with N all parameters but
-position embeddings, and physical, what runs (nanochin/flops.py); attention in full in both.
+position embeddings, and physical, what runs (nanochin/plan/flops.py); attention in full in both.
 """
 
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 
 from bench.common import RESULTS
 from bench.gpu_check import ATTENTION, KINDS, LOSS, NORM, PARTS, PEERS, SIZES, STEP_TOKENS, Kept, Place
-from nanochin import flops
 from nanochin.config import Shape, UserError, make_shape, opt, parse, run_command
+from nanochin.plan import flops
 
 MFU = {"124M": 0.47, "10M": 0.30, "50M": 0.40, "350M": 0.47}  # goals by nanoGPT's count, on an H100
 PARTS_OF_LEDGER = {

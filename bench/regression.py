@@ -31,8 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import ROOT, Worker
+from nanochin.base.console import Progress
 from nanochin.config import UserError, opt, parse, run_command
-from nanochin.console import Progress
 
 TRAIN = "--data python --val-bytes 65536 --seq-len 64 --batch-tokens 2048 --sample-tokens 0 --eval-every 20"
 RUNS = {
@@ -43,11 +43,14 @@ RUNS = {
     "bpe": "--model 16x1 --tokens 60e3 --tokenizer bpe --vocab-size 512 --schedule linear --clip 0",
 }
 MODULES = ("sample", "evaluate", "export", "ladder", "flops")
-COMMANDS = ("train.py", "sweep.py", "fit.py", *(f"-m nanochin.{name}" for name in MODULES))
+COMMANDS = ("train.py", "sweep.py", "fit.py", *(f"-m nanochin {name}" for name in MODULES))
 LISTED = """
 import csv, json, sys
 from pathlib import Path
-from nanochin import grid
+try:
+    from nanochin.sweep import cells as grid
+except ImportError:
+    from nanochin import grid
 for path in sorted(Path("sweeps").glob("*.toml")):
     table = Path("results", path.stem, "runs.csv")
     if table.exists():

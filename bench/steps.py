@@ -12,13 +12,13 @@ from torch import Tensor
 
 from bench.common import nanogpt_folder
 from nanochin.config import Shape
-from nanochin.step import TrainingStep, out_of_memory
+from nanochin.run.step import TrainingStep, out_of_memory
 
 
 def our_step(kind: str, shape: Shape, sequences: int, device: torch.device, dtype: torch.dtype, **more) -> TrainingStep:
     """train.py's step on random weights, all `sequences` at once while they fit; `more` goes to TrainingStep."""
     from nanochin.model import GPT
-    from nanochin.optim import Adam
+    from nanochin.run.optim import Adam
     from train import train_step
 
     model = GPT(shape, dtype=dtype).to(device)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import ROOT
-from nanochin import grid
 from nanochin.config import UserError, opt, parse, run_command
+from nanochin.sweep import cells as grid
 
 
 @dataclass(frozen=True)

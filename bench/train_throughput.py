@@ -15,9 +15,9 @@ import time
 from dataclasses import asdict, dataclass
 
 from bench.common import Worker, messages, nanogpt_folder, write_report
+from nanochin.base.console import count, format_columns
 from nanochin.config import Shape, make_shape, opt, parse, run_command
-from nanochin.console import count, format_columns
-from nanochin.flops import flops_per_token
+from nanochin.plan.flops import flops_per_token
 
 # name: width, layers, head size, vocabulary, context, sequences a step. S and M are nanoGPT-like with a vocabulary of
 # 4096; t64 and t96 are as wide and deep as the default run on a CPU and a neighbour of it on the ladder, with fewer
@@ -54,7 +54,7 @@ def work(spec: dict) -> None:
     import torch
 
     from bench.steps import NanoGPT, our_step
-    from nanochin.device import keep_freed_memory
+    from nanochin.run.device import keep_freed_memory
 
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
@@ -137,7 +137,7 @@ def main() -> None:
         return work(json.loads(options.worker))
     import torch
 
-    from nanochin.device import has_fast_bf16, peak_of
+    from nanochin.run.device import has_fast_bf16, peak_of
 
     torch.set_num_threads(options.threads)
     if not has_fast_bf16():

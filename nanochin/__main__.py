@@ -14,7 +14,13 @@ import sys
 
 from nanochin.config import UserError, did_you_mean, run_command
 
-COMMANDS = ("sample", "evaluate", "export", "ladder", "flops")  # each a module of nanochin with a `main`
+COMMANDS = {
+    "sample": "run",
+    "evaluate": "run",
+    "export": "interop",
+    "ladder": "plan",
+    "flops": "plan",
+}  # the room of each; the module has a `main`
 
 
 def main() -> None:
@@ -22,7 +28,7 @@ def main() -> None:
     if name in ("--help", "-h"):
         print(__doc__.strip())
     elif name in COMMANDS:
-        command = importlib.import_module(f"nanochin.{name}")
+        command = importlib.import_module(f"nanochin.{COMMANDS[name]}.{name}")
         run_command(lambda: command.main(sys.argv[2:]), f"python -m nanochin {name}")
     else:
         raise UserError(f"unknown command {name}{did_you_mean(name, list(COMMANDS))} (see --help)")

@@ -160,7 +160,7 @@ class Config(ShapeOptions):
     seq_len: int | None = opt(None, "context length T in tokens", low=1)
     cache: str = opt("cache", "folder of tokenised shards", result=False)
 
-    # Optimisation. None: by the numbered rules in nanochin/ladder.py.
+    # Optimisation. None: by the numbered rules in nanochin/plan/ladder.py.
     optimizer: str = opt("adamw", "adamw (decoupled decay) or adam (L2 in the gradient)", choices=("adamw", "adam"))
     lr: float | None = opt(None, "peak learning rate", above=0)
     batch_tokens: int | None = opt(None, "tokens per optimizer step; a multiple of seq_len", low=1)

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from nanochin.base.files import read_json
 from nanochin.config import UserError, value_type
-from nanochin.files import read_json
 
 
 def number(default=None):
@@ -34,7 +34,7 @@ class RunRow:
     tokens: int | None = number()  # D, seen in training
     loss: float | None = number()  # nats per token on the validation text after the last step
     val_bpb: float | None = None  # the same in bits per byte; None: bytes unknown
-    flops: float | None = number()  # of training: physical, then the other conventions (nanochin/flops.py)
+    flops: float | None = number()  # of training: physical, then the other conventions (nanochin/plan/flops.py)
     flops_causal: float | None = number()
     flops_appendix_f: float | None = number()
     flops_table_a4: float | None = number()

@@ -181,8 +181,8 @@ MARKUP = '<script>"&evil</script>'  # the name of a run
 
 
 def unchecked(study, progress=None):
-    """`nanochin.checks.run_checks` without what fits again."""
-    from nanochin.checks import CHECKS, Outcome
+    """`nanochin.report.checks.run_checks` without what fits again."""
+    from nanochin.report.checks import CHECKS, Outcome
 
     return {check.name: Outcome("not checked") if check.refits else check(study) for check in CHECKS}
 
@@ -193,8 +193,8 @@ def run(monkeypatch, capsys):
     made once for the same rows and settings: what is written is of interest here, not how often; with `checks=False`
     they are left out, some fifty fits that a test of something else can do without."""
     import fit
-    from nanochin import checks as of_checks
     from nanochin.config import run_command
+    from nanochin.report import checks as of_checks
 
     def remember(study, progress=None):
         key = (study.rows.sha256, len(study.N), study.settings, study.curves is None)
@@ -237,10 +237,10 @@ def checked_study(tmp_path_factory):
     """(study, outcomes of its checks) of a sweep with curves, whose first run has a name made of markup."""
     from made_up_sweep import sweep, write_sweep
 
-    from nanochin.checks import run_checks
-    from nanochin.curves import curves_of_runs
-    from nanochin.rows import Labels, read_rows
-    from nanochin.study import Settings, study_runs
+    from nanochin.report.analysis import Settings, study_runs
+    from nanochin.report.checks import run_checks
+    from nanochin.report.table import Labels, read_rows
+    from nanochin.run.curves import curves_of_runs
 
     folder = write_sweep(tmp_path_factory.mktemp("report") / 'a<b>&"c', sweep(physical=0.5))
     rows = read_rows(folder)

@@ -82,7 +82,7 @@ def test_bad_input_to_the_commands(tiny, command, main):
 def test_output_that_is_not_utf8(tiny, monkeypatch, main):
     """Characters of a sample that the encoding of stdout lacks are replaced."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    monkeypatch.setattr("nanochin.tokenizer.Tokenizer.decode", lambda *_: "caf\u00e9")
+    monkeypatch.setattr("nanochin.data.tokenizer.Tokenizer.decode", lambda *_: "caf\u00e9")
     assert main(*arguments(tiny(sample_tokens=1))) == 0
     sys.stdout.flush()
     assert b"caf?" in sys.stdout.buffer.getvalue()

@@ -271,5 +271,5 @@ def test_commands(command):
         assert command("-m", "nanochin", name, "--help").stdout.startswith(f"usage: python -m nanochin {name} ")
     wrong = command("-m", "nanochin", "flop")
     assert (wrong.returncode, wrong.stdout) == (2, "") and "did you mean flops?" in wrong.stderr
-    new, old = (command("-m", *name, "--model=16x1") for name in (["nanochin", "flops"], ["nanochin.flops"]))
+    new, old = (command("-m", *name, "--model=16x1") for name in (["nanochin", "flops"], ["nanochin.plan.flops"]))
     assert new.stdout == old.stdout and "is now called python -m nanochin flops" in old.stderr and not new.stderr

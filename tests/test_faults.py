@@ -26,10 +26,12 @@ import torch
 from conftest import ROOT, arguments, tiny_config
 from safetensors.torch import load_file
 
-import nanochin.evaluate
+import nanochin.run.evaluate
 import train
-from nanochin import cache, checkpoint, runs
 from nanochin.config import Config, run_command
+from nanochin.data import cache
+from nanochin.run import checkpoint
+from nanochin.run import folder as runs
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 
@@ -82,7 +84,7 @@ def stop_in_tokenising(nth: int, stop) -> None:
 
 STOPS = {
     "training step": lambda nth, stop: stop_before(torch.nn.utils, "clip_grad_norm_", nth, stop),  # gradient is there
-    "evaluation": lambda nth, stop: stop_before(nanochin.evaluate, "eval_windows", nth, stop),
+    "evaluation": lambda nth, stop: stop_before(nanochin.run.evaluate, "eval_windows", nth, stop),
     "checkpoint write": stop_in_write,
     "checkpoint rename": lambda nth, stop: stop_before(checkpoint.os, "rename", nth, stop),
     "pruning": lambda nth, stop: stop_before(checkpoint, "prune", nth, stop),

@@ -15,16 +15,16 @@ from conftest import read_laws as read
 from made_up_sweep import BUDGETS, LAW, loss, optimal, sweep, write_sweep
 
 import fit
-from nanochin import checks as checks_module
 from nanochin import laws
-from nanochin import study as study_module
-from nanochin.answers import Questions, answer, optimum
-from nanochin.checks import run_checks
+from nanochin.base.console import count
 from nanochin.config import UserError
-from nanochin.console import count
-from nanochin.curves import CURVES, log_points, to_csv_gz
-from nanochin.rows import best_tuning, read_rows
-from nanochin.study import Approach, Settings, study_runs
+from nanochin.report import analysis as study_module
+from nanochin.report import checks as checks_module
+from nanochin.report.allocate import Questions, answer, optimum
+from nanochin.report.analysis import Approach, Settings, study_runs
+from nanochin.report.checks import run_checks
+from nanochin.report.table import best_tuning, read_rows
+from nanochin.run.curves import CURVES, log_points, to_csv_gz
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nanochin.config import make_shape
-from nanochin.flops import count_params
 from nanochin.model import GPT
+from nanochin.plan.flops import count_params
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

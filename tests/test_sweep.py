@@ -15,11 +15,11 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
-from test_grid import toml
+from sweep_files import toml
 
 import sweep
-from nanochin.curves import CURVES, read_csv_gz
-from nanochin.schedule import End
+from nanochin.run.curves import CURVES, read_csv_gz
+from nanochin.sweep.store import End
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 

@@ -12,18 +12,19 @@ from safetensors.torch import load_file
 
 import kernels
 import train
-from nanochin import checkpoint, runs
+from nanochin.base.console import Progress
+from nanochin.base.files import read_json
 from nanochin.config import Config, RunError, UserError, make_shape
-from nanochin.console import Progress
-from nanochin.evaluate import evaluate
-from nanochin.files import read_json
-from nanochin.flops import count_flops
+from nanochin.data.tokenizer import Tokenizer
 from nanochin.model import GPT
-from nanochin.optim import Adam
-from nanochin.record import describe
-from nanochin.sample import generate
-from nanochin.step import Shards
-from nanochin.tokenizer import Tokenizer
+from nanochin.plan.flops import count_flops
+from nanochin.run import checkpoint
+from nanochin.run import folder as runs
+from nanochin.run.evaluate import evaluate
+from nanochin.run.optim import Adam
+from nanochin.run.record import describe
+from nanochin.run.sample import generate
+from nanochin.run.step import Shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -429,7 +430,7 @@ def test_evaluate_by_hand(count, monkeypatch):
     with torch.no_grad():
         nats = nats_by_hand(model, ids.tolist())
     for at_once in (16384, 16, 1):
-        monkeypatch.setattr("nanochin.evaluate.TOKENS_AT_ONCE", at_once)
+        monkeypatch.setattr("nanochin.run.evaluate.TOKENS_AT_ONCE", at_once)
         loss, bpb = evaluate(model, ids.numpy(), text_bytes=50)
         assert loss == pytest.approx(nats / (count - 1), rel=1e-6)
         assert bpb == pytest.approx(nats / math.log(2) / 50, rel=1e-6)

@@ -1,0 +1,237 @@
+"""The cache of tokenised text: builds a folder of shards atomically.
+
+Encoding uses threads, since tiktoken releases the GIL. Unlike processes they import nothing again, copy no text and
+leave nothing behind when the program is killed.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from itertools import chain, repeat
+from pathlib import Path
+
+import numpy as np
+from filelock import FileLock
+
+from nanochin.base.console import Progress
+from nanochin.base.files import fsync, sha256_of
+from nanochin.config import UserError
+from nanochin.data.text import (
+    File,
+    Stage,
+    Text,
+    char_start,
+    count_documents,
+    fingerprint,
+    read_text,
+    split,
+    thin,
+    total_bytes,
+    whole,
+)
+from nanochin.data.tokenizer import Tokenizer, train_bpe
+
+VERSION = 1  # of the cache folder's content; part of its name
+SHARD = 100_000_000  # tokens per shard
+UNFINISHED = "nanochin-unfinished"  # empty file that marks a folder as ours while it is being built
+JOB = 1 << 20  # bytes of text that a thread encodes at a time
+BPE_SAMPLE = 1 << 25  # maximum bytes of text to train a BPE on
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines the content of a cache folder."""
+
+    name: str
+    train: list[File]
+    val: list[File]  # empty: split from the training files
+    val_bytes: int
+    tokenizer: str
+    vocab_size: int | None  # of our own BPE
+    skip_bad: bool
+
+    def key(self) -> str:
+        """Without skip_bad: it does not change text without bad records, and `prepare` rejects text with them."""
+        parts = [VERSION, fingerprint(self.train), fingerprint(self.val), self.val_bytes]
+        return hashlib.sha256(json.dumps([*parts, self.tokenizer, self.vocab_size]).encode()).hexdigest()[:12]
+
+
+def build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
+    """Build `folder` under a temporary name, then rename it. Raises UserError if that name is taken."""
+    temp = folder.with_name(folder.name + ".tmp")
+    for leftover in folder.parent.glob("*.tmp"):
+        with suppress(OSError):  # no permission; Timeout (an OSError): another run is still writing it
+            if _is_unfinished(leftover):
+                with nullcontext() if leftover == temp else FileLock(leftover.with_suffix(".lock"), timeout=0):
+                    _discard(leftover)
+    if temp.is_symlink() or temp.exists() and not (temp.is_dir() and not any(temp.iterdir())):
+        raise UserError(
+            f"{temp}: already exists and is not a temporary folder of nanochin; move or delete it and rerun"
+        )
+    temp.mkdir(exist_ok=True)
+    try:
+        (temp / UNFINISHED).touch()
+        meta = _write(temp, recipe, progress)
+        made = sorted(path for path in temp.iterdir() if path.name != UNFINISHED)
+        meta["files"] = {
+            path.name: {"bytes": path.stat().st_size, **{kind: f(path) for kind, f in CHECKSUMS.items()}}
+            for path in made
+        }
+        (temp / "meta.json").write_text(json.dumps(meta, indent=2))
+        for path in [*temp.iterdir(), temp]:
+            fsync(path)
+        temp.rename(folder)
+        fsync(folder.parent)
+        (folder / UNFINISHED).unlink()
+    finally:
+        _discard(temp)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether `path` is an unfinished cache folder of nanochin. The name alone does not prove it."""
+    named = re.fullmatch(r".+-[0-9a-f]{12}\.tmp", path.name)
+    return bool(named) and not path.is_symlink() and (path / UNFINISHED).is_file()
+
+
+def _discard(temp: Path) -> None:
+    """Delete an unfinished folder, its marker file last, so that an interrupted deletion can be completed later."""
+    with suppress(OSError):
+        for path in temp.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != UNFINISHED:
+                path.unlink()
+        (temp / UNFINISHED).unlink(missing_ok=True)
+        temp.rmdir()
+
+
+def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
+    """Write shards and tokenizer into `temp`. Returns the content of meta.json, but for the files."""
+    if recipe.tokenizer != "bpe":
+        tokenizer = Tokenizer.load(recipe.tokenizer)  # first, since it may fail (no network) and reading may be slow
+    stage = Stage("reading", sum(file.size for file in recipe.train + recipe.val), progress)
+    text = val_text = read_text(recipe.train, temp / "text", stage, recipe.skip_bad)
+    if recipe.val:
+        val_text = read_text(recipe.val, temp / "val-text", stage, recipe.skip_bad)
+        train, val = whole(text), whole(val_text)
+    else:
+        train, val = split(text, recipe.val_bytes)
+    val = thin(val_text, val, recipe.val_bytes)
+
+    if recipe.tokenizer == "bpe":
+        sample = thin(text, train, BPE_SAMPLE)
+        stage = Stage("training the tokenizer", total_bytes(sample), progress)
+        tokenizer = train_bpe(_strings(text, sample, stage), recipe.vocab_size)
+    tokenizer.save(temp)
+
+    stage = Stage("tokenising", total_bytes(train) + total_bytes(val), progress)
+    _write_shards(encode(text, train, tokenizer, stage), temp, "train")
+    _write_shards(encode(val_text, val, tokenizer, stage), temp, "val")
+    val_sha = hashlib.sha256()
+    for start, stop, _ in _pieces(val_text, val):
+        val_sha.update(val_text.bytes[start:stop])
+    texts = (text, val_text) if recipe.val else (text,)
+    for name in ("text", "val-text")[: len(texts)]:
+        shutil.rmtree(temp / name)
+    corpus = {
+        "name": recipe.name,
+        "data_sha": fingerprint(recipe.train),
+        "val_sha": val_sha.hexdigest(),
+        "train_bytes": total_bytes(train),
+        "val_bytes": total_bytes(val),
+        "documents": count_documents(text, train),
+        "val_documents": count_documents(val_text, val),
+        "skipped_bytes": sum(t.skipped for t in texts),
+        "skipped_records": sum(t.bad for t in texts),
+    }
+    return {"version": VERSION, "tokenizer": tokenizer.name, "corpus": corpus}
+
+
+def encode(text: Text, ranges: np.ndarray, tokenizer: Tokenizer, stage: Stage) -> Iterator[np.ndarray]:
+    """Tokens of `ranges` in order: end-of-text, then each document followed by end-of-text."""
+    eot = np.array([tokenizer.eot], tokenizer.dtype)
+
+    def encode_job(job: list[tuple[int, int, bool]]) -> np.ndarray:
+        tokens = []
+        for start, stop, is_end in job:
+            tokens.append(tokenizer.encode(text.bytes[start:stop].tobytes()))
+            if is_end:
+                tokens.append(eot)
+        stage.add(sum(stop - start for start, stop, _ in job))
+        return np.concatenate(tokens)
+
+    yield eot
+    yield from stage.map(encode_job, _jobs(_pieces(text, ranges)))
+
+
+def _pieces(text: Text, ranges: np.ndarray) -> Iterator[tuple[int, int, bool]]:
+    """`ranges` in pieces (start, stop, whether a document ends there) of at most JOB bytes of one document."""
+    for start, stop in ranges.tolist():
+        first, last = np.searchsorted(text.ends, [start + 1, stop + 1])
+        ends = zip(map(int, text.ends[first:last]), repeat(True), strict=False)
+        for end, is_end in chain(ends, [(stop, False)]):
+            while end - start > JOB:
+                cut = _cut(text, start)
+                yield start, cut, False
+                start = cut
+            if start < end:
+                yield start, end, is_end
+            start = end
+
+
+def _cut(text: Text, start: int) -> int:
+    """Where to cut within JOB bytes of `start` without changing a token: before a space that follows a visible ASCII
+    character, where every tiktoken pattern splits. If there is none (rare), at a character boundary."""
+    window = text.bytes[start : start + JOB].tobytes()
+    last = re.match(rb".*[!-~](?= )", window, re.DOTALL)
+    return start + last.end() if last else char_start(text, start + JOB)
+
+
+def _strings(text: Text, ranges: np.ndarray, stage: Stage) -> Iterator[str]:
+    for start, stop, _ in _pieces(text, ranges):
+        yield text.bytes[start:stop].tobytes().decode()
+        stage.add(stop - start)
+
+
+def _jobs(pieces: Iterable[tuple[int, int, bool]]) -> Iterator[list[tuple[int, int, bool]]]:
+    """Pieces in lists of about JOB bytes."""
+    job, size = [], 0
+    for piece in pieces:
+        job.append(piece)
+        size += piece[1] - piece[0]
+        if size >= JOB:
+            yield job
+            job, size = [], 0
+    if job:
+        yield job
+
+
+def _write_shards(arrays: Iterable[np.ndarray], folder: Path, side: str) -> None:
+    """Write a stream of tokens as little-endian files side-00000.bin, ... of SHARD tokens each."""
+    arrays, number = iter(arrays), 0
+    tokens = next(arrays)
+    while len(tokens):
+        with open(folder / f"{side}-{number:05d}.bin", "wb") as file:
+            room, number = SHARD, number + 1
+            while room and len(tokens):
+                written, tokens = tokens[:room], tokens[room:]
+                file.write(written.astype(written.dtype.newbyteorder("<"), copy=False).tobytes())
+                room -= len(written)
+                if not len(tokens):
+                    tokens = next(arrays, tokens)
+
+
+def _hash_ends(path: Path) -> str:
+    """SHA-256 of the first and last MB of a file."""
+    with open(path, "rb") as file:
+        sha = hashlib.sha256(file.read(1 << 20))
+        file.seek(max(0, path.stat().st_size - (1 << 20)))
+        sha.update(file.read())
+    return sha.hexdigest()
+
+
+CHECKSUMS = {"sha256": sha256_of, "sha256_ends": _hash_ends}

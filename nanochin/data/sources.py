@@ -1,0 +1,109 @@
+"""Data sets of the Hugging Face hub: hf:OWNER/NAME[:CONFIG], streamed once into a .jsonl file in the cache.
+
+From then on they are like any other corpus, with fingerprint and resume, and need no network. The optional `datasets`
+library reads them; since version 4 it does not run a data set's code. No torch here.
+"""
+
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+
+from nanochin.base.console import Progress
+from nanochin.base.files import replacing
+from nanochin.config import UserError, need
+from nanochin.data.text import Stage
+from nanochin.data.tokenizer import BPE_VOCAB, Tokenizer, train_bpe
+
+PREFIX = "hf:"
+SAMPLE = 1 << 22  # bytes to train a temporary BPE on, which counts tokens before the real BPE exists
+AT_ONCE = 256  # documents that a thread counts at a time
+
+
+@dataclass(frozen=True)
+class Source:
+    """What to stream: whole documents of the split `train`, up to `max_tokens` of that tokenizer."""
+
+    what: str  # option and value, for errors
+    dataset: str
+    config: str | None
+    max_tokens: float
+    tokenizer: str
+    vocab_size: int | None
+
+    @property
+    def place(self) -> str:
+        """0b1c2d3e4f5a/fineweb-edu-sample-10BT.jsonl"""
+        name = re.sub(r"[^\w-]+", "-", "-".join(filter(None, [Path(self.dataset).name, self.config])))
+        asked = json.dumps([self.dataset, self.config, self.max_tokens, self.tokenizer, self.vocab_size])
+        return f"{hashlib.sha256(asked.encode()).hexdigest()[:12]}/{name}.jsonl"
+
+
+def parse(item: str, option: str, max_tokens: float | None, tokenizer: str, vocab_size: int | None) -> Source:
+    """Raises UserError for a form that is not hf:OWNER/NAME[:CONFIG], and without `max_tokens`."""
+    dataset, _, config = item.removeprefix(PREFIX).partition(":")
+    if not re.fullmatch(r"[^\s:]*[^\s:/]", dataset):
+        raise UserError(f"`{option}` {item}: expected hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
+    if max_tokens is None:
+        raise UserError(f"`{option}` {item}: needs `max_tokens`, the tokens to read, such as 1e8")
+    return Source(f"`{option}` {item}", dataset, config or None, max_tokens, tokenizer, vocab_size)
+
+
+def stream(source: Source, path: Path, progress: Progress | None) -> None:
+    """Write the documents of `source` to `path` atomically, one {"text": ...} per line.
+
+    A row without a string is written as {"text": null}, which the .jsonl reader rejects or skips. Raises UserError if
+    the library is missing, the data set cannot be loaded or has no column `text`.
+    """
+    tokenizer, texts = _counter(source, _texts(source))
+    stage = Stage("streaming", int(source.max_tokens), progress)
+    total = 1  # end-of-text at the start
+
+    def count(documents: list[str | None]) -> list[tuple[str | None, int]]:
+        return [(text, len(tokenizer.encode((text or "").encode("utf-8", "ignore"))) + 1) for text in documents]
+
+    with replacing(path) as file:
+        batches = iter(lambda: list(islice(texts, AT_ONCE)), [])
+        for text, tokens in chain.from_iterable(stage.map(count, batches)):
+            total += tokens
+            if total > source.max_tokens:
+                break
+            file.write((json.dumps({"text": text}) + "\n").encode())
+            stage.add(tokens)
+        if not file.tell():
+            raise UserError(f"{source.what}: the first document alone exceeds `max_tokens` {source.max_tokens:g}")
+
+
+def _texts(source: Source) -> Iterator[str | None]:
+    """The documents, downloaded lazily."""
+    datasets = need("datasets", source.what)
+    importlib.import_module("huggingface_hub").logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, below
+    try:
+        for row in datasets.load_dataset(source.dataset, source.config, split="train", streaming=True):
+            if "text" not in row:
+                raise UserError(f"{source.what}: no column 'text'; it has {', '.join(row)}")
+            yield row["text"] if isinstance(row["text"], str) else None
+    except UserError:
+        raise
+    except Exception as error:  # network, hub, format: each underlying library has its own
+        message = " ".join(str(error).split())[:300]
+        raise UserError(f"{source.what}: {type(error).__name__}: {message}") from error
+
+
+def _counter(source: Source, texts: Iterator[str | None]) -> tuple[Tokenizer, Iterator[str | None]]:
+    """(tokenizer to count with, the same texts). Our BPE is trained only once all the text is there; until then one
+    trained on the first 4 MB counts, so the number of tokens is approximate."""
+    if source.tokenizer != "bpe":
+        return Tokenizer.load(source.tokenizer), texts
+    sample, size = [], 0
+    for text in texts:
+        sample.append(text)
+        size += len(text or "")
+        if size >= SAMPLE:
+            break
+    return train_bpe(filter(None, sample), source.vocab_size or BPE_VOCAB), chain(sample, texts)

@@ -1,0 +1,470 @@
+"""Read text files into one flat text, and split it into training and validation ranges.
+
+    python, python-all, files, folders, globs ──> find_files ──> read_text ──> split, thin
+
+The flat text on disk is valid UTF-8 without NUL, documents back to back. All later steps work on byte ranges of it and
+need little memory (16 bytes per document). Work runs on threads: hashing and decompression release the GIL.
+"""
+
+import array
+import codecs
+import glob
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import re
+import sysconfig
+import threading
+import time
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanochin.base.console import Progress
+from nanochin.base.files import cores, sha256_of
+from nanochin.config import UserError, need
+
+BLOCK = 1 << 16  # bytes: unit of thinning, and of hashing if there are too few documents
+PIECE = 1 << 20  # bytes read at a time
+PART = 1 << 23  # bytes of files that one thread hashes, or reads into one part of the flat text
+MAX_HELD_OUT = 0.05  # maximum fraction of the text held out for validation
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tools
+
+
+class Tokens:
+    """Memory-mapped files of one integer type as one array: `len()` and `[start:stop]`. Also used for the flat text,
+    as uint8."""
+
+    def __init__(self, paths: list[Path], dtype: np.dtype):
+        little = np.dtype(dtype).newbyteorder("<")
+        paths = [path for path in paths if path.stat().st_size]  # an empty file cannot be mapped
+        self._join([np.memmap(path, little, mode="r").view(np.ndarray) for path in paths])
+
+    @classmethod
+    def of(cls, parts: list[np.ndarray]) -> "Tokens":
+        """Arrays that are already mapped, of any integer types, as one."""
+        tokens = cls.__new__(cls)
+        tokens._join(parts)
+        return tokens
+
+    def _join(self, parts: list[np.ndarray]) -> None:
+        self.parts = parts
+        self.starts = np.cumsum([0] + [len(part) for part in parts]).tolist()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, at: slice) -> np.ndarray:
+        start, stop, _ = at.indices(len(self))
+        found = self.views(start, stop)
+        if not found:
+            return self.parts[0][:0]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def views(self, start: int, stop: int) -> list[np.ndarray]:
+        """The parts of [start:stop] as views, without a copy."""
+        if start >= stop:
+            return []
+        first, last = bisect_right(self.starts, start) - 1, bisect_left(self.starts, stop)
+        return [self.parts[i][max(0, start - self.starts[i]) : stop - self.starts[i]] for i in range(first, last)]
+
+
+class Stage:
+    """One stage of the work: runs it on threads and reports to `progress(stage, done, total)`."""
+
+    def __init__(self, name: str, total: int = 0, progress: Progress | None = None):
+        self.name, self.total, self.progress = name, total, progress
+        self.done, self.reported, self.stopped, self.lock = 0, 0.0, False, threading.Lock()
+
+    def add(self, count: int) -> None:
+        """Called by the threads for every `count` bytes done; reports a few times a second."""
+        with self.lock:
+            if self.stopped:  # another thread failed, or Ctrl-C: do not finish a file that takes minutes
+                raise CancelledError
+            self.done += count
+            if self.progress and (time.monotonic() - self.reported > 0.2 or self.done >= self.total):
+                self.reported = time.monotonic()
+                self.progress(self.name, self.done, self.total)
+
+    def map(self, function: Callable, items: Iterable) -> Iterator:
+        """`map` on one thread per core, results in order, with few items in flight to bound memory."""
+        threads = cores()
+        pool, waiting = ThreadPoolExecutor(threads), deque()
+        try:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > 2 * threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BaseException:
+            self.stopped = True
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@dataclass(frozen=True, order=True)
+class File:
+    key: str  # path relative to the item that the user named: sorts files independently of their location
+    sha: str  # SHA-256 of the content
+    path: str
+    format: str
+    size: int
+
+    @property
+    def is_validation(self) -> bool:
+        """Whether val, valid or validation is a word in its name: gutenberg-val.jsonl.xz, val/00.txt; not interval."""
+        return bool(re.search(r"(?<![a-z])val(id|idation)?(?![a-z])", self.key.lower())) and self.format != ".py"
+
+
+def find_files(data: Iterable[str], option: str = "data", progress: Progress | None = None) -> list[File]:
+    """The files that `data` names, each once, in an order that does not depend on how they were named.
+
+    An item is `python` (the standard library, without tests), `python-all` (plus all installed packages), a file, a
+    folder (known formats, recursively) or a glob. Raises UserError if an item does not exist.
+    """
+    found: dict[str, tuple[str, str]] = {}  # path -> (key, format)
+    for item in data:
+        for path, key, format in _expand(item, option):
+            found[path] = min((key, format), found.get(path, (key, format)))
+    sizes = [os.path.getsize(path) for path in found]
+    stage = Stage("hashing", sum(sizes), progress)
+    groups = stage.map(lambda group: [sha256_of(path, stage.add) for path in group], _groups(found, sizes))
+    shas = [sha for group in groups for sha in group]
+    return sorted(
+        File(key, sha, path, format, size)
+        for (path, (key, format)), sha, size in zip(found.items(), shas, sizes, strict=True)
+    )
+
+
+def fingerprint(files: list[File]) -> str:
+    """SHA-256 over formats and contents in order, independent of paths."""
+    return hashlib.sha256("".join(f"{file.format} {file.sha}\n" for file in files).encode()).hexdigest()
+
+
+def corpus_name(data: Iterable[str]) -> str:
+    """The names' common prefix, usable as a folder name: gutenberg-train-00.jsonl.xz and -01 give gutenberg-train. A
+    file named train takes the name of its folder."""
+    paths = [Path(re.split(r"[*?[]", item)[0]).resolve() for item in data]
+    stems = [path.parent.name if path.stem == "train" else path.name.split(".")[0] for path in paths]
+    name = stems[0] if len(stems) == 1 else os.path.commonprefix(stems).rstrip("0123456789")
+    return re.sub(r"[^\w-]+", "-", name).strip("-_")[:40] or "text"
+
+
+def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
+    """(path, key, format) of each file of one item."""
+    if item in ("python", "python-all"):
+        roots = [sysconfig.get_path("stdlib")]
+        if item == "python-all":
+            roots += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
+        for root in dict.fromkeys(roots):
+            yield from ((path, key, ".py") for path, key in _walk(root, skip=NOT_SOURCE) if path.endswith(".py"))
+        return
+    named = [item] if os.path.exists(item) else glob.glob(item, recursive=True)
+    if not named and os.path.exists(item + ".idx"):
+        named = [item + ".idx"]  # Megatron names a pair of files by their common prefix
+    if not named:
+        raise UserError(f"`{option}` {item}: no such file or folder")
+    for path in map(os.path.abspath, named):
+        if not os.path.isdir(path):
+            path = re.sub(r"\.idx$", TOKENS, path)  # the .bin has the tokens
+            format = _format(path)
+            if format in PICKLES:
+                raise UserError(f"`{option}` {path}: pickles can run code, so they are not read; give text or tokens")
+            yield path, os.path.basename(path), format if format in (*READERS, TOKENS) else ""
+            continue
+        inside = [(file, key, _format(file)) for file, key in _walk(path) if _format(file) in IN_FOLDERS]
+        if not inside:
+            raise UserError(
+                f"`{option}` {item}: no text in this folder; looked for {' '.join(IN_FOLDERS)}, "
+                f"also with {' '.join(UNPACKERS)}"
+            )
+        yield from inside
+
+
+NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+def _walk(root: str, skip: set[str] = frozenset()) -> Iterator[tuple[str, str]]:
+    """(path, path relative to `root`) of the files below `root`, without hidden ones."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
+        prefix = folder[len(root) :].strip(os.sep).replace(os.sep, "/")
+        for name in files:
+            if not name.startswith("."):
+                yield os.path.join(folder, name), f"{prefix}/{name}" if prefix else name
+
+
+def _format(path: str) -> str:
+    """books.jsonl.xz -> .jsonl"""
+    stem, suffix = os.path.splitext(path)
+    return (os.path.splitext(stem)[1] if suffix.lower() in UNPACKERS else suffix).lower()
+
+
+def _groups(items: Iterable, sizes: Iterable[int]) -> list[list]:
+    """Items in lists of about PART bytes, one per thread at a time."""
+    groups, room = [], 0
+    for item, size in zip(items, sizes, strict=True):
+        if room <= 0:
+            groups.append([])
+            room = PART
+        groups[-1].append(item)
+        room -= size
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading: one function per format, yielding (piece of a document's bytes, whether the document ends with it). A bad
+# record is passed to `bad(where, what)`, which raises UserError or, with skip_bad, counts it.
+
+
+def read_txt(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
+    """A file is one document."""
+    while piece := stream.read(PIECE):
+        yield piece, False
+    yield b"", True
+
+
+def read_unknown(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
+    """A file with an unknown suffix that was named explicitly: plain text if it has no NUL."""
+    if b"\0" in stream.peek(4096)[:4096]:
+        raise UserError(f"{path}: neither text nor a known format ({' '.join(filter(None, READERS))})")
+    yield from read_txt(stream, path, bad)
+
+
+def read_jsonl(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
+    """A line is one document: a JSON object with a string `text`. Blank lines are skipped."""
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode("utf-8", "surrogateescape"))
+        except ValueError as error:
+            bad(f"{path}, line {number}", f"not JSON ({getattr(error, 'msg', error)})")
+            continue
+        text = record.get("text") if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            bad(f"{path}, line {number}", 'no string "text"')
+            continue
+        try:
+            yield text.encode("utf-8", "surrogateescape"), True  # the invalid bytes again, for `_read_part` to drop
+        except UnicodeEncodeError:
+            yield text.encode("utf-8", "surrogatepass"), True  # half a surrogate pair, written as \ud83d
+
+
+def read_parquet(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
+    """A row is one document: its string `text`."""
+    arrow = need("pyarrow", f"{path}: .parquet")
+    from pyarrow import parquet
+
+    number, size = 0, os.path.getsize(path)
+    with parquet.ParquetFile(path) as file:
+        columns, rows = file.schema_arrow, file.metadata.num_rows
+        if "text" not in columns.names:
+            raise UserError(f"{path}: no column 'text'; it has {', '.join(columns.names)}")
+        kind = columns.field("text").type
+        if arrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        if str(kind) not in ("string", "large_string", "string_view"):
+            raise UserError(f"{path}: column 'text' is {kind}, not string")
+        for batch in file.iter_batches(1024, columns=["text"]):
+            column = batch.column(0).cast(arrow.large_string()).cast(arrow.large_binary())
+            for text in column.to_pylist():  # bytes, for `_read_part` to decode
+                number += 1
+                stream.seek(size * number // rows)  # for the progress bar only
+                if text is None:
+                    bad(f"{path}, row {number}", "text is null")
+                else:
+                    yield text, True
+
+
+def _open_zst(raw):
+    try:
+        from compression import zstd  # Python 3.14
+    except ImportError:
+        zstd = need("backports.zstd", f"{raw.name}: .zst")
+    return zstd.open(raw)
+
+
+READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet, ".py": read_txt, "": read_unknown}
+TOKENS = ".bin"  # not text: tokenfiles.py
+IN_FOLDERS = (".txt", ".jsonl", ".parquet", TOKENS)  # read from a folder
+PICKLES = (".pkl", ".pickle", ".pt", ".pth")
+UNPACKERS = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}
+
+
+@dataclass(frozen=True)
+class Text:
+    """The flat text: documents back to back, valid UTF-8 without NUL."""
+
+    bytes: Tokens  # uint8
+    ends: np.ndarray  # (documents,) int64: end of each document
+    hashes: np.ndarray  # (documents,) uint64: first 8 bytes of its SHA-256
+    skipped: int  # bytes: invalid UTF-8 and NUL
+    bad: int = 0  # lines and rows without a text
+
+
+def read_text(files: list[File], folder: Path, stage: Stage, skip_bad: bool = False) -> Text:
+    """Write the flat text of `files` into `folder`, several files at a time, and open it. A line or row without a text
+    raises UserError, or is counted if `skip_bad`."""
+    folder.mkdir(parents=True)
+    parts = _groups(files, [file.size for file in files])
+    paths = [folder / f"text-{i:05d}" for i in range(len(parts))]
+
+    ends, hashes, skipped, bad, length = [], [], 0, 0, 0
+    read = stage.map(lambda part: _read_part(*part, stage, skip_bad), zip(parts, paths, strict=True))
+    for path, (part_ends, part_hashes, part_skipped, part_bad) in zip(paths, read, strict=True):
+        ends.append(np.frombuffer(part_ends, np.int64) + length)
+        hashes.append(np.frombuffer(part_hashes, np.uint64))
+        skipped += part_skipped
+        bad += part_bad
+        length += path.stat().st_size
+    if not length:
+        raise UserError(f"{files[0].path}{' and others' * (len(files) > 1)}: no text in it")
+    return Text(Tokens(paths, np.dtype(np.uint8)), np.concatenate(ends), np.concatenate(hashes), skipped, bad)
+
+
+def _read_part(
+    files: list[File], path: Path, stage: Stage, skip_bad: bool
+) -> tuple[array.array, array.array, int, int]:
+    """Write the text of `files` to `path`. Returns (document ends, hashes, bytes skipped, lines and rows skipped)."""
+    ends, hashes, position, skipped, bad = array.array("q"), array.array("Q"), 0, 0, 0
+
+    def on_bad(where: str, what: str) -> None:
+        nonlocal bad
+        if not skip_bad:
+            raise UserError(f"{where}: {what}; `skip_bad` skips bad records")
+        bad += 1
+
+    decoder = codecs.getincrementaldecoder("utf-8")("ignore")
+    with open(path, "wb") as out:
+        for file in files:
+            start, sha = position, hashlib.sha256()
+            for piece, last, read in _pieces(file, on_bad):
+                stage.add(read)
+                clean = decoder.decode(piece, last).encode().replace(b"\0", b"")
+                skipped += len(piece) - len(clean)
+                position += len(clean)
+                sha.update(clean)
+                out.write(clean)
+                if last and position > start:
+                    ends.append(position)
+                    hashes.append(int.from_bytes(sha.digest()[:8], "big"))
+                    start, sha = position, hashlib.sha256()
+    return ends, hashes, skipped, bad
+
+
+def _pieces(file: File, bad: Callable) -> Iterator[tuple[bytes, bool, int]]:
+    """The pieces from the reader of its format, each with the number of bytes of the file read for it."""
+    try:
+        with open(file.path, "rb") as raw:
+            unpack, seen = UNPACKERS.get(os.path.splitext(file.path)[1].lower()), 0
+            stream = io.BufferedReader(unpack(raw), PIECE) if unpack else raw
+            if stream.peek(3)[:3] == codecs.BOM_UTF8:
+                stream.read(3)
+            for piece, last in READERS[file.format](stream, file.path, bad):
+                before, seen = seen, raw.tell()
+                yield piece, last, seen - before
+    except Exception as error:
+        if isinstance(error, UserError) or getattr(error, "filename", None):
+            raise
+        # EOFError, zlib.error, LZMAError, ZstdError, ...: each library has its own
+        raise UserError(f"{file.path}: corrupted ({' '.join(str(error).split())})") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and validation split: (n, 2) arrays of byte ranges [start, stop) of the flat text
+
+
+def split(text: Text, val_bytes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(training ranges, validation ranges) by content hash, so equal documents are on the same side, and file order and
+    names do not matter.
+
+    A document is held out if its hash, as a fraction, is below min(5%, 2 val_bytes / all bytes). If this selects
+    nothing or more than a quarter of the text, it falls back to hashing 64 KB blocks (smaller for a text under 1.3 MB);
+    if that fails too, to the block with the smallest hash. Raises UserError if all of the text would be held out.
+    """
+    total = len(text.bytes)
+    limit = min(MAX_HELD_OUT, 2 * val_bytes / total) * 2.0**64
+    ends, held = text.ends, text.hashes < limit
+    if not 0 < np.diff(ends, prepend=0)[held].sum() <= total / 4:
+        ends = _block_ends(text, min(BLOCK, total // 20 + 1))
+        blocks = zip([0, *ends[:-1]], ends, strict=True)
+        hashes = [int.from_bytes(hashlib.sha256(text.bytes[a:b]).digest()[:8], "big") for a, b in blocks]
+        hashes = np.array(hashes, np.uint64)
+        held = hashes < limit
+        if not 0 < np.diff(ends, prepend=0)[held].sum() <= total / 4:
+            held = hashes == hashes.min()
+        if held.all():
+            raise UserError("`data`: cannot split off validation text (too short, or all the same); give `val`")
+    units = np.stack([np.concatenate([[0], ends[:-1]]), ends], axis=1)
+    return _merge(units[~held]), _merge(units[held])
+
+
+def thin(text: Text, ranges: np.ndarray, keep: int) -> np.ndarray:
+    """`ranges`, or evenly spaced blocks of them with `keep` bytes in total, up to character boundaries."""
+    lengths = ranges[:, 1] - ranges[:, 0]
+    offsets, total = np.cumsum(lengths) - lengths, lengths.sum()  # offset of each range in their concatenation
+    if total <= keep:
+        return ranges
+    count, block, kept = max(1, keep // BLOCK), min(BLOCK, keep), []
+    for i in range(count):
+        start = i * (total - block) // max(1, count - 1)
+        a = np.maximum(start, offsets)
+        b = np.minimum(start + block, offsets + lengths)
+        kept.append((np.stack([a, b], axis=1) + (ranges[:, 0] - offsets)[:, None])[a < b])
+    kept = [[char_start(text, a), char_start(text, b)] for a, b in np.concatenate(kept)]
+    return _merge(np.array([[a, b] for a, b in kept if a < b]))
+
+
+def _block_ends(text: Text, block: int) -> np.ndarray:
+    ends, start = [], 0
+    for end in text.ends.tolist():
+        ends += [char_start(text, i) for i in range(start + block, end, block)] + [end]
+        start = end
+    return np.unique(ends)  # a character longer than a block gives two equal ends
+
+
+def char_start(text: Text, i: int) -> int:
+    """The last position at or before `i` where a character starts (or the text ends)."""
+    while i < len(text.bytes) and text.bytes[i : i + 1][0] & 0xC0 == 0x80:
+        i -= 1
+    return i
+
+
+def _merge(ranges: np.ndarray) -> np.ndarray:
+    """Merge adjacent ranges."""
+    new = np.concatenate([[True], ranges[1:, 0] != ranges[:-1, 1]])
+    return np.stack([ranges[new, 0], ranges[np.append(new[1:], True), 1]], axis=1)
+
+
+def whole(text: Text) -> np.ndarray:
+    return np.array([[0, len(text.bytes)]])
+
+
+def total_bytes(ranges: np.ndarray) -> int:
+    return int((ranges[:, 1] - ranges[:, 0]).sum())
+
+
+def count_documents(text: Text, ranges: np.ndarray) -> int:
+    """Number of documents with text in `ranges`."""
+    inside = np.zeros(len(text.ends) + 1, np.int64)
+    np.add.at(inside, np.searchsorted(text.ends, ranges[:, 0], "right"), 1)
+    np.add.at(inside, np.searchsorted(text.ends, ranges[:, 1] - 1, "right") + 1, -1)
+    return int((np.cumsum(inside) > 0).sum())

@@ -1,0 +1,185 @@
+"""Token files of other trainers, used in place: memory-mapped, neither copied nor tokenised again.
+
+    nanoGPT     train.bin          uint16 without a header
+    llm.c       *.bin              256 int32 (magic, version, number of tokens), then uint16, or uint32 for Llama 3;
+                                   modded-nanogpt's shards are the same
+    Megatron    *.bin and *.idx    the .idx holds type, lengths and offsets of the sequences in the .bin
+
+All are little-endian. None of them names its tokenizer, so the only check is that all ids are below the vocabulary
+size. No torch here.
+"""
+
+import glob
+import os
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanochin.config import UserError
+from nanochin.data.text import BLOCK, TOKENS, File, Stage, Tokens
+from nanochin.data.tokenizer import Tokenizer
+
+HEADER = 1024  # bytes of llm.c's header
+LLM_C = {20240520: (1, "<u2"), 20240801: (7, "<u4")}  # magic -> version, type; the second is for Llama 3
+LLM_C_EVAL = 20240522
+MEGATRON = b"MMIDIDX\0\0"
+MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats
+SCAN = 1 << 24  # ids that a thread checks at a time
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    path: str
+    format: str  # nanoGPT, llm.c or Megatron
+    ids: np.ndarray  # (tokens,) memory-mapped
+
+
+def open_tokens(path: str) -> TokenFile:
+    """Open a token file of any of these formats. Raises UserError for a file that fits none of them."""
+    size, idx = os.path.getsize(path), os.path.splitext(path)[0] + ".idx"
+    if not path.lower().endswith(TOKENS):
+        raise UserError(f"{path}: unpack it first; token files are used in place")
+    if not size:
+        raise UserError(f"{path}: empty")
+    if os.path.exists(idx):
+        return TokenFile(path, "Megatron", _megatron(path, idx))
+    with open(path, "rb") as file:
+        header = file.read(HEADER)
+    magic, version, count = struct.unpack_from("<3i", header.ljust(12, b"\0"))
+    if magic == LLM_C_EVAL:
+        raise UserError(f"{path}: magic {magic} is llm.c's format for evaluation sets (HellaSwag), not training tokens")
+    if magic in LLM_C:
+        return TokenFile(path, "llm.c", _llm_c(path, magic, version, count, size))
+    if _is_header(header):
+        known = " or ".join(map(str, LLM_C))
+        raise UserError(f"{path}: magic {magic} is not llm.c's for training tokens ({known})")
+    if size % 2:
+        raise UserError(
+            f"{path}: an odd number of bytes ({size}), so not nanoGPT's uint16 tokens, and it has neither "
+            "llm.c's magic nor an .idx file next to it"
+        )
+    return TokenFile(path, "nanoGPT", np.memmap(path, "<u2", mode="r").view(np.ndarray))
+
+
+def _llm_c(path: str, magic: int, version: int, count: int, size: int) -> np.ndarray:
+    expected, kind = LLM_C[magic]
+    if version != expected:
+        raise UserError(f"{path}: version {version} of llm.c's magic {magic}; only {expected} is supported")
+    if count < 1 or size != HEADER + count * np.dtype(kind).itemsize:
+        raise UserError(
+            f"{path}: corrupted: {size} bytes, but its header says {count} tokens, that is {HEADER} + "
+            f"{np.dtype(kind).itemsize} x {count} = {HEADER + count * np.dtype(kind).itemsize} bytes"
+        )
+    return np.memmap(path, kind, mode="r", offset=HEADER).view(np.ndarray)
+
+
+def _is_header(header: bytes) -> bool:
+    """Whether this looks like another llm.c file (model, state): a date as magic, then mostly zeros. Tokens may start
+    with such a number, but do not continue with zeros."""
+    date = int.from_bytes(header[:4], "little")  # such as 20240326
+    is_date = 2023 <= date // 10_000 <= 2040 and 1 <= date // 100 % 100 <= 12 and 1 <= date % 100 <= 31
+    return is_date and len(header) == HEADER and not any(header[HEADER // 2 :])
+
+
+def _megatron(path: str, idx: str) -> np.ndarray:
+    """The ids of the .bin, after checking that its .idx describes it: contiguous sequences that fill the file."""
+
+    def disagree(what: str):
+        raise UserError(f"{idx}: {what}; it does not belong to {path}, or one of them is corrupted")
+
+    content = np.memmap(idx, np.uint8, mode="r") if os.path.getsize(idx) else np.zeros(0, np.uint8)
+    if content[: len(MEGATRON)].tobytes() != MEGATRON:
+        raise UserError(
+            f"{idx}: not a Megatron index (it starts with {content[:9].tobytes()!r}, not {MEGATRON!r}); "
+            f"move it away to read {path} without it"
+        )
+    if len(content) < 34:
+        disagree(f"{len(content)} bytes, less than its header")
+    version, code, sequences, documents = struct.unpack("<QBQQ", content[9:34].tobytes())
+    if version != 1:
+        raise UserError(f"{idx}: version {version} of Megatron's index; only 1 is supported")
+    if code not in MEGATRON_TYPES:
+        raise UserError(f"{idx}: type code {code} is not an integer type; expected one of {list(MEGATRON_TYPES)}")
+    size = 34 + 12 * sequences + 8 * documents
+    if len(content) not in (size, size + sequences):  # a mode byte per sequence is optional
+        disagree(f"{len(content)} bytes, but {sequences} sequences and {documents} document bounds take {size}")
+    lengths = content[34 : 34 + 4 * sequences].view("<i4")
+    offsets = content[34 + 4 * sequences : 34 + 12 * sequences].view("<i8")
+    bounds = content[34 + 12 * sequences : size].view("<i8")  # of documents, counted in sequences
+    kind = np.dtype(MEGATRON_TYPES[code])
+    sizes = lengths.astype(np.int64) * kind.itemsize
+    if sizes.sum() != os.path.getsize(path):
+        disagree(f"its sequences add up to {sizes.sum()} bytes, but {path} has {os.path.getsize(path)}")
+    if (lengths < 0).any():
+        disagree(f"sequence {int(np.argmax(lengths < 0))} has a negative length")
+    wrong = np.flatnonzero(offsets != np.cumsum(sizes) - sizes)
+    if len(wrong):
+        disagree(f"sequence {wrong[0]} starts at byte {offsets[wrong[0]]}, not where the previous one ends")
+    if documents and (bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any()):
+        disagree(f"its document bounds ({bounds[0]} to {bounds[-1]}) do not rise from 0 to {sequences}")
+    return np.memmap(path, kind, mode="r").view(np.ndarray)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Contents
+
+
+def hold_tokens(files: list[File]) -> bool:
+    """Whether these are token files. Raises UserError if some are and some are not."""
+    kinds = {file.format == TOKENS: file.path for file in files}
+    if len(kinds) > 1:
+        raise UserError(f"`data`, `val`: {kinds[True]} has tokens, {kinds[False]} has text; give only one kind")
+    return True in kinds
+
+
+def check_ids(files: list[TokenFile], tokenizer: Tokenizer, stage: Stage) -> None:
+    """Raises UserError for the first id outside the vocabulary, naming file, position and value."""
+    vocab_size = tokenizer.vocab_size
+
+    def first_wrong(job: tuple[TokenFile, int]) -> tuple[TokenFile, int, int] | None:
+        file, start = job
+        ids = file.ids[start : start + SCAN]
+        stage.add(ids.nbytes)
+        if ids.max() >= vocab_size or ids.min() < 0:
+            at = int(np.argmax((ids >= vocab_size) | (ids < 0)))
+            return file, start + at, int(ids[at])
+        return None
+
+    for found in stage.map(first_wrong, [(file, i) for file in files for i in range(0, len(file.ids), SCAN)]):
+        if found:
+            file, position, value = found
+            whose = "`vocab_size`" if tokenizer.numbers else f"`tokenizer` {tokenizer.name} has"
+            raise UserError(
+                f"{file.path}: token id {value} at position {position} is outside the vocabulary ({whose} "
+                f"{vocab_size}); read as {file.format} format"
+            )
+
+
+def validation_beside(files: list[File]) -> list[str]:
+    """Validation files in the same folder: val.bin for train.bin, fineweb_val_*.bin for fineweb_train_*.bin."""
+    found = set()
+    for file in files:
+        folder, name = os.path.split(file.path)
+        if "train" in name:
+            pattern = re.sub(r"\d+", "[0-9]*", glob.escape(name).replace("train", "val", 1))
+            found |= set(glob.glob(os.path.join(glob.escape(folder), pattern)))
+    return sorted(found - {file.path for file in files})
+
+
+def hold_out(tokens: Tokens, keep: int) -> tuple[Tokens, Tokens]:
+    """(the rest, about `keep` held-out tokens): evenly spaced blocks of at most 64k, from the start to the end."""
+    total, block = len(tokens), min(BLOCK, keep)
+    count = max(1, keep // block)
+    starts = [i * (total - block) // max(1, count - 1) for i in range(count)]
+    edges = [0, *(edge for start in starts for edge in (start, start + block)), total]
+    pieces = [tokens.views(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return Tokens.of(sum(pieces[::2], [])), Tokens.of(sum(pieces[1::2], []))
+
+
+def pickle_beside(path: str) -> str:
+    """A remark on nanoGPT's meta.pkl if it exists, else ""."""
+    meta = Path(path).with_name("meta.pkl")
+    return f" ({meta} may, but is not read: pickles can run code)" if meta.exists() else ""

@@ -1,0 +1,314 @@
+"""Export a run as a folder that `transformers` loads: python -m nanochin export RUN OUT
+
+Writes config.json, generation_config.json, model.safetensors (float32) and, if the tokenizer is known, tokenizer.json
+and tokenizer_config.json, without needing `transformers`. The architecture is the one that matches the run exactly:
+
+    LayerNorm, learned positions     GPT-2       any activation but swiglu
+    LayerNorm, rotary positions      GPT-NeoX    any activation but swiglu
+    RMSNorm, rotary positions        Llama       any activation
+
+Missing biases are written as zeros if the architecture has them. Llama's feed-forward is gated, activation(gate) * up;
+an ungated one is written with up = 1: a matrix of zeros and a bias of ones.
+"""
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nanochin.base.files import writing
+from nanochin.config import Shape, UserError, opt, parse, run_renamed
+from nanochin.data.tokenizer import END_OF_TEXT, Tokenizer
+from nanochin.interop.gpt2 import gpt2_name
+from nanochin.model import GPT, ROTARY_THETA
+from nanochin.run.checkpoint import load_run
+from nanochin.run.folder import find_run
+
+ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2", "swiglu": "silu"}
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    run: str = opt(None, "folder of the run, or its name under --out", positional=True)
+    folder: str = opt(None, "folder to write, new or empty", positional=True)
+    out: str = opt("runs", "folder of all runs")
+
+
+def export(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
+    """Write `model` and `tokenizer` into `folder`; returns the architecture's name.
+
+    Raises UserError if no architecture supports the run's options, or if the folder is not empty.
+    """
+    folder = Path(folder).resolve()
+    convert = architecture(model.shape)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not an empty folder; choose a new one")
+    ours = {name: p.detach() for name, p in model.named_parameters()}
+    tensors, config = convert(ours, model.shape)
+    end = None if tokenizer.numbers else tokenizer.eot
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    config |= ends | {"vocab_size": model.shape.vocab_size, "tie_word_embeddings": model.shape.tied, "dtype": "float32"}
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with writing(folder), tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as parent:
+        temp = Path(parent, "export")
+        temp.mkdir()
+        save_file(
+            {name: t.contiguous().clone() for name, t in tensors.items()},
+            temp / "model.safetensors",
+            metadata={"format": "pt"},
+        )
+        files = {"config.json": config, "generation_config.json": ends}
+        if not tokenizer.numbers:
+            files |= tokenizer_files(tokenizer, model.shape.seq_len)
+        for name, content in files.items():
+            (temp / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temp, folder)
+    return config["architectures"][0]
+
+
+def architecture(shape: Shape):
+    """The function that converts a model of this shape. Raises UserError naming options that no architecture has."""
+    if shape.qk_norm:
+        unsupported = "`qk_norm`"
+    elif shape.norm == "rmsnorm" and shape.positions == "learned":
+        unsupported = "`norm` rmsnorm with `positions` learned"
+    elif shape.norm == "layernorm" and shape.activation == "swiglu":
+        unsupported = "`norm` layernorm with `activation` swiglu"
+    else:
+        return to_llama if shape.norm == "rmsnorm" else to_gpt2 if shape.positions == "learned" else to_neox
+    raise UserError(f"this run cannot be exported: Llama, GPT-2 and GPT-NeoX do not support {unsupported}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Architectures: (tensors, config.json)
+
+
+def to_gpt2(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
+    tensors = {}
+    for name, tensor in with_biases(ours).items():
+        theirs, transposed = gpt2_name(name, shape.layers)
+        tensors[theirs] = tensor.T if transposed else tensor
+    return tensors, {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_embd": shape.width,
+        "n_layer": shape.layers,
+        "n_head": shape.heads,
+        "n_inner": shape.ffn,
+        "n_positions": shape.seq_len,
+        "activation_function": ACTIVATIONS[shape.activation],
+        "layer_norm_epsilon": 1e-5,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
+
+
+def to_neox(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
+    """NeoX packs queries, keys and values per head, (H, 3, D); we pack them as (3, H, D)."""
+    full, tensors = with_biases(ours), {}
+    for name, theirs in (("embed", "gpt_neox.embed_in"), ("head", "embed_out")):
+        if f"{name}.weight" in full:
+            tensors[f"{theirs}.weight"] = full[f"{name}.weight"]
+    for i, first, second in norms(shape):
+        block, prefix = f"blocks.{i}", f"gpt_neox.layers.{i}"
+        for kind in ("weight", "bias"):
+            qkv = full[f"{block}.attention.qkv.{kind}"].unflatten(0, (3, shape.heads, shape.head_size))
+            tensors |= {
+                f"{prefix}.attention.query_key_value.{kind}": qkv.transpose(0, 1).flatten(0, 2),
+                f"{prefix}.attention.dense.{kind}": full[f"{block}.attention.out.{kind}"],
+                f"{prefix}.mlp.dense_h_to_4h.{kind}": full[f"{block}.feed_forward.up.{kind}"],
+                f"{prefix}.mlp.dense_4h_to_h.{kind}": full[f"{block}.feed_forward.down.{kind}"],
+                f"{prefix}.input_layernorm.{kind}": full[f"{first}.{kind}"],
+                f"{prefix}.post_attention_layernorm.{kind}": full[f"{second}.{kind}"],
+            }
+    for kind in ("weight", "bias"):
+        tensors[f"gpt_neox.final_layer_norm.{kind}"] = full[f"blocks.{shape.layers - 1}.norm2.{kind}"]
+    return tensors, {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "model_type": "gpt_neox",
+        **sizes(shape),
+        "layer_norm_eps": 1e-5,
+        "attention_bias": True,
+        "use_parallel_residual": False,
+        "rotary_pct": 1.0,
+        "rotary_emb_base": ROTARY_THETA,
+        "rope_parameters": rope() | {"partial_rotary_factor": 1.0},
+    }
+
+
+def to_llama(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
+    gated = shape.activation == "swiglu"
+    tensors = {"model.embed_tokens.weight": ours["embed.weight"]}
+    if not shape.tied:
+        tensors["lm_head.weight"] = ours["head.weight"]
+    for i, first, second in norms(shape):
+        block, prefix = f"blocks.{i}", f"model.layers.{i}"
+        tensors[f"{prefix}.input_layernorm.weight"] = ours[f"{first}.weight"]
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = ours[f"{second}.weight"]
+        for kind in ("weight", "bias") if shape.bias else ("weight",):
+            q, k, v = ours[f"{block}.attention.qkv.{kind}"].chunk(3)
+            up = ours[f"{block}.feed_forward.up.{kind}"]
+            gate, up = up.chunk(2) if gated else (up, torch.full_like(up, float(kind == "bias")))
+            tensors |= {
+                f"{prefix}.self_attn.q_proj.{kind}": q,
+                f"{prefix}.self_attn.k_proj.{kind}": k,
+                f"{prefix}.self_attn.v_proj.{kind}": v,
+                f"{prefix}.self_attn.o_proj.{kind}": ours[f"{block}.attention.out.{kind}"],
+                f"{prefix}.mlp.gate_proj.{kind}": gate,
+                f"{prefix}.mlp.up_proj.{kind}": up,
+                f"{prefix}.mlp.down_proj.{kind}": ours[f"{block}.feed_forward.down.{kind}"],
+            }
+        if not gated and not shape.bias:
+            tensors |= {
+                f"{prefix}.mlp.gate_proj.bias": torch.zeros(shape.ffn),
+                f"{prefix}.mlp.up_proj.bias": torch.ones(shape.ffn),
+                f"{prefix}.mlp.down_proj.bias": torch.zeros(shape.width),
+            }
+    tensors["model.norm.weight"] = ours[f"blocks.{shape.layers - 1}.norm2.weight"]
+    return tensors, {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **sizes(shape),
+        "num_key_value_heads": shape.heads,
+        "head_dim": shape.head_size,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": shape.bias,
+        "mlp_bias": shape.bias or not gated,
+        "rope_theta": ROTARY_THETA,
+        "rope_parameters": rope(),
+    }
+
+
+def sizes(shape: Shape) -> dict:
+    """Config entries with the same name in NeoX and Llama."""
+    return {
+        "hidden_size": shape.width,
+        "intermediate_size": shape.ffn,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "hidden_act": ACTIVATIONS[shape.activation],
+        "max_position_embeddings": shape.seq_len,
+    }
+
+
+def rope() -> dict:
+    """The format of `transformers` 5; older versions read rope_theta or rotary_emb_base."""
+    return {"rope_type": "default", "rope_theta": ROTARY_THETA}
+
+
+def norms(shape: Shape) -> list[tuple[int, str, str]]:
+    """(i, norm before attention, norm before feed-forward) of every block, in our names."""
+    return [(i, f"blocks.{i - 1}.norm2" if i else "norm", f"blocks.{i}.norm1") for i in range(shape.layers)]
+
+
+def with_biases(ours: Weights) -> Weights:
+    """`ours` with zeros for missing biases."""
+    full = dict(ours)
+    for name, tensor in ours.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and module not in ("embed", "positions", "head"):
+            full.setdefault(f"{module}.bias", torch.zeros(len(tensor)))
+    return full
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, dict]:
+    """tokenizer.json for the `tokenizers` library, and tokenizer_config.json for `transformers`.
+
+    One difference from our tokenizer: as everywhere in `transformers`, <|endoftext|> in a text becomes end-of-text.
+    """
+    letter = byte_letters()
+    if tokenizer.encoding is None:  # bytes: id 0, which text never contains, is end-of-text
+        vocab = {letter[byte]: byte for byte in range(256) if byte != tokenizer.eot} | {END_OF_TEXT: tokenizer.eot}
+        merges, split = [], []
+    else:
+        ranks = tokenizer.encoding._mergeable_ranks
+        spell = {token: "".join(letter[byte] for byte in token) for token in ranks}
+        vocab = {spell[token]: rank for token, rank in ranks.items()} | {END_OF_TEXT: tokenizer.eot}
+        merges = [[spell[left], spell[right]] for left, right in all_merges(ranks)]
+        pattern = {"Regex": oniguruma(tokenizer.encoding._pat_str)}
+        split = [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    special = {
+        "id": tokenizer.eot,
+        "content": END_OF_TEXT,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
+    model = {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": False,
+        "byte_fallback": False,
+        "ignore_merges": True,
+        "vocab": vocab,
+        "merges": merges,
+    }
+    return {
+        "tokenizer.json": {
+            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, byte_level]}, "post_processor": None,
+            "decoder": byte_level, "model": model,
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, "bos_token": END_OF_TEXT,
+            "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "clean_up_tokenization_spaces": False,
+        },
+    }  # fmt: skip
+
+
+def byte_letters() -> list[str]:
+    """The printable character for each byte in GPT-2's byte-level vocabulary: the byte itself if printable in Latin-1,
+    else the next one from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte) if byte in visible else chr(0x100 + hidden.index(byte)) for byte in range(256)]
+
+
+def all_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Every pair of tokens that forms a token, ordered by the rank of the result. Equivalent to tiktoken, which merges
+    any neighbours that form a token, lowest rank first."""
+    pairs = []
+    for token in sorted(ranks, key=ranks.get):
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        cuts = [(left, right) for left, right in cuts if left in ranks and right in ranks]
+        pairs += sorted(cuts, key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))
+    return pairs
+
+
+def oniguruma(pattern: str) -> str:
+    """tiktoken's pattern in the regex syntax of `tokenizers`, where {1,3}+ is not possessive and $ is the end of a
+    line."""
+    return pattern.replace("{1,3}+", "{1,3}").replace("{1,2}+", "{1,2}").replace("$", r"\z")
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(ExportOptions, argv, prog="python -m nanochin export", description=__doc__)
+    model, tokenizer, _ = load_run(find_run(options.run, options.out))
+    name = export(model, tokenizer, options.folder)
+    print(f'{options.folder}: {name}; AutoModelForCausalLM.from_pretrained("{options.folder}") loads it')
+    if tokenizer.numbers:
+        print(f"note: exported without a tokenizer: the run's token files name none ({tokenizer.name})")
+
+
+if __name__ == "__main__":
+    run_renamed(main, "export")

@@ -1,0 +1,350 @@
+"""Exact parameter and FLOP counts of a shape in every convention, and peak FLOP/s of known devices.
+
+    python -m nanochin flops --model 768x12 --vocab-size 50304 --seq-len 1024
+
+All counts come from one ledger: a row per operation of the model, in integers for one sequence of T tokens, and a
+column per convention that counts operations. A multiply-add is 2 FLOPs, the backward pass costs twice the forward
+pass, recomputation is never counted. docs/flops.md compares the conventions with each other and with 6ND.
+
+B batch, T sequence, C width, H heads, F feed-forward width, V vocabulary, L layers.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nanochin.base.console import format_columns
+from nanochin.config import (
+    FLOP_CONVENTIONS,
+    Shape,
+    ShapeOptions,
+    UserError,
+    opt,
+    parse,
+    parse_model,
+    run_renamed,
+    shape_maker,
+)
+
+OPERATION_CONVENTIONS = ("physical", "causal", "appendix_f", "table_a4")  # counted from the ledger
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+
+
+class Params(NamedTuple):
+    """Parameter counts of a shape by PARAM_CONVENTIONS. At small scale the choice changes a fitted exponent by up to
+    0.25."""
+
+    total: int
+    non_embedding: int
+    with_head: int
+
+
+def count_params(shape: Shape) -> Params:
+    """Exact parameter counts. `total` is the sum of p.numel() over nanochin.model.GPT(shape)."""
+    C, F, V, L = shape.width, shape.ffn, shape.vocab_size, shape.layers
+    ups = _ups(shape)
+    norm = C * (2 if _norm_bias(shape) else 1)
+    matrices = L * (3 * C * C + C * C + C * ups * F + F * C)  # QKV, output projection, feed-forward up and down
+    biases = L * (3 * C + C + ups * F + C) if shape.bias else 0
+    norms = (2 * L + 1) * norm  # two per layer and a final one; QK-norm has no weight
+    positions = shape.seq_len * C if shape.positions == "learned" else 0
+    non_embedding = matrices + biases + norms
+    embeddings = V * C * (1 if shape.tied else 2) + positions
+    return Params(total=embeddings + non_embedding, non_embedding=non_embedding, with_head=matrices + V * C)
+
+
+def _ups(shape: Shape) -> int:
+    """Up-projections: 2 for SwiGLU (gate and value, one matrix of 2F columns), else 1."""
+    return 2 if shape.activation == "swiglu" else 1
+
+
+def _norm_bias(shape: Shape) -> bool:
+    return shape.norm == "layernorm" and shape.bias
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs
+
+
+class Row(NamedTuple):
+    """One operation over all layers: forward FLOPs of one sequence of T tokens, as each convention counts them."""
+
+    operation: str
+    physical: int = 0
+    causal: int = 0
+    appendix_f: int = 0
+    table_a4: int = 0
+    elementwise: int = 0  # arithmetic outside matrix products, without masked scores; no convention counts it
+    weights: int = 0  # parameters read, once per pass for any batch
+    activations: int = 0  # numbers read and written per sequence, if everything that can stay on chip does
+
+    @property
+    def forward(self) -> int:
+        """FLOPs that run if attention computes all T x T scores."""
+        return self.physical + self.elementwise
+
+    @property
+    def backward(self) -> int:
+        """A product y = x W needs two: dx = dy W^T and dW = x^T dy. Elementwise work is assumed to double too."""
+        return 2 * self.forward
+
+
+def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
+    """Every operation of the forward pass on one sequence of `seq_len` tokens (default: the shape's)."""
+    T = _sequence(shape, seq_len)
+    C, F, V, H, L = shape.width, shape.ffn, shape.vocab_size, shape.heads, shape.layers
+    ups, biased = _ups(shape), int(shape.bias)
+    pairs, kept = T * T, T * (T + 1) // 2  # (query, key) pairs: all, and kept by the causal mask
+
+    def product(operation: str, flops: int, causal: int | None = None, **more) -> Row:
+        """A matrix product inside the layers, counted by every convention."""
+        causal = flops if causal is None else causal
+        return Row(operation, physical=flops, causal=causal, appendix_f=flops, table_a4=flops, **more)
+
+    learned = int(shape.positions == "learned")
+    # FLOPs per element, with a transcendental function as 1.
+    per_norm = {"rmsnorm": 4, "layernorm": 6}[shape.norm] + int(_norm_bias(shape))
+    per_activation = {"gelu": 5, "gelu_tanh": 9, "relu2": 2, "swiglu": 5}[shape.activation]
+    per_qk = 3 * (shape.positions == "rotary") + 3 * shape.qk_norm  # on queries and keys
+    rows = [
+        # Looked up, not multiplied; Appendix F counts it as a product with one-hot vectors.
+        Row("embedding", appendix_f=2 * T * V * C, elementwise=learned * T * C, weights=learned * T * C,
+            activations=2 * T * C),
+        product("qkv", L * 2 * T * C * 3 * C, weights=L * 3 * C * C, activations=L * 4 * T * C),
+        # No memory traffic (a lower bound): rotation can be fused into kernels that read or write queries and keys.
+        Row("rotary, qk-norm", elementwise=L * T * 2 * C * per_qk),
+        # The scores stay on chip (FlashAttention): traffic of queries and keys here, of values and results below.
+        product("attention scores", L * 2 * pairs * C, causal=L * 2 * kept * C, activations=L * 2 * T * C),
+        Row("softmax", appendix_f=L * 3 * H * pairs, table_a4=L * 3 * H * pairs, elementwise=L * 3 * H * kept),
+        product("attention values", L * 2 * pairs * C, causal=L * 2 * kept * C, activations=L * 2 * T * C),
+        product("output projection", L * 2 * T * C * C, weights=L * C * C, activations=L * 2 * T * C),
+        product("feed-forward", L * 2 * T * C * F * (ups + 1), weights=L * C * F * (ups + 1),
+                activations=L * T * (2 * C + (ups + 1) * F)),
+        Row("activation", elementwise=L * T * F * per_activation, activations=L * T * F * (ups + 1)),
+        # x + residual and its norm, fused: two numbers in, two out. The first norm has no residual.
+        Row("norms, residuals", elementwise=(2 * L + 1) * T * C * per_norm + 2 * L * T * C,
+            activations=2 * T * C + 2 * L * 4 * T * C),
+        Row("biases", elementwise=biased * L * T * (5 * C + ups * F)),
+        Row("logits", physical=2 * T * C * V, causal=2 * T * C * V, appendix_f=2 * T * C * V, weights=V * C,
+            activations=T * C),
+        Row("loss", elementwise=3 * T * V),
+    ]  # fmt: skip
+    return [row for row in rows if row != Row(row.operation)]
+
+
+def flops_per_token(shape: Shape, convention: str = "physical", seq_len: int | None = None) -> float:
+    """Training FLOPs (3 x forward) per token in sequences of `seq_len` (default: the shape's)."""
+    if convention not in FLOP_CONVENTIONS:
+        raise UserError(f"`flops` {convention}: must be one of {', '.join(FLOP_CONVENTIONS)}")
+    T = _sequence(shape, seq_len)
+    return _sequence_flops(shape, T)[convention] / T
+
+
+def count_flops(shape: Shape, tokens: float, seq_len: int | None = None) -> dict[str, float]:
+    """Training FLOPs of a run of `tokens` in each convention. Exact Python integers until the final division gives a
+    float64: int64 would overflow at 2^63 = 9.2e18."""
+    T = _sequence(shape, seq_len)
+    if not 0 < tokens < 1e30:
+        raise UserError(f"`tokens` {tokens}: must be above 0 and below 1e30")
+    exact = int(tokens) if tokens == int(tokens) else tokens
+    return {convention: flops * exact / T for convention, flops in _sequence_flops(shape, T).items()}
+
+
+def _sequence_flops(shape: Shape, T: int) -> dict[str, int]:
+    """Training FLOPs of one sequence, by convention."""
+    rows, params = ledger(shape, T), count_params(shape)
+    flops = {convention: 3 * sum(getattr(row, convention) for row in rows) for convention in OPERATION_CONVENTIONS}
+    return flops | {"6nd": 6 * params.total * T, "kaplan": 6 * params.non_embedding * T}
+
+
+def _sequence(shape: Shape, seq_len: int | None) -> int:
+    T = shape.seq_len if seq_len is None else seq_len
+    if T < 1 or T % 1:
+        raise UserError(f"`seq_len` {T}: must be a positive integer")
+    if shape.positions == "learned" and shape.seq_len < T:
+        raise UserError(f"`seq_len` {T}: the model has learned positions for only {shape.seq_len} tokens")
+    return int(T)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices
+
+BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4, "float32": 4}
+
+
+@dataclass(frozen=True)
+class Device:
+    """Published peaks: dense (no 2:4 sparsity) TFLOP/s per dtype with float32 accumulation, and memory GB/s."""
+
+    names: str  # regular expression that matches all of torch.cuda.get_device_name() without the vendor prefix
+    float16: float | None
+    bfloat16: float | None
+    tf32: float | None  # float32 data, TF32 tensor cores
+    float32: float  # without tensor cores
+    bandwidth: float
+
+
+# Full names only: a laptop chip, a GPU slice (MIG) or a China edition shares part of its name with a faster device.
+# GeForce cards run at half rate with float32 accumulation, as training needs; that rate is listed.
+# Sources: NVIDIA's data sheets and architecture white papers (Volta to Blackwell), AMD's CDNA 2-3 data sheets.
+DEVICES = {
+    #                        names                             fp16    bf16    tf32   fp32   GB/s
+    "P100 PCIe": Device(r"P100-PCIE-16GB", 18.7, None, None, 9.3, 732),
+    "V100 PCIe": Device(r"V100-PCIE-(16|32)GB", 112.0, None, None, 14.0, 900),
+    "V100 SXM": Device(r"V100-SXM2-(16|32)GB", 125.0, None, None, 15.7, 900),
+    "T4": Device(r"T4", 65.0, None, None, 8.1, 320),
+    "A100 SXM 40GB": Device(r"A100-SXM4-40GB", 312.0, 312.0, 156.0, 19.5, 1555),
+    "A100 SXM 80GB": Device(r"A[18]00-SXM4-80GB", 312.0, 312.0, 156.0, 19.5, 2039),
+    "A100 PCIe 40GB": Device(r"A100-PCIE-40GB", 312.0, 312.0, 156.0, 19.5, 1555),
+    "A100 PCIe 80GB": Device(r"A[18]00 80GB PCIe", 312.0, 312.0, 156.0, 19.5, 1935),
+    "A10": Device(r"A10", 125.0, 125.0, 62.5, 31.2, 600),
+    "A10G": Device(r"A10G", 70.0, 70.0, 35.0, 35.0, 600),
+    "A30": Device(r"A30", 165.0, 165.0, 82.0, 10.3, 933),
+    "A40": Device(r"A40", 149.7, 149.7, 74.8, 37.4, 696),
+    "RTX A6000": Device(r"RTX A6000", 154.8, 154.8, 77.4, 38.7, 768),
+    "RTX 6000 Ada": Device(r"RTX 6000 Ada Generation", 364.2, 364.2, 182.1, 91.1, 960),
+    "L4": Device(r"L4", 121.0, 121.0, 60.0, 30.3, 300),
+    "L40": Device(r"L40", 181.0, 181.0, 90.5, 90.5, 864),
+    "L40S": Device(r"L40S", 362.0, 362.0, 183.0, 91.6, 864),
+    "H100 SXM": Device(r"H100 80GB HBM3|H800", 989.4, 989.4, 494.7, 66.9, 3352),
+    "H100 PCIe": Device(r"H[18]00 PCIe", 756.0, 756.0, 378.0, 51.2, 2039),
+    "H100 NVL": Device(r"H100 NVL", 835.5, 835.5, 417.5, 60.0, 3938),
+    "H200": Device(r"H200", 989.4, 989.4, 494.7, 66.9, 4800),
+    "H200 NVL": Device(r"H200 NVL", 835.5, 835.5, 417.5, 60.0, 4800),
+    "H20": Device(r"H20", 148.0, 148.0, 74.0, 44.0, 4000),
+    "GH200 96GB": Device(r"GH200 (120GB|480GB)", 989.4, 989.4, 494.7, 66.9, 4000),
+    "B200": Device(r"B200", 2250.0, 2250.0, 1125.0, 80.0, 8000),
+    "GB200": Device(r"GB200", 2500.0, 2500.0, 1250.0, 80.0, 8000),
+    "RTX 3080": Device(r"RTX 3080", 59.5, 59.5, 29.8, 29.8, 760),
+    "RTX 3090": Device(r"RTX 3090", 71.0, 71.0, 35.6, 35.6, 936),
+    "RTX 3090 Ti": Device(r"RTX 3090 Ti", 80.0, 80.0, 40.0, 40.0, 1008),
+    "RTX 4080": Device(r"RTX 4080", 97.5, 97.5, 48.7, 48.7, 717),
+    "RTX 4090": Device(r"RTX 4090", 165.2, 165.2, 82.6, 82.6, 1008),
+    "RTX 5080": Device(r"RTX 5080", 112.6, 112.6, 56.3, 56.3, 960),
+    "RTX 5090": Device(r"RTX 5090", 209.5, 209.5, 104.8, 104.8, 1792),
+    "MI210": Device(r"MI210", 181.0, 181.0, None, 22.6, 1638),
+    "MI250X (one die)": Device(r"MI250X( ?/ ?MI250)?", 191.5, 191.5, None, 23.9, 1638),
+    "MI300X": Device(r"MI300X( OAM| VF)?", 1307.4, 1307.4, 653.7, 163.4, 5300),
+    "MI325X": Device(r"MI325X( OAM)?", 1307.4, 1307.4, 653.7, 163.4, 6000),
+}
+
+
+def find_device(name: str) -> Device | None:
+    """The device by torch's name, such as "NVIDIA H100 80GB HBM3", or by the table's: "H100 SXM". None if unknown."""
+    bare = re.sub(r"^(NVIDIA |AMD Instinct )?(GeForce |Tesla )?", "", name.strip())
+    by_torch = (device for device in DEVICES.values() if re.fullmatch(device.names, bare))
+    return DEVICES.get(name) or next(by_torch, None)
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """Dense peak FLOP/s of a known accelerator for float16, bfloat16, tf32 or float32. None for an unknown device or a
+    dtype that its matrix units lack: then there is no MFU rather than a guess."""
+    device = find_device(device_name)
+    if dtype not in BYTES:
+        raise UserError(f"`dtype` {dtype}: peaks are listed for {', '.join(BYTES)}")
+    peak = getattr(device, dtype) if device else None
+    return None if peak is None else peak * 1e12
+
+
+def row_bytes(row: Row, sequences: int, number: int = 2) -> int:
+    """Minimum bytes of memory traffic of an operation's forward pass over `sequences`, at `number` bytes per number."""
+    return number * (row.weights + sequences * row.activations)
+
+
+def floor_seconds(row: Row, sequences: int, device: Device, dtype: str) -> float | None:
+    """Minimum seconds of an operation, forward and backward, over `sequences`, without masked scores: the longest of
+    matrix units, other arithmetic and memory traffic, each at its peak. None if the device lacks the dtype."""
+    peak = getattr(device, dtype)
+    if peak is None:
+        return None
+    traffic = row_bytes(row, sequences, BYTES[dtype])
+    return 3 * max(
+        sequences * row.causal / (peak * 1e12),
+        sequences * row.elementwise / (device.float32 * 1e12),
+        traffic / (device.bandwidth * 1e9),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+@dataclass(frozen=True)
+class LedgerOptions(ShapeOptions):
+    model: str = opt("768x12", "width x layers")
+    vocab_size: int = opt(256, "vocabulary V", low=1)
+    seq_len: int = opt(256, "context length T in tokens", low=1)
+    batch_tokens: int | None = opt(None, "tokens per step, in one pass (default: 16 sequences)", low=1)
+    device: str = opt("H100 SXM", "device for the minimum time, as torch names it or as in nanochin/plan/flops.py")
+    dtype: str = opt("bfloat16", "dtype of activations and weights", choices=tuple(BYTES))
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(LedgerOptions, argv, prog="python -m nanochin flops", description="Exact FLOPs of a shape.")
+    shape = shape_maker(options, options.vocab_size, options.seq_len)(*parse_model(options.model))
+    T = shape.seq_len
+    batch = 16 * T if options.batch_tokens is None else options.batch_tokens
+    if batch % T:
+        raise UserError(f"`batch_tokens` {batch}: must be a multiple of `seq_len` {T}")
+    device = find_device(options.device)
+    if device is None:
+        raise UserError(f"`device` {options.device}: unknown; choose from {', '.join(DEVICES)}")
+    if getattr(device, options.dtype) is None:
+        raise UserError(f"`dtype` {options.dtype}: {options.device} has no matrix units for it")
+
+    params = count_params(shape)
+    print(
+        f"{shape}, vocabulary {shape.vocab_size}, sequences of {T} tokens. Parameters: {params.total:,} total, "
+        f"{params.non_embedding:,} non_embedding, {params.with_head:,} with_head.\n"
+    )
+    print("FLOPs per token: forward and backward as run, and training (3 x forward) in each convention.\n")
+    print(_ledger_table(shape, batch // T, device, options.dtype))
+    print(f"""
+step        training FLOPs of {batch:,} tokens in one pass, as run
+FLOPs/byte  of the forward pass in {options.dtype}, each number read and written once, scores and logits on chip
+floor       minimum time of a step on {options.device}: each operation at the peak of matrix units, arithmetic or
+            memory, without masked scores and optimizer
+""")
+    print(_convention_table(shape, batch))
+
+
+def _ledger_table(shape: Shape, sequences: int, device: Device, dtype: str) -> str:
+    T, rows = shape.seq_len, ledger(shape)
+    lines = [["operation", "forward", "backward", *OPERATION_CONVENTIONS, "step", "FLOPs/byte", "floor us"]]
+    for row in rows:
+        traffic = row_bytes(row, sequences, BYTES[dtype])
+        counted = [3 * getattr(row, column) / T for column in OPERATION_CONVENTIONS]
+        numbers = [row.forward / T, row.backward / T, *counted, 3 * sequences * row.forward]
+        intensity = f"{sequences * row.forward / traffic:.1f}" if traffic else "on chip"
+        floor = f"{1e6 * floor_seconds(row, sequences, device, dtype):.1f}"
+        lines.append([row.operation, *map(_flops, numbers), intensity, floor])
+    total = [sum(row.forward for row in rows) / T, sum(row.backward for row in rows) / T]
+    total += [flops_per_token(shape, column) for column in OPERATION_CONVENTIONS]
+    total += [3 * sequences * sum(row.forward for row in rows)]
+    traffic = sum(row_bytes(row, sequences, BYTES[dtype]) for row in rows)
+    intensity = sequences * sum(row.forward for row in rows) / traffic
+    floor = sum(floor_seconds(row, sequences, device, dtype) for row in rows)
+    lines.append(["sum", *map(_flops, total), f"{intensity:.1f}", f"{1e6 * floor:.1f}"])
+    return format_columns(lines)
+
+
+def _convention_table(shape: Shape, batch: int) -> str:
+    of_6nd = flops_per_token(shape, "6nd")
+    lines = [["convention", "FLOPs/token", "FLOPs/step", "/ 6nd"]]
+    for convention in FLOP_CONVENTIONS:
+        token = flops_per_token(shape, convention)
+        lines.append([convention, _flops(token), _flops(token * batch), f"{token / of_6nd:.4f}"])
+    meanings = ["", *FLOP_CONVENTIONS.values()]
+    lines = format_columns(lines).split("\n")
+    return "\n".join(f"{line}   {meaning}".rstrip() for line, meaning in zip(lines, meanings, strict=True))
+
+
+def _flops(number: float) -> str:
+    return f"{number:.4g}" if number < 1e4 else f"{number:.3e}"
+
+
+if __name__ == "__main__":
+    run_renamed(main, "flops")

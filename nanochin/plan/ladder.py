@@ -1,0 +1,368 @@
+"""Plan a run from a compute budget: a ladder of shapes, a law to choose from it, rules for the rest.
+
+    python -m nanochin ladder --budget 1e15 3e15 1e16
+
+`plan` computes the third of budget, model and tokens from any two, uses the law if only one is given, and derives
+batch, learning rate, warm-up and beta2 by the numbered rules below.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nanochin.base.console import count, format_columns
+from nanochin.config import FLOP_CONVENTIONS, Shape, ShapeOptions, UserError, opt, parse, run_renamed, shape_maker
+from nanochin.laws import BESIROGLU, Law, PowerLaw, load_law
+from nanochin.plan.flops import (
+    Params,
+    count_flops,
+    count_params,
+    flops_per_token,
+)
+
+# (width, layers), from 2 thousand parameters (bytes) to 1 billion. Neighbours differ by less than 1.5x in `with_head`
+# for any vocabulary. Width over layers rises to the paper's 40 to 90; from 512x8 on, these are rows of its Table A9.
+LADDER = (
+    (6, 1), (8, 1), (10, 1), (12, 1), (16, 1), (16, 2), (20, 2), (24, 2), (28, 2), (32, 2),
+    (40, 2), (48, 2), (56, 2), (64, 2), (64, 3), (64, 4), (96, 2), (96, 3), (128, 2), (128, 3),
+    (128, 4), (160, 3), (192, 3), (192, 4), (256, 3), (256, 4), (256, 5), (320, 4), (320, 5), (384, 5),
+    (384, 6), (448, 6), (448, 7), (512, 7),
+    (512, 8), (576, 9), (640, 10), (640, 13), (640, 16), (768, 12), (768, 15), (768, 18),
+    (896, 14), (896, 16), (896, 18), (1024, 16), (1024, 18), (1024, 20), (1280, 18), (1280, 21), (1408, 18),
+    (1280, 24), (1408, 21), (1536, 19), (1408, 24), (1536, 22), (1536, 25), (1792, 20), (1792, 23), (1792, 26),
+)  # fmt: skip
+
+MIN_STEPS = 100
+Make = Callable[[int, int], Shape]  # make(width, layers): config.make_shape with vocabulary, seq_len, options bound
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One planned run. tokens == steps * batch_tokens; `why` has a short reason for each derived quantity."""
+
+    shape: Shape
+    tokens: int
+    batch_tokens: int
+    steps: int
+    lr: float
+    warmup_tokens: int
+    beta2: float
+    params: Params
+    flops: dict[str, float]  # by convention
+    budget: float | None
+    predicted_loss: float | None  # by the law, if it predicts losses
+    why: dict[str, str]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rules. N non-embedding or total parameters, D tokens.
+
+
+def rule_batch(tokens: float) -> float:
+    """1) Batch in tokens: 0.03 D^0.69. With bytes and 0.45, 1.4 and 5.6 million tokens, the best batches were 256,
+    about 500 and 1024 tokens, a quarter of Step Law's 0.58 D^0.571 (LOG.md). At 1e10 to 1e11 tokens, where Step Law was
+    fitted (Li et al. 2025, 2503.04715), the two agree within 20%."""
+    return 0.03 * tokens**0.69
+
+
+def rule_lr(width: int, batch_tokens: int, params: int) -> float:
+    """2) Peak learning rate: 0.011 sqrt(B) / C: square root of the batch (Malladi et al. 2022, 2205.10287), inverse
+    width (Yang et al. 2022, 2203.03466). Within 1.7x of 13 measured optima, each known within a factor of 2, at 10 to
+    430 thousand parameters and 128 to 2700 tokens per batch (LOG.md). A rule by width alone was 3x too high for large
+    models on few tokens and raised their loss by 3%. Capped at 3.7 N^-0.36 of Porian et al. 2024 (2406.19146), fitted
+    on 5 to 221 million parameters and checked up to 901 million. At 20 tokens per parameter the cap applies from about
+    200 million parameters on (and below 2 million with a vocabulary of 50 thousand)."""
+    return min(0.011 * math.sqrt(batch_tokens) / width, 3.7 * params**-0.36)
+
+
+def rule_warmup(params: int, tokens: int) -> int:
+    """3) Warm-up: as many tokens as total parameters, at most 5% of the run. A fixed long warm-up biases the exponent
+    (Porian et al. 2024, 2406.19146)."""
+    return min(params, tokens // 20)
+
+
+def rule_beta2(batch_tokens: int) -> float:
+    """4) Adam's beta2: 0.99 for batches up to 262,144 tokens, whose noisy gradients need longer averaging, else 0.95.
+    Porian et al. 2024 (2406.19146) find 0.95 too low up to 128 sequences of 2048 tokens. Larger batches: untested."""
+    return 0.99 if batch_tokens <= 262_144 else 0.95
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+def plan(
+    make: Make,
+    *,
+    budget: float | None = None,
+    model: tuple[int, int] | None = None,
+    tokens: float | None = None,
+    law: Law | PowerLaw = BESIROGLU,
+    convention: str = "physical",
+    batch_tokens: int | None = None,
+    lr: float | None = None,
+    warmup_tokens: float | None = None,
+    beta2: float | None = None,
+) -> Plan:
+    """The run for a budget (training FLOPs in `convention`), a model (width, layers), a number of tokens, or any two.
+
+    Two fix the third. Budget alone selects the ladder's shape with the lowest predicted loss; model or tokens alone use
+    the law's optimum. Raises UserError if the given values allow no run.
+    """
+    why = {}
+    shape, wanted = _choose(make, budget, model, tokens, law, convention, batch_tokens, why)
+    batch = _batch(shape, wanted, batch_tokens, convention, why)
+    steps = round(wanted / batch)
+    tokens = steps * batch
+    params = count_params(shape)
+
+    if lr is None:
+        lr = rule_lr(shape.width, batch, params.total)
+        why["lr"] = f"0.011 sqrt({batch}) / {shape.width}, by batch and width; at most 3.7 N^-0.36"
+    if warmup_tokens is None:
+        warmup_tokens = rule_warmup(params.total, tokens)
+        why["warmup_tokens"] = "as many tokens as parameters, at most 5% of the run"
+    if beta2 is None:
+        beta2 = rule_beta2(batch)
+        why["beta2"] = "0.99 for batches up to 262,144 tokens, else 0.95"
+    _positive("lr", lr, below=1e6)
+    if not 0 <= warmup_tokens <= tokens:
+        raise UserError(f"`warmup_tokens` {warmup_tokens:g}: must be from 0 to the run's {tokens} tokens")
+    if not 0 <= beta2 < 1:
+        raise UserError(f"`beta2` {beta2:g}: must be at least 0 and below 1")
+
+    predicted = law.loss(_law_params(shape, law), tokens) if isinstance(law, Law) else None
+    flops = count_flops(shape, tokens)
+    return Plan(shape, tokens, batch, steps, lr, int(warmup_tokens), beta2, params, flops, budget, predicted, why)
+
+
+def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> tuple[Shape, float]:
+    """(shape, tokens before rounding to whole steps)."""
+    for option, value, limit in (("budget", budget, 1e30), ("tokens", tokens, 1e18)):
+        if value is not None:
+            _positive(option, value, below=limit)
+
+    def cost(shape: Shape) -> float:
+        return flops_per_token(shape, convention)
+
+    def tokens_within_budget(shape: Shape) -> float:
+        why["tokens"] = f"budget / {cost(shape):.4g} FLOPs per token ({convention})"
+        return budget / cost(shape)
+
+    if model is not None:
+        shape = make(*model)
+        why["model"] = "given"
+    if tokens is not None:
+        why["tokens"] = "given, rounded to whole steps"
+
+    match budget is not None, model is not None, tokens is not None:
+        case False, False, False:
+            raise UserError("nothing to plan from: give `budget`, `model` or `tokens`")
+
+        case True, True, True:
+            total = cost(shape) * tokens
+            if abs(total / budget - 1) > 0.01:
+                raise UserError(
+                    f"`budget` {budget:g}: `model` {shape} on `tokens` {tokens:g} costs {total:.4g} FLOPs "
+                    f"({convention}); leave one of the three out"
+                )
+            return shape, tokens
+
+        case False, True, True:
+            return shape, tokens
+
+        case True, True, False:
+            return shape, tokens_within_budget(shape)
+
+        case True, False, True:
+            shape = min(_ladder(make), key=lambda s: abs(math.log(cost(s) * tokens / budget)))
+            why["model"] = "ladder shape whose cost on these tokens is closest to the budget"
+            if abs(cost(shape) * tokens / budget - 1) > 0.25:
+                raise UserError(
+                    f"`budget` {budget:g}: no shape costs that on `tokens` {tokens:g}; the closest, "
+                    f"`model` {shape}, needs `tokens` {budget / cost(shape):.3g}"
+                )
+            return shape, tokens
+
+        case False, True, False:
+            why["tokens"] = f"optimal for this model by {law.name}"
+            return shape, law.tokens_for(_law_params(shape, law))
+
+        case False, False, True:
+            optimum = law.params_for(tokens)
+            why["model"] = f"ladder shape closest to {count(optimum)} parameters, the optimum by {law.name}"
+            return min(_ladder(make), key=lambda s: abs(math.log(_law_params(s, law) / optimum))), tokens
+
+        case True, False, False:
+            candidates = affordable(make, budget, convention, batch_tokens)
+            score, why["model"] = _by_law(law, candidates)
+            shape = min(candidates, key=score)
+            by_size = sorted(candidates, key=lambda s: _law_params(s, law))
+            if shape in (by_size[0], by_size[-1]):
+                why["model"] += f" (the {'smallest' if shape == by_size[0] else 'largest'})"
+            return shape, tokens_within_budget(shape)
+
+
+def _by_law(law: Law | PowerLaw, tokens: dict[Shape, float]) -> tuple[Callable[[Shape], float], str]:
+    """(score to minimise over shapes, its description). `tokens`: candidate shapes, with their tokens in the budget."""
+    among = f"among {len(tokens)} candidate shapes, by {law.name}"
+    if isinstance(law, Law):
+        return lambda s: law.loss(_law_params(s, law), tokens[s]), f"lowest predicted loss {among}"
+
+    def distance(s: Shape) -> float:
+        C = count_flops(s, tokens[s])[law.flops_convention]  # the budget as the law counts it
+        return abs(math.log(_law_params(s, law) / law.optimal(C)[0]))
+
+    return distance, f"closest to the optimum {among}"
+
+
+def affordable(make: Make, budget: float, convention: str, batch_tokens: int | None) -> dict[Shape, float]:
+    """The ladder's shapes that can spend the budget, each with its tokens. Raises UserError if there are none."""
+    cost = {shape: flops_per_token(shape, convention) for shape in _ladder(make)}
+    tokens = {s: budget / each for s, each in cost.items() if budget / each >= _min_tokens(s, batch_tokens)}
+    if not tokens:
+        smallest = min(cost, key=cost.get)
+        least = _round_up(_min_tokens(smallest, batch_tokens) * cost[smallest])
+        raise UserError(
+            f"`budget` {budget:g}: too small for every shape of the ladder at `seq_len` "
+            f"{smallest.seq_len}; the smallest, {smallest}, needs `budget` {least}"
+        )
+    return tokens
+
+
+def _batch(shape: Shape, tokens: float, given: int | None, convention: str, why: dict) -> int:
+    """Tokens per step: whole sequences, and at least MIN_STEPS steps unless the batch is given."""
+    T, cost = shape.seq_len, flops_per_token(shape, convention)
+    least = _min_tokens(shape, given)
+    if given is not None and (given < T or given % T):
+        raise UserError(f"`batch_tokens` {given}: must be a multiple of `seq_len` {T}")
+    if tokens < least and given is not None:
+        raise UserError(
+            f"{tokens:.4g} tokens for {shape} are less than one step of `batch_tokens` {given}; it needs "
+            f"`budget` {_round_up(least * cost)}"
+        )
+    if tokens < least:
+        shorter = f" or `seq_len` {math.floor(tokens / MIN_STEPS)}" if tokens >= MIN_STEPS else ""
+        raise UserError(
+            f"{tokens:.4g} tokens for {shape} are fewer than {MIN_STEPS} steps of one {T}-token sequence; "
+            f"it needs `tokens` {MIN_STEPS * T} (`budget` {_round_up(least * cost)}){shorter}"
+        )
+    if given is not None:
+        return given
+    why["batch_tokens"] = "0.03 D^0.69"
+    return max(1, round(rule_batch(tokens) / T)) * T  # below 1% of the tokens whenever there are enough of them
+
+
+def _min_tokens(shape: Shape, batch_tokens: int | None) -> float:
+    """Minimum tokens of a run: one step of a given batch, else MIN_STEPS (rounded) of one sequence."""
+    return batch_tokens or (MIN_STEPS - 0.5) * shape.seq_len
+
+
+def _ladder(make: Make) -> list[Shape]:
+    """The shapes of the ladder that the bound options allow: with head size 128, only its multiples."""
+    shapes = []
+    for width, layers in LADDER:
+        try:
+            shapes.append(make(width, layers))
+        except UserError as error:
+            rejected = error
+    if not shapes:
+        raise rejected
+    return shapes
+
+
+def _law_params(shape: Shape, law: Law | PowerLaw) -> int:
+    """N as the law counts it."""
+    return getattr(count_params(shape), law.params_convention)
+
+
+def _positive(option: str, value: float, below: float) -> None:
+    if not 0 < value < below:
+        raise UserError(f"`{option}` {value:g}: must be above 0 and below {below:g}")
+
+
+def _round_up(value: float) -> str:
+    """Rounded up to two digits, so that a suggested value is enough: 1234 -> 1.3e+03."""
+    digit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / digit) * digit:.1e}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The isoFLOP grid
+
+
+def isoflop(
+    make: Make, budget: float, *, sizes: int = 7, spread: float = 4.0, centre: float | None = None, **options
+) -> list[Plan]:
+    """Plans for one budget, smallest first: up to `sizes` ladder shapes, evenly spaced in log N from 1/`spread` to
+    `spread` times `centre` (default: the law's choice). Shapes that cannot spend the budget are left out. `options` go
+    to `plan`."""
+    centre = centre or plan(make, budget=budget, **options).params.total
+    candidates = affordable(make, budget, options.get("convention", "physical"), options.get("batch_tokens"))
+    size = {shape: math.log(count_params(shape).total) for shape in candidates}
+    ratios = [2 * i / (sizes - 1) - 1 for i in range(sizes)] if sizes > 1 else [0.0]
+    chosen = set()
+    for target in (math.log(centre) + ratio * math.log(spread) for ratio in ratios):
+        chosen.add(min(candidates, key=lambda s: abs(size[s] - target)))
+    models = [(s.width, s.layers) for s in sorted(chosen, key=size.get)]
+    return [plan(make, budget=budget, model=model, **options) for model in models]
+
+
+@dataclass(frozen=True)
+class GridOptions(ShapeOptions):
+    vocab_size: int = opt(256, "vocabulary V", low=1)
+    seq_len: int = opt(256, "context length T in tokens", low=1)
+    budget: tuple[float, ...] = opt((), "one or more budgets in training FLOPs", above=0)
+    flops: str = opt("physical", "FLOP convention of the budgets", choices=tuple(FLOP_CONVENTIONS))
+    law: str | None = opt(None, "laws.json of a fit; default: the constants of Besiroglu et al. 2024")
+    law_approach: int = opt(3, "which approach of laws.json chooses the model", choices=(1, 2, 3))
+    sizes: int = opt(7, "shapes per budget", low=1)
+    spread: float = opt(4.0, "N ranges from 1/spread to spread times the optimum", low=1)
+    corpus_tokens: float | None = opt(None, "tokens in the corpus: adds a column of epochs", above=0)
+    throughput: float | None = opt(None, "sustained FLOP/s, in the convention of --flops: adds hours", above=0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(GridOptions, argv, prog="python -m nanochin ladder", description="IsoFLOP grids for budgets.")
+    if not options.budget:
+        raise UserError("`budget`: give at least one, such as `budget` 1e15 3e15")
+    law = BESIROGLU if options.law is None else load_law(options.law, options.law_approach)
+    make, total = shape_maker(options, options.vocab_size, options.seq_len), 0.0
+    for budget in options.budget:
+        bound = {"law": law, "convention": options.flops}
+        best = plan(make, budget=budget, **bound)
+        grid = isoflop(make, budget, sizes=options.sizes, spread=options.spread, **bound)
+        print(f"{budget:g} FLOPs ({options.flops}): {best.shape}, {best.why['model']}")
+        print(_grid_table(grid, best, options), end="\n\n")
+        total += sum(p.flops[options.flops] for p in grid)
+    hours = f", {total / options.throughput / 3600:.3g} hours" if options.throughput else ""
+    print(f"total: {total:.3g} FLOPs ({options.flops}){hours}")
+
+
+def _grid_table(grid: list[Plan], best: Plan, options: GridOptions) -> str:
+    """One line per shape; * marks the law's choice."""
+    heading = ["shape", "params", "with_head", "tokens", "D/N", "batch", "steps", "lr", *FLOP_CONVENTIONS]
+    heading += ["epochs"] * bool(options.corpus_tokens) + ["hours"] * bool(options.throughput)
+    rows = [heading]
+    for p in grid:
+        row = [
+            f"{p.shape}{'*' if p.shape == best.shape else ''}",
+            count(p.params.total),
+            count(p.params.with_head),
+            count(p.tokens),
+            f"{p.tokens / p.params.total:.3g}",
+            str(p.batch_tokens),
+            str(p.steps),
+            f"{p.lr:.2g}",
+            *(f"{flops:.3e}" for flops in p.flops.values()),
+        ]
+        if options.corpus_tokens:
+            row.append(f"{p.tokens / options.corpus_tokens:.3g}")
+        if options.throughput:
+            row.append(f"{p.flops[options.flops] / options.throughput / 3600:.3g}")
+        rows.append(row)
+    return format_columns(rows)
+
+
+if __name__ == "__main__":
+    run_renamed(main, "ladder")

@@ -1,0 +1,259 @@
+"""The three approaches fitted to one set of runs, with intervals.
+
+  study = study_runs(rows)                 three laws with intervals
+  run_checks(study)                        what changes the answer, how well it extrapolates (nanochin/report/checks.py)
+  optimum(study.best, 1e18)                what to train, with intervals (nanochin/report/allocate.py)
+
+If the data cannot support a result, the NotIdentified with the reason takes its place.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from nanochin import laws
+from nanochin.config import UserError
+from nanochin.laws import Bootstrap, Cost, Law, NotIdentified, PowerLaw
+from nanochin.report.table import Rows, all_or_no_flops
+
+MOST_INTERPOLATED = 2000  # runs; a spline through more would follow the noise
+USUAL, LEAST, FEWEST = 4000, 200, 20  # resamples: default, default for very many rows, smallest allowed
+WORK = 2e7  # rows x resamples by default, about 20 seconds
+COUNTS = {"total": "params", "non_embedding": "params_non_embedding", "with_head": "params_with_head"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to fit: the options of fit.py that are not about files."""
+
+    params: str = "total"  # parameter convention of N
+    flops: str | None = None  # FLOP convention of C; None: that of the rows
+    delta: float = 1e-3
+    fixed_e: float | None = None
+    drop: int = 0  # rows of highest loss left out
+    bootstrap: int | None = None  # resamples; None: depends on the number of rows, see `resamples`
+    cluster: str = "auto"  # unit of resampling: run or row; auto: run if there is such a column
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Approach:
+    """One of the three approaches: its fit and intervals."""
+
+    number: int
+    fit: object  # EnvelopeFit, IsoflopFit or ParametricFit
+    sure: Bootstrap | None
+    reach: tuple[float, float]  # FLOPs of the smallest and the largest run
+    why: str = ""  # why there are no intervals, if requested
+
+    @property
+    def law(self) -> Law | PowerLaw:
+        return self.fit.law
+
+    def interval(self, quantity: str | Callable, level: float = 95) -> tuple[float, float]:
+        return (np.nan, np.nan) if self.sure is None else self.sure.interval(quantity, level)
+
+    def exponent(self, law: Law | PowerLaw, which: int = 0):
+        """Exponent of the optimal N (`which` 0) or D (1) in C by `law`, over the FLOPs of the runs."""
+        return laws.exponents(law, *self.reach)[which]
+
+    def exponent_json(self) -> dict:
+        ends = {"a_ci": self.interval(self.exponent)} if self.sure else {}
+        return {"a": float(self.exponent(self.law)), "a_eq4": self.law.a} | ends
+
+
+@dataclass(frozen=True)
+class Study:
+    rows: Rows
+    curves: Rows | None
+    settings: Settings
+    N: np.ndarray  # (n,) the fitted runs
+    D: np.ndarray
+    L: np.ndarray
+    C: np.ndarray  # in flops_convention
+    unit: np.ndarray | None  # (n,) resampling unit of each row; None: each row is one
+    flops_convention: str
+    flops_name: str  # its name in titles
+    results: dict[int, Approach | NotIdentified]
+    akima: Approach | NotIdentified  # Approach 2 by interpolation, with its seed-noise interval
+    cost: Cost
+    note: str = ""  # says if there are fewer resamples than usual
+    whole: "Study | None" = None  # the study that this is a sample of
+    index: np.ndarray | None = None  # (n,) indices of its runs in `whole`
+
+    @property
+    def approaches(self) -> list[Approach]:
+        """The approaches that the data support."""
+        return [found for found in self.results.values() if isinstance(found, Approach)]
+
+    @property
+    def best(self) -> Approach:
+        """The one used for answers: 3, else 2, else 1."""
+        return self.approaches[-1]
+
+    @property
+    def convention(self) -> str:
+        """For titles and footers."""
+        return f"N {self.settings.params}, C {self.flops_name}"
+
+    def need(self, number: int) -> Approach:
+        """The approach. Raises NotIdentified if there is none."""
+        if isinstance(found := self.results[number], NotIdentified):
+            raise NotIdentified(str(found))
+        return found
+
+    def resampling(self, most: int) -> dict:
+        """Arguments for functions of nanochin.laws that resample: the requested number, but at most `most`."""
+        return {"runs": self.unit, "replicates": min(most, self.settings.bootstrap), "seed": self.settings.seed}
+
+
+def attempt(function: Callable, *args, **kwargs):
+    """The result, or the NotIdentified that it raises."""
+    try:
+        return function(*args, **kwargs)
+    except NotIdentified as error:
+        return error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The fits
+
+
+def resamples(n: int, asked: int | None) -> tuple[int, str]:
+    """(number of resamples of n rows, note): `asked`, else USUAL or as many as WORK allows, and then a note on the
+    reduction."""
+    if asked is not None:
+        return asked, ""
+    chosen = int(np.clip(WORK / n, LEAST, USUAL))
+    minutes = math.ceil(n * chosen / WORK)
+    note = (
+        f"{n:,} rows: {chosen} resamples instead of {USUAL}, about {minutes} minute{'s' * (minutes > 1)}; "
+        f"set `bootstrap` {USUAL} for all"
+    )
+    return chosen, note if chosen < USUAL else ""
+
+
+def silent(stage: str, done: float, total: float) -> None:
+    """Show no progress."""
+
+
+def study_runs(
+    rows: Rows,
+    curves: Rows | None = None,
+    settings: Settings | None = None,
+    progress: Callable[[str, float, float], None] = silent,
+) -> Study:
+    """Fit what can be fitted, calling progress(stage, done, total). Raises UserError if no approach can."""
+    settings = settings or Settings()
+    replicates, note = resamples(len(rows), settings.bootstrap)
+    settings = replace(settings, bootstrap=replicates)
+    if 0 < settings.bootstrap < FEWEST:
+        raise UserError(f"`bootstrap` {settings.bootstrap}: too few for an interval; use 0 or at least {FEWEST}")
+    if settings.drop:
+        rows = rows.keep(np.argsort(np.argsort(-rows["loss"], kind="stable")) >= settings.drop, "of highest loss")
+    N, D, L = _params(rows, settings.params), rows["tokens"], rows["loss"]
+    C, flops_convention, flops_name = _flops(rows, settings.flops)
+    if settings.fixed_e is not None and settings.fixed_e >= L.min():
+        raise UserError(
+            f"`fixed_e` {settings.fixed_e:g}: must be below every loss, but {rows.source} has a loss of {L.min():g}"
+        )
+    unit = resampled_unit(rows, settings.cluster)
+    cost = Cost.of(N, D, C)
+    reach = float(C.min()), float(max(C.max(), 1.01 * C.min()))
+    labels = {"params_convention": settings.params, "flops_convention": flops_convention}
+
+    if curves is None:
+        envelope = NotIdentified("no training curves: give `curves`, or a folder of runs with log.jsonl files")
+    else:
+        run, n = curves.labels["run"].codes, _params(curves, settings.params)
+        spent = 6 * n * curves["tokens"] * np.exp(np.interp(np.log(n), *laws.ratios(N, D, C)))  # counted as in C
+        envelope = attempt(laws.fit_envelope, run, n, curves["tokens"], curves["loss"], spent, **labels)
+    budget = laws.group_budgets(C, budget=rows.get("budget"))
+    parabola = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, **labels)
+    akima = NotIdentified(f"more than {MOST_INTERPOLATED} runs: a spline through them would follow the noise")
+    if len(N) <= MOST_INTERPOLATED:
+        akima = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, method="akima", **labels)
+    options = {"delta": settings.delta, "E": settings.fixed_e, "params_convention": settings.params, "cost": cost}
+    fits = {1: envelope, 2: parabola, 3: attempt(laws.fit_parametric, N, D, L, **options)}
+    how = {"runs": unit, "replicates": settings.bootstrap, "seed": settings.seed}
+    how["verify"] = int(np.clip(WORK / 10 / len(N), 4, 200))  # each costs as much as about fifteen resamples
+    results = {
+        number: approach(number, fit, reach, progress=partial(progress, f"resampling for approach {number}"), **how)
+        for number, fit in fits.items()
+    }
+    if not any(isinstance(found, Approach) for found in results.values()):
+        reasons = "; ".join(
+            str(found) if f"{found}".startswith("Approach") else f"Approach {number}: {found}"
+            for number, found in results.items()
+        )
+        raise UserError(f"{rows.source}: no approach can be fitted to these runs: {reasons}")
+    how = {"replicates": min(1000, settings.bootstrap), "seed": settings.seed}
+    akima = approach(2, akima, reach, laws.bootstrap_seed_noise, **how)
+    return Study(rows, curves, settings, N, D, L, C, unit, flops_convention, flops_name, results, akima, cost, note)
+
+
+def approach(number: int, fit, reach: tuple, resample: Callable | None = None, **how) -> Approach | NotIdentified:
+    """The approach of a fit, with intervals by `resample` (default: laws.bootstrap) with arguments `how`;
+    replicates=0: no intervals. A NotIdentified is returned unchanged."""
+    if isinstance(fit, NotIdentified):
+        return fit
+    sure = attempt(resample or laws.bootstrap, fit, **how) if how["replicates"] else None
+    if isinstance(sure, NotIdentified):
+        return Approach(number, fit, None, reach, str(sure))
+    return Approach(number, fit, sure, reach)
+
+
+def sample_runs(study: Study, most: int, replicates: int) -> Study:
+    """The study, or, if it has more than `most` runs, that of `most` random ones, with intervals of Approach 3 by at
+    most `replicates` resamples."""
+    if (n := len(study.N)) <= most:
+        return study
+    index = np.sort(np.random.default_rng(study.settings.seed).choice(n, most, replace=False))
+    rows = study.rows.keep(np.isin(np.arange(n), index), "not checked")
+    some = study_runs(rows, settings=replace(study.settings, bootstrap=0, drop=0))
+    some = replace(some, settings=study.settings, whole=study, index=index)
+    third = some.results[3]
+    if isinstance(third, Approach):
+        third = approach(3, third.fit, third.reach, verify=0, **some.resampling(replicates))
+    return replace(some, results=some.results | {3: third})
+
+
+def _params(rows: Rows, convention: str) -> np.ndarray:
+    return _column(rows, COUNTS[convention], f"`params` {convention}")
+
+
+def _flops(rows: Rows, convention: str | None) -> tuple[np.ndarray, str, str]:
+    """(C, its convention, its name): the given convention, else the column flops, else 6ND. In tables from elsewhere
+    that column may have any convention; plans take it as physical."""
+    six = 6 * rows["params"] * rows["tokens"]  # 6ND counts all parameters, however the law counts N
+    if convention is None and "flops" in rows.numbers:
+        C = all_or_no_flops(rows)["flops"]
+        ours = any(name.startswith("flops_") for name in rows.numbers)
+        named = ("physical", "physical" if ours else "as in the column flops")
+        return C, *(("6nd", "6ND") if np.allclose(C, six, rtol=1e-3) else named)
+    if convention in (None, "6nd"):
+        return six, "6nd", "6ND"
+    name = "flops" if convention == "physical" else f"flops_{convention}"
+    return _column(rows, name, f"`flops` {convention}"), convention, convention
+
+
+def _column(rows: Rows, name: str, option: str) -> np.ndarray:
+    if (column := rows.complete(name)) is None:
+        where = f"is blank at {rows.blanks[name]}" if name in rows.blanks else "is missing"
+        raise UserError(f"{option}: {rows.source}: column {name} {where}")
+    return column
+
+
+def resampled_unit(rows: Rows, cluster: str) -> np.ndarray | None:
+    """(n,) resampling unit of each row: cooldowns of one trunk, else rows of one run; None: each row is one."""
+    if cluster == "row" or (cluster == "auto" and "run" not in rows.labels):
+        return None
+    if "run" not in rows.labels:
+        raise UserError(f"`cluster` run: {rows.source} has no column run")
+    run, trunk = rows.labels["run"], rows.labels.get("trunk")
+    # A row without a name is its own run; its placeholder cannot be a name in a file.
+    names = np.array([(trunk and trunk[i]) or run[i] or f"\n{i}" for i in range(len(rows))])
+    return np.unique(names, return_inverse=True)[1]

@@ -1,0 +1,494 @@
+"""Checks of a law: a check is one function of the study and one line of CHECKS.
+
+    outcomes = run_checks(study)             {name: Outcome}, in the order in which they are shown
+    outcomes["hold_out"].status              "ok", "doubt" or "not checked"
+
+Terminal and report show the sentences, the report the tables, laws.json the JSON of all of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from nanochin import laws
+from nanochin.base.console import count, digits, powers
+from nanochin.laws import Cost, NotIdentified, ParametricFit, PowerLaw, Refit
+from nanochin.report.analysis import COUNTS, Approach, Study, approach, attempt, resampled_unit, sample_runs, silent
+from nanochin.report.table import CHANCE, by_chance, identical
+
+MOST_CHECKED = 2000  # runs: of more, a sample is fitted again
+SENSITIVITY = 200  # resamples of each refit
+FEW_FAIL = 0.02  # share of resamples without an optimum that is no reason for doubt
+BAD_COST = 0.1  # of log C: runs' FLOPs that the curve of cost by size misses by more are a reason for doubt
+NARROW = 4  # clusters of C whose sizes span less than this may be no isoFLOP curve
+LEAST_HELD, MOST_ROWS = 5, 40  # runs held out, and rows of their table
+WITHOUT = "it takes Approach 2 and a bootstrap"  # why there is no curvature and no line of losses
+
+
+@dataclass(frozen=True)
+class Table:
+    """For the report. A cell is a text, in which ^ raises what follows; a number and its interval, or other words in
+    small print and their class in report.css; or the reason that stands in place of the rest of its row."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str | tuple[str, ...] | NotIdentified]]
+    note: str = ""
+    figure: str = ""  # name of the figure below which it stands; "": with the other tables
+    mark: int | None = None  # the row that matters
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: str = "ok"  # or "doubt", or "not checked"
+    sentence: str = ""  # "" where there is nothing to say
+    json: object = None  # what laws.json has under the check's name; None: nothing
+    tables: tuple[Table, ...] = ()
+    found: object = None  # the result of nanochin.laws behind it, for the figures that draw it
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str  # in laws.json, and for the figures
+    function: Callable[[Study], Outcome]  # raises NotIdentified where it cannot be made
+    title: str = ""  # of a sentence that says so; "": another check's sentence does
+    refits: bool = False  # it fits many times: of more than MOST_CHECKED runs it sees a sample
+    missing: object = None  # its JSON where it cannot be made; with a title that is the reason
+
+    def __call__(self, study: Study) -> Outcome:
+        try:
+            return self.function(study)
+        except NotIdentified as error:
+            if not self.title:
+                return Outcome("not checked", json=self.missing)
+            why = str(error).removeprefix(f"{self.title.lower()}: ")
+            return Outcome("not checked", f"{self.title} could not be checked: {why}.", {"reason": str(error)})
+
+
+def run_checks(study: Study, progress: Callable[[str, float, float], None] = silent) -> dict[str, Outcome]:
+    """The outcome of every check by its name; `progress` is told (stage, done, total)."""
+    some, outcomes = sample_runs(study, MOST_CHECKED, SENSITIVITY), {}
+    for done, check in enumerate(CHECKS, 1):
+        outcomes[check.name] = check(some if check.refits else study)
+        progress("checks", done, len(CHECKS))
+    return outcomes
+
+
+def judged(good: bool, sentence: str, *rest) -> Outcome:
+    return Outcome("ok" if good else "doubt", sentence, *rest)
+
+
+def doubt_if(bad: bool, sentence: str) -> Outcome:
+    """Nothing is said where there is no doubt."""
+    return judged(not bad, sentence if bad else "")
+
+
+three, four = partial(digits, figures=3), partial(digits, figures=4)
+
+
+def with_interval(text: str, ends: tuple[float, float], show: Callable[[float], str]) -> tuple[str, str]:
+    """A number and its interval; what is held fixed has none."""
+    low, high = ends
+    return text, f"{show(low)} – {show(high)}" if low < high else ""
+
+
+def bracketed(ends: tuple[float, float]) -> str:
+    low, high = ends
+    return f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The checks: of the fits as they are, then those that fit again
+
+
+def chance(study: Study) -> Outcome:
+    """Do the losses depend on both N and D?"""
+    found = dict(zip(("params", "tokens"), by_chance(study.N, study.D, study.L), strict=True))
+    what = max(found, key=found.get)
+    return doubt_if(
+        found[what] > CHANCE,
+        f"The loss does not depend significantly on {what} (F test, p = {found[what]:.2f}): the law's dependence "
+        "on it is noise.",
+    )
+
+
+def no_law(study: Study) -> Outcome:
+    """Which approaches do the data not support? Without curves nobody expects Approach 1."""
+    missing = [
+        f"Approach {number} gives no law: {str(found).removeprefix(f'Approach {number}: ')}"
+        for number, found in study.results.items()
+        if isinstance(found, NotIdentified) and (number != 1 or study.curves is not None)
+    ]
+    return doubt_if(bool(missing), "; ".join(missing) + ".")
+
+
+def cost(study: Study) -> Outcome:
+    """What does a token cost where that is not 6N, and what does this make of Eq. 4?"""
+    cost, third = study.cost, study.results[3]
+    if cost.is_6nd:
+        return Outcome()
+    said = (
+        f"C is {study.flops_name}: 6ND {'times' if cost.s > 0 else 'over'} 1 + {cost.c:.3g} / N^{cost.q:.3g}, within "
+        f"{100 * cost.misfit:.1f}%"
+    )
+    if isinstance(third, Approach):
+        said += (
+            f"; in these FLOPs the law's optimum has a = {third.exponent(third.law):.3f}"
+            f"{bracketed(third.interval(third.exponent))} over the runs; Eq. 4, for 6ND, gives {third.law.a:.3f}"
+        )
+    return judged(cost.misfit < BAD_COST, said + ".")
+
+
+def starts(study: Study) -> Outcome:
+    """Is the optimum of Approach 3 the lowest?"""
+    fit = study.need(3).fit
+    return judged(
+        2 * fit.starts_agreeing >= fit.starts,
+        f"{fit.starts_agreeing} of {fit.starts} starts converge to the same optimum (relative gradient "
+        f"{fit.gradient_norm:.0e}).",
+    )
+
+
+def resamples(study: Study) -> Outcome:
+    """Are those of its resamples?"""
+    if not (sure := study.need(3).sure):
+        return Outcome("not checked")
+    return judged(
+        sure.worse == 0 and sure.failed < FEW_FAIL * sure.replicates,
+        f"{sure.replicates} bootstrap replicates over {sure.units} {sure.unit}s: {sure.verified} converged (relative "
+        f"gradient at most {sure.gradient_norm:.0e}, Hessian positive definite); {sure.checked} refitted from other "
+        f"starts, {sure.worse} of them to a better optimum.",
+    )
+
+
+def irreducible_loss(study: Study) -> Outcome:
+    """Is E known within a quarter of itself?"""
+    third = study.need(3)
+    if not third.sure:
+        return Outcome("not checked")
+    low, high = third.interval("E")
+    return doubt_if(
+        high - low > 0.25 * third.law.E,
+        f"E is poorly determined: 95% interval {low:.2f} to {high:.2f} nats. It is not the entropy of the text.",
+    )
+
+
+def agreement(study: Study) -> Outcome:
+    """Do the approaches agree on the exponent a?"""
+    if len(study.approaches) < 2:
+        return Outcome("not checked")
+    numbers, values = zip(*((str(one.number), f"{one.exponent(one.law):.3f}") for one in study.approaches), strict=True)
+    ends = [one.interval(one.exponent) for one in study.approaches if one.sure]
+    apart = len(ends) > 1 and max(low for low, _ in ends) > min(high for _, high in ends)
+    compared = f": their 95% intervals {'do not all overlap' if apart else 'overlap'}" if len(ends) > 1 else ""
+    return judged(not apart, f"Approaches {', '.join(numbers)} give a = {', '.join(values)}{compared}.")
+
+
+def late_winners(study: Study) -> Outcome:
+    """Is the envelope of Approach 1 made of the ends of runs?"""
+    late = study.need(1).fit.late_share
+    return doubt_if(
+        late < 0.5,
+        f"Approach 1: only {late:.0%} of the envelope comes from the last 15% of a run (all of it in the paper). "
+        "Earlier, while the learning rate is still high, the loss is too high.",
+    )
+
+
+def budgets(study: Study) -> Outcome:
+    """Where clusters of C were taken for budgets: what would Approach 2 say without some of them?"""
+    second = study.need(2).fit
+    if study.rows.get("budget") is not None:
+        return Outcome()
+    good = [budget for budget in second.budgets if budget.bracketed]
+    one = [law.a for law in (attempt(second.without, [budget]) for budget in good) if isinstance(law, PowerLaw)]
+    said = f"Approach 2: no column of budgets; {len(good)} clusters of C are used instead"
+    said += f"; leaving out any one of them gives a from {min(one):.3f} to {max(one):.3f}" if one else ""
+    narrow = [budget for budget in good if budget.width < NARROW]
+    without = attempt(second.without, narrow)
+    if narrow and isinstance(without, PowerLaw):
+        which = ", ".join(f"{budget.flops:.3g} of {budget.n_runs}" for budget in narrow)
+        said += (
+            f"; sizes span less than {NARROW}x in {len(narrow)} of them ({which} runs); without these a is "
+            f"{without.a:.3f}"
+        )
+    return judged(not narrow, said + ".")
+
+
+def intervals(study: Study, number: int) -> Outcome:
+    """What is to be said of the intervals of an approach, or why does it have none?"""
+    found = study.need(number)
+    if found.why:
+        return Outcome("doubt", f"Approach {number} has no intervals: {found.why}.")
+    if not (sure := found.sure) or not sure.warnings:
+        return Outcome()
+    minor = len(sure.warnings) == 1 and 0 < sure.failed < FEW_FAIL * sure.replicates  # a few without an optimum
+    return judged(minor, f"Approach {number}: {'; '.join(sure.warnings)}.")
+
+
+def independence(study: Study) -> Outcome:
+    """Are rows drawn each by itself that are of one run?"""
+    n, settings = len(study.N), study.settings
+    if "run" not in study.rows.labels:
+        same = identical(study.N, study.D, study.L)
+        return doubt_if(
+            same > 0,
+            f"{same} rows are identical to others and there is no column run. Each counts as a separate run; if they "
+            "are copies, the intervals are too narrow.",
+        )
+    runs = len(np.unique(resampled_unit(study.rows, "run"))) if settings.cluster == "row" else n
+    return doubt_if(
+        runs < n,
+        f"{n} rows belong to {runs} runs, but `cluster` row resamples rows, as if rows of one run were independent: "
+        "the intervals are too narrow.",
+    )
+
+
+def repeated_text(study: Study) -> Outcome:
+    unique = study.rows.get("unique_tokens")
+    again = 0 if unique is None else int(np.sum(study.D / unique > 1.001))
+    return doubt_if(again > 0, f"{again} runs saw their text more than once; the law assumes new text.")
+
+
+def fewer_resamples(study: Study) -> Outcome:
+    return Outcome(sentence=f"{study.note}." if study.note else "")
+
+
+def runs(study: Study) -> Outcome:
+    """How many runs are the checks that fit again made on?"""
+    n, some = len(study.N), min(len(study.N), MOST_CHECKED)
+    said = f"Checks that refit use a random sample of {some} of the {n} runs."
+    return Outcome(sentence=said if some < n else "", json=some)
+
+
+def left_out(study: Study) -> Outcome:
+    dropped = study.rows.dropped
+    said = ", ".join(f"{lost} {reason}" for reason, lost in dropped.items())
+    return judged("not usable" not in dropped, f"Left out: {said}." if said else "")
+
+
+def hold_out(study: Study) -> Outcome:
+    """What does the law of the smaller runs predict of the largest?"""
+    options = {"delta": study.settings.delta, "E": study.settings.fixed_e, **study.resampling(1000)}
+    budget = study.rows.get("budget")
+    held = laws.hold_out(study.N, study.D, study.L, study.C, budget=budget, least=LEAST_HELD, **options)
+    m, good = len(held.rows), held.error < 3 * max(held.in_sample_error, 1e-3)
+    said = (
+        f"Hold-out error on the {m} largest runs {100 * held.error:.2f}% (median; {100 * held.bias:+.2f}% signed), "
+        f"in-sample {100 * held.in_sample_error:.2f}%, at {held.reach:.2g}x the compute"
+    )
+    if held.bootstrap:
+        good &= held.outside <= max(1, 0.15 * m)
+        said += f"; {held.outside} of {m} runs fall outside the predicted 95% interval ({0.05 * m:.2g} expected)"
+    elif held.why:
+        good, said = False, f"{said}; no intervals: {held.why}"
+    tables = hold_out_tables(study, held)
+    held = held if study.index is None else replace(held, rows=study.index[held.rows])
+    return judged(good, said + ".", held.to_json(), tables, held)
+
+
+def hold_out_tables(study: Study, held: laws.HoldOut) -> tuple[Table, ...]:
+    """What was predicted of the minima of the budgets held out, and of their runs, beside what came."""
+    minima = [
+        [powers(C), with_interval(count(told), ends, count), count(seen), f"{100 * (told / seen - 1):+.0f}%"]
+        for C, seen, told, ends in held.optima
+    ]
+    rows = []
+    for i, told, low, high, seen in zip(held.rows, held.predicted, held.low, held.high, held.observed, strict=True):
+        run = powers(study.C[i]), count(study.N[i]), count(study.D[i])
+        inside = "" if np.isnan(low) else "inside" if low <= seen <= high else "OUTSIDE"
+        off = f"{100 * (told / seen - 1):+.2f}%"
+        rows.append([*run, with_interval(four(told), (low, high), four), four(seen), off, inside])
+    note = f"The first {MOST_ROWS} of {len(rows)}." if len(rows) > MOST_ROWS else ""
+    of_minima = Table("", ("C", "N predicted", "N measured", "off by"), minima, figure="hold-out")
+    head = ("C", "N", "D", "loss predicted", "observed", "off by", "")
+    return of_minima, Table("", head, rows[:MOST_ROWS], note, "hold-out")
+
+
+def curvature(study: Study) -> Outcome:
+    """Is the frontier a straight line in log-log?"""
+    second = study.results[2]
+    if isinstance(second, NotIdentified) or not study.settings.bootstrap:
+        raise NotIdentified(WITHOUT)
+    found = laws.frontier_curvature(second.fit, **study.resampling(1000))
+    low, high = found.intervals[95]
+    bends = f"bends {'down' if found.quadratic < 0 else 'up'} significantly"
+    return judged(
+        not found.significant,
+        f"In log-log the frontier {bends if found.significant else 'has no significant curvature'}: quadratic term "
+        f"{found.quadratic:+.3f} [{low:+.3f}, {high:+.3f}].",
+        {"quadratic": found.quadratic, "intervals": found.intervals},
+    )
+
+
+def loss_line(study: Study) -> Outcome:
+    """Do the losses know of an E?"""
+    second = study.results[2]
+    found = attempt(laws.loss_line, second.fit) if isinstance(second, Approach) else NotIdentified(WITHOUT)
+    if isinstance(found, NotIdentified):
+        return Outcome("not checked", json={"reason": str(found)})
+    return Outcome(
+        "ok",
+        f"The lowest losses of the budgets follow C^-{found.exponent:.4f}; a power law through the smaller budgets is "
+        f"{100 * (found.predicted / found.measured - 1):+.2f}% off at the largest.",
+        asdict(found),
+    )
+
+
+def kaplan_procedure(study: Study) -> Outcome:
+    """Which exponent does the procedure of Kaplan et al. find in these runs?"""
+    third, N = study.need(3), study.rows.complete("params_non_embedding")
+    if N is None:
+        raise NotIdentified("the rows have no params_non_embedding")
+    noise = study.resampling(1000) | {"noise": third.fit.noise, "budget": study.rows.get("budget")}
+    del noise["runs"]  # it is drawn for each row
+    found = laws.kaplan_procedure(N, study.D, study.L, third.law.loss(study.N, study.D), **noise)
+    where = f"at {len(found.flops)} of {found.levels} {'levels between the runs' if found.between else 'budgets'}"
+    ends = bracketed(found.intervals.get(95, (np.nan, np.nan)))
+    return Outcome(
+        "ok",
+        f"Kaplan's procedure (non-embedding N and C, losses interpolated, {where}) gives a = {found.a:.3f}{ends}; "
+        f"with the law's losses instead, {found.simulated:.3f}.",
+        asdict(found) | {"flops": found.flops.tolist(), "params": found.params.tolist()},
+        found=found,
+    )
+
+
+def refitted(title: str, refits: list[Refit], first: str = "", words: Callable = str, note: str = "") -> Outcome:
+    """Of a check that fits Approach 3 in other ways: their constants. `words` tells what was changed, under `first`."""
+    names, rows = ("a", "alpha", "beta", "E", "A", "B"), []
+    for one in refits:
+        cells = [one.fit]
+        if isinstance(one.fit, ParametricFit):
+            cells = [with_interval(digits(getattr(one.fit.law, name), 5), one.interval(name), four) for name in names]
+            cells += [digits(one.fit.objective, 6)]
+        rows.append([words(one.change), *cells])
+    table = Table(title, (first, "a (Eq. 4)", "α", "β", "E", "A", "B", "objective"), rows, note)
+    return Outcome(json=[one.to_json() for one in refits], tables=(table,), found=refits)
+
+
+def leave_out_highest(study: Study) -> Outcome:
+    third = study.need(3)
+    refits = [Refit(0, third.fit, third.sure)]
+    refits += laws.leave_out_highest(third.fit, (1, 3, 5, 8, 15), **study.resampling(SENSITIVITY))
+    note = f"95% intervals, here and below, by {SENSITIVITY} resamples of each fit." if third.sure else ""
+    return refitted("Without the runs of highest loss", refits, "runs left out", note=note)
+
+
+def delta(study: Study) -> Outcome:
+    third, own = study.need(3), study.settings.delta
+    others = [other for other in (1e-6, 1e-4, 1e-3, 1e-2, 1e-1) if other != own]
+    refits = [Refit(own, third.fit, third.sure)]
+    refits += laws.delta_sensitivity(third.fit, others, **study.resampling(SENSITIVITY))
+    refits.sort(key=lambda one: one.change)
+    title = "With another δ, below which residuals count as squares and above it as distances"
+    return refitted(title, refits, "δ", powers)
+
+
+def other_objectives(study: Study) -> Outcome:
+    third = study.need(3)
+    lower = min(0.98 * third.law.E, 0.99 * float(study.L.min()))
+    changes = {
+        "least squares": {"delta": np.inf},
+        "Huber on the loss itself": {"space": "linear"},
+        "alpha = beta": {"tied": True},
+        f"E fixed below, at {lower:.4g}": {"E": lower},
+    }
+    options = study.resampling(SENSITIVITY)
+    refits = [laws.refit(words, third.fit, **change, **options) for words, change in changes.items()]
+    return refitted("With another objective or form", refits)
+
+
+def near_minimum(study: Study) -> Outcome:
+    """Does E come from the runs near the minimum of their budget, or from the ends of the isoFLOP curves?"""
+    E = (study.whole or study).need(3).law.E
+    refits = laws.near_minimum(study.need(3).fit, study.need(2).fit, **study.resampling(SENSITIVITY))
+    said = [
+        f"E ({E:.3g}) is driven by models far from compute-optimal: the {runs} runs within {factor:g}x of the optimum "
+        f"give {low:.3g} to {high:.3g}."
+        for factor, runs, (low, high) in ((*one.change, one.sure.interval("E")) for one in refits if one.sure)
+        if not low <= E <= high
+    ]
+    title = "With those runs alone whose N is near the minimum of their budget"
+    outcome = refitted(title, refits, words=lambda near: f"within {near[0]:g} times of it: {near[1]} runs")
+    json = [one.to_json() | {"change": f"within {one.change[0]:g} times", "runs": one.change[1]} for one in refits]
+    return replace(outcome, status="doubt" if said else "ok", sentence=said[0] if said else "", json=json)
+
+
+def kaplan_form(study: Study) -> Outcome:
+    found = laws.fit_kaplan_form(study.N, study.D, study.L, delta=study.settings.delta)
+    json = {name: getattr(found, name) for name in ("N_c", "D_c", "alpha_N", "alpha_D", "objective")}
+    title = "With the form of Kaplan et al. 2020, ((Nc / N)^(αN / αD) + Dc / D)^αD, which knows no E"
+    head = ("Nc", "Dc", "αN", "αD", "objective")
+    return Outcome(json=json, tables=(Table(title, head, [[f"{value:.5g}" for value in json.values()]]),))
+
+
+def residuals_by_compute(study: Study) -> Outcome:
+    found = laws.residuals_by_compute(study.need(3).fit)
+    rows = []
+    for part in found:
+        low, high = powers(part["flops_low"]), powers(part["flops_high"])
+        rows.append([f"{low} to {high}", str(part["n"]), f"{part['median']:+.2%}", f"{part['sd']:.2%}"])
+    head = ("6ND", "runs", "median", "robust sd")
+    return Outcome(json=found, tables=(Table("Residuals by compute", head, rows),), found=found)
+
+
+def counts(study: Study) -> Outcome:
+    """Approaches 3 and 2 with N counted in every way for which there is a column (C as it is)."""
+    D, L, C, settings, json, rows = study.D, study.L, study.C, study.settings, {}, []
+    again = partial(approach, reach=study.best.reach, verify=0, **study.resampling(SENSITIVITY))
+    for convention, name in COUNTS.items():
+        both, N = (study.results[3], study.results[2]), study.rows.complete(name)
+        if convention != settings.params:
+            if N is None:
+                continue
+            of_n = {"delta": settings.delta, "E": settings.fixed_e, "cost": Cost.of(N, D, C)}
+            isoflop = attempt(laws.fit_isoflop, N, D, L, C, budget=study.rows.get("budget"))
+            both = again(3, attempt(laws.fit_parametric, N, D, L, **of_n)), again(2, isoflop)
+        told = [{"reason": str(one)} if isinstance(one, NotIdentified) else one.exponent_json() for one in both]
+        json[convention] = dict(zip(("approach3", "approach2"), told, strict=True))
+        cells = [with_interval(f"{a['a']:.4f}", a.get("a_ci", (0, 0)), three) if "a" in a else "–" for a in told]
+        rows.append([convention.replace("_", " "), *cells])
+    if len(rows) < 2:
+        return Outcome("not checked", json={})
+    table = Table("Counting the parameters in another way", ("N counts", "a, approach 3", "a, approach 2"), rows)
+    return Outcome(json=json, tables=(table,))
+
+
+def profile_e(study: Study) -> Outcome:
+    fit = study.need(3).fit
+    E, objective = laws.profile_e(fit, 61)
+    rise = objective / fit.objective
+    return Outcome(json=np.stack([E, rise], 1)[np.isfinite(rise)].tolist(), found=(E, rise))
+
+
+CHECKS = (
+    Check("chance", chance),
+    Check("no_law", no_law),
+    Check("cost", cost),
+    Check("starts", starts),
+    Check("resamples", resamples),
+    Check("E", irreducible_loss),
+    Check("agreement", agreement),
+    Check("late_winners", late_winners),
+    Check("budgets", budgets),
+    Check("hold_out", hold_out, "Hold-out", refits=True),
+    Check("curvature", curvature, "Curvature", refits=True),
+    Check("loss_line", loss_line, refits=True),
+    Check("kaplan_procedure", kaplan_procedure, "Kaplan's procedure", refits=True),
+    Check("leave_out_highest", leave_out_highest, refits=True, missing=[]),
+    Check("delta", delta, refits=True, missing=[]),
+    Check("other", other_objectives, refits=True, missing=[]),
+    Check("near_minimum", near_minimum, refits=True, missing=[]),
+    Check("kaplan_form", kaplan_form, "Kaplan's form", refits=True),
+    Check("residuals_by_compute", residuals_by_compute, refits=True, missing=[]),
+    Check("counts", counts, refits=True),
+    Check("profile_E", profile_e, refits=True, missing=[]),
+    *(Check(f"intervals_{number}", partial(intervals, number=number)) for number in (1, 2, 3)),
+    Check("independence", independence),
+    Check("fewer_resamples", fewer_resamples),
+    Check("repeated_text", repeated_text),
+    Check("runs", runs),
+    Check("left_out", left_out),
+)

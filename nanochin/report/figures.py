@@ -1,0 +1,438 @@
+"""The figures of a study, in the manner of Hoffmann et al. 2022, drawn by matplotlib.
+
+draw(study, found) -> {name: Figure}            those that the data support
+
+curves     training curves, their envelope, and whose it is (the paper's Figure 2)
+isoflop    a parabola for each budget, as they are and laid over one another (Figure 3)
+optimum    N and D against C, by every approach (Figures 1 and 3)
+surface    contours of L(N, D) with the frontier, and tokens per parameter (Figure 4)
+residuals  what the law leaves unexplained
+hold-out   the largest budget, predicted from the others
+certainty  the exponent a by every way of finding it, and the profile of E
+
+Each function returns a matplotlib Figure, or None; a notebook shows it and can go on with its axes.
+"""
+
+from functools import partial
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nanochin.base.console import count, digits, powers
+from nanochin.laws import BESIROGLU, HOFFMANN, HOFFMANN_1, HOFFMANN_2, KAPLAN, Law, NotIdentified, advice
+from nanochin.report.analysis import Approach, Study
+from nanochin.report.panels import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PURPLE,
+    RED,
+    SCALE,
+    SKY,
+    axis,
+    band,
+    drawn,
+    line,
+    note,
+    panels,
+    points,
+    whiskers,
+)
+
+LINES = {1: (GREEN, "--"), 2: (ORANGE, ":"), 3: (BLUE, "-")}  # of the approaches
+LEFT, RIGHT, BELOW = ("right", (-7, -3)), ("left", (7, -4)), ("left", (5, -13))  # alignment of a name, its shift in px
+ABOVE, ABOVE_LEFT = ("left", (3, 6)), ("right", (-3, 6))
+MODELS = (  # Hoffmann et al. 2022, Table 1: parameters, tokens; where their names stand in a plot of N and in others
+    ("LaMDA", 137e9, 168e9, LEFT, LEFT),
+    ("GPT-3", 175e9, 300e9, BELOW, ABOVE_LEFT),
+    ("Gopher", 280e9, 300e9, LEFT, ABOVE),
+    ("MT-NLG", 530e9, 270e9, RIGHT, RIGHT),
+    ("Chinchilla", 70e9, 1.4e12, BELOW, ABOVE_LEFT),
+)
+MOST = 2500  # points in one panel; of more, evenly spaced ones are drawn
+LOSS = "loss, nats per token"
+
+
+def draw(study: Study, found: dict[str, object]) -> dict[str, Figure]:
+    """`found` are the results behind the checks by their names; None, or missing, where there is none."""
+    every = {
+        "curves": curves(study),
+        "isoflop": isoflop(study),
+        "optimum": optimum(study),
+        "surface": surface(study),
+        "residuals": residuals(study, found.get("residuals_by_compute")),
+        "hold-out": hold_out(study, found.get("hold_out")),
+        "certainty": certainty(study, found),
+    }
+    return {name: figure for name, figure in every.items() if figure}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@drawn
+def curves(study: Study) -> Figure | None:
+    first = study.results[1]
+    if isinstance(first, NotIdentified):
+        return None
+    figure, (left, right) = panels(2)
+    fit, own = first.fit, first.fit.curves
+    sizes = np.array([N for _, _, N in own.values()])
+    distinct = np.unique(sizes)
+    named = set(distinct[_evenly(len(distinct), 5)])  # in the legend
+    for (run, (C, L, N)), colour in sorted(zip(own.items(), shade(sizes), strict=True), key=lambda pair: pair[0][1][2]):
+        every = _evenly(len(C), max(20, 16_000 // len(own)))
+        label = f"N = {count(N)}" if N in named else ""
+        named.discard(N)
+        hover = f"{study.curves.labels['run'].values[int(run)]}: N = {count(N)}"
+        line(left, C[every], L[every], colour, label, width=1.0, hover=hover)
+    every = _evenly(len(fit.flops), 400)
+    line(left, fit.flops[every], fit.loss[every], INK, "envelope", width=2.2)
+    every_loss = np.concatenate([L for _, L, _ in own.values()])
+    left.set_title(f"Training curves ({study.convention})")
+    _flops_axis(left, study)
+    axis(left, "y", LOSS, log=True, limits=(0.98 * every_loss.min(), np.quantile(every_loss, 0.98)))
+
+    x = np.array([fit.flops[0], fit.flops[-1]])
+    changes = np.flatnonzero(np.diff(fit.winner, prepend=-1, append=-1))  # a run that wins is drawn as one stroke
+    strokes = np.full((3, len(changes) - 1), np.nan)
+    strokes[0], strokes[1] = fit.flops[changes[:-1]], fit.flops[changes[1:] - 1]
+    _with_band(right, first, x, 0)
+    winners = np.repeat(fit.params[changes[:-1]], 3)
+    line(right, strokes.T.ravel(), winners, INK, "winner", width=3)
+    right.set_title(f"Size of the winner ({study.convention})")
+    _flops_axis(right, study)
+    _params_axis(right, "y", study)
+    return figure
+
+
+@drawn
+def isoflop(study: Study) -> Figure | None:
+    second = study.results[2]
+    if isinstance(second, NotIdentified):
+        return None
+    figure, (left, right) = panels(2)
+    fit = second.fit
+    spent = np.array([budget.flops for budget in fit.budgets])
+    named = spent[_evenly(len(spent), 12)]  # in the legend
+    for budget, colour, name in zip(fit.budgets, shade(spent), distinct_powers(spent), strict=True):
+        rows = budget.rows[_evenly(budget.n_runs, max(20, MOST // len(fit.budgets)))]
+        hover = [_run(study, i) for i in rows]
+        points(left, fit.N[rows], fit.loss[rows], colour, name if budget.flops in named else "", hover, 2.8)
+        if not np.isfinite(budget.parabola[0]):
+            continue
+        x = np.linspace(np.log(fit.N[rows].min()), np.log(fit.N[rows].max()), 60)
+        y = np.polyval(budget.parabola, x)
+        line(left, np.exp(x), y, colour, dash="-" if budget.bracketed else ":", width=1.3)
+        if budget.bracketed:
+            line(right, np.exp(x) / budget.params_opt, y - budget.loss_opt, colour, width=1.0)
+            N, above = fit.N[rows] / budget.params_opt, fit.loss[rows] - budget.loss_opt
+            points(right, N, above, colour, "", hover, 2.6)
+    minima = _minima(second)
+    hover = [
+        f"C = {budget.flops:.3g}: N_opt = {count(budget.params_opt)}, D_opt = {count(budget.tokens_opt)}, "
+        f"loss {budget.loss_opt:.4f}; bracketed in {at.get('share', np.nan):.0%} of the resamples"
+        for budget, at in minima
+    ]
+    N, L = [budget.params_opt for budget, _ in minima], [budget.loss_opt for budget, _ in minima]
+    whiskers(left, L, [at.get("params_opt") for _, at in minima], INK, horizontal=True)
+    points(left, N, L, INK, "minimum, with its 95%", hover, 3.2, "D")
+    left.set_title(f"IsoFLOP curves ({study.convention})")
+    _params_axis(left, "x", study)
+    axis(left, "y", LOSS)
+    right.set_title(f"The same, laid over one another ({study.convention})")
+    axis(right, "x", "parameters over the minimum's", log=True)
+    axis(right, "y", "loss above the minimum, nats")
+    return figure
+
+
+@drawn
+def optimum(study: Study) -> Figure:
+    figure, both = panels(2)
+    x = _reach(study)
+    for which, axes in enumerate(both):
+        _advice(axes, study, x, which)
+        name = ("params_opt", "tokens_opt")[which]
+        minima = ((study.akima, "ring", 5, "minima by Akima"), (study.results[2], "D", 2.8, "minima by parabola"))
+        for approach, shape, size, label in minima:
+            if isinstance(approach, Approach):
+                found = _minima(approach)
+                C, y = [budget.flops for budget, _ in found], [getattr(budget, name) for budget, _ in found]
+                hover = [f"{label}: {count(value)} at {flops:.3g} FLOPs" for flops, value in zip(C, y, strict=True)]
+                whiskers(axes, C, [at.get(name) for _, at in found], ORANGE)
+                points(axes, C, y, ORANGE, label, hover, size, shape)
+        lines = np.concatenate([one.get_ydata() for one in axes.lines])
+        axes.set_ylim(lines.min() / 1.5, lines.max() * 1.5)  # bands are cut off where they are wild
+        _models(axes, x, which)
+        _flops_axis(axes, study, x)
+    both[0].set_title(f"Optimal size ({study.convention})")
+    _params_axis(both[0], "y", study)
+    both[1].set_title(f"Optimal tokens ({study.convention})")
+    axis(both[1], "y", "tokens D", log=True)
+    return figure
+
+
+@drawn
+def surface(study: Study) -> Figure:
+    third, x = study.results[3], _reach(study)
+    figure, both = panels(1 if isinstance(third, NotIdentified) else 2)
+    if isinstance(third, Approach):
+        _contours(both[0], study, third.law)
+    _advice(both[-1], study, x, 2)
+    _models(both[-1], x, 2)
+    both[-1].set_title(f"Tokens per parameter ({study.convention})")
+    _flops_axis(both[-1], study, x)
+    axis(both[-1], "y", "D / N", log=True)
+    return figure
+
+
+def _contours(axes: Axes, study: Study, law: Law) -> None:
+    """L(N, D) over the runs, which have the colour of their own loss."""
+    N, D, L = study.N, study.D, study.L
+    sizes, tokens = (np.geomspace(x.min() / 1.6, x.max() * 1.6, 120) for x in (N, D))
+    count_of = f"N {study.settings.params}"
+    axes.set_title(f"Loss by the law ({count_of})")
+    axis(axes, "x", "tokens D", log=True, limits=(tokens[0], tokens[-1]))
+    axis(axes, "y", f"parameters {count_of}", log=True, limits=(sizes[0], sizes[-1]))
+    left, right = np.log(L.min() - law.E), np.log(L.max() - law.E)
+    levels = law.E + np.exp(np.linspace(left, right, 11)[1:-1])  # even in log(L - E)
+    losses = law.loss(sizes[:, None], tokens)
+    keep, best_N = _evenly(len(N), MOST), np.geomspace(sizes[0], sizes[-1], 60)
+    best_D = law.tokens_for(best_N)
+    lines = axes.contour(tokens, sizes, losses, levels, colors=SCALE[::-1], linewidths=1.6)
+    free = _free(axes, lines, np.append(D[keep], best_D), np.append(N[keep], best_N))
+    axes.clabel(lines, fmt=partial(digits, figures=3), fontsize=10, colors=INK, manual=free)
+    nearest = np.abs(np.log(np.maximum(L[keep, None] - law.E, 1e-9)) - np.log(levels - law.E)).argmin(1)
+    colours, hover = [SCALE[8 - k] for k in nearest], [_run(study, i) for i in keep]
+    points(axes, D[keep], N[keep], colours, "runs, coloured by their loss", hover, 2.8)
+    line(axes, best_D, best_N, INK, "frontier", width=2.4)
+
+
+def _free(axes: Axes, contours, x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
+    """A place on each contour for its name: the one farthest from points, from other names and from the frame."""
+    taken, places = axes.transData.transform(np.stack([x, y], 1)), []
+    low, high = axes.bbox.min + 18, axes.bbox.max - 18
+    for path in contours.get_paths():
+        at = axes.transData.transform(path.vertices)
+        inside = ((low < at) & (at < high)).all(1)
+        if inside.any():
+            best = np.linalg.norm(at[inside, None] - taken, axis=2).min(1).argmax()
+            places.append(path.vertices[inside][best])
+            taken = np.append(taken, at[inside][best : best + 1], axis=0)
+    return places
+
+
+@drawn
+def residuals(study: Study, by_compute: list[dict] | None) -> Figure | None:
+    third = study.results[3]
+    if isinstance(third, NotIdentified):
+        return None
+    figure, (left, right) = panels(2)
+    off, keep, colours = 100 * third.fit.residuals, _evenly(len(study.N), MOST), shade(study.N)
+    hover, colours = [f"{_run(study, i)}: {off[i]:+.2f}%" for i in keep], [colours[i] for i in keep]
+    for part in by_compute or ():
+        ends, middle, sd = [part["flops_low"], part["flops_high"]], 100 * part["median"], 100 * part["sd"]
+        words = f"{part['n']} runs: median {middle:+.2f}%, robust sd {sd:.2f}%"
+        band(left, ends, [middle - sd] * 2, [middle + sd] * 2, BLUE, "robust sd")
+        line(left, ends, [middle] * 2, BLUE, "median", width=2, hover=words)
+    limit = 1.15 * float(np.quantile(np.abs(off), 0.99))
+    beyond = int(np.sum(np.abs(off) > limit))
+    for axes, x in ((left, 6 * study.N * study.D), (right, study.D / study.N)):
+        axes.axhline(0, color=GREY, linewidth=1)
+        points(axes, x[keep], off[keep], colours, "", hover, 2.8)
+        for colour, N in ((SCALE[0], study.N.min()), (SCALE[8], study.N.max())):
+            points(axes, [], [], colour, f"N = {count(N)}", radius=2.8)
+        axis(axes, "y", "predicted over observed loss, %", limits=(-limit, limit))
+        if beyond:
+            note(axes, (1, 1), f"{beyond} of {len(off)} beyond the frame", "right", (-5, -13), xycoords="axes fraction")
+    left.set_title(f"Residuals by compute (N {study.settings.params})")
+    axis(left, "x", "6 N D, FLOPs", log=True, show=powers)
+    right.set_title(f"Residuals by D / N (N {study.settings.params})")
+    axis(right, "x", "tokens per parameter D / N", log=True)
+    return figure
+
+
+@drawn
+def hold_out(study: Study, held) -> Figure | None:
+    """`held` is the hold-out of nanochin.laws, or None."""
+    if not held:
+        return None
+    figure, (left, right) = panels(2)
+    N, L = study.N[held.rows], study.L[held.rows]
+    hover = [f"{_run(study, i)}: predicted {p:.4f}" for i, p in zip(held.rows, held.predicted, strict=True)]
+    whiskers(left, N, zip(held.low, held.high, strict=True), BLUE)
+    points(left, N, held.predicted, BLUE, "predicted, 95%", hover, 4, "ring")
+    points(left, N, L, RED, "observed, not fitted", hover, 3.2)
+    for C, measured, predicted, _ in held.optima:
+        for at, colour, dash, label in ((measured, RED, ":", "measured"), (predicted, BLUE, "--", "predicted")):
+            ends = [min(L.min(), held.predicted.min()), max(L.max(), held.predicted.max())]
+            line(left, [at, at], ends, colour, f"{label} minimum", dash, hover=f"{count(at)} at {C:.3g}")
+    left.set_title(f"The largest budget, predicted ({study.convention})")
+    _params_axis(left, "x", study)
+    axis(left, "y", LOSS)
+
+    fit, keep = held.fit, _evenly(held.fit.n, MOST)
+    inside, everything = fit.law.loss(fit.N, fit.D), np.concatenate([study.L, held.predicted])
+    words = [f"observed {a:.4f}, by the law {b:.4f}" for a, b in zip(fit.loss[keep], inside[keep], strict=True)]
+    line(right, [everything.min(), everything.max()], [everything.min(), everything.max()], GREY, "equal", width=1)
+    points(right, fit.loss[keep], inside[keep], GREY, "fitted", words, 2.2)
+    points(right, L, held.predicted, RED, "held out", hover, 3.4)
+    right.set_title(f"Predicted against observed (N {study.settings.params})")
+    axis(right, "x", f"observed {LOSS}", log=True)
+    axis(right, "y", f"predicted {LOSS}", log=True)
+    return figure
+
+
+@drawn
+def certainty(study: Study, found: dict[str, object]) -> Figure:
+    """The forest of exponents, ours above those of others, and how firmly E is held."""
+    profile = found.get("profile_E")
+    figure, both = panels(2 if profile else 1)
+    rows, axes = _forest(study, found), both[0]
+    for y, (name, a, (low, high), colour) in zip(range(len(rows), 0, -1), rows, strict=True):
+        hover = f"{name}: a = {a:.4f}" + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "")
+        whiskers(axes, [y], [(low, high)], colour, horizontal=True)
+        points(axes, [a], [y], colour, "", [hover], 4)
+    axes.axvline(0.5, color=GREY, linestyle=":", linewidth=1)
+    axes.set_title(f"Exponent a, with 95% intervals ({study.convention})")
+    axis(axes, "x", "a in N = k C^a")
+    axis(axes, "y", "", limits=(0.4, len(rows) + 0.6))
+    axes.set_yticks(range(len(rows), 0, -1), [name for name, *_ in rows])
+    if profile:
+        _profile(both[1], study, *profile)
+    return figure
+
+
+def _forest(study: Study, found: dict[str, object]) -> list[tuple]:
+    """(name, exponent a, its 95% interval, colour), ours above those of others."""
+    none, third = (np.nan, np.nan), study.results[3]
+    rows = [
+        (f"Approach {one.number}", one.exponent(one.law), one.interval(one.exponent), LINES[one.number][0])
+        for one in study.approaches
+    ]
+    if isinstance(third, Approach) and not study.cost.is_6nd:
+        rows.append(("3, for 6ND (Eq. 4)", third.law.a, third.interval("a"), BLUE))
+    if isinstance(study.akima, Approach):
+        rows.append(("Approach 2 by Akima", study.akima.law.a, study.akima.interval("a"), ORANGE))
+    for other in found.get("other") or ():
+        if not isinstance(other.fit, NotIdentified):
+            ends = other.interval(third.exponent)
+            rows.append((f"3, {other.change}", third.exponent(other.fit.law), ends, SKY))
+    if kaplan := found.get("kaplan_procedure"):
+        rows.append(("Kaplan's procedure", kaplan.a, kaplan.intervals.get(95, none), RED))
+    return [
+        *rows,
+        ("Hoffmann 1 (80%)", HOFFMANN_1.a, (0.488, 0.502), GREY),
+        ("Hoffmann 2 (80%)", HOFFMANN_2.a, (0.462, 0.534), GREY),
+        ("Hoffmann 3 (80%)", HOFFMANN.a, (0.454, 0.455), GREY),
+        ("Besiroglu", BESIROGLU.a, none, GREY),
+        ("Kaplan 2020", KAPLAN.a, none, GREY),
+    ]
+
+
+def _profile(axes: Axes, study: Study, E: np.ndarray, rise: np.ndarray) -> None:
+    third = study.results[3]
+    order = np.argsort(np.append(E, third.law.E))
+    E = np.append(E, third.law.E)[order]
+    rise, (low, high) = np.append(rise, 1.0)[order], third.interval("E")
+    if np.isfinite(low):
+        band(axes, [low, high], [0, 0], [9, 9], BLUE, "95% by bootstrap")
+    line(axes, E, rise, BLUE, "best objective", width=2)
+    points(axes, [third.law.E], [1.0], BLUE, f"E = {third.law.E:.4g}", [f"E = {third.law.E:.6g}"], 4)
+    near = E[rise < 1.6]
+    axes.set_title(f"How firmly E is held (N {study.settings.params})")
+    axis(axes, "x", "E held fixed, nats", limits=(near.min(), np.nanmax([near.max(), high])))
+    axis(axes, "y", "objective over its minimum", limits=(0.97, 1.6))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of these
+
+
+def _flops_axis(axes: Axes, study: Study, x=None) -> None:
+    limits = None if x is None else (x[0], x[-1])
+    axis(axes, "x", f"training FLOPs C ({study.flops_name})", log=True, limits=limits, show=powers)
+
+
+def _params_axis(axes: Axes, which: str, study: Study) -> None:
+    axis(axes, which, f"parameters N ({study.settings.params})", log=True)
+
+
+def _reach(study: Study) -> np.ndarray:
+    """FLOPs from the smallest run to three decades beyond the largest, or to the models that everybody knows."""
+    high = 1e3 * study.C.max()
+    if study.C.max() > 1e19:
+        high = max(1e25, 10 * study.C.max())
+    return np.exp(np.linspace(np.log(study.C.min()), np.log(high), 49))
+
+
+def _minima(approach: Approach) -> list[tuple]:
+    """The bracketed budgets of Approach 2, each with what its resamples say of it ({}: nothing)."""
+    sure = approach.sure
+    return [(b, sure.at_budget(i) if sure else {}) for i, b in enumerate(approach.fit.budgets) if b.bracketed]
+
+
+def _advice(axes: Axes, study: Study, x: np.ndarray, which: int) -> None:
+    """What the laws of others (see laws.advice) and ours say that N (0), D (1) or D/N (2) should be, in our FLOPs."""
+    for law, colour, dash, label in (
+        (HOFFMANN_1, PURPLE, "-", "Hoffmann 2022, Approach 1"),
+        (HOFFMANN_2, PURPLE, ":", "Hoffmann 2022, Approach 2"),
+        (HOFFMANN, PURPLE, "--", "Hoffmann 2022, Approach 3"),
+        (BESIROGLU, GREY, ":", "Besiroglu 2024"),
+        (KAPLAN, RED, "--", "Kaplan 2020 (non-embedding)"),
+    ):
+        N, D = advice(law, study.cost, x)
+        line(axes, x, (N, D, D / N)[which], colour, label, dash)
+    for approach in study.approaches:
+        _with_band(axes, approach, x, which)
+
+
+def _with_band(axes: Axes, approach: Approach, x: np.ndarray, which: int) -> None:
+    """The line of N (0), D (1) or D/N (2) against C, and its 95% band."""
+
+    def quantity(law, C=x):
+        N, D = law.optimal(C)
+        return (N, D, D / N)[which]
+
+    colour, dash = LINES[approach.number]
+    if approach.sure:
+        band(axes, x, *np.array([approach.interval(partial(quantity, C=C)) for C in x]).T, colour)
+    line(axes, x, quantity(approach.law), colour, f"Approach {approach.number}", dash, 2.2)
+
+
+def _models(axes: Axes, x: np.ndarray, which: int) -> None:
+    """Models that everybody knows, where the figure reaches them."""
+    for name, N, D, *sides in MODELS:
+        if x[-1] >= 6 * N * D:
+            place = 6 * N * D, (N, D, D / N)[which]
+            hover = f"{name}: {count(N)} on {count(D)}"
+            points(axes, *([value] for value in place), INK, "known models", [hover], 3.4, "x")
+            note(axes, place, name, *sides[which > 0])
+
+
+def distinct_powers(values: np.ndarray) -> list[str]:
+    """Names such as 3×10^18 of two digits, or of as many as tell the values apart."""
+    for n in range(2, 8):
+        names = [powers(value, n) for value in values]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def shade(values: np.ndarray) -> list[str]:
+    """A colour for each, dark to bright with their logarithm."""
+    log = np.log(values)
+    at = (log - log.min()) / max(np.ptp(log), 1e-9)
+    return [SCALE[min(int(9 * v), 8)] for v in at]
+
+
+def _evenly(n: int, most: int) -> np.ndarray:
+    return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
+
+
+def _run(study: Study, i: int) -> str:
+    name = f"{study.rows.labels['run'][i]}: " if "run" in study.rows.labels else ""
+    return f"{name}N {count(study.N[i])}, D {count(study.D[i])}, C {study.C[i]:.3g}, loss {study.L[i]:.4f}"

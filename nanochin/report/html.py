@@ -1,0 +1,222 @@
+"""The report: one HTML file without anything from outside, which answers first and proves afterwards.
+
+    render(study, outcomes, figures, questions, answers, trials, provenance) -> str
+
+Here are its numbers and tables; report.html is the page, report.css its look, and report.js answers "my budget" from a
+table of optima that is embedded. Every number has its 95% interval where there is one.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from markupsafe import Markup, escape
+
+from nanochin import laws
+from nanochin.base.console import count, digits, powers
+from nanochin.config import with_flags
+from nanochin.laws import PUBLISHED, TABLE_3, Law, NotIdentified, advice
+from nanochin.report.allocate import (
+    SHOWN,
+    Answer,
+    Answers,
+    Estimate,
+    Questions,
+    estimates,
+    optimum,
+    to_reach,
+    to_serve,
+    with_text,
+)
+from nanochin.report.analysis import Approach, Study, attempt
+from nanochin.report.checks import Outcome, Table, four, three, with_interval
+from nanochin.report.trials import Trial
+
+ORDER = ("doubt", "not checked", "ok")  # of the findings
+SHOW = {name: show for name, (_, show) in SHOWN.items()} | {
+    "flops": powers,
+    "least_flops": powers,
+    "target_loss": "{:.4f}".format,
+    "tokens_per_param": three,
+    "epochs": three,
+}
+NAMES = {1: "1, envelope of curves", 2: "2, isoFLOP parabolas", 3: "3, parametric loss"}
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a stranger needs to have these numbers again."""
+
+    command: str
+    commit: str
+    versions: str
+
+
+def render(
+    study: Study,
+    outcomes: dict[str, Outcome],
+    figures: dict[str, list[str]],
+    questions: Questions,
+    answers: Answers,
+    trials: list[Trial],
+    provenance: Provenance,
+) -> str:
+    """The report as a text. `figures` are the panels of each as SVG elements, see nanochin.report.panels.svg."""
+    best, said = study.best, [one for one in outcomes.values() if one.sentence]
+    statuses = [one.status for one in said]
+    budgets = [answer.asked["flops"] for answer in answers.optima]
+    files = jinja2.FileSystemLoader(Path(__file__).parent)
+    page = jinja2.Environment(loader=files, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    page.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    page.filters |= {one.__name__: one for one in (count, digits, powers, raised, with_flags)} | {"four": four}
+    return page.get_template("report.html").render(
+        name="/".join(Path(study.rows.source).parts[-2:]),
+        study=study,
+        best=best,
+        law=best.law,
+        held=outcomes["hold_out"].found,
+        doubts=statuses.count("doubt"),
+        missing=statuses.count("not checked"),
+        cost=outcomes["cost"].sentence,
+        budget=max((C for C in budgets if C / study.C.max() <= 1.01), default=budgets[0]),
+        optima=_optima(study, answers.optima),
+        findings=sorted(said, key=lambda one: ORDER.index(one.status)),
+        approaches=_approaches(study),
+        others=_others(study),
+        trials=_trials(trials) if trials else None,
+        figures=figures,
+        tables=[table for one in outcomes.values() for table in one.tables if table.rows],
+        asked=_other_questions(best, questions, answers, study.C.max()) if isinstance(best.law, Law) else None,
+        provenance=provenance,
+        table_of_optima=_table_of_optima(study),
+    )
+
+
+def raised(text: str) -> Markup:
+    """Text as HTML; what follows a ^ is raised."""
+    return Markup(re.sub(r"\^(-?\w+|\([^)]*\))", r"<sup>\1</sup>", str(escape(text))))
+
+
+def sure(estimate: Estimate, show: Callable[[float], str]) -> tuple[str, str]:
+    """A number and its 95% interval."""
+    return with_interval(show(estimate.value), estimate.ends, show)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def _optima(study: Study, answers: list[Answer]) -> Table:
+    """The optimum of each budget that was asked."""
+    rows = []
+    for answer in answers:
+        C = answer.asked["flops"]
+        inside = 0.99 * study.C.min() <= C <= 1.01 * study.C.max()
+        found = (sure(estimate, SHOW[name]) for name, estimate in answer.found.items())
+        rows.append([(powers(C), "" if inside else "beyond the runs", "beyond"), *found])
+    head = ("C, FLOPs", "parameters N", "tokens D", "D / N", "loss, nats")
+    return Table("", head[: len(rows[0])], rows)
+
+
+def _approaches(study: Study) -> Table:
+    C = float(study.C.max())
+    found = [(NAMES[approach.number], approach) for approach in study.approaches]
+    if isinstance(study.akima, Approach):
+        found.append(("2, by Akima and seed noise", study.akima))
+    rows = []
+    for name, approach in sorted(found, key=lambda pair: pair[1].number):
+        law, at = approach.law, optimum(approach, C).found
+        grow = [partial(approach.exponent, which=which) for which in (0, 1)]
+        exponents = (with_interval(three(one(law)), approach.interval(one), three) for one in grow)
+        there = (sure(at[name], SHOW[name]) for name in ("params", "tokens", "tokens_per_param"))
+        rows.append([name, *exponents, f"{sum(one(law) for one in grow):.3f}", *there])
+    return Table("", ("approach", "a", "b", "a + b", f"N at {powers(C)}", "D there", "D / N there"), rows)
+
+
+def _others(study: Study) -> Table:
+    """Ours beside the laws of others: at the largest run, and far beyond it."""
+    budgets, rows = (float(study.C.max()), 1e3 * float(study.C.max())), []
+    for approach in study.approaches:
+        at = [optimum(approach, C).found for C in budgets]
+        cells = (sure(one[name], SHOW[name]) for one in at for name in ("params", "tokens_per_param"))
+        rows.append([f"ours, Approach {approach.number}", *cells])
+    for law in PUBLISHED:
+        pairs = [advice(law, study.cost, C) for C in budgets]
+        rows.append([law.name, *(cell for N, D in pairs for cell in (count(N), three(D / N)))])
+    return Table("", ["", *(f"{what} at {powers(C)}" for C in budgets for what in ("N", "D / N"))], rows)
+
+
+def _trials(trials: list[Trial]) -> Table:
+    """Runs beside what the law had said of them."""
+    rows = []
+    for one in trials:
+        run = one.run, powers(one.flops), count(one.params), count(one.tokens)
+        told = with_interval(four(one.predicted), (one.low, one.high), four)
+        rows.append([*run, told, four(one.loss), f"{100 * one.off:+.2f}%", "inside" if one.inside else "OUTSIDE"])
+    return Table("", ("run", "C", "N", "D", "predicted", "reached", "off by", ""), rows)
+
+
+def _other_questions(best: Approach, questions: Questions, answers: Answers, largest: float) -> dict:
+    """The answers to what was asked; of what was not, examples at the largest budget inside the runs."""
+    law = best.law
+    C = max((C for C in questions.budgets if C / largest <= 1.01), default=min(questions.budgets))
+    N, D = law.optimal(C)
+    loss = law.loss(N, D)
+    targets = [law.E + share * (loss - law.E) for share in (1, 0.9, 0.8, 0.5)]
+    return {
+        **{"C": C, "N": N, "D": D, "loss": loss},
+        "sizes": _other_sizes(best, C, N),
+        "to_reach": _answers(answers.to_reach or [to_reach(best, target) for target in targets]),
+        "to_serve": _answers(answers.to_serve or [to_serve(best, C, served) for served in (0, D, 10 * D, 100 * D)]),
+        "with_text": _answers(answers.with_text or [with_text(best, C, D / times) for times in (1, 4, 16, 64)]),
+        "paper": _beside_the_paper(law),
+    }
+
+
+def _answers(answers: list[Answer]) -> Table:
+    """A row for each answer, or why there is none."""
+    given, found = answers[0].asked, next((one.found for one in answers if one.found), {})
+    rows = []
+    for one in answers:
+        cells = [sure(one.found[name], SHOW[name]) for name in found if one.found] or [NotIdentified(one.why)]
+        rows.append([*(SHOW[name](value) for name, value in one.asked.items()), *cells])
+    return Table("", [SHOWN[name][0] for name in (*given, *found)] + [""] * (not found), rows)
+
+
+def _other_sizes(best: Approach, C: float, N: float) -> Table:
+    def off(law, factor):
+        at = laws.off_optimum(law, C, factor * N)
+        return np.maximum(at.extra_loss, 0), np.maximum(at.compute_factor - 1, 0)  # the optimum, but for rounding
+
+    rows = []
+    for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8):
+        found = attempt(estimates, best, partial(off, factor=factor))
+        shows = "{:.4f}".format, "{:.1%}".format
+        cells = [found] if isinstance(found, NotIdentified) else map(sure, found, shows)
+        rows.append([f"{factor:g}", count(factor * N), count(best.law.cost.tokens(factor * N, C)), *cells])
+    return Table("", ("N over the optimal", "N", "D", "loss above the best", "compute wasted"), rows, mark=3)
+
+
+def _beside_the_paper(law: Law) -> Table:
+    rows = []
+    for n, *cells in TABLE_3:
+        own = law.tokens_for(n)
+        pairs = [*zip(cells[::2], cells[1::2], strict=True), (law.cost.flops(n, own), own)]
+        rows.append([count(n), *(f"{powers(C)} · {count(D)}" for C, D in pairs)])
+    return Table("", ("N", "Approach 1", "Approach 2", "Approach 3", "here, Approach 3"), rows)
+
+
+def _table_of_optima(study: Study) -> dict:
+    """Columns over a log grid of C, from a tenth of the smallest run to ten million times the largest."""
+    grid = np.geomspace(study.C.min() / 10, study.C.max() * 1e7, 61)
+    found, columns = [optimum(study.best, float(C)).found for C in grid], {"C": list(grid)}
+    for name in found[0]:
+        columns[name] = [at[name].value for at in found]
+        if found[0][name].intervals:
+            columns[name + "_low"], columns[name + "_high"] = zip(*(at[name].ends for at in found), strict=True)
+    short = {name: [float(f"{value:.6g}") for value in values] for name, values in columns.items()}
+    return {"columns": short, "low": float(study.C.min()), "high": float(study.C.max())}

@@ -1,0 +1,299 @@
+"""How a training step runs: eagerly, with the model compiled, or captured once and replayed as one CUDA graph.
+
+    eager     Python launches every operation; on a CPU, threads share the sequences of a batch
+    compile   torch.compile for the model's forward and backward; accumulation, clipping and Adam stay eager
+    graph     the whole step is one CUDA graph: the host copies a batch and a learning rate, and launches once
+
+What a step computes is `train_step` in train.py, the same in all three. Losses and gradient norms stay on the device,
+and nothing in a step waits for it.
+"""
+
+import copy
+import functools
+import gc
+import math
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import kernels
+from nanochin.config import RunError, UserError
+from nanochin.run.optim import Adam
+
+KINDS = ("eager", "compile", "graph")
+WARM_UP = 3  # steps before a graph is captured: they compile kernels and fill caches, which a capture cannot
+
+
+class Choice(NamedTuple):
+    """A row of the table for step "auto": which kind on this device for up to so many parameters, and why."""
+
+    device: str
+    params: float
+    kind: str
+    why: str
+
+
+CHOICES = (
+    # LOG.md: compiling takes 20 to 75 s for every shape and batch, and is worth 1.0x to 1.3x from width 40 on.
+    Choice("cpu", math.inf, "eager", "measured: on a CPU compiling takes longer than it saves in a run of minutes"),
+    Choice("mps", math.inf, "eager", "assumed, not measured: graphs need CUDA"),
+    Choice("cuda", math.inf, "graph", "assumed, not measured: one launch a step in place of hundreds"),
+)
+
+
+class SequenceTooLarge(RunError):
+    """The memory of the device does not hold even one sequence."""
+
+
+def pick_step(asked: str, device: torch.device, params: int) -> tuple[str, str]:
+    """(kind, why). Raises UserError for a kind that this device cannot run."""
+    if asked == "graph" and device.type != "cuda":
+        raise UserError(f"`step` graph: CUDA graphs need a CUDA device, this is {device.type}; use eager or compile")
+    if asked == "compile" and device.type == "cuda" and not kernels.has_triton():
+        raise UserError("`step` compile: on a GPU torch.compile needs triton, which is not installed; use graph")
+    if asked != "auto":
+        return asked, "as asked"
+    row = next(row for row in CHOICES if row.device == device.type and params <= row.params)
+    return row.kind, row.why
+
+
+def compiled(model: nn.Module) -> Callable[..., Tensor]:
+    """torch.compile of the model."""
+    if torch.__version__ < (2, 13):
+        # Older versions log an unknown operation with its whole expression tree: 45 s for five layers, and five times
+        # as long for each further layer.
+        from torch._inductor.lowering import FALLBACK_ALLOW_LIST
+
+        FALLBACK_ALLOW_LIST.add("nanochin::linear_cross_entropy")
+    return torch.compile(model, dynamic=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CPU threads
+
+
+def share_out(threads: int, sequences: int, seq_len: int, width: int) -> tuple[int, int]:
+    """(threads that share the `sequences` of a batch, threads inside the operations of each) on a CPU with `threads`.
+    The rest stay idle, which is faster than waiting for them (measured on two cores, LOG.md).
+    """
+    work = sequences * seq_len * width  # numbers in one layer's activations
+    # 1. A share below 2^14 is not worth a thread: most of its time is Python, which holds the interpreter lock.
+    members = max(1, min(threads, sequences, work // 2**14))
+    # 2. An operation on fewer than 2^17 per thread takes no longer than waking a sleeping thread.
+    return members, max(1, min(threads // members, work // members // 2**17))
+
+
+class Shards:
+    """Runs the forward and backward passes of a step: on the current thread, or, on a CPU, each share of the sequences
+    on its own thread with a replica of the model that shares the weights and has its own gradients.
+
+    Two threads with half of the batch each synchronise once a step. Two threads inside every operation synchronise
+    hundreds of times: as fast only if they spin while waiting, and very slow when another program runs (LOG.md).
+    """
+
+    def __init__(self, model: nn.Module, members: int = 1, threads: int | None = None):
+        """threads: inside the operations of each member, and of the caller in `with shards:`. None: unchanged."""
+        self.threads = threads
+        self.models = [model, *(replica(model) for _ in range(members - 1))]
+        if members > 1:
+            before, started = torch.get_num_threads(), threading.Barrier(members)
+            self.pool = ThreadPoolExecutor(members, "shard", _set_own_threads, (threads or before,))
+            list(self.pool.map(lambda _: started.wait(), range(members)))
+            torch.set_num_threads(before)
+
+    def run(self, function: Callable[[nn.Module, Tensor], Tensor], batch: Tensor) -> Tensor:
+        """The sum of function(model, share) over the shares of the batch. Gradients in the .grad of the replicas are
+        added to those of the model, in the order of the sequences."""
+        if len(self.models) == 1:
+            return function(self.models[0], batch)
+        for model in self.models[1:]:
+            model.zero_grad()
+        total, *others = self.pool.map(function, self.models, batch.chunk(len(self.models)))
+        for model, loss in zip(self.models[1:], others, strict=False):  # chunk may return fewer shares
+            total = total + loss
+            ours, theirs = ([p.grad for p in each.parameters()] for each in (self.models[0], model))
+            torch._foreach_add_(ours, theirs)
+        return total
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or self.before)
+
+    def __exit__(self, *_) -> None:
+        torch.set_num_threads(self.before)
+
+
+def replica(model: nn.Module) -> nn.Module:
+    """A copy of the model that shares its weights in memory and has its own gradients."""
+    return copy.deepcopy(model, memo={id(p): nn.Parameter(p.detach()) for p in model.parameters()})
+
+
+def _set_own_threads(count: int) -> None:
+    """Threads inside operations that the current thread calls; torch keeps this number per thread."""
+    torch.set_num_threads(count)
+    torch.get_num_threads()  # the first call adopts the process-wide setting, so make it now
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CUDA graphs
+
+
+class CudaGraph:
+    """Calls `function` (no arguments, static tensors) `WARM_UP` times, then captures it as a CUDA graph and replays
+    that. Returns the same tensor each time.
+
+    A captured graph keeps its memory. If it leaves less than `reserve` bytes for everything else (an evaluation), this
+    raises torch.OutOfMemoryError.
+    """
+
+    def __init__(self, function: Callable[[], Tensor], reserve: int, stream: torch.cuda.Stream):
+        """stream: not the default one, which cannot be captured. The warm-up runs on it too, since some caches are kept
+        per stream."""
+        self.function, self.reserve, self.stream = function, reserve, stream
+        self.calls, self.graph, self.output = 0, None, None
+
+    def __call__(self) -> Tensor:
+        if self.graph is None and self.calls < WARM_UP:
+            self.calls += 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                output = self.function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return output
+        if self.graph is None:
+            self._capture()
+        self.graph.replay()
+        return self.output
+
+    def _capture(self) -> None:
+        gc.collect()  # freeing an older graph during the capture would invalidate it
+        graph = torch.cuda.CUDAGraph()
+        # The outer block restores the usual stream even if the capture fails and cannot be ended.
+        with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
+            output = self.function()
+        if torch.cuda.mem_get_info()[0] < self.reserve:
+            raise torch.OutOfMemoryError(f"less than {self.reserve} bytes left beside the captured step")
+        self.graph, self.output = graph, output
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step
+
+
+class TrainingStep:
+    """`step(batch, lr)` trains on batch (n, T+1) of token ids in host memory -> (loss, gradient norm before clipping),
+    a tensor on the device; the host does not wait for it.
+
+    `micro_batch` sequences go through the model at once; it is halved on out-of-memory. A kind that fails for another
+    reason in its first steps falls back to eager and reports it by `say`. The result is the same up to rounding.
+    """
+
+    AHEAD = 2  # steps in flight: keep the device busy, yet respond to signals and reuse pinned batches
+    RESERVE = 2**31  # bytes to leave for evaluation: 16k tokens and up to 1 GiB of logits at a time
+
+    def __init__(
+        self,
+        kind: str,
+        function: Callable[[Shards, Adam, Tensor, int, float], Tensor],
+        model: nn.Module,
+        optimizer: Adam,
+        micro_batch: int,
+        clip: float,
+        sequences: int,
+        say: Callable[[str], None] = print,
+        capture: Callable[..., Callable[[], Tensor]] = CudaGraph,
+    ):
+        """function: train.train_step. sequences: in a batch. capture(function, reserve, stream): tests replace it."""
+        self.function, self.model, self.optimizer, self.clip = function, model, optimizer, clip
+        self.sequences, self.say, self.capture = sequences, say, capture
+        self.device = optimizer.parameters[0].device
+        self.events: deque = deque()  # ends of the last steps
+        # One for all captures: cuBLAS keeps 32 MiB for every stream that it has seen.
+        self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
+        self._begin(kind, micro_batch)
+
+    def _begin(self, kind: str, micro_batch: int) -> None:
+        self.kind = kind
+        self.shards = Shards(compiled(self.model) if kind == "compile" else self.model)
+        if kind == "eager" and self.device.type == "cpu":
+            shape = self.model.shape
+            shares = share_out(torch.get_num_threads(), self.sequences, shape.seq_len, shape.width)
+            self.shards = Shards(self.model, *shares)
+        self.cut(micro_batch)
+
+    def cut(self, micro_batch: int) -> None:
+        """Change the micro-batch; drops a captured graph."""
+        self.micro_batch, self.done = micro_batch, 0  # done: steps of this kind and cut
+        self.graph = self.batch = None
+
+    def __call__(self, batch: Tensor, lr: float) -> Tensor:
+        if self.device.type == "cuda":
+            batch = batch.pin_memory()  # which torch keeps for the batches to come
+        while True:
+            try:
+                pair = self._replay(batch, lr) if self.kind == "graph" else self._run(batch, lr)
+                break
+            except Exception as error:
+                full = out_of_memory(error)
+                if not full and (self.kind == "eager" or self.done > WARM_UP):
+                    raise
+                why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            # Outside of the handler, where the error's frames no longer hold the failed step's memory.
+            self.optimizer.zero_grad()
+            if full:
+                self.cut(self._smaller())
+            else:
+                self.say(f"step {self.kind} failed, falling back to eager: {why}")
+                self._begin("eager", self.micro_batch)
+        self.done += 1
+        self._stay_near()
+        return pair
+
+    def _run(self, batch: Tensor, lr: float | Tensor) -> Tensor:
+        self.optimizer.lr = lr
+        batch = batch.to(self.device, non_blocking=True)
+        with self.shards:
+            return self.function(self.shards, self.optimizer, batch, self.micro_batch, self.clip)
+
+    def _replay(self, batch: Tensor, lr: float) -> Tensor:
+        if self.graph is None or self.batch.shape != batch.shape:
+            self.batch = torch.empty_like(batch, device=self.device)
+            self.lr = torch.zeros((), device=self.device)
+            reserve = self.RESERVE if self.micro_batch > 1 else 0
+            self.graph = self.capture(functools.partial(self._run, self.batch, self.lr), reserve, self.stream)
+        self.batch.copy_(batch, non_blocking=True)
+        self.lr.fill_(lr)
+        return self.graph().clone()  # the next step overwrites it
+
+    def _smaller(self) -> int:
+        if self.micro_batch == 1:
+            shape = self.model.shape
+            raise SequenceTooLarge(
+                f"one sequence of {shape.seq_len} tokens through {shape} does not fit {self.device}: "
+                "choose a smaller `model` or `seq_len`"
+            )
+        return self.micro_batch // 2
+
+    def _stay_near(self) -> None:
+        """Wait for the step that started AHEAD steps ago."""
+        if self.device.type == "cuda":
+            self.events.append(torch.cuda.Event(blocking=True))
+            self.events[-1].record()
+            if len(self.events) > self.AHEAD:
+                self.events.popleft().synchronize()
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether this error, or one that caused it, is out-of-memory: a capture that fails for lack of memory may raise
+    another error. Allocations by CUDA, cuBLAS and Triton themselves raise a plain RuntimeError."""
+    while error is not None:
+        full = any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and full):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,253 @@
+"""The worker pool of a sweep: processes that train one run after another, so that start-up, imports and loading the
+corpus happen once per process, not once per run.
+
+    pool = Pool(load, device, log)      start the workers
+    pool.submit(config)                 train a run; fewer than `pool.size` must be in training
+    pool.wait(seconds)                  runs that have ended, as Answers
+    pool.close()                        save the runs in training and stop the workers
+
+All workers are local; a launcher for a cluster needs the same interface. Python's ProcessPoolExecutor is not enough: it
+cannot stop a run, and when a worker dies it stops all others, does not say which run was lost and accepts no more.
+"""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import connection
+from pathlib import Path
+
+from nanochin.base.files import DiskError, cores
+from nanochin.config import Config, RunError, UserError
+from nanochin.run.folder import BusyError
+
+READY = "ready"  # message from a worker that has loaded
+GRACE = 20.0  # seconds for a worker to save its run before it is killed
+
+Train = Callable[[Config], object]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How a run ended: finished, failed (to be recorded), busy (in another process) or died (with its worker)."""
+
+    run: str
+    end: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A worker's device type (cpu, mps or cuda) and the number of GPUs that it sees."""
+
+    device: str
+    gpus: int
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the sweep's process
+
+
+@dataclass
+class Worker:
+    number: int
+    process: multiprocessing.Process
+    pipe: connection.Connection
+    ready: bool = False
+    run: str | None = None  # in training
+
+    def end(self) -> str:
+        """Wait up to GRACE seconds for the process to exit, then kill it -> "signal N" or "exit code N"."""
+        self.process.join(GRACE)
+        self.process.kill()
+        self.process.join()
+        code = self.process.exitcode
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+class Pool:
+    """`size` workers, assigned to GPUs round-robin."""
+
+    def __init__(self, load: Callable[[], Train], device: str, log: Path, workers: int | None = None, most: int = 1000):
+        """load: called once in each worker, returns the training function; pickled, so it must be at module level.
+        device: as in train.py. log: file for the output of workers. workers: how many; None: one per GPU, else one per
+        CPU core. most: upper limit, such as the number of runs.
+
+        Raises UserError if the device is not available, RunError if a worker dies before it is ready."""
+        self.load, self.device, self.log, self.hello = load, device, log, None
+        self.workers = [self._start(0)]
+        while not self.hello:  # the first worker reports the device
+            self.wait()
+        default = {"cpu": cores(), "mps": 1, "cuda": self.hello.gpus}[self.hello.device]
+        size = max(1, min(workers or default, most))
+        self.workers += [self._start(number) for number in range(1, size)]
+
+    @property
+    def size(self) -> int:
+        return len(self.workers)
+
+    def __str__(self) -> str:
+        gpus = self.hello.gpus
+        return f"{self.size} workers on {f'{gpus} GPUs' if gpus > 1 else self.hello.device}"
+
+    def submit(self, config: Config) -> None:
+        """Train `config` in an idle worker; there must be one."""
+        worker = next(worker for worker in self.workers if worker.run is None)
+        worker.run = config.name
+        with contextlib.suppress(OSError):  # it has died; `wait` handles that
+            worker.pipe.send(config)
+
+    def wait(self, seconds: float | None = None) -> list[Answer]:
+        """Runs that have ended; waits for one up to `seconds` (None: no limit). Replaces workers that died.
+
+        Raises UserError if the sweep should stop: an invalid option, a full disk, a worker that cannot start."""
+        answers = []
+        for pipe in connection.wait([worker.pipe for worker in self.workers], seconds):
+            worker = next(worker for worker in self.workers if worker.pipe is pipe)
+            try:
+                message = pipe.recv()
+            except (EOFError, OSError):
+                message = self._replace(worker)
+            match message:
+                case UserError():
+                    raise message
+                case Hello():
+                    self.hello = self.hello or message
+                case str():  # READY
+                    worker.ready = True
+                case Answer():
+                    worker.run = None
+                    answers.append(message)
+        return answers
+
+    def close(self) -> None:
+        """Stop the workers, which save their runs first."""
+        for worker in self.workers:
+            worker.process.terminate()
+        for worker in self.workers:
+            worker.end()
+
+    def _start(self, number: int) -> Worker:
+        environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        if self.hello and self.hello.gpus > 1:  # the very first sees all GPUs and uses the first
+            environment["CUDA_VISIBLE_DEVICES"] = one_gpu(number, self.hello.gpus)
+        spawn = multiprocessing.get_context("spawn")
+        ours, theirs = spawn.Pipe()
+        # A daemon ends with the sweep, unless the sweep is killed.
+        process = spawn.Process(target=work, args=(theirs, self.load, self.device, self.log), daemon=True)
+        with _environment(environment):
+            process.start()
+        theirs.close()  # so that the pipe closes when the worker dies
+        return Worker(number, process, ours)
+
+    def _replace(self, dead: Worker) -> Answer | None:
+        how = dead.end()
+        if not dead.ready:
+            raise RunError(f"a worker died before it was ready ({how}); see {self.log}")
+        self.workers[self.workers.index(dead)] = self._start(dead.number)
+        return Answer(dead.run, "died", how) if dead.run else None
+
+
+def one_gpu(number: int, gpus: int) -> str:
+    """CUDA_VISIBLE_DEVICES for worker `number`: one of the `gpus` that this process sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+    return visible.split(",")[number % gpus]
+
+
+@contextlib.contextmanager
+def _environment(environment: dict[str, str]) -> Iterator[None]:
+    """Processes started in the block have these variables before they load a library, and ignore Ctrl-C."""
+    before, on_interrupt = dict(os.environ), signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        signal.signal(signal.SIGINT, on_interrupt)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the worker's process
+
+
+def work(pipe: connection.Connection, load: Callable[[], Train], device: str, log: Path) -> None:
+    """Send Hello, load, send READY (or the error), then train each config. On SIGTERM, save the run and exit."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # a closed terminal signals only the sweep
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    threading.Thread(target=_watch_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, ConnectionError):  # the sweep has died
+        try:
+            pipe.send(look_around(device))  # before loading, so that the other workers can start
+            train = load()
+            pipe.send(READY)
+        except UserError as error:
+            return pipe.send(UserError(str(error)))
+        while True:
+            config, started = pipe.recv(), time.process_time()
+            answer = attempt(train, config)
+            end, spent = getattr(answer, "end", "stops the sweep"), time.process_time() - started
+            _log(f"worker {os.getpid()}: {config.name} {end}, {spent:.2f} s of CPU")
+            pipe.send(answer)
+
+
+def look_around(device: str) -> Hello:
+    """The Hello for `device`. Raises UserError if it is not available."""
+    import torch
+
+    from nanochin.run.device import pick_device
+
+    kind = pick_device(device).type
+    return Hello(kind, torch.cuda.device_count() if kind == "cuda" and ":" not in device else 1)  # cuda:1 is one GPU
+
+
+def attempt(train: Train, config: Config) -> Answer | UserError:
+    """Train -> how it ended, or an error that should stop the sweep. Exits if the run was stopped by a signal."""
+    import torch
+
+    from nanochin.run.step import SequenceTooLarge, out_of_memory
+
+    try:
+        train(config)
+        return Answer(config.name, "finished")
+    except BusyError:
+        return Answer(config.name, "busy")
+    except UserError as error:
+        if error.code > 128:  # stopped by a signal; the run is saved, and no answer is expected
+            sys.exit(error.code)
+        if isinstance(error, DiskError) or not isinstance(error, RunError):
+            return (RunError if error.code == 1 else UserError)(str(error))  # a class that any process can unpickle
+        reason, full = str(error), isinstance(error, SequenceTooLarge)
+    except Exception as error:  # one failed run must not stop the others
+        _log(traceback.format_exc())
+        reason, full = " ".join(f"{type(error).__name__}: {error}".split())[:300], out_of_memory(error)
+    finally:
+        if torch.cuda.is_initialized():  # free memory for other workers
+            gc.collect()
+            torch.cuda.empty_cache()
+    return Answer(config.name, "failed", reason + ("; with fewer workers each has more memory" if full else ""))
+
+
+def _watch_parent() -> None:
+    """In a thread: when the sweep has died, stop the run as `close` would; kill the process after GRACE seconds."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(1)
+
+
+def _log(text: str) -> None:
+    """Print a line to the log; a full disk must not lose an answer."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)

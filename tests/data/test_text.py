@@ -1,0 +1,433 @@
+"""From files to one flat text, and which of its bytes are held out."""
+
+import gzip
+import hashlib
+import json
+import lzma
+import os
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanochin.config import UserError
+from nanochin.data import text as module
+from nanochin.data.text import BLOCK, Stage, Text, Tokens, corpus_name, find_files, fingerprint, read_text, split, thin
+
+
+def pack(suffix: str, content: bytes) -> bytes:
+    if suffix == ".zst":
+        module = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
+        return pytest.importorskip(module, reason="pip install backports.zstd").compress(content)
+    return {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}[suffix](content)
+
+
+def write(path: Path, content: bytes | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def read(*data: str | Path, folder: Path) -> Text:
+    return read_text(find_files(map(str, data)), folder, Stage("reading"))
+
+
+def documents(text: Text) -> list[bytes]:
+    starts = [0, *text.ends[:-1]]
+    return [text.bytes[a:b].tobytes() for a, b in zip(starts, text.ends, strict=True)]
+
+
+def pick(text: Text, ranges: np.ndarray) -> bytes:
+    return b"".join(text.bytes[a:b].tobytes() for a, b in ranges)
+
+
+def jsonl(texts) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def words(size: int, seed: int = 0) -> str:
+    """About `size` bytes of text that does not repeat, with characters of 1 to 4 bytes."""
+    draw = np.random.default_rng(seed).integers(0, 1000, size // 5)
+    return " ".join("é中🙂"[n % 3] * (n < 20) + f"w{n:03d}" for n in draw.tolist())
+
+
+# Files
+
+
+def test_file_order_does_not_depend_on_how_files_are_named(tmp_path):
+    """A folder, its files one by one in any order, a glob, and a copy elsewhere give the same files in the same order,
+    so the same fingerprint; changing a byte changes it."""
+    for name in ("b.txt", "a.jsonl", "deep/c.txt", "a.txt.gz", "z.md", ".hidden.txt", "deep/.git/x.txt"):
+        content = jsonl([name]).encode() if "jsonl" in name else name.encode()
+        write(tmp_path / "one" / name, gzip.compress(content) if name.endswith(".gz") else content)
+    one = find_files([str(tmp_path / "one")])
+    assert [file.key for file in one] == ["a.jsonl", "a.txt.gz", "b.txt", "deep/c.txt"]
+    assert one[0].sha == hashlib.sha256((tmp_path / "one/a.jsonl").read_bytes()).hexdigest()
+
+    os.rename(tmp_path / "one", tmp_path / "two")
+    two = find_files([str(tmp_path / "two"), str(tmp_path / "two/b.txt"), str(tmp_path / "two/../two")])
+    assert [file.key for file in two] == [file.key for file in one] and fingerprint(two) == fingerprint(one)
+
+    paths = [str(tmp_path / "two" / name) for name in ("b.txt", "a.jsonl")]
+    assert find_files(paths) == find_files(paths[::-1]) == find_files([str(tmp_path / "two/[ab].[tj]*[tl]")])
+    before = fingerprint(find_files(paths))
+    os.rename(paths[0], paths[0] + ".txt")
+    assert fingerprint(find_files([paths[0] + ".txt", paths[1]])) == before
+    os.rename(paths[0] + ".txt", paths[0])
+    write(tmp_path / "two/b.txt", "B.txt")
+    assert fingerprint(find_files(paths)) != before
+
+
+def test_python_is_the_standard_library_without_tests():
+    """`python` is the library's own source, without its tests and installed packages."""
+    keys = [file.key for file in find_files(["python"])]
+    assert "json/decoder.py" in keys and "os.py" in keys
+    assert not [key for key in keys if {"test", "tests", "site-packages"} & set(key.split("/"))]
+    everything = {file.key for file in find_files(["python-all"])}
+    assert set(keys) < everything and "numpy/__init__.py" in everything
+
+
+@pytest.mark.parametrize(("data", "name"), [
+    (["python"], "python"), (["a/tiny shakespeare.txt.xz"], "tiny-shakespeare"), (["books/*.txt"], "books"),
+    (["gutenberg-train-00.jsonl.xz", "x/gutenberg-train-01.jsonl.xz"], "gutenberg-train"), (["a.txt", "b.txt"], "text"),
+])  # fmt: skip
+def test_a_corpus_has_a_short_name(data, name):
+    """The stem of a file, the folder of a glob, or the common prefix of several names."""
+    assert corpus_name(data) == name
+
+
+@pytest.mark.parametrize(("name", "expected"), [
+    ("gutenberg-val.jsonl.xz", True), ("val_00.txt", True), ("validation-00000-of-1.jsonl", True), ("val/1.txt", True),
+    ("Valid.txt", True), ("interval.txt", False), ("value.txt", False), ("carnival/1.txt", False),
+])  # fmt: skip
+def test_which_names_mean_validation(tmp_path, name, expected):
+    """val, valid and validation count only as whole words of a name."""
+    write(tmp_path / name, "text")
+    assert [file.is_validation for file in find_files([str(tmp_path)])] == [expected]
+
+
+# Reading
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
+def test_formats_agree(tmp_path, suffix):
+    """.txt files and .jsonl lines, compressed or not, give the same documents."""
+    texts = ["one\r\ntwo\n", "中 🙂", words(5000)]
+    for i, text in enumerate(texts):
+        write(tmp_path / f"txt/{i}.txt{suffix}", pack(suffix, text.encode()))
+    write(tmp_path / f"all.jsonl{suffix}", pack(suffix, jsonl(texts).replace("\n", "\n\n").encode()))
+    for source in ("txt", f"all.jsonl{suffix}"):
+        text = read(tmp_path / source, folder=tmp_path / f"flat-{source}")
+        assert documents(text) == [t.encode() for t in texts] and text.skipped == 0
+        assert text.hashes[1] == int(hashlib.sha256(texts[1].encode()).hexdigest()[:16], 16)
+
+
+def test_many_threads_read_what_one_reads(tmp_path, monkeypatch):
+    """Files read in groups of 5 KB, several at a time, give the same text as one thread."""
+    for i in range(30):
+        write(tmp_path / f"books/{i:02d}.jsonl", jsonl([words(100 * i, i), words(1000, i)]))
+    one = read(tmp_path / "books", folder=tmp_path / "one")
+    monkeypatch.setattr(module, "PART", 5000)
+    many = read(tmp_path / "books", folder=tmp_path / "many")
+    assert len(one.bytes.parts) == 1 and len(many.bytes.parts) > 10
+    assert documents(one) == documents(many) and (one.hashes == many.hashes).all()
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_compressed_files(tmp_path, suffix):
+    """Concatenated frames are one file; a truncated or changed file is named in the error."""
+    frames = pack(suffix, words(3000).encode()) + pack(suffix, b" and more")
+    path = write(tmp_path / f"a.txt{suffix}", frames)
+    assert documents(read(path, folder=tmp_path / "flat")) == [words(3000).encode() + b" and more"]
+    for damaged in (frames[:-7], frames[:40] + b"garbage" + frames[47:]):
+        write(path, damaged)
+        with pytest.raises(UserError, match=rf"a\.txt\{suffix}: corrupted"):
+            read(path, folder=tmp_path / f"flat-{len(damaged)}")
+
+
+def test_zst_without_its_library_names_the_command(tmp_path, monkeypatch):
+    """Without the library the error has the install command."""
+    monkeypatch.setitem(sys.modules, "compression", None)
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
+    path = write(tmp_path / "a.txt.zst", "never read")
+    with pytest.raises(UserError, match=r"a\.txt\.zst: \.zst needs an optional library: pip install backports\.zstd"):
+        read(path, folder=tmp_path / "flat")
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 1 << 20])
+def test_invalid_bytes_are_skipped_and_counted(tmp_path, monkeypatch, piece):
+    """Invalid UTF-8 and NUL are removed and counted, a byte-order mark is removed, and CRLF and characters that span
+    two reads are kept."""
+    monkeypatch.setattr(module, "PIECE", piece)
+    path = write(tmp_path / "a.txt", b"\xef\xbb\xbfa\xff\r\nb\x00\xe4\xb8\xad\xf0\x9f\x99\x82\xe4\xb8")
+    text = read(path, folder=tmp_path / "flat")
+    assert documents(text) == ["a\r\nb中🙂".encode()]
+    assert text.skipped == 4  # FF, NUL, and the two bytes of half a character
+    path = write(
+        tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "a\xff\xc3\xa9\\u0000"}\n{"text": ""}\n{"text": "b\\ud83d"}'
+    )
+    text = read(path, folder=tmp_path / "flat2")
+    assert documents(text) == ["aé".encode(), b"b"]  # an empty document does not count
+    assert text.skipped == 5  # FF, NUL, and three for half a surrogate pair
+
+
+@pytest.mark.parametrize(("line", "reason"), [
+    ("{'text': 'a'}", "not JSON"), ('{"text": "a"', "not JSON"), ('{"txt": "a"}', 'no string "text"'),
+    ('{"text": 5}', 'no string "text"'), ('["text"]', 'no string "text"'),
+])  # fmt: skip
+def test_a_bad_line_is_named(tmp_path, line, reason):
+    """A line that is not a JSON object with a text is rejected with file and line number."""
+    path = write(tmp_path / "a.jsonl", jsonl(["fine"]) + "\n" + line + "\n")
+    with pytest.raises(UserError, match=rf"a\.jsonl, line 3: {reason}") as error:
+        read(path, folder=tmp_path / "flat")
+    assert "\n" not in str(error.value)
+
+
+def test_sources_without_text_are_named(tmp_path):
+    """A missing path, a folder without known formats, an empty file and a binary file give one line each."""
+    write(tmp_path / "folder/readme.md", "text")
+    for item, reason in [
+        ("nothing.txt", "no such file or folder"),
+        ("*.txt", "no such file"),
+        ("folder", "no text in"),
+    ]:
+        with pytest.raises(UserError, match=reason):
+            find_files([str(tmp_path / item)])
+    with pytest.raises(UserError, match=r"empty\.txt: no text in it"):
+        read(write(tmp_path / "empty.txt", "\ufeff"), folder=tmp_path / "flat")
+    with pytest.raises(UserError, match=r"model\.gguf: neither text nor a known format"):
+        read(write(tmp_path / "model.gguf", bytes(100)), folder=tmp_path / "flat2")
+    assert documents(read(tmp_path / "folder/readme.md", folder=tmp_path / "flat3")) == [b"text"]
+
+
+# Splitting
+
+
+def test_documents_are_held_out_by_content_hash(tmp_path):
+    """Documents are held out if their SHA-256, as a fraction of 2^256, is below min(5%, 2 val_bytes / all bytes)."""
+    texts = [words(400, seed) for seed in range(300)]
+    text = read(write(tmp_path / "a.jsonl", jsonl(texts)), folder=tmp_path / "flat")
+    for val_bytes, share in ((10**6, 0.05), (1500, 3000 / len("".join(texts).encode()))):
+        train, val = split(text, val_bytes)
+        held = [t for t in texts if int(hashlib.sha256(t.encode()).hexdigest(), 16) / 2**256 < share]
+        assert 3 <= len(held) <= 25
+        assert pick(text, val) == "".join(held).encode()
+        assert pick(text, train) == "".join(t for t in texts if t not in held).encode()
+
+
+def test_equal_documents_are_on_the_same_side(tmp_path):
+    """Three copies of each document, each time in another order: none is on both sides."""
+    texts = [words(300, seed) for seed in range(100)]
+    text = read(write(tmp_path / "a.jsonl", jsonl(texts + texts[::-1] + texts)), folder=tmp_path / "flat")
+    train, val = (pick(text, ranges).decode() for ranges in split(text, 10**6))
+    assert val and not [t for t in texts if t in train and t in val]
+    assert sum(val.count(t) for t in texts) == 3 * len({t for t in texts if t in val})
+
+
+def test_a_single_document_is_split_into_blocks(tmp_path):
+    """64 KB blocks are held out by hash; every byte is on exactly one side and no character is cut."""
+    content = words(3_000_000).encode()
+    text = read(write(tmp_path / "a.txt", content), folder=tmp_path / "flat")
+    train, val = split(text, 100_000)
+    sides = np.zeros(len(content), int)
+    for a, b in [*train, *val]:
+        sides[a:b] += 1
+        text.bytes[a:b].tobytes().decode()
+    assert (sides == 1).all()
+    edges = [a for a, _ in np.concatenate([train, val])]
+    assert all(a % BLOCK == 0 or a % BLOCK >= BLOCK - 3 for a in edges)
+    held = {a // BLOCK for a, b in val for a in range(a + 8, b, BLOCK)}
+    for block in range(len(content) // BLOCK):  # the reference: hash each block by hand
+        a, b = block * BLOCK, (block + 1) * BLOCK
+        while content[a] & 0xC0 == 0x80:
+            a -= 1
+        while content[b] & 0xC0 == 0x80:
+            b -= 1
+        below = int(hashlib.sha256(content[a:b]).hexdigest(), 16) / 2**256 < min(0.05, 200_000 / len(content))
+        assert (block in held) == below
+
+
+def test_a_large_document_is_split_into_blocks(tmp_path):
+    """A document of half the text is not held out, even if selected by its hash: blocks of both documents are."""
+    below = next(words(50_000, seed) for seed in range(1000)
+                 if int(hashlib.sha256(words(50_000, seed).encode()).hexdigest(), 16) / 2**256 < 0.05)  # fmt: skip
+    other = next(words(50_000, seed) for seed in range(1000, 2000)
+                 if int(hashlib.sha256(words(50_000, seed).encode()).hexdigest(), 16) / 2**256 > 0.05)  # fmt: skip
+    text = read(write(tmp_path / "a.jsonl", jsonl([below, other])), folder=tmp_path / "flat")
+    train, val = split(text, 1 << 20)
+    assert 0 < len(pick(text, val)) <= len(text.bytes) / 4
+
+
+@pytest.mark.parametrize("size", [40, 1000, 60_000])
+def test_small_texts_have_both_sides(tmp_path, size):
+    """However small the text, a part of at most a quarter (at least one block) is held out."""
+    text = read(write(tmp_path / "a.txt", words(size)), folder=tmp_path / "flat")
+    train, val = split(text, 1 << 20)
+    assert 0 < len(pick(text, val)) <= len(text.bytes) / 4 + 4
+    assert len(pick(text, val)) + len(pick(text, train)) == len(text.bytes)
+
+
+def test_a_constant_text_cannot_be_split(tmp_path):
+    """If all blocks are equal none can be held out: the error asks for --val."""
+    text = read(write(tmp_path / "a.txt", "a" * 20 * BLOCK), folder=tmp_path / "flat")
+    with pytest.raises(UserError, match="give `val`"):
+        split(text, 1 << 20)
+
+
+def test_thinning_keeps_evenly_spaced_blocks(tmp_path):
+    """5 blocks of 2 MB of ranges with gaps: first and last block at the ends, equal spacing, never in the gaps, at most
+    three bytes per cut away from the requested size."""
+    text = read(write(tmp_path / "a.txt", words(3_000_000)), folder=tmp_path / "flat")
+    ranges = np.array([[0, 300_000], [400_000, 1_000_000], [1_200_000, 2_300_001]])
+    ranges = np.array([[module.char_start(text, a), module.char_start(text, b)] for a, b in ranges])
+    kept = thin(text, ranges, 5 * BLOCK)
+    assert abs(len(pick(text, kept)) - 5 * BLOCK) <= 3 * 2 * 7
+    pick(text, kept).decode()
+    positions = np.concatenate([np.arange(a, b) for a, b in ranges])  # of the bytes of `ranges`, end to end
+    inside = np.isin(positions, np.concatenate([np.arange(a, b) for a, b in kept]))
+    assert inside.sum() == len(pick(text, kept))
+    starts = np.flatnonzero(np.diff(inside.astype(int), prepend=0) == 1)
+    assert len(starts) == 5 and starts[0] == 0 and inside[-1]
+    assert np.ptp(np.diff(starts)) <= 8
+    assert (thin(text, ranges, 10**9) == ranges).all()
+
+
+# Tools
+
+
+def test_tokens_are_one_array_over_many_files(tmp_path):
+    """Slices within, across and beyond files equal those of the concatenated contents."""
+    whole = np.arange(1000, dtype=np.uint16)
+    cuts = [0, 1, 1, 400, 403, 1000]
+    paths = [tmp_path / f"{i}" for i in range(len(cuts) - 1)]
+    for path, a, b in zip(paths, cuts[:-1], cuts[1:], strict=True):
+        whole[a:b].astype("<u2").tofile(path)
+    tokens = Tokens(paths, np.dtype(np.uint16))
+    assert len(tokens) == 1000
+    for a, b in [(0, 1000), (0, 1), (1, 400), (399, 404), (400, 403), (403, 403), (999, 1005), (1000, 1001), (5, 2)]:
+        assert tokens[a:b].tolist() == whole[a:b].tolist(), (a, b)
+    assert tokens[:].dtype == np.uint16
+
+
+def test_a_stage_keeps_order_and_few_items_in_flight():
+    """Results come in the order of the items, which are drawn only as results are consumed."""
+    drawn = []
+    results = Stage("s").map(lambda i: i * i, (drawn.append(i) or i for i in range(10_000)))
+    assert [next(results) for _ in range(3)] == [0, 1, 4]
+    assert len(drawn) < 3 * (os.cpu_count() + 2)
+    assert list(results) == [i * i for i in range(3, 10_000)]
+
+
+def test_a_stage_that_fails_stops_its_threads():
+    """The first error is raised, and the other threads stop at their next report."""
+    stage, calls = Stage("s"), []
+
+    def work(i):
+        if i == 0:
+            raise UserError("first")
+        while True:
+            calls.append(i)
+            threading.Event().wait(0.01)
+            stage.add(1)
+
+    with pytest.raises(UserError, match="first"):
+        list(stage.map(work, range(5)))
+    count = len(calls)
+    threading.Event().wait(0.05)
+    assert len(calls) == count
+
+
+def test_progress_is_throttled():
+    """A thousand fast steps make a few calls, the last of them complete."""
+    told = []
+    stage = Stage("hashing", 1000, lambda *args: told.append(args))
+    list(stage.map(lambda i: stage.add(1), range(1000)))
+    assert told[-1] == ("hashing", 1000, 1000) and 1 <= len(told) < 20
+
+
+# Parquet, bad lines and rows
+
+
+def parquet(path: Path, rows: int = 1024, **columns) -> Path:
+    """A parquet file written by pyarrow, with row groups of `rows` rows."""
+    arrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(arrow.table(columns), path, row_group_size=rows, compression="zstd")
+    return path
+
+
+@pytest.mark.parametrize("rows", [1, 7, 5000])
+def test_parquet(tmp_path, rows):
+    """The column `text` of a FineWeb-like file gives the same documents as .jsonl lines, whatever its row groups and
+    other columns, also in a folder."""
+    texts = [words(200, seed=i) + "\r\n中 🙂\0" for i in range(2500)]
+    parquet(tmp_path / "p/00.parquet", rows, text=texts[:1100], id=list(range(1100)), score=[0.5] * 1100)
+    parquet(tmp_path / "p/01.parquet", rows, dump=["x"] * 1400, text=texts[1100:])
+    write(tmp_path / "all.jsonl", jsonl(texts))
+    a = read(tmp_path / "p", folder=tmp_path / "a")
+    b = read(tmp_path / "all.jsonl", folder=tmp_path / "b")
+    assert documents(a) == documents(b) and (a.hashes == b.hashes).all() and a.skipped == b.skipped == 2500
+    assert [file.format for file in find_files([str(tmp_path / "p")])] == [".parquet"] * 2
+
+
+def test_string_types_of_parquet(tmp_path):
+    """large_string columns and dictionary-encoded strings work too; progress ends at the file's size."""
+    arrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
+    texts = ["one", "two", "one"]
+    for name, kind in {"large": arrow.large_string(), "dictionary": arrow.string()}.items():
+        column = arrow.array(texts, kind)
+        column = column.dictionary_encode() if name == "dictionary" else column
+        path, told = parquet(tmp_path / f"{name}.parquet", text=column), []
+        stage = Stage("reading", path.stat().st_size, lambda *now, told=told: told.append(now))
+        text = read_text(find_files([str(path)]), tmp_path / name, stage)
+        assert documents(text) == [b"one", b"two", b"one"]
+        assert told[-1] == ("reading", path.stat().st_size, path.stat().st_size)
+
+
+def test_parquet_without_text_lists_its_columns(tmp_path):
+    """No column `text`, a numeric one, or a file that is not parquet: a one-line error with the columns that exist."""
+    for name, columns, said in [
+        ("a", {"content": ["x"], "url": ["y"]}, r"a\.parquet: no column 'text'; it has content, url"),
+        ("b", {"text": [1, 2]}, r"b\.parquet: column 'text' is int64, not string"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            read(parquet(tmp_path / f"{name}.parquet", **columns), folder=tmp_path / name)
+    whole = parquet(tmp_path / "c.parquet", text=["x" * 1000] * 100).read_bytes()
+    for i, damaged in enumerate((b"", b"PAR1", whole[:-10], whole[100:])):
+        with pytest.raises(UserError, match=r"c\.parquet: corrupted") as error:
+            read(write(tmp_path / "c.parquet", damaged), folder=tmp_path / f"c{i}")
+        assert "\n" not in str(error.value)
+
+
+def test_parquet_without_its_library_names_the_command(tmp_path, monkeypatch):
+    """Without pyarrow the error has the install command."""
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    path = write(tmp_path / "a.parquet", "never read")
+    with pytest.raises(UserError, match=r"a\.parquet: \.parquet needs an optional library: pip install pyarrow"):
+        read(path, folder=tmp_path / "flat")
+
+
+def test_bad_lines_are_rejected_or_counted(tmp_path):
+    """A line that is not JSON, or has no text or a text of another type, is named by file and number. With skip_bad all
+    of them are counted and the rest is read, across files and parts."""
+    good, bad = '{"text": "good"}\n', ["{not json\n", "[1]\n", '{"content": "x"}\n', '{"text": 3}\n', '"text"\n']
+    for i, line in enumerate(bad):
+        path = write(tmp_path / f"{i}.jsonl", good * 2 + "\n" + line + good)
+        what = "not JSON" if i == 0 else 'no string "text"'
+        with pytest.raises(UserError, match=rf"{i}\.jsonl, line 4: {what}.*; `skip_bad` skips bad records"):
+            read(path, folder=tmp_path / f"flat{i}")
+    text = read_text(find_files([str(tmp_path)]), tmp_path / "flat", Stage("reading"), skip_bad=True)
+    assert documents(text) == [b"good"] * 15 and text.bad == 5
+
+
+def test_null_rows_of_parquet_are_bad(tmp_path):
+    """A null is named by its row, or counted."""
+    path = parquet(tmp_path / "a.parquet", rows=2, text=["a", "b", None, "c", None])
+    with pytest.raises(UserError, match=r"a\.parquet, row 3: text is null; `skip_bad`"):
+        read(path, folder=tmp_path / "flat")
+    text = read_text(find_files([str(path)]), tmp_path / "flat2", Stage("reading"), skip_bad=True)
+    assert documents(text) == [b"a", b"b", b"c"] and text.bad == 2

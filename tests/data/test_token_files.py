@@ -1,0 +1,386 @@
+"""Token files of nanoGPT, llm.c and Megatron, written here by their documented formats."""
+
+import gzip
+import os
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import arguments
+
+import train
+from nanochin.base.files import read_json
+from nanochin.config import UserError
+from nanochin.data import token_files as module
+from nanochin.data.corpus import prepare, read_tokens
+from nanochin.data.text import Tokens
+from nanochin.data.token_files import hold_out, open_tokens
+from nanochin.data.tokenizer import Tokenizer
+from nanochin.run import checkpoint
+from nanochin.run import folder as runs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+V = 300
+
+
+def some_ids(count: int, seed: int = 0) -> np.ndarray:
+    """Ids below V, each likely to follow from the one before, so that a model can learn them."""
+    draw = np.random.default_rng(seed)
+    return np.cumsum(draw.integers(1, 4, count)) % V
+
+
+def nanogpt(path: Path, ids) -> Path:
+    """karpathy/nanoGPT data/openwebtext/prepare.py: uint16, nothing else."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(np.asarray(ids).astype("<u2").tobytes())
+    return path
+
+
+def llm_c(
+    path: Path, ids, magic: int = 20240520, version: int = 1, kind: str = "<u2", count: int | None = None
+) -> Path:
+    """karpathy/llm.c dev/data/data_common.py: 256 int32, the first three magic, version, number of tokens."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(ids).astype(kind).tobytes())
+    return path
+
+
+def llama3(path: Path, ids) -> Path:
+    return llm_c(path, ids, magic=20240801, version=7, kind="<u4")
+
+
+def megatron(path: Path, ids, code: int = 8, modes: bool = False, cuts=(0.1, 0.5, 0.7), **change) -> Path:
+    """NVIDIA/Megatron-LM megatron/core/datasets/indexed_dataset.py: the pair .bin, .idx of sequences; `change` corrupts
+    a field of the .idx."""
+    kind = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.get(code, "<u2")
+    edges = [0, *(int(cut * len(ids)) for cut in cuts), len(ids)]
+    lengths = np.diff(edges).astype("<i4")
+    width = np.dtype(kind).itemsize
+    fields = {
+        "magic": b"MMIDIDX\0\0", "version": struct.pack("<Q", 1), "code": struct.pack("<B", code),
+        "sequences": struct.pack("<Q", len(lengths)), "documents": struct.pack("<Q", len(lengths) + 1),
+        "lengths": lengths.tobytes(), "offsets": (np.array(edges[:-1]) * width).astype("<i8").tobytes(),
+        "bounds": np.arange(len(lengths) + 1).astype("<i8").tobytes(), "modes": bytes(len(lengths)) if modes else b"",
+    }  # fmt: skip
+    path.write_bytes(np.asarray(ids).astype(kind).tobytes())
+    path.with_suffix(".idx").write_bytes(b"".join((fields | change).values()))
+    return path
+
+
+WRITERS = {"nanoGPT": nanogpt, "llm.c": llm_c, "Llama 3": llama3, "Megatron": megatron}
+every_format = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@every_format
+def test_tokens_are_memory_mapped(tmp_path, write):
+    """The file's ids are the training tokens, mapped and not copied; val.bin next to it has the validation tokens.
+    Bytes are unknown, and nothing is written."""
+    ids, val = some_ids(1000), some_ids(90, seed=1)
+    path = write(tmp_path / "train.bin", ids)
+    write(tmp_path / "val.bin", val)
+    corpus = prepare((str(path),), vocab_size=V, cache=tmp_path / "cache")
+    assert corpus.train[:].tolist() == ids.tolist() and corpus.val[:].tolist() == val.tolist()
+    assert (corpus.tokenizer.name, corpus.tokenizer.vocab_size, corpus.val_bytes) == ("ids-300", V, 0)
+    (part,) = corpus.train.parts
+    while part.base is not None and not isinstance(part, np.memmap):
+        part = part.base
+    assert isinstance(part, np.memmap) and str(part.filename) == str(path)
+    assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("modes", [False, True])
+@pytest.mark.parametrize("code", [1, 2, 3, 4, 5, 8])
+def test_integer_types_of_megatron(tmp_path, code, modes):
+    """Every integer type of Megatron, with and without the optional modes at the end of the .idx, found by .bin, by
+    .idx and by the common prefix."""
+    ids = some_ids(777) % 100
+    path = megatron(tmp_path / "corpus_text_document.bin", ids, code, modes)
+    assert open_tokens(str(path)).ids.tolist() == ids.tolist()
+    for name in (path, path.with_suffix(".idx"), path.with_suffix("")):
+        assert read_tokens((str(name),), Tokenizer.load("ids-100"))[0].tolist() == ids.tolist()
+
+
+def test_shards_are_one_stream(tmp_path):
+    """A folder of shards and a glob over them are one stream in the order of their names. Those named val are the
+    validation set, even if the glob does not match them."""
+    shards = [some_ids(500 + i, seed=i) for i in range(3)]
+    for i, ids in enumerate(shards):
+        llm_c(tmp_path / f"fineweb_train_{i:06d}.bin", ids)
+    llm_c(tmp_path / "fineweb_val_000000.bin", some_ids(64, seed=9))
+    (tmp_path / "readme.md").write_text("not read")
+    for name in (tmp_path, tmp_path / "fineweb_train_*.bin"):
+        corpus = prepare((str(name),), vocab_size=V, cache=tmp_path / "cache")
+        assert corpus.train[:].tolist() == np.concatenate(shards).tolist()
+        assert corpus.val[:].tolist() == some_ids(64, seed=9).tolist()
+
+
+def test_without_validation_files_blocks_are_held_out(tmp_path):
+    """5% of the tokens, evenly spaced, are removed from training; --val-bytes caps them; --val overrides."""
+    ids = np.arange(100_000) % 60_000
+    path = nanogpt(tmp_path / "all.bin", ids)
+    corpus = prepare((str(path),), vocab_size=60_000, cache=tmp_path / "cache")
+    assert len(corpus.val) == 5000 and len(corpus.train) == 95_000
+    few = prepare((str(path),), vocab_size=60_000, val_bytes=1024, cache=tmp_path / "cache")
+    assert len(few.val) == 512 and sorted([*few.val[:], *few.train[:]]) == sorted(ids)
+    other = nanogpt(tmp_path / "other.bin", range(70))
+    given = prepare((str(path),), val=(str(other),), vocab_size=60_000, cache=tmp_path / "cache")
+    assert len(given.train) == 100_000 and given.val[:].tolist() == list(range(70))
+
+
+@pytest.mark.parametrize(("total", "keep"), [(20_000, 1), (20_000, 999), (300_000, 150_000), (1_000_001, 140_000)])
+def test_held_out_blocks_are_evenly_spaced(total, keep):
+    """Both sides together have all tokens once; the blocks, of equal size, begin at the first token and end at the
+    last."""
+    parts = np.split(np.arange(total), [total // 3])
+    rest, held = hold_out(Tokens.of(parts), keep)
+    assert sorted([*rest[:], *held[:]]) == list(range(total))
+    starts = [held[:][0], *(b for a, b in zip(held[:-1], held[1:], strict=True) if b != a + 1)]
+    block = min(65_536, keep)
+    assert len(held) == len(starts) * block <= keep < len(held) + block
+    assert starts[0] == 0 and (len(starts) == 1 or held[:][-1] == total - 1)
+    gaps = np.diff(starts)
+    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+
+
+def test_a_long_validation_file_is_thinned(tmp_path):
+    """From a val.bin larger than --val-bytes, evenly spaced blocks are kept, always the same."""
+    path = nanogpt(tmp_path / "train.bin", some_ids(1000))
+    nanogpt(tmp_path / "val.bin", np.arange(40_000))
+    one, two = (prepare((str(path),), vocab_size=40_000, val_bytes=2048, cache=tmp_path / "cache") for _ in "ab")
+    assert len(one.val) == 1024 and one.val_sha == two.val_sha
+
+
+def test_fingerprint_depends_on_the_tokens(tmp_path):
+    """A changed id, another type for the same bytes and another validation file change the fingerprints; folder and
+    name do not."""
+    ids = some_ids(1000) % 100
+    first = megatron(tmp_path / "train.bin", ids, code=8)
+    elsewhere = megatron(tmp_path / "moved.bin", ids, code=8)
+    one, two = (prepare((str(p),), vocab_size=V, cache=tmp_path) for p in (first, elsewhere))
+    assert (one.data_sha, one.val_sha) == (two.data_sha, two.val_sha)
+    signed = prepare((str(megatron(tmp_path / "signed.bin", ids, code=3)),), vocab_size=V, cache=tmp_path)
+    ids[500] += 1
+    changed = prepare((str(megatron(tmp_path / "changed.bin", ids, code=8)),), vocab_size=V, cache=tmp_path)
+    assert len({one.data_sha, signed.data_sha, changed.data_sha}) == 3
+    other = nanogpt(tmp_path / "other.bin", some_ids(100, seed=3))
+    assert prepare((str(first),), val=(str(other),), vocab_size=V, cache=tmp_path).val_sha != one.val_sha
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@every_format
+def test_every_format_trains(tiny, tmp_path, write):
+    """A model learns the ids of each format: its loss falls below that of guessing. The record names the format, the
+    sample is ids, and a rerun finds the run finished."""
+    path = write(tmp_path / "train.bin", some_ids(30_000))
+    config = tiny(data=(str(path),), vocab_size=V, lr=0.03)
+    summary = train.train(config, quiet=True)
+    assert summary["loss"] < 0.8 * np.log(V) and summary["val_bpb"] is None and summary["tokenizer"] == "ids-300"
+    folder = Path(config.out) / summary["name"]
+    format = {nanogpt: "nanoGPT", megatron: "Megatron"}.get(write, "llm.c")
+    assert read_json(folder / "config.json")["corpus"]["format"] == format
+    _, tokenizer, _ = checkpoint.load_run(folder)
+    assert tokenizer.decode([7, 299]) == "7 299" and tokenizer.encode(b"7 299").tolist() == [7, 299]
+    assert train.train(config, quiet=True) == summary
+
+
+def test_same_result_as_training_on_the_text(tiny, tmp_path):
+    """Our shards of a text have nanoGPT's format: training on them with the tokenizer's name gives the losses, bits per
+    byte and sample of the run on the text."""
+    text = tiny(name="text", eval_every=50)
+    expected = train.train(text, quiet=True)
+    shards = prepare(text.data, val_bytes=text.val_bytes, cache=text.cache).folder
+    for side in ("train", "val"):
+        os.link(shards / f"{side}-00000.bin", tmp_path / f"{side}.bin")
+    config = tiny(
+        name="tokens", eval_every=50, data=(str(tmp_path / "train.bin"),), tokenizer="bytes", val_bytes=1 << 20
+    )
+    found = train.train(config, quiet=True)
+    rows = [
+        [
+            {key: row[key] for key in row if key not in ("tokens_per_s", "mfu")}
+            for row in runs.read_log(Path(c.out, c.name))
+        ]
+        for c in (text, config)
+    ]
+    assert rows[0] == rows[1] and found["val_bpb"] == expected["val_bpb"]
+
+
+def test_resume(tiny, tmp_path, monkeypatch):
+    """An interrupted run on token files resumes and ends with the same weights; with a changed id it is rejected as
+    another run."""
+    path = nanogpt(tmp_path / "train.bin", some_ids(5000))
+    options = {"data": (str(path),), "vocab_size": V, "save_steps": (40,), "keep": 9}
+    whole = tiny(name="whole", **options)
+    train.train(whole, quiet=True)
+    stopped = tiny(name="stopped", **options)
+    real, steps = train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda *a: steps.append(1) or (1 / (len(steps) < 60) and real(*a)))
+    with pytest.raises(ZeroDivisionError):
+        train.train(stopped, quiet=True)
+    monkeypatch.setattr(train, "train_step", real)
+    train.train(stopped, quiet=True)
+    a, b = (Path(c.out, c.name, "checkpoints/step-100/model.safetensors").read_bytes() for c in (whole, stopped))
+    assert a == b
+    ids = some_ids(5000)
+    ids[17] += 1
+    nanogpt(path, ids)
+    with pytest.raises(UserError, match="holds a run with data_sha"):
+        train.train(stopped, quiet=True)
+
+
+def test_evaluate_reads_token_files(tiny, tmp_path, command):
+    """`nanochin.run.evaluate` on a token file gives the loss of the run's own validation set."""
+    path = nanogpt(tmp_path / "train.bin", some_ids(5000))
+    val = nanogpt(tmp_path / "val.bin", some_ids(500, seed=2))
+    config = tiny(name="run", data=(str(path),), vocab_size=V)
+    loss = train.train(config, quiet=True)["loss"]
+    done = command("-m", "nanochin", "evaluate", Path(config.out) / "run", "--data", val)
+    assert done.stdout.startswith(f"run: loss {loss:.4f} nats per token, bits per byte unknown"), done.stderr
+    done = command("-m", "nanochin", "sample", Path(config.out) / "run", "--prompt", "1 2 dog")
+    assert done.returncode == 2 and "'dog' is not a token id below 300" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def test_ids_outside_the_vocabulary_are_named(tmp_path, monkeypatch):
+    """File, position and value of the first id outside the vocabulary, at any position, also if negative; the largest
+    valid id is accepted."""
+    monkeypatch.setattr(module, "SCAN", 64)
+    nanogpt(tmp_path / "train_0.bin", some_ids(1000))
+    ids = some_ids(1000, seed=1)
+    ids[[700, 999]] = V, 60_000
+    nanogpt(tmp_path / "train_1.bin", ids)
+    data = (str(tmp_path),)
+    with pytest.raises(UserError, match=r"train_1\.bin: token id 300 at position 700 is outside the vocabulary .* 300"):
+        prepare(data, vocab_size=V, cache=tmp_path)
+    with pytest.raises(UserError, match=r"train_1\.bin: token id 60000 at position 999 .*`vocab_size` 301"):
+        prepare(data, vocab_size=V + 1, cache=tmp_path)
+    with pytest.raises(UserError, match=r"train_0\.bin: token id \d+ at position \d+ .*`tokenizer` bytes has 256"):
+        prepare(data, tokenizer="bytes", cache=tmp_path)
+    assert len(prepare(data, vocab_size=60_001, cache=tmp_path).train) == 1900
+    ids[3] = -1
+    with pytest.raises(UserError, match=r"m\.bin: token id -1 at position 3 "):
+        prepare((str(megatron(tmp_path / "m.bin", ids, code=4)),), vocab_size=2**20, cache=tmp_path)
+
+
+def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Files that fit none of the formats, and the expected error for each."""
+    ids = some_ids(100)
+    odd, empty, short = folder / "odd.bin", folder / "empty.bin", folder / "short.bin"
+    odd.write_bytes(bytes(101))
+    empty.touch()
+    short.write_bytes(llm_c(short, ids).read_bytes()[:1100])
+    header = folder / "header.bin"
+    header.write_bytes(llm_c(header, ids).read_bytes()[:500])
+    stump = megatron(folder / "stump.bin", ids)
+    stump.with_suffix(".idx").write_bytes(b"MMIDIDX\0\0short")
+    blank = nanogpt(folder / "blank.bin", ids)
+    blank.with_suffix(".idx").touch()
+    packed = folder / "packed.bin.gz"
+    packed.write_bytes(gzip.compress(bytes(100)))
+    cut = megatron(folder / "cut.bin", ids)
+    os.truncate(cut, 150)
+    return {
+        "odd size": (odd, r"odd\.bin: an odd number of bytes \(101\)"),
+        "packed": (packed, r"packed\.bin\.gz: unpack it first"),
+        "empty": (empty, r"empty\.bin: empty"),
+        "llm.c cut short": (short, r"short\.bin: corrupted: 1100 bytes, but .* 100 tokens, .* 1024 \+ 2 x 100 = 1224"),
+        "llm.c cut in its header": (header, r"header\.bin: corrupted: 500 bytes, but"),
+        "llm.c too long": (llm_c(folder / "long.bin", ids, count=99), "= 1222 bytes"),
+        "llm.c without tokens": (llm_c(folder / "none.bin", [], count=0), r"none\.bin: corrupted: 1024 bytes, but"),
+        "llm.c of another version": (llm_c(folder / "v.bin", ids, version=2), r"version 2 of llm\.c's magic 20240520"),
+        "uint16 as Llama 3": (llm_c(folder / "l.bin", ids, 20240801, 7), r"1224 bytes, but .* 1024 \+ 4 x"),
+        "evaluation set": (llm_c(folder / "eval.bin", ids, 20240522), r"magic 20240522 is llm\.c's format for eval"),
+        "llm.c's model": (llm_c(folder / "model.bin", [0] * 100, 20240326, 3), "20240326 is not llm.c's for training"),
+        "no index": (megatron(folder / "i.bin", ids, magic=b"SOMETHING"), r"i\.idx: not a Megatron index"),
+        "an empty index": (blank, r"blank\.idx: not a Megatron index"),
+        "a stump of an index": (stump, r"stump\.idx: 14 bytes, less than its header; it does not belong to"),
+        "Megatron version 2": (megatron(folder / "m2.bin", ids, version=struct.pack("<Q", 2)), "version 2 of Megatron"),
+        "floats": (megatron(folder / "f.bin", ids, code=6), "type code 6 is not an integer type"),
+        "floats of gpt-neox": (megatron(folder / "g.bin", ids, code=7), "type code 7 is not an integer type"),
+        "a longer index": (megatron(folder / "x.bin", ids, modes=True, magic=b"MMIDIDX\0\0", bounds=bytes(8)), "take"),
+        "another .bin": (cut, r"cut\.idx: its sequences add up to 200 bytes, but .*cut\.bin has 150"),
+        "offsets": (megatron(folder / "o.bin", ids, offsets=np.array([0, 20, 99, 140]).astype("<i8").tobytes()),
+                    "sequence 2 starts at byte 99, not where the previous one ends"),
+        "documents": (megatron(folder / "d.bin", ids, bounds=np.array([0, 1, 2, 3, 9]).astype("<i8").tobytes()),
+                      r"its document bounds \(0 to 9\) do not rise from 0 to 4"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [
+    "odd size", "packed", "empty", "llm.c cut short", "llm.c cut in its header", "llm.c too long",
+    "llm.c without tokens",
+    "llm.c of another version", "uint16 as Llama 3", "evaluation set", "llm.c's model", "no index", "an empty index",
+    "a stump of an index", "Megatron version 2", "floats", "floats of gpt-neox", "a longer index", "another .bin",
+    "offsets", "documents"])  # fmt: skip
+def test_invalid_files(tmp_path, kind):
+    """Each gives one line that names the file and what is wrong with it."""
+    path, said = wrong_files(tmp_path)[kind]
+    with pytest.raises(UserError, match=said) as error:
+        prepare((str(path),), vocab_size=65_536, cache=tmp_path / "cache")
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+class Bomb:
+    """Unpickling it creates the file `burst`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __reduce__(self):
+        return Path.touch, (self.folder / "burst",)
+
+
+def test_the_vocabulary_is_not_guessed_nor_unpickled(tmp_path):
+    """Without --tokenizer or --vocab-size the vocabulary is unknown; meta.pkl is mentioned and never loaded, nor is a
+    pickle given as data."""
+    path = nanogpt(tmp_path / "train.bin", some_ids(100))
+    with pytest.raises(UserError, match=r"train\.bin: the file does not name its tokenizer; give `tokenizer`"):
+        prepare((str(path),), cache=tmp_path)
+    meta = tmp_path / "meta.pkl"
+    meta.write_bytes(pickle.dumps(Bomb(tmp_path)))
+    with pytest.raises(UserError, match=r"meta\.pkl may, but is not read: pickles can run code\); give"):
+        prepare((str(path),), cache=tmp_path)
+    with pytest.raises(UserError, match=r"meta\.pkl: pickles can run code"):
+        prepare((str(meta),), cache=tmp_path)
+    prepare((str(tmp_path),), vocab_size=V, cache=tmp_path / "cache")  # the folder has both files
+    assert not (tmp_path / "burst").exists()
+    pickle.loads(meta.read_bytes())
+    assert (tmp_path / "burst").exists()  # unpickling does run code
+
+
+def test_text_and_tokens_do_not_mix(tmp_path):
+    """A folder with both is rejected, naming one of each. Our BPE cannot be trained on ids; --max-tokens is for hub
+    data sets; too few tokens leave nothing for validation."""
+    path = nanogpt(tmp_path / "train.bin", some_ids(100))
+    (tmp_path / "input.txt").write_text("text")
+    with pytest.raises(UserError, match=r"train\.bin has tokens, .*input\.txt has text; give only one kind"):
+        prepare((str(tmp_path),), vocab_size=V, cache=tmp_path / "cache")
+    with pytest.raises(UserError, match="`tokenizer` bpe: is trained on text, but these are token files"):
+        prepare((str(path),), tokenizer="bpe", cache=tmp_path / "cache")
+    with pytest.raises(UserError, match="`max_tokens` 100: only for hf: data sets"):
+        prepare((str(path),), vocab_size=V, max_tokens=100, cache=tmp_path / "cache")
+    with pytest.raises(UserError, match=r"few\.bin: too few tokens to hold some out for validation; give `val`"):
+        prepare((str(nanogpt(tmp_path / "few.bin", range(20))),), vocab_size=V, cache=tmp_path / "cache")
+    with pytest.raises(UserError, match="`tokenizer` ids-300: only for token files, but"):
+        prepare((str(tmp_path / "input.txt"),), tokenizer="ids-300", val_bytes=1024, cache=tmp_path / "cache")
+
+
+def test_errors_of_the_command(tiny, tmp_path, refusal):
+    """train.py rejects a file with a larger vocabulary in one line and leaves no run folder."""
+    path = nanogpt(tmp_path / "train.bin", [*some_ids(5000), 50_256])
+    config = tiny(data=(str(path),), vocab_size=V)
+    assert "train.bin: token id 50256 at position 5000 is outside the vocabulary" in refusal(*arguments(config))
+    assert not Path(config.out).exists()

@@ -1,0 +1,183 @@
+"""Tokenizers: round trips, our BPE against tiktoken, and errors."""
+
+import base64
+import os
+import random
+import socket
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+
+from nanochin.config import UserError
+from nanochin.data import tokenizer as module
+from nanochin.data.tokenizer import END_OF_TEXT, PATTERN, RANKS_FILE, Tokenizer, model_vocab, train_bpe
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+# Every length of UTF-8 character, joined emoji, right-to-left, combining marks, odd spaces, line ends, a special name.
+ODD = (
+    "naïve ß Ω 中文字 🙂👨\u200d👩\u200d👧 עברית e\u0301 \u00a0\u2003\u3000x\r\n\n\t\tif  a:\r 1234567 "
+    "don't 'tis <|endoftext|> \U0010ffff\x01"
+)
+
+
+def english(words: int, seed: int = 0) -> str:
+    """Made-up words with a skewed frequency, so that there is something to merge."""
+    draw = random.Random(seed)
+    vocabulary = ["".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 9))) for _ in range(2000)]
+    return " ".join(vocabulary[int(draw.paretovariate(0.7)) % 2000] for _ in range(words)) + ".\n"
+
+
+@pytest.fixture(scope="module")
+def bpe() -> Tokenizer:
+    return train_bpe([english(40_000)], 600)
+
+
+@pytest.fixture
+def gpt2(monkeypatch) -> Tokenizer:
+    if not (SHARED / "data/tiktoken_cache").is_dir() and "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("needs the ranks of gpt2: shared/data/tiktoken_cache or TIKTOKEN_CACHE_DIR")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", str(SHARED / "data/tiktoken_cache")))
+    return Tokenizer.load("gpt2")
+
+
+def test_bytes_are_their_own_ids():
+    """The bytes vocabulary has exactly 256 ids, id = byte, and end-of-text is 0."""
+    t = Tokenizer.load("bytes")
+    assert (t.vocab_size, t.eot, t.dtype) == (256, 0, np.uint16)
+    assert t.encode(ODD.encode()).tolist() == list(ODD.encode())
+    assert t.decode_bytes(range(256)) == bytes(range(1, 256))
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "gpt2"])
+def test_round_trip(name, request):
+    """decode(encode(text)) is the text, and an incomplete character decodes to U+FFFD instead of an error."""
+    t = Tokenizer.load("bytes") if name == "bytes" else request.getfixturevalue(name)
+    assert t.decode(t.encode(ODD.encode())) == ODD
+    assert t.decode_bytes(t.encode(ODD.encode()).tolist()) == ODD.encode()
+    assert t.encode(b"").tolist() == [] and t.decode([]) == ""
+    smile = t.encode("🙂".encode()).tolist()
+    if len(smile) > 1:
+        assert "\ufffd" in t.decode(smile[:-1])
+
+
+def test_bpe_counts_end_of_text_as_its_last_id(bpe):
+    """A vocabulary of 600 is 256 bytes, 343 merges and end-of-text; text never encodes to end-of-text."""
+    assert (bpe.vocab_size, bpe.eot, bpe.dtype) == (600, 599, np.uint16)
+    ids = bpe.encode(END_OF_TEXT.encode())
+    assert bpe.eot not in ids and bpe.decode(ids) == END_OF_TEXT
+    assert bpe.decode([bpe.eot, *ids.tolist(), bpe.eot, 600, 10_000]) == END_OF_TEXT
+
+
+def test_tiktoken_reads_saved_ranks(bpe, tmp_path):
+    """tiktoken's own reader of the saved file, with our pattern, gives the same ids; so does `load`."""
+    bpe.save(tmp_path)
+    ranks = tiktoken.load.load_tiktoken_bpe(str(tmp_path / RANKS_FILE))
+    assert sorted(ranks.values()) == list(range(599))
+    theirs = tiktoken.Encoding("theirs", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    text = english(3000, seed=1) + ODD
+    assert bpe.encode(text.encode()).tolist() == theirs.encode_ordinary(text)
+    assert Tokenizer.load("bpe", tmp_path).encode(text.encode()).tolist() == theirs.encode_ordinary(text)
+
+
+def test_bpe_merges_repeated_pairs():
+    """' aab' repeated has three pairs to merge, in any order: the third merge is the whole word."""
+    t = train_bpe([" aab" * 500], 256 + 3 + 1)
+    assert t.decode_bytes([258]) == b" aab" and t.encode(b" aab aab").tolist() == [258, 258]
+
+
+def test_bpe_training_is_deterministic(bpe):
+    """The same text gives the same ranks, however it is split at spaces."""
+    text = english(40_000)
+    middle = text.index(" ", len(text) // 2)
+    assert train_bpe([text[:middle], text[middle:]], 600).encoding._mergeable_ranks == bpe.encoding._mergeable_ranks
+
+
+def test_gpt2_is_tiktokens(gpt2):
+    """Named encodings give tiktoken's ids and its end-of-text."""
+    assert (gpt2.vocab_size, gpt2.eot, gpt2.dtype) == (50257, 50256, np.uint16)
+    assert gpt2.encode(b"hello world").tolist() == [31373, 995]
+    assert gpt2.encode(ODD.encode()).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(ODD)
+
+
+def test_large_vocabularies_need_32_bits():
+    """A vocabulary of all bytes and all pairs of bytes has more than 65,536 ids; each pair in text is one id."""
+    singles = {bytes([a]): a for a in range(256)}
+    pairs = {bytes([a, b]): 256 + 256 * a + b for a in range(256) for b in range(256)}
+    special = {END_OF_TEXT: 256 + 65_536}
+    t = Tokenizer("x", tiktoken.Encoding("x", pat_str=".", mergeable_ranks=singles | pairs, special_tokens=special))
+    assert (t.dtype, t.vocab_size, t.eot) == (np.uint32, 65_793, 65_792)
+    assert t.encode("é".encode()).tolist() == [256 + 256 * 0xC3 + 0xA9]
+    smile = t.encode("🙂".encode())
+    assert smile.tolist() == [256 + 256 * 0xF0 + 0x9F, 256 + 256 * 0x99 + 0x82] and t.decode(smile) == "🙂"
+
+
+def test_unused_ids_decode_to_nothing(gpt2):
+    """cl100k_base has ids without a token."""
+    t = Tokenizer.load("cl100k_base")
+    assert (t.dtype, t.vocab_size) == (np.uint32, 100_277)
+    assert t.decode([*t.encode(ODD.encode()), 100_256, 100_276]) == ODD
+
+
+def test_model_vocab_pads_but_never_cuts(bpe):
+    """--vocab-size may exceed the tokenizer's ids (padding rows), but not be smaller."""
+    assert model_vocab(bpe, None) == 600
+    assert model_vocab(bpe, 640) == 640
+    with pytest.raises(UserError, match=r"`vocab_size` 599: tokenizer bpe has 600 ids"):
+        model_vocab(bpe, 599)
+
+
+def test_vocabularies_that_cannot_be_trained():
+    """Below 257 there is no room for bytes and end-of-text; a short text cannot fill the vocabulary."""
+    with pytest.raises(UserError, match="`vocab_size` 256: bpe needs at least 257"):
+        train_bpe(["text"], 256)
+    with pytest.raises(UserError, match=r"`vocab_size` 400: the text gives only 260; use that or less"):
+        train_bpe([" aab" * 500], 400)
+    assert train_bpe(["anything"], 257).encode(b"any").tolist() == [*b"any"]
+
+
+@pytest.mark.parametrize(("name", "nearest"), [("gtp2", "gpt2"), ("byte", "bytes"), ("cl100k", "cl100k_base")])
+def test_an_unknown_name_suggests_the_closest(name, nearest):
+    """A misspelt tokenizer gives one line with the closest known name."""
+    with pytest.raises(UserError, match=f"`tokenizer` {name}: unknown; did you mean .*{nearest}") as error:
+        Tokenizer.load(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not ranks\n", b"QQ== 0\n", base64.b64encode(b"a") + b" x\n"])
+def test_damaged_ranks_are_named(tmp_path, damage):
+    """A rank file that is missing, truncated or something else is named, not decoded."""
+    with pytest.raises(UserError, match=r"tokenizer\.tiktoken: missing"):
+        Tokenizer.load("bpe", tmp_path)
+    (tmp_path / RANKS_FILE).write_bytes(damage)
+    with pytest.raises(UserError, match=r"tokenizer\.tiktoken: .*corrupted"):
+        Tokenizer.load("bpe", tmp_path)
+
+
+@pytest.fixture
+def silent_proxy(monkeypatch, tmp_path):
+    """tiktoken's cache is empty, and the network is a proxy that accepts connections and never answers."""
+    server, before = socket.create_server(("127.0.0.1", 0)), set(threading.enumerate())
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.getsockname()[1]}")
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
+    yield server
+    server.close()
+    for thread in set(threading.enumerate()) - before:  # the download fails now and releases tiktoken's lock
+        thread.join(10)
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_no_network_and_no_cache(silent_proxy, monkeypatch, silent):
+    """A refused connection and one that hangs both end in one line with the alternatives."""
+    monkeypatch.setattr(module, "DOWNLOAD_SECONDS", 0.3)
+    if not silent:
+        silent_proxy.close()
+    with pytest.raises(
+        UserError, match="`tokenizer` p50k_edit: .*TIKTOKEN_CACHE_DIR.*`tokenizer` bytes or bpe"
+    ) as error:
+        Tokenizer.load("p50k_edit")
+    assert ("no answer" in str(error.value)) == silent and "\n" not in str(error.value)

@@ -1,0 +1,329 @@
+"""A run exported for `transformers`: the same logits, greedy text and tokens; lm-eval's perplexity."""
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiktoken
+import tiktoken_ext.openai_public
+import torch
+from conftest import ROOT, pseudo_english
+from safetensors.torch import load_file
+
+import train
+from nanochin.config import UserError, make_shape
+from nanochin.data.tokenizer import END_OF_TEXT, PATTERN, Tokenizer, train_bpe
+from nanochin.interop import export
+from nanochin.interop.export import byte_letters, tokenizer_files
+from nanochin.model import GPT
+from nanochin.run import checkpoint
+from nanochin.run.evaluate import evaluate
+from nanochin.run.sample import generate
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+V, T = 61, 24
+IDS = Tokenizer.load(f"ids-{V}")
+EXPORTED = [
+    {"norm": norm, "positions": positions, "activation": activation, "bias": bias, "tied": tied}
+    for (norm, positions), activation, bias, tied in itertools.product(
+        (("rmsnorm", "rotary"), ("layernorm", "rotary"), ("layernorm", "learned")),
+        ("gelu", "gelu_tanh", "relu2", "swiglu"), (False, True), (False, True))
+    if norm == "rmsnorm" or activation != "swiglu"
+]  # fmt: skip
+ODD = (
+    "naïve ß Ω 中文字 🙂👨\u200d👩\u200d👧 עברית e\u0301 \u00a0\u2003\u3000x\r\n\n\t\tif  a:\r 1234567 don't 'tis I'LL "
+    "\U0010ffff\x01\x85a\u2028b  \n  \n x   \u1680y  $\n\nhttp://a.b/c//d ...\n  "
+)
+
+
+def make(seed=1, **options) -> GPT:
+    """A model whose norms and biases are not the initial ones and zeros."""
+    usual = {"vocab_size": V, "seq_len": T, "head_size": 8}
+    model = GPT(make_shape(24, 3, **usual | options), seed=seed).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def load(folder: Path):
+    """The model loaded by `transformers`, checking that every tensor was used."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    model, said = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(said.values()), said
+    return model.eval()
+
+
+def greedy(model, prompt: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Greedy continuation by `generate` of transformers, with its KV cache."""
+    return model.generate(prompt[None], max_new_tokens=tokens, do_sample=False, eos_token_id=None)[0]
+
+
+def name(options: dict) -> str:
+    return " ".join(value if isinstance(value, str) else key for key, value in options.items() if value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+@pytest.mark.parametrize("options", EXPORTED, ids=name)
+def test_logits_and_greedy_text_are_equal(tmp_path, options):
+    """For every exportable combination of options: logits to 1e-4 on the whole context, and the same greedy tokens."""
+    model = make(**options)
+    architecture = export.export(model, IDS, tmp_path / "out")
+    theirs = load(tmp_path / "out")
+    expected = {"rmsnorm": "Llama"}.get(options["norm"], {"learned": "GPT2"}.get(options["positions"], "GPTNeoX"))
+    assert architecture.startswith(expected) and architecture == type(theirs).__name__
+    tokens = torch.randint(V, (3, T), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        logits = model(tokens)
+        assert (theirs(tokens).logits - logits).abs().max() < 1e-4 and logits.std() > 0.5
+    prompt = tokens[0, :4]
+    assert greedy(theirs, prompt, T - 4).tolist() == generate(model, prompt, T - 4, temperature=0).tolist()
+
+
+@pytest.mark.parametrize("options", [
+    {"head_size": 24}, {"head_size": 2, "ffn": 10, "vocab_size": 257}, {"norm": "layernorm", "head_size": 2},
+    {"norm": "layernorm", "positions": "learned", "ffn": 7, "seq_len": 5}, {"activation": "swiglu", "seq_len": 300},
+], ids=str)  # fmt: skip
+def test_odd_shapes(tmp_path, options):
+    """One head, head size 2, odd feed-forward widths, other vocabularies and lengths."""
+    model = make(**options)
+    export.export(model, Tokenizer.load(f"ids-{model.shape.vocab_size}"), tmp_path / "out")
+    tokens = torch.randint(V, (2, model.shape.seq_len), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert (load(tmp_path / "out")(tokens).logits - model(tokens)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(("options", "refused"), [
+    ({"qk_norm": True}, "`qk_norm`"),
+    ({"norm": "rmsnorm", "positions": "learned"}, "`norm` rmsnorm with `positions` learned"),
+    ({"norm": "layernorm", "activation": "swiglu"}, "`norm` layernorm with `activation` swiglu"),
+], ids=str)  # fmt: skip
+def test_options_that_no_architecture_has_are_named(tmp_path, options, refused):
+    """One line that names them, and no folder."""
+    with pytest.raises(UserError, match=f"cannot be exported: Llama, GPT-2 and GPT-NeoX do not support {refused}$"):
+        export.export(make(**options), IDS, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_folders(tmp_path):
+    """A new or empty folder is filled; a folder with a file, or a file of that name, is rejected and unchanged."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("keep me")
+    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "full", tmp_path / "full/thesis.txt"):
+        with pytest.raises(UserError, match="exists and is not an empty folder; choose a new one"):
+            export.export(make(), IDS, folder)
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    export.export(make(), IDS, tmp_path / "empty")
+    files = {p.name for p in (tmp_path / "empty").iterdir()}
+    assert files == {"config.json", "generation_config.json", "model.safetensors"}
+    (tmp_path / "new.tmp").mkdir()
+    export.export(make(), IDS, tmp_path / "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "full", "new", "new.tmp"]
+
+
+def test_tied_matrix_is_written_once(tmp_path):
+    """The file of a tied GPT-2 without biases has the model's parameters, and zeros for the biases."""
+    model = make(norm="layernorm", positions="learned")
+    export.export(model, IDS, tmp_path / "out")
+    weights = load_file(tmp_path / "out/model.safetensors")
+    biases = sum(t.numel() for key, t in weights.items() if key.endswith(".bias"))
+    assert sum(t.numel() for t in weights.values()) - biases == sum(p.numel() for p in model.parameters())
+    assert not any(t.any() for key, t in weights.items() if key.endswith(".bias"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+def reload(tokenizer: Tokenizer, folder: Path):
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    folder.mkdir()
+    for file, content in tokenizer_files(tokenizer, 10**9).items():
+        (folder / file).write_text(json.dumps(content))
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def same(ours: Tokenizer, theirs, text: str) -> bool:
+    ids = theirs(text, add_special_tokens=False)["input_ids"]
+    return ids == ours.encode(text.encode()).tolist() and theirs.decode(ids) == text
+
+
+@functools.cache
+def a_megabyte() -> str:
+    """1 MB of text: made-up English, this repository's code, and all kinds of symbols."""
+    code = "".join(path.read_text() for path in sorted(ROOT.glob("*/*.py"))).replace(END_OF_TEXT, "")
+    return (pseudo_english(800_000, seed=3) + ODD * 50 + code)[:1_000_000].ljust(1_000_000, "\n")
+
+
+@pytest.mark.parametrize("name", ["bytes", "bpe", "gpt2", "cl100k_base"])
+def test_a_megabyte_of_text_round_trips(tmp_path, monkeypatch, name):
+    """On 1 MB of text the exported tokenizer gives our ids, and decodes them to the text; end-of-text is ours."""
+    text = a_megabyte()
+    if name == "bpe":
+        ours = train_bpe([text[::-1][:300_000]], 1000)
+    else:
+        cache = os.environ.get("TIKTOKEN_CACHE_DIR", str(ROOT.parent / "shared/data/tiktoken_cache"))
+        if name != "bytes" and not Path(cache).is_dir():
+            pytest.skip(f"needs the ranks of {name}: shared/data/tiktoken_cache or TIKTOKEN_CACHE_DIR")
+        monkeypatch.setenv("TIKTOKEN_CACHE_DIR", cache)
+        ours = Tokenizer.load(name)
+    theirs = reload(ours, tmp_path / "tokenizer")
+    assert same(ours, theirs, text) and theirs.eos_token_id == ours.eot
+    assert theirs.decode([ours.eot], skip_special_tokens=True) == ""
+
+
+@pytest.mark.parametrize("name", tiktoken.list_encoding_names())
+def test_patterns_of_every_named_encoding(tmp_path, monkeypatch, name):
+    """`tokenizers` runs tiktoken's patterns with the same splits of odd text; the ranks are those of our BPE, split
+    differently by each pattern."""
+    ranks = train_bpe([a_megabyte()[:300_000]], 800).encoding._mergeable_ranks
+    for reader in ("load_tiktoken_bpe", "data_gym_to_mergeable_bpe_ranks"):
+        monkeypatch.setattr(tiktoken_ext.openai_public, reader, lambda *_, **__: ranks)
+    pattern = tiktoken_ext.openai_public.ENCODING_CONSTRUCTORS[name]()["pat_str"]
+    encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 799})
+    ours = Tokenizer(name, encoding)
+    theirs = reload(ours, tmp_path / "tokenizer")
+    for text in (ODD * 3, ODD[::-1] * 3, a_megabyte()[790_000:890_000]):
+        assert same(ours, theirs, text)
+    assert pattern != PATTERN
+
+
+def test_end_of_text_in_a_text(tmp_path):
+    """As everywhere in `transformers`, the name of a special token in a text becomes that token."""
+    ours = train_bpe([a_megabyte()[:300_000]], 300)
+    theirs = reload(ours, tmp_path / "tokenizer")
+    assert theirs(f"a{END_OF_TEXT}b")["input_ids"] == [*ours.encode(b"a"), ours.eot, *ours.encode(b"b")]
+
+
+def test_letters_of_bytes():
+    """The 256 letters are distinct and printable; printable ASCII and Latin-1 map to themselves, a space is GPT-2's Ġ
+    and a line end its Ċ."""
+    letters = byte_letters()
+    assert len(set(letters)) == 256 and all(letter.isprintable() and not letter.isspace() for letter in letters)
+    assert "".join(letters[byte] for byte in b"a ~\n") == "aĠ~Ċ" and letters[0xE9] == "é" and letters[0] == "Ā"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From training to transformers and lm-eval
+
+
+@pytest.fixture
+def exported(tiny, tmp_path, command) -> tuple[Path, Path]:
+    """A trained run with default options and our BPE, and its export by the command."""
+    config = tiny(name="run", tokenizer="bpe", vocab_size=300, model="32x2", lr=0.02)
+    train.train(config, quiet=True)
+    run, out = Path(config.out) / "run", tmp_path / "exported"
+    done = command("-m", "nanochin", "export", run, out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{out}: LlamaForCausalLM; AutoModelForCausalLM.from_pretrained")
+    return run, out
+
+
+def test_a_run_is_exported_by_the_command(exported, tiny):
+    """Text in, text out: greedy text from the exported tokenizer and model equals that of the run."""
+    transformers = pytest.importorskip("transformers", reason="pip install transformers")
+    run, out = exported
+    model, tokenizer, _ = checkpoint.load_run(run)
+    text = Path(tiny().data[0]).read_text()[:15]
+    theirs, words = load(out), transformers.AutoTokenizer.from_pretrained(out)
+    prompt = words(text, return_tensors="pt")["input_ids"][0]
+    assert prompt.tolist() == tokenizer.encode(text.encode()).tolist()
+    room = model.shape.seq_len - len(prompt)
+    expected = generate(model, prompt, room, temperature=0)
+    found = greedy(theirs, prompt, room)
+    assert room > 8 and found.tolist() == expected.tolist() and words.decode(found) == tokenizer.decode(expected)
+    assert words.model_max_length == theirs.config.max_position_embeddings == model.shape.seq_len
+
+
+def test_errors_of_the_command(tiny, tmp_path, command):
+    """A run that cannot be exported: one line, exit code 2, no folder."""
+    train.train(tiny(name="run", qk_norm=True), quiet=True)
+    done = command("-m", "nanochin", "export", "run", tmp_path / "out", "--out", tiny().out)
+    assert done.returncode == 2 and done.stderr.endswith("support --qk-norm\n") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_gpt2_round_trip(tiny, tmp_path):
+    """Exported as GPT-2 and imported again by --init-from, a model starts from the loss that it had."""
+    options = {"norm": "layernorm", "positions": "learned", "bias": True, "activation": "gelu_tanh", "seq_len": 32}
+    config = tiny(name="first", **options)
+    loss = train.train(config, quiet=True)["loss"]
+    model, tokenizer, _ = checkpoint.load_run(Path(config.out) / "first")
+    export.export(model, tokenizer, tmp_path / "gpt2")
+    again = tiny(name="second", init_from=str(tmp_path / "gpt2"), tokenizer="bytes", lr=1e-9, tokens=128.0)
+    assert train.train(again, quiet=True)["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+PERPLEXITY = """
+task: made_up_text
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/text.jsonl}}}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{{{text}}}}"
+metric_list: [{{metric: byte_perplexity}}, {{metric: bits_per_byte}}]
+"""
+CHOICES = """
+task: made_up_choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {folder}/choices.jsonl}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{start}}}}"
+doc_to_choice: "{{{{ends}}}}"
+doc_to_target: label
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_lm_eval_runs_on_the_folder(tiny, tmp_path, tokenizer):
+    """`lm_eval --model hf` measures our bits per byte to 1e-3 on a text of whole windows, and answers multiple-choice
+    questions, with local tasks and data."""
+    for library in ("lm_eval", "accelerate"):
+        pytest.importorskip(library, reason="pip install 'lm_eval[hf]'")
+    config = tiny(name="run", tokenizer=tokenizer, vocab_size={"bpe": 300}.get(tokenizer), model="32x2", lr=0.02)
+    train.train(config, quiet=True)
+    model, words, _ = checkpoint.load_run(Path(config.out) / "run")
+    export.export(model, words, tmp_path / "exported")
+
+    # lm-eval uses non-overlapping windows as we do, except for an incomplete last one.
+    ids = words.encode(Path(config.data[0]).read_bytes()[:40_000]).tolist()
+    ids = ids[: len(ids) // config.seq_len * config.seq_len]
+    text = words.decode(ids)
+    assert words.encode(text.encode()).tolist() == ids
+    _, expected = evaluate(model, torch.tensor([words.eot, *ids]).numpy(), len(text.encode()))
+    questions = [{"start": text[i : i + 12], "ends": [text[i + 12 : i + 20], "zzzzqqqq"], "label": 0}
+                 for i in range(0, 2000, 100)]  # fmt: skip
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    for task, content in (("text", PERPLEXITY), ("choices", CHOICES)):
+        (tasks / f"{task}.yaml").write_text(content.format(folder=tmp_path))
+
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args",
+         f"pretrained={tmp_path / 'exported'},dtype=float32", "--tasks", "made_up_text,made_up_choices",
+         "--include_path", tasks, "--device", "cpu", "--batch_size", "8", "--output_path", tmp_path / "results"],
+        capture_output=True, text=True, env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "results").rglob("*.json")
+    results = json.loads(path.read_text())["results"]
+    assert results["made_up_text"]["bits_per_byte,none"] == pytest.approx(expected, abs=1e-3)
+    assert results["made_up_text"]["byte_perplexity,none"] == pytest.approx(2**expected, abs=1e-3)
+    assert results["made_up_choices"]["acc,none"] > 0.8

@@ -1,0 +1,200 @@
+"""Training from GPT-2 weights, here of a small `transformers` model with random weights."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import arguments
+from safetensors.torch import load_file, save_file
+
+import train
+from nanochin.config import Config, UserError, make_shape
+from nanochin.interop.gpt2 import gpt2_name, initial_options, load_initial
+from nanochin.model import GPT
+from nanochin.run import folder as runs
+
+transformers = pytest.importorskip("transformers", reason="pip install transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
+V, T = 256, 48
+
+
+def theirs(**options):
+    """A GPT-2 with nontrivial norms and biases."""
+    usual = {"vocab_size": V, "n_positions": T, "n_embd": 32, "n_layer": 3, "n_head": 4,
+             "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+    torch.manual_seed(1)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**usual | options)).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape))
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    theirs().save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def ours(path, **options) -> GPT:
+    """Our model with the shape and weights found at `path`."""
+    config = initial_options(Config(init_from=str(path), **{"tokens": 1e6, "lr": 3e-5} | options))
+    width, layers = map(int, config.model.split("x"))
+    names = ("vocab_size", "seq_len", "head_size", "ffn", "norm", "positions", "activation", "bias", "tied", "qk_norm")
+    model = GPT(make_shape(width, layers, **{name: getattr(config, name) for name in names}), seed=5)
+    load_initial(str(path), model)
+    return model
+
+
+def agree(model: GPT, hf) -> bool:
+    tokens = torch.randint(V, (2, model.shape.seq_len), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        return (model(tokens) - hf(tokens).logits).abs().max() < 1e-4 < model(tokens).std()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"activation_function": "gelu"}, {"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 50, "n_head": 16},
+     {"tie_word_embeddings": False}, {"n_layer": 1, "n_head": 1}],
+    ids=str,
+)  # fmt: skip
+def test_logits_equal_transformers(tmp_path, options):
+    """To 1e-4, for all options of GPT-2."""
+    hf = theirs(**options)
+    hf.save_pretrained(tmp_path / "gpt2")
+    model = ours(tmp_path / "gpt2")
+    assert agree(model, hf) and model.shape.tied == hf.config.tie_word_embeddings
+
+
+def test_checkpoint_formats(tmp_path):
+    """The same weights from several files, in half precision, without the prefix and with the causal masks of older
+    versions, and from a .safetensors file without its config.json (head size 64 by default)."""
+    hf = theirs(n_embd=128, n_head=2)
+    hf.save_pretrained(tmp_path / "many", max_shard_size="100KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3 and agree(ours(tmp_path / "many"), hf)
+
+    hf.save_pretrained(tmp_path / "one")
+    weights = load_file(tmp_path / "one/model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    old |= {f"h.{i}.attn.{kind}": torch.ones(1, 1, T, T) for i in range(3) for kind in ("bias", "masked_bias")}
+    (tmp_path / "bare").mkdir()
+    save_file(old, tmp_path / "bare/weights.safetensors")
+    assert agree(ours(tmp_path / "bare/weights.safetensors"), hf)
+    assert ours(tmp_path / "bare/weights.safetensors", head_size=32).shape.heads == 4
+
+    hf = hf.to(torch.bfloat16)
+    hf.save_pretrained(tmp_path / "half")
+    assert agree(ours(tmp_path / "half"), hf.float())
+
+
+def test_a_shorter_context_takes_the_first_positions(folder):
+    """--seq-len 20 of 48: the same logits for 20 tokens."""
+    model = ours(folder, seq_len=20)
+    assert model.shape.seq_len == 20 and agree(model, theirs())
+
+
+def test_every_parameter_has_a_name():
+    """The names are those of a `transformers` model with three layers, each once."""
+    model = GPT(make_shape(32, 3, vocab_size=V, seq_len=T, norm="layernorm", positions="learned", bias=True))
+    names = [gpt2_name(name, 3)[0] for name, _ in model.named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in theirs().named_parameters())
+
+
+def test_training_starts_from_the_weights(tiny, folder):
+    """The first loss equals that of the `transformers` model on the first batch; the shape is the checkpoint's;
+    resuming works, and other weights are another run."""
+    options = {
+        "model": None,
+        "seq_len": None,
+        "tokenizer": "bytes",
+        "batch_tokens": 96,
+        "tokens": 960.0,
+        "log_every": 1,
+    }
+    config = tiny(**options, init_from=str(folder), name="run")
+    job = train.resolve(config, train.Progress(quiet=True))
+    batch = torch.from_numpy(job.windows.batch(0, 2))
+    expected = theirs()(batch[:, :-1], labels=None).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(expected, batch[:, 1:].flatten()).item()
+    summary = train.train(config, quiet=True)
+    rows = runs.read_log(Path(config.out) / "run")
+    assert rows[0]["loss"] == pytest.approx(expected, abs=1e-4) and (summary["width"], summary["layers"]) == (32, 3)
+    assert rows[9]["loss"] < rows[0]["loss"] and train.train(config, quiet=True) == summary
+
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.wte.weight"][0, 0] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="holds a run with init_sha"):
+        train.train(config, quiet=True)
+
+
+def change(folder: Path, **told) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+
+
+@pytest.mark.parametrize(
+    ("options", "told", "said"),
+    [
+        ({"model": "64x3"}, {}, "`model` 64x3: `init_from` .* has 32x3; leave the option out"),
+        ({"activation": "swiglu"}, {}, "`activation` swiglu: `init_from` .* has gelu_tanh"),
+        ({"tied": False}, {}, "`tied` False: "),
+        ({"vocab_size": 300}, {}, "`vocab_size` 300: "),
+        ({"seq_len": 49}, {}, "`seq_len` 49: `init_from` .* has 48 learned positions"),
+        ({"tokenizer": "bpe"}, {}, "`tokenizer` bpe: a newly trained vocabulary does not match"),
+        ({"tokens": None}, {}, "needs `tokens` and `lr`"),
+        ({"lr": None, "budget": 1e15}, {}, "needs `tokens` and `lr`"),
+        ({}, {"model_type": "llama"}, "model_type llama, only gpt2 can be imported"),
+        ({}, {"n_head": 3}, "n_head 3 does not divide the width 32"),
+        ({}, {"n_head": None}, "n_head None does not divide the width 32"),
+        ({}, {"activation_function": "tanh"}, "activation_function tanh, our model has gelu_new"),
+        ({}, {"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon 1e-06, our model has 1e-05"),
+        ({}, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+    ],
+)
+def test_contradictory_options(folder, options, told, said):
+    """An option that contradicts the shape, or a GPT-2 with features that our model lacks: one line."""
+    change(folder, **told)
+    with pytest.raises(UserError, match=said) as error:
+        ours(folder, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_invalid_weights(folder, tmp_path):
+    """Corrupted or foreign files, missing or extra tensors, and pickles, which are never loaded: one line each."""
+    weights = load_file(folder / "model.safetensors")
+
+    def said(path, match):
+        with pytest.raises(UserError, match=match) as error:
+            ours(path)
+        assert "\n" not in str(error.value)
+
+    def rewrite(tensors):
+        save_file({name: t.clone() for name, t in tensors.items()}, folder / "model.safetensors")
+
+    said(tmp_path / "nowhere", "nowhere: no such file or folder")
+    rewrite(weights | {"transformer.extra.weight": torch.ones(2)})
+    said(folder, r"unexpected tensor transformer\.extra\.weight")
+    rewrite({name: t for name, t in weights.items() if name != "transformer.h.1.attn.c_attn.bias"})
+    said(folder, r"tensor transformer\.h\.1\.attn\.c_attn\.bias is missing")
+    rewrite(weights | {"transformer.h.1.ln_1.weight": torch.ones(7)})
+    said(folder, r"tensor transformer\.h\.1\.ln_1\.weight is \[7\], expected \[32\]")
+    rewrite({"model.embed_tokens.weight": torch.ones(3, 3)})
+    said(folder, "not GPT-2 weights")
+    (folder / "model.safetensors").write_bytes(b"no tensors at all")
+    said(folder, r"model\.safetensors: corrupted")
+    (folder / "model.safetensors").unlink()
+    said(folder, "no model.safetensors in this folder")
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    said(folder, r"pytorch_model\.bin is a pickle, which can run code; save it again as safetensors")
+    said(folder / "pytorch_model.bin", "not .safetensors; pickles can run code")
+    shutil.rmtree(folder)
+
+
+def test_the_vocabulary_of_the_weights(tiny, folder, refusal):
+    """Text needs the tokenizer that the weights were trained with, and the error says so in one line; ids do not."""
+    line = refusal(*arguments(tiny(model=None, seq_len=None, init_from=str(folder))))
+    assert "--tokenizer ids-256: only for token files, but" in line

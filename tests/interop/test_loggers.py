@@ -1,0 +1,128 @@
+"""Loggers: what they receive, and that nothing is imported or written without them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import arguments
+
+import train
+from nanochin.config import UserError
+from nanochin.interop import loggers
+from nanochin.run import folder as runs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def told(folder: Path) -> dict[tuple[str, int], list[float]]:
+    """(name, step) -> values in the event files of a run."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
+                                      reason="pip install tensorboard").EventAccumulator  # fmt: skip
+    events = accumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    found: dict = {}
+    for name in events.Tags()["scalars"]:
+        for event in events.Scalars(name):
+            found.setdefault((name, event.step), []).append(event.value)
+    return found
+
+
+def expected(folder: Path) -> dict[tuple[str, int], float]:
+    return {(key, row["step"]): value for row in runs.read_log(folder) for key, value in row.items()
+            if key != "step" and value is not None}  # fmt: skip
+
+
+def test_tensorboard_has_the_rows_of_the_log(tiny):
+    """Every number in log.jsonl is in the event files once, with its name and step."""
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    config = tiny(name="run", loggers=("tensorboard",), eval_every=20)
+    train.train(config, quiet=True)
+    folder = Path(config.out) / "run"
+    found, rows = told(folder), expected(folder)
+    assert found.keys() == rows.keys() and ("val_loss", 100) in rows and len(rows) > 50
+    assert all(found[key] == [pytest.approx(value, rel=1e-6)] for key, value in rows.items())
+
+
+def test_resumed_steps_are_logged_once(tiny, monkeypatch):
+    """After an interruption, steps that are trained again replace those already in tensorboard."""
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    config = tiny(name="run", loggers=("tensorboard",), save_steps=(40,), keep=9)
+    real, steps = train.train_step, []
+    monkeypatch.setattr(train, "train_step", lambda *a: steps.append(1) or (1 / (len(steps) < 75) and real(*a)))
+    with pytest.raises(ZeroDivisionError):
+        train.train(config, quiet=True)
+    monkeypatch.setattr(train, "train_step", real)
+    train.train(config, quiet=True)
+    folder = Path(config.out) / "run"
+    found, rows = told(folder), expected(folder)
+    assert found.keys() == rows.keys()
+    assert all(found[key] == [pytest.approx(value, rel=1e-6)] for key, value in rows.items())
+
+
+def test_wandb_offline(tiny, monkeypatch):
+    """wandb, offline, receives the rows, the options and the run's name, and is finished at the end."""
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
+    calls: list = []
+
+    class Remote:
+        def log(self, row, step):
+            calls.append((step, row))
+
+        def finish(self):
+            calls.append("finished")
+
+    monkeypatch.setattr(wandb, "init", lambda **options: calls.append(options) or Remote())
+    config = tiny(name="run", loggers=("wandb",))
+    train.train(config, quiet=True)
+    started, *rows, last = calls
+    assert last == "finished" and (started["id"], started["project"]) == ("run", "nanochin")
+    assert started["config"]["options"]["model"] == "16x1"
+    assert rows == [(row["step"], row) for row in runs.read_log(Path(config.out) / "run")]
+
+
+def test_wandb_errors_are_one_line(tiny, monkeypatch, refusal):
+    """wandb's message about a missing account, several lines long, becomes one line with the remedy, exit code 1."""
+    wandb = pytest.importorskip("wandb", reason="pip install wandb")
+
+    def refuse(**_):
+        raise wandb.errors.UsageError("No API key\n  configured")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    line = refusal(*arguments(tiny(name="run", loggers=("wandb",))), code=1)
+    assert line == "train.py: --loggers wandb: No API key configured; WANDB_MODE=offline needs no account\n"
+
+
+@pytest.mark.slow
+def test_real_wandb(tiny, command, monkeypatch):
+    """The real library in offline mode writes its files into the run's folder."""
+    pytest.importorskip("wandb", reason="pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    done = command("train.py", *arguments(tiny(name="run", loggers=("wandb",))))
+    assert done.returncode == 0, done.stderr
+    assert list((Path(tiny().out) / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_no_loggers(tiny, command):
+    """A plain run imports neither library and writes only its usual files."""
+    code = ("import sys, train; sys.argv = ['train.py', *sys.argv[1:]]; assert not train.main(); "
+            "print([name for name, module in sys.modules.items() if module and name.split('.')[0] in ('wandb', "
+            "'tensorboard')])")  # fmt: skip
+    done = command("-c", code, *arguments(tiny(name="run")))
+    assert done.stdout.endswith("\n[]\n"), done.stderr
+    files = {path.name for path in (Path(tiny().out) / "run").iterdir()}
+    assert files == {".lock", "checkpoints", "config.json", "log.jsonl", "summary.json"}
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard"])
+def test_a_missing_library_names_the_command(tiny, monkeypatch, refusal, name):
+    """One line with the install command, before anything is read or written."""
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=f"`loggers` {name} needs an optional library: pip install {name}"):
+        loggers.check((name,))
+    assert f"pip install {name}" in refusal(*arguments(tiny(loggers=(name,), data=("nowhere.txt",))))
+    assert not Path(tiny().out).exists()
+
+
+def test_an_unknown_logger(refusal):
+    """An unknown name is rejected with the list of known ones."""
+    assert "'mlflow' (choose from" in refusal("--loggers", "mlflow")

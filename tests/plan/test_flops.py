@@ -1,0 +1,364 @@
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochin.config import FLOP_CONVENTIONS, UserError, make_shape
+from nanochin.plan import flops
+from nanochin.plan.flops import (
+    DEVICES,
+    count_flops,
+    count_params,
+    find_device,
+    flops_per_token,
+    ledger,
+    peak_flops,
+)
+
+# Hoffmann et al. 2022, Table A9 as printed: millions of parameters, width, head size, heads, layers (ffn = 4 width).
+TABLE_A9 = """
+44 512 64 8 8, 57 576 64 9 9, 74 640 64 10 10, 90 640 64 10 13, 106 640 64 10 16, 117 768 64 12 12, 140 768 64 12 15,
+163 768 64 12 18, 175 896 64 14 14, 196 896 64 14 16, 217 896 64 14 18, 251 1024 64 16 16, 278 1024 64 16 18,
+306 1024 64 16 20, 425 1280 128 10 18, 489 1280 128 10 21, 509 1408 128 11 18, 552 1280 128 10 24, 587 1408 128 11 21,
+632 1536 128 12 19, 664 1408 128 11 24, 724 1536 128 12 22, 816 1536 128 12 25, 893 1792 128 14 20,
+1018 1792 128 14 23, 1143 1792 128 14 26, 1266 2048 128 16 22, 1424 2176 128 17 22, 1429 2048 128 16 25,
+1593 2048 128 16 28, 1609 2176 128 17 25, 1731 2304 128 18 24, 1794 2176 128 17 28, 2007 2304 128 18 28,
+2283 2304 128 18 32, 2298 2560 128 20 26, 2639 2560 128 20 30, 2980 2560 128 20 34, 3530 2688 128 22 36,
+3802 2816 128 22 36, 4084 2944 128 22 36, 4516 3072 128 24 36, 6796 3584 128 28 40, 9293 4096 128 32 42,
+11452 4352 128 32 47, 12295 4608 128 36 44, 12569 4608 128 32 47, 13735 4864 128 32 47, 14940 4992 128 32 49,
+16183 5120 128 40 47"""
+
+# Its Table A4: layers, width, ffn, heads, head size, and training FLOPs over 6ND: as printed (layers only), then
+# computed from Appendix F by hand, to four decimals: layers only, with logits, with logits and lookup.
+TABLE_A4 = [
+    (10, 640, 2560, 10, 64, 1.03, 1.0250, 1.3024, 1.5799),
+    (20, 1024, 4096, 16, 64, 1.10, 1.1008, 1.2080, 1.3152),
+    (24, 1280, 5120, 10, 128, 1.08, 1.0829, 1.1570, 1.2312),
+    (26, 1792, 7168, 14, 128, 1.04, 1.0441, 1.0942, 1.1444),
+    (28, 2048, 8192, 16, 128, 1.03, 1.0329, 1.0740, 1.1152),
+    (40, 3584, 14336, 28, 128, 0.99, 0.9941, 1.0110, 1.0279),
+]
+
+OPTIONS = {
+    "norm": ("rmsnorm", "layernorm"),
+    "positions": ("rotary", "learned"),
+    "activation": ("gelu", "gelu_tanh", "relu2", "swiglu"),
+    "bias": (False, True),
+    "tied": (True, False),
+    "qk_norm": (False, True),
+}
+
+
+def random_shapes(n: int, seed: int):
+    """Small shapes with odd sizes, with every value of every option, and explicit head sizes and ffn."""
+    rng = random.Random(seed)
+    for i in range(n):
+        options = {name: values[i % len(values)] if i < 6 else rng.choice(values) for name, values in OPTIONS.items()}
+        options |= {"head_size": rng.choice((2, 4, 6, 10)), "ffn": rng.choice((None, 1, 7, 50))}
+        width, layers = options["head_size"] * rng.choice((1, 2, 3, 5)), rng.randint(1, 3)
+        yield make_shape(width, layers, vocab_size=rng.randint(2, 97), seq_len=rng.randint(1, 33), **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parameters
+
+
+@pytest.mark.parametrize("shape", list(random_shapes(30, seed=1)), ids=str)
+def test_count_params_equals_the_model(shape):
+    """The three counts equal sums over the real model's parameters."""
+    from nanochin.model import GPT
+
+    parameters = dict(GPT(shape).named_parameters())
+    in_blocks = {name: p for name, p in parameters.items() if name.split(".")[0] not in ("embed", "positions", "head")}
+    matrices = sum(p.numel() for p in in_blocks.values() if p.ndim == 2)
+    params = count_params(shape)
+    assert params.total == sum(p.numel() for p in parameters.values())
+    assert params.non_embedding == sum(p.numel() for p in in_blocks.values())
+    assert params.with_head == matrices + shape.vocab_size * shape.width
+
+
+def test_gpt2_small():
+    """GPT-2's published 124,439,808 parameters."""
+    gpt2 = make_shape(768, 12, vocab_size=50257, seq_len=1024, norm="layernorm", positions="learned", bias=True)
+    assert count_params(gpt2).total == 124_439_808
+
+
+def chinchilla_params(width: int, ffn: int, head_size: int, heads: int, layers: int, vocab_size: int = 32_000) -> int:
+    """Parameters of the paper's models (Table A9): layernorm, biases, tied head, and Transformer-XL's relative
+    positions, with a fifth attention matrix for their keys. Heads need not fill the width."""
+    d, f, q = width, ffn, heads * head_size
+    layer = 3 * (d * q + q) + (d * q + 2 * q) + (q * d + d) + (d * f + f) + (f * d + d) + 4 * d
+    return vocab_size * d + 2 * d + layers * layer
+
+
+def test_table_a9():
+    """The paper's parameter formula gives all 50 printed counts within 0.7%, the median within 0.05%."""
+    errors = []
+    for row in TABLE_A9.replace("\n", " ").split(","):
+        millions, width, head_size, heads, layers = map(int, row.split())
+        errors.append(abs(chinchilla_params(width, 4 * width, head_size, heads, layers) / (1e6 * millions) - 1))
+    assert len(errors) == 50
+    assert max(errors) < 0.007
+    assert sorted(errors)[25] < 0.0005
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FLOPs
+
+
+def test_every_row_by_hand():
+    """A model small enough to count on paper: C 4, F 6 (swiglu), H 2, V 5, T 3, one layer, all options on."""
+    shape = make_shape(4, 1, vocab_size=5, seq_len=3, head_size=2, ffn=6, activation="swiglu", norm="layernorm",
+                       bias=True, qk_norm=True, tied=False)  # fmt: skip
+    rows = {row.operation: row for row in ledger(shape)}
+    physical = {name: row.physical for name, row in rows.items() if row.physical}
+    assert physical == {
+        "qkv": 2 * 3 * 4 * 12,  # (3 x 4) (4 x 12)
+        "attention scores": 2 * 2 * 9 * 2,  # 2 heads, (3 x 2) (2 x 3)
+        "attention values": 2 * 2 * 9 * 2,
+        "output projection": 2 * 3 * 4 * 4,
+        "feed-forward": 2 * 3 * 4 * 12 + 2 * 3 * 6 * 4,
+        "logits": 2 * 3 * 4 * 5,
+    }
+    assert rows["attention scores"].causal == rows["attention values"].causal == 2 * 2 * 6 * 2  # 6 of 9 pairs kept
+    assert rows["embedding"].appendix_f == 2 * 3 * 5 * 4
+    assert rows["softmax"].appendix_f == rows["softmax"].table_a4 == 3 * 2 * 9
+    assert rows["norms, residuals"].elementwise == 3 * (3 * 4 * 7) + 2 * 3 * 4  # 3 norms, 2 additions
+    assert rows["rotary, qk-norm"].elementwise == 3 * 8 * 6
+    assert rows["activation"].elementwise == 3 * 6 * 5
+    assert rows["biases"].elementwise == 3 * (12 + 4 + 12 + 4)
+    assert rows["loss"].elementwise == 3 * 3 * 5
+    assert all(row.backward == 2 * (row.physical + row.elementwise) for row in rows.values())
+
+
+def test_conventions_by_hand():
+    """All six counts of the same model, from sums on paper."""
+    shape = make_shape(4, 1, vocab_size=5, seq_len=3, head_size=2, ffn=6, activation="swiglu", tied=False)
+    layers = 288 + 72 + 72 + 96 + 288 + 144
+    total, non_embedding = 20 + 20 + 48 + 16 + 48 + 24 + 12, 48 + 16 + 48 + 24 + 12
+    want = {
+        "physical": 3 * (layers + 120),
+        "causal": 3 * (layers - 48 + 120),
+        "appendix_f": 3 * (120 + layers + 54 + 120),
+        "table_a4": 3 * (layers + 54),
+        "6nd": 6 * total * 3,
+        "kaplan": 6 * non_embedding * 3,
+    }
+    assert count_flops(shape, 3) == want
+    assert count_flops(shape, 3000) == {name: 1000 * value for name, value in want.items()}
+    assert {name: flops_per_token(shape, name) for name in FLOP_CONVENTIONS} == {n: v / 3 for n, v in want.items()}
+
+
+@pytest.mark.parametrize("layers, width, ffn, heads, head_size, printed, only_layers, with_logits, all_rows", TABLE_A4)
+def test_table_a4(layers, width, ffn, heads, head_size, printed, only_layers, with_logits, all_rows):
+    """Appendix F, with and without its rows outside the layers, over 6ND with the paper's N: as published."""
+    shape = make_shape(width, layers, vocab_size=32_000, seq_len=2048, head_size=head_size, ffn=ffn)
+    six_n = 6 * chinchilla_params(width, ffn, head_size, heads, layers)
+    table_a4, appendix_f = (flops_per_token(shape, name) / six_n for name in ("table_a4", "appendix_f"))
+    logits = next(3 * row.physical / 2048 for row in ledger(shape) if row.operation == "logits") / six_n
+    assert round(table_a4, 2) == printed
+    assert round(table_a4, 4) == only_layers
+    assert round(table_a4 + logits, 4) == with_logits
+    assert round(appendix_f, 4) == all_rows
+
+
+@pytest.mark.parametrize("shape", list(random_shapes(20, seed=2)), ids=str)
+def test_physical_equals_torchs_count(shape):
+    """torch's FlopCounterMode on the real model with the reference operations, forward and backward, two sequences."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import kernels
+    from nanochin.model import GPT
+
+    T = max(1, shape.seq_len - 2)  # differs from the shape's
+    tokens = torch.randint(shape.vocab_size, (2, T), generator=torch.Generator().manual_seed(0))
+    model = GPT(shape)
+    with kernels.use("reference"):
+        with FlopCounterMode(display=False) as forward:
+            loss = model(tokens, tokens)
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+    ours = sum(row.physical for row in ledger(shape, T))
+    assert forward.get_total_flops() == 2 * ours
+    assert backward.get_total_flops() == 2 * 2 * ours
+    assert count_flops(shape, 2 * T, T)["physical"] == 2 * 3 * ours
+
+
+def test_nanochats_and_palms_formulas():
+    """Both count 6 x (entries of the multiplied matrices) + 12 L d T per token: equal to `physical`, by hand."""
+    # nanochat at depth 4: 12 x 4 x 256^2 in the layers, 32768 x 256 in its own head.
+    nanochat = make_shape(256, 4, vocab_size=32768, seq_len=2048, head_size=128, activation="relu2", qk_norm=True,
+                          tied=False)  # fmt: skip
+    assert flops_per_token(nanochat) == 6 * (3_145_728 + 8_388_608) + 12 * 4 * 256 * 2048 == 94_371_840
+    # PaLM 8B's sizes (with separate keys and values per head): 32 x (4 x 4096^2 + 3 x 4096 x 16384) in the
+    # layers, 256000 x 4096 shared with the embedding; 12 L H Q T with 16 heads of 256.
+    palm = make_shape(4096, 32, vocab_size=256_000, seq_len=2048, head_size=256, ffn=16384, activation="swiglu")
+    by_hand = 6 * (8_589_934_592 + 1_048_576_000) + 12 * 32 * 16 * 256 * 2048
+    assert flops_per_token(palm) == by_hand == 61_052_289_024
+
+
+def test_causal_counts_the_pairs_that_are_kept():
+    """Enumerating the pairs (query, key <= query) gives the causal count, at an odd length."""
+    shape = make_shape(6, 2, vocab_size=3, seq_len=7)
+    pairs = sum(1 for query in range(7) for key in range(7) if key <= query)
+    masked = 49 - pairs
+    per_token = 3 * 2 * (2 * 2 * 6) * masked / 7  # 2 layers, scores and values, 2 x 6 FLOPs per pair
+    assert flops_per_token(shape) - flops_per_token(shape, "causal") == pytest.approx(per_token, rel=1e-15)
+
+
+def test_float64_beyond_int64():
+    """A budget above 2^63 FLOPs is exact to float64."""
+    shape = make_shape(512, 8, vocab_size=256, seq_len=256)
+    tokens = 10**13
+    want = 6 * count_params(shape).total * tokens
+    assert want > 2**63
+    assert count_flops(shape, tokens)["6nd"] == float(want)
+    assert isinstance(count_flops(shape, tokens)["physical"], float)
+
+
+def test_bad_input():
+    """Unknown conventions, lengths and token counts are named."""
+    learned = make_shape(4, 1, vocab_size=5, seq_len=8, positions="learned")
+    with pytest.raises(UserError, match="`flops` tflops"):
+        flops_per_token(learned, "tflops")
+    with pytest.raises(UserError, match="`seq_len` 9: the model has learned positions for only 8"):
+        ledger(learned, 9)
+    with pytest.raises(UserError, match="`seq_len` 0"):
+        ledger(learned, 0)
+    for tokens in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="`tokens`"):
+            count_flops(learned, tokens)
+
+
+def test_documented_error_of_6nd():
+    """The tables in docs/flops.md are the command's output; one cell is computed here."""
+    from bench.flops_error import table
+
+    page = (Path(__file__).parents[2] / "docs" / "flops.md").read_text()
+    assert table(tied=True) in page
+    assert table(tied=False) in page
+    # 512x8 with bytes at T 256: matrices 12 x 8 x 512^2 + 256 x 512, norms 17 x 512, attention 12 x 8 x 512 x 256
+    cell = f"{(6 * 25_296_896 + 12_582_912) / (6 * (25_296_896 + 8_704)):.3f}"
+    assert f"| 512x8 | {cell} |" in table(tied=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Devices
+
+
+@pytest.mark.parametrize(
+    "name, dtype, teraflops",
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4),
+        ("NVIDIA H100 PCIe", "bfloat16", 756),
+        ("NVIDIA H100 NVL", "float16", 835.5),
+        ("NVIDIA H200", "bfloat16", 989.4),
+        ("NVIDIA A100-SXM4-80GB", "tf32", 156),
+        ("NVIDIA A100 80GB PCIe", "bfloat16", 312),
+        ("NVIDIA A10", "bfloat16", 125),
+        ("NVIDIA A10G", "bfloat16", 70),
+        ("NVIDIA L4", "float32", 30.3),
+        ("NVIDIA L40S", "bfloat16", 362),
+        ("Tesla V100-SXM2-16GB", "float16", 125),
+        ("Tesla V100-SXM2-16GB", "bfloat16", None),
+        ("Tesla T4", "float16", 65),
+        ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
+        ("AMD Instinct MI300X", "bfloat16", 1307.4),
+        # Slower variants of known devices, and devices without a published peak.
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
+        ("NVIDIA GeForce RTX 4090 D", "bfloat16", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "bfloat16", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "bfloat16", None),
+        ("Intel(R) Xeon(R) Platinum 8481C", "float32", None),
+        ("", "float32", None),
+    ],
+)
+def test_peaks_by_torchs_names(name, dtype, teraflops):
+    """Published dense peaks for full device names; None for similar names."""
+    want = None if teraflops is None else teraflops * 1e12
+    assert peak_flops(name, dtype) == want
+
+
+def test_table_of_devices_is_consistent():
+    """Half the rate for twice the bits, never a sparse rate by mistake; memory between 0.3 and 8 TB/s."""
+    for name, device in DEVICES.items():
+        assert find_device(name) is device
+        assert 300 <= device.bandwidth <= 8000
+        assert device.bfloat16 in (None, device.float16)
+        if device.tf32 is not None:
+            assert device.tf32 == pytest.approx(device.float16 / 2, rel=0.02)
+        assert device.float16 >= 1.9 * device.float32 or name in ("L40", "RTX 3080")
+    with pytest.raises(UserError, match="`dtype` int8"):
+        peak_flops("NVIDIA H200", "int8")
+
+
+def test_floor_and_intensity_by_hand():
+    """The QKV row on an A100, from its shapes: compute-bound with many tokens, memory-bound with few."""
+    shape = make_shape(512, 1, vocab_size=256, seq_len=128)
+    qkv = next(row for row in ledger(shape) if row.operation == "qkv")
+    a100 = DEVICES["A100 SXM 80GB"]
+    for sequences in (1, 1000):
+        tokens = 128 * sequences
+        moved = 2 * (512 * 1536 + tokens * 512 + tokens * 1536)  # weights, input, output in 2 bytes
+        seconds = 3 * max(2 * tokens * 512 * 1536 / 312e12, moved / 2039e9)
+        assert flops.row_bytes(qkv, sequences) == moved
+        assert flops.floor_seconds(qkv, sequences, a100, "bfloat16") == pytest.approx(seconds, rel=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+def run(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "nanochin", "flops", *argv], capture_output=True, text=True)
+
+
+def test_command_prints_the_ledger():
+    """Ledger, ratios and floor for the size of GPT-2 small."""
+    done = run("--model", "768x12", "--vocab-size", "50304", "--seq-len", "1024")
+    assert done.returncode == 0
+    assert done.stderr == ""
+    ratios = {line.split()[0]: line.split()[3] for line in done.stdout.splitlines() if len(line.split()) > 4}
+    # 854,654,976 / (6 x 123,587,328); the parameters are the matrices and 25 norms of 768
+    assert ratios["physical"] == f"{854_654_976 / (6 * (84_934_656 + 38_633_472 + 25 * 768)):.4f}"
+    assert ratios["6nd"] == "1.0000"
+
+
+@pytest.mark.parametrize(
+    "argv, names",
+    [
+        (["--model", "768"], "--model 768"),
+        (["--model", "770x12", "--head-size", "64"], "--head-size 64"),
+        (["--model=-64x2"], "--width -64"),
+        (["--seq-len", "0"], "--seq-len 0"),
+        (["--seq-len", "nan"], "'nan'"),
+        (["--vocab-size", "1e30"], "--vocab-size"),
+        (["--device", "RTX 9090"], "--device RTX 9090"),
+        (["--device", "T4"], "--dtype bfloat16"),
+        (["--batch-tokens", "257"], "--batch-tokens 257"),
+    ],
+)
+def test_bad_options_are_one_line(argv, names):
+    """Exit code 2 and one line that names the option and its value."""
+    done = run(*argv)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert names in done.stderr
+
+
+@pytest.mark.parametrize("module, heavy, limit", [("flops", {"torch", "numpy"}, 0.3), ("ladder", {"torch"}, 0.6)])
+def test_starts_fast_and_light(module, heavy, limit):
+    """Heavy libraries are not imported, and the CPU time is short (the ladder's laws need numpy)."""
+    resource = pytest.importorskip("resource")
+    code = f"import sys, nanochin.plan.{module} as m; assert not {heavy} & set(sys.modules)"
+    seconds = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code], check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < limit

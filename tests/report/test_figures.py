@@ -1,0 +1,271 @@
+"""Figures: they show what the fits found, and their files are whole and tell which run a point is."""
+
+import math
+import re
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import MARKUP, contrast
+
+from nanochin import laws
+from nanochin.report import figures, panels
+from nanochin.report.figures import isoflop, optimum, surface
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def made(checked_study):
+    """(study, figures)"""
+    study, outcomes = checked_study
+    return study, figures.draw(study, {name: one.found for name, one in outcomes.items()})
+
+
+def labelled(axes, label):
+    """The one mark of the axes with this label."""
+    (mark,) = [mark for mark in axes.get_children() if mark.get_label() == label]
+    return mark
+
+
+def points(axes) -> np.ndarray:
+    """(n, 2) all that are drawn."""
+    return np.concatenate([one.get_offsets() for one in axes.collections if hasattr(one, "get_offsets")])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is drawn
+
+
+def test_every_figure_is_there_and_has_its_names(made):
+    """All seven; each axes has a title, and labels with units on a scale that fits."""
+    _, drawn = made
+    assert [*drawn] == ["curves", "isoflop", "optimum", "surface", "residuals", "hold-out", "certainty"]
+    for figure in drawn.values():
+        assert len(figure.axes) == 2 and all(axes.get_title("left") and axes.get_xlabel() for axes in figure.axes)
+    assert drawn["optimum"].axes[0].get_xscale() == drawn["optimum"].axes[0].get_yscale() == "log"
+
+
+def test_lines_are_the_law(made):
+    """N, D and D / N of every approach, and of the laws of others, at every budget that is drawn; from the smallest run
+    to a thousand times the largest."""
+    study, drawn = made
+    axes = *drawn["optimum"].axes, drawn["surface"].axes[1]
+    known = {f"Approach {one.number}": one.law for one in study.approaches}
+    known |= {"Besiroglu 2024": replace(laws.BESIROGLU, cost=study.cost), "Kaplan 2020 (non-embedding)": laws.KAPLAN}
+    for label, law in known.items():
+        for which, one in enumerate(axes):
+            C, y = labelled(one, label).get_data()
+            N, D = law.optimal(C)
+            np.testing.assert_allclose(y, (N, D, D / N)[which], rtol=1e-9)
+            assert C[0] == pytest.approx(study.C.min()) and C[-1] == pytest.approx(1e3 * study.C.max())
+
+
+def test_every_run_is_a_point(made):
+    """Of the isoFLOP curves, the surface and the residuals, where its values are; more than 2500 are thinned."""
+    study, drawn = made
+    runs = np.stack([study.N, study.L], 1)
+    shown = points(drawn["isoflop"].axes[0])
+    assert all((np.abs(shown / run - 1) < 1e-12).all(1).any() for run in runs)
+    np.testing.assert_allclose(
+        labelled(drawn["surface"].axes[0], "runs, coloured by their loss").get_offsets(),
+        np.stack([study.D, study.N], 1),
+    )
+    left = drawn["residuals"].axes[0]
+    cloud = next(one for one in left.collections if len(one.get_offsets()) == len(runs))
+    law = study.results[3].law
+    off = 100 * np.log(law.loss(study.N, study.D) / study.L)
+    np.testing.assert_allclose(cloud.get_offsets()[:, 1], off, rtol=1e-6, atol=1e-9)
+    assert len(figures._evenly(10_000, figures.MOST)) == 2500
+
+
+def test_whiskers_are_of_the_minima(made):
+    """What is drawn at each minimum is its own interval, which holds it."""
+    study, drawn = made
+    axes, second = drawn["isoflop"].axes[0], study.results[2]
+    found = [i for i, budget in enumerate(second.fit.budgets) if budget.bracketed]
+    (whiskers,) = [one for one in axes.collections if type(one).__name__ == "LineCollection"]
+    ends = np.array([segment[:, 0] for segment in whiskers.get_segments()])
+    np.testing.assert_allclose(ends, [second.sure.at_budget(i)["params_opt"] for i in found])
+    at = labelled(axes, "minimum, with its 95%").get_offsets()[:, 0]
+    assert (ends[:, 0] < at).all() and (at < ends[:, 1]).all()
+
+
+def test_the_band_is_the_interval(made):
+    """At every budget the edges of a band are the 95% interval of the optimum."""
+    study, drawn = made
+    third, axes = study.results[3], drawn["optimum"].axes[0]
+    C = labelled(axes, "Approach 3").get_xdata()
+    band = [one for one in axes.collections if type(one).__name__.startswith("Fill")][-1]
+    edges = band.get_paths()[0].vertices
+    for budget in C[[0, 20, -1]]:
+        ends = third.interval(lambda law, budget=budget: law.optimal(budget)[0])
+        drawn_there = edges[np.isclose(edges[:, 0], budget, rtol=1e-9), 1]
+        assert drawn_there.min() == pytest.approx(ends[0]) and drawn_there.max() == pytest.approx(ends[1])
+
+
+def test_what_the_data_do_not_support_is_left_out(made):
+    """Without Approach 3 the surface is D / N alone; without Approach 2 there are no isoFLOP curves."""
+    study, _ = made
+    refused = laws.NotIdentified("as the test says")
+    without = replace(study, results={**study.results, 2: refused, 3: refused})
+    assert isoflop(without) is None and figures.residuals(without, None) is None
+    assert len(surface(without).axes) == 1
+    assert not [mark for mark in optimum(without).axes[0].get_children() if mark.get_label() == "Approach 3"]
+
+
+@pytest.mark.parametrize("alpha, beta", [(0.33, 0.37), (0.44, 0.32), (0.05, 0.6), (0.6, 0.05)])
+def test_names_of_contours_can_be_read(made, alpha, beta):
+    """Contours of the loss, steep or flat, have the law's loss; more than half have their name, where the law has that
+    loss, in the frame, over no run and no other name."""
+    law = replace(made[0].results[3].law, alpha=alpha, beta=beta, E=1.0, A=0.5 * 5e5**alpha, B=0.5 * 2e7**beta)
+    study = replace(made[0], L=law.loss(made[0].N, made[0].D))
+    figure, (axes,) = panels.panels(1)
+    figures._contours(axes, study, law)
+    figure.draw_without_rendering()
+    (contours,) = [one for one in axes.collections if hasattr(one, "levels")]
+    for level, path in zip(contours.levels, contours.get_paths(), strict=True):
+        D, N = path.vertices.T
+        np.testing.assert_allclose(law.loss(N, D), level, rtol=2e-3)
+    runs, boxes = axes.transData.transform(np.stack([study.D, study.N], 1)), []
+    for text in axes.texts:
+        D, N = text.get_position()
+        assert float(text.get_text()) == pytest.approx(law.loss(N, D), rel=5e-3)
+        middle, size = axes.transData.transform((D, N)), 12.0  # px from the middle of a name to its end
+        assert (axes.bbox.min <= middle - size).all() and (middle + size <= axes.bbox.max).all()
+        assert (np.hypot(*(runs - middle).T) > 5).all() and all(np.hypot(*(middle - box)) > size for box in boxes)
+        boxes.append(middle)
+    assert len(contours.levels) == 9 and len(axes.texts) >= 5
+
+
+def test_budgets_have_different_names():
+    """Budgets that are alike in two digits get as many as tell them apart; round ones keep one."""
+    names = figures.distinct_powers(np.array([1e18, 3e18, 1.74e20, 2.21e20]))
+    assert names == ["10^18", "3×10^18", "1.7×10^20", "2.2×10^20"]
+    assert figures.distinct_powers(np.array([1.741e20, 1.744e20])) == ["1.741×10^20", "1.744×10^20"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Panels and files
+
+
+LOG = [(2.1, 2.9), (2.1, 2.1001), (1e12, 6.4e13), (1e18, 1e25), (5, 5e9), (1e-6, 1e-2), (0.13, 88), (1e11, 1e31)]
+LINEAR = [(-0.3, 0.7), (1e5, 3e5), (1.4, 1.45)]
+
+
+@pytest.mark.parametrize("low, high, log", [(*ends, ends in LOG) for ends in LOG + LINEAR])
+def test_ticks(low, high, log):
+    """Any range gets 2 to 9 ticks, whose texts say their values."""
+    figure, (axes,) = panels.panels(1)
+    panels.axis(axes, "x", "x", log, (low, high))
+    figure.draw_without_rendering()
+    ticks = [(tick.get_loc(), tick.label1.get_text()) for tick in axes.xaxis.get_major_ticks()]
+    ticks = [(at, text) for at, text in ticks if low <= at <= high]
+    assert 2 <= len(ticks) <= 9
+    for at, text in ticks:
+        assert _value(text) == pytest.approx(at, rel=1e-3, abs=1e-9 + 0.005 * abs(high - low))
+
+
+def _value(text: str) -> float:
+    """3M, 2.5, 10¹⁸ or 3×10⁻⁴ as a number."""
+    text = text.replace("\N{MINUS SIGN}", "-")
+    if power := re.fullmatch("(?:(.*)×)?10([⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+)", text):
+        return float(power[1] or 1) * 10.0 ** int(power[2].translate(str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")))
+    suffix = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text[-1])
+    return float(text[:-1]) * suffix if suffix else float(text)
+
+
+def test_svg_files_parse_and_name_every_run(made):
+    """Each is XML of its own that loads nothing; every run is a point with its name on it, and every curve a line;
+    panels together hold what the file holds."""
+    study, drawn = made
+    titles = {}
+    for name, figure in drawn.items():
+        text, elements = panels.svg(figure, name)
+        root = ET.fromstring(text)
+        assert root.tag == f"{SVG}svg" and not re.search(r"https?://(?!www.w3.org/2000/svg)", text)
+        assert all(one.get("href", "#").startswith("#") for one in root.iter())
+        titles[name] = [element.text for element in root.iter(f"{SVG}title")]
+        inside = [ET.fromstring(element) for element in elements]
+        assert [one.text for panel in inside for one in panel.iter("title")] == titles[name]
+        assert len(inside) == len(figure.axes)
+        ids = [one.get("id") for panel in inside for one in panel.iter() if one.get("id")]
+        assert len(ids) == len(set(ids)) and "nan" not in text.lower()
+    for name in ("isoflop", "surface", "residuals"):
+        for i in range(len(study.N)):
+            assert any(title.startswith(f"{study.rows.labels['run'][i]}: N ") for title in titles[name]), (name, i)
+    assert sum(": N = " in title for title in titles["curves"]) == len(study.N)
+    assert any(title.startswith(MARKUP) for title in titles["isoflop"])
+
+
+def test_odd_marks_are_drawn():
+    """Empty points, gaps in lines, infinite ends: no mark breaks a figure, and names stay with their points."""
+    nan = np.nan
+
+    @panels.drawn
+    def odd():
+        figure, (axes,) = panels.panels(1)
+        panels.points(axes, [], [], panels.RED, "none")
+        panels.line(axes, [1, nan, 3, 4], [1, 2, nan, 4], panels.BLUE)
+        panels.band(axes, [1, 2, 3], [0.5, nan, 1], [2, np.inf, 2], panels.BLUE)
+        panels.whiskers(axes, [1, 2, 3], [(0.5, 2), None, (nan, nan)], panels.INK)
+        panels.points(axes, [1, 2], [1, 2], [panels.RED, panels.BLUE], "two", ["<p>", "q"], shape="ring")
+        panels.points(axes, [1], [1.5], panels.INK, "a < b & c", ["r"], shape="x")
+        panels.axis(axes, "x", "C^a <x>")
+        panels.axis(axes, "y", "y & z", log=True)
+        return figure
+
+    figure = odd()
+    text, (element,) = panels.svg(figure, "odd")
+    root = ET.fromstring(element)
+    assert "nan" not in text and [title.text for title in root.iter("title")] == ["<p>", "q", "r"]
+    assert {"a < b & c", "y & z"} <= {"".join(one.itertext()) for one in root.iter("text")}
+    assert panels.png(figure)[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_many_points_have_no_names():
+    """Beyond MOST_NAMED they would make the file large."""
+    figure, (axes,) = panels.panels(1)
+    x = np.arange(1, panels.MOST_NAMED + 2)
+    panels.points(axes, x, x, panels.BLUE, hover=[f"run {i}" for i in x])
+    assert "<title>" not in panels.svg(figure, "many")[0]
+
+
+def test_png(made):
+    """In the proportions of the SVG, and not an empty one."""
+    figure = made[1]["optimum"]
+    content = panels.png(figure)
+    assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 30_000
+    width, height = (int.from_bytes(content[i : i + 4], "big") for i in (16, 20))
+    box = ET.fromstring(panels.svg(figure, "optimum")[0]).get("viewBox").split()
+    assert width / height == pytest.approx(float(box[2]) / float(box[3]), rel=0.01)
+
+
+def test_legends_hide_nothing_and_stay_inside(made):
+    """Below the axes and inside the panel, in every figure, as matplotlib measures its words."""
+    for name, figure in made[1].items():
+        figure.draw_without_rendering()
+        for part in figure.subfigs:
+            (axes,) = part.axes
+            for legend in part.legends:
+                box = legend.get_window_extent()
+                assert box.y1 <= axes.bbox.y0 - 20 and box.y0 >= 0, name
+                assert part.bbox.x0 <= box.x0 and box.x1 <= part.bbox.x1, name
+
+
+def test_our_style_stays_with_us(made):
+    """A notebook's own settings are as they were."""
+    import matplotlib
+
+    assert matplotlib.rcParams["svg.hashsalt"] is None and not matplotlib.rcParams["axes.grid"]
+
+
+def test_colours_can_be_seen():
+    """Every colour stands out from white by at least 2 to 1 in luminance as WCAG has it, words by 4.5 to 1."""
+    marks = panels.BLUE, panels.ORANGE, panels.GREEN, panels.RED, panels.PURPLE, panels.SKY, panels.GREY
+    assert all(contrast(colour, "#ffffff") >= 2 for colour in (*marks, *panels.SCALE))
+    assert contrast(panels.INK, "#ffffff") > 10
+    words = re.findall(r"(?:text.color|labelcolor): (\w{6})", panels.STYLE.read_text())
+    assert len(words) == 4 and all(contrast(f"#{colour}", "#ffffff") >= 4.5 for colour in words)
+    assert math.isclose(contrast("#000000", "#ffffff"), 21)

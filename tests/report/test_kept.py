@@ -1,0 +1,117 @@
+"""The README of a kept sweep: it says what laws.json says."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from conftest import ROOT
+
+from nanochin.report.kept import readme, write_readme
+from nanochin.runrow import RunRow, read_csv
+
+RESULTS = sorted(path.parent for path in ROOT.glob("results/*/laws.json"))
+ROW = RunRow("a", params=2000, tokens=30_000, loss=2.5, flops=4e8, data_sha="d" * 64, val_sha="e" * 64)
+
+
+def text_of(found: dict | None = None, rows=(ROW,), files=("runs.csv",)) -> str:
+    return readme("some", list(rows), found, set(files), ["python sweep.py some.toml"], "c" * 40 + "-dirty")
+
+
+def law(**changes) -> dict:
+    """What a README reads of laws.json."""
+    return {
+        "meta": {"params_convention": "total", "flops_convention": "physical", "git": "c" * 40},
+        "answers": {"approach": 2},
+        "approach2": {"a": 0.5, "b": 0.6, "ci": {"a": [0.4, 0.55], "b": [0.5, 0.7]}},
+        "approach3": {"a": 0.1, "b": 0.9, "frontier": {"a": 0.2, "b": 0.8, "ci": {"a": [0.1, 0.3], "b": [0.7, 0.9]}}},
+        "checks": {"hold_out": {"rows": [3, 4], "error": 0.012, "bias": -0.01, "outside": 1}},
+    } | changes
+
+
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
+def test_kept_readmes(folder):
+    """Numbers of law and hold-out are those of laws.json to the last digit shown, every link leads somewhere, and the
+    file is what the function makes of the folder now."""
+    text, found = (folder / "README.md").read_text(), json.loads((folder / "laws.json").read_text())
+    command = next(line for line in text.splitlines() if line.startswith("python sweep.py"))
+    best = found[f"approach{found['answers']['approach']}"]
+    best = best.get("frontier", best)
+    shown = [float(number) for number in re.findall(r"-?\d+\.\d+", next(x for x in text.splitlines() if "C^" in x))]
+    ends = best.get("ci") or {}
+    told = [value for name in "ab" for value in (best[name], *ends.get(name, ()))]
+    assert shown == [round(value, 3) for value in told]
+    assert f"{100 * found['checks']['hold_out']['error']:.2f}%" in text and f"- {found['meta']['n_runs']} runs" in text
+    assert found["meta"]["data_sha"][:10] in text and found["meta"]["git"][:10] in text
+    assert all((folder / link).exists() for link in re.findall(r"\]\(([^)]+)\)", text))
+    rows = list(read_csv(folder / "runs.csv").values())
+    commands = [command, f"python fit.py results/{folder.name}"]
+    files = {path.name for path in folder.iterdir()}
+    assert text == readme(folder.name, rows, found, files, commands, found["meta"]["git"])
+
+
+def test_the_table_of_all_sweeps():
+    """results/README.md has a row for each kept sweep, with its number of runs and its a."""
+    table = (ROOT / "results/README.md").read_text().splitlines()
+    for folder in RESULTS:
+        found = json.loads((folder / "laws.json").read_text())
+        (line,) = [line for line in table if line.startswith(f"| [{folder.name}]({folder.name}) |")]
+        _, _, _, runs, a, _ = line.split("|")
+        best = found[f"approach{found['answers']['approach']}"]
+        assert int(runs) == found["meta"]["n_runs"] and f"{best.get('frontier', best)['a']:.3f}" in a
+
+
+def test_law():
+    """The exponents of the approach that answers, with their intervals where they have some; Approach 3 by the frontier
+    where C is not 6ND."""
+    assert "N grows as C^0.500 [0.400, 0.550] and D as C^0.600 [0.500, 0.700] by Approach 2" in text_of(law())
+    assert "C^0.200 [0.100, 0.300] and D as C^0.800 [0.700, 0.900]" in text_of(law(answers={"approach": 3}))
+    assert "C^0.500 and D as C^0.600 by Approach 2, without" in text_of(law(approach2={"a": 0.5, "b": 0.6}))
+
+
+def test_hold_out():
+    """Off by how much on how many runs, or the reason why it is not known."""
+    said = text_of(law())
+    assert "on the 2 largest runs" in said and "1.20%" in said and "-1.00%" in said and "1 of 2" in said
+    assert "too few budgets" in text_of(law(checks={"hold_out": {"reason": "too few budgets"}}))
+    assert "Hold-out" not in text_of(law(checks={}))
+
+
+def test_runs():
+    """Finished runs are counted in the law's conventions; failed ones are mentioned, and may be all."""
+    rows = [
+        ROW,
+        replace(ROW, run="b", params=9_000, tokens=10_000, flops=6e8),
+        replace(ROW, run="c", status="failed", loss=None, params=10**9),
+    ]
+    said = text_of(rows=rows)
+    assert "2 runs (1 more failed) of 2 sizes: 2k to 9k parameters, 10k to 30k tokens, 4e8 to 6e8 FLOPs" in said
+    assert "These runs gave no law" in said and "cccccccccc-dirty" in said
+    assert "No run was finished (1 more failed)" in text_of(rows=rows[2:])
+
+
+@pytest.mark.parametrize(
+    "files, shown",
+    [
+        (("isoflop.svg", "optimum.svg"), "isoflop.svg"),
+        (("optimum.svg", "isoflop.png"), "isoflop.png"),
+        (("isoflop.svg", "optimum.png"), "optimum.png"),
+        (("optimum.svg", "curves.svg"), "optimum.svg"),
+        (("x.svg",), None),
+    ],
+)
+def test_picture(files, shown):
+    """The isoFLOP curves if they are there, else the optimum; PNG before SVG."""
+    found = re.findall(r"^\[!\[\w+\]\((.*?)\)\]", text_of(files=files), re.MULTILINE)
+    assert found == ([shown] if shown else [])
+
+
+def test_folder(tmp_path):
+    """README.md of a folder without a law: its rows, the commands and what there is."""
+    folder = tmp_path / "some"
+    folder.mkdir()
+    (folder / "runs.csv").write_text("run,status,params,tokens,loss,flops\na,finished,2000,30000,2.5,4e8\n")
+    write_readme(folder, "python sweep.py some.toml --data BOOKS")
+    text = (folder / "README.md").read_text()
+    assert text.startswith("# some\n") and "- 1 runs of 1 sizes" in text and "[runs.csv](runs.csv)" in text
+    assert f"python sweep.py some.toml --data BOOKS\npython fit.py {folder}" in text and "laws.json" not in text

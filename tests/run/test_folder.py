@@ -1,0 +1,192 @@
+import dataclasses
+import json
+import re
+import shutil
+
+import pytest
+from conftest import ROOT
+
+import train
+from nanochin.base.console import Progress
+from nanochin.config import Config, RunError, UserError, opt
+from nanochin.run import folder as runs
+from nanochin.run.record import describe
+
+RECORD = {"identity": {"lr": 0.1, "model": "16x1", "seed": 0}, "options": {}}
+
+
+def identity_of(config: Config) -> tuple[str, dict]:
+    """(name, identity) that train.py gives the run of `config`."""
+    job = train.resolve(config, Progress(quiet=True))
+    identity = describe(job)["identity"]
+    return runs.run_name(job.corpus.name, identity), identity
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Identity
+
+
+@pytest.mark.parametrize("tokens, words", [(12_800, "0.0128M"), (4.84e6, "4.84M"), (999.6e6, "1000M"), (5e9, "5000M")])
+def test_run_names_have_no_exponents(tokens, words):
+    """Tokens in millions with three significant digits, never with an exponent."""
+    assert re.fullmatch(rf"text-64x2-{words}-[0-9a-f]{{8}}", runs.run_name("text", {"model": "64x2", "tokens": tokens}))
+
+
+def test_identity_does_not_depend_on_paths(tiny, text, tmp_path):
+    """The same text elsewhere, another cache and another output folder give the same run name."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(text, elsewhere)
+    moved = tiny(data=(str(elsewhere / text.name),), cache=str(tmp_path / "cache"), out=str(tmp_path / "other"))
+    name, identity = identity_of(tiny())
+    assert identity_of(moved) == (name, identity)
+    assert re.fullmatch(r"made-up-16x1-0\.0128M-[0-9a-f]{8}", name)
+    assert str(text.parent) not in json.dumps(identity)
+
+
+OTHER = {  # every option, with a value that differs from a tiny run
+    "budget": 6.7e8, "model": "24x2", "tokens": 25_600.0, "flops": "6nd", "law_approach": 1, "tokenizer": "bpe",
+    "vocab_size": 300, "seq_len": 64, "head_size": 4, "ffn": 32, "norm": "layernorm", "positions": "learned",
+    "activation": "swiglu", "bias": True, "tied": False, "qk_norm": True, "optimizer": "adam", "lr": 0.02,
+    "batch_tokens": 256, "warmup_tokens": 256.0, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.2, "clip": 0.5,
+    "z_loss": 1e-4, "schedule": "wsd", "cycle": 1.5, "final_lr": 0.2, "cooldown": 0.5, "seed": 1, "dtype": "bfloat16",
+    "step": "eager", "micro_batch": 1, "threads": 2, "name": "x", "branch_from": "a@1", "log_every": 7,
+    "eval_every": 9, "save_every": 5.0, "save_steps": (3,), "keep": 3, "sample_tokens": 5,
+    "skip_bad": True, "kernels": "fallback",
+}  # fmt: skip
+# Paths, tested above or in the tests of their modules, or not available here.
+PLACES = {"data", "val", "cache", "out", "law", "device", "val_bytes", "max_tokens", "init_from", "loggers"}
+
+
+@pytest.mark.parametrize("option", [f.name for f in dataclasses.fields(Config) if f.name not in PLACES])
+def test_identity_has_exactly_the_options_that_change_the_result(tiny, option):
+    """Changing an option changes the run if and only if the option can change the result."""
+    changes_result = {f.name: f.metadata["result"] for f in dataclasses.fields(Config)}
+    usual = {"vocab_size": 290}  # valid for both bytes and our BPE
+    same = identity_of(tiny(**usual)) == identity_of(tiny(**usual | {option: OTHER[option]}))
+    assert same is not changes_result[option]
+
+
+def test_records_of_version_0_1():
+    """The identity and name of an existing run are unchanged, and an option added later does not rename it."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(Config):
+        dropout: float = opt(0.0, "an option that came later", later=True)
+
+    kept = json.loads((ROOT / "results/books-3e13/config.json").read_text())["identity"]
+    assert runs.run_name("gutenberg-train", kept) == "gutenberg-train-96x2-17M-6352345a"
+    facts = {key: kept[key] for key in ("device", "data_sha", "val_sha")}
+    options = {key: value for key, value in kept.items() if key not in facts}
+    assert runs.identity(Config(**options), **facts) == kept == runs.identity(Later(**options), **facts)
+    other = runs.identity(Later(**options, dropout=0.1), **facts)
+    assert other == kept | {"dropout": 0.1} and runs.first_difference(kept, other) == "dropout"
+
+
+def test_an_absent_key_means_its_default():
+    """Identities with and without a key are equal if its value is the default, whichever lacks it."""
+    ours = {"model": "16x1", "clip": 1.0}
+    assert runs.first_difference({"model": "16x1"}, ours) is None is runs.first_difference(ours, {"model": "16x1"})
+    assert runs.first_difference({"model": "16x1", "clip": 0.5}, {"model": "16x1"}) == "clip"
+
+
+def test_different_text_is_a_different_run(tiny, text, tmp_path):
+    """One more byte, or other validation text, gives another run although all options are equal."""
+    longer, val = tmp_path / "made-up.txt", tmp_path / "other.txt"
+    longer.write_text(text.read_text() + "x")
+    val.write_text("another text to validate on " * 100)
+    names = [identity_of(config)[0] for config in (
+        tiny(), tiny(data=(str(longer),)), tiny(val=(str(val),)), tiny(val_bytes=2048))]  # fmt: skip
+    assert len(set(names)) == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def test_folder_is_locked_while_open(tmp_path):
+    """No one else can open a run inside the block; afterwards, even after an error, it is unlocked."""
+    with runs.open_run(tmp_path, "a", RECORD) as run:
+        assert json.loads((run.folder / "config.json").read_text()) == RECORD
+        with (
+            pytest.raises(UserError, match="another process is training this run"),
+            runs.open_run(tmp_path, "a", RECORD),
+        ):
+            pass
+        with runs.open_run(tmp_path, "b", RECORD):  # other runs are not locked
+            pass
+    with pytest.raises(ZeroDivisionError), runs.open_run(tmp_path, "a", RECORD):
+        raise ZeroDivisionError
+    with runs.open_run(tmp_path, "a", RECORD) as run:
+        assert run.summary is None
+
+
+def test_folder_of_a_different_run_is_rejected(tmp_path):
+    """A name used by a run with other options: the error names folder, option and both values."""
+    with runs.open_run(tmp_path, "a", RECORD):
+        pass
+    other = {"identity": RECORD["identity"] | {"seed": 5, "model": "24x1"}}
+    with pytest.raises(UserError) as error, runs.open_run(tmp_path, "a", other):
+        pass
+    start = f"{tmp_path / 'a'} holds a run with model = 16x1, this one has 24x1: "
+    assert str(error.value).startswith(start) and error.value.code == 2
+    assert json.loads((tmp_path / "a" / "config.json").read_text()) == RECORD
+    with runs.open_run(tmp_path, "a", RECORD | {"device": "another"}) as run:  # the device may differ
+        assert run.folder == tmp_path / "a"
+
+
+def test_damaged_record_is_named(tmp_path):
+    """A config.json that is not JSON gives a one-line error that names it."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text('{"identity": ')
+    with pytest.raises(UserError, match="config.json: not readable as JSON"), runs.open_run(tmp_path, "a", RECORD):
+        pass
+
+
+def test_out_is_a_file(tmp_path):
+    """A file in place of the folder of runs gives a one-line error that names it."""
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(RunError, match=f"{tmp_path}/file/a: cannot write: "),
+        runs.open_run(tmp_path / "file", "a", RECORD),
+    ):
+        pass
+
+
+def test_find_run(tmp_path):
+    """Finds a run by its folder or by its name under `out`; otherwise the error says where it looked."""
+    with runs.open_run(tmp_path, "a", RECORD) as run:
+        pass
+    assert runs.find_run("a", tmp_path) == run.folder == runs.find_run(str(tmp_path / "a"), "nowhere")
+    for name in ("b", str(tmp_path)):
+        with pytest.raises(UserError, match=f"{name}: no run folder"):
+            runs.find_run(name, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The log
+
+
+ROWS = [{"step": 10, "loss": 0.1 + 0.2}, {"step": 10, "val_loss": 3.0}, {"step": 20, "loss": 1e-17},
+        {"step": 20, "val_loss": 2.5}, {"step": 30, "loss": 2.0}]  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["", '{"step": 40, "lo', '{"step": 40, "loss": 1.5}', "\n"])
+def test_log_is_cut_to_the_checkpoint(tmp_path, end):
+    """Resuming from step 20 removes the rows that will be logged again: later steps, an incomplete line, and the
+    evaluation at step 20, which follows its checkpoint. The rest stays identical."""
+    run = runs.Run(tmp_path)
+    for row in ROWS:
+        run.log(row)
+    kept = "".join((tmp_path / "log.jsonl").read_text().splitlines(keepends=True)[:3])
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write(end)
+    run.cut_log(20)
+    assert (tmp_path / "log.jsonl").read_text() == kept
+    assert runs.read_log(tmp_path) == ROWS[:3]
+
+
+def test_no_log_yet(tmp_path):
+    """A run without a log has nothing to cut."""
+    runs.Run(tmp_path).cut_log(0)
+    assert not (tmp_path / "log.jsonl").exists()

@@ -1,0 +1,197 @@
+"""nanochin/sweep/pool.py with real workers that train nothing: how runs end, how workers die and are replaced, the
+environment of a worker. (test_sweep.py kills whole sweeps.)"""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from nanochin.base.files import DiskError
+from nanochin.config import Config, RunError, UserError
+from nanochin.run.folder import BusyError
+from nanochin.sweep import pool
+from nanochin.sweep.pool import Answer, Pool
+
+PATIENCE = 60  # seconds until a silent worker is an error
+
+
+def load_behaviour():
+    """What a worker does instead of training: a run's `data` says how it ends, its `out` where to write a file."""
+    import torch
+
+    from nanochin.run.step import SequenceTooLarge
+
+    errors = {
+        "diverge": RunError("the run diverged"),
+        "too large": SequenceTooLarge("one sequence does not fit cuda:0"),
+        "full": torch.OutOfMemoryError("CUDA out of memory."),
+        "bug": ValueError("some\nbug"),
+        "busy": BusyError("another process"),
+        "disk": DiskError("cannot write"),
+        "option": UserError("--lr 0: must be above 0"),
+    }
+
+    def train(config: Config) -> None:
+        how = config.data[0]
+        if how in errors:
+            raise errors[how]
+        if how == "environment":
+            keys = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+            Path(config.out).write_text(" ".join(os.environ.get(key, "-") for key in keys))
+        if how == "exit":
+            os._exit(7)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "long":
+            try:
+                Path(config.out).write_text("begun")
+                time.sleep(PATIENCE)
+            finally:
+                Path(config.out).write_text("saved")
+
+    return train
+
+
+def load_nothing():
+    raise UserError("there is no text")
+
+
+def load_death():
+    os._exit(3)
+
+
+def run(how: str, out: Path | str = "runs") -> Config:
+    return Config(name=how, data=(how,), out=str(out))
+
+
+def answers(workers: Pool, number: int) -> list[Answer]:
+    found, deadline = [], time.monotonic() + PATIENCE
+    while len(found) < number:
+        assert time.monotonic() < deadline
+        found += workers.wait(1)
+    return found
+
+
+@pytest.fixture
+def started(tmp_path):
+    """`started(size)`: a pool on the CPU."""
+    pools = []
+
+    def start(size: int = 1, load=load_behaviour) -> Pool:
+        pools.append(Pool(load, "cpu", tmp_path / "workers.log", workers=size))
+        return pools[-1]
+
+    yield start
+    for each in pools:
+        each.close()
+        assert not any(worker.process.is_alive() for worker in each.workers)
+
+
+def test_ends(started, tmp_path):
+    """A run finishes, fails with a one-line reason, or is busy in another process; out-of-memory adds advice. A full
+    disk and an invalid option are raised, with their exit codes. The same worker does all."""
+    one = started()
+    reasons = {
+        "diverge": "the run diverged",
+        "too large": "one sequence does not fit cuda:0; with fewer workers each has more memory",
+        "full": "OutOfMemoryError: CUDA out of memory.; with fewer workers each has more memory",
+        "bug": "ValueError: some bug",
+    }
+    expected = [Answer("fine", "finished"), Answer("busy", "busy")]
+    expected += [Answer(how, "failed", reason) for how, reason in reasons.items()]
+    for answer in expected:
+        one.submit(run(answer.run))
+        assert answers(one, 1) == [answer]
+    for how, words, code in (("disk", "cannot write", 1), ("option", "--lr 0", 2)):
+        one.submit(run(how))
+        with pytest.raises(UserError, match=words) as error:
+            answers(one, 1)
+        assert error.value.code == code
+        one.workers[0].run = None
+    log = (tmp_path / "workers.log").read_text()
+    said = [line.split() for line in log.splitlines() if line.startswith("worker ")]
+    assert len({words[1] for words in said}) == 1 and "raise errors[how]\nValueError: some" in log
+    assert [words[2:4] for words in said[:2]] == [["fine", "finished,"], ["busy", "busy,"]]
+
+
+def test_workers_that_die(started, tmp_path):
+    """The run of a dead worker, and how it died, is known, and the other worker's run continues; the new worker takes
+    the next run. A worker that dies without a run is replaced silently."""
+    two = started(2)
+    two.submit(run("long", tmp_path / "long"))
+    for how, fate in (("exit", "exit code 7"), ("kill", "signal 9")):
+        two.submit(run(how))
+        assert answers(two, 1) == [Answer(how, "died", fate)]
+    two.submit(run("fine"))
+    assert answers(two, 1) == [Answer("fine", "finished")]
+    os.kill(two.workers[1].process.pid, signal.SIGKILL)
+    two.workers[1].process.join()
+    assert two.wait(1) == [] and two.size == 2
+    two.submit(run("fine"))
+    assert answers(two, 1) == [Answer("fine", "finished")]
+    assert (tmp_path / "long").read_text() == "begun"
+    two.close()
+    assert (tmp_path / "long").read_text() == "saved"
+
+
+@pytest.mark.parametrize(
+    "load, device, kind, words",
+    [
+        (load_behaviour, "cuda:99", UserError, "`device` cuda:99"),
+        (load_nothing, "cpu", UserError, "there is no text"),
+        (load_death, "cpu", RunError, r"before it was ready \(exit code 3\); see .*workers.log"),
+    ],
+)
+def test_worker_that_cannot_start(tmp_path, load, device, kind, words):
+    """A worker without its device or its text reports that error; for one that exits, the error names the log."""
+    with pytest.raises(kind, match=words):
+        answers(Pool(load, device, tmp_path / "workers.log", workers=1), 1)
+
+
+def test_environment(started, tmp_path, monkeypatch):
+    """A worker has one thread, however many the sweep has; if the first finds several GPUs, the others see one each.
+    The sweep's environment and Ctrl-C handler are unchanged."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    before, on_interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)
+    some = started()
+    some.hello = pool.Hello("cuda", 2)
+    some.workers.append(some._start(1))
+    for number in range(2):
+        some.submit(run("environment", tmp_path / str(number)))
+    answers(some, 2)
+    assert [(tmp_path / str(number)).read_text() for number in range(2)] == ["1 1 -", "1 1 1"]
+    assert os.environ == before and signal.getsignal(signal.SIGINT) is on_interrupt
+
+
+@pytest.mark.parametrize(
+    "device, gpus, asked, most, size",
+    [
+        ("cpu", 1, None, 1000, pool.cores()),
+        ("mps", 1, None, 9, 1),
+        ("cuda", 1, None, 9, 1),
+        ("cuda", 4, None, 9, 4),
+        ("cuda", 4, None, 3, 3),
+        ("cuda", 2, 5, 9, 5),
+    ],
+)
+def test_size(tmp_path, monkeypatch, device, gpus, asked, most, size):
+    """One worker per CPU core, one on mps, one per GPU, or as many as asked for; not more than there are runs."""
+    monkeypatch.setattr(Pool, "_start", lambda self, number: number)
+    monkeypatch.setattr(Pool, "wait", lambda self: setattr(self, "hello", pool.Hello(device, gpus)))
+    found = Pool(None, "auto", tmp_path, asked, most)
+    assert found.workers == list(range(size))
+    assert str(found) == f"{size} workers on {f'{gpus} GPUs' if gpus > 1 else device}"
+
+
+@pytest.mark.parametrize(
+    "visible, seen", [(None, "0 1 2 0"), ("4,6,7", "4 6 7 4"), ("GPU-a,GPU-b,MIG-c", "GPU-a GPU-b MIG-c GPU-a")]
+)
+def test_gpus_are_assigned_round_robin(monkeypatch, visible, seen):
+    """Each worker sees one of the GPUs that the sweep may use."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert " ".join(pool.one_gpu(number, 3) for number in range(4)) == seen
