@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from nanochin import laws
+from nanochin.base.cli import UserError, opt, parse, run_command, with_flags
 from nanochin.base.console import Progress, count, format_columns
 from nanochin.base.files import versions, write_file, writing
-from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError, opt, parse, run_command, with_flags
+from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS
 from nanochin.laws import Law, NotIdentified
-from nanochin.report.allocate import SHOWN, Answer, Answers, Questions, answer, estimates, optimum
+from nanochin.report.allocate import SHOWN, Answer, Answers, Questions, Trial, answer, estimates, optimum, read_trial
 from nanochin.report.analysis import Approach, Settings, Study, resamples, study_runs
 from nanochin.report.checks import Outcome, run_checks
+from nanochin.report.curves import curves_of_runs
 from nanochin.report.table import (
     Rows,
     all_or_no_flops,
@@ -32,8 +34,7 @@ from nanochin.report.table import (
     read_rows,
     require_usable,
 )
-from nanochin.report.trials import Trial, read_trial
-from nanochin.run.curves import curves_of_runs, is_csv_gz
+from nanochin.run.curves import is_csv_gz
 
 MOST = 1e40  # FLOPs or tokens that one may ask about: beyond, losses differ from E in no digit
 GREAT_FILE = 10_000_000  # bytes that take some seconds to read

@@ -22,18 +22,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from nanochin.base.cli import UserError, did_you_mean, opt, parse, run_command
 from nanochin.base.console import Progress, clock, count, format_columns
 from nanochin.base.files import write_file, writing
-from nanochin.config import (
-    FLOP_CONVENTIONS,
-    PARAM_CONVENTIONS,
-    Config,
-    UserError,
-    did_you_mean,
-    opt,
-    parse,
-    run_command,
-)
+from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, Config
 from nanochin.data.corpus import BPE_VOCAB, Corpus, prepare_for
 from nanochin.data.tokenizer import Tokenizer, model_vocab
 from nanochin.report.kept import keep

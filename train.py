@@ -29,8 +29,9 @@ from torch import Tensor, nn
 import kernels
 from nanochin import laws
 from nanochin.base import files
+from nanochin.base.cli import RunError, check, parse, run_command
 from nanochin.base.console import Progress
-from nanochin.config import Config, RunError, check, parse, parse_model, run_command, shape_maker
+from nanochin.config import Config, parse_model, shape_maker
 from nanochin.data.corpus import Corpus, prepare_for
 from nanochin.data.tokenizer import model_vocab
 from nanochin.data.windows import Windows

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from bench.aot_cases import Build, builds
 from bench.common import RESULTS
-from nanochin.config import UserError, opt, parse, run_command
+from nanochin.base.cli import UserError, opt, parse, run_command
 
 # KiB of shared memory a block may have (CUDA programming guide, compute capabilities). sm_80 itself allows 163, but its
 # configurations serve the consumer cards sm_86, sm_89 and sm_120 as well.

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from bench.common import ROOT, write_report
+from nanochin.base.cli import UserError, opt, parse, run_command
 from nanochin.base.console import format_columns
-from nanochin.config import UserError, opt, parse, run_command
 from nanochin.laws import BESIROGLU, HOFFMANN, Law, bootstrap, fit_parametric
 from nanochin.laws.parametric import GRID, reference_objective
 

@@ -5,7 +5,8 @@ python -m bench.flops_error          prints the tables, writes docs/flops_error.
 
 import sys
 
-from nanochin.config import Shape, UserError, make_shape
+from nanochin.base.cli import UserError
+from nanochin.config import Shape, make_shape
 from nanochin.plan.flops import count_params, flops_per_token
 
 SHAPES = ((16, 1), (32, 2), (64, 3), (128, 3), (256, 4), (512, 8), (768, 12), (1024, 20), (1792, 26))

@@ -34,8 +34,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.common import LATE, ROOT, Worker, error_text, kill_group
+from nanochin.base.cli import UserError, opt, parse, run_command
 from nanochin.base.files import writing
-from nanochin.config import UserError, opt, parse, run_command
 
 STEP_TOKENS = 65_536  # of a step, accumulated where memory does not hold them at once; beyond, no kernel gets faster
 SIZES = {  # width, layers, head size, vocabulary, context

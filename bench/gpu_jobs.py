@@ -20,8 +20,9 @@ from bench.common import error_text, messages
 from bench.gpu_check import PEERS, SIZES, STEP_TOKENS
 from bench.kernel_cases import Bench, make_case
 from bench.steps import NanoGPT, our_step, profile, time_blocks
+from nanochin.base.cli import UserError
 from nanochin.base.files import versions
-from nanochin.config import Shape, UserError, make_shape
+from nanochin.config import Shape, make_shape
 from nanochin.run.step import WARM_UP, TrainingStep
 
 SLOW = ("torch.compile", "F.linear_cross_entropy")  # peers that compile for many seconds

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from bench.common import RESULTS
 from bench.gpu_check import ATTENTION, KINDS, LOSS, NORM, PARTS, PEERS, SIZES, STEP_TOKENS, Kept, Place
-from nanochin.config import Shape, UserError, make_shape, opt, parse, run_command
-from nanochin.plan import flops
+from nanochin.base.cli import UserError, opt, parse, run_command
+from nanochin.config import Shape, make_shape
+from nanochin.plan import devices, flops
 
 MFU = {"124M": 0.47, "10M": 0.30, "50M": 0.40, "350M": 0.47}  # goals by nanoGPT's count, on an H100
 PARTS_OF_LEDGER = {
@@ -120,7 +121,7 @@ def shape_of(size: str) -> Shape:
 
 def mfu(size: str, speed: float, device: str) -> tuple[float, float] | tuple[None, None]:
     """(by nanoGPT's count, physical); None where the device's peak is not known."""
-    shape, peak = shape_of(size), flops.peak_flops(device, "bfloat16")
+    shape, peak = shape_of(size), devices.peak_flops(device, "bfloat16")
     if peak is None:
         return None, None
     nanogpt_count = 6 * flops.count_params(shape).total + 12 * shape.layers * shape.width * shape.seq_len
@@ -130,9 +131,9 @@ def mfu(size: str, speed: float, device: str) -> tuple[float, float] | tuple[Non
 def floor(size: str, ceilings: dict[str, float], device: str) -> dict[str, float]:
     """Milliseconds by part that a step needs at least, by the ledger and at the measured ceilings. The optimizer reads
     weight, gradient and two moments and writes all but the gradient: 28 bytes a parameter."""
-    shape, known = shape_of(size), flops.find_device(device)
+    shape, known = shape_of(size), devices.find_device(device)
     vector = known.float32 if known else ceilings["flops"] / 1e12 / 15  # TFLOP/s without matrix units
-    limits = flops.Device("", None, ceilings["flops"] / 1e12, None, vector, ceilings["bytes"] / 1e9)
+    limits = devices.Device("", None, ceilings["flops"] / 1e12, None, vector, ceilings["bytes"] / 1e9)
     sequences = STEP_TOKENS // shape.seq_len
     ms = {r.operation: 1e3 * flops.floor_seconds(r, sequences, limits, "bfloat16") for r in flops.ledger(shape)}
     found = {part: sum(ms.get(operation, 0.0) for operation in names) for part, names in PARTS_OF_LEDGER.items()}

@@ -31,8 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import ROOT, Worker
+from nanochin.base.cli import UserError, opt, parse, run_command
 from nanochin.base.console import Progress
-from nanochin.config import UserError, opt, parse, run_command
 
 TRAIN = "--data python --val-bytes 65536 --seq-len 64 --batch-tokens 2048 --sample-tokens 0 --eval-every 20"
 RUNS = {

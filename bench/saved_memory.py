@@ -20,7 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import kernels
 from bench.steps import nanogpt_model
 from kernels.fallback import rotary_table
-from nanochin.config import Shape, UserError, make_shape, opt, parse, run_command
+from nanochin.base.cli import UserError, opt, parse, run_command
+from nanochin.config import Shape, make_shape
 from nanochin.model import GPT, ROTARY_THETA
 
 SHAPE = make_shape(768, 12, vocab_size=50_304, seq_len=1024, head_size=64)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import ROOT
-from nanochin.config import UserError, opt, parse, run_command
+from nanochin.base.cli import UserError, opt, parse, run_command
 from nanochin.sweep import cells as grid
 
 

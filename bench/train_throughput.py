@@ -15,8 +15,9 @@ import time
 from dataclasses import asdict, dataclass
 
 from bench.common import Worker, messages, nanogpt_folder, write_report
+from nanochin.base.cli import opt, parse, run_command
 from nanochin.base.console import count, format_columns
-from nanochin.config import Shape, make_shape, opt, parse, run_command
+from nanochin.config import Shape, make_shape
 from nanochin.plan.flops import flops_per_token
 
 # name: width, layers, head size, vocabulary, context, sequences a step. S and M are nanoGPT-like with a vocabulary of

@@ -12,7 +12,7 @@ python -m nanochin COMMAND --help shows the options.
 import importlib
 import sys
 
-from nanochin.config import UserError, did_you_mean, run_command
+from nanochin.base.cli import UserError, did_you_mean, run_command
 
 COMMANDS = {
     "sample": "run",

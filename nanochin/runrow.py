@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from nanochin.base.cli import UserError, value_type
 from nanochin.base.files import read_json
-from nanochin.config import UserError, value_type
 
 
 def number(default=None):

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochin.config import Config, run_command
+from nanochin.base.cli import run_command
+from nanochin.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many processes as cores: torch, not yet imported, has one each
@@ -193,7 +194,7 @@ def run(monkeypatch, capsys):
     made once for the same rows and settings: what is written is of interest here, not how often; with `checks=False`
     they are left out, some fifty fits that a test of something else can do without."""
     import fit
-    from nanochin.config import run_command
+    from nanochin.base.cli import run_command
     from nanochin.report import checks as of_checks
 
     def remember(study, progress=None):
@@ -239,8 +240,8 @@ def checked_study(tmp_path_factory):
 
     from nanochin.report.analysis import Settings, study_runs
     from nanochin.report.checks import run_checks
+    from nanochin.report.curves import curves_of_runs
     from nanochin.report.table import Labels, read_rows
-    from nanochin.run.curves import curves_of_runs
 
     folder = write_sweep(tmp_path_factory.mktemp("report") / 'a<b>&"c', sweep(physical=0.5))
     rows = read_rows(folder)

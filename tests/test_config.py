@@ -6,7 +6,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-from nanochin.config import Config, Shape, UserError, check, make_shape, opt, parse, parse_model, with_flags
+from nanochin.base.cli import UserError, check, opt, parse, with_flags
+from nanochin.config import Config, Shape, make_shape, parse_model
 
 
 def read(*argv, cls=Config):

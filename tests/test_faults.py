@@ -28,7 +28,8 @@ from safetensors.torch import load_file
 
 import nanochin.run.evaluate
 import train
-from nanochin.config import Config, run_command
+from nanochin.base.cli import run_command
+from nanochin.config import Config
 from nanochin.data import cache
 from nanochin.run import checkpoint
 from nanochin.run import folder as runs

@@ -16,8 +16,8 @@ from made_up_sweep import BUDGETS, LAW, loss, optimal, sweep, write_sweep
 
 import fit
 from nanochin import laws
+from nanochin.base.cli import UserError
 from nanochin.base.console import count
-from nanochin.config import UserError
 from nanochin.report import analysis as study_module
 from nanochin.report import checks as checks_module
 from nanochin.report.allocate import Questions, answer, optimum

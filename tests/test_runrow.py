@@ -6,7 +6,8 @@ from dataclasses import asdict, replace
 import pytest
 from conftest import ROOT
 
-from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError
+from nanochin.base.cli import UserError
+from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS
 from nanochin.runrow import TYPES, RunRow, columns_of, flops_column, params_column, read_csv, read_summary, to_csv
 
 TABLES = sorted(ROOT.glob("results/*/runs.csv"))

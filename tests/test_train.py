@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 import kernels
 import train
+from nanochin.base.cli import RunError, UserError
 from nanochin.base.console import Progress
 from nanochin.base.files import read_json
-from nanochin.config import Config, RunError, UserError, make_shape
+from nanochin.config import Config, make_shape
 from nanochin.data.tokenizer import Tokenizer
 from nanochin.model import GPT
 from nanochin.plan.flops import count_flops

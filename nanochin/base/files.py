@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
 
-from nanochin.config import RunError, UserError
+from nanochin.base.cli import RunError, UserError
 
 PIECE = 1 << 20  # bytes hashed at a time
 

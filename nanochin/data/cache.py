@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
+from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
 from nanochin.base.files import fsync, sha256_of
-from nanochin.config import UserError
 from nanochin.data.text import (
     File,
     Stage,

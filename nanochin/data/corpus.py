@@ -21,8 +21,9 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 
+from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
-from nanochin.config import Config, UserError
+from nanochin.config import Config
 from nanochin.data import sources as hub
 from nanochin.data.cache import CHECKSUMS, Recipe, build, encode
 from nanochin.data.text import (

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
+from nanochin.base.cli import UserError, need
 from nanochin.base.console import Progress
 from nanochin.base.files import replacing
-from nanochin.config import UserError, need
 from nanochin.data.text import Stage
 from nanochin.data.tokenizer import BPE_VOCAB, Tokenizer, train_bpe
 

@@ -28,9 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochin.base.cli import UserError, need
 from nanochin.base.console import Progress
 from nanochin.base.files import cores, sha256_of
-from nanochin.config import UserError, need
 
 BLOCK = 1 << 16  # bytes: unit of thinning, and of hashing if there are too few documents
 PIECE = 1 << 20  # bytes read at a time

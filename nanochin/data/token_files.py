@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
 from nanochin.data.text import BLOCK, TOKENS, File, Stage, Tokens
 from nanochin.data.tokenizer import Tokenizer
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
 
 RANKS_FILE = "tokenizer.tiktoken"
 END_OF_TEXT = "<|endoftext|>"

@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
 from nanochin.data.text import Tokens
 
 

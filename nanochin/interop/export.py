@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nanochin.base.cli import UserError, opt, parse
 from nanochin.base.files import writing
-from nanochin.config import Shape, UserError, opt, parse, run_renamed
+from nanochin.config import Shape
 from nanochin.data.tokenizer import END_OF_TEXT, Tokenizer
 from nanochin.interop.gpt2 import gpt2_name
 from nanochin.model import GPT, ROTARY_THETA
@@ -308,7 +309,3 @@ def main(argv: list[str] | None = None) -> None:
     print(f'{options.folder}: {name}; AutoModelForCausalLM.from_pretrained("{options.folder}") loads it')
     if tokenizer.numbers:
         print(f"note: exported without a tokenizer: the run's token files name none ({tokenizer.name})")
-
-
-if __name__ == "__main__":
-    run_renamed(main, "export")

@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nanochin.base.cli import UserError
 from nanochin.base.files import sha256_of
-from nanochin.config import Config, UserError
+from nanochin.config import Config
 from nanochin.model import GPT
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}

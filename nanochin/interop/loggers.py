@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from nanochin.config import RunError, need
+from nanochin.base.cli import RunError, need
 
 
 def check(names: tuple[str, ...]) -> None:

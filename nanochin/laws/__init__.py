@@ -8,7 +8,7 @@
     envelope.py    fit_envelope(run, N, D, loss)      Approach 1: lower envelope of the training curves
     isoflop.py     fit_isoflop(N, D, loss)            Approach 2: the minimum of each budget's curve
     parametric.py  fit_parametric(N, D, loss)         Approach 3: L = E + A / N^alpha + B / D^beta
-    surface.py  newton.py                             its objective and optimiser, thousands of problems at once
+    solver.py                                         its objective and Newton's method, thousands of problems at once
     bootstrap.py   bootstrap(fit, runs=...)           intervals for all three, by resampling runs
     checks.py      hold_out, leave_out_highest ...    what changes the answer, and how well it extrapolates
     allocation.py  target loss, inference, few data   optima beyond Eq. 4

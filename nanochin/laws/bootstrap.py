@@ -13,9 +13,8 @@ import numpy as np
 from nanochin.laws.envelope import EnvelopeFit, refit_envelope
 from nanochin.laws.isoflop import IsoflopFit, refit_isoflop, seed_noise
 from nanochin.laws.law import Law, NotIdentified, PowerLaw
-from nanochin.laws.newton import Optimum
 from nanochin.laws.parametric import ParametricFit, agree
-from nanochin.laws.surface import BATCH, Surface, projected_starts
+from nanochin.laws.solver import BATCH, Optimum, Surface, projected_starts
 
 LEVELS = (80, 95)  # percent
 NO_FACTS = {"at_bound": 0, "checked": 0, "worse": 0, "unconfirmed": 0, "gradient_norm": 0.0, "verified": 0}

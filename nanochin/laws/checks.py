@@ -11,7 +11,7 @@ from nanochin.laws.cost import Cost
 from nanochin.laws.isoflop import FINE, Curve, IsoflopFit, akima, group_budgets, line, replicate_optima
 from nanochin.laws.law import NotIdentified
 from nanochin.laws.parametric import ParametricFit, fit_parametric
-from nanochin.laws.surface import BATCH, Surface, projected_starts
+from nanochin.laws.solver import BATCH, Surface, projected_starts
 
 MIN_CURVATURE = 4  # a parabola fits any three budgets
 BETWEEN = 33  # levels of C_kaplan if the budgets have too few optima

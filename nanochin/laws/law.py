@@ -17,7 +17,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, UserError
+from nanochin.base.cli import UserError
+from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS
 from nanochin.laws.cost import SIX_ND, Cost
 
 

@@ -14,8 +14,7 @@ import numpy as np
 
 from nanochin.laws.cost import SIX_ND, Cost
 from nanochin.laws.law import Law, NotIdentified
-from nanochin.laws.newton import minimise
-from nanochin.laws.surface import NAMES, Surface, projected_starts
+from nanochin.laws.solver import NAMES, Surface, minimise, projected_starts
 
 AGREE = 1e-9  # relative difference of objectives up to which starts agree
 # log A, log B, log E, alpha, beta: the starts of Hoffmann et al. 2022, Appendix D.2.

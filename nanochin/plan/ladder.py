@@ -3,15 +3,16 @@
     python -m nanochin ladder --budget 1e15 3e15 1e16
 
 `plan` computes the third of budget, model and tokens from any two, uses the law if only one is given, and derives
-batch, learning rate, warm-up and beta2 by the numbered rules below.
+batch, learning rate, warm-up and beta2 by the rules of plan/rules.py.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from nanochin.base.cli import UserError, opt, parse
 from nanochin.base.console import count, format_columns
-from nanochin.config import FLOP_CONVENTIONS, Shape, ShapeOptions, UserError, opt, parse, run_renamed, shape_maker
+from nanochin.config import FLOP_CONVENTIONS, Shape, ShapeOptions, shape_maker
 from nanochin.laws import BESIROGLU, Law, PowerLaw, load_law
 from nanochin.plan.flops import (
     Params,
@@ -19,6 +20,7 @@ from nanochin.plan.flops import (
     count_params,
     flops_per_token,
 )
+from nanochin.plan.rules import rule_batch, rule_beta2, rule_lr, rule_warmup
 
 # (width, layers), from 2 thousand parameters (bytes) to 1 billion. Neighbours differ by less than 1.5x in `with_head`
 # for any vocabulary. Width over layers rises to the paper's 40 to 90; from 512x8 on, these are rows of its Table A9.
@@ -52,39 +54,6 @@ class Plan:
     budget: float | None
     predicted_loss: float | None  # by the law, if it predicts losses
     why: dict[str, str]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The rules. N non-embedding or total parameters, D tokens.
-
-
-def rule_batch(tokens: float) -> float:
-    """1) Batch in tokens: 0.03 D^0.69. With bytes and 0.45, 1.4 and 5.6 million tokens, the best batches were 256,
-    about 500 and 1024 tokens, a quarter of Step Law's 0.58 D^0.571 (LOG.md). At 1e10 to 1e11 tokens, where Step Law was
-    fitted (Li et al. 2025, 2503.04715), the two agree within 20%."""
-    return 0.03 * tokens**0.69
-
-
-def rule_lr(width: int, batch_tokens: int, params: int) -> float:
-    """2) Peak learning rate: 0.011 sqrt(B) / C: square root of the batch (Malladi et al. 2022, 2205.10287), inverse
-    width (Yang et al. 2022, 2203.03466). Within 1.7x of 13 measured optima, each known within a factor of 2, at 10 to
-    430 thousand parameters and 128 to 2700 tokens per batch (LOG.md). A rule by width alone was 3x too high for large
-    models on few tokens and raised their loss by 3%. Capped at 3.7 N^-0.36 of Porian et al. 2024 (2406.19146), fitted
-    on 5 to 221 million parameters and checked up to 901 million. At 20 tokens per parameter the cap applies from about
-    200 million parameters on (and below 2 million with a vocabulary of 50 thousand)."""
-    return min(0.011 * math.sqrt(batch_tokens) / width, 3.7 * params**-0.36)
-
-
-def rule_warmup(params: int, tokens: int) -> int:
-    """3) Warm-up: as many tokens as total parameters, at most 5% of the run. A fixed long warm-up biases the exponent
-    (Porian et al. 2024, 2406.19146)."""
-    return min(params, tokens // 20)
-
-
-def rule_beta2(batch_tokens: int) -> float:
-    """4) Adam's beta2: 0.99 for batches up to 262,144 tokens, whose noisy gradients need longer averaging, else 0.95.
-    Porian et al. 2024 (2406.19146) find 0.95 too low up to 128 sequences of 2048 tokens. Larger batches: untested."""
-    return 0.99 if batch_tokens <= 262_144 else 0.95
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -362,7 +331,3 @@ def _grid_table(grid: list[Plan], best: Plan, options: GridOptions) -> str:
             row.append(f"{p.flops[options.flops] / options.throughput / 3600:.3g}")
         rows.append(row)
     return format_columns(rows)
-
-
-if __name__ == "__main__":
-    run_renamed(main, "ladder")

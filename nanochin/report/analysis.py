@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from nanochin import laws
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
 from nanochin.laws import Bootstrap, Cost, Law, NotIdentified, PowerLaw
 from nanochin.report.table import Rows, all_or_no_flops
 

@@ -17,8 +17,8 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from nanochin import laws
+from nanochin.base.cli import with_flags
 from nanochin.base.console import count, digits, powers
-from nanochin.config import with_flags
 from nanochin.laws import PUBLISHED, TABLE_3, Law, NotIdentified, advice
 from nanochin.report.allocate import (
     SHOWN,
@@ -26,6 +26,7 @@ from nanochin.report.allocate import (
     Answers,
     Estimate,
     Questions,
+    Trial,
     estimates,
     optimum,
     to_reach,
@@ -34,7 +35,6 @@ from nanochin.report.allocate import (
 )
 from nanochin.report.analysis import Approach, Study, attempt
 from nanochin.report.checks import Outcome, Table, four, three, with_interval
-from nanochin.report.trials import Trial
 
 ORDER = ("doubt", "not checked", "ok")  # of the findings
 SHOW = {name: show for name, (_, show) in SHOWN.items()} | {

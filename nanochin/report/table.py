@@ -24,7 +24,7 @@ from typing import TextIO
 
 import numpy as np
 
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
 from nanochin.runrow import columns_of
 
 NEEDED = ("params", "tokens", "loss")

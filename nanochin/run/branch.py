@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from nanochin.base.cli import UserError
 from nanochin.base.files import read_json
-from nanochin.config import Config, UserError
+from nanochin.config import Config
 from nanochin.run import checkpoint
 from nanochin.run import folder as runs
 from nanochin.run.optim import learning_rate

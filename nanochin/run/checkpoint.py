@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from nanochin.base.cli import UserError
 from nanochin.base.files import fsync, read_json, replacing, sha256_of, writing
-from nanochin.config import Shape, UserError
+from nanochin.config import Shape
 from nanochin.data.tokenizer import Tokenizer
 from nanochin.model import GPT
 from nanochin.run.optim import Adam

@@ -8,9 +8,10 @@ import time
 
 import torch
 
+from nanochin.base.cli import RunError, UserError
 from nanochin.base.console import count
-from nanochin.config import RunError, Shape, UserError
-from nanochin.plan import flops
+from nanochin.config import Shape
+from nanochin.plan import devices
 
 KINDS = ("cuda", "mps", "cpu")
 
@@ -91,7 +92,7 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str
         peak = 2 * 768**3 / min(seconds)
         return peak, f"MFU is against {count(peak)}FLOP/s, a matrix product measured just now"
     name = device_name(device)
-    peak = flops.peak_flops(name, str(dtype).split(".")[1])
+    peak = devices.peak_flops(name, str(dtype).split(".")[1])
     return peak, f"MFU is against {count(peak)}FLOP/s, dense" if peak else f"no MFU: the peak of {name} is not known"
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from nanochin.base.cli import UserError, opt, parse
 from nanochin.base.console import Progress, count
-from nanochin.config import UserError, opt, parse, run_renamed
 from nanochin.data.corpus import read_tokens
 from nanochin.data.text import Tokens
 from nanochin.data.windows import eval_windows
@@ -61,7 +61,3 @@ def main(argv: list[str] | None = None) -> None:
         f"{Path(folder).name}: loss {loss:.4f} nats per token, {per_byte} "
         f"({count(len(tokens))} tokens, {count(text_bytes)} bytes)"
     )
-
-
-if __name__ == "__main__":
-    run_renamed(main, "evaluate")

@@ -15,9 +15,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from nanochin.base.cli import UserError
 from nanochin.base.console import three
 from nanochin.base.files import DiskError, read_json, write_file, write_json, writing
-from nanochin.config import Config, UserError
+from nanochin.config import Config
 
 
 class BusyError(UserError):

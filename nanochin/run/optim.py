@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from nanochin.config import Config, UserError
+from nanochin.base.cli import UserError
+from nanochin.config import Config
 
 
 class Adam:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanochin.config import opt, parse, run_renamed
+from nanochin.base.cli import opt, parse
 from nanochin.model import GPT
 from nanochin.run.checkpoint import load_run
 from nanochin.run.folder import find_run
@@ -53,7 +53,3 @@ def main(argv: list[str] | None = None) -> None:
     )
     sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack a character of the text
     print(tokenizer.decode(ids[0 if options.prompt else 1 :].tolist()))
-
-
-if __name__ == "__main__":
-    run_renamed(main, "sample")

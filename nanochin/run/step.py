@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
-from nanochin.config import RunError, UserError
+from nanochin.base.cli import RunError, UserError
 from nanochin.run.optim import Adam
 
 KINDS = ("eager", "compile", "graph")

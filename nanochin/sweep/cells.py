@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
-from nanochin.config import Config, Shape, UserError, did_you_mean, opt, parse, parse_model, shape_maker
+from nanochin.base.cli import UserError, did_you_mean, opt, parse
+from nanochin.config import Config, Shape, parse_model, shape_maker
 from nanochin.laws import BESIROGLU, load_law
 from nanochin.plan import ladder
 from nanochin.plan.flops import count_params, flops_per_token

@@ -24,8 +24,9 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 
+from nanochin.base.cli import RunError, UserError
 from nanochin.base.files import DiskError, cores
-from nanochin.config import Config, RunError, UserError
+from nanochin.config import Config
 from nanochin.run.folder import BusyError
 
 READY = "ready"  # message from a worker that has loaded

@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from nanochin.base.cli import UserError
 from nanochin.base.files import read_json, write_json, writing
-from nanochin.config import Config, UserError
+from nanochin.config import Config
 from nanochin.run.curves import CURVES, Curves, log_points, read_csv_gz
 from nanochin.run.folder import first_difference, read_log
 from nanochin.runrow import RunRow, read_csv, read_summary

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 
 from nanochin.base import files
+from nanochin.base.cli import RunError
 from nanochin.base.files import replacing, sha256_of, versions, write_file
-from nanochin.config import RunError
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

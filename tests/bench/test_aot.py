@@ -9,7 +9,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed (it has n
 import triton.language as tl  # noqa: E402
 
 from bench import aot  # noqa: E402
-from nanochin.config import UserError  # noqa: E402
+from nanochin.base.cli import UserError  # noqa: E402
 
 try:
     aot.tool()

@@ -13,7 +13,8 @@ from conftest import ROOT
 
 from bench import gpu_check, gpu_table
 from bench.gpu_check import Kept, Place, Row, measure
-from nanochin.config import UserError, make_shape
+from nanochin.base.cli import UserError
+from nanochin.config import make_shape
 from nanochin.plan import flops
 
 

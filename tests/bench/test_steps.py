@@ -8,7 +8,8 @@ from conftest import ROOT
 
 from bench.common import Worker
 from bench.steps import NanoGPT, nanogpt_model, profile, time_blocks
-from nanochin.config import UserError, make_shape
+from nanochin.base.cli import UserError
+from nanochin.config import make_shape
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ import pytest
 import tiktoken
 from filelock import FileLock
 
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
 from nanochin.data import cache as module
 from nanochin.data.cache import UNFINISHED
 from nanochin.data.corpus import prepare, read_tokens
@@ -351,7 +351,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(corpus, tmp_path):
     pytest.importorskip("resource")
     code = f"""
 import resource
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
 from nanochin.data.corpus import prepare
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
 try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
 from nanochin.data import sources as module
 from nanochin.data.corpus import prepare
 from nanochin.data.sources import parse

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
 from nanochin.data import text as module
 from nanochin.data.text import BLOCK, Stage, Text, Tokens, corpus_name, find_files, fingerprint, read_text, split, thin
 

@@ -11,8 +11,8 @@ import pytest
 from conftest import arguments
 
 import train
+from nanochin.base.cli import UserError
 from nanochin.base.files import read_json
-from nanochin.config import UserError
 from nanochin.data import token_files as module
 from nanochin.data.corpus import prepare, read_tokens
 from nanochin.data.text import Tokens

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
 from nanochin.data import tokenizer as module
 from nanochin.data.tokenizer import END_OF_TEXT, PATTERN, RANKS_FILE, Tokenizer, model_vocab, train_bpe
 

@@ -16,7 +16,8 @@ from conftest import ROOT, pseudo_english
 from safetensors.torch import load_file
 
 import train
-from nanochin.config import UserError, make_shape
+from nanochin.base.cli import UserError
+from nanochin.config import make_shape
 from nanochin.data.tokenizer import END_OF_TEXT, PATTERN, Tokenizer, train_bpe
 from nanochin.interop import export
 from nanochin.interop.export import byte_letters, tokenizer_files

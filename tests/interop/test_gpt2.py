@@ -11,7 +11,8 @@ from conftest import arguments
 from safetensors.torch import load_file, save_file
 
 import train
-from nanochin.config import Config, UserError, make_shape
+from nanochin.base.cli import UserError
+from nanochin.config import Config, make_shape
 from nanochin.interop.gpt2 import gpt2_name, initial_options, load_initial
 from nanochin.model import GPT
 from nanochin.run import folder as runs

@@ -7,7 +7,7 @@ import pytest
 from conftest import arguments
 
 import train
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
 from nanochin.interop import loggers
 from nanochin.run import folder as runs
 

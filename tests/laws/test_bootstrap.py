@@ -7,7 +7,7 @@ from chinchilla import chinchilla, isoflop_grid
 
 from nanochin.laws import BESIROGLU, NotIdentified, bootstrap, bootstrap_seed_noise, fit_isoflop, fit_parametric
 from nanochin.laws.bootstrap import resample
-from nanochin.laws.surface import Surface, projected_starts
+from nanochin.laws.solver import Surface, projected_starts
 
 BUDGETS, RATIOS = np.geomspace(1e17, 1e21, 6), np.geomspace(1 / 6, 6, 8)
 

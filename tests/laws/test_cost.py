@@ -9,7 +9,8 @@ import pytest
 from made_up_sweep import BUDGETS, LAW, sweep
 
 from nanochin import laws
-from nanochin.config import UserError, make_shape
+from nanochin.base.cli import UserError
+from nanochin.config import make_shape
 from nanochin.laws import BESIROGLU, Cost, Law, compute_for_loss, inference_optimal, off_optimum
 from nanochin.laws.cost import SIX_ND
 from nanochin.plan.flops import count_params, flops_per_token

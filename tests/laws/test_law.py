@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from chinchilla import isoflop_grid
 
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
 from nanochin.laws import (
     BESIROGLU,
     HOFFMANN,

@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 
 from nanochin.laws import BESIROGLU, Law, NotIdentified, fit_kaplan_form, fit_parametric
 from nanochin.laws.parametric import GRID, reference_fit, reference_objective
-from nanochin.laws.surface import Surface, projected_starts
+from nanochin.laws.solver import Surface, projected_starts
 
 CONSTANTS = ("E", "A", "B", "alpha", "beta")
 

@@ -5,17 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from nanochin.config import FLOP_CONVENTIONS, UserError, make_shape
+from nanochin.base.cli import UserError
+from nanochin.config import FLOP_CONVENTIONS, make_shape
 from nanochin.plan import flops
-from nanochin.plan.flops import (
-    DEVICES,
-    count_flops,
-    count_params,
-    find_device,
-    flops_per_token,
-    ledger,
-    peak_flops,
-)
+from nanochin.plan.devices import DEVICES, find_device, peak_flops
+from nanochin.plan.flops import count_flops, count_params, flops_per_token, ledger
 
 # Hoffmann et al. 2022, Table A9 as printed: millions of parameters, width, head size, heads, layers (ffn = 4 width).
 TABLE_A9 = """

@@ -7,10 +7,12 @@ from functools import partial
 
 import pytest
 
-from nanochin.config import UserError, make_shape
+from nanochin.base.cli import UserError
+from nanochin.config import make_shape
 from nanochin.laws import BESIROGLU, HOFFMANN, PowerLaw
 from nanochin.plan.flops import count_flops, count_params
-from nanochin.plan.ladder import LADDER, isoflop, plan, rule_batch, rule_beta2, rule_lr, rule_warmup
+from nanochin.plan.ladder import LADDER, isoflop, plan
+from nanochin.plan.rules import rule_batch, rule_beta2, rule_lr, rule_warmup
 
 make = partial(make_shape, vocab_size=256, seq_len=128)
 # Table A9 of Hoffmann et al. 2022, from 44M to the last below 1.2B parameters.

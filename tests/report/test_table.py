@@ -8,7 +8,8 @@ import random
 import numpy as np
 import pytest
 
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
+from nanochin.report.curves import curves_of_runs
 from nanochin.report.table import (
     all_or_no_flops,
     best_tuning,
@@ -19,7 +20,6 @@ from nanochin.report.table import (
     read_rows,
     require_usable,
 )
-from nanochin.run.curves import curves_of_runs
 
 HEADER = ["params", "tokens", "loss"]
 ROWS = [[10_000 * (i + 1), 10**6 * (7 * i % 10 + 1), 4 - 0.1 * i] for i in range(8)]

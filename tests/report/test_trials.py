@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from nanochin.config import UserError
-from nanochin.report.trials import read_trial
+from nanochin.base.cli import UserError
+from nanochin.report.allocate import read_trial
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 
-from nanochin.config import RunError, UserError, make_shape
+from nanochin.base.cli import RunError, UserError
+from nanochin.config import make_shape
 from nanochin.model import GPT
 from nanochin.run import checkpoint
 from nanochin.run.optim import Adam

@@ -11,9 +11,10 @@ import pytest
 from conftest import ROOT
 from made_up_sweep import sweep, write_sweep
 
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
+from nanochin.report.curves import curves_of_runs
 from nanochin.report.table import read_rows
-from nanochin.run.curves import COLUMNS, CURVES, curves_of_runs, is_csv_gz, log_points, read_csv_gz, to_csv_gz
+from nanochin.run.curves import COLUMNS, CURVES, is_csv_gz, log_points, read_csv_gz, to_csv_gz
 from nanochin.runrow import read_csv
 
 KEPT = sorted(ROOT.glob(f"results/*/{CURVES}"))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import train
+from nanochin.base.cli import RunError
 from nanochin.base.console import Progress
-from nanochin.config import RunError
 from nanochin.run.device import check_memory
 from nanochin.run.record import describe
 

@@ -7,8 +7,9 @@ import pytest
 from conftest import ROOT
 
 import train
+from nanochin.base.cli import RunError, UserError, opt
 from nanochin.base.console import Progress
-from nanochin.config import Config, RunError, UserError, opt
+from nanochin.config import Config
 from nanochin.run import folder as runs
 from nanochin.run.record import describe
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nanochin.config import UserError
+from nanochin.base.cli import UserError
 from nanochin.run.optim import Adam, default_final, lr_at
 
 SCHEDULES = ("cosine", "wsd", "linear", "constant")

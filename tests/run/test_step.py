@@ -18,7 +18,8 @@ import torch
 
 import kernels
 import train
-from nanochin.config import UserError, make_shape
+from nanochin.base.cli import UserError
+from nanochin.config import make_shape
 from nanochin.model import GPT
 from nanochin.run import folder as runs
 from nanochin.run import step

@@ -7,7 +7,8 @@ import pytest
 from conftest import ROOT
 from sweep_files import LONG, PLAIN, toml
 
-from nanochin.config import UserError, make_shape
+from nanochin.base.cli import UserError
+from nanochin.config import make_shape
 from nanochin.plan.flops import count_flops, count_params
 from nanochin.sweep import cells as grid
 

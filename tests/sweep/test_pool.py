@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from nanochin.base.cli import RunError, UserError
 from nanochin.base.files import DiskError
-from nanochin.config import Config, RunError, UserError
+from nanochin.config import Config
 from nanochin.run.folder import BusyError
 from nanochin.sweep import pool
 from nanochin.sweep.pool import Answer, Pool

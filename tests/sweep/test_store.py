@@ -7,7 +7,8 @@ import shutil
 import pytest
 from sweep_files import LONG, PLAIN, toml
 
-from nanochin.config import Config, UserError
+from nanochin.base.cli import UserError
+from nanochin.config import Config
 from nanochin.run.curves import CURVES, to_csv_gz
 from nanochin.runrow import RunRow
 from nanochin.sweep import cells as grid

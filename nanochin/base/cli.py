@@ -1,0 +1,239 @@
+"""Errors that users see, and options from a dataclass: on the command line and in a TOML file.
+
+    python train.py [FILE.toml] [--key=value ...]      the command line overrides the file overrides the default
+
+argparse reads the command line and tomllib the file. Options are named only in the dataclass, so `--help`, errors for
+misspelt options and config.json always agree with it.
+"""
+
+import argparse
+import difflib
+import importlib
+import math
+import os
+import re
+import signal
+import sys
+import tomllib
+import types
+import typing
+from dataclasses import MISSING, field, fields
+from pathlib import Path
+
+
+class UserError(Exception):
+    """An error that the user can fix: printed as one line without a traceback, exit code 2.
+
+    Library functions name parameters in backquotes, as in "`seq_len` 0: ...". Commands print them as options
+    (`with_flags`)."""
+
+    code = 2
+
+
+class RunError(UserError):
+    """A failure during a run (disk full, NaN loss): also printed as one line, exit code 1."""
+
+    code = 1
+
+
+def need(module: str, what: str):
+    """Import the optional library `module`. Raises UserError with `what` and the install command if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"{what} needs an optional library: pip install {module}") from None
+
+
+def opt(
+    default,
+    help: str,
+    *,
+    choices: tuple | None = None,
+    above: float | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    result: bool = True,
+    later: bool = False,
+    positional: bool = False,
+):
+    """One option: default, help text, allowed values (`above` excludes its bound, `low` and `high` include theirs).
+
+    `result=False` leaves it out of the run's identity (the hash in its name): either it does not affect the result, or
+    the identity has what it resolves to (the data's fingerprint for its path, model and tokens for the budget).
+    `later=True`: added after version 0.1; the identity omits it at its default, so that older runs keep their names.
+    """
+    meta = {
+        "help": help,
+        "choices": choices,
+        "above": above,
+        "low": low,
+        "high": high,
+        "result": result,
+        "later": later,
+        "positional": positional,
+    }
+    return field(default=default, metadata=meta)
+
+
+def check(options) -> None:
+    """Raises UserError for the first value out of bounds."""
+    for f in fields(options):
+        value, meta = getattr(options, f.name), f.metadata
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int | float):
+                continue
+            if meta["above"] is not None and not number > meta["above"]:
+                raise UserError(f"`{f.name}` {number:g}: must be above {meta['above']:g}")
+            if meta["low"] is not None and not number >= meta["low"]:
+                raise UserError(f"`{f.name}` {number:g}: must be at least {meta['low']:g}")
+            if meta["high"] is not None and not number <= meta["high"]:
+                raise UserError(f"`{f.name}` {number:g}: must be at most {meta['high']:g}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line and TOML file
+
+
+def parse(cls, argv: list[str] | None = None, *, prog: str, description: str, file: bool = False):
+    """Read the options of dataclass `cls` from `argv` (default: sys.argv) and, with `file`, from a TOML file given
+    first. `--help` is generated from the dataclass. On an error, prints one line to stderr and exits with code 2.
+    """
+    parser = _parser(cls, prog, description, file)
+    given = _read(parser, sys.argv[1:] if argv is None else argv)
+    if path := given.pop("file", None):
+        # The file is parsed as another command line: same types, same checks, errors that name the file.
+        in_file = _parser(cls, f"{prog}: {path}", description, file=False)
+        given = _read(in_file, _toml_arguments(path, in_file)) | given
+    options = cls(**given)
+    try:
+        check(options)
+    except UserError as error:
+        parser.error(with_flags(error))
+    return options
+
+
+def with_flags(message: object) -> str:
+    """An error message with options in place of parameters: `seq_len` becomes --seq-len."""
+    return re.sub("`([a-z][a-z0-9_]*)`", lambda name: _flag(name[1]), str(message))
+
+
+def run_command(main, prog: str) -> None:
+    """Run a command's `main` and exit with its return value (None: 0). A UserError is printed as one line on stderr and
+    gives the exit code; Ctrl-C and `| head` exit silently."""
+    try:
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code or 0)
+    except UserError as error:
+        print(f"{prog}: {with_flags(error)}", file=sys.stderr)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(128 + 13)  # as if by SIGPIPE
+
+
+def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentParser:
+    positional = [f.name.upper() for f in fields(cls) if f.metadata["positional"]]
+    usage = " ".join([prog, *(["[FILE.toml]"] if file else []), *positional, "[--key=value ...]"])
+    parser = _OneLineParser(
+        prog=prog,
+        usage=usage,
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if file:
+        parser.add_argument("file", nargs="?", metavar="FILE.toml", help="options in TOML, `key = value` per line")
+    hints = typing.get_type_hints(cls)
+    own_first = sorted(fields(cls), key=lambda f: f.name not in cls.__annotations__)  # then the inherited ones
+    for f in own_first:
+        kind = value_type(hints[f.name])
+        many = typing.get_origin(kind) is tuple
+        kind = typing.get_args(kind)[0] if many else kind
+        default = "" if f.default in (None, MISSING, (), "") else f" (default: {f.default})"
+        spec = {"help": (f.metadata["help"] + default).replace("%", "%%"), "choices": f.metadata["choices"]}
+        spec["type"] = {int: _read_int, float: _read_float, bool: _read_bool}.get(kind, str)
+        spec["metavar"] = None if spec["choices"] else {str: "TEXT"}.get(kind, kind.__name__.upper())
+        if f.metadata["positional"]:
+            parser.add_argument(f.name, **spec | {"metavar": f.name.upper()})
+        elif kind is bool:  # --bias, --bias=true and --bias=false
+            parser.add_argument(_flag(f.name), nargs="?", const=True, **spec)
+        else:
+            parser.add_argument(_flag(f.name), **spec, **({"nargs": "+"} if many else {}))
+    return parser
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the option, the value and --help."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        message = message.removeprefix("argument ")
+        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+
+
+def _read(parser: argparse.ArgumentParser, argv: list[str]) -> dict:
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
+        parser.error(f"unknown option {name}" + did_you_mean(name, list(parser._option_string_actions)))
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in vars(given).items()}
+
+
+def did_you_mean(name: str, known: list[str], after: str = "") -> str:
+    """End of an error message: '; did you mean NAME?' with the closest of `known` + `after`, or "" if none is close."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}{after}?" if close else ""
+
+
+def _toml_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """{'vocab-size': 4096, 'data': ['a', 'b']} -> ['--vocab-size=4096', '--data', 'a', 'b']"""
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        parser.error(error.strerror)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        parser.error(f"not TOML: {error}")
+    argv = []
+    for key, value in table.items():
+        option, many = parser._option_string_actions.get(_flag(key)), isinstance(value, list)
+        if isinstance(value, dict) or (many and option and option.nargs != "+"):
+            parser.error(f"{_flag(key)}: expected one value, not a {'list' if many else 'table'}")
+        argv += [_flag(key), *map(str, value)] if many else [f"{_flag(key)}={value}"]
+    return argv
+
+
+def value_type(hint):
+    """`float | None` -> float."""
+    if isinstance(hint, types.UnionType):
+        hint = next(arm for arm in typing.get_args(hint) if arm is not types.NoneType)
+    return hint
+
+
+def _read_int(text: str) -> int:
+    number = _read_float(text)  # counts may be written 2e8
+    if number != int(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer")
+    return int(number)
+
+
+def _read_float(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return number
+
+
+def _read_bool(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+    return text.lower() == "true"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,49 @@
+"""Training curves of the runs in a table, as columns for Approach 1."""
+
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+
+from nanochin.base.files import sha256_of
+from nanochin.report.table import Labels, Rows, by_run
+from nanochin.run.curves import CURVES, log_points, read_csv_gz
+
+
+def curves_of_runs(path: str | Path, rows: Rows) -> Rows | None:
+    """Training curves of the runs in `rows`, None if there are none, from a curves.csv.gz, from the one in a folder, or
+    from the logs of the runs in that folder or in its runs/. N and the FLOPs of a token are those of `rows`; the hash
+    is that of the file, or of all logs, one after the other in the order of `rows`."""
+    path, first = Path(path), {}
+    if "run" in rows.labels:
+        for i in range(len(rows)):  # several rows may be of one run, which has one curve
+            first.setdefault(rows.labels["run"][i], i)
+    if (path / CURVES).exists():
+        path /= CURVES
+    if path.is_dir():
+        logs = {log.parent.name: log for run in ("*", "runs/*") for log in sorted(path.glob(f"{run}/log.jsonl"))}
+        logs = {name: logs[name] for name in first if name in logs}
+        found = {name: log_points(log.parent) for name, log in logs.items()}
+        sha256 = hashlib.sha256(b"".join(log.read_bytes() for log in logs.values())).hexdigest()
+    else:
+        found, sha256 = read_csv_gz(path), sha256_of(path)
+
+    names = [name for name in first if name in found]
+    points = [(code, first[name], point) for code, name in enumerate(names) for point in found[name] if _counts(point)]
+    if not points:
+        return None
+    codes, row = np.array([(code, i) for code, i, _ in points]).T
+    numbers = {name: np.array([point[name] for *_, point in points], float) for name in ("tokens", "loss")}
+    for name in rows.numbers:
+        if name.startswith("params"):  # N, however it is counted
+            numbers[name] = rows[name][row]
+        elif name.startswith("flops"):
+            numbers[name] = (rows[name] / rows["tokens"])[row] * numbers["tokens"]
+    return by_run(Rows(str(path), sha256, numbers, {"run": Labels(codes, tuple(names))}))
+
+
+def _counts(point: dict) -> bool:
+    """Whether it is one of a training curve: tokens and loss, both finite and above 0."""
+    values = [point.get("tokens"), point.get("loss")]
+    return all(isinstance(value, int | float) and 0 < value < math.inf for value in values)
