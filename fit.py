@@ -22,11 +22,11 @@ from nanochin.base.files import versions, write_file, writing
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS
 from nanochin.laws import Law, NotIdentified
 from nanochin.report.allocate import SHOWN, Answer, Answers, Questions, Trial, answer, estimates, optimum, read_trial
-from nanochin.report.analysis import Approach, Settings, Study, resamples, study_runs
-from nanochin.report.checks import Outcome, run_checks
+from nanochin.report.analysis import Analysis, Approach, Settings, analyse, resamples
+from nanochin.report.checks import CheckResult, run_checks
 from nanochin.report.curves import curves_of_runs
 from nanochin.report.table import (
-    Rows,
+    RunTable,
     all_or_no_flops,
     best_tuning,
     parse_columns,
@@ -101,20 +101,20 @@ def main() -> None:
     with Progress(quiet) as progress:
         if note:
             progress.say(with_flags(note))
-        study = study_runs(rows, curves, settings, progress)
+        analysis = analyse(rows, curves, settings, progress)
     questions = Questions(
-        options.budget or around(study), options.target_loss, options.inference_tokens, options.unique_tokens
+        options.budget or around(analysis), options.target_loss, options.inference_tokens, options.unique_tokens
     )
-    answers = answer(study.best, questions)
-    print(first_screen(study, answers), flush=True)
+    answers = answer(analysis.best, questions)
+    print(first_screen(analysis, answers), flush=True)
 
     with Progress(quiet) as progress:
-        outcomes = run_checks(study, progress)
+        outcomes = run_checks(analysis, progress)
     said = [MARKS[one.status] + with_flags(one.sentence) for one in outcomes.values() if one.sentence]
     print("\n" + "\n".join(said), flush=True)
     if trials:
         print("\nPredicted first, trained then:\n" + "\n".join(f"  {trial}" for trial in trials))
-    print("\n" + write(study, outcomes, questions, answers, trials, options, out))
+    print("\n" + write(analysis, outcomes, questions, answers, trials, options, out))
 
 
 def require_output(options: FitOptions) -> Path:
@@ -137,7 +137,7 @@ def require_output(options: FitOptions) -> Path:
     return out
 
 
-def read(options: FitOptions) -> tuple[Rows, Rows | None]:
+def read(options: FitOptions) -> tuple[RunTable, RunTable | None]:
     """The runs and, where there are any, their training curves. Raises UserError for what cannot be used."""
     path, columns = Path(options.path), parse_columns(options.columns)
     if path.is_file() and (size := path.stat().st_size) > GREAT_FILE:
@@ -156,10 +156,10 @@ def read(options: FitOptions) -> tuple[Rows, Rows | None]:
     raise UserError(f"{options.curves}: has no curve of a run in {rows.source}")
 
 
-def around(study: Study) -> tuple[float, ...]:
+def around(analysis: Analysis) -> tuple[float, ...]:
     """At most seven powers of ten, from that above the smallest run to a hundred times that above the largest."""
-    first = int(np.ceil(np.log10(study.C.min())))
-    last = int(np.ceil(np.log10(study.C.max()))) + 2
+    first = int(np.ceil(np.log10(analysis.C.min())))
+    last = int(np.ceil(np.log10(analysis.C.max()))) + 2
     step = -(-(last - first + 1) // 7)
     return tuple(float(f"1e{power}") for power in range(last, first - 1, -step))[::-1]
 
@@ -168,35 +168,35 @@ def around(study: Study) -> tuple[float, ...]:
 # On the terminal
 
 
-def first_screen(study: Study, answers: Answers) -> str:
-    N, D, C = study.N, study.D, study.C
+def first_screen(analysis: Analysis, answers: Answers) -> str:
+    N, D, C = analysis.N, analysis.D, analysis.C
     lines = [
-        f"{study.rows.source}: {len(N)} runs, N {count(N.min())} to {count(N.max())}, D {count(D.min())} to "
-        f"{count(D.max())}, C {C.min():.3g} to {C.max():.3g} FLOPs ({study.convention})",
+        f"{analysis.rows.source}: {len(N)} runs, N {count(N.min())} to {count(N.max())}, D {count(D.min())} to "
+        f"{count(D.max())}, C {C.min():.3g} to {C.max():.3g} FLOPs ({analysis.convention})",
         "",
     ]
     table = [["", "a", "95%", "b", "95%", "a + b"]]
-    for number, found in study.results.items():
+    for number, found in analysis.results.items():
         if isinstance(found, Approach):
-            table.append([f"approach {number}", *exponents(found, found.reach)])
-            if number == 3 and not study.cost.is_6nd:
+            table.append([f"approach {number}", *exponents(found, found.flops_range)])
+            if number == 3 and not analysis.cost.is_6nd:
                 table.append(["  for 6ND (Eq. 4)", *exponents(found)])
-            if number == 2 and isinstance(study.akima, Approach):
-                table.append(["  by Akima, seed noise", *exponents(study.akima, study.akima.reach)])
+            if number == 2 and isinstance(analysis.akima, Approach):
+                table.append(["  by Akima, seed noise", *exponents(analysis.akima, analysis.akima.flops_range)])
         else:
             table.append([f"approach {number}", "-", "", "-", "", ""])
     lines += [format_columns(table), ""]
-    best = study.best
+    best = analysis.best
     if isinstance(best.law, Law):
         law = best.law
         lines.append(f"L(N, D) = {law.E:.6g} + {law.A:.6g} / N^{law.alpha:.6g} + {law.B:.6g} / D^{law.beta:.6g}")
-        if best.sure is not None:
+        if best.boot is not None:
             ends = {name: best.interval(name) for name in ("E", "A", "B", "alpha", "beta")}
             lines.append("95%: " + ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in ends.items()))
     else:
         lines.append(f"N = {best.law.k_N:.6g} C^{best.law.a:.6g}, D = {best.law.k_D:.6g} C^{best.law.b:.6g}")
     for title, found in (
-        (f"what to train ({study.flops_name})", answers.optima),
+        (f"what to train ({analysis.flops_name})", answers.optima),
         ("to reach a loss", answers.to_reach),
         ("as good as the optimum of C, but cheapest when it has served", answers.to_serve),
         ("when there is only so much text, which is then repeated", answers.with_text),
@@ -209,24 +209,24 @@ def asked(title: str, answers: list[Answer]) -> list[str]:
     """The lines of a table: what was asked, what was found with its 95% interval, or why there is nothing."""
     given, reasons = answers[0].asked, {one.why: None for one in answers if one.why}
     found = next((one.found for one in answers if one.found), {})
-    sure = [name for name, estimate in found.items() if estimate.intervals]
+    with_ends = [name for name, estimate in found.items() if estimate.intervals]
     table = [[SHOWN[name][0] for name in given]]
     for name in found:
-        table[0] += [SHOWN[name][0]] + ["95%"] * (name in sure)
+        table[0] += [SHOWN[name][0]] + ["95%"] * (name in with_ends)
     for one in answers:
         row = [SHOWN[name][1](value) for name, value in one.asked.items()]
         for name in found:
             estimate, show = one.found.get(name), SHOWN[name][1]
             row.append(show(estimate.value) if estimate else "-")
-            if name in sure:
+            if name in with_ends:
                 row.append(between(estimate.ends, show) if estimate else "")
         table.append(row)
     return [title, format_columns([[cell + " " for cell in row] for row in table]), *(f"-: {why}" for why in reasons)]
 
 
-def exponents(approach: Approach, reach: tuple | None = None) -> list[str]:
-    """a and b of the optimum in the FLOPs of the study, between those of `reach`; without, those of Eq. 4."""
-    a, b = estimates(approach, lambda law: laws.exponents(law, *reach) if reach else (law.a, law.b))
+def exponents(approach: Approach, flops_range: tuple | None = None) -> list[str]:
+    """a and b of the optimum in the FLOPs of the analysis, between those of `flops_range`; without, those of Eq. 4."""
+    a, b = estimates(approach, lambda law: laws.exponents(law, *flops_range) if flops_range else (law.a, law.b))
     return [f"  {a.value:.4f}", between(a.ends), f"  {b.value:.4f}", between(b.ends), f"  {a.value + b.value:.4f}"]
 
 
@@ -239,8 +239,8 @@ def between(ends: tuple[float, float], show="{:.3g}".format) -> str:
 
 
 def write(
-    study: Study,
-    outcomes: dict[str, Outcome],
+    analysis: Analysis,
+    outcomes: dict[str, CheckResult],
     questions: Questions,
     answers: Answers,
     trials: list[Trial],
@@ -257,10 +257,10 @@ def write(
         commit=built["git"] or "not in git",
         versions=f"python {built['python']}, numpy {built['numpy']}",
     )
-    files, panels = draw(study, outcomes, options.figures)
-    files["report.html"] = html.render(study, outcomes, panels, questions, answers, trials, provenance).encode()
-    meta = describe(study, options) | {"command": command(), "git": built["git"], "files": sorted(files)}
-    files["laws.json"] = laws.laws_text(contents(study, outcomes, questions, answers, trials, meta)).encode()
+    files, panels = draw(analysis, outcomes, options.figures)
+    files["report.html"] = html.render(analysis, outcomes, panels, questions, answers, trials, provenance).encode()
+    meta = describe(analysis, options) | {"command": command(), "git": built["git"], "files": sorted(files)}
+    files["laws.json"] = laws.laws_text(contents(analysis, outcomes, questions, answers, trials, meta)).encode()
 
     stale, new = set(files_of_earlier_fit(out)) - set(files), []
     with writing(out):
@@ -280,14 +280,16 @@ def write(
     return f"{out}: laws.json, report.html{said}"
 
 
-def draw(study: Study, outcomes: dict[str, Outcome], wanted: str) -> tuple[dict[str, bytes], dict[str, list[str]]]:
+def draw(
+    analysis: Analysis, outcomes: dict[str, CheckResult], wanted: str
+) -> tuple[dict[str, bytes], dict[str, list[str]]]:
     """({file name: content}, {figure: its panels for the report}) of `wanted`: all, svg or none."""
     if wanted == "none":
         return {}, {}
     from nanochin.report import figures
     from nanochin.report.panels import png, svg
 
-    drawn, files, panels = figures.draw(study, {name: one.found for name, one in outcomes.items()}), {}, {}
+    drawn, files, panels = figures.draw(analysis, {name: one.found for name, one in outcomes.items()}), {}, {}
     for name, figure in drawn.items():
         text, panels[name] = svg(figure, name)
         files[f"{name}.svg"] = text.encode()
@@ -306,7 +308,12 @@ def files_of_earlier_fit(out: Path) -> list[str]:
 
 
 def contents(
-    study: Study, outcomes: dict[str, Outcome], questions: Questions, answers: Answers, trials: list[Trial], meta: dict
+    analysis: Analysis,
+    outcomes: dict[str, CheckResult],
+    questions: Questions,
+    answers: Answers,
+    trials: list[Trial],
+    meta: dict,
 ) -> dict:
     """laws.json: each approach with its intervals and its optima of the budgets that were asked, the answers, and of
     the checks what each has to store and, under `outcomes`, what all of them say."""
@@ -314,47 +321,50 @@ def contents(
     def as_json(found) -> dict | NotIdentified:
         if isinstance(found, NotIdentified):
             return found
-        optima = answers.optima if found is study.best else [optimum(found, C) for C in questions.budgets]
-        return found.fit.to_json(found.sure) | {"optima": [one.to_json() for one in optima]} | frontier(found)
+        optima = answers.optima if found is analysis.best else [optimum(found, C) for C in questions.budgets]
+        return found.fit.to_json(found.boot) | {"optima": [one.to_json() for one in optima]} | frontier(found)
 
     def frontier(found: Approach) -> dict:
         """Where C is not 6ND: how the optimum of Approach 3 grows with it."""
-        if not isinstance(found.law, Law) or study.cost.is_6nd:
+        if not isinstance(found.law, Law) or analysis.cost.is_6nd:
             return {}
-        both = estimates(found, lambda law: laws.exponents(law, *found.reach))
+        both = estimates(found, lambda law: laws.exponents(law, *found.flops_range))
         grown = Answer({}, dict(zip("ab", both, strict=True)))
-        return {"frontier": {"flops": study.flops_name, "from": found.reach[0], "to": found.reach[1]} | grown.to_json()}
+        return {
+            "frontier": {"flops": analysis.flops_name, "from": found.flops_range[0], "to": found.flops_range[1]}
+            | grown.to_json()
+        }
 
-    everything = laws.laws_json(*(as_json(study.results[number]) for number in (1, 2, 3)), meta)
-    if isinstance(study.akima, Approach):
-        everything["approach2_akima"] = as_json(study.akima)
-    everything["answers"] = {"approach": study.best.number} | answers.to_json()
+    everything = laws.laws_json(*(as_json(analysis.results[number]) for number in (1, 2, 3)), meta)
+    if isinstance(analysis.akima, Approach):
+        everything["approach2_akima"] = as_json(analysis.akima)
+    everything["answers"] = {"approach": analysis.best.number} | answers.to_json()
     stored = {name: one.json for name, one in outcomes.items() if one.json is not None}
     everything["checks"] = stored | {"outcomes": [[name, one.status, one.sentence] for name, one in outcomes.items()]}
     return everything | ({"trials": [trial.to_json() for trial in trials]} if trials else {})
 
 
-def describe(study: Study, options: FitOptions) -> dict:
+def describe(analysis: Analysis, options: FitOptions) -> dict:
     """`meta` of laws.json: what was counted, in which way, on what."""
 
     def only(name: str) -> str | None:
-        used = study.rows.labels[name].used() if name in study.rows.labels else []
+        used = analysis.rows.labels[name].used() if name in analysis.rows.labels else []
         return used[0] if len(used) == 1 else ", ".join(used) or None
 
-    sure = study.best.sure
+    boot = analysis.best.boot
     return {
-        "source": study.rows.source,
-        "sha256": study.rows.sha256,
-        "curves": study.curves.source if study.curves else None,
-        "curves_sha256": study.curves.sha256 if study.curves else None,
+        "source": analysis.rows.source,
+        "sha256": analysis.rows.sha256,
+        "curves": analysis.curves.source if analysis.curves else None,
+        "curves_sha256": analysis.curves.sha256 if analysis.curves else None,
         "params_convention": options.params,
-        "flops_convention": study.flops_convention,
-        "flops_name": study.flops_name,
+        "flops_convention": analysis.flops_convention,
+        "flops_name": analysis.flops_name,
         **{name: only(name) for name in ("tokenizer", "seq_len", "data_sha", "val_sha")},
-        "n_runs": len(study.N),
-        "dropped": study.rows.dropped,
-        "bootstrap": study.settings.bootstrap,
-        "cluster": None if sure is None else sure.unit,
+        "n_runs": len(analysis.N),
+        "dropped": analysis.rows.dropped,
+        "bootstrap": analysis.settings.bootstrap,
+        "cluster": None if boot is None else boot.unit,
         "level": 95,
         "seed": options.seed,
     }

@@ -31,10 +31,10 @@ from nanochin.data.tokenizer import Tokenizer, model_vocab
 from nanochin.report.kept import keep
 from nanochin.run.curves import CURVES, to_csv_gz
 from nanochin.runrow import RunRow, csv_of, params_column, to_csv
-from nanochin.sweep import cells as grid
-from nanochin.sweep.cells import Cell, Sweep
+from nanochin.sweep.cells import Cell, extend_budgets, open_side, plan_cells
 from nanochin.sweep.pool import Pool
-from nanochin.sweep.store import Book, End, Schedule
+from nanochin.sweep.spec import Sweep, read_sweep
+from nanochin.sweep.store import Outcome, Queue, RunStore
 
 ROOT = Path(__file__).resolve().parent
 SECONDS_BETWEEN_LINES = 15.0  # of the progress view, elsewhere than on a terminal
@@ -58,34 +58,34 @@ class SweepOptions:
 def main() -> int:
     options = parse(SweepOptions, prog="sweep.py", description=__doc__)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    sweep = grid.read_sweep(options.sweep, data=options.data, val=options.val)
-    if options.dry_run and sweep.grid.corpus_tokens:
-        vocab, tokens = expected_vocab(sweep), sweep.grid.corpus_tokens
-        print(grid_table(sweep, grid.plan_cells(sweep, vocab, tokens), tokens, options))
+    sweep = read_sweep(options.sweep, data=options.data, val=options.val)
+    if options.dry_run and sweep.spec.corpus_tokens:
+        vocab, tokens = expected_vocab(sweep), sweep.spec.corpus_tokens
+        print(grid_table(sweep, plan_cells(sweep, vocab, tokens), tokens, options))
         return 0
 
     corpus = read_corpus(sweep)
     vocab = model_vocab(corpus.tokenizer, sweep.base.vocab_size)
-    cells = grid.plan_cells(sweep, vocab, len(corpus.train))
+    cells = plan_cells(sweep, vocab, len(corpus.train))
     if options.dry_run:
         print(grid_table(sweep, cells, len(corpus.train), options))
         return 0
 
     folder = Path(options.out) / sweep.name
-    facts = {"data_sha": corpus.data_sha, "val_sha": corpus.val_sha}
-    book = Book(folder, Path(options.results) / sweep.name, facts)
+    fingerprints = {"data_sha": corpus.data_sha, "val_sha": corpus.val_sha}
+    store = RunStore(folder, Path(options.results) / sweep.name, fingerprints)
     if options.status:
-        return follow(sweep, cells, vocab, book)
+        return follow(sweep, cells, vocab, store)
 
     with writing(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         (folder / "workers.log").touch()
-    train_all(sweep, only(cells, options), vocab, book, options, len(corpus.train))
-    code = finish(sweep, cells, vocab, book)
+    train_all(sweep, only(cells, options), vocab, store, options, len(corpus.train))
+    code = finish(sweep, cells, vocab, store)
     if options.keep:
         given = {"--data": options.data or (), "--val": options.val or ()}
         text = [word for flag, paths in given.items() if paths for word in (flag, *paths)]
-        keep(folder, book.results, shlex.join(["python", "sweep.py", options.sweep, *text]))
+        keep(folder, store.results, shlex.join(["python", "sweep.py", options.sweep, *text]))
     return code
 
 
@@ -145,7 +145,7 @@ def _matches(value, wanted: str) -> bool:
 def seconds(sweep: Sweep, cell: Cell, cells: list[Cell]) -> float:
     """How long a cell takes a worker, roughly; a trunk with the longest cooldown that waits for it."""
     steps = cell.plan.steps - cell.step
-    own = cell.spent / (sweep.grid.throughput or 2e10) + steps * sweep.grid.step_seconds
+    own = cell.spent / (sweep.spec.throughput or 2e10) + steps * sweep.spec.step_seconds
     waiting = (seconds(sweep, other, []) for other in cells if other.trunk == cell.name)
     return own + max(waiting, default=0.0)
 
@@ -159,7 +159,7 @@ def plan_rows(sweep: Sweep, cells: list[Cell], corpus_tokens: float) -> list[dic
     rows = []
     for cell in cells:
         plan, params = cell.plan, cell.plan.params
-        hours = seconds(sweep, cell, []) / 3600 if sweep.grid.throughput else None
+        hours = seconds(sweep, cell, []) / 3600 if sweep.spec.throughput else None
         rows.append({
             "run": cell.name, "kind": "trunk" if cell.is_trunk else cell.kind, "budget": cell.budget,
             "trunk": cell.trunk, "model": str(plan.shape), "params": params.total,
@@ -181,7 +181,7 @@ def grid_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: S
     counts = {"params", "params_non_embedding", "params_with_head", "tokens"}
     chosen = only(cells, options)
     rows = plan_rows(sweep, chosen, corpus_tokens)
-    if not sweep.grid.throughput:
+    if not sweep.spec.throughput:
         del short["hours"]
 
     def cell_text(row: dict, key: str) -> str:
@@ -199,18 +199,18 @@ def grid_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: S
             f"in {sum(cell.is_trunk for cell in chosen)} trunks with their cooldowns; each run from scratch "
             f"would be {alone:.3g}, {alone / spent:.2f} times as many"
         )
-    if sweep.grid.throughput:
+    if sweep.spec.throughput:
         hours = sum(seconds(sweep, cell, []) for cell in chosen) / 3600
         shared = f", {hours / options.workers:.3g} with {options.workers}" if options.workers else ""
         said.append(
-            f"{hours:.3g} hours of one worker{shared}, at {sweep.grid.throughput:g} FLOP/s and "
-            f"{sweep.grid.step_seconds:g} s a step ({sweep.grid.assumes or 'assumed'})"
+            f"{hours:.3g} hours of one worker{shared}, at {sweep.spec.throughput:g} FLOP/s and "
+            f"{sweep.spec.step_seconds:g} s a step ({sweep.spec.assumes or 'assumed'})"
         )
     if corpus_tokens:
         most = max(row["epochs"] for row in rows)
         said.append(f"text of {count(corpus_tokens)} tokens, seen at most {most:.2g} times")
-    if sweep.grid.extend:
-        said.append(f"up to {sweep.grid.extend_limit} more sizes for a budget whose minimum is at an edge")
+    if sweep.spec.extend:
+        said.append(f"up to {sweep.spec.extend_limit} more sizes for a budget whose minimum is at an edge")
     return format_columns(lines) + "\n\n" + "\n".join(said)
 
 
@@ -226,34 +226,34 @@ def load_train(base: Config) -> Callable[[Config], dict]:
 
 
 def train_all(
-    sweep: Sweep, cells: list[Cell], vocab: int, book: Book, options: SweepOptions, corpus_tokens: float
+    sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore, options: SweepOptions, corpus_tokens: float
 ) -> None:
-    """Train what has no end yet, adding sizes where `extend` asks for them. Raises UserError for what stops it."""
-    folder, schedule = book.folder, Schedule(book, options.retry_failed)
-    schedule.add(cells)
-    view, pool = View(schedule), None
-    lasts = functools.partial(seconds, sweep, cells=schedule.cells)
+    """Train what has no outcome yet, adding sizes where `extend` asks for them. Raises UserError for what stops it."""
+    folder, queue = store.folder, Queue(store, options.retry_failed)
+    queue.add(cells)
+    view, pool = View(queue), None
+    lasts = functools.partial(seconds, sweep, cells=queue.cells)
     try:
         while True:
             if not options.only:
-                if missing := [cell.name for cell in extend(sweep, schedule, vocab) if schedule.is_open(cell)]:
+                if missing := [cell.name for cell in extend(sweep, queue, vocab) if queue.is_open(cell)]:
                     view.say(f"no inner minimum yet: adding {', '.join(missing)}")
                 with FileLock(folder / ".lock"):
-                    write_file(folder / "plan.csv", csv_of(plan_rows(sweep, schedule.cells, corpus_tokens)))
-            if schedule.done:
+                    write_file(folder / "plan.csv", csv_of(plan_rows(sweep, queue.cells, corpus_tokens)))
+            if queue.done:
                 break
             if pool is None:
                 view.say("starting workers")
-                most = sum(map(schedule.is_open, schedule.cells)) + 2  # an extension may come
+                most = sum(map(queue.is_open, queue.cells)) + 2  # an extension may come
                 load = functools.partial(load_train, sweep.base)
                 pool = Pool(load, sweep.base.device, folder / "workers.log", options.workers, most)
                 view.say(str(pool))
-            before = len(schedule.ends)
-            while len(schedule.ends) == before and not schedule.done:
-                while len(schedule.running) < pool.size and (cell := schedule.take(lasts)):
+            before = len(queue.outcomes)
+            while len(queue.outcomes) == before and not queue.done:
+                while len(queue.running) < pool.size and (cell := queue.take(lasts)):
                     pool.submit(replace(cell.config, out=str(folder / "runs"), threads=1))
-                for answer in pool.wait(0.5):
-                    schedule.put(answer)
+                for reply in pool.wait(0.5):
+                    queue.put(reply)
                 view.show()
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
         view.say("stopping and saving the runs in progress; rerun the same command to resume")
@@ -267,8 +267,8 @@ def train_all(
 class View:
     """Runs done and running with loss and time left, FLOPs spent: live on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, schedule: Schedule):
-        self.schedule, self.began, self.last = schedule, time.monotonic(), time.monotonic()
+    def __init__(self, queue: Queue):
+        self.queue, self.began, self.last = queue, time.monotonic(), time.monotonic()
         self.at_first, self.shares = self.spent()[0], {}  # shares of the runs in progress when first seen
         self.live = None
         if sys.stdout.isatty():
@@ -280,12 +280,12 @@ class View:
     def spent(self) -> tuple[float, float]:
         """FLOPs spent, and in all, of the runs that have not failed; one that has begun counts by its share."""
         total = spent = 0.0
-        for cell in self.schedule.cells:
-            end = self.schedule.ends.get(cell.name)
-            if end and end.reason:  # nobody knows how much of it was done
+        for cell in self.queue.cells:
+            outcome = self.queue.outcomes.get(cell.name)
+            if outcome and outcome.reason:  # nobody knows how much of it was done
                 continue
             total += cell.spent
-            spent += cell.spent * (self.schedule.book.progress(cell)[0] if self.schedule.is_open(cell) else 1.0)
+            spent += cell.spent * (self.queue.store.progress(cell)[0] if self.queue.is_open(cell) else 1.0)
         return spent, total
 
     def say(self, text: str) -> None:
@@ -295,21 +295,21 @@ class View:
             print(text, flush=True)
 
     def text(self) -> str:
-        schedule = self.schedule
+        queue = self.queue
         spent, total = self.spent()
         elapsed = time.monotonic() - self.began
         rate = (spent - self.at_first) / elapsed if elapsed > 0 else 0.0
         left = f"{clock((total - spent) / rate)} left" if rate > 0 else "time left not known yet"
-        runs = [cell for cell in schedule.cells if not cell.is_trunk]
-        failed = sum(bool(end.reason) for end in schedule.ends.values())
+        runs = [cell for cell in queue.cells if not cell.is_trunk]
+        failed = sum(bool(outcome.reason) for outcome in queue.outcomes.values())
         lines = [
-            f"{sum(cell.name in schedule.ends for cell in runs)} of {len(runs)} runs done"
+            f"{sum(cell.name in queue.outcomes for cell in runs)} of {len(runs)} runs done"
             + (f" ({failed} failed)" if failed else "")
             + f", {spent:.3g} of {total:.3g} FLOPs, {clock(elapsed)}, {left}"
         ]
-        for cell in schedule.cells:
-            if since := schedule.running.get(cell.name):
-                done, loss = schedule.book.progress(cell)
+        for cell in queue.cells:
+            if since := queue.running.get(cell.name):
+                done, loss = queue.store.progress(cell)
                 new = done - self.shares.setdefault(cell.name, done)  # a resumed run did the rest before
                 eta = f"ETA {clock((time.monotonic() - since) * (1 - done) / new)}" if new > 0 else ""
                 lines.append(f"  {cell.name} {done:4.0%} {f'loss {loss:.3f}' if loss else ''} {eta}".rstrip())
@@ -330,38 +330,38 @@ class View:
             self.live.stop()
 
 
-def extend(sweep: Sweep, schedule: Schedule, vocab: int) -> list[Cell]:
+def extend(sweep: Sweep, queue: Queue, vocab: int) -> list[Cell]:
     """Add the sizes that `extend` asks for by the losses so far -> their cells."""
-    before = len(schedule.cells)
-    while more := grid.extend(sweep, schedule.cells, losses(schedule.ends), vocab):
-        schedule.add(more)
-    return schedule.cells[before:]
+    before = len(queue.cells)
+    while more := extend_budgets(sweep, queue.cells, losses(queue.outcomes), vocab):
+        queue.add(more)
+    return queue.cells[before:]
 
 
-def losses(ends: dict[str, End]) -> dict[str, float | None]:
-    return {name: end.loss for name, end in ends.items()}
+def losses(outcomes: dict[str, Outcome]) -> dict[str, float | None]:
+    return {name: outcome.loss for name, outcome in outcomes.items()}
 
 
-def settled(sweep: Sweep, cells: list[Cell], vocab: int, book: Book) -> Schedule:
+def settled(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> Queue:
     """All cells, with those that were added, and what the disk knows of them."""
-    schedule = Schedule(book)
-    schedule.add(cells)
-    extend(sweep, schedule, vocab)
-    return schedule
+    queue = Queue(store)
+    queue.add(cells)
+    extend(sweep, queue, vocab)
+    return queue
 
 
-def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book) -> int:
-    """`--status`: a line a run, from the disk alone; on a terminal again and again until all have an end."""
+def follow(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> int:
+    """`--status`: a line a run, from the disk alone; on a terminal again and again until all have an outcome."""
 
     def look() -> tuple[str, bool]:
-        found = settled(sweep, cells, vocab, book)
+        found = settled(sweep, cells, vocab, store)
         begun, waiting, through = [], [], []  # in this order, should the terminal be short
         for cell in found.cells:
-            if end := found.ends.get(cell.name):
-                word, loss = ("failed", end.reason) if end.reason else ("finished", f"{end.loss:.4f}")
+            if outcome := found.outcomes.get(cell.name):
+                word, loss = ("failed", outcome.reason) if outcome.reason else ("finished", f"{outcome.loss:.4f}")
                 through.append([cell.name, word, loss])
             else:
-                done, loss = book.progress(cell)
+                done, loss = store.progress(cell)
                 lines = begun if loss else waiting
                 lines.append([cell.name, f"{done:.0%}" if loss else "waiting", f"{loss:.3f}" if loss else ""])
         lines = [["run", "", "loss"], *begun, *waiting, *through]
@@ -388,37 +388,37 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, book: Book) -> int:
 # The end
 
 
-def finish(sweep: Sweep, cells: list[Cell], vocab: int, book: Book) -> int:
+def finish(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> int:
     """runs.csv of all that the disk has, then the fit. Another sweep on the same folder may do so at the same time."""
-    schedule = settled(sweep, cells, vocab, book)
-    folder, ends = book.folder, schedule.ends
-    ordered = [cell for cell in schedule.cells if not cell.is_trunk]
-    rows = [row_of(cell, ends[cell.name]) for cell in ordered if cell.name in ends]
+    queue = settled(sweep, cells, vocab, store)
+    folder, outcomes = store.folder, queue.outcomes
+    ordered = [cell for cell in queue.cells if not cell.is_trunk]
+    rows = [row_of(cell, outcomes[cell.name]) for cell in ordered if cell.name in outcomes]
     for cell in ordered:
-        if cell.name in ends and ends[cell.name].reason:
-            print(f"failed: {cell.name}: {ends[cell.name].reason}  (--retry-failed tries again)")
-    for line in edges(sweep, ordered, ends):
+        if cell.name in outcomes and outcomes[cell.name].reason:
+            print(f"failed: {cell.name}: {outcomes[cell.name].reason}  (--retry-failed tries again)")
+    for line in edges(sweep, ordered, outcomes):
         print(line)
     if len(rows) < len(ordered):
         print(f"{len(rows)} of {len(ordered)} runs done; without --only the same command does the rest")
     with FileLock(folder / ".lock"):
-        write_file(folder / CURVES, to_csv_gz(book.curves(rows)))
+        write_file(folder / CURVES, to_csv_gz(store.curves(rows)))
         table = to_csv(rows)
         path = folder / "runs.csv"
         write_file(path, table)
         print(f"{path}: {len(rows)} runs")
-        if sweep.grid.kind == "grid":
-            print(best_of_grid(ordered, ends))
+        if sweep.spec.kind == "grid":
+            print(best_of_grid(ordered, outcomes))
         elif len(rows) == len(ordered) and not fitted(folder, table):
-            return fit(folder, sweep.grid.bootstrap)
+            return fit(folder, sweep.spec.bootstrap)
         elif (folder / "report.html").exists():
             print(f"{folder}/report.html")
     return 0
 
 
-def row_of(cell: Cell, end: End) -> RunRow:
-    if end.row:
-        return end.row
+def row_of(cell: Cell, outcome: Outcome) -> RunRow:
+    if outcome.row:
+        return outcome.row
     plan = cell.plan
     counts = {params_column(convention): getattr(plan.params, convention) for convention in PARAM_CONVENTIONS}
     return RunRow(
@@ -436,29 +436,29 @@ def row_of(cell: Cell, end: End) -> RunRow:
         seed=cell.config.seed,
         lr=plan.lr,
         batch_tokens=plan.batch_tokens,
-        reason=end.reason,
+        reason=outcome.reason,
     )
 
 
-def edges(sweep: Sweep, cells: list[Cell], ends: dict[str, End]) -> list[str]:
+def edges(sweep: Sweep, cells: list[Cell], outcomes: dict[str, Outcome]) -> list[str]:
     """A line for each budget whose lowest loss is at an edge of its sizes."""
-    found, lines = losses(ends), []
-    for budget, varied in dict.fromkeys((cell.budget, cell.varied) for cell in cells if sweep.grid.kind == "isoflop"):
+    found, lines = losses(outcomes), []
+    for budget, varied in dict.fromkeys((cell.budget, cell.varied) for cell in cells if sweep.spec.kind == "isoflop"):
         group = [cell for cell in cells if (cell.budget, cell.varied) == (budget, varied)]
-        if len({cell.plan.shape for cell in group}) > 1 and (side := grid.open_side(group, found)):
+        if len({cell.plan.shape for cell in group}) > 1 and (side := open_side(group, found)):
             size = "largest" if side > 0 else "smallest"
             lines.append(f"{budget:g} FLOPs{varied}: the lowest loss is at the {size} size; it has no inner minimum")
     return lines
 
 
-def best_of_grid(cells: list[Cell], ends: dict[str, End]) -> str:
+def best_of_grid(cells: list[Cell], outcomes: dict[str, Outcome]) -> str:
     """The runs of each model, best first, with their distance from it."""
     lines = [["run", "loss", "above best"]]
     for group in dict.fromkeys((cell.plan.shape, cell.budget) for cell in cells):
         found = [
-            (ends[cell.name].loss, cell.name)
+            (outcomes[cell.name].loss, cell.name)
             for cell in cells
-            if (cell.plan.shape, cell.budget) == group and cell.name in ends and ends[cell.name].row
+            if (cell.plan.shape, cell.budget) == group and cell.name in outcomes and outcomes[cell.name].row
         ]
         lines += [[name, f"{loss:.4f}", f"{loss - min(found)[0]:.4f}"] for loss, name in sorted(found)]
     return "\n" + format_columns(lines)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import kernels
 from nanochin import laws
 from nanochin.base import files
-from nanochin.base.cli import RunError, check, parse, run_command
+from nanochin.base.cli import RunError, parse, run_command, validate
 from nanochin.base.console import Progress
 from nanochin.config import Config, parse_model, shape_maker
 from nanochin.data.corpus import Corpus, prepare_for
@@ -39,11 +39,11 @@ from nanochin.interop import gpt2, loggers
 from nanochin.model import GPT
 from nanochin.plan import ladder
 from nanochin.run import checkpoint
-from nanochin.run import folder as runs
 from nanochin.run.branch import find_branch
 from nanochin.run.device import check_memory, keep_freed_memory, peak_of, pick_device, pick_dtype
 from nanochin.run.display import progress_note, show_plan, show_result
 from nanochin.run.evaluate import evaluate
+from nanochin.run.folder import Run, open_run, run_name
 from nanochin.run.optim import Adam, default_final, learning_rate
 from nanochin.run.record import Job, describe, summarise
 from nanochin.run.step import Shards, TrainingStep, pick_step
@@ -66,7 +66,7 @@ def read_corpus(config: Config, progress: Progress) -> Corpus:
 
 def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) -> Job:
     """Fill in the options that were not given: device, text, shape, tokens, batch, learning rate, dtype."""
-    check(config)
+    validate(config)
     loggers.check(config.loggers)
     if config.init_from:
         config = gpt2.initial_options(config)
@@ -127,11 +127,11 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
     job = resolve(config, progress, corpus)
     config, plan, corpus, windows, device = job.config, job.plan, job.corpus, job.windows, job.device
     record = describe(job)
-    name = config.name or runs.run_name(corpus.name, record["identity"])
+    name = config.name or run_name(corpus.name, record["identity"])
     if config.branch_from and not (Path(config.out) / name).exists():
         find_branch(config, record)  # before there is a folder that a corrected command would not fit
 
-    with progress, runs.open_run(config.out, name, record) as run, kernels.use(config.kernels):
+    with progress, open_run(config.out, name, record) as run, kernels.use(config.kernels):
         if run.summary is not None:
             progress.say(f"{run.folder} is finished: loss {run.summary['loss']:.4f}")
             return run.summary
@@ -295,7 +295,7 @@ def catch_signals():
 # Records
 
 
-def log_row(job: Job, step: int, recent: list[Tensor], run: runs.Run) -> dict:
+def log_row(job: Job, step: int, recent: list[Tensor], run: Run) -> dict:
     """One object of log.jsonl: means over the steps since the last one. Waits for the device; raises RunError for a
     loss or norm that is not finite."""
     values = torch.stack(recent).tolist()
@@ -312,7 +312,7 @@ def log_row(job: Job, step: int, recent: list[Tensor], run: runs.Run) -> dict:
     }
 
 
-def log_evaluation(job: Job, step: int, model: GPT, run: runs.Run, progress=None) -> tuple[float, float | None]:
+def log_evaluation(job: Job, step: int, model: GPT, run: Run, progress=None) -> tuple[float, float | None]:
     """(loss, bits per byte) on the validation text after `step`, also into log.jsonl. Raises RunError for a loss that
     is not finite."""
     loss, bpb = evaluate(model, job.corpus.val, job.corpus.val_bytes, progress)
@@ -322,7 +322,7 @@ def log_evaluation(job: Job, step: int, model: GPT, run: runs.Run, progress=None
     return loss, bpb
 
 
-def check_finite(recent: list[list[float]], step: int, run: runs.Run) -> None:
+def check_finite(recent: list[list[float]], step: int, run: Run) -> None:
     """Raises RunError for the first of the `recent` steps up to `step` whose loss or gradient norm is not finite."""
     for number, pair in enumerate(recent, start=step - len(recent) + 1):
         if not all(map(math.isfinite, pair)):

@@ -111,13 +111,13 @@ def compare(N, D, loss, options: Options) -> list[dict]:
     ours, fit = timed(lambda: fit_parametric(N, D, loss), 4 * options.rounds)
     theirs, found = timed(lambda: [peers.minimize(start, "L-BFGS-B").fun for start in starts])
     warm, weights = start_at(fit.law), peers.resamples(options.resamples)
-    strap, sure = timed(lambda: bootstrap(fit), options.rounds)
+    strap, boot = timed(lambda: bootstrap(fit), options.rounds)
     bfgs, _ = timed(lambda: [peers.minimize(warm, "BFGS", w) for w in weights])
     near = float(np.mean(np.array(found) <= fit.objective * (1 + 1e-6)))
     notes = (
         f"{fit.starts_agreeing} of {fit.starts} starts agree to 1e-9",
         f"{near:.1%} of starts within 1e-6; timed on {len(starts)} of 4500",
-        f"{sure.worse} of {sure.checked} checked from a second start were wrong",
+        f"{boot.worse} of {boot.checked} checked from a second start were wrong",
         f"timed on {len(weights)} of 4000",
     )
     theirs, bfgs = theirs * len(GRID) / len(starts), bfgs * 4000 / len(weights)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bench.common import ROOT
 from nanochin.base.cli import UserError, opt, parse, run_command
-from nanochin.sweep import cells as grid
+from nanochin.sweep.spec import read_sweep
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def time_sweep(options: BenchOptions, out: Path) -> tuple[float, int]:
 
 def time_loop(options: BenchOptions, out: Path, rows: list[dict]) -> float:
     """train.py once a run, with the options of its row."""
-    base = grid.read_sweep(options.sweep).base
+    base = read_sweep(options.sweep).base
     start = time.perf_counter()
     for row in rows:
         known = {key: row[key] for key in ("seq_len", "tokens", "batch_tokens", "lr", "seed")}

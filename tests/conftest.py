@@ -181,11 +181,11 @@ REMEMBERED = {}
 MARKUP = '<script>"&evil</script>'  # the name of a run
 
 
-def unchecked(study, progress=None):
+def unchecked(analysis, progress=None):
     """`nanochin.report.checks.run_checks` without what fits again."""
-    from nanochin.report.checks import CHECKS, Outcome
+    from nanochin.report.checks import CHECKS, CheckResult
 
-    return {check.name: Outcome("not checked") if check.refits else check(study) for check in CHECKS}
+    return {check.name: CheckResult("not checked") if check.refits else check(analysis) for check in CHECKS}
 
 
 @pytest.fixture
@@ -197,10 +197,10 @@ def run(monkeypatch, capsys):
     from nanochin.base.cli import run_command
     from nanochin.report import checks as of_checks
 
-    def remember(study, progress=None):
-        key = (study.rows.sha256, len(study.N), study.settings, study.curves is None)
+    def remember(analysis, progress=None):
+        key = (analysis.rows.sha256, len(analysis.N), analysis.settings, analysis.curves is None)
         if key not in REMEMBERED:
-            REMEMBERED[key] = of_checks.run_checks(study)
+            REMEMBERED[key] = of_checks.run_checks(analysis)
         return REMEMBERED[key]
 
     monkeypatch.setattr(of_checks, "SENSITIVITY", 20)  # what they are is tested with the laws
@@ -235,10 +235,10 @@ def read_laws(folder: Path) -> dict:
 
 @pytest.fixture(scope="session")
 def checked_study(tmp_path_factory):
-    """(study, outcomes of its checks) of a sweep with curves, whose first run has a name made of markup."""
+    """(analysis, outcomes of its checks) of a sweep with curves, whose first run has a name made of markup."""
     from made_up_sweep import sweep, write_sweep
 
-    from nanochin.report.analysis import Settings, study_runs
+    from nanochin.report.analysis import Settings, analyse
     from nanochin.report.checks import run_checks
     from nanochin.report.curves import curves_of_runs
     from nanochin.report.table import Labels, read_rows
@@ -248,8 +248,8 @@ def checked_study(tmp_path_factory):
     curves = curves_of_runs(folder, rows)
     names = rows.labels["run"]
     rows.labels["run"] = Labels(names.codes, (MARKUP, *names.values[1:]))
-    study = study_runs(rows, curves, Settings(bootstrap=200))
-    return study, run_checks(study)
+    analysis = analyse(rows, curves, Settings(bootstrap=200))
+    return analysis, run_checks(analysis)
 
 
 def contrast(colour: str, paper: str) -> float:

@@ -6,7 +6,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from nanochin.base.cli import UserError, check, opt, parse, with_flags
+from nanochin.base.cli import UserError, opt, parse, validate, with_flags
 from nanochin.config import Config, Shape, make_shape, parse_model
 
 
@@ -191,10 +191,10 @@ def test_file_may_not_be_a_folder(capsys, tmp_path):
 
 def test_values_out_of_bounds_from_python():
     """`check` rejects the same values for configs made in Python (sweeps) as the command line."""
-    check(Config(save_steps=(1, 2)))
+    validate(Config(save_steps=(1, 2)))
     for wrong in ({"lr": 0.0}, {"seed": -1}, {"final_lr": 1.01}, {"save_steps": (1, 0)}, {"lr": float("nan")}):
         with pytest.raises(UserError, match="must be"):
-            check(Config(**wrong))
+            validate(Config(**wrong))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

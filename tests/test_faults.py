@@ -32,7 +32,7 @@ from nanochin.base.cli import run_command
 from nanochin.config import Config
 from nanochin.data import cache
 from nanochin.run import checkpoint
-from nanochin.run import folder as runs
+from nanochin.run.folder import Run, read_log
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 
@@ -89,7 +89,7 @@ STOPS = {
     "checkpoint write": stop_in_write,
     "checkpoint rename": lambda nth, stop: stop_before(checkpoint.os, "rename", nth, stop),
     "pruning": lambda nth, stop: stop_before(checkpoint, "prune", nth, stop),
-    "summary": lambda nth, stop: stop_before(runs.Run, "finish", nth, stop),
+    "summary": lambda nth, stop: stop_before(Run, "finish", nth, stop),
     "tokenising": stop_in_tokenising,
 }
 
@@ -173,7 +173,7 @@ def outcome(out: Path) -> tuple:
             for name in ("model.safetensors", "optimizer.safetensors")}  # fmt: skip
     timed = ("tokens_per_s", "mfu", "seconds")
     rows = [{key: value for key, value in row.items() if key not in timed}
-            for row in (*runs.read_log(folder), json.loads((folder / "summary.json").read_text()))]  # fmt: skip
+            for row in (*read_log(folder), json.loads((folder / "summary.json").read_text()))]  # fmt: skip
     return last.name, bits, rows
 
 
@@ -207,16 +207,16 @@ def files(folder: Path) -> list[str]:
 
 
 def in_training_step(folder: Path) -> bool:
-    rows = runs.read_log(folder)
+    rows = read_log(folder)
     return checkpoint.steps(folder) == [20, 40] and rows[-1]["step"] == 42 and not list(folder.rglob("*.tmp"))
 
 
 def in_evaluation(folder: Path) -> bool:
-    return [row["step"] for row in runs.read_log(folder)][-3:] == [35, 42, 49] and checkpoint.steps(folder) == [20, 40]
+    return [row["step"] for row in read_log(folder)][-3:] == [35, 42, 49] and checkpoint.steps(folder) == [20, 40]
 
 
 def in_last_evaluation(folder: Path) -> bool:
-    return runs.read_log(folder)[-1].get("loss") is not None and checkpoint.steps(folder)[-1] == 100
+    return read_log(folder)[-1].get("loss") is not None and checkpoint.steps(folder)[-1] == 100
 
 
 def in_write(folder: Path) -> bool:
@@ -238,7 +238,7 @@ def in_pruning(folder: Path) -> bool:
 
 
 def in_summary(folder: Path) -> bool:
-    return runs.read_log(folder)[-1]["step"] == 100 and "val_loss" in runs.read_log(folder)[-1]
+    return read_log(folder)[-1]["step"] == 100 and "val_loss" in read_log(folder)[-1]
 
 
 PHASES = {  # where to stop, and what must lie on the disk there
@@ -504,7 +504,7 @@ def test_not_a_number(uninterrupted, usual, monkeypatch, what, main, refusal):
     assert line.startswith(f"train.py: step {step}: loss {loss}, gradient norm ")
     assert line.endswith(f"Last good checkpoint: {last}\n") and files(folder / "checkpoints") == ["step-20", "step-40"]
     assert all(tensor.isfinite().all() for tensor in load_file(last / "model.safetensors").values())
-    assert max(row["step"] for row in runs.read_log(folder)) == 42
+    assert max(row["step"] for row in read_log(folder)) == 42
     assert main(*arguments(usual)) == 0  # it was cosmic radiation
     assert outcome(Path(usual.out)) == uninterrupted
 

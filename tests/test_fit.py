@@ -18,10 +18,10 @@ import fit
 from nanochin import laws
 from nanochin.base.cli import UserError
 from nanochin.base.console import count
-from nanochin.report import analysis as study_module
+from nanochin.report import analysis as analysis_module
 from nanochin.report import checks as checks_module
 from nanochin.report.allocate import Questions, answer, optimum
-from nanochin.report.analysis import Approach, Settings, study_runs
+from nanochin.report.analysis import Approach, Settings, analyse
 from nanochin.report.checks import run_checks
 from nanochin.report.table import best_tuning, read_rows
 from nanochin.run.curves import CURVES, log_points, to_csv_gz
@@ -87,7 +87,7 @@ def test_the_optimum_is_that_of_the_flops_that_are_spent(run, tmp_path):
 def test_answers_by_hand():
     """What a loss costs, what serving changes and what little text changes, by trying 20,001 sizes with the law that
     made the sweep."""
-    best = study_runs(_as_rows(sweep(noise=0)), settings=Settings(bootstrap=0)).best
+    best = analyse(_as_rows(sweep(noise=0)), settings=Settings(bootstrap=0)).best
     C, served = 3e13, 4e10
     found = answer(best, Questions((C,), target_loss=loss(*optimal(C)), inference_tokens=served, unique_tokens=1e20))
     assert found.to_reach[0].found["least_flops"].value == pytest.approx(C, rel=1e-5)
@@ -156,9 +156,9 @@ def test_narrow_clusters_are_no_budgets():
     for row in rows:
         del row["budget"]
     narrow = [row for row in rows[21:] if 0.5 < row["params"] / rows[24]["params"] < 2]
-    study = study_runs(_as_rows(rows[:21] + narrow), settings=Settings(bootstrap=0))
-    found = run_checks(study)["budgets"]
-    without = study.results[2].fit.without(study.results[2].fit.budgets[-1:]).a
+    analysis = analyse(_as_rows(rows[:21] + narrow), settings=Settings(bootstrap=0))
+    found = run_checks(analysis)["budgets"]
+    without = analysis.results[2].fit.without(analysis.results[2].fit.budgets[-1:]).a
     assert found.status == "doubt" and f"of {len(narrow)} runs); without these a is {without:.3f}." in found.sentence
 
 
@@ -186,14 +186,14 @@ def test_every_approach_has_both_intervals(run, made_up, tmp_path):
 def test_many_rows_have_fewer_resamples(run, made_up, tmp_path, monkeypatch):
     """Beyond WORK the resamples are fewer, which is said first and among the findings; --bootstrap insists; progress is
     told."""
-    monkeypatch.setattr(study_module, "WORK", 28 * 300)
+    monkeypatch.setattr(analysis_module, "WORK", 28 * 300)
     monkeypatch.setattr(fit, "MOMENTS", 0)
     out = run(made_up, "--figures=none", "--out", tmp_path, checks=False)
     assert out.startswith("28 rows: 300 resamples instead of 4000")
     assert out.count("300 resamples instead of 4000") == 2 and read(tmp_path)["meta"]["bootstrap"] == 300
     assert "instead of" not in run(made_up, "--bootstrap=310", "--figures=none", "--out", tmp_path, checks=False)
     stages = []
-    study_runs(_as_rows(sweep()), settings=Settings(bootstrap=50), progress=lambda *told: stages.append(told))
+    analyse(_as_rows(sweep()), settings=Settings(bootstrap=50), progress=lambda *told: stages.append(told))
     assert ("resampling for approach 3", 50, 50) in stages and ("resampling for approach 2", 50, 50) in stages
 
 
@@ -231,8 +231,8 @@ def test_rows_that_repeat_runs_drawn_one_by_one():
     for i, row in enumerate(rows):
         row["run"] = f"run {i // 2}"
     for named, doubted in ((rows, True), (sweep(noise=0.002), False)):
-        study = study_runs(_as_rows(named), settings=Settings(bootstrap=20, cluster="row"))
-        found = unchecked(study)["independence"]
+        analysis = analyse(_as_rows(named), settings=Settings(bootstrap=20, cluster="row"))
+        found = unchecked(analysis)["independence"]
         assert (found.status == "doubt") is doubted and ("28 rows belong to 14 runs" in found.sentence) is doubted
 
 
@@ -307,13 +307,13 @@ def test_a_run_without_a_name_is_one_of_its_own():
     rows = sweep(noise=0.002)
     for row in rows[::2]:
         row["run"] = ""
-    assert len(set(study_runs(_as_rows(rows), settings=Settings(bootstrap=0)).unit)) == len(rows)
+    assert len(set(analyse(_as_rows(rows), settings=Settings(bootstrap=0)).unit)) == len(rows)
 
 
 def test_6nd_counts_all_parameters(run, made_up, tmp_path):
     """--params non_embedding --flops 6nd is the column flops_6nd, by hand 6 x params x tokens."""
-    study = study_runs(_as_rows(sweep()), settings=Settings(params="non_embedding", flops="6nd", bootstrap=0))
-    np.testing.assert_allclose(study.C, [row["flops_6nd"] for row in sweep()], rtol=1e-12)
+    analysis = analyse(_as_rows(sweep()), settings=Settings(params="non_embedding", flops="6nd", bootstrap=0))
+    np.testing.assert_allclose(analysis.C, [row["flops_6nd"] for row in sweep()], rtol=1e-12)
 
 
 def test_no_interval_without_its_reason(run, made_up, tmp_path, monkeypatch):
@@ -366,9 +366,9 @@ def test_resampling_knows_trunks():
     rows = sweep(noise=0.002)
     for i, row in enumerate(rows):
         row["trunk"] = rows[0]["run"] if 0 < i < 5 else ""
-    study = study_runs(_as_rows(rows), settings=Settings(bootstrap=50))
-    assert len(set(study.unit)) == 28 - 4 and len(set(study.unit[:5])) == 1
-    assert study_runs(_as_rows(rows), settings=Settings(bootstrap=0, cluster="row")).unit is None
+    analysis = analyse(_as_rows(rows), settings=Settings(bootstrap=50))
+    assert len(set(analysis.unit)) == 28 - 4 and len(set(analysis.unit[:5])) == 1
+    assert analyse(_as_rows(rows), settings=Settings(bootstrap=0, cluster="row")).unit is None
 
 
 def _as_rows(rows, tmp=None):
@@ -381,13 +381,13 @@ def _as_rows(rows, tmp=None):
 def test_checks_of_a_clean_sweep():
     """Without noise the held-out budgets are predicted exactly, and no check raises a doubt that there is none for."""
     rows = _as_rows(sweep(noise=0))
-    study = study_runs(rows, settings=Settings(bootstrap=0))
-    held = run_checks(study)["hold_out"].found
+    analysis = analyse(rows, settings=Settings(bootstrap=0))
+    held = run_checks(analysis)["hold_out"].found
     assert len(held.rows) == 7 and held.error < 1e-7
-    np.testing.assert_allclose(held.predicted, study.L[held.rows], rtol=1e-6)
+    np.testing.assert_allclose(held.predicted, analysis.L[held.rows], rtol=1e-6)
     assert held.reach == pytest.approx(BUDGETS[-1] / BUDGETS[-2], rel=1e-3)
-    assert all(isinstance(found, Approach) for found in (study.results[2], study.results[3]))
-    assert optimum(study.best, 1e13).found["loss"].value == pytest.approx(loss(*optimal(1e13)), rel=1e-6)
+    assert all(isinstance(found, Approach) for found in (analysis.results[2], analysis.results[3]))
+    assert optimum(analysis.best, 1e13).found["loss"].value == pytest.approx(loss(*optimal(1e13)), rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -451,8 +451,8 @@ def test_runs_of_pure_noise(run, tmp_path):
                    comments="")  # fmt: skip
     assert "they tell no law" in run(tmp_path / "noise.csv", *QUICK, code=2)
     assert not (tmp_path / "fit-noise").exists()
-    study = study_runs(read_rows(tmp_path / "data.csv"), settings=Settings(bootstrap=0))
-    first = next(iter(run_checks(study).values()))
+    analysis = analyse(read_rows(tmp_path / "data.csv"), settings=Settings(bootstrap=0))
+    first = next(iter(run_checks(analysis).values()))
     assert first.status == "doubt" and "does not depend significantly on params" in first.sentence
 
 
@@ -463,8 +463,8 @@ def test_an_e_that_the_ends_make_is_a_doubt(bent):
     for row in rows:
         off = abs(np.log(row["params"] / optimal(row["budget"])[0]))
         row["loss"] *= 1 + 0.04 * bent * max(0, off - np.log(2))
-    study = study_runs(_as_rows(rows), settings=Settings(bootstrap=100))
-    found = run_checks(study)["near_minimum"]
+    analysis = analyse(_as_rows(rows), settings=Settings(bootstrap=100))
+    found = run_checks(analysis)["near_minimum"]
     assert (found.status == "doubt") is bent and ("is driven by models far" in found.sentence) is bent
     assert [one["change"] for one in found.json] == ["within 4 times", "within 2.7 times", "within 2 times"]
 
@@ -477,8 +477,8 @@ def test_copies_of_rows_are_noticed():
         table = [dict(row) for row in [*rows, *rows[:5]]]
         for row in table if not named else ():
             del row["run"]
-        study = study_runs(_as_rows(table), settings=Settings(bootstrap=20))
-        found = unchecked(study)["independence"]
+        analysis = analyse(_as_rows(table), settings=Settings(bootstrap=20))
+        found = unchecked(analysis)["independence"]
         assert found.sentence == "" if named else found.sentence.startswith("5 rows are identical")
         assert found.status == ("ok" if named else "doubt")
 
@@ -531,13 +531,13 @@ def test_besiroglu_data(run, tmp_path):
 def test_checks_of_many_runs_are_made_on_some(monkeypatch):
     """Beyond MOST_CHECKED runs a sample is checked, its hold-out names rows of the whole, and the findings say so."""
     monkeypatch.setattr(checks_module, "MOST_CHECKED", 24)
-    study = study_runs(_as_rows(sweep(noise=0.001)), settings=Settings(bootstrap=40))
-    outcomes = run_checks(study)
+    analysis = analyse(_as_rows(sweep(noise=0.001)), settings=Settings(bootstrap=40))
+    outcomes = run_checks(analysis)
     held = outcomes["hold_out"].found
     assert outcomes["runs"].json == 24 and "24 of the 28 runs" in outcomes["runs"].sentence
     assert all(one["ci"] for one in outcomes["leave_out_highest"].json)
-    np.testing.assert_array_equal(held.observed, study.L[held.rows])
-    assert len(study.rows) == 28 and "not checked" not in study.rows.dropped
+    np.testing.assert_array_equal(held.observed, analysis.L[held.rows])
+    assert len(analysis.rows) == 28 and "not checked" not in analysis.rows.dropped
 
 
 def test_trials(made_up, run, tmp_path):

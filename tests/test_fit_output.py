@@ -52,7 +52,7 @@ def test_files_of_others_are_not_written_over(run, made_up, tmp_path, monkeypatc
     for name, content in mine.items():
         (out / name).write_text(content)
     with monkeypatch.context() as patch:
-        patch.setattr(fit, "study_runs", lambda *_: pytest.fail("computed first"))
+        patch.setattr(fit, "analyse", lambda *_: pytest.fail("computed first"))
         said = run(made_up, "--figures=svg", "--out", out, code=2)
     assert all(name in said for name in mine) and "curves" not in said and "another folder" in said
     assert {path.name: path.read_text() for path in out.iterdir()} == mine
@@ -73,7 +73,7 @@ def test_every_figure_has_a_name_that_is_known_before(run, made_up, tmp_path):
 def test_the_output_may_not_be_a_file(run, made_up, tmp_path, monkeypatch, out):
     """--out names a file, or a folder below one: refused by that file before anything is computed."""
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(fit, "study_runs", lambda *_: pytest.fail("computed first"))
+    monkeypatch.setattr(fit, "analyse", lambda *_: pytest.fail("computed first"))
     assert f"{tmp_path / 'file'} is a file" in run(made_up, *QUICK, "--out", tmp_path / out, code=2)
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -81,7 +81,7 @@ def test_the_output_may_not_be_a_file(run, made_up, tmp_path, monkeypatch, out):
 def test_the_output_must_be_writable(run, made_up, tmp_path, monkeypatch):
     """A folder in which one may not write, or whose nearest parent is one, is refused before anything is computed."""
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    monkeypatch.setattr(fit, "study_runs", lambda *_: pytest.fail("computed first"))
+    monkeypatch.setattr(fit, "analyse", lambda *_: pytest.fail("computed first"))
     for out in (tmp_path, tmp_path / "a" / "b"):
         assert f"cannot write in {tmp_path}" in run(made_up, *QUICK, "--out", out, code=2)
     assert not list(tmp_path.iterdir())

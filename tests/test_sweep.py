@@ -19,7 +19,7 @@ from sweep_files import toml
 
 import sweep
 from nanochin.run.curves import CURVES, read_csv_gz
-from nanochin.sweep.store import End
+from nanochin.sweep.store import Outcome
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
 
@@ -41,8 +41,9 @@ def test_view(monkeypatch):
     time left is by what was done since the sweep began, an ETA by what was done since the run went on."""
     cells = [SimpleNamespace(name=name, spent=100.0, is_trunk=False, trunk=None) for name in "abcd"]
     progress, now = {"a": 0.4, "b": 0.0, "c": 0.0, "d": 0.7}, [0.0]
-    found = SimpleNamespace(cells=cells, ends={"c": End({"loss": 1.0}), "d": End(reason="it diverged")}, running={},
-                            book=SimpleNamespace(progress=lambda cell: (progress[cell.name], 2.5)),
+    found = SimpleNamespace(cells=cells, outcomes={"c": Outcome({"loss": 1.0}), "d": Outcome(reason="it diverged")},
+                            running={},
+                            store=SimpleNamespace(progress=lambda cell: (progress[cell.name], 2.5)),
                             is_open=lambda cell: cell.name in "ab")  # fmt: skip
     monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
     view = sweep.View(found)

@@ -20,8 +20,8 @@ from nanochin.data.tokenizer import Tokenizer
 from nanochin.model import GPT
 from nanochin.plan.flops import count_flops
 from nanochin.run import checkpoint
-from nanochin.run import folder as runs
 from nanochin.run.evaluate import evaluate
+from nanochin.run.folder import open_run, read_log
 from nanochin.run.optim import Adam
 from nanochin.run.record import describe
 from nanochin.run.sample import generate
@@ -36,7 +36,7 @@ def run(config: Config) -> tuple[dict, Path, list[dict]]:
     """Train quietly -> (summary, folder, rows of the log)."""
     summary = train.train(config, quiet=True)
     folder = Path(config.out) / summary["name"]
-    return summary, folder, runs.read_log(folder)
+    return summary, folder, read_log(folder)
 
 
 def losses(rows: list[dict]) -> list[float]:
@@ -403,7 +403,7 @@ def test_a_prediction_stands_from_the_start(tiny):
     config = tiny(name="begun")
     record = describe(train.resolve(config, Progress(quiet=True)))
     predicted = {"predicted_loss": 1.5, "predicted_low": 1.4, "predicted_high": 1.6}
-    with runs.open_run(config.out, "begun", record | {"predicted": predicted}):
+    with open_run(config.out, "begun", record | {"predicted": predicted}):
         pass
     summary = train.train(config, quiet=True)
     assert {key: summary[key] for key in predicted} == predicted

@@ -75,7 +75,7 @@ def opt(
     return field(default=default, metadata=meta)
 
 
-def check(options) -> None:
+def validate(options) -> None:
     """Raises UserError for the first value out of bounds."""
     for f in fields(options):
         value, meta = getattr(options, f.name), f.metadata
@@ -106,7 +106,7 @@ def parse(cls, argv: list[str] | None = None, *, prog: str, description: str, fi
         given = _read(in_file, _toml_arguments(path, in_file)) | given
     options = cls(**given)
     try:
-        check(options)
+        validate(options)
     except UserError as error:
         parser.error(with_flags(error))
     return options

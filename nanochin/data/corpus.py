@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
 from nanochin.config import Config
-from nanochin.data import sources as hub
+from nanochin.data import sources
 from nanochin.data.cache import CHECKSUMS, Recipe, build, encode
 from nanochin.data.text import (
     MAX_HELD_OUT,
@@ -92,7 +92,7 @@ def prepare(
     corrupted cache.
     """
     check(tokenizer or "bytes", vocab_size)
-    if max_tokens and not any(item.startswith(hub.PREFIX) for item in (*data, *(val or ()))):
+    if max_tokens and not any(item.startswith(sources.PREFIX) for item in (*data, *(val or ()))):
         raise UserError(f"`max_tokens` {max_tokens:g}: only for hf: data sets; `tokens` sets the length of training")
     if val_bytes < 1024:
         raise UserError(f"`val_bytes` {val_bytes}: too little to measure a loss; use at least 1024")
@@ -201,13 +201,13 @@ def _fetch(
     """`items`, with hub data sets replaced by files in `folder`; streams them there on first use."""
     paths = []
     for item in items:
-        if item.startswith(hub.PREFIX):
-            source = hub.parse(item, option, max_tokens, tokenizer, vocab_size)
+        if item.startswith(sources.PREFIX):
+            source = sources.parse(item, option, max_tokens, tokenizer, vocab_size)
             item = folder / source.place
             if not item.exists():
                 with _locked(item, progress):
                     if not item.exists():
-                        hub.stream(source, item, progress)
+                        sources.stream(source, item, progress)
         paths.append(str(item))
     return tuple(paths)
 

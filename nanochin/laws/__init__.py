@@ -15,8 +15,8 @@
 
     >>> fit = fit_parametric(N, D, loss)
     >>> fit.law.optimal(1e21)                          # (N, D)
-    >>> sure = bootstrap(fit, runs=run)                # resamples whole runs
-    >>> sure.interval("alpha"), sure.interval(lambda law: law.optimal(1e21)[0], level=80)
+    >>> boot = bootstrap(fit, runs=run)                # resamples whole runs
+    >>> boot.interval("alpha"), boot.interval(lambda law: law.optimal(1e21)[0], level=80)
 
 If the data cannot identify a parameter, a fit raises NotIdentified, which says why in one line.
 """

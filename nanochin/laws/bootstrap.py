@@ -14,10 +14,10 @@ from nanochin.laws.envelope import EnvelopeFit, refit_envelope
 from nanochin.laws.isoflop import IsoflopFit, refit_isoflop, seed_noise
 from nanochin.laws.law import Law, NotIdentified, PowerLaw
 from nanochin.laws.parametric import ParametricFit, agree
-from nanochin.laws.solver import BATCH, Optimum, Surface, projected_starts
+from nanochin.laws.solver import BATCH, Solution, Surface, projected_starts
 
 LEVELS = (80, 95)  # percent
-NO_FACTS = {"at_bound": 0, "checked": 0, "worse": 0, "unconfirmed": 0, "gradient_norm": 0.0, "verified": 0}
+NO_COUNTS = {"at_bound": 0, "checked": 0, "worse": 0, "unconfirmed": 0, "gradient_norm": 0.0, "verified": 0}
 FEW = 10  # independent runs; fewer give a warning
 CONSTANTS = {Law: ("E", "A", "B", "alpha", "beta", "a", "b", "G"), PowerLaw: ("k_N", "a", "k_D", "b")}
 
@@ -115,15 +115,15 @@ def bootstrap(
         warnings.append(f"{rows} rows belong to {units} runs: whole runs were resampled")
     if units < FEW:
         warnings.append(f"only {units} independent runs: percentile intervals are too narrow")
-    facts, optima = {}, None
+    counts, optima = {}, None
     if isinstance(fit, ParametricFit):
-        constants, facts = _refit_parametric(fit, batches, min(verify, replicates))
+        constants, counts = _refit_parametric(fit, batches, min(verify, replicates))
     elif isinstance(fit, IsoflopFit):
         constants, optima = refit_isoflop(fit, batches)
     else:
         constants = refit_envelope(fit, batches)
     unit = "run" if rows > units or isinstance(fit, EnvelopeFit) else "row"
-    return _collect(fit, constants, unit, units, replicates, facts, warnings, optima)
+    return _collect(fit, constants, unit, units, replicates, counts, warnings, optima)
 
 
 def resample(
@@ -157,14 +157,14 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
     starts = projected_starts(surface, 12)
     warm, others = surface.z(fit.law), [starts[-1], *starts[::4]]
     size = max(1, BATCH // fit.n)
-    facts = dict(NO_FACTS)
+    counts = dict(NO_COUNTS)
     optima, sampled = [], []  # per batch: its optima, and how many are in the sample
 
-    def check(found: Optimum, weights, rows) -> None:
+    def check(found: Solution, weights, rows) -> None:
         worse, confirmed = _minimise_also(surface, found, weights, rows, others)
-        facts["worse"] += int(worse.sum())
-        facts["checked"] += int(confirmed.sum())
-        facts["unconfirmed"] += int((found.converged[rows] & ~confirmed).sum())
+        counts["worse"] += int(worse.sum())
+        counts["checked"] += int(confirmed.sum())
+        counts["unconfirmed"] += int((found.converged[rows] & ~confirmed).sum())
 
     for weights in batches(size):
         weights *= fit.weights
@@ -174,20 +174,20 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
         if verify:
             _minimise_also(surface, found, weights, np.flatnonzero(~found.converged), others)
         optima.append(found)
-    if facts["worse"]:
+    if counts["worse"]:
         for weights, found, first in zip(batches(size), optima, sampled, strict=True):
             check(found, weights * fit.weights, np.arange(first, len(weights)))
     for found in optima:
         good = found.converged  # which includes the check of gradient and Hessian
-        facts["verified"] += int(good.sum())
-        facts["at_bound"] += int(surface.at_bound(found.theta[good]).any(1).sum())
-        facts["gradient_norm"] = max(facts["gradient_norm"], float(found.gradient_norm[good].max(initial=0)))
+        counts["verified"] += int(good.sum())
+        counts["at_bound"] += int(surface.at_bound(found.theta[good]).any(1).sum())
+        counts["gradient_norm"] = max(counts["gradient_norm"], float(found.gradient_norm[good].max(initial=0)))
     theta = np.concatenate([np.where(found.converged[:, None], found.theta, np.nan) for found in optima])
     law = surface.law(theta, "")
-    return {k: getattr(law, k) for k in ("E", "A", "B", "alpha", "beta")}, facts
+    return {k: getattr(law, k) for k in ("E", "A", "B", "alpha", "beta")}, counts
 
 
-def _minimise_also(surface: Surface, found: Optimum, weights, rows, starts) -> tuple[np.ndarray, np.ndarray]:
+def _minimise_also(surface: Surface, found: Solution, weights, rows, starts) -> tuple[np.ndarray, np.ndarray]:
     """Minimise the problems `rows` also from each of `starts` and put the lowest optima into `found`. Returns for each
     whether it had converged to a higher one (worse), and whether one of `starts` reached the lowest (confirmed)."""
     if not len(rows):
@@ -206,7 +206,7 @@ def _minimise_also(surface: Surface, found: Optimum, weights, rows, starts) -> t
     return np.isfinite(first) & ~agree(first, best, total), there & agree(lowest, best, total)
 
 
-def _replace(found: Optimum, k: int, other: Optimum, at: int) -> None:
+def _replace(found: Solution, k: int, other: Solution, at: int) -> None:
     """Replace optimum k by optimum `at` of `other`."""
     for name in ("theta", "objective", "converged", "gradient_norm"):
         getattr(found, name)[k] = getattr(other, name)[at]
@@ -231,7 +231,7 @@ def _collect(
     unit: str,
     units: int,
     replicates: int,
-    facts: dict,
+    counts: dict,
     warnings: list,
     optima: tuple | None = None,
 ) -> Bootstrap:
@@ -241,9 +241,11 @@ def _collect(
         raise NotIdentified(f"bootstrap: {failed} of {replicates} replicates have no optimum")
     if failed:
         warnings.append(f"{failed} of {replicates} replicates have no optimum and are not in the intervals")
-    if facts.get("unconfirmed"):
-        warnings.append(f"{facts['unconfirmed']} of {replicates} replicates have an optimum no other start reached")
-    if facts.get("at_bound"):
-        warnings.append(f"{facts['at_bound']} of {replicates} replicates have a constant at its bound")
+    if counts.get("unconfirmed"):
+        warnings.append(f"{counts['unconfirmed']} of {replicates} replicates have an optimum no other start reached")
+    if counts.get("at_bound"):
+        warnings.append(f"{counts['at_bound']} of {replicates} replicates have a constant at its bound")
     law = replace(fit.law, **{k: v[good] for k, v in constants.items()})
-    return Bootstrap(law, unit, units, replicates, failed, warnings=tuple(warnings), optima=optima, **NO_FACTS | facts)
+    return Bootstrap(
+        law, unit, units, replicates, failed, warnings=tuple(warnings), optima=optima, **NO_COUNTS | counts
+    )

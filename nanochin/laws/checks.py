@@ -23,18 +23,18 @@ class Refit:
 
     change: object  # k runs left out, delta, or a description
     fit: ParametricFit | NotIdentified
-    sure: Bootstrap | None = None
+    boot: Bootstrap | None = None
 
     def interval(self, quantity: str | Callable) -> tuple[float, float]:
         """95% interval as Bootstrap.interval; nan without a Bootstrap."""
-        return self.sure.interval(quantity) if self.sure else (np.nan, np.nan)
+        return self.boot.interval(quantity) if self.boot else (np.nan, np.nan)
 
     def to_json(self) -> dict:
         """Constants, objective and 95% intervals, or the reason why there is no fit."""
         if isinstance(self.fit, NotIdentified):
             return {"change": str(self.change), "reason": str(self.fit)}
         names = ("a", "alpha", "beta", "E", "A", "B")
-        ends = {"ci": {name: self.interval(name) for name in names}} if self.sure else {}
+        ends = {"ci": {name: self.interval(name) for name in names}} if self.boot else {}
         constants = {name: getattr(self.fit.law, name) for name in names}
         return {"change": str(self.change)} | constants | {"objective": self.fit.objective} | ends
 
@@ -51,10 +51,10 @@ def refit(change, fit: ParametricFit, rows=slice(None), *, runs=None, replicates
         return Refit(change, error)
     runs = None if runs is None else runs[rows]
     try:
-        sure = bootstrap(other, runs=runs, replicates=replicates, seed=seed, verify=0) if replicates else None
+        boot = bootstrap(other, runs=runs, replicates=replicates, seed=seed, verify=0) if replicates else None
     except NotIdentified:
-        sure = None
-    return Refit(change, other, sure)
+        boot = None
+    return Refit(change, other, boot)
 
 
 def leave_out_highest(fit: ParametricFit, counts=(0, 1, 3, 5, 8, 15), **resampling) -> list[Refit]:
@@ -183,29 +183,29 @@ def hold_out(N, D, loss, C=None, *, budgets: int = 1, least: int = 1, budget=Non
         raise NotIdentified(f"hold-out: without {len(rows)} runs, {error}") from None
     predicted = fit.law.loss(N[rows], D[rows])
     low = high = np.full(len(rows), np.nan)
-    sure, why = None, ""
+    boot, why = None, ""
     if replicates:
         runs = None if runs is None else np.asarray(runs)[rest]
         try:
-            sure = bootstrap(fit, runs=runs, replicates=replicates, seed=seed, verify=50)
+            boot = bootstrap(fit, runs=runs, replicates=replicates, seed=seed, verify=50)
         except NotIdentified as error:
             why = str(error)
-    if sure:
-        low, high = _prediction_interval(fit, sure, N[rows], D[rows], np.random.default_rng(seed))
+    if boot:
+        low, high = _prediction_interval(fit, boot, N[rows], D[rows], np.random.default_rng(seed))
     miss = np.log(predicted / loss[rows])
-    optima = _held_optima(fit, sure, N, D, loss, nominal, rows)
-    return HoldOut(fit, sure, rows, predicted, low, high, loss[rows], float(np.median(miss)),
+    optima = _held_optima(fit, boot, N, D, loss, nominal, rows)
+    return HoldOut(fit, boot, rows, predicted, low, high, loss[rows], float(np.median(miss)),
                    float(np.median(np.abs(miss))), float(np.median(np.abs(fit.residuals))),
                    float(C[rows].max() / C[rest].max()), optima, why)  # fmt: skip
 
 
-def _prediction_interval(fit: ParametricFit, sure: Bootstrap, N, D, rng) -> tuple[np.ndarray, np.ndarray]:
+def _prediction_interval(fit: ParametricFit, boot: Bootstrap, N, D, rng) -> tuple[np.ndarray, np.ndarray]:
     """Low and high (m,): predictions of each replicate times the scatter of a random fitted row."""
     names = ("E", "A", "B", "alpha", "beta")
     law = replace(
-        sure.law, **{name: getattr(sure.law, name)[:, None] for name in names}
+        boot.law, **{name: getattr(boot.law, name)[:, None] for name in names}
     )  # (K, 1), for many rows at once
-    K, parts = len(sure.law.E), []
+    K, parts = len(boot.law.E), []
     for at in np.array_split(np.arange(len(N)), -(-len(N) * K // BATCH)):
         scatter = np.exp(-rng.choice(fit.residuals, (K, len(at))))
         parts.append(np.percentile(law.loss(N[at], D[at]) * scatter, (2.5, 97.5), axis=0))
@@ -213,7 +213,7 @@ def _prediction_interval(fit: ParametricFit, sure: Bootstrap, N, D, rng) -> tupl
     return low, high
 
 
-def _held_optima(fit, sure, N, D, loss, nominal, rows) -> tuple:
+def _held_optima(fit, boot, N, D, loss, nominal, rows) -> tuple:
     """Measured and predicted N_opt at each held-out budget with a bracketed minimum."""
     optima = []
     for c in np.unique(nominal[rows][np.isfinite(nominal[rows])]):
@@ -223,7 +223,7 @@ def _held_optima(fit, sure, N, D, loss, nominal, rows) -> tuple:
             continue
         u, _, reason = curve.minimum(loss[at][None])
         if reason[0] == 0:
-            span = (np.nan, np.nan) if sure is None else sure.interval(lambda law, C=c: law.optimal(C)[0])
+            span = (np.nan, np.nan) if boot is None else boot.interval(lambda law, C=c: law.optimal(C)[0])
             optima.append((float(c), float(np.exp(u[0] + curve.mean)), float(fit.law.optimal(c)[0]), span))
     return tuple(optima)
 

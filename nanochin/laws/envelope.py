@@ -111,8 +111,8 @@ def gaussian_smooth(values, window: int) -> np.ndarray:
     window, so that a falling curve is not bent at its ends, where part of the window is missing."""
     if window < 2 or len(values) < 3:
         return values
-    reach = window // 2
-    offset = np.arange(-reach, reach + 1)
+    half = window // 2
+    offset = np.arange(-half, half + 1)
     kernel = np.exp(-0.5 * (offset / (window / 4)) ** 2)
     index = np.arange(len(values))[:, None] + offset
     inside = (index >= 0) & (index < len(values))

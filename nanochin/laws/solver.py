@@ -36,7 +36,7 @@ Evaluate = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.n
 
 
 @dataclass
-class Optimum:
+class Solution:
     """Optima of K problems."""
 
     theta: np.ndarray  # (K, p)
@@ -47,7 +47,7 @@ class Optimum:
 
 def minimise(
     evaluate: Evaluate, theta, lower, upper, weight, tolerance: float = TOLERANCE, damping=0.0, most: int = MAX_STEPS
-) -> Optimum:
+) -> Solution:
     """Minimise K problems of p unknowns from theta (K, p), each within lower <= theta <= upper, (p,) or (K, p); weight
     (K,) is the sum of the weights in each objective. A coordinate with lower == upper is fixed. Problems that have not
     converged stop after `most` steps."""
@@ -55,7 +55,7 @@ def minimise(
     K = len(theta)
     lower, upper = np.broadcast_to(lower, theta.shape), np.broadcast_to(upper, theta.shape)
     mu = np.full(K, float(damping))
-    result = Optimum(theta.copy(), np.full(K, np.inf), np.zeros(K, bool))
+    result = Solution(theta.copy(), np.full(K, np.inf), np.zeros(K, bool))
     rows = np.arange(K)  # problems not finished; all arrays below are of these
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         F, g, H = evaluate(theta, mu, rows)
@@ -215,18 +215,18 @@ class Surface:
         near = ((z <= self.lower + 1e-9) | (z >= self.upper - 1e-9)) & (self.lower < self.upper)
         return near @ self.free.T > 0
 
-    def minimise(self, z, weights=None, *, cold: bool = False) -> Optimum:
+    def minimise(self, z, weights=None, *, cold: bool = False) -> Solution:
         """Optima from K starts z (K, p), with weights (n,) or (K, n). `cold` starts, far from the optimum, first use
         larger deltas, for which the objective is smoother."""
         return self._minimise(z, self.weights if weights is None else weights, self.lower, self.upper, cold)
 
-    def profile(self, z, E) -> Optimum:
+    def profile(self, z, E) -> Solution:
         """Optima from z (p,) with E fixed at each of E (K,)."""
         lower, upper = (np.tile(v, (len(E), 1)) for v in (self.lower, self.upper))
         lower[:, -1] = upper[:, -1] = E
         return self._minimise(np.tile(z, (len(E), 1)), self.weights, lower, upper, cold=True)
 
-    def _minimise(self, z, weights, lower, upper, cold: bool) -> Optimum:
+    def _minimise(self, z, weights, lower, upper, cold: bool) -> Solution:
         def objective(delta: float):
             return lambda z, mu, rows: self(z, mu, weights, delta, rows)
 

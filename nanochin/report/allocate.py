@@ -1,6 +1,6 @@
 """What to train: answers of a fitted law, computed once for terminal, laws.json and report.
 
-answers = answer(study.best, Questions((1e20, 1e21), target_loss=2.1))
+answers = answer(analysis.best, Questions((1e20, 1e21), target_loss=2.1))
 answers.optima[1].found["params"].value, answers.optima[1].found["params"].intervals[95]
 """
 
@@ -37,7 +37,7 @@ SHOWN = {  # quantity: (column title, format)
 class Questions:
     """The questions; None: not asked."""
 
-    budgets: tuple[float, ...]  # training FLOPs in the convention of the study
+    budgets: tuple[float, ...]  # training FLOPs in the convention of the analysis
     target_loss: float | None = None
     inference_tokens: float | None = None
     unique_tokens: float | None = None
@@ -108,7 +108,7 @@ def answer(best: Approach, questions: Questions) -> Answers:
 
 
 def optimum(approach: Approach, C: float) -> Answer:
-    """The compute-optimal run for C FLOPs, in the convention of the study."""
+    """The compute-optimal run for C FLOPs, in the convention of the analysis."""
 
     def run(law: Law | PowerLaw) -> tuple:
         N, D = law.optimal(C)
@@ -152,7 +152,7 @@ def with_text(approach: Approach, C: float, unique: float) -> Answer:
         return n, d, max(d / unique, 1.0), limited.loss(n, d, unique)
 
     names = ("params", "tokens", "epochs", "loss")
-    return _answer(replace(approach, sure=None), {"flops": C, "unique_tokens": unique}, plan, names)
+    return _answer(replace(approach, boot=None), {"flops": C, "unique_tokens": unique}, plan, names)
 
 
 def _answer(approach: Approach, asked: dict, quantities: Callable, names: tuple) -> Answer:
@@ -167,10 +167,10 @@ def _answer(approach: Approach, asked: dict, quantities: Callable, names: tuple)
 def estimates(approach: Approach, quantities: Callable) -> list[Estimate]:
     """The numbers that quantities(law) returns, with intervals from the same numbers of all replicates. Raises
     NotIdentified if `quantities` does for the law itself."""
-    values, sure = quantities(approach.law), approach.sure
-    if sure is None:
+    values, boot = quantities(approach.law), approach.boot
+    if boot is None:
         return [Estimate(float(value)) for value in values]
-    drawn = np.stack(np.broadcast_arrays(*quantities(sure.law)))
+    drawn = np.stack(np.broadcast_arrays(*quantities(boot.law)))
     drawn = np.where(np.isnan(drawn), np.inf, drawn)  # the cost of a loss that a replicate cannot reach
     method = "linear" if np.isfinite(drawn).all() else "nearest"
     ends = {level: np.percentile(drawn, (50 - level / 2, 50 + level / 2), axis=1, method=method) for level in LEVELS}

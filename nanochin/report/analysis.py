@@ -1,8 +1,8 @@
 """The three approaches fitted to one set of runs, with intervals.
 
-  study = study_runs(rows)                 three laws with intervals
-  run_checks(study)                        what changes the answer, how well it extrapolates (nanochin/report/checks.py)
-  optimum(study.best, 1e18)                what to train, with intervals (nanochin/report/allocate.py)
+  analysis = analyse(rows)        three laws with intervals
+  run_checks(analysis)            what changes the answer, how well it extrapolates (nanochin/report/checks.py)
+  optimum(analysis.best, 1e18)    what to train, with intervals (nanochin/report/allocate.py)
 
 If the data cannot support a result, the NotIdentified with the reason takes its place.
 """
@@ -17,7 +17,7 @@ import numpy as np
 from nanochin import laws
 from nanochin.base.cli import UserError
 from nanochin.laws import Bootstrap, Cost, Law, NotIdentified, PowerLaw
-from nanochin.report.table import Rows, all_or_no_flops
+from nanochin.report.table import RunTable, all_or_no_flops
 
 MOST_INTERPOLATED = 2000  # runs; a spline through more would follow the noise
 USUAL, LEAST, FEWEST = 4000, 200, 20  # resamples: default, default for very many rows, smallest allowed
@@ -45,8 +45,8 @@ class Approach:
 
     number: int
     fit: object  # EnvelopeFit, IsoflopFit or ParametricFit
-    sure: Bootstrap | None
-    reach: tuple[float, float]  # FLOPs of the smallest and the largest run
+    boot: Bootstrap | None
+    flops_range: tuple[float, float]  # FLOPs of the smallest and the largest run
     why: str = ""  # why there are no intervals, if requested
 
     @property
@@ -54,21 +54,21 @@ class Approach:
         return self.fit.law
 
     def interval(self, quantity: str | Callable, level: float = 95) -> tuple[float, float]:
-        return (np.nan, np.nan) if self.sure is None else self.sure.interval(quantity, level)
+        return (np.nan, np.nan) if self.boot is None else self.boot.interval(quantity, level)
 
     def exponent(self, law: Law | PowerLaw, which: int = 0):
         """Exponent of the optimal N (`which` 0) or D (1) in C by `law`, over the FLOPs of the runs."""
-        return laws.exponents(law, *self.reach)[which]
+        return laws.exponents(law, *self.flops_range)[which]
 
     def exponent_json(self) -> dict:
-        ends = {"a_ci": self.interval(self.exponent)} if self.sure else {}
+        ends = {"a_ci": self.interval(self.exponent)} if self.boot else {}
         return {"a": float(self.exponent(self.law)), "a_eq4": self.law.a} | ends
 
 
 @dataclass(frozen=True)
-class Study:
-    rows: Rows
-    curves: Rows | None
+class Analysis:
+    rows: RunTable
+    curves: RunTable | None
     settings: Settings
     N: np.ndarray  # (n,) the fitted runs
     D: np.ndarray
@@ -81,7 +81,7 @@ class Study:
     akima: Approach | NotIdentified  # Approach 2 by interpolation, with its seed-noise interval
     cost: Cost
     note: str = ""  # says if there are fewer resamples than usual
-    whole: "Study | None" = None  # the study that this is a sample of
+    whole: "Analysis | None" = None  # the analysis that this is a sample of
     index: np.ndarray | None = None  # (n,) indices of its runs in `whole`
 
     @property
@@ -140,12 +140,12 @@ def silent(stage: str, done: float, total: float) -> None:
     """Show no progress."""
 
 
-def study_runs(
-    rows: Rows,
-    curves: Rows | None = None,
+def analyse(
+    rows: RunTable,
+    curves: RunTable | None = None,
     settings: Settings | None = None,
     progress: Callable[[str, float, float], None] = silent,
-) -> Study:
+) -> Analysis:
     """Fit what can be fitted, calling progress(stage, done, total). Raises UserError if no approach can."""
     settings = settings or Settings()
     replicates, note = resamples(len(rows), settings.bootstrap)
@@ -162,7 +162,7 @@ def study_runs(
         )
     unit = resampled_unit(rows, settings.cluster)
     cost = Cost.of(N, D, C)
-    reach = float(C.min()), float(max(C.max(), 1.01 * C.min()))
+    flops_range = float(C.min()), float(max(C.max(), 1.01 * C.min()))
     labels = {"params_convention": settings.params, "flops_convention": flops_convention}
 
     if curves is None:
@@ -181,7 +181,9 @@ def study_runs(
     how = {"runs": unit, "replicates": settings.bootstrap, "seed": settings.seed}
     how["verify"] = int(np.clip(WORK / 10 / len(N), 4, 200))  # each costs as much as about fifteen resamples
     results = {
-        number: approach(number, fit, reach, progress=partial(progress, f"resampling for approach {number}"), **how)
+        number: approach(
+            number, fit, flops_range, progress=partial(progress, f"resampling for approach {number}"), **how
+        )
         for number, fit in fits.items()
     }
     if not any(isinstance(found, Approach) for found in results.values()):
@@ -191,41 +193,41 @@ def study_runs(
         )
         raise UserError(f"{rows.source}: no approach can be fitted to these runs: {reasons}")
     how = {"replicates": min(1000, settings.bootstrap), "seed": settings.seed}
-    akima = approach(2, akima, reach, laws.bootstrap_seed_noise, **how)
-    return Study(rows, curves, settings, N, D, L, C, unit, flops_convention, flops_name, results, akima, cost, note)
+    akima = approach(2, akima, flops_range, laws.bootstrap_seed_noise, **how)
+    return Analysis(rows, curves, settings, N, D, L, C, unit, flops_convention, flops_name, results, akima, cost, note)
 
 
-def approach(number: int, fit, reach: tuple, resample: Callable | None = None, **how) -> Approach | NotIdentified:
+def approach(number: int, fit, flops_range: tuple, resample: Callable | None = None, **how) -> Approach | NotIdentified:
     """The approach of a fit, with intervals by `resample` (default: laws.bootstrap) with arguments `how`;
     replicates=0: no intervals. A NotIdentified is returned unchanged."""
     if isinstance(fit, NotIdentified):
         return fit
-    sure = attempt(resample or laws.bootstrap, fit, **how) if how["replicates"] else None
-    if isinstance(sure, NotIdentified):
-        return Approach(number, fit, None, reach, str(sure))
-    return Approach(number, fit, sure, reach)
+    boot = attempt(resample or laws.bootstrap, fit, **how) if how["replicates"] else None
+    if isinstance(boot, NotIdentified):
+        return Approach(number, fit, None, flops_range, str(boot))
+    return Approach(number, fit, boot, flops_range)
 
 
-def sample_runs(study: Study, most: int, replicates: int) -> Study:
-    """The study, or, if it has more than `most` runs, that of `most` random ones, with intervals of Approach 3 by at
+def sample_runs(analysis: Analysis, most: int, replicates: int) -> Analysis:
+    """The analysis, or, if it has more than `most` runs, that of `most` random ones, with intervals of Approach 3 by at
     most `replicates` resamples."""
-    if (n := len(study.N)) <= most:
-        return study
-    index = np.sort(np.random.default_rng(study.settings.seed).choice(n, most, replace=False))
-    rows = study.rows.keep(np.isin(np.arange(n), index), "not checked")
-    some = study_runs(rows, settings=replace(study.settings, bootstrap=0, drop=0))
-    some = replace(some, settings=study.settings, whole=study, index=index)
+    if (n := len(analysis.N)) <= most:
+        return analysis
+    index = np.sort(np.random.default_rng(analysis.settings.seed).choice(n, most, replace=False))
+    rows = analysis.rows.keep(np.isin(np.arange(n), index), "not checked")
+    some = analyse(rows, settings=replace(analysis.settings, bootstrap=0, drop=0))
+    some = replace(some, settings=analysis.settings, whole=analysis, index=index)
     third = some.results[3]
     if isinstance(third, Approach):
-        third = approach(3, third.fit, third.reach, verify=0, **some.resampling(replicates))
+        third = approach(3, third.fit, third.flops_range, verify=0, **some.resampling(replicates))
     return replace(some, results=some.results | {3: third})
 
 
-def _params(rows: Rows, convention: str) -> np.ndarray:
+def _params(rows: RunTable, convention: str) -> np.ndarray:
     return _column(rows, COUNTS[convention], f"`params` {convention}")
 
 
-def _flops(rows: Rows, convention: str | None) -> tuple[np.ndarray, str, str]:
+def _flops(rows: RunTable, convention: str | None) -> tuple[np.ndarray, str, str]:
     """(C, its convention, its name): the given convention, else the column flops, else 6ND. In tables from elsewhere
     that column may have any convention; plans take it as physical."""
     six = 6 * rows["params"] * rows["tokens"]  # 6ND counts all parameters, however the law counts N
@@ -240,14 +242,14 @@ def _flops(rows: Rows, convention: str | None) -> tuple[np.ndarray, str, str]:
     return _column(rows, name, f"`flops` {convention}"), convention, convention
 
 
-def _column(rows: Rows, name: str, option: str) -> np.ndarray:
+def _column(rows: RunTable, name: str, option: str) -> np.ndarray:
     if (column := rows.complete(name)) is None:
         where = f"is blank at {rows.blanks[name]}" if name in rows.blanks else "is missing"
         raise UserError(f"{option}: {rows.source}: column {name} {where}")
     return column
 
 
-def resampled_unit(rows: Rows, cluster: str) -> np.ndarray | None:
+def resampled_unit(rows: RunTable, cluster: str) -> np.ndarray | None:
     """(n,) resampling unit of each row: cooldowns of one trunk, else rows of one run; None: each row is one."""
     if cluster == "row" or (cluster == "auto" and "run" not in rows.labels):
         return None

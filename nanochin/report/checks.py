@@ -1,6 +1,6 @@
-"""Checks of a law: a check is one function of the study and one line of CHECKS.
+"""Checks of a law: a check is one function of the analysis and one line of CHECKS.
 
-    outcomes = run_checks(study)             {name: Outcome}, in the order in which they are shown
+    outcomes = run_checks(analysis)             {name: CheckResult}, in the order in which they are shown
     outcomes["hold_out"].status              "ok", "doubt" or "not checked"
 
 Terminal and report show the sentences, the report the tables, laws.json the JSON of all of them.
@@ -15,7 +15,7 @@ import numpy as np
 from nanochin import laws
 from nanochin.base.console import count, digits, powers
 from nanochin.laws import Cost, NotIdentified, ParametricFit, PowerLaw, Refit
-from nanochin.report.analysis import COUNTS, Approach, Study, approach, attempt, resampled_unit, sample_runs, silent
+from nanochin.report.analysis import COUNTS, Analysis, Approach, approach, attempt, resampled_unit, sample_runs, silent
 from nanochin.report.table import CHANCE, by_chance, identical
 
 MOST_CHECKED = 2000  # runs: of more, a sample is fitted again
@@ -41,7 +41,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CheckResult:
     status: str = "ok"  # or "doubt", or "not checked"
     sentence: str = ""  # "" where there is nothing to say
     json: object = None  # what laws.json has under the check's name; None: nothing
@@ -52,35 +52,35 @@ class Outcome:
 @dataclass(frozen=True)
 class Check:
     name: str  # in laws.json, and for the figures
-    function: Callable[[Study], Outcome]  # raises NotIdentified where it cannot be made
+    function: Callable[[Analysis], CheckResult]  # raises NotIdentified where it cannot be made
     title: str = ""  # of a sentence that says so; "": another check's sentence does
     refits: bool = False  # it fits many times: of more than MOST_CHECKED runs it sees a sample
     missing: object = None  # its JSON where it cannot be made; with a title that is the reason
 
-    def __call__(self, study: Study) -> Outcome:
+    def __call__(self, analysis: Analysis) -> CheckResult:
         try:
-            return self.function(study)
+            return self.function(analysis)
         except NotIdentified as error:
             if not self.title:
-                return Outcome("not checked", json=self.missing)
+                return CheckResult("not checked", json=self.missing)
             why = str(error).removeprefix(f"{self.title.lower()}: ")
-            return Outcome("not checked", f"{self.title} could not be checked: {why}.", {"reason": str(error)})
+            return CheckResult("not checked", f"{self.title} could not be checked: {why}.", {"reason": str(error)})
 
 
-def run_checks(study: Study, progress: Callable[[str, float, float], None] = silent) -> dict[str, Outcome]:
+def run_checks(analysis: Analysis, progress: Callable[[str, float, float], None] = silent) -> dict[str, CheckResult]:
     """The outcome of every check by its name; `progress` is told (stage, done, total)."""
-    some, outcomes = sample_runs(study, MOST_CHECKED, SENSITIVITY), {}
+    some, outcomes = sample_runs(analysis, MOST_CHECKED, SENSITIVITY), {}
     for done, check in enumerate(CHECKS, 1):
-        outcomes[check.name] = check(some if check.refits else study)
+        outcomes[check.name] = check(some if check.refits else analysis)
         progress("checks", done, len(CHECKS))
     return outcomes
 
 
-def judged(good: bool, sentence: str, *rest) -> Outcome:
-    return Outcome("ok" if good else "doubt", sentence, *rest)
+def judged(good: bool, sentence: str, *rest) -> CheckResult:
+    return CheckResult("ok" if good else "doubt", sentence, *rest)
 
 
-def doubt_if(bad: bool, sentence: str) -> Outcome:
+def doubt_if(bad: bool, sentence: str) -> CheckResult:
     """Nothing is said where there is no doubt."""
     return judged(not bad, sentence if bad else "")
 
@@ -103,9 +103,9 @@ def bracketed(ends: tuple[float, float]) -> str:
 # The checks: of the fits as they are, then those that fit again
 
 
-def chance(study: Study) -> Outcome:
+def chance(analysis: Analysis) -> CheckResult:
     """Do the losses depend on both N and D?"""
-    found = dict(zip(("params", "tokens"), by_chance(study.N, study.D, study.L), strict=True))
+    found = dict(zip(("params", "tokens"), by_chance(analysis.N, analysis.D, analysis.L), strict=True))
     what = max(found, key=found.get)
     return doubt_if(
         found[what] > CHANCE,
@@ -114,24 +114,24 @@ def chance(study: Study) -> Outcome:
     )
 
 
-def no_law(study: Study) -> Outcome:
+def no_law(analysis: Analysis) -> CheckResult:
     """Which approaches do the data not support? Without curves nobody expects Approach 1."""
     missing = [
         f"Approach {number} gives no law: {str(found).removeprefix(f'Approach {number}: ')}"
-        for number, found in study.results.items()
-        if isinstance(found, NotIdentified) and (number != 1 or study.curves is not None)
+        for number, found in analysis.results.items()
+        if isinstance(found, NotIdentified) and (number != 1 or analysis.curves is not None)
     ]
     return doubt_if(bool(missing), "; ".join(missing) + ".")
 
 
-def cost(study: Study) -> Outcome:
+def cost(analysis: Analysis) -> CheckResult:
     """What does a token cost where that is not 6N, and what does this make of Eq. 4?"""
-    cost, third = study.cost, study.results[3]
+    cost, third = analysis.cost, analysis.results[3]
     if cost.is_6nd:
-        return Outcome()
+        return CheckResult()
     said = (
-        f"C is {study.flops_name}: 6ND {'times' if cost.s > 0 else 'over'} 1 + {cost.c:.3g} / N^{cost.q:.3g}, within "
-        f"{100 * cost.misfit:.1f}%"
+        f"C is {analysis.flops_name}: 6ND {'times' if cost.s > 0 else 'over'} 1 + {cost.c:.3g} / N^{cost.q:.3g}, "
+        f"within {100 * cost.misfit:.1f}%"
     )
     if isinstance(third, Approach):
         said += (
@@ -141,9 +141,9 @@ def cost(study: Study) -> Outcome:
     return judged(cost.misfit < BAD_COST, said + ".")
 
 
-def starts(study: Study) -> Outcome:
+def starts(analysis: Analysis) -> CheckResult:
     """Is the optimum of Approach 3 the lowest?"""
-    fit = study.need(3).fit
+    fit = analysis.need(3).fit
     return judged(
         2 * fit.starts_agreeing >= fit.starts,
         f"{fit.starts_agreeing} of {fit.starts} starts converge to the same optimum (relative gradient "
@@ -151,23 +151,23 @@ def starts(study: Study) -> Outcome:
     )
 
 
-def resamples(study: Study) -> Outcome:
+def resamples(analysis: Analysis) -> CheckResult:
     """Are those of its resamples?"""
-    if not (sure := study.need(3).sure):
-        return Outcome("not checked")
+    if not (boot := analysis.need(3).boot):
+        return CheckResult("not checked")
     return judged(
-        sure.worse == 0 and sure.failed < FEW_FAIL * sure.replicates,
-        f"{sure.replicates} bootstrap replicates over {sure.units} {sure.unit}s: {sure.verified} converged (relative "
-        f"gradient at most {sure.gradient_norm:.0e}, Hessian positive definite); {sure.checked} refitted from other "
-        f"starts, {sure.worse} of them to a better optimum.",
+        boot.worse == 0 and boot.failed < FEW_FAIL * boot.replicates,
+        f"{boot.replicates} bootstrap replicates over {boot.units} {boot.unit}s: {boot.verified} converged (relative "
+        f"gradient at most {boot.gradient_norm:.0e}, Hessian positive definite); {boot.checked} refitted from other "
+        f"starts, {boot.worse} of them to a better optimum.",
     )
 
 
-def irreducible_loss(study: Study) -> Outcome:
+def irreducible_loss(analysis: Analysis) -> CheckResult:
     """Is E known within a quarter of itself?"""
-    third = study.need(3)
-    if not third.sure:
-        return Outcome("not checked")
+    third = analysis.need(3)
+    if not third.boot:
+        return CheckResult("not checked")
     low, high = third.interval("E")
     return doubt_if(
         high - low > 0.25 * third.law.E,
@@ -175,20 +175,22 @@ def irreducible_loss(study: Study) -> Outcome:
     )
 
 
-def agreement(study: Study) -> Outcome:
+def agreement(analysis: Analysis) -> CheckResult:
     """Do the approaches agree on the exponent a?"""
-    if len(study.approaches) < 2:
-        return Outcome("not checked")
-    numbers, values = zip(*((str(one.number), f"{one.exponent(one.law):.3f}") for one in study.approaches), strict=True)
-    ends = [one.interval(one.exponent) for one in study.approaches if one.sure]
+    if len(analysis.approaches) < 2:
+        return CheckResult("not checked")
+    numbers, values = zip(
+        *((str(one.number), f"{one.exponent(one.law):.3f}") for one in analysis.approaches), strict=True
+    )
+    ends = [one.interval(one.exponent) for one in analysis.approaches if one.boot]
     apart = len(ends) > 1 and max(low for low, _ in ends) > min(high for _, high in ends)
     compared = f": their 95% intervals {'do not all overlap' if apart else 'overlap'}" if len(ends) > 1 else ""
     return judged(not apart, f"Approaches {', '.join(numbers)} give a = {', '.join(values)}{compared}.")
 
 
-def late_winners(study: Study) -> Outcome:
+def late_winners(analysis: Analysis) -> CheckResult:
     """Is the envelope of Approach 1 made of the ends of runs?"""
-    late = study.need(1).fit.late_share
+    late = analysis.need(1).fit.late_share
     return doubt_if(
         late < 0.5,
         f"Approach 1: only {late:.0%} of the envelope comes from the last 15% of a run (all of it in the paper). "
@@ -196,11 +198,11 @@ def late_winners(study: Study) -> Outcome:
     )
 
 
-def budgets(study: Study) -> Outcome:
+def budgets(analysis: Analysis) -> CheckResult:
     """Where clusters of C were taken for budgets: what would Approach 2 say without some of them?"""
-    second = study.need(2).fit
-    if study.rows.get("budget") is not None:
-        return Outcome()
+    second = analysis.need(2).fit
+    if analysis.rows.get("budget") is not None:
+        return CheckResult()
     good = [budget for budget in second.budgets if budget.bracketed]
     one = [law.a for law in (attempt(second.without, [budget]) for budget in good) if isinstance(law, PowerLaw)]
     said = f"Approach 2: no column of budgets; {len(good)} clusters of C are used instead"
@@ -216,28 +218,28 @@ def budgets(study: Study) -> Outcome:
     return judged(not narrow, said + ".")
 
 
-def intervals(study: Study, number: int) -> Outcome:
+def intervals(analysis: Analysis, number: int) -> CheckResult:
     """What is to be said of the intervals of an approach, or why does it have none?"""
-    found = study.need(number)
+    found = analysis.need(number)
     if found.why:
-        return Outcome("doubt", f"Approach {number} has no intervals: {found.why}.")
-    if not (sure := found.sure) or not sure.warnings:
-        return Outcome()
-    minor = len(sure.warnings) == 1 and 0 < sure.failed < FEW_FAIL * sure.replicates  # a few without an optimum
-    return judged(minor, f"Approach {number}: {'; '.join(sure.warnings)}.")
+        return CheckResult("doubt", f"Approach {number} has no intervals: {found.why}.")
+    if not (boot := found.boot) or not boot.warnings:
+        return CheckResult()
+    minor = len(boot.warnings) == 1 and 0 < boot.failed < FEW_FAIL * boot.replicates  # a few without an optimum
+    return judged(minor, f"Approach {number}: {'; '.join(boot.warnings)}.")
 
 
-def independence(study: Study) -> Outcome:
+def independence(analysis: Analysis) -> CheckResult:
     """Are rows drawn each by itself that are of one run?"""
-    n, settings = len(study.N), study.settings
-    if "run" not in study.rows.labels:
-        same = identical(study.N, study.D, study.L)
+    n, settings = len(analysis.N), analysis.settings
+    if "run" not in analysis.rows.labels:
+        same = identical(analysis.N, analysis.D, analysis.L)
         return doubt_if(
             same > 0,
             f"{same} rows are identical to others and there is no column run. Each counts as a separate run; if they "
             "are copies, the intervals are too narrow.",
         )
-    runs = len(np.unique(resampled_unit(study.rows, "run"))) if settings.cluster == "row" else n
+    runs = len(np.unique(resampled_unit(analysis.rows, "run"))) if settings.cluster == "row" else n
     return doubt_if(
         runs < n,
         f"{n} rows belong to {runs} runs, but `cluster` row resamples rows, as if rows of one run were independent: "
@@ -245,50 +247,50 @@ def independence(study: Study) -> Outcome:
     )
 
 
-def repeated_text(study: Study) -> Outcome:
-    unique = study.rows.get("unique_tokens")
-    again = 0 if unique is None else int(np.sum(study.D / unique > 1.001))
+def repeated_text(analysis: Analysis) -> CheckResult:
+    unique = analysis.rows.get("unique_tokens")
+    again = 0 if unique is None else int(np.sum(analysis.D / unique > 1.001))
     return doubt_if(again > 0, f"{again} runs saw their text more than once; the law assumes new text.")
 
 
-def fewer_resamples(study: Study) -> Outcome:
-    return Outcome(sentence=f"{study.note}." if study.note else "")
+def fewer_resamples(analysis: Analysis) -> CheckResult:
+    return CheckResult(sentence=f"{analysis.note}." if analysis.note else "")
 
 
-def runs(study: Study) -> Outcome:
+def runs(analysis: Analysis) -> CheckResult:
     """How many runs are the checks that fit again made on?"""
-    n, some = len(study.N), min(len(study.N), MOST_CHECKED)
+    n, some = len(analysis.N), min(len(analysis.N), MOST_CHECKED)
     said = f"Checks that refit use a random sample of {some} of the {n} runs."
-    return Outcome(sentence=said if some < n else "", json=some)
+    return CheckResult(sentence=said if some < n else "", json=some)
 
 
-def left_out(study: Study) -> Outcome:
-    dropped = study.rows.dropped
+def left_out(analysis: Analysis) -> CheckResult:
+    dropped = analysis.rows.dropped
     said = ", ".join(f"{lost} {reason}" for reason, lost in dropped.items())
     return judged("not usable" not in dropped, f"Left out: {said}." if said else "")
 
 
-def hold_out(study: Study) -> Outcome:
+def hold_out(analysis: Analysis) -> CheckResult:
     """What does the law of the smaller runs predict of the largest?"""
-    options = {"delta": study.settings.delta, "E": study.settings.fixed_e, **study.resampling(1000)}
-    budget = study.rows.get("budget")
-    held = laws.hold_out(study.N, study.D, study.L, study.C, budget=budget, least=LEAST_HELD, **options)
+    options = {"delta": analysis.settings.delta, "E": analysis.settings.fixed_e, **analysis.resampling(1000)}
+    budget = analysis.rows.get("budget")
+    held = laws.hold_out(analysis.N, analysis.D, analysis.L, analysis.C, budget=budget, least=LEAST_HELD, **options)
     m, good = len(held.rows), held.error < 3 * max(held.in_sample_error, 1e-3)
     said = (
         f"Hold-out error on the {m} largest runs {100 * held.error:.2f}% (median; {100 * held.bias:+.2f}% signed), "
-        f"in-sample {100 * held.in_sample_error:.2f}%, at {held.reach:.2g}x the compute"
+        f"in-sample {100 * held.in_sample_error:.2f}%, at {held.flops_range:.2g}x the compute"
     )
     if held.bootstrap:
         good &= held.outside <= max(1, 0.15 * m)
         said += f"; {held.outside} of {m} runs fall outside the predicted 95% interval ({0.05 * m:.2g} expected)"
     elif held.why:
         good, said = False, f"{said}; no intervals: {held.why}"
-    tables = hold_out_tables(study, held)
-    held = held if study.index is None else replace(held, rows=study.index[held.rows])
+    tables = hold_out_tables(analysis, held)
+    held = held if analysis.index is None else replace(held, rows=analysis.index[held.rows])
     return judged(good, said + ".", held.to_json(), tables, held)
 
 
-def hold_out_tables(study: Study, held: laws.HoldOut) -> tuple[Table, ...]:
+def hold_out_tables(analysis: Analysis, held: laws.HoldOut) -> tuple[Table, ...]:
     """What was predicted of the minima of the budgets held out, and of their runs, beside what came."""
     minima = [
         [powers(C), with_interval(count(told), ends, count), count(seen), f"{100 * (told / seen - 1):+.0f}%"]
@@ -296,7 +298,7 @@ def hold_out_tables(study: Study, held: laws.HoldOut) -> tuple[Table, ...]:
     ]
     rows = []
     for i, told, low, high, seen in zip(held.rows, held.predicted, held.low, held.high, held.observed, strict=True):
-        run = powers(study.C[i]), count(study.N[i]), count(study.D[i])
+        run = powers(analysis.C[i]), count(analysis.N[i]), count(analysis.D[i])
         inside = "" if np.isnan(low) else "inside" if low <= seen <= high else "OUTSIDE"
         off = f"{100 * (told / seen - 1):+.2f}%"
         rows.append([*run, with_interval(four(told), (low, high), four), four(seen), off, inside])
@@ -306,12 +308,12 @@ def hold_out_tables(study: Study, held: laws.HoldOut) -> tuple[Table, ...]:
     return of_minima, Table("", head, rows[:MOST_ROWS], note, "hold-out")
 
 
-def curvature(study: Study) -> Outcome:
+def curvature(analysis: Analysis) -> CheckResult:
     """Is the frontier a straight line in log-log?"""
-    second = study.results[2]
-    if isinstance(second, NotIdentified) or not study.settings.bootstrap:
+    second = analysis.results[2]
+    if isinstance(second, NotIdentified) or not analysis.settings.bootstrap:
         raise NotIdentified(WITHOUT)
-    found = laws.frontier_curvature(second.fit, **study.resampling(1000))
+    found = laws.frontier_curvature(second.fit, **analysis.resampling(1000))
     low, high = found.intervals[95]
     bends = f"bends {'down' if found.quadratic < 0 else 'up'} significantly"
     return judged(
@@ -322,13 +324,13 @@ def curvature(study: Study) -> Outcome:
     )
 
 
-def loss_line(study: Study) -> Outcome:
+def loss_line(analysis: Analysis) -> CheckResult:
     """Do the losses know of an E?"""
-    second = study.results[2]
+    second = analysis.results[2]
     found = attempt(laws.loss_line, second.fit) if isinstance(second, Approach) else NotIdentified(WITHOUT)
     if isinstance(found, NotIdentified):
-        return Outcome("not checked", json={"reason": str(found)})
-    return Outcome(
+        return CheckResult("not checked", json={"reason": str(found)})
+    return CheckResult(
         "ok",
         f"The lowest losses of the budgets follow C^-{found.exponent:.4f}; a power law through the smaller budgets is "
         f"{100 * (found.predicted / found.measured - 1):+.2f}% off at the largest.",
@@ -336,17 +338,17 @@ def loss_line(study: Study) -> Outcome:
     )
 
 
-def kaplan_procedure(study: Study) -> Outcome:
+def kaplan_procedure(analysis: Analysis) -> CheckResult:
     """Which exponent does the procedure of Kaplan et al. find in these runs?"""
-    third, N = study.need(3), study.rows.complete("params_non_embedding")
+    third, N = analysis.need(3), analysis.rows.complete("params_non_embedding")
     if N is None:
         raise NotIdentified("the rows have no params_non_embedding")
-    noise = study.resampling(1000) | {"noise": third.fit.noise, "budget": study.rows.get("budget")}
+    noise = analysis.resampling(1000) | {"noise": third.fit.noise, "budget": analysis.rows.get("budget")}
     del noise["runs"]  # it is drawn for each row
-    found = laws.kaplan_procedure(N, study.D, study.L, third.law.loss(study.N, study.D), **noise)
+    found = laws.kaplan_procedure(N, analysis.D, analysis.L, third.law.loss(analysis.N, analysis.D), **noise)
     where = f"at {len(found.flops)} of {found.levels} {'levels between the runs' if found.between else 'budgets'}"
     ends = bracketed(found.intervals.get(95, (np.nan, np.nan)))
-    return Outcome(
+    return CheckResult(
         "ok",
         f"Kaplan's procedure (non-embedding N and C, losses interpolated, {where}) gives a = {found.a:.3f}{ends}; "
         f"with the law's losses instead, {found.simulated:.3f}.",
@@ -355,7 +357,7 @@ def kaplan_procedure(study: Study) -> Outcome:
     )
 
 
-def refitted(title: str, refits: list[Refit], first: str = "", words: Callable = str, note: str = "") -> Outcome:
+def refitted(title: str, refits: list[Refit], first: str = "", words: Callable = str, note: str = "") -> CheckResult:
     """Of a check that fits Approach 3 in other ways: their constants. `words` tells what was changed, under `first`."""
     names, rows = ("a", "alpha", "beta", "E", "A", "B"), []
     for one in refits:
@@ -365,49 +367,49 @@ def refitted(title: str, refits: list[Refit], first: str = "", words: Callable =
             cells += [digits(one.fit.objective, 6)]
         rows.append([words(one.change), *cells])
     table = Table(title, (first, "a (Eq. 4)", "α", "β", "E", "A", "B", "objective"), rows, note)
-    return Outcome(json=[one.to_json() for one in refits], tables=(table,), found=refits)
+    return CheckResult(json=[one.to_json() for one in refits], tables=(table,), found=refits)
 
 
-def leave_out_highest(study: Study) -> Outcome:
-    third = study.need(3)
-    refits = [Refit(0, third.fit, third.sure)]
-    refits += laws.leave_out_highest(third.fit, (1, 3, 5, 8, 15), **study.resampling(SENSITIVITY))
-    note = f"95% intervals, here and below, by {SENSITIVITY} resamples of each fit." if third.sure else ""
+def leave_out_highest(analysis: Analysis) -> CheckResult:
+    third = analysis.need(3)
+    refits = [Refit(0, third.fit, third.boot)]
+    refits += laws.leave_out_highest(third.fit, (1, 3, 5, 8, 15), **analysis.resampling(SENSITIVITY))
+    note = f"95% intervals, here and below, by {SENSITIVITY} resamples of each fit." if third.boot else ""
     return refitted("Without the runs of highest loss", refits, "runs left out", note=note)
 
 
-def delta(study: Study) -> Outcome:
-    third, own = study.need(3), study.settings.delta
+def delta(analysis: Analysis) -> CheckResult:
+    third, own = analysis.need(3), analysis.settings.delta
     others = [other for other in (1e-6, 1e-4, 1e-3, 1e-2, 1e-1) if other != own]
-    refits = [Refit(own, third.fit, third.sure)]
-    refits += laws.delta_sensitivity(third.fit, others, **study.resampling(SENSITIVITY))
+    refits = [Refit(own, third.fit, third.boot)]
+    refits += laws.delta_sensitivity(third.fit, others, **analysis.resampling(SENSITIVITY))
     refits.sort(key=lambda one: one.change)
     title = "With another δ, below which residuals count as squares and above it as distances"
     return refitted(title, refits, "δ", powers)
 
 
-def other_objectives(study: Study) -> Outcome:
-    third = study.need(3)
-    lower = min(0.98 * third.law.E, 0.99 * float(study.L.min()))
+def other_objectives(analysis: Analysis) -> CheckResult:
+    third = analysis.need(3)
+    lower = min(0.98 * third.law.E, 0.99 * float(analysis.L.min()))
     changes = {
         "least squares": {"delta": np.inf},
         "Huber on the loss itself": {"space": "linear"},
         "alpha = beta": {"tied": True},
         f"E fixed below, at {lower:.4g}": {"E": lower},
     }
-    options = study.resampling(SENSITIVITY)
+    options = analysis.resampling(SENSITIVITY)
     refits = [laws.refit(words, third.fit, **change, **options) for words, change in changes.items()]
     return refitted("With another objective or form", refits)
 
 
-def near_minimum(study: Study) -> Outcome:
+def near_minimum(analysis: Analysis) -> CheckResult:
     """Does E come from the runs near the minimum of their budget, or from the ends of the isoFLOP curves?"""
-    E = (study.whole or study).need(3).law.E
-    refits = laws.near_minimum(study.need(3).fit, study.need(2).fit, **study.resampling(SENSITIVITY))
+    E = (analysis.whole or analysis).need(3).law.E
+    refits = laws.near_minimum(analysis.need(3).fit, analysis.need(2).fit, **analysis.resampling(SENSITIVITY))
     said = [
         f"E ({E:.3g}) is driven by models far from compute-optimal: the {runs} runs within {factor:g}x of the optimum "
         f"give {low:.3g} to {high:.3g}."
-        for factor, runs, (low, high) in ((*one.change, one.sure.interval("E")) for one in refits if one.sure)
+        for factor, runs, (low, high) in ((*one.change, one.boot.interval("E")) for one in refits if one.boot)
         if not low <= E <= high
     ]
     title = "With those runs alone whose N is near the minimum of their budget"
@@ -416,51 +418,51 @@ def near_minimum(study: Study) -> Outcome:
     return replace(outcome, status="doubt" if said else "ok", sentence=said[0] if said else "", json=json)
 
 
-def kaplan_form(study: Study) -> Outcome:
-    found = laws.fit_kaplan_form(study.N, study.D, study.L, delta=study.settings.delta)
+def kaplan_form(analysis: Analysis) -> CheckResult:
+    found = laws.fit_kaplan_form(analysis.N, analysis.D, analysis.L, delta=analysis.settings.delta)
     json = {name: getattr(found, name) for name in ("N_c", "D_c", "alpha_N", "alpha_D", "objective")}
     title = "With the form of Kaplan et al. 2020, ((Nc / N)^(αN / αD) + Dc / D)^αD, which knows no E"
     head = ("Nc", "Dc", "αN", "αD", "objective")
-    return Outcome(json=json, tables=(Table(title, head, [[f"{value:.5g}" for value in json.values()]]),))
+    return CheckResult(json=json, tables=(Table(title, head, [[f"{value:.5g}" for value in json.values()]]),))
 
 
-def residuals_by_compute(study: Study) -> Outcome:
-    found = laws.residuals_by_compute(study.need(3).fit)
+def residuals_by_compute(analysis: Analysis) -> CheckResult:
+    found = laws.residuals_by_compute(analysis.need(3).fit)
     rows = []
     for part in found:
         low, high = powers(part["flops_low"]), powers(part["flops_high"])
         rows.append([f"{low} to {high}", str(part["n"]), f"{part['median']:+.2%}", f"{part['sd']:.2%}"])
     head = ("6ND", "runs", "median", "robust sd")
-    return Outcome(json=found, tables=(Table("Residuals by compute", head, rows),), found=found)
+    return CheckResult(json=found, tables=(Table("Residuals by compute", head, rows),), found=found)
 
 
-def counts(study: Study) -> Outcome:
+def counts(analysis: Analysis) -> CheckResult:
     """Approaches 3 and 2 with N counted in every way for which there is a column (C as it is)."""
-    D, L, C, settings, json, rows = study.D, study.L, study.C, study.settings, {}, []
-    again = partial(approach, reach=study.best.reach, verify=0, **study.resampling(SENSITIVITY))
+    D, L, C, settings, json, rows = analysis.D, analysis.L, analysis.C, analysis.settings, {}, []
+    again = partial(approach, flops_range=analysis.best.flops_range, verify=0, **analysis.resampling(SENSITIVITY))
     for convention, name in COUNTS.items():
-        both, N = (study.results[3], study.results[2]), study.rows.complete(name)
+        both, N = (analysis.results[3], analysis.results[2]), analysis.rows.complete(name)
         if convention != settings.params:
             if N is None:
                 continue
             of_n = {"delta": settings.delta, "E": settings.fixed_e, "cost": Cost.of(N, D, C)}
-            isoflop = attempt(laws.fit_isoflop, N, D, L, C, budget=study.rows.get("budget"))
+            isoflop = attempt(laws.fit_isoflop, N, D, L, C, budget=analysis.rows.get("budget"))
             both = again(3, attempt(laws.fit_parametric, N, D, L, **of_n)), again(2, isoflop)
         told = [{"reason": str(one)} if isinstance(one, NotIdentified) else one.exponent_json() for one in both]
         json[convention] = dict(zip(("approach3", "approach2"), told, strict=True))
         cells = [with_interval(f"{a['a']:.4f}", a.get("a_ci", (0, 0)), three) if "a" in a else "–" for a in told]
         rows.append([convention.replace("_", " "), *cells])
     if len(rows) < 2:
-        return Outcome("not checked", json={})
+        return CheckResult("not checked", json={})
     table = Table("Counting the parameters in another way", ("N counts", "a, approach 3", "a, approach 2"), rows)
-    return Outcome(json=json, tables=(table,))
+    return CheckResult(json=json, tables=(table,))
 
 
-def profile_e(study: Study) -> Outcome:
-    fit = study.need(3).fit
+def profile_e(analysis: Analysis) -> CheckResult:
+    fit = analysis.need(3).fit
     E, objective = laws.profile_e(fit, 61)
     rise = objective / fit.objective
-    return Outcome(json=np.stack([E, rise], 1)[np.isfinite(rise)].tolist(), found=(E, rise))
+    return CheckResult(json=np.stack([E, rise], 1)[np.isfinite(rise)].tolist(), found=(E, rise))
 
 
 CHECKS = (

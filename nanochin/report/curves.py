@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from nanochin.base.files import sha256_of
-from nanochin.report.table import Labels, Rows, by_run
+from nanochin.report.table import Labels, RunTable, by_run
 from nanochin.run.curves import CURVES, log_points, read_csv_gz
 
 
-def curves_of_runs(path: str | Path, rows: Rows) -> Rows | None:
+def curves_of_runs(path: str | Path, rows: RunTable) -> RunTable | None:
     """Training curves of the runs in `rows`, None if there are none, from a curves.csv.gz, from the one in a folder, or
     from the logs of the runs in that folder or in its runs/. N and the FLOPs of a token are those of `rows`; the hash
     is that of the file, or of all logs, one after the other in the order of `rows`."""
@@ -40,7 +40,7 @@ def curves_of_runs(path: str | Path, rows: Rows) -> Rows | None:
             numbers[name] = rows[name][row]
         elif name.startswith("flops"):
             numbers[name] = (rows[name] / rows["tokens"])[row] * numbers["tokens"]
-    return by_run(Rows(str(path), sha256, numbers, {"run": Labels(codes, tuple(names))}))
+    return by_run(RunTable(str(path), sha256, numbers, {"run": Labels(codes, tuple(names))}))
 
 
 def _counts(point: dict) -> bool:

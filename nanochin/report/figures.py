@@ -1,6 +1,6 @@
-"""The figures of a study, in the manner of Hoffmann et al. 2022, drawn by matplotlib.
+"""The figures of an analysis, in the manner of Hoffmann et al. 2022, drawn by matplotlib.
 
-draw(study, found) -> {name: Figure}            those that the data support
+draw(analysis, found) -> {name: Figure}            those that the data support
 
 curves     training curves, their envelope, and whose it is (the paper's Figure 2)
 isoflop    a parabola for each budget, as they are and laid over one another (Figure 3)
@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from nanochin.base.console import count, digits, powers
 from nanochin.laws import BESIROGLU, HOFFMANN, HOFFMANN_1, HOFFMANN_2, KAPLAN, Law, NotIdentified, advice
-from nanochin.report.analysis import Approach, Study
+from nanochin.report.analysis import Analysis, Approach
 from nanochin.report.panels import (
     BLUE,
     GREEN,
@@ -56,16 +56,16 @@ MOST = 2500  # points in one panel; of more, evenly spaced ones are drawn
 LOSS = "loss, nats per token"
 
 
-def draw(study: Study, found: dict[str, object]) -> dict[str, Figure]:
+def draw(analysis: Analysis, found: dict[str, object]) -> dict[str, Figure]:
     """`found` are the results behind the checks by their names; None, or missing, where there is none."""
     every = {
-        "curves": curves(study),
-        "isoflop": isoflop(study),
-        "optimum": optimum(study),
-        "surface": surface(study),
-        "residuals": residuals(study, found.get("residuals_by_compute")),
-        "hold-out": hold_out(study, found.get("hold_out")),
-        "certainty": certainty(study, found),
+        "curves": curves(analysis),
+        "isoflop": isoflop(analysis),
+        "optimum": optimum(analysis),
+        "surface": surface(analysis),
+        "residuals": residuals(analysis, found.get("residuals_by_compute")),
+        "hold-out": hold_out(analysis, found.get("hold_out")),
+        "certainty": certainty(analysis, found),
     }
     return {name: figure for name, figure in every.items() if figure}
 
@@ -74,8 +74,8 @@ def draw(study: Study, found: dict[str, object]) -> dict[str, Figure]:
 
 
 @drawn
-def curves(study: Study) -> Figure | None:
-    first = study.results[1]
+def curves(analysis: Analysis) -> Figure | None:
+    first = analysis.results[1]
     if isinstance(first, NotIdentified):
         return None
     figure, (left, right) = panels(2)
@@ -87,13 +87,13 @@ def curves(study: Study) -> Figure | None:
         every = _evenly(len(C), max(20, 16_000 // len(own)))
         label = f"N = {count(N)}" if N in named else ""
         named.discard(N)
-        hover = f"{study.curves.labels['run'].values[int(run)]}: N = {count(N)}"
+        hover = f"{analysis.curves.labels['run'].values[int(run)]}: N = {count(N)}"
         line(left, C[every], L[every], colour, label, width=1.0, hover=hover)
     every = _evenly(len(fit.flops), 400)
     line(left, fit.flops[every], fit.loss[every], INK, "envelope", width=2.2)
     every_loss = np.concatenate([L for _, L, _ in own.values()])
-    left.set_title(f"Training curves ({study.convention})")
-    _flops_axis(left, study)
+    left.set_title(f"Training curves ({analysis.convention})")
+    _flops_axis(left, analysis)
     axis(left, "y", LOSS, log=True, limits=(0.98 * every_loss.min(), np.quantile(every_loss, 0.98)))
 
     x = np.array([fit.flops[0], fit.flops[-1]])
@@ -103,15 +103,15 @@ def curves(study: Study) -> Figure | None:
     _with_band(right, first, x, 0)
     winners = np.repeat(fit.params[changes[:-1]], 3)
     line(right, strokes.T.ravel(), winners, INK, "winner", width=3)
-    right.set_title(f"Size of the winner ({study.convention})")
-    _flops_axis(right, study)
-    _params_axis(right, "y", study)
+    right.set_title(f"Size of the winner ({analysis.convention})")
+    _flops_axis(right, analysis)
+    _params_axis(right, "y", analysis)
     return figure
 
 
 @drawn
-def isoflop(study: Study) -> Figure | None:
-    second = study.results[2]
+def isoflop(analysis: Analysis) -> Figure | None:
+    second = analysis.results[2]
     if isinstance(second, NotIdentified):
         return None
     figure, (left, right) = panels(2)
@@ -120,7 +120,7 @@ def isoflop(study: Study) -> Figure | None:
     named = spent[_evenly(len(spent), 12)]  # in the legend
     for budget, colour, name in zip(fit.budgets, shade(spent), distinct_powers(spent), strict=True):
         rows = budget.rows[_evenly(budget.n_runs, max(20, MOST // len(fit.budgets)))]
-        hover = [_run(study, i) for i in rows]
+        hover = [_run(analysis, i) for i in rows]
         points(left, fit.N[rows], fit.loss[rows], colour, name if budget.flops in named else "", hover, 2.8)
         if not np.isfinite(budget.parabola[0]):
             continue
@@ -140,23 +140,23 @@ def isoflop(study: Study) -> Figure | None:
     N, L = [budget.params_opt for budget, _ in minima], [budget.loss_opt for budget, _ in minima]
     whiskers(left, L, [at.get("params_opt") for _, at in minima], INK, horizontal=True)
     points(left, N, L, INK, "minimum, with its 95%", hover, 3.2, "D")
-    left.set_title(f"IsoFLOP curves ({study.convention})")
-    _params_axis(left, "x", study)
+    left.set_title(f"IsoFLOP curves ({analysis.convention})")
+    _params_axis(left, "x", analysis)
     axis(left, "y", LOSS)
-    right.set_title(f"The same, laid over one another ({study.convention})")
+    right.set_title(f"The same, laid over one another ({analysis.convention})")
     axis(right, "x", "parameters over the minimum's", log=True)
     axis(right, "y", "loss above the minimum, nats")
     return figure
 
 
 @drawn
-def optimum(study: Study) -> Figure:
+def optimum(analysis: Analysis) -> Figure:
     figure, both = panels(2)
-    x = _reach(study)
+    x = _flops_range(analysis)
     for which, axes in enumerate(both):
-        _advice(axes, study, x, which)
+        _advice(axes, analysis, x, which)
         name = ("params_opt", "tokens_opt")[which]
-        minima = ((study.akima, "ring", 5, "minima by Akima"), (study.results[2], "D", 2.8, "minima by parabola"))
+        minima = ((analysis.akima, "ring", 5, "minima by Akima"), (analysis.results[2], "D", 2.8, "minima by parabola"))
         for approach, shape, size, label in minima:
             if isinstance(approach, Approach):
                 found = _minima(approach)
@@ -167,33 +167,33 @@ def optimum(study: Study) -> Figure:
         lines = np.concatenate([one.get_ydata() for one in axes.lines])
         axes.set_ylim(lines.min() / 1.5, lines.max() * 1.5)  # bands are cut off where they are wild
         _models(axes, x, which)
-        _flops_axis(axes, study, x)
-    both[0].set_title(f"Optimal size ({study.convention})")
-    _params_axis(both[0], "y", study)
-    both[1].set_title(f"Optimal tokens ({study.convention})")
+        _flops_axis(axes, analysis, x)
+    both[0].set_title(f"Optimal size ({analysis.convention})")
+    _params_axis(both[0], "y", analysis)
+    both[1].set_title(f"Optimal tokens ({analysis.convention})")
     axis(both[1], "y", "tokens D", log=True)
     return figure
 
 
 @drawn
-def surface(study: Study) -> Figure:
-    third, x = study.results[3], _reach(study)
+def surface(analysis: Analysis) -> Figure:
+    third, x = analysis.results[3], _flops_range(analysis)
     figure, both = panels(1 if isinstance(third, NotIdentified) else 2)
     if isinstance(third, Approach):
-        _contours(both[0], study, third.law)
-    _advice(both[-1], study, x, 2)
+        _contours(both[0], analysis, third.law)
+    _advice(both[-1], analysis, x, 2)
     _models(both[-1], x, 2)
-    both[-1].set_title(f"Tokens per parameter ({study.convention})")
-    _flops_axis(both[-1], study, x)
+    both[-1].set_title(f"Tokens per parameter ({analysis.convention})")
+    _flops_axis(both[-1], analysis, x)
     axis(both[-1], "y", "D / N", log=True)
     return figure
 
 
-def _contours(axes: Axes, study: Study, law: Law) -> None:
+def _contours(axes: Axes, analysis: Analysis, law: Law) -> None:
     """L(N, D) over the runs, which have the colour of their own loss."""
-    N, D, L = study.N, study.D, study.L
+    N, D, L = analysis.N, analysis.D, analysis.L
     sizes, tokens = (np.geomspace(x.min() / 1.6, x.max() * 1.6, 120) for x in (N, D))
-    count_of = f"N {study.settings.params}"
+    count_of = f"N {analysis.settings.params}"
     axes.set_title(f"Loss by the law ({count_of})")
     axis(axes, "x", "tokens D", log=True, limits=(tokens[0], tokens[-1]))
     axis(axes, "y", f"parameters {count_of}", log=True, limits=(sizes[0], sizes[-1]))
@@ -206,7 +206,7 @@ def _contours(axes: Axes, study: Study, law: Law) -> None:
     free = _free(axes, lines, np.append(D[keep], best_D), np.append(N[keep], best_N))
     axes.clabel(lines, fmt=partial(digits, figures=3), fontsize=10, colors=INK, manual=free)
     nearest = np.abs(np.log(np.maximum(L[keep, None] - law.E, 1e-9)) - np.log(levels - law.E)).argmin(1)
-    colours, hover = [SCALE[8 - k] for k in nearest], [_run(study, i) for i in keep]
+    colours, hover = [SCALE[8 - k] for k in nearest], [_run(analysis, i) for i in keep]
     points(axes, D[keep], N[keep], colours, "runs, coloured by their loss", hover, 2.8)
     line(axes, best_D, best_N, INK, "frontier", width=2.4)
 
@@ -226,13 +226,13 @@ def _free(axes: Axes, contours, x: np.ndarray, y: np.ndarray) -> list[np.ndarray
 
 
 @drawn
-def residuals(study: Study, by_compute: list[dict] | None) -> Figure | None:
-    third = study.results[3]
+def residuals(analysis: Analysis, by_compute: list[dict] | None) -> Figure | None:
+    third = analysis.results[3]
     if isinstance(third, NotIdentified):
         return None
     figure, (left, right) = panels(2)
-    off, keep, colours = 100 * third.fit.residuals, _evenly(len(study.N), MOST), shade(study.N)
-    hover, colours = [f"{_run(study, i)}: {off[i]:+.2f}%" for i in keep], [colours[i] for i in keep]
+    off, keep, colours = 100 * third.fit.residuals, _evenly(len(analysis.N), MOST), shade(analysis.N)
+    hover, colours = [f"{_run(analysis, i)}: {off[i]:+.2f}%" for i in keep], [colours[i] for i in keep]
     for part in by_compute or ():
         ends, middle, sd = [part["flops_low"], part["flops_high"]], 100 * part["median"], 100 * part["sd"]
         words = f"{part['n']} runs: median {middle:+.2f}%, robust sd {sd:.2f}%"
@@ -240,29 +240,29 @@ def residuals(study: Study, by_compute: list[dict] | None) -> Figure | None:
         line(left, ends, [middle] * 2, BLUE, "median", width=2, hover=words)
     limit = 1.15 * float(np.quantile(np.abs(off), 0.99))
     beyond = int(np.sum(np.abs(off) > limit))
-    for axes, x in ((left, 6 * study.N * study.D), (right, study.D / study.N)):
+    for axes, x in ((left, 6 * analysis.N * analysis.D), (right, analysis.D / analysis.N)):
         axes.axhline(0, color=GREY, linewidth=1)
         points(axes, x[keep], off[keep], colours, "", hover, 2.8)
-        for colour, N in ((SCALE[0], study.N.min()), (SCALE[8], study.N.max())):
+        for colour, N in ((SCALE[0], analysis.N.min()), (SCALE[8], analysis.N.max())):
             points(axes, [], [], colour, f"N = {count(N)}", radius=2.8)
         axis(axes, "y", "predicted over observed loss, %", limits=(-limit, limit))
         if beyond:
             note(axes, (1, 1), f"{beyond} of {len(off)} beyond the frame", "right", (-5, -13), xycoords="axes fraction")
-    left.set_title(f"Residuals by compute (N {study.settings.params})")
+    left.set_title(f"Residuals by compute (N {analysis.settings.params})")
     axis(left, "x", "6 N D, FLOPs", log=True, show=powers)
-    right.set_title(f"Residuals by D / N (N {study.settings.params})")
+    right.set_title(f"Residuals by D / N (N {analysis.settings.params})")
     axis(right, "x", "tokens per parameter D / N", log=True)
     return figure
 
 
 @drawn
-def hold_out(study: Study, held) -> Figure | None:
+def hold_out(analysis: Analysis, held) -> Figure | None:
     """`held` is the hold-out of nanochin.laws, or None."""
     if not held:
         return None
     figure, (left, right) = panels(2)
-    N, L = study.N[held.rows], study.L[held.rows]
-    hover = [f"{_run(study, i)}: predicted {p:.4f}" for i, p in zip(held.rows, held.predicted, strict=True)]
+    N, L = analysis.N[held.rows], analysis.L[held.rows]
+    hover = [f"{_run(analysis, i)}: predicted {p:.4f}" for i, p in zip(held.rows, held.predicted, strict=True)]
     whiskers(left, N, zip(held.low, held.high, strict=True), BLUE)
     points(left, N, held.predicted, BLUE, "predicted, 95%", hover, 4, "ring")
     points(left, N, L, RED, "observed, not fitted", hover, 3.2)
@@ -270,53 +270,53 @@ def hold_out(study: Study, held) -> Figure | None:
         for at, colour, dash, label in ((measured, RED, ":", "measured"), (predicted, BLUE, "--", "predicted")):
             ends = [min(L.min(), held.predicted.min()), max(L.max(), held.predicted.max())]
             line(left, [at, at], ends, colour, f"{label} minimum", dash, hover=f"{count(at)} at {C:.3g}")
-    left.set_title(f"The largest budget, predicted ({study.convention})")
-    _params_axis(left, "x", study)
+    left.set_title(f"The largest budget, predicted ({analysis.convention})")
+    _params_axis(left, "x", analysis)
     axis(left, "y", LOSS)
 
     fit, keep = held.fit, _evenly(held.fit.n, MOST)
-    inside, everything = fit.law.loss(fit.N, fit.D), np.concatenate([study.L, held.predicted])
+    inside, everything = fit.law.loss(fit.N, fit.D), np.concatenate([analysis.L, held.predicted])
     words = [f"observed {a:.4f}, by the law {b:.4f}" for a, b in zip(fit.loss[keep], inside[keep], strict=True)]
     line(right, [everything.min(), everything.max()], [everything.min(), everything.max()], GREY, "equal", width=1)
     points(right, fit.loss[keep], inside[keep], GREY, "fitted", words, 2.2)
     points(right, L, held.predicted, RED, "held out", hover, 3.4)
-    right.set_title(f"Predicted against observed (N {study.settings.params})")
+    right.set_title(f"Predicted against observed (N {analysis.settings.params})")
     axis(right, "x", f"observed {LOSS}", log=True)
     axis(right, "y", f"predicted {LOSS}", log=True)
     return figure
 
 
 @drawn
-def certainty(study: Study, found: dict[str, object]) -> Figure:
+def certainty(analysis: Analysis, found: dict[str, object]) -> Figure:
     """The forest of exponents, ours above those of others, and how firmly E is held."""
     profile = found.get("profile_E")
     figure, both = panels(2 if profile else 1)
-    rows, axes = _forest(study, found), both[0]
+    rows, axes = _forest(analysis, found), both[0]
     for y, (name, a, (low, high), colour) in zip(range(len(rows), 0, -1), rows, strict=True):
         hover = f"{name}: a = {a:.4f}" + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "")
         whiskers(axes, [y], [(low, high)], colour, horizontal=True)
         points(axes, [a], [y], colour, "", [hover], 4)
     axes.axvline(0.5, color=GREY, linestyle=":", linewidth=1)
-    axes.set_title(f"Exponent a, with 95% intervals ({study.convention})")
+    axes.set_title(f"Exponent a, with 95% intervals ({analysis.convention})")
     axis(axes, "x", "a in N = k C^a")
     axis(axes, "y", "", limits=(0.4, len(rows) + 0.6))
     axes.set_yticks(range(len(rows), 0, -1), [name for name, *_ in rows])
     if profile:
-        _profile(both[1], study, *profile)
+        _profile(both[1], analysis, *profile)
     return figure
 
 
-def _forest(study: Study, found: dict[str, object]) -> list[tuple]:
+def _forest(analysis: Analysis, found: dict[str, object]) -> list[tuple]:
     """(name, exponent a, its 95% interval, colour), ours above those of others."""
-    none, third = (np.nan, np.nan), study.results[3]
+    none, third = (np.nan, np.nan), analysis.results[3]
     rows = [
         (f"Approach {one.number}", one.exponent(one.law), one.interval(one.exponent), LINES[one.number][0])
-        for one in study.approaches
+        for one in analysis.approaches
     ]
-    if isinstance(third, Approach) and not study.cost.is_6nd:
+    if isinstance(third, Approach) and not analysis.cost.is_6nd:
         rows.append(("3, for 6ND (Eq. 4)", third.law.a, third.interval("a"), BLUE))
-    if isinstance(study.akima, Approach):
-        rows.append(("Approach 2 by Akima", study.akima.law.a, study.akima.interval("a"), ORANGE))
+    if isinstance(analysis.akima, Approach):
+        rows.append(("Approach 2 by Akima", analysis.akima.law.a, analysis.akima.interval("a"), ORANGE))
     for other in found.get("other") or ():
         if not isinstance(other.fit, NotIdentified):
             ends = other.interval(third.exponent)
@@ -333,8 +333,8 @@ def _forest(study: Study, found: dict[str, object]) -> list[tuple]:
     ]
 
 
-def _profile(axes: Axes, study: Study, E: np.ndarray, rise: np.ndarray) -> None:
-    third = study.results[3]
+def _profile(axes: Axes, analysis: Analysis, E: np.ndarray, rise: np.ndarray) -> None:
+    third = analysis.results[3]
     order = np.argsort(np.append(E, third.law.E))
     E = np.append(E, third.law.E)[order]
     rise, (low, high) = np.append(rise, 1.0)[order], third.interval("E")
@@ -343,7 +343,7 @@ def _profile(axes: Axes, study: Study, E: np.ndarray, rise: np.ndarray) -> None:
     line(axes, E, rise, BLUE, "best objective", width=2)
     points(axes, [third.law.E], [1.0], BLUE, f"E = {third.law.E:.4g}", [f"E = {third.law.E:.6g}"], 4)
     near = E[rise < 1.6]
-    axes.set_title(f"How firmly E is held (N {study.settings.params})")
+    axes.set_title(f"How firmly E is held (N {analysis.settings.params})")
     axis(axes, "x", "E held fixed, nats", limits=(near.min(), np.nanmax([near.max(), high])))
     axis(axes, "y", "objective over its minimum", limits=(0.97, 1.6))
 
@@ -352,30 +352,30 @@ def _profile(axes: Axes, study: Study, E: np.ndarray, rise: np.ndarray) -> None:
 # Parts of these
 
 
-def _flops_axis(axes: Axes, study: Study, x=None) -> None:
+def _flops_axis(axes: Axes, analysis: Analysis, x=None) -> None:
     limits = None if x is None else (x[0], x[-1])
-    axis(axes, "x", f"training FLOPs C ({study.flops_name})", log=True, limits=limits, show=powers)
+    axis(axes, "x", f"training FLOPs C ({analysis.flops_name})", log=True, limits=limits, show=powers)
 
 
-def _params_axis(axes: Axes, which: str, study: Study) -> None:
-    axis(axes, which, f"parameters N ({study.settings.params})", log=True)
+def _params_axis(axes: Axes, which: str, analysis: Analysis) -> None:
+    axis(axes, which, f"parameters N ({analysis.settings.params})", log=True)
 
 
-def _reach(study: Study) -> np.ndarray:
+def _flops_range(analysis: Analysis) -> np.ndarray:
     """FLOPs from the smallest run to three decades beyond the largest, or to the models that everybody knows."""
-    high = 1e3 * study.C.max()
-    if study.C.max() > 1e19:
-        high = max(1e25, 10 * study.C.max())
-    return np.exp(np.linspace(np.log(study.C.min()), np.log(high), 49))
+    high = 1e3 * analysis.C.max()
+    if analysis.C.max() > 1e19:
+        high = max(1e25, 10 * analysis.C.max())
+    return np.exp(np.linspace(np.log(analysis.C.min()), np.log(high), 49))
 
 
 def _minima(approach: Approach) -> list[tuple]:
     """The bracketed budgets of Approach 2, each with what its resamples say of it ({}: nothing)."""
-    sure = approach.sure
-    return [(b, sure.at_budget(i) if sure else {}) for i, b in enumerate(approach.fit.budgets) if b.bracketed]
+    boot = approach.boot
+    return [(b, boot.at_budget(i) if boot else {}) for i, b in enumerate(approach.fit.budgets) if b.bracketed]
 
 
-def _advice(axes: Axes, study: Study, x: np.ndarray, which: int) -> None:
+def _advice(axes: Axes, analysis: Analysis, x: np.ndarray, which: int) -> None:
     """What the laws of others (see laws.advice) and ours say that N (0), D (1) or D/N (2) should be, in our FLOPs."""
     for law, colour, dash, label in (
         (HOFFMANN_1, PURPLE, "-", "Hoffmann 2022, Approach 1"),
@@ -384,9 +384,9 @@ def _advice(axes: Axes, study: Study, x: np.ndarray, which: int) -> None:
         (BESIROGLU, GREY, ":", "Besiroglu 2024"),
         (KAPLAN, RED, "--", "Kaplan 2020 (non-embedding)"),
     ):
-        N, D = advice(law, study.cost, x)
+        N, D = advice(law, analysis.cost, x)
         line(axes, x, (N, D, D / N)[which], colour, label, dash)
-    for approach in study.approaches:
+    for approach in analysis.approaches:
         _with_band(axes, approach, x, which)
 
 
@@ -398,7 +398,7 @@ def _with_band(axes: Axes, approach: Approach, x: np.ndarray, which: int) -> Non
         return (N, D, D / N)[which]
 
     colour, dash = LINES[approach.number]
-    if approach.sure:
+    if approach.boot:
         band(axes, x, *np.array([approach.interval(partial(quantity, C=C)) for C in x]).T, colour)
     line(axes, x, quantity(approach.law), colour, f"Approach {approach.number}", dash, 2.2)
 
@@ -433,6 +433,6 @@ def _evenly(n: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, n - 1, min(n, most)).round().astype(int))
 
 
-def _run(study: Study, i: int) -> str:
-    name = f"{study.rows.labels['run'][i]}: " if "run" in study.rows.labels else ""
-    return f"{name}N {count(study.N[i])}, D {count(study.D[i])}, C {study.C[i]:.3g}, loss {study.L[i]:.4f}"
+def _run(analysis: Analysis, i: int) -> str:
+    name = f"{analysis.rows.labels['run'][i]}: " if "run" in analysis.rows.labels else ""
+    return f"{name}N {count(analysis.N[i])}, D {count(analysis.D[i])}, C {analysis.C[i]:.3g}, loss {analysis.L[i]:.4f}"

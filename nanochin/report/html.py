@@ -1,6 +1,6 @@
 """The report: one HTML file without anything from outside, which answers first and proves afterwards.
 
-    render(study, outcomes, figures, questions, answers, trials, provenance) -> str
+    render(analysis, outcomes, figures, questions, answers, trials, provenance) -> str
 
 Here are its numbers and tables; report.html is the page, report.css its look, and report.js answers "my budget" from a
 table of optima that is embedded. Every number has its 95% interval where there is one.
@@ -33,8 +33,8 @@ from nanochin.report.allocate import (
     to_serve,
     with_text,
 )
-from nanochin.report.analysis import Approach, Study, attempt
-from nanochin.report.checks import Outcome, Table, four, three, with_interval
+from nanochin.report.analysis import Analysis, Approach, attempt
+from nanochin.report.checks import CheckResult, Table, four, three, with_interval
 
 ORDER = ("doubt", "not checked", "ok")  # of the findings
 SHOW = {name: show for name, (_, show) in SHOWN.items()} | {
@@ -57,8 +57,8 @@ class Provenance:
 
 
 def render(
-    study: Study,
-    outcomes: dict[str, Outcome],
+    analysis: Analysis,
+    outcomes: dict[str, CheckResult],
     figures: dict[str, list[str]],
     questions: Questions,
     answers: Answers,
@@ -66,7 +66,7 @@ def render(
     provenance: Provenance,
 ) -> str:
     """The report as a text. `figures` are the panels of each as SVG elements, see nanochin.report.panels.svg."""
-    best, said = study.best, [one for one in outcomes.values() if one.sentence]
+    best, said = analysis.best, [one for one in outcomes.values() if one.sentence]
     statuses = [one.status for one in said]
     budgets = [answer.asked["flops"] for answer in answers.optima]
     files = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -74,25 +74,25 @@ def render(
     page.policies["json.dumps_kwargs"] = {"allow_nan": False}
     page.filters |= {one.__name__: one for one in (count, digits, powers, raised, with_flags)} | {"four": four}
     return page.get_template("report.html").render(
-        name="/".join(Path(study.rows.source).parts[-2:]),
-        study=study,
+        name="/".join(Path(analysis.rows.source).parts[-2:]),
+        analysis=analysis,
         best=best,
         law=best.law,
         held=outcomes["hold_out"].found,
         doubts=statuses.count("doubt"),
         missing=statuses.count("not checked"),
         cost=outcomes["cost"].sentence,
-        budget=max((C for C in budgets if C / study.C.max() <= 1.01), default=budgets[0]),
-        optima=_optima(study, answers.optima),
+        budget=max((C for C in budgets if C / analysis.C.max() <= 1.01), default=budgets[0]),
+        optima=_optima(analysis, answers.optima),
         findings=sorted(said, key=lambda one: ORDER.index(one.status)),
-        approaches=_approaches(study),
-        others=_others(study),
+        approaches=_approaches(analysis),
+        others=_others(analysis),
         trials=_trials(trials) if trials else None,
         figures=figures,
         tables=[table for one in outcomes.values() for table in one.tables if table.rows],
-        asked=_other_questions(best, questions, answers, study.C.max()) if isinstance(best.law, Law) else None,
+        asked=_other_questions(best, questions, answers, analysis.C.max()) if isinstance(best.law, Law) else None,
         provenance=provenance,
-        table_of_optima=_table_of_optima(study),
+        table_of_optima=_table_of_optima(analysis),
     )
 
 
@@ -101,7 +101,7 @@ def raised(text: str) -> Markup:
     return Markup(re.sub(r"\^(-?\w+|\([^)]*\))", r"<sup>\1</sup>", str(escape(text))))
 
 
-def sure(estimate: Estimate, show: Callable[[float], str]) -> tuple[str, str]:
+def with_ends(estimate: Estimate, show: Callable[[float], str]) -> tuple[str, str]:
     """A number and its 95% interval."""
     return with_interval(show(estimate.value), estimate.ends, show)
 
@@ -110,42 +110,42 @@ def sure(estimate: Estimate, show: Callable[[float], str]) -> tuple[str, str]:
 # Tables
 
 
-def _optima(study: Study, answers: list[Answer]) -> Table:
+def _optima(analysis: Analysis, answers: list[Answer]) -> Table:
     """The optimum of each budget that was asked."""
     rows = []
     for answer in answers:
         C = answer.asked["flops"]
-        inside = 0.99 * study.C.min() <= C <= 1.01 * study.C.max()
-        found = (sure(estimate, SHOW[name]) for name, estimate in answer.found.items())
+        inside = 0.99 * analysis.C.min() <= C <= 1.01 * analysis.C.max()
+        found = (with_ends(estimate, SHOW[name]) for name, estimate in answer.found.items())
         rows.append([(powers(C), "" if inside else "beyond the runs", "beyond"), *found])
     head = ("C, FLOPs", "parameters N", "tokens D", "D / N", "loss, nats")
     return Table("", head[: len(rows[0])], rows)
 
 
-def _approaches(study: Study) -> Table:
-    C = float(study.C.max())
-    found = [(NAMES[approach.number], approach) for approach in study.approaches]
-    if isinstance(study.akima, Approach):
-        found.append(("2, by Akima and seed noise", study.akima))
+def _approaches(analysis: Analysis) -> Table:
+    C = float(analysis.C.max())
+    found = [(NAMES[approach.number], approach) for approach in analysis.approaches]
+    if isinstance(analysis.akima, Approach):
+        found.append(("2, by Akima and seed noise", analysis.akima))
     rows = []
     for name, approach in sorted(found, key=lambda pair: pair[1].number):
         law, at = approach.law, optimum(approach, C).found
         grow = [partial(approach.exponent, which=which) for which in (0, 1)]
         exponents = (with_interval(three(one(law)), approach.interval(one), three) for one in grow)
-        there = (sure(at[name], SHOW[name]) for name in ("params", "tokens", "tokens_per_param"))
+        there = (with_ends(at[name], SHOW[name]) for name in ("params", "tokens", "tokens_per_param"))
         rows.append([name, *exponents, f"{sum(one(law) for one in grow):.3f}", *there])
     return Table("", ("approach", "a", "b", "a + b", f"N at {powers(C)}", "D there", "D / N there"), rows)
 
 
-def _others(study: Study) -> Table:
+def _others(analysis: Analysis) -> Table:
     """Ours beside the laws of others: at the largest run, and far beyond it."""
-    budgets, rows = (float(study.C.max()), 1e3 * float(study.C.max())), []
-    for approach in study.approaches:
+    budgets, rows = (float(analysis.C.max()), 1e3 * float(analysis.C.max())), []
+    for approach in analysis.approaches:
         at = [optimum(approach, C).found for C in budgets]
-        cells = (sure(one[name], SHOW[name]) for one in at for name in ("params", "tokens_per_param"))
+        cells = (with_ends(one[name], SHOW[name]) for one in at for name in ("params", "tokens_per_param"))
         rows.append([f"ours, Approach {approach.number}", *cells])
     for law in PUBLISHED:
-        pairs = [advice(law, study.cost, C) for C in budgets]
+        pairs = [advice(law, analysis.cost, C) for C in budgets]
         rows.append([law.name, *(cell for N, D in pairs for cell in (count(N), three(D / N)))])
     return Table("", ["", *(f"{what} at {powers(C)}" for C in budgets for what in ("N", "D / N"))], rows)
 
@@ -182,7 +182,7 @@ def _answers(answers: list[Answer]) -> Table:
     given, found = answers[0].asked, next((one.found for one in answers if one.found), {})
     rows = []
     for one in answers:
-        cells = [sure(one.found[name], SHOW[name]) for name in found if one.found] or [NotIdentified(one.why)]
+        cells = [with_ends(one.found[name], SHOW[name]) for name in found if one.found] or [NotIdentified(one.why)]
         rows.append([*(SHOW[name](value) for name, value in one.asked.items()), *cells])
     return Table("", [SHOWN[name][0] for name in (*given, *found)] + [""] * (not found), rows)
 
@@ -196,7 +196,7 @@ def _other_sizes(best: Approach, C: float, N: float) -> Table:
     for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8):
         found = attempt(estimates, best, partial(off, factor=factor))
         shows = "{:.4f}".format, "{:.1%}".format
-        cells = [found] if isinstance(found, NotIdentified) else map(sure, found, shows)
+        cells = [found] if isinstance(found, NotIdentified) else map(with_ends, found, shows)
         rows.append([f"{factor:g}", count(factor * N), count(best.law.cost.tokens(factor * N, C)), *cells])
     return Table("", ("N over the optimal", "N", "D", "loss above the best", "compute wasted"), rows, mark=3)
 
@@ -210,13 +210,13 @@ def _beside_the_paper(law: Law) -> Table:
     return Table("", ("N", "Approach 1", "Approach 2", "Approach 3", "here, Approach 3"), rows)
 
 
-def _table_of_optima(study: Study) -> dict:
+def _table_of_optima(analysis: Analysis) -> dict:
     """Columns over a log grid of C, from a tenth of the smallest run to ten million times the largest."""
-    grid = np.geomspace(study.C.min() / 10, study.C.max() * 1e7, 61)
-    found, columns = [optimum(study.best, float(C)).found for C in grid], {"C": list(grid)}
+    grid = np.geomspace(analysis.C.min() / 10, analysis.C.max() * 1e7, 61)
+    found, columns = [optimum(analysis.best, float(C)).found for C in grid], {"C": list(grid)}
     for name in found[0]:
         columns[name] = [at[name].value for at in found]
         if found[0][name].intervals:
             columns[name + "_low"], columns[name + "_high"] = zip(*(at[name].ends for at in found), strict=True)
     short = {name: [float(f"{value:.6g}") for value in values] for name, values in columns.items()}
-    return {"columns": short, "low": float(study.C.min()), "high": float(study.C.max())}
+    return {"columns": short, "low": float(analysis.C.min()), "high": float(analysis.C.max())}

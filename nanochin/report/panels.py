@@ -1,9 +1,9 @@
 """How figures look: panels side by side, each as wide as a phone with its legend below it; and their files.
 
     @drawn
-    def sizes(study):
+    def sizes(analysis):
         figure, (left, right) = panels(2)           # a matplotlib Figure and the Axes of its panels
-        points(left, study.N, study.L, BLUE, "runs", names)
+        points(left, analysis.N, analysis.L, BLUE, "runs", names)
         axis(left, "x", "parameters N", log=True)
         return figure
 

@@ -1,4 +1,4 @@
-"""Rows of runs: any table with params, tokens and loss, read into plain numpy columns.
+"""Tables of runs: any table with params, tokens and loss, read into plain numpy columns.
 
     rows = read_rows("runs.csv")            also .jsonl, a sweep's folder, a folder of runs
     rows["params"], rows["tokens"]          float64 (n,); nan where an optional cell is blank
@@ -61,7 +61,7 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RunTable:
     """n runs (or, for curves, points of runs) as columns, where they came from, and what was left out."""
 
     source: str
@@ -85,7 +85,7 @@ class Rows:
         column = self.numbers.get(name)
         return None if column is None or np.isnan(column).any() else column
 
-    def keep(self, mask: np.ndarray, reason: str) -> "Rows":
+    def keep(self, mask: np.ndarray, reason: str) -> "RunTable":
         """The rows where `mask` holds; the others are counted under `reason`."""
         lost = int(len(mask) - np.count_nonzero(mask))
         if not lost:
@@ -99,7 +99,7 @@ class Rows:
 # From a path to rows
 
 
-def read_rows(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> Rows:
+def read_rows(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> RunTable:
     """The runs of a CSV or JSONL file, or of a folder: its runs.csv, else the summary.json of every run in it.
 
     `columns` maps our names to the file's. Runs whose status is neither finished nor blank are left out and
@@ -112,13 +112,13 @@ def read_rows(path: str | Path, columns: dict[str, str] | None = None, skip_bad:
     return _read_file(path / "runs.csv" if path.is_dir() else path, NEEDED, columns, skip_bad)
 
 
-def read_curves(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> Rows:
+def read_curves(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> RunTable:
     """Training curves, many rows a run (`run`, `params`, `tokens`, `loss`), ordered by run and tokens. `columns` are
     those of the runs: where this table lacks one of them, its own plain name is read."""
     return by_run(_read_file(Path(path), (*NEEDED, "run"), columns or {}, skip_bad, lenient=True))
 
 
-def by_run(points: Rows) -> Rows:
+def by_run(points: RunTable) -> RunTable:
     """Points of training curves, ordered by run and tokens."""
     order = np.lexsort((points["tokens"], points.labels["run"].codes))
     numbers = {name: column[order] for name, column in points.numbers.items()}
@@ -152,7 +152,7 @@ def parse_columns(text: str | None) -> dict[str, str]:
 # Which rows count
 
 
-def all_or_no_flops(rows: Rows, skip_bad: bool = False) -> Rows:
+def all_or_no_flops(rows: RunTable, skip_bad: bool = False) -> RunTable:
     """FLOPs that some rows have and others lack would be two ways of counting: the rows that lack them are left out
     (`skip_bad`), or refused."""
     flops = rows.get("flops")
@@ -166,7 +166,7 @@ def all_or_no_flops(rows: Rows, skip_bad: bool = False) -> Rows:
     )
 
 
-def best_tuning(rows: Rows) -> Rows:
+def best_tuning(rows: RunTable) -> RunTable:
     """Of rows that differ only in learning rate, batch or beta2, those at the best of these settings.
 
     Tokens may differ by 1%, since a run ends on a whole step of its batch. Rows that differ in seed, schedule,
@@ -209,7 +209,7 @@ def identical(*columns: np.ndarray) -> int:
     return int((np.diff(table[:, np.lexsort(table)]) == 0).all(0).sum())
 
 
-def require_usable(rows: Rows) -> None:
+def require_usable(rows: RunTable) -> None:
     """Raises UserError where no law can be told from the rows: too few, too few sizes, one budget only, losses that
     cannot be compared."""
     left_out = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items())
@@ -268,7 +268,7 @@ Table = Iterator
 
 def _read_file(
     path: Path, needed: tuple[str, ...], columns: dict[str, str], skip_bad: bool, lenient: bool = False
-) -> Rows:
+) -> RunTable:
     """`lenient`: of `columns` only those count that are there."""
     try:
         with open(path, "rb") as file:
@@ -348,7 +348,7 @@ def _json_object(path: Path, place: str, text: str) -> dict:
     return item
 
 
-def _read_summaries(folder: Path, columns: dict[str, str], skip_bad: bool) -> Rows:
+def _read_summaries(folder: Path, columns: dict[str, str], skip_bad: bool) -> RunTable:
     """The finished runs in `folder` or `folder`/runs."""
     paths = [path for pattern in ("*/summary.json", "runs/*/summary.json") for path in sorted(folder.glob(pattern))]
     if not paths:
@@ -378,7 +378,7 @@ def _collect(
     needed: tuple[str, ...],
     columns: dict[str, str],
     skip_bad: bool,
-) -> Rows:
+) -> RunTable:
     """Stream a table into columns, leaving out (and counting) unfinished runs and, with `skip_bad`, bad lines."""
     spots = _find_columns(source, header, needed, columns)
     numeric = {name: i for name, i in spots.items() if name not in LABELS}
@@ -419,7 +419,7 @@ def _collect(
         for name, column, known in zip(worded, codes, words, strict=True)
         if any(known)
     }
-    return Rows(source, sha256, filled, labels, dict(dropped), blanks)
+    return RunTable(source, sha256, filled, labels, dict(dropped), blanks)
 
 
 def _look(cells: list[str], width: int, numeric: dict[str, int], needed: tuple[str, ...]) -> tuple[str, list[float]]:

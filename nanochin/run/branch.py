@@ -6,7 +6,7 @@ from nanochin.base.cli import UserError
 from nanochin.base.files import read_json
 from nanochin.config import Config
 from nanochin.run import checkpoint
-from nanochin.run import folder as runs
+from nanochin.run.folder import find_run, first_difference
 from nanochin.run.optim import learning_rate
 
 
@@ -20,13 +20,13 @@ def find_branch(config: Config, record: dict) -> Path:
     trunk, _, step = config.branch_from.rpartition("@")
     if not trunk:
         raise UserError(f"{what}: expected RUN@STEP")
-    folder = runs.find_run(trunk, config.out)
+    folder = find_run(trunk, config.out)
     theirs = read_json(folder / "config.json")
     free = {"tokens", "schedule", "cycle", "final_lr", "cooldown", "branch_from", "init_sha"}
     before, ours = (
         {key: value for key, value in one["identity"].items() if key not in free} for one in (theirs, record)
     )
-    if key := runs.first_difference(before, ours):
+    if key := first_difference(before, ours):
         raise UserError(f"{what}: that run has {key} = {before.get(key)}, this one {ours.get(key)}")
     there = [str(number) for number in checkpoint.steps(folder)]
     if step not in there:

@@ -7,14 +7,14 @@ import torch
 import kernels
 from nanochin.base.console import clock, count, table
 from nanochin.model import GPT
-from nanochin.run import folder as runs
 from nanochin.run.device import device_name
+from nanochin.run.folder import Run
 from nanochin.run.record import Job, epochs, predicted
 from nanochin.run.sample import generate
 from nanochin.run.step import TrainingStep
 
 
-def show_plan(job: Job, run: runs.Run, train_on: TrainingStep, peak_source: str) -> None:
+def show_plan(job: Job, run: Run, train_on: TrainingStep, peak_source: str) -> None:
     config, plan, corpus, why = job.config, job.plan, job.corpus, job.plan.why
     backend, why_backend = kernels.backend(job.device, config.kernels)
     params = plan.params
@@ -66,7 +66,7 @@ def by_interval(forecast: dict) -> str:
     return f" (95%: {low:.4f} to {high:.4f})" if low else ""
 
 
-def show_result(job: Job, run: runs.Run, model: GPT) -> None:
+def show_result(job: Job, run: Run, model: GPT) -> None:
     summary, tokenizer = run.summary, job.corpus.tokenizer
     bpb = f"{summary['val_bpb']:.4f} bits per byte" if summary["val_bpb"] else "bits per byte unknown"
     law = summary["predicted_loss"]

@@ -103,7 +103,7 @@ def find_run(run: str, out: str = "runs") -> Path:
     raise UserError(f"{run}: no run folder (no config.json there, nor in {Path(out) / run})")
 
 
-def identity(config: Config, **facts) -> dict:
+def run_identity(config: Config, **facts) -> dict:
     """What defines the result of a run: the resolved options that can change it, and facts about the data. Options
     added after version 0.1 are left out at their default, so that older runs keep their names."""
     options = {}

@@ -12,8 +12,8 @@ from nanochin.config import PARAM_CONVENTIONS, Config
 from nanochin.data.corpus import Corpus
 from nanochin.data.windows import Windows
 from nanochin.plan import ladder
-from nanochin.run import folder as runs
 from nanochin.run.device import device_name, precision
+from nanochin.run.folder import run_identity
 from nanochin.runrow import RunRow, flops_column, params_column
 
 
@@ -38,7 +38,7 @@ def describe(job: Job) -> dict:
     """config.json: the identity (what defines the result), resolved options, and everything the run used."""
     corpus = job.corpus
     initial = {"init_sha": job.init_sha} if job.init_sha else {}
-    identity = runs.identity(
+    identity = run_identity(
         job.config, device=job.device.type, data_sha=corpus.data_sha, val_sha=corpus.val_sha, **initial
     )
     return {

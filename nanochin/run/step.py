@@ -77,7 +77,7 @@ def compiled(model: nn.Module) -> Callable[..., Tensor]:
 # CPU threads
 
 
-def share_out(threads: int, sequences: int, seq_len: int, width: int) -> tuple[int, int]:
+def thread_shards(threads: int, sequences: int, seq_len: int, width: int) -> tuple[int, int]:
     """(threads that share the `sequences` of a batch, threads inside the operations of each) on a CPU with `threads`.
     The rest stay idle, which is faster than waiting for them (measured on two cores, LOG.md).
     """
@@ -222,7 +222,7 @@ class TrainingStep:
         self.shards = Shards(compiled(self.model) if kind == "compile" else self.model)
         if kind == "eager" and self.device.type == "cpu":
             shape = self.model.shape
-            shares = share_out(torch.get_num_threads(), self.sequences, shape.seq_len, shape.width)
+            shares = thread_shards(torch.get_num_threads(), self.sequences, shape.seq_len, shape.width)
             self.shards = Shards(self.model, *shares)
         self.cut(micro_batch)
 

@@ -3,7 +3,7 @@ corpus happen once per process, not once per run.
 
     pool = Pool(load, device, log)      start the workers
     pool.submit(config)                 train a run; fewer than `pool.size` must be in training
-    pool.wait(seconds)                  runs that have ended, as Answers
+    pool.wait(seconds)                  runs that have ended, as Replies
     pool.close()                        save the runs in training and stop the workers
 
 All workers are local; a launcher for a cluster needs the same interface. Python's ProcessPoolExecutor is not enough: it
@@ -36,19 +36,19 @@ Train = Callable[[Config], object]
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """How a run ended: finished, failed (to be recorded), busy (in another process) or died (with its worker)."""
 
     run: str
-    end: str
+    status: str
     reason: str = ""
 
 
 @dataclass(frozen=True)
-class Hello:
+class Devices:
     """A worker's device type (cpu, mps or cuda) and the number of GPUs that it sees."""
 
-    device: str
+    kind: str
     gpus: int
 
 
@@ -82,11 +82,11 @@ class Pool:
         CPU core. most: upper limit, such as the number of runs.
 
         Raises UserError if the device is not available, RunError if a worker dies before it is ready."""
-        self.load, self.device, self.log, self.hello = load, device, log, None
+        self.load, self.device, self.log, self.devices = load, device, log, None
         self.workers = [self._start(0)]
-        while not self.hello:  # the first worker reports the device
+        while not self.devices:  # the first worker reports the device
             self.wait()
-        default = {"cpu": cores(), "mps": 1, "cuda": self.hello.gpus}[self.hello.device]
+        default = {"cpu": cores(), "mps": 1, "cuda": self.devices.gpus}[self.devices.kind]
         size = max(1, min(workers or default, most))
         self.workers += [self._start(number) for number in range(1, size)]
 
@@ -95,8 +95,8 @@ class Pool:
         return len(self.workers)
 
     def __str__(self) -> str:
-        gpus = self.hello.gpus
-        return f"{self.size} workers on {f'{gpus} GPUs' if gpus > 1 else self.hello.device}"
+        gpus = self.devices.gpus
+        return f"{self.size} workers on {f'{gpus} GPUs' if gpus > 1 else self.devices.kind}"
 
     def submit(self, config: Config) -> None:
         """Train `config` in an idle worker; there must be one."""
@@ -105,11 +105,11 @@ class Pool:
         with contextlib.suppress(OSError):  # it has died; `wait` handles that
             worker.pipe.send(config)
 
-    def wait(self, seconds: float | None = None) -> list[Answer]:
+    def wait(self, seconds: float | None = None) -> list[Reply]:
         """Runs that have ended; waits for one up to `seconds` (None: no limit). Replaces workers that died.
 
         Raises UserError if the sweep should stop: an invalid option, a full disk, a worker that cannot start."""
-        answers = []
+        replies = []
         for pipe in connection.wait([worker.pipe for worker in self.workers], seconds):
             worker = next(worker for worker in self.workers if worker.pipe is pipe)
             try:
@@ -119,14 +119,14 @@ class Pool:
             match message:
                 case UserError():
                     raise message
-                case Hello():
-                    self.hello = self.hello or message
+                case Devices():
+                    self.devices = self.devices or message
                 case str():  # READY
                     worker.ready = True
-                case Answer():
+                case Reply():
                     worker.run = None
-                    answers.append(message)
-        return answers
+                    replies.append(message)
+        return replies
 
     def close(self) -> None:
         """Stop the workers, which save their runs first."""
@@ -137,8 +137,8 @@ class Pool:
 
     def _start(self, number: int) -> Worker:
         environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        if self.hello and self.hello.gpus > 1:  # the very first sees all GPUs and uses the first
-            environment["CUDA_VISIBLE_DEVICES"] = one_gpu(number, self.hello.gpus)
+        if self.devices and self.devices.gpus > 1:  # the very first sees all GPUs and uses the first
+            environment["CUDA_VISIBLE_DEVICES"] = one_gpu(number, self.devices.gpus)
         spawn = multiprocessing.get_context("spawn")
         ours, theirs = spawn.Pipe()
         # A daemon ends with the sweep, unless the sweep is killed.
@@ -148,12 +148,12 @@ class Pool:
         theirs.close()  # so that the pipe closes when the worker dies
         return Worker(number, process, ours)
 
-    def _replace(self, dead: Worker) -> Answer | None:
+    def _replace(self, dead: Worker) -> Reply | None:
         how = dead.end()
         if not dead.ready:
             raise RunError(f"a worker died before it was ready ({how}); see {self.log}")
         self.workers[self.workers.index(dead)] = self._start(dead.number)
-        return Answer(dead.run, "died", how) if dead.run else None
+        return Reply(dead.run, "died", how) if dead.run else None
 
 
 def one_gpu(number: int, gpus: int) -> str:
@@ -180,7 +180,7 @@ def _environment(environment: dict[str, str]) -> Iterator[None]:
 
 
 def work(pipe: connection.Connection, load: Callable[[], Train], device: str, log: Path) -> None:
-    """Send Hello, load, send READY (or the error), then train each config. On SIGTERM, save the run and exit."""
+    """Send Devices, load, send READY (or the error), then train each config. On SIGTERM, save the run and exit."""
     if hasattr(os, "setsid"):
         os.setsid()  # a closed terminal signals only the sweep
     with open(log, "a") as file:
@@ -190,30 +190,30 @@ def work(pipe: connection.Connection, load: Callable[[], Train], device: str, lo
     threading.Thread(target=_watch_parent, daemon=True).start()
     with contextlib.suppress(EOFError, ConnectionError):  # the sweep has died
         try:
-            pipe.send(look_around(device))  # before loading, so that the other workers can start
+            pipe.send(find_devices(device))  # before loading, so that the other workers can start
             train = load()
             pipe.send(READY)
         except UserError as error:
             return pipe.send(UserError(str(error)))
         while True:
             config, started = pipe.recv(), time.process_time()
-            answer = attempt(train, config)
-            end, spent = getattr(answer, "end", "stops the sweep"), time.process_time() - started
-            _log(f"worker {os.getpid()}: {config.name} {end}, {spent:.2f} s of CPU")
-            pipe.send(answer)
+            reply = attempt(train, config)
+            status, spent = getattr(reply, "status", "stops the sweep"), time.process_time() - started
+            _log(f"worker {os.getpid()}: {config.name} {status}, {spent:.2f} s of CPU")
+            pipe.send(reply)
 
 
-def look_around(device: str) -> Hello:
-    """The Hello for `device`. Raises UserError if it is not available."""
+def find_devices(device: str) -> Devices:
+    """The Devices for `device`. Raises UserError if it is not available."""
     import torch
 
     from nanochin.run.device import pick_device
 
     kind = pick_device(device).type
-    return Hello(kind, torch.cuda.device_count() if kind == "cuda" and ":" not in device else 1)  # cuda:1 is one GPU
+    return Devices(kind, torch.cuda.device_count() if kind == "cuda" and ":" not in device else 1)  # cuda:1 is one GPU
 
 
-def attempt(train: Train, config: Config) -> Answer | UserError:
+def attempt(train: Train, config: Config) -> Reply | UserError:
     """Train -> how it ended, or an error that should stop the sweep. Exits if the run was stopped by a signal."""
     import torch
 
@@ -221,9 +221,9 @@ def attempt(train: Train, config: Config) -> Answer | UserError:
 
     try:
         train(config)
-        return Answer(config.name, "finished")
+        return Reply(config.name, "finished")
     except BusyError:
-        return Answer(config.name, "busy")
+        return Reply(config.name, "busy")
     except UserError as error:
         if error.code > 128:  # stopped by a signal; the run is saved, and no answer is expected
             sys.exit(error.code)
@@ -237,7 +237,7 @@ def attempt(train: Train, config: Config) -> Answer | UserError:
         if torch.cuda.is_initialized():  # free memory for other workers
             gc.collect()
             torch.cuda.empty_cache()
-    return Answer(config.name, "failed", reason + ("; with fewer workers each has more memory" if full else ""))
+    return Reply(config.name, "failed", reason + ("; with fewer workers each has more memory" if full else ""))
 
 
 def _watch_parent() -> None:
@@ -249,6 +249,6 @@ def _watch_parent() -> None:
 
 
 def _log(text: str) -> None:
-    """Print a line to the log; a full disk must not lose an answer."""
+    """Print a line to the log; a full disk must not lose an reply."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr)

@@ -22,14 +22,14 @@ from nanochin.run.curves import CURVES, Curves, log_points, read_csv_gz
 from nanochin.run.folder import first_difference, read_log
 from nanochin.runrow import RunRow, read_csv, read_summary
 from nanochin.sweep.cells import Cell
-from nanochin.sweep.pool import Answer
+from nanochin.sweep.pool import Reply
 
 DEATHS = 3  # of workers on one run, after which it counts as failed
 BUSY_SECONDS = 2.0  # between two looks at a run that another process has
 
 
 @dataclasses.dataclass(frozen=True)
-class End:
+class Outcome:
     """How a run ended: its row of runs.csv (finished), or the reason why there is none (failed)."""
 
     row: RunRow | None = None
@@ -40,35 +40,35 @@ class End:
         return self.row.loss if self.row else None
 
 
-class Book:
+class RunStore:
     """The ends of runs, as the disk has them."""
 
-    def __init__(self, folder: Path, results: Path, facts: dict):
-        """folder: of the sweep. results: where rows that were kept may lie. facts: of the text (data_sha, val_sha)."""
-        self.folder, self.results, self.facts = folder, results, facts
+    def __init__(self, folder: Path, results: Path, fingerprints: dict):
+        """folder: of the sweep. results: where rows that were kept may lie. fingerprints: data_sha and val_sha."""
+        self.folder, self.results, self.fingerprints = folder, results, fingerprints
         self.kept = read_csv(results / "runs.csv")
 
     def of(self, cell: Cell) -> Path:
         return self.folder / "runs" / cell.name
 
-    def look(self, cell: Cell) -> End | None:
+    def look(self, cell: Cell) -> Outcome | None:
         """The end of a run, None if it has none yet. Raises UserError if what lies there is another run, or one of
         another text."""
         folder = self.of(cell)
         if (folder / "config.json").exists():
             self._same(cell, folder)
             if (folder / "summary.json").exists():
-                return End(self.row(cell, read_summary(folder / "summary.json")))
-        elif (row := self.kept.get(cell.name)) and (end := self._from_results(cell, row)):
-            return end
+                return Outcome(self.row(cell, read_summary(folder / "summary.json")))
+        elif (row := self.kept.get(cell.name)) and (outcome := self._from_results(cell, row)):
+            return outcome
         if (folder / "failed.json").exists():
-            return End(reason=read_json(folder / "failed.json")["reason"])
+            return Outcome(reason=read_json(folder / "failed.json")["reason"])
         return None
 
     def _same(self, cell: Cell, folder: Path) -> None:
         theirs, shape = read_json(folder / "config.json").get("identity", {}), cell.plan.shape
         ours = {f.name: getattr(cell.config, f.name) for f in dataclasses.fields(Config) if f.metadata["result"]}
-        ours |= {"vocab_size": shape.vocab_size, "head_size": shape.head_size, "ffn": shape.ffn, **self.facts}
+        ours |= {"vocab_size": shape.vocab_size, "head_size": shape.head_size, "ffn": shape.ffn, **self.fingerprints}
         ours = {key: value for key, value in json.loads(json.dumps(ours)).items() if value not in (None, "auto")}
         if key := first_difference({key: value for key, value in theirs.items() if key in ours}, ours):
             raise UserError(
@@ -76,10 +76,10 @@ class Book:
                 "give the sweep file another name, or delete that folder"
             )
 
-    def _from_results(self, cell: Cell, row: RunRow) -> End | None:
-        if row.status != "finished" or any(getattr(row, key) != sha for key, sha in self.facts.items()):
+    def _from_results(self, cell: Cell, row: RunRow) -> Outcome | None:
+        if row.status != "finished" or any(getattr(row, key) != sha for key, sha in self.fingerprints.items()):
             return None  # nothing, or of another text: that of `python` is another with every version of Python
-        if row.cell != cell.digest(**self.facts):
+        if row.cell != cell.digest(**self.fingerprints):
             raise UserError(
                 f"{self.results / 'runs.csv'}: {cell.name} was run with other options than the sweep file "
                 "now has: give the file another name, or `results` none"
@@ -89,7 +89,7 @@ class Book:
                 f"{self.results / 'runs.csv'}: {cell.name} is finished and has no loss: "
                 "put it right, or take the row out"
             )
-        return End(row)
+        return Outcome(row)
 
     def curves(self, rows: list[RunRow]) -> Curves:
         """Training curves of the finished runs in `rows` and then of their trunks: from the log of a run that was
@@ -110,34 +110,34 @@ class Book:
     def row(self, cell: Cell, summary: RunRow) -> RunRow:
         """The row of runs.csv: the run's summary, with what only the sweep knows."""
         ours = {"kind": cell.kind, "budget": cell.budget, "trunk": cell.trunk, "flops_spent": cell.spent}
-        return dataclasses.replace(summary, **ours, cell=cell.digest(**self.facts))
+        return dataclasses.replace(summary, **ours, cell=cell.digest(**self.fingerprints))
 
-    def failed(self, cell: Cell, reason: str) -> End:
+    def failed(self, cell: Cell, reason: str) -> Outcome:
         with writing(self.of(cell)):
             self.of(cell).mkdir(parents=True, exist_ok=True)
         write_json(self.of(cell) / "failed.json", {"reason": reason})
-        return End(reason=reason)
+        return Outcome(reason=reason)
 
-    def forgive(self, cell: Cell) -> None:
+    def clear_failure(self, cell: Cell) -> None:
         (self.of(cell) / "failed.json").unlink(missing_ok=True)
 
     def checkpoint(self, run: str, step: int) -> Path:
         return self.folder / "runs" / run / "checkpoints" / f"step-{step}"
 
-    def strand(self, cells: list[Cell], ends: dict[str, End]) -> None:
+    def fail_cooldowns(self, cells: list[Cell], outcomes: dict[str, Outcome]) -> None:
         """Give an end to cooldowns whose trunk failed before the checkpoint that they need. Raises UserError if it is
         finished and the checkpoint is not there: a sweep file that asks for other lengths now, or a cleaned-up disk."""
         for cell in cells:
-            end = ends.get(cell.trunk)
-            if end is None or cell.name in ends or self.checkpoint(cell.trunk, cell.step).exists():
+            outcome = outcomes.get(cell.trunk)
+            if outcome is None or cell.name in outcomes or self.checkpoint(cell.trunk, cell.step).exists():
                 continue
-            if not end.reason:
+            if not outcome.reason:
                 raise UserError(
                     f"{self.folder / 'runs' / cell.trunk} is finished and has no checkpoint of step "
                     f"{cell.step}, where {cell.name} begins: delete that folder, and it is trained again "
                     "with all that are needed"
                 )
-            ends[cell.name] = End(reason=f"its trunk {cell.trunk} failed: {end.reason}")
+            outcomes[cell.name] = Outcome(reason=f"its trunk {cell.trunk} failed: {outcome.reason}")
 
     def progress(self, cell: Cell) -> tuple[float, float | None]:
         """(share of the run that is done, its last training loss), from its log."""
@@ -151,13 +151,13 @@ class Book:
         return min(1.0, max(0.0, done)), rows[-1]["loss"]
 
 
-class Schedule:
+class Queue:
     """What is still to be trained, what is in training, and what has become of the rest."""
 
-    def __init__(self, book: Book, retry_failed: bool = False):
-        self.book, self.retry = book, retry_failed
+    def __init__(self, store: RunStore, retry_failed: bool = False):
+        self.store, self.retry = store, retry_failed
         self.cells: list[Cell] = []
-        self.ends: dict[str, End] = {}
+        self.outcomes: dict[str, Outcome] = {}
         self.running: dict[str, float] = {}  # since when
         self.busy: dict[str, float] = {}  # another process has it: not before
         self.deaths: Counter[str] = Counter()  # of workers, by the run that they had
@@ -167,10 +167,10 @@ class Schedule:
         self.cells += cells
         for cell in cells:
             if self.retry:
-                self.book.forgive(cell)
-            if end := self.book.look(cell):
-                self.ends[cell.name] = end
-        self.book.strand(self.cells, self.ends)
+                self.store.clear_failure(cell)
+            if outcome := self.store.look(cell):
+                self.outcomes[cell.name] = outcome
+        self.store.fail_cooldowns(self.cells, self.outcomes)
 
     @property
     def done(self) -> bool:
@@ -178,16 +178,16 @@ class Schedule:
 
     def is_open(self, cell: Cell) -> bool:
         """Is there still something to do? A trunk is needed only while a cooldown from it is missing."""
-        if cell.name in self.ends:
+        if cell.name in self.outcomes:
             return False
-        missing = (c for c in self.cells if c.trunk == cell.name and c.name not in self.ends)
-        return not cell.is_trunk or any(not self.book.checkpoint(cell.name, c.step).exists() for c in missing)
+        missing = (c for c in self.cells if c.trunk == cell.name and c.name not in self.outcomes)
+        return not cell.is_trunk or any(not self.store.checkpoint(cell.name, c.step).exists() for c in missing)
 
     def take(self, seconds: Callable[[Cell], float]) -> Cell | None:
         """The longest run, by `seconds`, that can begin now; it counts as running from here on. None: there is none."""
         for cell in sorted(filter(self._ready, self.cells), key=seconds, reverse=True):
-            if end := self.book.look(cell):  # another sweep on this folder was faster
-                self._end(cell, end)
+            if outcome := self.store.look(cell):  # another sweep on this folder was faster
+                self._end(cell, outcome)
             else:
                 self.running[cell.name] = time.monotonic()
                 return cell
@@ -196,27 +196,27 @@ class Schedule:
     def _ready(self, cell: Cell) -> bool:
         if cell.name in self.running or self.busy.get(cell.name, 0) > time.monotonic() or not self.is_open(cell):
             return False
-        return not cell.trunk or self.book.checkpoint(cell.trunk, cell.step).exists()
+        return not cell.trunk or self.store.checkpoint(cell.trunk, cell.step).exists()
 
-    def put(self, answer: Answer) -> None:
+    def put(self, reply: Reply) -> None:
         """Take note of how a worker left a run. Raises UserError if the disk has another text's, or takes no note."""
-        cell = next(cell for cell in self.cells if cell.name == answer.run)
+        cell = next(cell for cell in self.cells if cell.name == reply.run)
         del self.running[cell.name]
-        match answer.end:
+        match reply.status:
             case "finished":
-                if end := self.book.look(cell):
-                    self._end(cell, end)
+                if outcome := self.store.look(cell):
+                    self._end(cell, outcome)
             case "failed":
-                self._end(cell, self.book.failed(cell, answer.reason))
+                self._end(cell, self.store.failed(cell, reply.reason))
             case "busy":
                 self.busy[cell.name] = time.monotonic() + BUSY_SECONDS
             case "died":
                 self.deaths[cell.name] += 1
                 if self.deaths[cell.name] == DEATHS:
-                    reason = f"its worker died {DEATHS} times ({answer.reason})"
-                    self._end(cell, self.book.failed(cell, reason))
+                    reason = f"its worker died {DEATHS} times ({reply.reason})"
+                    self._end(cell, self.store.failed(cell, reason))
 
-    def _end(self, cell: Cell, end: End) -> None:
-        self.ends[cell.name] = end
+    def _end(self, cell: Cell, outcome: Outcome) -> None:
+        self.outcomes[cell.name] = outcome
         if cell.is_trunk:
-            self.book.strand(self.cells, self.ends)
+            self.store.fail_cooldowns(self.cells, self.outcomes)

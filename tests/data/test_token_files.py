@@ -19,7 +19,7 @@ from nanochin.data.text import Tokens
 from nanochin.data.token_files import hold_out, open_tokens
 from nanochin.data.tokenizer import Tokenizer
 from nanochin.run import checkpoint
-from nanochin.run import folder as runs
+from nanochin.run.folder import read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 V = 300
@@ -206,10 +206,7 @@ def test_same_result_as_training_on_the_text(tiny, tmp_path):
     )
     found = train.train(config, quiet=True)
     rows = [
-        [
-            {key: row[key] for key in row if key not in ("tokens_per_s", "mfu")}
-            for row in runs.read_log(Path(c.out, c.name))
-        ]
+        [{key: row[key] for key in row if key not in ("tokens_per_s", "mfu")} for row in read_log(Path(c.out, c.name))]
         for c in (text, config)
     ]
     assert rows[0] == rows[1] and found["val_bpb"] == expected["val_bpb"]

@@ -15,7 +15,7 @@ from nanochin.base.cli import UserError
 from nanochin.config import Config, make_shape
 from nanochin.interop.gpt2 import gpt2_name, initial_options, load_initial
 from nanochin.model import GPT
-from nanochin.run import folder as runs
+from nanochin.run.folder import read_log
 
 transformers = pytest.importorskip("transformers", reason="pip install transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -121,7 +121,7 @@ def test_training_starts_from_the_weights(tiny, folder):
     expected = theirs()(batch[:, :-1], labels=None).logits.flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(expected, batch[:, 1:].flatten()).item()
     summary = train.train(config, quiet=True)
-    rows = runs.read_log(Path(config.out) / "run")
+    rows = read_log(Path(config.out) / "run")
     assert rows[0]["loss"] == pytest.approx(expected, abs=1e-4) and (summary["width"], summary["layers"]) == (32, 3)
     assert rows[9]["loss"] < rows[0]["loss"] and train.train(config, quiet=True) == summary
 

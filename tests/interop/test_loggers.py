@@ -9,7 +9,7 @@ from conftest import arguments
 import train
 from nanochin.base.cli import UserError
 from nanochin.interop import loggers
-from nanochin.run import folder as runs
+from nanochin.run.folder import read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +28,7 @@ def told(folder: Path) -> dict[tuple[str, int], list[float]]:
 
 
 def expected(folder: Path) -> dict[tuple[str, int], float]:
-    return {(key, row["step"]): value for row in runs.read_log(folder) for key, value in row.items()
+    return {(key, row["step"]): value for row in read_log(folder) for key, value in row.items()
             if key != "step" and value is not None}  # fmt: skip
 
 
@@ -77,7 +77,7 @@ def test_wandb_offline(tiny, monkeypatch):
     started, *rows, last = calls
     assert last == "finished" and (started["id"], started["project"]) == ("run", "nanochin")
     assert started["config"]["options"]["model"] == "16x1"
-    assert rows == [(row["step"], row) for row in runs.read_log(Path(config.out) / "run")]
+    assert rows == [(row["step"], row) for row in read_log(Path(config.out) / "run")]
 
 
 def test_wandb_errors_are_one_line(tiny, monkeypatch, refusal):

@@ -20,29 +20,29 @@ def noisy_grid(noise: float, seed: int = 0):
 def test_intervals_on_chinchilla():
     """95% intervals of Besiroglu et al., from 4000 resamples of 240 rows: ends within 0.005, of E within 0.01."""
     fit = fit_parametric(*chinchilla())
-    sure = bootstrap(fit)
+    boot = bootstrap(fit)
     for name, interval, within in (("alpha", (0.317, 0.372), 0.005), ("beta", (0.333, 0.414), 0.005),
                                    ("E", (1.770, 1.869), 0.01), ("a", (0.481, 0.557), 0.005)):  # fmt: skip
-        assert sure.interval(name) == pytest.approx(interval, abs=within), name
-    assert sure.interval("a", 80) == pytest.approx((0.492, 0.541), abs=0.005)
+        assert boot.interval(name) == pytest.approx(interval, abs=within), name
+    assert boot.interval("a", 80) == pytest.approx((0.492, 0.541), abs=0.005)
     # Two published standard deviations: of other replicates, and of Epoch's.
     for name, sd in (("alpha", 0.0148), ("beta", 0.0202), ("E", 0.0252), ("A", 117.7)):
-        assert getattr(sure.law, name).std() == pytest.approx(sd, rel=0.05), name
-    assert (sure.replicates, sure.units, sure.unit, sure.failed, sure.at_bound) == (4000, 240, "row", 0, 0)
-    assert (sure.checked, sure.worse, sure.verified) == (200, 0, 4000)
-    assert sure.gradient_norm < 1e-5
+        assert getattr(boot.law, name).std() == pytest.approx(sd, rel=0.05), name
+    assert (boot.replicates, boot.units, boot.unit, boot.failed, boot.at_bound) == (4000, 240, "row", 0, 0)
+    assert (boot.checked, boot.worse, boot.verified) == (200, 0, 4000)
+    assert boot.gradient_norm < 1e-5
 
 
 def test_a_second_start_confirms_each_replicate():
     """200 replicates minimised from three own starts each, by variable projection: none ends lower."""
     N, D, loss = noisy_grid(0.01)
     fit = fit_parametric(N, D, loss)
-    sure = bootstrap(fit, replicates=200, verify=0)
+    boot = bootstrap(fit, replicates=200, verify=0)
     surface = Surface.of(N, D, loss, delta=1e-3, space="log", E=None, tied=False)
     rng = np.random.default_rng(0)
     weights = rng.multinomial(len(N), np.full(len(N), 1 / len(N)), 200).astype(float)
     theta = np.stack([surface.z(type(fit.law)("", *row)) for row in zip(
-        *(getattr(sure.law, k) for k in ("E", "A", "B", "alpha", "beta")), strict=True)])  # fmt: skip
+        *(getattr(boot.law, k) for k in ("E", "A", "B", "alpha", "beta")), strict=True)])  # fmt: skip
     warm = surface(theta, np.zeros(200), weights, 1e-3)[0]
     for k in range(200):
         again = surface.minimise(projected_starts(surface, 3, weights[k]), weights[k], cold=True)
@@ -54,8 +54,8 @@ def test_every_replicate_is_verified():
     """At each replicate's law the gradient, by differences of a Huber sum written out here, is negligible against its
     terms, and the Hessian is positive definite; the surface uses both to tell a saddle from a minimum."""
     N, D, loss = noisy_grid(0.004)
-    sure = bootstrap(fit_parametric(N, D, loss), replicates=40, verify=0)
-    assert sure.verified == 40 - sure.failed == sure.to_json()["bootstrap"]["verified"] == 40
+    boot = bootstrap(fit_parametric(N, D, loss), replicates=40, verify=0)
+    assert boot.verified == 40 - boot.failed == boot.to_json()["bootstrap"]["verified"] == 40
     counts = np.random.default_rng(0).multinomial(48, np.full(48, 1 / 48), 40)
 
     def terms(theta, w):  # (48,) of the sum; theta: log A, alpha, log B, beta, E, as the surface has them at its centre
@@ -65,7 +65,7 @@ def test_every_replicate_is_verified():
 
     surface = Surface.of(N, D, loss, delta=1e-3, space="log", E=None, tied=False)
     names = ("E", "A", "B", "alpha", "beta")
-    laws = [type(sure.law)("", *row) for row in zip(*(getattr(sure.law, k) for k in names), strict=True)]
+    laws = [type(boot.law)("", *row) for row in zip(*(getattr(boot.law, k) for k in names), strict=True)]
     rng, h, saddles = np.random.default_rng(1), 1e-6, 0
     for w, law in zip(counts, laws, strict=True):
         at = surface.z(law)
@@ -96,11 +96,11 @@ def test_after_a_missed_optimum_all_replicates_are_checked():
     N, D, loss = isoflop_grid(BESIROGLU, np.geomspace(1e17, 1e19, 4), np.geomspace(1 / 4, 4, 6))
     loss = loss * np.exp(0.02 * np.random.default_rng(1).standard_normal(24))
     fit = fit_parametric(N, D, loss, allow_bound=True)
-    sure = bootstrap(fit, replicates=300, verify=60)
-    assert sure.worse > 0
-    assert sure.checked + sure.unconfirmed + sure.failed == 300
+    boot = bootstrap(fit, replicates=300, verify=60)
+    assert boot.worse > 0
+    assert boot.checked + boot.unconfirmed + boot.failed == 300
     whole = bootstrap(fit, replicates=300, verify=300)
-    assert whole.law.alpha == pytest.approx(sure.law.alpha, rel=1e-5) and whole.worse == sure.worse
+    assert whole.law.alpha == pytest.approx(boot.law.alpha, rel=1e-5) and whole.worse == boot.worse
 
 
 def test_a_replicate_is_a_fit_of_the_drawn_rows():
@@ -145,14 +145,14 @@ def test_intervals_cover_the_truth():
 
 def test_any_quantity_has_an_interval():
     """Functions of the law, and the table of all quantities; a, b and the optimum follow from the same replicates."""
-    sure = bootstrap(fit_parametric(*noisy_grid(0.005)), replicates=100)
-    table = sure.intervals([1e22])
+    boot = bootstrap(fit_parametric(*noisy_grid(0.005)), replicates=100)
+    table = boot.intervals([1e22])
     assert set(table) == {"E", "A", "B", "alpha", "beta", "a", "b", "G", "N_opt(1e+22)", "D_opt(1e+22)", "D/N(1e+22)",
                           "loss_opt(1e+22)"}  # fmt: skip
     low, high = table["N_opt(1e+22)"][80]
-    by_hand = sorted(sure.law.G[k] * (1e22 / 6) ** sure.law.a[k] for k in range(100))
+    by_hand = sorted(boot.law.G[k] * (1e22 / 6) ** boot.law.a[k] for k in range(100))
     assert by_hand[9] <= low <= by_hand[11] and by_hand[88] <= high <= by_hand[90]
-    assert sure.interval(lambda law: law.optimal(1e22)[0], 80) == (low, high)
+    assert boot.interval(lambda law: law.optimal(1e22)[0], 80) == (low, high)
     for quantity in table.values():
         assert quantity[95][0] <= quantity[80][0] < quantity[80][1] <= quantity[95][1]
     assert table["a"][95][0] == pytest.approx(1 - table["b"][95][1], abs=1e-12)
@@ -174,8 +174,8 @@ def test_few_runs_are_refused_or_warned_about():
     fit = fit_parametric(*noisy_grid(0.01))
     with pytest.raises(NotIdentified, match="2 independent runs"):
         bootstrap(fit, runs=np.arange(48) % 2)
-    sure = bootstrap(fit, runs=np.arange(48) % 7, replicates=50)
-    assert any("only 7 independent runs" in w for w in sure.warnings)
+    boot = bootstrap(fit, runs=np.arange(48) % 7, replicates=50)
+    assert any("only 7 independent runs" in w for w in boot.warnings)
 
 
 def test_memory_is_bounded():
@@ -184,19 +184,19 @@ def test_memory_is_bounded():
     N, D = np.exp(rng.uniform(14, 22, 100_000)), np.exp(rng.uniform(18, 26, 100_000))
     fit = fit_parametric(N, D, BESIROGLU.loss(N, D) * np.exp(0.01 * rng.standard_normal(100_000)), delta=0.1)
     tracemalloc.start()
-    sure = bootstrap(fit, replicates=40, verify=0)
+    boot = bootstrap(fit, replicates=40, verify=0)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 250e6
-    assert sure.law.alpha.std() < 0.01
+    assert boot.law.alpha.std() < 0.01
 
 
 def test_runs_of_approach_2():
     """Vertices of resampled runs: the interval contains the true exponent, and one replicate is checked."""
     N, D, loss = noisy_grid(0.003, seed=2)
     fit = fit_isoflop(N, D, loss)
-    sure = bootstrap(fit, replicates=300)
-    low, high = sure.interval("a")
+    boot = bootstrap(fit, replicates=300)
+    low, high = boot.interval("a")
     assert low < BESIROGLU.a < high and 0.005 < high - low < 0.2
     drawn = np.random.default_rng(0).multinomial(48, np.full(48, 1 / 48), 300)[0]
     vertices = []
@@ -204,7 +204,7 @@ def test_runs_of_approach_2():
         rows = np.repeat(np.arange(8 * i, 8 * i + 8), drawn[8 * i : 8 * i + 8])
         p, q, _ = np.polyfit(np.log(N[rows]), loss[rows], 2)
         vertices.append(-q / (2 * p))
-    assert sure.law.a[0] == pytest.approx(np.polyfit(np.log(BUDGETS), vertices, 1)[0], rel=1e-6)
+    assert boot.law.a[0] == pytest.approx(np.polyfit(np.log(BUDGETS), vertices, 1)[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["parabola", "akima"])
@@ -251,8 +251,8 @@ def test_seed_noise_matches_repeated_sweeps():
     slopes = [fit_isoflop(*noisy_grid(0.001, seed)).law.a for seed in range(200)]
     fit = fit_isoflop(*noisy_grid(0.001, 1000))
     assert fit.noise == pytest.approx(0.001, rel=0.4)
-    sure = bootstrap_seed_noise(fit, noise=0.001)
-    assert sure.law.a.std() == pytest.approx(np.std(slopes), rel=0.2)
+    boot = bootstrap_seed_noise(fit, noise=0.001)
+    assert boot.law.a.std() == pytest.approx(np.std(slopes), rel=0.2)
 
 
 def test_a_premature_stop_collapses_the_interval():

@@ -103,15 +103,15 @@ def test_refits_have_intervals():
     N, D, loss = noisy_grid(0.004)
     fit, runs = fit_parametric(N, D, loss), np.arange(48) // 2
     options = {"runs": runs, "replicates": 60, "seed": 3}
-    assert all(other.sure is None for other in leave_out_highest(fit, (0, 4)))
+    assert all(other.boot is None for other in leave_out_highest(fit, (0, 4)))
     (other,) = leave_out_highest(fit, (5,), **options)
     kept = np.sort(np.argsort(loss)[:-5])
     own = bootstrap(fit_parametric(N[kept], D[kept], loss[kept]), runs=runs[kept], replicates=60, seed=3)
-    assert other.sure.units == len(set(runs[kept])) < 43
-    assert other.sure.interval("a") == pytest.approx(own.interval("a"), rel=1e-6)
+    assert other.boot.units == len(set(runs[kept])) < 43
+    assert other.boot.interval("a") == pytest.approx(own.interval("a"), rel=1e-6)
     (wide,) = delta_sensitivity(fit, (0.1,), **options)
     again = bootstrap(fit_parametric(N, D, loss, delta=0.1), runs=runs, replicates=60, seed=3)
-    assert wide.sure.interval("alpha") == pytest.approx(again.interval("alpha"), rel=1e-6)
+    assert wide.boot.interval("alpha") == pytest.approx(again.interval("alpha"), rel=1e-6)
 
 
 def test_profile_of_e():

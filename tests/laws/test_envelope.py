@@ -81,11 +81,11 @@ def test_noise_is_smoothed_and_resampled():
     """The exponent of noisy curves is within the interval of resampled runs."""
     rows = curves(TIED, np.geomspace(1e6, 1e10, 40), noise=0.004)
     fit = fit_envelope(*rows)
-    sure = bootstrap(fit, replicates=300)
-    low, high = sure.interval("a")
+    boot = bootstrap(fit, replicates=300)
+    low, high = boot.interval("a")
     assert low < fit.law.a < high
     assert fit.law.a == pytest.approx(0.5, abs=0.03)
-    assert (sure.unit, sure.units) == ("run", 40)
+    assert (boot.unit, boot.units) == ("run", 40)
 
 
 def test_a_replicate_is_the_fit_of_its_runs():

@@ -214,14 +214,14 @@ def test_minima_have_intervals():
     rng, noise = np.random.default_rng(0), 0.003
     tables = [fit_isoflop(N, D, exact * np.exp(noise * rng.standard_normal(len(N)))) for _ in range(300)]
     scatter = np.std([[math.log(b.params_opt) for b in fit.budgets] for fit in tables], axis=0)
-    sure = [bootstrap(fit, replicates=300) for fit in tables[:8]]
+    boot = [bootstrap(fit, replicates=300) for fit in tables[:8]]
     for i in range(len(BUDGETS)):
-        ends = np.array([one.at_budget(i)["params_opt"] for one in sure])
+        ends = np.array([one.at_budget(i)["params_opt"] for one in boot])
         width = np.log(ends[:, 1] / ends[:, 0]) / 3.92
         assert width.mean() == pytest.approx(scatter[i], rel=0.35)
         assert all(low < fit.budgets[i].params_opt < high for (low, high), fit in zip(ends, tables, strict=False))
-    written = tables[0].to_json(sure[0])["budgets"]
-    assert [one["ci"]["params_opt"] for one in written] == [sure[0].at_budget(i)["params_opt"] for i in range(5)]
+    written = tables[0].to_json(boot[0])["budgets"]
+    assert [one["ci"]["params_opt"] for one in written] == [boot[0].at_budget(i)["params_opt"] for i in range(5)]
     assert all(one["ci"]["tokens_opt"][0] < one["tokens_opt"] < one["ci"]["tokens_opt"][1] for one in written)
     far = fit_isoflop(N[10:], D[10:], exact[10:])  # only sizes that are too large for the first budget
     assert not far.budgets[0].bracketed and bootstrap(far, replicates=100).at_budget(0) == {}

@@ -192,9 +192,9 @@ def test_forecast():
     scatter only the percentiles of the replicates remain; a law without replicates gives None."""
     law = Law("made up", 1.0, 400.0, 900.0, 0.33, 0.37)
     loss = law.loss(1e6, 2e7)
-    sure = replace(law, replicates=replace(law, E=np.ones(50)), noise=0.01)
-    assert sure.forecast(1e6, 2e7) == pytest.approx((loss * np.exp(-0.0196), loss * np.exp(0.0196)), rel=1e-3)
-    assert sure.forecast(1e6, 2e7, 80) == pytest.approx((loss * np.exp(-0.01282), loss * np.exp(0.01282)), rel=1e-3)
+    boot = replace(law, replicates=replace(law, E=np.ones(50)), noise=0.01)
+    assert boot.forecast(1e6, 2e7) == pytest.approx((loss * np.exp(-0.0196), loss * np.exp(0.0196)), rel=1e-3)
+    assert boot.forecast(1e6, 2e7, 80) == pytest.approx((loss * np.exp(-0.01282), loss * np.exp(0.01282)), rel=1e-3)
     spread = replace(law, replicates=replace(law, E=np.linspace(0, 2, 1001)), noise=0.0)
     assert spread.forecast(1e6, 2e7) == pytest.approx((loss - 0.95, loss + 0.95), rel=1e-3)
     assert law.forecast(1e6, 2e7) is None

@@ -8,19 +8,19 @@ from conftest import read_laws as read
 import fit
 from nanochin.laws import NotIdentified
 from nanochin.report import checks
-from nanochin.report.checks import CHECKS, Check, Outcome, Table
+from nanochin.report.checks import CHECKS, Check, CheckResult, Table
 
 
-def made_up_check(study) -> Outcome:
+def made_up_check(analysis) -> CheckResult:
     """The largest run, which is a doubt."""
-    largest = float(study.N.max())
+    largest = float(analysis.N.max())
     table = Table(
         "Sizes <made up>", ("N", "C"), [["smallest", "10^3"], [("largest", "1 – 2"), NotIdentified("as said")]]
     )
-    return Outcome("doubt", f"The largest run has {largest:g} parameters.", {"largest": largest}, (table,))
+    return CheckResult("doubt", f"The largest run has {largest:g} parameters.", {"largest": largest}, (table,))
 
 
-def impossible_check(study) -> Outcome:
+def impossible_check(analysis) -> CheckResult:
     raise NotIdentified("the stars: they are too far")
 
 
@@ -53,16 +53,16 @@ def test_what_could_not_be_checked_is_no_doubt(run, made_up, tmp_path, monkeypat
 
 
 def test_names_are_different_and_outcomes_are_known(made_up):
-    """Each check has a name of its own, and a status of three, on a study with and without Approach 3."""
+    """Each check has a name of its own, and a status of three, on an analysis with and without Approach 3."""
     from dataclasses import replace
 
-    from nanochin.report.analysis import Settings, study_runs
+    from nanochin.report.analysis import Settings, analyse
     from nanochin.report.table import read_rows
 
     assert len({check.name for check in CHECKS}) == len(CHECKS)
-    study = study_runs(read_rows(made_up), settings=Settings(bootstrap=0))
-    without = replace(study, results=study.results | {3: NotIdentified("as the test says")})
-    for some in (study, without):
+    analysis = analyse(read_rows(made_up), settings=Settings(bootstrap=0))
+    without = replace(analysis, results=analysis.results | {3: NotIdentified("as the test says")})
+    for some in (analysis, without):
         outcomes = unchecked(some)
         assert {one.status for one in outcomes.values()} <= set(fit.MARKS)
         assert json.dumps([one.json for one in outcomes.values()])

@@ -18,9 +18,9 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 @pytest.fixture(scope="module")
 def made(checked_study):
-    """(study, figures)"""
-    study, outcomes = checked_study
-    return study, figures.draw(study, {name: one.found for name, one in outcomes.items()})
+    """(analysis, figures)"""
+    analysis, outcomes = checked_study
+    return analysis, figures.draw(analysis, {name: one.found for name, one in outcomes.items()})
 
 
 def labelled(axes, label):
@@ -50,52 +50,52 @@ def test_every_figure_is_there_and_has_its_names(made):
 def test_lines_are_the_law(made):
     """N, D and D / N of every approach, and of the laws of others, at every budget that is drawn; from the smallest run
     to a thousand times the largest."""
-    study, drawn = made
+    analysis, drawn = made
     axes = *drawn["optimum"].axes, drawn["surface"].axes[1]
-    known = {f"Approach {one.number}": one.law for one in study.approaches}
-    known |= {"Besiroglu 2024": replace(laws.BESIROGLU, cost=study.cost), "Kaplan 2020 (non-embedding)": laws.KAPLAN}
+    known = {f"Approach {one.number}": one.law for one in analysis.approaches}
+    known |= {"Besiroglu 2024": replace(laws.BESIROGLU, cost=analysis.cost), "Kaplan 2020 (non-embedding)": laws.KAPLAN}
     for label, law in known.items():
         for which, one in enumerate(axes):
             C, y = labelled(one, label).get_data()
             N, D = law.optimal(C)
             np.testing.assert_allclose(y, (N, D, D / N)[which], rtol=1e-9)
-            assert C[0] == pytest.approx(study.C.min()) and C[-1] == pytest.approx(1e3 * study.C.max())
+            assert C[0] == pytest.approx(analysis.C.min()) and C[-1] == pytest.approx(1e3 * analysis.C.max())
 
 
 def test_every_run_is_a_point(made):
     """Of the isoFLOP curves, the surface and the residuals, where its values are; more than 2500 are thinned."""
-    study, drawn = made
-    runs = np.stack([study.N, study.L], 1)
+    analysis, drawn = made
+    runs = np.stack([analysis.N, analysis.L], 1)
     shown = points(drawn["isoflop"].axes[0])
     assert all((np.abs(shown / run - 1) < 1e-12).all(1).any() for run in runs)
     np.testing.assert_allclose(
         labelled(drawn["surface"].axes[0], "runs, coloured by their loss").get_offsets(),
-        np.stack([study.D, study.N], 1),
+        np.stack([analysis.D, analysis.N], 1),
     )
     left = drawn["residuals"].axes[0]
     cloud = next(one for one in left.collections if len(one.get_offsets()) == len(runs))
-    law = study.results[3].law
-    off = 100 * np.log(law.loss(study.N, study.D) / study.L)
+    law = analysis.results[3].law
+    off = 100 * np.log(law.loss(analysis.N, analysis.D) / analysis.L)
     np.testing.assert_allclose(cloud.get_offsets()[:, 1], off, rtol=1e-6, atol=1e-9)
     assert len(figures._evenly(10_000, figures.MOST)) == 2500
 
 
 def test_whiskers_are_of_the_minima(made):
     """What is drawn at each minimum is its own interval, which holds it."""
-    study, drawn = made
-    axes, second = drawn["isoflop"].axes[0], study.results[2]
+    analysis, drawn = made
+    axes, second = drawn["isoflop"].axes[0], analysis.results[2]
     found = [i for i, budget in enumerate(second.fit.budgets) if budget.bracketed]
     (whiskers,) = [one for one in axes.collections if type(one).__name__ == "LineCollection"]
     ends = np.array([segment[:, 0] for segment in whiskers.get_segments()])
-    np.testing.assert_allclose(ends, [second.sure.at_budget(i)["params_opt"] for i in found])
+    np.testing.assert_allclose(ends, [second.boot.at_budget(i)["params_opt"] for i in found])
     at = labelled(axes, "minimum, with its 95%").get_offsets()[:, 0]
     assert (ends[:, 0] < at).all() and (at < ends[:, 1]).all()
 
 
 def test_the_band_is_the_interval(made):
     """At every budget the edges of a band are the 95% interval of the optimum."""
-    study, drawn = made
-    third, axes = study.results[3], drawn["optimum"].axes[0]
+    analysis, drawn = made
+    third, axes = analysis.results[3], drawn["optimum"].axes[0]
     C = labelled(axes, "Approach 3").get_xdata()
     band = [one for one in axes.collections if type(one).__name__.startswith("Fill")][-1]
     edges = band.get_paths()[0].vertices
@@ -107,9 +107,9 @@ def test_the_band_is_the_interval(made):
 
 def test_what_the_data_do_not_support_is_left_out(made):
     """Without Approach 3 the surface is D / N alone; without Approach 2 there are no isoFLOP curves."""
-    study, _ = made
+    analysis, _ = made
     refused = laws.NotIdentified("as the test says")
-    without = replace(study, results={**study.results, 2: refused, 3: refused})
+    without = replace(analysis, results={**analysis.results, 2: refused, 3: refused})
     assert isoflop(without) is None and figures.residuals(without, None) is None
     assert len(surface(without).axes) == 1
     assert not [mark for mark in optimum(without).axes[0].get_children() if mark.get_label() == "Approach 3"]
@@ -120,15 +120,15 @@ def test_names_of_contours_can_be_read(made, alpha, beta):
     """Contours of the loss, steep or flat, have the law's loss; more than half have their name, where the law has that
     loss, in the frame, over no run and no other name."""
     law = replace(made[0].results[3].law, alpha=alpha, beta=beta, E=1.0, A=0.5 * 5e5**alpha, B=0.5 * 2e7**beta)
-    study = replace(made[0], L=law.loss(made[0].N, made[0].D))
+    analysis = replace(made[0], L=law.loss(made[0].N, made[0].D))
     figure, (axes,) = panels.panels(1)
-    figures._contours(axes, study, law)
+    figures._contours(axes, analysis, law)
     figure.draw_without_rendering()
     (contours,) = [one for one in axes.collections if hasattr(one, "levels")]
     for level, path in zip(contours.levels, contours.get_paths(), strict=True):
         D, N = path.vertices.T
         np.testing.assert_allclose(law.loss(N, D), level, rtol=2e-3)
-    runs, boxes = axes.transData.transform(np.stack([study.D, study.N], 1)), []
+    runs, boxes = axes.transData.transform(np.stack([analysis.D, analysis.N], 1)), []
     for text in axes.texts:
         D, N = text.get_position()
         assert float(text.get_text()) == pytest.approx(law.loss(N, D), rel=5e-3)
@@ -179,7 +179,7 @@ def _value(text: str) -> float:
 def test_svg_files_parse_and_name_every_run(made):
     """Each is XML of its own that loads nothing; every run is a point with its name on it, and every curve a line;
     panels together hold what the file holds."""
-    study, drawn = made
+    analysis, drawn = made
     titles = {}
     for name, figure in drawn.items():
         text, elements = panels.svg(figure, name)
@@ -193,9 +193,9 @@ def test_svg_files_parse_and_name_every_run(made):
         ids = [one.get("id") for panel in inside for one in panel.iter() if one.get("id")]
         assert len(ids) == len(set(ids)) and "nan" not in text.lower()
     for name in ("isoflop", "surface", "residuals"):
-        for i in range(len(study.N)):
-            assert any(title.startswith(f"{study.rows.labels['run'][i]}: N ") for title in titles[name]), (name, i)
-    assert sum(": N = " in title for title in titles["curves"]) == len(study.N)
+        for i in range(len(analysis.N)):
+            assert any(title.startswith(f"{analysis.rows.labels['run'][i]}: N ") for title in titles[name]), (name, i)
+    assert sum(": N = " in title for title in titles["curves"]) == len(analysis.N)
     assert any(title.startswith(MARKUP) for title in titles["isoflop"])
 
 

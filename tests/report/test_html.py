@@ -27,21 +27,21 @@ CSS, SCRIPT = (Path(report.__file__).with_name(f"report.{kind}").read_text() for
 
 @pytest.fixture(scope="module")
 def made(checked_study):
-    """(study, outcomes, figures, report)"""
-    study, outcomes = checked_study
-    drawn = draw(study, outcomes)
-    return study, outcomes, drawn, render(study, outcomes, drawn, Questions((1e12, 1e13, 1e15)))
+    """(analysis, outcomes, figures, report)"""
+    analysis, outcomes = checked_study
+    drawn = draw(analysis, outcomes)
+    return analysis, outcomes, drawn, render(analysis, outcomes, drawn, Questions((1e12, 1e13, 1e15)))
 
 
-def draw(study, outcomes) -> dict[str, list[str]]:
+def draw(analysis, outcomes) -> dict[str, list[str]]:
     """The panels of each figure."""
-    drawn = figures.draw(study, {name: one.found for name, one in outcomes.items()})
+    drawn = figures.draw(analysis, {name: one.found for name, one in outcomes.items()})
     return {name: svg(figure, name)[1] for name, figure in drawn.items()}
 
 
-def render(study, outcomes, drawn, asked) -> str:
-    answers = answer(study.best, asked)
-    return report.render(study, outcomes, drawn, asked, answers, [], report.Provenance("a < b", "c0ffee", "1"))
+def render(analysis, outcomes, drawn, asked) -> str:
+    answers = answer(analysis.best, asked)
+    return report.render(analysis, outcomes, drawn, asked, answers, [], report.Provenance("a < b", "c0ffee", "1"))
 
 
 class Page(HTMLParser):
@@ -93,16 +93,16 @@ def test_names_are_text_and_never_markup(made):
 
 def test_the_numbers_are_those_of_the_laws(made):
     """Constants to six digits and intervals to four as in laws.json; the exponents of all approaches to three."""
-    study, _, _, page = made
+    analysis, _, _, page = made
     text = " ".join(Page(page).text)
-    third = study.results[3].fit.to_json(study.results[3].sure)
+    third = analysis.results[3].fit.to_json(analysis.results[3].boot)
     for name in ("E", "A", "B", "alpha", "beta", "a", "b", "G"):
         assert _is_shown(third[name], 6, text), name
         low, high = third["ci"][name]
         assert _is_shown(low, 4, text) and _is_shown(high, 4, text), name
     for number, digits in ((1, 3), (2, 3), (3, 6)):
-        approach = study.results[number]
-        found = approach.fit.to_json(approach.sure)
+        approach = analysis.results[number]
+        found = approach.fit.to_json(approach.boot)
         low, high = found["ci"]["a"] if number == 3 else found["a_ci"]
         assert _is_shown(found["a"], digits, text) and _is_shown(low, 3, text) and _is_shown(high, 3, text), number
 
@@ -115,19 +115,19 @@ def _is_shown(value: float, digits: int, text: str) -> bool:
 
 def test_provenance_is_there(made):
     """Command, commit, hash of the data and counting convention."""
-    study, _, _, page = made
-    for fact in ("c0ffee", study.rows.sha256, "N total, C physical"):
+    analysis, _, _, page = made
+    for fact in ("c0ffee", analysis.rows.sha256, "N total, C physical"):
         assert fact in page
 
 
 def test_the_embedded_table_is_the_law(made):
     """Straight lines in log-log between the embedded optima, which is what the script draws, meet the law's own
     optimum within a thousandth, at budgets between the rows of the table."""
-    study, _, _, page = made
+    analysis, _, _, page = made
     data = json.loads(re.search(r'id="law">(.*?)</script>', page).group(1))
-    columns, best = data["columns"], study.best
+    columns, best = data["columns"], analysis.best
     x = np.log(columns["C"])
-    assert (np.diff(x) > 0).all() and data["high"] == study.C.max()
+    assert (np.diff(x) > 0).all() and data["high"] == analysis.C.max()
     for C in (3.3e12, 7.7e13, 1.1e16):
         N, D = best.law.optimal(C)
         for name, value in (("params", N), ("tokens", D), ("tokens_per_param", D / N)):
@@ -146,9 +146,9 @@ def test_doubts_come_first(made):
 
 def test_a_report_of_approach_2_alone(made):
     """Where Approach 3 has no law, the report and every figure that is left do without it."""
-    study = made[0]
+    analysis = made[0]
     refused = laws.NotIdentified("E is at its bound: <not> identified")
-    without = replace(study, results={**study.results, 3: refused})
+    without = replace(analysis, results={**analysis.results, 3: refused})
     outcomes = run_checks(without)
     drawn = draw(without, outcomes)
     page = render(without, outcomes, drawn, Questions((1e12, 1e13)))
@@ -161,24 +161,24 @@ def test_a_report_of_approach_2_alone(made):
 
 def test_a_report_without_figures(made):
     """Every table and finding is there, the hold-out's too, and no picture."""
-    study, outcomes, _, page = made
-    without = Page(render(study, outcomes, {}, Questions((1e12, 1e13, 1e15))))
+    analysis, outcomes, _, page = made
+    without = Page(render(analysis, outcomes, {}, Questions((1e12, 1e13, 1e15))))
     assert without.open == [] and "svg" not in [tag for tag, _ in without.tags]
     for tag in ("table", "li", "h3"):
         assert sum(tag == other for other, _ in without.tags) == page.count(f"<{tag}>") + page.count(f"<{tag} ")
 
 
 def test_the_same_study_gives_the_same_page(made):
-    study, outcomes, _, page = made
-    assert render(study, outcomes, draw(study, outcomes), Questions((1e12, 1e13, 1e15))) == page
+    analysis, outcomes, _, page = made
+    assert render(analysis, outcomes, draw(analysis, outcomes), Questions((1e12, 1e13, 1e15))) == page
 
 
 def test_the_table_of_budgets_is_the_optimum(made):
     """N, D, D / N and loss of every budget that was asked, with their 95% intervals."""
-    study, _, _, page = made
+    analysis, _, _, page = made
     text = " ".join(" ".join(Page(page).text).split())
     for C in (1e12, 1e13, 1e15):
-        found = optimum(study.best, C).found
+        found = optimum(analysis.best, C).found
         shown = []
         for name, show in (("params", count), ("tokens", count), ("tokens_per_param", three)):
             low, high = found[name].ends
@@ -189,10 +189,10 @@ def test_the_table_of_budgets_is_the_optimum(made):
 def test_answers_are_those_that_were_asked(made):
     """Questions beside the law: the report shows the same numbers as `answer` gives, one row a budget, and examples
     where nothing was asked; a loss below E is answered by why there is no answer."""
-    study, outcomes, drawn, page = made
+    analysis, outcomes, drawn, page = made
     asked = Questions((2e12, 3e13), target_loss=1.0, inference_tokens=7e9)
-    answers = answer(study.best, asked)
-    text = " ".join(Page(render(study, outcomes, drawn, asked)).text)
+    answers = answer(analysis.best, asked)
+    text = " ".join(Page(render(analysis, outcomes, drawn, asked)).text)
     assert "irreducible loss E" in text and "irreducible loss E" not in " ".join(Page(page).text)
     for one in answers.to_serve:
         for name in ("params", "tokens"):
@@ -218,16 +218,16 @@ def test_the_hold_out_in_a_table(made):
 def test_laws_of_others_stand_beside_ours(made):
     """Hoffmann's three, Besiroglu's and Kaplan's N at the largest run. Besiroglu's is the best of 20,001 sizes at what
     they cost here; Hoffmann's first, which knows 6ND only, costs the budget."""
-    study, _, _, page = made
-    text, C = " ".join(" ".join(Page(page).text).split()), study.C.max()
+    analysis, _, _, page = made
+    text, C = " ".join(" ".join(Page(page).text).split()), analysis.C.max()
     for law in laws.PUBLISHED:
-        N, D = laws.advice(law, study.cost, C)
+        N, D = laws.advice(law, analysis.cost, C)
         assert f"{law.name} {count(N)} {three(D / N)}" in text
     sizes = np.geomspace(1e4, 1e9, 20_001)
     tokens = C / (6 * sizes * (1 + 0.5 * (1e5 / sizes) ** 0.3))
     best = sizes[np.argmin(laws.BESIROGLU.loss(sizes, tokens))]
-    assert laws.advice(laws.BESIROGLU, study.cost, C)[0] == pytest.approx(best, rel=2e-3)
-    N, D = laws.advice(laws.HOFFMANN_1, study.cost, C)
+    assert laws.advice(laws.BESIROGLU, analysis.cost, C)[0] == pytest.approx(best, rel=2e-3)
+    N, D = laws.advice(laws.HOFFMANN_1, analysis.cost, C)
     assert 6 * N * D * (1 + 0.5 * (1e5 / N) ** 0.3) == pytest.approx(C, rel=1e-4)
     assert pytest.approx(laws.HOFFMANN_1.optimal(6 * N * D)[0], rel=1e-2) == N
 
@@ -241,7 +241,7 @@ def test_refits_have_their_intervals(made):
     assert len(fitted) >= 12
     for other in fitted:
         for name in ("alpha", "a"):
-            low, high = other.sure.interval(name)
+            low, high = other.boot.interval(name)
             assert _is_shown(low, 4, text) and _is_shown(high, 4, text), (other.change, name)
 
 
@@ -255,7 +255,7 @@ def test_counts(number, text):
 def test_other_sizes_waste_nothing_less_than_nothing(made):
     """At the optimum no compute is wasted and no loss added: not a -0.0% of rounding, at any of 40 budgets; where the
     loss is that of an endless model there is a reason in place of numbers."""
-    best = replace(made[0].best, sure=None)
+    best = replace(made[0].best, boot=None)
     for C in np.geomspace(1e10, 1e16, 40):
         rows = report._other_sizes(best, C, best.law.optimal(C)[0]).rows
         cells = [text for row in rows for text, _ in row[-2:]]
@@ -265,8 +265,8 @@ def test_other_sizes_waste_nothing_less_than_nothing(made):
 
 def test_examples_are_for_the_largest_budget_inside(made):
     """Whatever the order in which budgets are asked."""
-    study, outcomes, drawn, _ = made
-    page = render(study, outcomes, drawn, Questions((1e13, 3e12, 1e15)))
+    analysis, outcomes, drawn, _ = made
+    page = render(analysis, outcomes, drawn, Questions((1e13, 3e12, 1e15)))
     assert "where not said otherwise for 10<sup>13</sup> FLOPs" in page
 
 
@@ -277,7 +277,7 @@ def test_examples_are_for_the_largest_budget_inside(made):
 )
 def test_my_budget_understands_what_people_type(made, typed, flops):
     """The box takes the forms that the page prints; what is no number is said to be none."""
-    study, _, _, page = made
+    analysis, _, _, page = made
     data = re.search(r'id="law">(.*?)</script>', page).group(1)
     script = f"""const made = {{law: {{textContent: {json.dumps(data)}}}, budget: {{value: {json.dumps(typed)},
         addEventListener() {{}}}}, answer: {{}}}};
@@ -289,7 +289,7 @@ def test_my_budget_understands_what_people_type(made, typed, flops):
         assert "A number of FLOPs" in said
     else:
         shown = float(re.search(r"<b>([\d.]+)k</b>", said)[1]) * 1e3
-        assert shown == pytest.approx(optimum(study.best, flops).found["params"].value, rel=0.006)
+        assert shown == pytest.approx(optimum(analysis.best, flops).found["params"].value, rel=0.006)
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])

@@ -10,7 +10,7 @@ import train
 from nanochin.base.cli import RunError, UserError, opt
 from nanochin.base.console import Progress
 from nanochin.config import Config
-from nanochin.run import folder as runs
+from nanochin.run.folder import Run, find_run, first_difference, open_run, read_log, run_identity, run_name
 from nanochin.run.record import describe
 
 RECORD = {"identity": {"lr": 0.1, "model": "16x1", "seed": 0}, "options": {}}
@@ -20,7 +20,7 @@ def identity_of(config: Config) -> tuple[str, dict]:
     """(name, identity) that train.py gives the run of `config`."""
     job = train.resolve(config, Progress(quiet=True))
     identity = describe(job)["identity"]
-    return runs.run_name(job.corpus.name, identity), identity
+    return run_name(job.corpus.name, identity), identity
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def identity_of(config: Config) -> tuple[str, dict]:
 @pytest.mark.parametrize("tokens, words", [(12_800, "0.0128M"), (4.84e6, "4.84M"), (999.6e6, "1000M"), (5e9, "5000M")])
 def test_run_names_have_no_exponents(tokens, words):
     """Tokens in millions with three significant digits, never with an exponent."""
-    assert re.fullmatch(rf"text-64x2-{words}-[0-9a-f]{{8}}", runs.run_name("text", {"model": "64x2", "tokens": tokens}))
+    assert re.fullmatch(rf"text-64x2-{words}-[0-9a-f]{{8}}", run_name("text", {"model": "64x2", "tokens": tokens}))
 
 
 def test_identity_does_not_depend_on_paths(tiny, text, tmp_path):
@@ -76,19 +76,19 @@ def test_records_of_version_0_1():
         dropout: float = opt(0.0, "an option that came later", later=True)
 
     kept = json.loads((ROOT / "results/books-3e13/config.json").read_text())["identity"]
-    assert runs.run_name("gutenberg-train", kept) == "gutenberg-train-96x2-17M-6352345a"
+    assert run_name("gutenberg-train", kept) == "gutenberg-train-96x2-17M-6352345a"
     facts = {key: kept[key] for key in ("device", "data_sha", "val_sha")}
     options = {key: value for key, value in kept.items() if key not in facts}
-    assert runs.identity(Config(**options), **facts) == kept == runs.identity(Later(**options), **facts)
-    other = runs.identity(Later(**options, dropout=0.1), **facts)
-    assert other == kept | {"dropout": 0.1} and runs.first_difference(kept, other) == "dropout"
+    assert run_identity(Config(**options), **facts) == kept == run_identity(Later(**options), **facts)
+    other = run_identity(Later(**options, dropout=0.1), **facts)
+    assert other == kept | {"dropout": 0.1} and first_difference(kept, other) == "dropout"
 
 
 def test_an_absent_key_means_its_default():
     """Identities with and without a key are equal if its value is the default, whichever lacks it."""
     ours = {"model": "16x1", "clip": 1.0}
-    assert runs.first_difference({"model": "16x1"}, ours) is None is runs.first_difference(ours, {"model": "16x1"})
-    assert runs.first_difference({"model": "16x1", "clip": 0.5}, {"model": "16x1"}) == "clip"
+    assert first_difference({"model": "16x1"}, ours) is None is first_difference(ours, {"model": "16x1"})
+    assert first_difference({"model": "16x1", "clip": 0.5}, {"model": "16x1"}) == "clip"
 
 
 def test_different_text_is_a_different_run(tiny, text, tmp_path):
@@ -107,32 +107,32 @@ def test_different_text_is_a_different_run(tiny, text, tmp_path):
 
 def test_folder_is_locked_while_open(tmp_path):
     """No one else can open a run inside the block; afterwards, even after an error, it is unlocked."""
-    with runs.open_run(tmp_path, "a", RECORD) as run:
+    with open_run(tmp_path, "a", RECORD) as run:
         assert json.loads((run.folder / "config.json").read_text()) == RECORD
         with (
             pytest.raises(UserError, match="another process is training this run"),
-            runs.open_run(tmp_path, "a", RECORD),
+            open_run(tmp_path, "a", RECORD),
         ):
             pass
-        with runs.open_run(tmp_path, "b", RECORD):  # other runs are not locked
+        with open_run(tmp_path, "b", RECORD):  # other runs are not locked
             pass
-    with pytest.raises(ZeroDivisionError), runs.open_run(tmp_path, "a", RECORD):
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path, "a", RECORD):
         raise ZeroDivisionError
-    with runs.open_run(tmp_path, "a", RECORD) as run:
+    with open_run(tmp_path, "a", RECORD) as run:
         assert run.summary is None
 
 
 def test_folder_of_a_different_run_is_rejected(tmp_path):
     """A name used by a run with other options: the error names folder, option and both values."""
-    with runs.open_run(tmp_path, "a", RECORD):
+    with open_run(tmp_path, "a", RECORD):
         pass
     other = {"identity": RECORD["identity"] | {"seed": 5, "model": "24x1"}}
-    with pytest.raises(UserError) as error, runs.open_run(tmp_path, "a", other):
+    with pytest.raises(UserError) as error, open_run(tmp_path, "a", other):
         pass
     start = f"{tmp_path / 'a'} holds a run with model = 16x1, this one has 24x1: "
     assert str(error.value).startswith(start) and error.value.code == 2
     assert json.loads((tmp_path / "a" / "config.json").read_text()) == RECORD
-    with runs.open_run(tmp_path, "a", RECORD | {"device": "another"}) as run:  # the device may differ
+    with open_run(tmp_path, "a", RECORD | {"device": "another"}) as run:  # the device may differ
         assert run.folder == tmp_path / "a"
 
 
@@ -140,7 +140,7 @@ def test_damaged_record_is_named(tmp_path):
     """A config.json that is not JSON gives a one-line error that names it."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.json").write_text('{"identity": ')
-    with pytest.raises(UserError, match="config.json: not readable as JSON"), runs.open_run(tmp_path, "a", RECORD):
+    with pytest.raises(UserError, match="config.json: not readable as JSON"), open_run(tmp_path, "a", RECORD):
         pass
 
 
@@ -149,19 +149,19 @@ def test_out_is_a_file(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(RunError, match=f"{tmp_path}/file/a: cannot write: "),
-        runs.open_run(tmp_path / "file", "a", RECORD),
+        open_run(tmp_path / "file", "a", RECORD),
     ):
         pass
 
 
 def test_find_run(tmp_path):
     """Finds a run by its folder or by its name under `out`; otherwise the error says where it looked."""
-    with runs.open_run(tmp_path, "a", RECORD) as run:
+    with open_run(tmp_path, "a", RECORD) as run:
         pass
-    assert runs.find_run("a", tmp_path) == run.folder == runs.find_run(str(tmp_path / "a"), "nowhere")
+    assert find_run("a", tmp_path) == run.folder == find_run(str(tmp_path / "a"), "nowhere")
     for name in ("b", str(tmp_path)):
         with pytest.raises(UserError, match=f"{name}: no run folder"):
-            runs.find_run(name, tmp_path)
+            find_run(name, tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ ROWS = [{"step": 10, "loss": 0.1 + 0.2}, {"step": 10, "val_loss": 3.0}, {"step":
 def test_log_is_cut_to_the_checkpoint(tmp_path, end):
     """Resuming from step 20 removes the rows that will be logged again: later steps, an incomplete line, and the
     evaluation at step 20, which follows its checkpoint. The rest stays identical."""
-    run = runs.Run(tmp_path)
+    run = Run(tmp_path)
     for row in ROWS:
         run.log(row)
     kept = "".join((tmp_path / "log.jsonl").read_text().splitlines(keepends=True)[:3])
@@ -184,10 +184,10 @@ def test_log_is_cut_to_the_checkpoint(tmp_path, end):
         file.write(end)
     run.cut_log(20)
     assert (tmp_path / "log.jsonl").read_text() == kept
-    assert runs.read_log(tmp_path) == ROWS[:3]
+    assert read_log(tmp_path) == ROWS[:3]
 
 
 def test_no_log_yet(tmp_path):
     """A run without a log has nothing to cut."""
-    runs.Run(tmp_path).cut_log(0)
+    Run(tmp_path).cut_log(0)
     assert not (tmp_path / "log.jsonl").exists()

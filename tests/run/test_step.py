@@ -21,9 +21,9 @@ import train
 from nanochin.base.cli import UserError
 from nanochin.config import make_shape
 from nanochin.model import GPT
-from nanochin.run import folder as runs
 from nanochin.run import step
 from nanochin.run.device import peak_of
+from nanochin.run.folder import read_log
 from nanochin.run.optim import Adam
 from nanochin.run.step import (
     CHOICES,
@@ -34,7 +34,7 @@ from nanochin.run.step import (
     TrainingStep,
     out_of_memory,
     pick_step,
-    share_out,
+    thread_shards,
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,7 +69,7 @@ def kind(monkeypatch):
 
 def losses(config):
     folder = Path(config.out) / train.train(config, quiet=True)["name"]
-    return [(row["loss"], row["grad_norm"]) for row in runs.read_log(folder) if "loss" in row]
+    return [(row["loss"], row["grad_norm"]) for row in read_log(folder) if "loss" in row]
 
 
 def made(kind="eager", function=train.train_step, micro_batch=4, device=CPU, say=print, capture=Replay, **options):
@@ -154,7 +154,7 @@ def test_train_on_a_gpu(tiny, name, monkeypatch, capsys):
     assert losses(config) == [pytest.approx(pair, rel=1e-5) for pair in found[1]]
     (folder,) = Path(config.out).iterdir()
     assert json.loads((folder / "config.json").read_text())["step"] == [name, "as asked"]
-    assert len([row for row in runs.read_log(folder) if "val_loss" in row]) == 4
+    assert len([row for row in read_log(folder) if "val_loss" in row]) == 4
     train.train(dataclasses.replace(config, seed=1))
     said = capsys.readouterr().out
     assert "----- a sample -----" in said and "falling back to eager" not in said
@@ -227,7 +227,7 @@ SHARES = [
 @pytest.mark.parametrize("threads, sequences, seq_len, width, expected", SHARES)
 def test_threads_are_used_where_they_pay(threads, sequences, seq_len, width, expected):
     """A share for as many threads as there are sequences and work for; inside operations only where these are large."""
-    assert share_out(threads, sequences, seq_len, width) == expected
+    assert thread_shards(threads, sequences, seq_len, width) == expected
 
 
 def test_members_have_threads_of_their_own(four_threads):

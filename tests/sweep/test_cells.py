@@ -10,23 +10,24 @@ from sweep_files import LONG, PLAIN, toml
 from nanochin.base.cli import UserError
 from nanochin.config import make_shape
 from nanochin.plan.flops import count_flops, count_params
-from nanochin.sweep import cells as grid
+from nanochin.sweep.cells import Cell, extend_budgets, open_side, plan_cells
+from nanochin.sweep.spec import Sweep, read_sweep
 
 
 @pytest.fixture
 def read(tmp_path):
     """`read(kind="trunk", ...)`: the sweep of a file with PLAIN and these keys; None leaves a key out."""
 
-    def read(**keys) -> grid.Sweep:
+    def read(**keys) -> Sweep:
         path = tmp_path / "some.toml"
         path.write_text(toml({key: v for key, v in (PLAIN | keys).items() if v is not None}))
-        return grid.read_sweep(path)
+        return read_sweep(path)
 
     return read
 
 
-def cells(sweep: grid.Sweep, **more) -> list[grid.Cell]:
-    return grid.plan_cells(sweep, 256, **more)
+def cells(sweep: Sweep, **more) -> list[Cell]:
+    return plan_cells(sweep, 256, **more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,25 +104,25 @@ def test_unreadable(tmp_path, text, words):
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match=words):
-        grid.read_sweep(path)
+        read_sweep(path)
 
 
 def test_overrides(tmp_path):
     """Data options on the command line override the file's."""
     path = tmp_path / "x.toml"
     path.write_text(toml(PLAIN | {"data": None}).replace("data = None\n", ""))
-    assert grid.read_sweep(path).base.data is None
-    assert grid.read_sweep(path, data=("a", "b"), val=None).base.data == ("a", "b")
+    assert read_sweep(path).base.data is None
+    assert read_sweep(path, data=("a", "b"), val=None).base.data == ("a", "b")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps").glob("*.toml")), ids=lambda path: path.stem)
 def test_named_sweeps(path):
     """Every sweep in sweeps/ can be planned and says what its hours assume; cells of one budget differ in size."""
-    sweep = grid.read_sweep(path)
-    found = cells(sweep, corpus_tokens=sweep.grid.corpus_tokens) if sweep.base.tokenizer == "bytes" else []
-    assert (sweep.grid.throughput is None) == (sweep.grid.assumes is None)
-    if sweep.grid.kind == "isoflop" and found:
-        for budget in sweep.grid.budgets:
+    sweep = read_sweep(path)
+    found = cells(sweep, corpus_tokens=sweep.spec.corpus_tokens) if sweep.base.tokenizer == "bytes" else []
+    assert (sweep.spec.throughput is None) == (sweep.spec.assumes is None)
+    if sweep.spec.kind == "isoflop" and found:
+        for budget in sweep.spec.budgets:
             assert len({c.plan.shape for c in found if c.budget == budget}) >= 4 - (path.stem == "smoke")
 
 
@@ -131,7 +132,7 @@ def test_named_sweeps(path):
 
 def test_isoflop(read):
     """Every cell spends its budget within half a step; the sizes of a budget are within the spread around the centre,
-    the outermost close to its ends."""
+    the outermost close to its outcomes."""
     sweep = read(centre=[5e3, 2e4], spread=3)
     found = cells(sweep)
     assert Counter(cell.budget for cell in found) == {1e10: 5, 1e11: 5}
@@ -260,7 +261,7 @@ def test_trunk(read):
 # extend
 
 
-def bowl(found: list[grid.Cell], centre: float) -> dict[str, float]:
+def bowl(found: list[Cell], centre: float) -> dict[str, float]:
     """Losses with their minimum at `centre`, for any budget."""
     return {c.name: 2 + math.log(c.plan.params.total / centre) ** 2 for c in found}
 
@@ -271,12 +272,12 @@ def test_extend(read, side, centre):
     same losses give the same sizes."""
     sweep = read(centre=[2e4], budgets=[1e11], sizes=3, spread=2, extend=True, extend_limit=6)
     found, rounds = cells(sweep), 0
-    while more := grid.extend(sweep, found, bowl(found, centre), 256):
-        assert [c.name for c in grid.extend(sweep, found, bowl(found, centre), 256)] == [c.name for c in more]
+    while more := extend_budgets(sweep, found, bowl(found, centre), 256):
+        assert [c.name for c in extend_budgets(sweep, found, bowl(found, centre), 256)] == [c.name for c in more]
         sizes = [math.log(c.plan.params.total) for c in found]
         assert len(more) == 1 and side * math.log(more[0].plan.params.total) > max(side * s for s in sizes)
         found, rounds = found + more, rounds + 1
-    assert 0 < rounds <= 6 and grid.open_side(found, bowl(found, centre)) == 0
+    assert 0 < rounds <= 6 and open_side(found, bowl(found, centre)) == 0
 
 
 def test_extend_waits_and_stops(read):
@@ -286,18 +287,18 @@ def test_extend_waits_and_stops(read):
     sweep = read(**keys, extend=True, extend_limit=1)
     found = cells(sweep)
     losses = bowl(found, 1e6)
-    assert not grid.extend(sweep, found, dict(list(losses.items())[1:]), 256)
-    assert not grid.extend(read(**keys), found, losses, 256)
-    assert not grid.extend(sweep, found, bowl(found, 1e4), 256)
-    more = grid.extend(sweep, found, losses, 256)
+    assert not extend_budgets(sweep, found, dict(list(losses.items())[1:]), 256)
+    assert not extend_budgets(read(**keys), found, losses, 256)
+    assert not extend_budgets(sweep, found, bowl(found, 1e4), 256)
+    more = extend_budgets(sweep, found, losses, 256)
     assert len(more) == 1
-    assert not grid.extend(sweep, found + more, losses | {more[0].name: None}, 256)
-    assert not grid.extend(sweep, found + more, bowl(found + more, 1e6), 256)
+    assert not extend_budgets(sweep, found + more, losses | {more[0].name: None}, 256)
+    assert not extend_budgets(sweep, found + more, bowl(found + more, 1e6), 256)
 
 
 def test_open_side_takes_the_mean_over_seeds(read):
     """A lucky seed at an edge does not make its size the best."""
     found = [c for c in cells(read(centre=[5e3, 2e4], sizes=3, seeds=[0, 1])) if c.budget == 1e10]
     losses = dict(zip([c.name for c in found], [2.0, 3.0, 2.2, 2.2, 2.6, 2.6], strict=True))
-    assert grid.open_side(found, losses) == 0
-    assert grid.open_side(found, losses | {found[1].name: 2.1}) == -1
+    assert open_side(found, losses) == 0
+    assert open_side(found, losses | {found[1].name: 2.1}) == -1
