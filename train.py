@@ -14,13 +14,12 @@ import math
 import os
 import signal
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-# OpenMP threads must sleep while they wait, which is decided before torch loads OpenMP: spinning threads make a run
-# many times slower as soon as another program needs a core (LOG.md). In a step threads share nothing (step.py).
+# OpenMP threads must sleep while they wait, which is set before torch loads OpenMP: spinning threads make a run many
+# times slower as soon as another program needs a core (LOG.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -44,27 +43,21 @@ from nanochin.run.device import check_memory, keep_freed_memory, peak_of, pick_d
 from nanochin.run.display import progress_note, show_plan, show_result
 from nanochin.run.evaluate import evaluate
 from nanochin.run.folder import Run, open_run, run_name
-from nanochin.run.optim import Adam, default_final, learning_rate
-from nanochin.run.record import Job, describe, summarise
+from nanochin.run.optim import FINAL_LR, Adam, learning_rate
+from nanochin.run.record import Setup, describe, summarise
 from nanochin.run.step import Shards, TrainingStep, pick_step
 
 # Defaults by device type, never by a timing, so that the same command is the same run: the largest 1-2-5 budget that
-# takes about 3 minutes on 2 CPU cores or a minute on a data-centre GPU, on at most one epoch of text that is at hand.
+# takes about 3 minutes on 2 CPU cores or a minute on a data-centre GPU, on at most one epoch of text on this machine.
+# A forward pass has at most `tokens_at_once`, which fit the cache of a CPU; it is halved on out-of-memory.
 DEFAULTS = {
-    "cpu": {"budget": 1e13, "seq_len": 256, "data": ("python",)},
-    "mps": {"budget": 1e14, "seq_len": 512, "data": ("python-all",)},
-    "cuda": {"budget": 1e15, "seq_len": 1024, "data": ("python-all",)},
+    "cpu": {"budget": 1e13, "seq_len": 256, "data": ("python",), "tokens_at_once": 4096},
+    "mps": {"budget": 1e14, "seq_len": 512, "data": ("python-all",), "tokens_at_once": 65536},
+    "cuda": {"budget": 1e15, "seq_len": 1024, "data": ("python-all",), "tokens_at_once": 65536},
 }
 
 
-def read_corpus(config: Config, progress: Progress) -> Corpus:
-    """The tokenised text of a run."""
-    data = config.data or DEFAULTS[pick_device(config.device).type]["data"]
-    with progress:
-        return prepare_for(config, data, progress)
-
-
-def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) -> Job:
+def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) -> Setup:
     """Fill in the options that were not given: device, text, shape, tokens, batch, learning rate, dtype."""
     validate(config)
     loggers.check(config.loggers)
@@ -72,7 +65,7 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
         config = gpt2.initial_options(config)
     device = pick_device(config.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # where Triton launches its kernels
+        torch.cuda.set_device(device)  # Triton launches its kernels there
         torch.set_float32_matmul_precision("highest")  # float32 means float32: no TF32
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -82,23 +75,16 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
     seq_len = config.seq_len or defaults["seq_len"]
     budget = config.budget or (None if config.model or config.tokens else defaults["budget"])
 
-    corpus = corpus or read_corpus(config, progress)
+    if corpus is None:
+        with progress:
+            corpus = prepare_for(config, config.data or defaults["data"], progress)
 
-    # Shape, tokens, batch and learning rate: rules and sources in nanochin/plan/ladder.py.
+    # Shape, tokens, batch and learning rate: rules and sources in nanochin/plan/.
     law = laws.load_law(config.law, config.law_approach) if config.law else laws.BESIROGLU
     make = shape_maker(config, model_vocab(corpus.tokenizer, config.vocab_size), seq_len)
-    plan = ladder.plan(
-        make,
-        budget=budget,
-        model=config.model and parse_model(config.model),
-        tokens=config.tokens,
-        law=law,
-        convention=config.flops,
-        batch_tokens=config.batch_tokens,
-        lr=config.lr,
-        warmup_tokens=config.warmup_tokens,
-        beta2=config.beta2,
-    )
+    model = config.model and parse_model(config.model)
+    given = {name: getattr(config, name) for name in ("tokens", "batch_tokens", "lr", "warmup_tokens", "beta2")}
+    plan = ladder.plan(make, budget=budget, model=model, law=law, convention=config.flops, **given)
     shape = plan.shape
     check_memory(plan.params.total, device)
     dtype, why_dtype = pick_dtype(config.dtype, device, shape)
@@ -107,49 +93,45 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
         tokenizer=corpus.tokenizer.name, vocab_size=shape.vocab_size, head_size=shape.head_size, ffn=shape.ffn,
         batch_tokens=plan.batch_tokens, lr=plan.lr, warmup_tokens=float(plan.warmup_tokens), beta2=plan.beta2,
         dtype=str(dtype).split(".")[1],
-        final_lr=default_final(config.schedule) if config.final_lr is None else config.final_lr,
+        final_lr=FINAL_LR[config.schedule] if config.final_lr is None else config.final_lr,
         log_every=config.log_every or max(1, plan.steps // 200))  # fmt: skip
     learning_rate(config, 0)  # raises if the warm-up is longer than the schedule
     windows = Windows(corpus.train, seq_len, config.seed)
-    step = pick_step(config.step, device, plan.params.total)
     init_sha = gpt2.initial_sha(config.init_from) if config.init_from else None
-    return Job(config, plan, law, corpus, windows, device, dtype, why_dtype, *step, init_sha)
+    step = pick_step(config.step, device)
+    return Setup(config, plan, law, corpus, windows, device, dtype, why_dtype, *step, init_sha)
 
 
 def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> dict:
     """Train the run that `config` describes, resume it, or report it if it is finished. Returns its summary, a row of
-    runs.csv. `corpus` is its text if that has been read already.
+    runs.csv. `corpus` is its tokenised text, if already read.
 
-    Raises UserError for what the user can fix and RunError for what goes wrong during the run (full disk, NaN loss, a
+    Raises UserError for what the user can fix and RunError for what fails during the run (full disk, NaN loss, a
     signal). Checkpoints are kept in both cases, and the same call resumes from the newest.
     """
     progress = Progress(quiet)
-    job = resolve(config, progress, corpus)
-    config, plan, corpus, windows, device = job.config, job.plan, job.corpus, job.windows, job.device
-    record = describe(job)
+    setup = resolve(config, progress, corpus)
+    config, plan, corpus, device = setup.config, setup.plan, setup.corpus, setup.device
+    record = describe(setup)
     name = config.name or run_name(corpus.name, record["identity"])
     if config.branch_from and not (Path(config.out) / name).exists():
-        find_branch(config, record)  # before there is a folder that a corrected command would not fit
+        find_branch(config, record)  # an error here must not leave a folder, which a corrected command would not match
 
     with progress, open_run(config.out, name, record) as run, kernels.use(config.kernels):
         if run.summary is not None:
             progress.say(f"{run.folder} is finished: loss {run.summary['loss']:.4f}")
             return run.summary
-        # The prediction is the one made before the first step, whatever law a resuming call names.
+        # Pre-registered: the prediction made before the first step, whatever law a resuming call names.
         record["predicted"] = files.read_json(run.folder / "config.json").get("predicted") or record["predicted"]
         with files.writing(run.folder):
             corpus.tokenizer.save(run.folder)
 
         # Model and optimizer: new, from another run, from GPT-2's weights, or from this run's newest checkpoint.
-        model = GPT(plan.shape, dtype=job.dtype, seed=config.seed, z_loss=config.z_loss).to(device)
+        model = GPT(plan.shape, dtype=setup.dtype, seed=config.seed, z_loss=config.z_loss).to(device)
         optimizer = Adam(model, config.optimizer, config.lr, (config.beta1, config.beta2), config.weight_decay)
-        state = {
-            "step": 0,
-            "seconds": 0.0,
-            "lap": 0.0,
-            "recent": [],
-            "micro_batch": config.micro_batch or first_micro_batch(job),
-        }
+        tokens_at_once = min(plan.batch_tokens, DEFAULTS[device.type]["tokens_at_once"])
+        micro_batch = config.micro_batch or max(1, tokens_at_once // config.seq_len)
+        state = {"step": 0, "seconds": 0.0, "lap": 0.0, "recent": [], "micro_batch": micro_batch}
         if last := checkpoint.newest_valid(run.folder, warn=progress.say):
             state = checkpoint.load(last, model, optimizer)
             progress.say(f"resuming from {last}")
@@ -159,13 +141,13 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
             gpt2.load_initial(config.init_from, model)
         run.cut_log(state["step"])
         run.loggers.extend(loggers.open_logger(name, run.folder, record, state["step"]) for name in config.loggers)
-        peak, peak_source = peak_of(device, job.dtype)
+        peak, peak_source = peak_of(device, setup.dtype)
         sequences = plan.batch_tokens // config.seq_len
         train_on = TrainingStep(
-            job.step, train_step, model, optimizer, state["micro_batch"], config.clip, sequences, progress.say
+            setup.step, train_step, model, optimizer, state["micro_batch"], config.clip, sequences, progress.say
         )
         if not quiet:
-            show_plan(job, run, train_on, peak_source)
+            show_plan(setup, run, train_on, peak_source)
 
         # The loop. `step` counts finished optimizer steps and fixes the data position. Losses and norms stay on the
         # device until they are logged, so that a GPU does not wait for the host.
@@ -176,15 +158,15 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
             while step < plan.steps:
                 if config.eval_every and step and step % config.eval_every == 0:
                     with watch.paused():
-                        log_evaluation(job, step, model, run)
+                        log_evaluation(setup, step, model, run)
 
-                # Overlaps with the previous step on a GPU: 4 to 8 ns a token on one core (LOG.md).
-                batch = torch.from_numpy(windows.batch(step * sequences, sequences))  # (sequences, T+1)
+                # On a GPU this overlaps with the previous step: 4 to 8 ns per token on one core (LOG.md).
+                batch = torch.from_numpy(setup.windows.batch(step * sequences, sequences))  # (sequences, T+1)
                 recent.append(train_on(batch, config.lr * learning_rate(config, step)))
                 step += 1
 
                 if step % config.log_every == 0 or step == plan.steps:
-                    row = log_row(job, step, recent, run)
+                    row = log_row(setup, step, recent, run)
                     now = watch.seconds()  # after log_row, which has waited for the device
                     row["tokens_per_s"] = len(recent) * plan.batch_tokens / (now - lap)
                     row["mfu"] = peak and row["tokens_per_s"] * plan.flops["physical"] / plan.tokens / peak
@@ -197,12 +179,8 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
                     with watch.paused():
                         pending = [pair.tolist() for pair in recent]
                         check_finite(pending, step, run)
-                        state = {
-                            "seconds": watch.seconds(),
-                            "lap": lap,
-                            "recent": pending,
-                            "micro_batch": train_on.micro_batch,
-                        }
+                        state = {"seconds": watch.seconds(), "lap": lap, "recent": pending}
+                        state["micro_batch"] = train_on.micro_batch
                         checkpoint.save(run.folder, step, model, optimizer, state)
                         checkpoint.prune(run.folder, config.keep, config.save_steps)
                         last_save = time.monotonic()
@@ -211,19 +189,19 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
 
         # The result.
         seconds = watch.seconds()
-        loss, bpb = log_evaluation(job, step, model, run, progress)
-        run.finish(summarise(job, record, name, loss, bpb, seconds).summary())
+        loss, bpb = log_evaluation(setup, step, model, run, progress)
+        run.finish(summarise(setup, record, name, loss, bpb, seconds).summary())
         progress.close()
         if not quiet:
-            show_result(job, run, model)
+            show_result(setup, run, model)
         return run.summary
 
 
 def train_step(shards: Shards, optimizer: Adam, batch: Tensor, micro_batch: int, clip: float) -> Tensor:
     """One step on batch (n, T+1), `micro_batch` sequences at a time -> (loss, gradient norm before clipping).
 
-    The gradient is that of the mean loss over all n x T tokens, whatever the micro-batch. It is summed in the order of
-    the sequences, so the same micro-batch gives the same bits.
+    The gradient is that of the mean loss over all n x T tokens, for any micro-batch. It is summed in the order of the
+    sequences, so the same micro-batch gives bit-identical results.
     """
 
     def accumulate(model: nn.Module, sequences: Tensor) -> Tensor:
@@ -239,12 +217,6 @@ def train_step(shards: Shards, optimizer: Adam, batch: Tensor, micro_batch: int,
     optimizer.step()
     optimizer.zero_grad()
     return torch.stack((loss, norm))
-
-
-def first_micro_batch(job: Job) -> int:
-    """Sequences per forward pass: 4096 tokens on a CPU (fits its cache), 64k on a GPU; halved on out-of-memory."""
-    tokens = 4096 if job.device.type == "cpu" else 65536
-    return max(1, min(job.plan.batch_tokens, tokens) // job.config.seq_len)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,9 +251,6 @@ class InterruptedRun(RunError):
 def catch_signals():
     """In the block, SIGTERM and SIGINT only append to the yielded list, so that the loop can finish its step."""
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # handlers can be set only there
-        yield caught
-        return
     signals = (signal.SIGTERM, signal.SIGINT)
     before = [signal.signal(number, lambda n, _: caught.append(n)) for number in signals]
     try:
@@ -295,27 +264,27 @@ def catch_signals():
 # Records
 
 
-def log_row(job: Job, step: int, recent: list[Tensor], run: Run) -> dict:
-    """One object of log.jsonl: means over the steps since the last one. Waits for the device; raises RunError for a
-    loss or norm that is not finite."""
+def log_row(setup: Setup, step: int, recent: list[Tensor], run: Run) -> dict:
+    """A row of log.jsonl: means over the steps since the last one. Waits for the device. Raises RunError for a loss or
+    norm that is not finite."""
     values = torch.stack(recent).tolist()
     check_finite(values, step, run)
-    plan = job.plan
+    plan, config = setup.plan, setup.config
     losses, norms = zip(*values, strict=True)
     return {
         "step": step,
         "tokens": step * plan.batch_tokens,
         "flops": plan.flops["physical"] * step / plan.steps,
         "loss": sum(losses) / len(losses),
-        "lr": job.config.lr * learning_rate(job.config, step - 1),
+        "lr": config.lr * learning_rate(config, step - 1),
         "grad_norm": sum(norms) / len(norms),
     }
 
 
-def log_evaluation(job: Job, step: int, model: GPT, run: Run, progress=None) -> tuple[float, float | None]:
-    """(loss, bits per byte) on the validation text after `step`, also into log.jsonl. Raises RunError for a loss that
-    is not finite."""
-    loss, bpb = evaluate(model, job.corpus.val, job.corpus.val_bytes, progress)
+def log_evaluation(setup: Setup, step: int, model: GPT, run: Run, progress=None) -> tuple[float, float | None]:
+    """(loss, bits per byte) on the validation text after `step`, also logged. Raises RunError for a loss that is not
+    finite."""
+    loss, bpb = evaluate(model, setup.corpus.val, setup.corpus.val_bytes, progress)
     if not math.isfinite(loss):
         raise RunError(f"step {step}: validation loss {loss}; the run diverged, try a lower --lr")
     run.log({"step": step, "val_loss": loss, "val_bpb": bpb})
@@ -335,7 +304,7 @@ def check_finite(recent: list[list[float]], step: int, run: Run) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    sys.stdout.reconfigure(errors="replace")  # a sample may hold what this terminal's encoding cannot show
+    sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack a character of the sample
     train(parse(Config, prog="train.py", description=__doc__, file=True))
 
 

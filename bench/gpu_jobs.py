@@ -153,7 +153,7 @@ class Jobs:
 
     def _peak_bytes(self, step: TrainingStep | NanoGPT, batch: Tensor, micro_batch: int) -> int:
         """Most memory allocated by steps with so many sequences at once, a graph's capture included; 0 on a CPU."""
-        step.cut(micro_batch)
+        step.set_micro_batch(micro_batch)
         if not self.bench.dry:
             gc.collect()
             torch.cuda.empty_cache()

@@ -58,11 +58,11 @@ class NanoGPT:
                 if not out_of_memory(error) or self.micro_batch == 1:
                     raise
             # Outside of the handler, which holds the memory of what failed.
-            self.cut(self.micro_batch // 2)
-        self.cut(self.micro_batch)
+            self.set_micro_batch(self.micro_batch // 2)
+        self.set_micro_batch(self.micro_batch)
         self.forward = torch.compile(self.model, dynamic=False)
 
-    def cut(self, micro_batch: int) -> None:
+    def set_micro_batch(self, micro_batch: int) -> None:
         self.micro_batch = micro_batch
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -11,10 +11,10 @@ from nanochin.run.optim import learning_rate
 
 
 def find_branch(config: Config, record: dict) -> Path:
-    """The checkpoint that `branch_from`, RUN@STEP, names: weights, moments and data position of another run.
+    """The checkpoint that `branch_from` (RUN@STEP) names: weights, moments and data position of another run.
 
-    Raises UserError unless the new run could have been trained from scratch with the same result: only its length and
-    its schedule may differ from that run, and the schedule only after STEP (a cooldown).
+    Raises UserError unless training from scratch would give the same result: only length and schedule may differ from
+    that run, and the schedule only after STEP (a cooldown).
     """
     what = f"`branch_from` {config.branch_from}"
     trunk, _, step = config.branch_from.rpartition("@")
@@ -23,27 +23,23 @@ def find_branch(config: Config, record: dict) -> Path:
     folder = find_run(trunk, config.out)
     theirs = read_json(folder / "config.json")
     free = {"tokens", "schedule", "cycle", "final_lr", "cooldown", "branch_from", "init_sha"}
-    before, ours = (
-        {key: value for key, value in one["identity"].items() if key not in free} for one in (theirs, record)
-    )
+    before, ours = ({k: v for k, v in each["identity"].items() if k not in free} for each in (theirs, record))
     if key := first_difference(before, ours):
         raise UserError(f"{what}: that run has {key} = {before.get(key)}, this one {ours.get(key)}")
-    there = [str(number) for number in checkpoint.steps(folder)]
-    if step not in there:
-        raise UserError(f"{what}: no such checkpoint; there are steps {', '.join(there) or 'none'} (`save_steps`)")
-    done = int(step)
-    if done * config.batch_tokens >= config.tokens:
-        raise UserError(
-            f"{what}: it has seen {done * config.batch_tokens} tokens already, `tokens` {config.tokens:g} must be more"
-        )
+    saved = [str(number) for number in checkpoint.steps(folder)]
+    if step not in saved:
+        raise UserError(f"{what}: no such checkpoint; there are steps {', '.join(saved) or 'none'} (`save_steps`)")
+    seen = int(step) * config.batch_tokens
+    if seen >= config.tokens:
+        raise UserError(f"{what}: it has seen {seen} tokens already, `tokens` {config.tokens:g} must be more")
     try:
         trunk_config = Config(**theirs["options"])
     except TypeError as error:
         raise UserError(f"{what}: {folder / 'config.json'} is of another version of nanochin ({error})") from None
-    for i in range(done):
+    for i in range(int(step)):
         if learning_rate(trunk_config, i) != learning_rate(config, i):
             raise UserError(
-                f"{what}: from step {i} on its learning rate is not that of this run; branch at that "
-                "step or before, or from a run with `schedule` constant"
+                f"{what}: from step {i} on, its learning rate differs from this run's; branch at step {i} or before, "
+                "or from a run with `schedule` constant"
             )
     return folder / "checkpoints" / f"step-{step}"

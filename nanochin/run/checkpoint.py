@@ -37,20 +37,21 @@ def save(run: Path, step: int, model: nn.Module, optimizer: Adam, state: dict) -
         try:
             shutil.rmtree(temp, ignore_errors=True)
             temp.mkdir(parents=True)
-            tensors = {"model": _model_tensors(model), "optimizer": _optimizer_tensors(model, optimizer)}
+            weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied matrix once
+            moments = _optimizer_tensors(model, optimizer)
             digests = {}
-            for part, named in tensors.items():
-                path = temp / f"{part}.safetensors"
-                _save_tensors(named, path)
-                digests[path.name] = sha256_of(path)
+            for name, tensors in (("model.safetensors", weights), ("optimizer.safetensors", moments)):
+                save_file(tensors, temp / name)
+                fsync(temp / name)
+                digests[name] = sha256_of(temp / name)
             state = {"step": step, **state, "sha256": digests}
             with replacing(temp / "state.json") as file:
                 file.write(json.dumps(state | {"state_sha256": _digest(state)}, indent=1).encode())
             os.rename(temp, final)
             fsync(final.parent)
-        except OSError:
+        except (OSError, SafetensorError) as error:  # SafetensorError: also a full disk
             shutil.rmtree(temp, ignore_errors=True)
-            raise
+            raise OSError(*error.args) from None
 
 
 def load(folder: Path, model: nn.Module, optimizer: Adam | None = None) -> dict:
@@ -117,8 +118,7 @@ def steps(run: Path) -> list[int]:
 
 
 def newest_valid(run: Path, warn) -> Path | None:
-    """The newest checkpoint that verifies, or None. Newer ones that do not are renamed step-N.broken, with a call of
-    `warn(message)` for each."""
+    """The newest checkpoint that verifies, or None. Newer ones are renamed step-N.broken, with a `warn(message)`."""
     while folder := newest(run):
         try:
             verify(folder)
@@ -132,7 +132,7 @@ def newest_valid(run: Path, warn) -> Path | None:
 
 
 def prune(run: Path, keep: int, always: tuple[int, ...] = ()) -> None:
-    """Delete all but the newest `keep` checkpoints and the steps in `always`, and what a killed save left behind."""
+    """Delete all but the newest `keep` checkpoints and the steps in `always`, and leftovers of a killed save."""
     for step in steps(run)[: -max(keep, 1)]:
         if step not in always:
             shutil.rmtree(run / "checkpoints" / f"step-{step}", ignore_errors=True)
@@ -141,13 +141,9 @@ def prune(run: Path, keep: int, always: tuple[int, ...] = ()) -> None:
 
 
 def _numbered(run: Path, pattern: str) -> dict[Path, int]:
-    """The checkpoint folders whose full name matches, with the step in the name. Other folders are ignored."""
+    """The checkpoint folders whose full name matches, with the step in the name."""
     folders = (run / "checkpoints").glob("step-*")
     return {folder: int(name[1]) for folder in folders if (name := re.fullmatch(pattern, folder.name))}
-
-
-def _model_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}  # a tied matrix once
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Adam) -> dict[str, torch.Tensor]:
@@ -159,14 +155,6 @@ def _optimizer_tensors(model: nn.Module, optimizer: Adam) -> dict[str, torch.Ten
         for field, value in optimizer.state[parameter].items():
             tensors[f"{name}/{field}"] = value.detach().contiguous()
     return tensors
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path)
-    except SafetensorError as error:  # raised on a full disk
-        raise OSError(str(error)) from None
-    fsync(path)
 
 
 def _digest(state: dict) -> str:

@@ -1,9 +1,9 @@
-"""Training curves of many runs in one file, curves.csv.gz: a row for each line of their logs that has a loss.
+"""Training curves of many runs in one file, curves.csv.gz: a row for each row of their logs that has a loss.
 
-    run,step,tokens,flops,loss,lr,val_loss          blank where a line has none
+    run,step,tokens,flops,loss,lr,val_loss          blank where the log has none
     read_csv_gz(path)["1e11-12x1-s0"]               [{"step": 16, "tokens": 10240, "loss": 4.25, ...}, ...]
 
-Numbers come back to the bit, and the same curves are the same bytes.
+Numbers are read back bit-identical, and the same curves give the same bytes.
 """
 
 import csv
@@ -15,11 +15,11 @@ from pathlib import Path
 from nanochin.base.cli import UserError
 from nanochin.run.folder import read_log
 
-CURVES = "curves.csv.gz"  # in the folder of a sweep, beside runs.csv
+CURVES = "curves.csv.gz"  # in the folder of a sweep, next to runs.csv
 COLUMNS = ("run", "step", "tokens", "flops", "loss", "lr", "val_loss")
-MAGIC = b"\x1f\x8b"  # with which gzip begins
+MAGIC = b"\x1f\x8b"  # the first bytes of a gzip file
 
-Curves = dict[str, list[dict]]  # by run; a point has those of COLUMNS that its line of the log has
+Curves = dict[str, list[dict]]  # by run; a point has the COLUMNS that its row of the log has
 
 
 def to_csv_gz(curves: Curves) -> bytes:
@@ -34,7 +34,7 @@ def to_csv_gz(curves: Curves) -> bytes:
 
 
 def read_csv_gz(path: Path) -> Curves:
-    """The curves in a curves.csv.gz, also unpacked. Raises UserError for a file that is damaged or something else."""
+    """The curves in a curves.csv.gz, also if it is unpacked. Raises UserError for a damaged file or another format."""
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if content.startswith(MAGIC) else content).decode()
@@ -43,18 +43,15 @@ def read_csv_gz(path: Path) -> Curves:
             raise ValueError(f"its columns are not {','.join(COLUMNS)}")
         for run, *cells in table:
             named = zip(COLUMNS[1:], cells, strict=True)
-            curves.setdefault(run, []).append({name: _number(cell) for name, cell in named if cell})
-    except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:  # ValueError: also what is not UTF-8
+            point = {name: int(cell) if cell.isdecimal() else float(cell) for name, cell in named if cell}
+            curves.setdefault(run, []).append(point)
+    except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:  # ValueError: also not UTF-8
         raise UserError(f"{path}: cannot be read as training curves ({error}); restore it or delete it") from None
     return curves
 
 
-def _number(text: str) -> int | float:
-    return int(text) if text.isdecimal() else float(text)
-
-
 def is_csv_gz(path: Path) -> bool:
-    """Whether `read_csv_gz` should read a file, or say why it cannot: gzip, or a table of just our columns."""
+    """Whether a file is gzip, or a table with exactly our columns: `read_csv_gz` reads it, or says why it cannot."""
     try:
         with open(path, "rb") as file:
             first = file.readline(1000)
@@ -65,5 +62,5 @@ def is_csv_gz(path: Path) -> bool:
 
 def log_points(folder: Path) -> list[dict]:
     """The curve of one run, from its log.jsonl."""
-    lines = (row for row in read_log(folder) if "loss" in row or "val_loss" in row)
-    return [{name: row[name] for name in COLUMNS if name in row} for row in lines]
+    rows = (row for row in read_log(folder) if "loss" in row or "val_loss" in row)
+    return [{name: row[name] for name in COLUMNS if name in row} for row in rows]

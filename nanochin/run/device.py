@@ -1,4 +1,4 @@
-"""The device of a run: its compute dtype, its peak FLOP/s, whether a model fits its memory."""
+"""The device of a run: its compute dtype, its peak FLOP/s, and whether a model fits in its memory."""
 
 import ctypes
 import functools
@@ -13,8 +13,6 @@ from nanochin.base.console import count
 from nanochin.config import Shape
 from nanochin.plan import devices
 
-KINDS = ("cuda", "mps", "cpu")
-
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the first available of cuda, mps, cpu. Raises UserError for a device that is not available."""
@@ -25,10 +23,10 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"`device` {name}: not available here ({str(error).splitlines()[0]})") from None
-    if device.type not in KINDS:
-        raise UserError(f"`device` {name}: choose from {', '.join(KINDS)}")
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise UserError(f"`device` {name}: choose from cuda, mps, cpu")
     if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())  # torch.cuda.set_device takes no other
+        device = torch.device("cuda", torch.cuda.current_device())  # set_device needs an index
     return device
 
 
@@ -37,7 +35,7 @@ def keep_freed_memory() -> None:
     step, and faulting in and zeroing new pages costs 5% to 25% of the time on a CPU (LOG.md)."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "gnu_get_libc_version"):
-        m_trim_threshold, m_mmap_threshold = -1, -3  # as malloc.h numbers them
+        m_trim_threshold, m_mmap_threshold = -1, -3  # from malloc.h
         libc.mallopt(m_mmap_threshold, 2**30)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
 
@@ -69,23 +67,21 @@ def precision(dtype: torch.dtype) -> dict:
 
 
 def has_fast_bf16() -> bool:
-    """AMX or AVX512-bf16: without them a CPU emulates bf16, some 200 times slower than float32 (LOG.md)."""
+    """AMX or AVX512-bf16: without them a CPU emulates bf16, about 200x slower than float32 (LOG.md)."""
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return device.type
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @functools.cache
 def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
-    """(peak FLOP/s or None, source). GPUs: the table in flops.py. CPU: measured with a short matrix product."""
+    """(peak FLOP/s or None, source). GPUs: the table in plan/devices.py. CPU: measured with a short matrix product."""
     if device.type == "cpu":
         a = torch.randn(768, 768).to(dtype)
         seconds = []
-        while sum(seconds) < 0.2:  # the fastest of several, since other work only slows them
+        while sum(seconds) < 0.2:  # the fastest of several: other programs only slow them down
             start = time.perf_counter()
             a @ a
             seconds.append(time.perf_counter() - start)
@@ -98,7 +94,7 @@ def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str
 
 def check_memory(params: int, device: torch.device) -> None:
     """Raises RunError (which a sweep records as a failed run) if weights, gradients and two moments in float32, 16
-    bytes a parameter, cannot fit."""
+    bytes per parameter, cannot fit."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:

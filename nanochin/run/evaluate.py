@@ -3,7 +3,6 @@
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -29,7 +28,7 @@ class EvaluateOptions:
 @torch.no_grad()
 def evaluate(model: GPT, tokens: Tokens, text_bytes: int, progress=None) -> tuple[float, float | None]:
     """(loss in nats per token, bits per byte) over `tokens`: every token but the first is predicted exactly once, from
-    at most seq_len tokens before it (windows do not overlap, so context starts anew in each).
+    the tokens before it in its window of seq_len; windows do not overlap.
 
     Bits per byte = total nats / ln 2 / `text_bytes`, the bytes of text in the tokens; None if unknown (0).
     """
@@ -57,7 +56,5 @@ def main(argv: list[str] | None = None) -> None:
     with Progress(quiet=not sys.stdout.isatty()) as progress:
         loss, bpb = evaluate(model, tokens, text_bytes, progress)
     per_byte = f"{bpb:.4f} bits per byte" if bpb else "bits per byte unknown"
-    print(
-        f"{Path(folder).name}: loss {loss:.4f} nats per token, {per_byte} "
-        f"({count(len(tokens))} tokens, {count(text_bytes)} bytes)"
-    )
+    size = f"{count(len(tokens))} tokens, {count(text_bytes)} bytes"
+    print(f"{folder.name}: loss {loss:.4f} nats per token, {per_byte} ({size})")

@@ -3,7 +3,7 @@
 runs/<name>/config.json     resolved options, identity, versions, device, data fingerprints
             log.jsonl       one object per logged step or evaluation
             checkpoints/    see checkpoint.py
-            summary.json    written last; a run is finished if and only if it exists
+            summary.json    written last: a run is finished if and only if it exists
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Run:
         return read_json(path) if path.exists() else None
 
     def log(self, row: dict) -> None:
-        """Append one object to log.jsonl and pass it to the loggers."""
+        """Append a row to log.jsonl and pass it to the loggers."""
         with writing(self.folder / "log.jsonl"), open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         for log, _ in self.loggers:
@@ -65,34 +65,27 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
     folder = Path(out) / name
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise BusyError(f"{folder}: another process is training this run; wait for it or choose `name`") from None
     except OSError as error:
         raise DiskError(f"{folder}: cannot write: {error.strerror}") from None
-    with lock:  # filelock counts: after this release, leaving the block in any way frees the lock
-        lock.release()
-        if (folder / "config.json").exists():
-            _same_run(folder, record["identity"])
-        else:
+    with lock:
+        if not (folder / "config.json").exists():
             write_json(folder / "config.json", record)
+        theirs, ours = read_json(folder / "config.json")["identity"], record["identity"]
+        if key := first_difference(theirs, ours):
+            raise UserError(
+                f"{folder} holds a run with {key} = {theirs.get(key)}, this one has {ours.get(key)}: "
+                "choose another `name`, or delete that folder"
+            )
         run = Run(folder)
         try:
             yield run
         finally:
-            for _, end in run.loggers:
-                end()
-
-
-def _same_run(folder: Path, ours: dict) -> None:
-    theirs = read_json(folder / "config.json")["identity"]
-    if key := first_difference(theirs, ours):
-        raise UserError(
-            f"{folder} holds a run with {key} = {theirs.get(key)}, this one has {ours.get(key)}: "
-            f"choose another `name`, or delete that folder"
-        )
+            for _, close in run.loggers:
+                close()
 
 
 def find_run(run: str, out: str = "runs") -> Path:
@@ -106,21 +99,16 @@ def find_run(run: str, out: str = "runs") -> Path:
 def run_identity(config: Config, **facts) -> dict:
     """What defines the result of a run: the resolved options that can change it, and facts about the data. Options
     added after version 0.1 are left out at their default, so that older runs keep their names."""
-    options = {}
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if f.metadata["result"] and not (f.metadata["later"] and value == f.default):
-            options[f.name] = value
-    return json.loads(json.dumps(options | facts))
+    options = {f: getattr(config, f.name) for f in dataclasses.fields(config) if f.metadata["result"]}
+    kept = {f.name: value for f, value in options.items() if not (f.metadata["later"] and value == f.default)}
+    return json.loads(json.dumps(kept | facts))
 
 
 def first_difference(theirs: dict, ours: dict) -> str | None:
     """The alphabetically first key in which two identities differ, or None. An absent key means its default."""
     defaults = {f.name: f.default for f in dataclasses.fields(Config)}
-    for key in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(key, defaults.get(key)) != ours.get(key, defaults.get(key)):
-            return key
-    return None
+    theirs, ours = ({**defaults, **identity} for identity in (theirs, ours))
+    return min((key for key in theirs | ours if theirs.get(key) != ours.get(key)), default=None)
 
 
 def run_name(corpus: str, identity: dict) -> str:

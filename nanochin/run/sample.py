@@ -43,13 +43,10 @@ def generate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse(SampleOptions, argv, prog="python -m nanochin sample", description=__doc__.strip())
+    options = parse(SampleOptions, argv, prog="python -m nanochin sample", description=__doc__)
     model, tokenizer, _ = load_run(find_run(options.run, options.out))
-    ids = list(tokenizer.encode(options.prompt.encode())) if options.prompt else [tokenizer.eot]
-    device = next(model.parameters()).device
-    prompt = torch.tensor([int(i) for i in ids], device=device)
-    ids = generate(
-        model, prompt, options.tokens, temperature=options.temperature, top_k=options.top_k, seed=options.seed
-    )
+    ids = tokenizer.encode(options.prompt.encode()) if options.prompt else [tokenizer.eot]
+    settings = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
+    ids = generate(model, torch.tensor([int(i) for i in ids]), options.tokens, **settings)
     sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack a character of the text
     print(tokenizer.decode(ids[0 if options.prompt else 1 :].tolist()))

@@ -11,12 +11,10 @@ and nothing in a step waits for it.
 import copy
 import functools
 import gc
-import math
 import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,48 +23,32 @@ import kernels
 from nanochin.base.cli import RunError, UserError
 from nanochin.run.optim import Adam
 
-KINDS = ("eager", "compile", "graph")
 WARM_UP = 3  # steps before a graph is captured: they compile kernels and fill caches, which a capture cannot
-
-
-class Choice(NamedTuple):
-    """A row of the table for step "auto": which kind on this device for up to so many parameters, and why."""
-
-    device: str
-    params: float
-    kind: str
-    why: str
-
-
-CHOICES = (
-    # LOG.md: compiling takes 20 to 75 s for every shape and batch, and is worth 1.0x to 1.3x from width 40 on.
-    Choice("cpu", math.inf, "eager", "measured: on a CPU compiling takes longer than it saves in a run of minutes"),
-    Choice("mps", math.inf, "eager", "assumed, not measured: graphs need CUDA"),
-    Choice("cuda", math.inf, "graph", "assumed, not measured: one launch a step in place of hundreds"),
-)
+AUTO = {  # by device: kind, and why
+    # Compiling takes 20 to 75 s for every shape and batch, and gains 1.0x to 1.3x from width 40 on (LOG.md).
+    "cpu": ("eager", "measured: on a CPU compiling takes longer than it saves in a run of minutes"),
+    "mps": ("eager", "assumed, not measured: graphs need CUDA"),
+    "cuda": ("graph", "assumed, not measured: one launch per step instead of hundreds"),
+}
 
 
 class SequenceTooLarge(RunError):
-    """The memory of the device does not hold even one sequence."""
+    """Not even one sequence fits in the memory of the device."""
 
 
-def pick_step(asked: str, device: torch.device, params: int) -> tuple[str, str]:
+def pick_step(asked: str, device: torch.device) -> tuple[str, str]:
     """(kind, why). Raises UserError for a kind that this device cannot run."""
     if asked == "graph" and device.type != "cuda":
         raise UserError(f"`step` graph: CUDA graphs need a CUDA device, this is {device.type}; use eager or compile")
     if asked == "compile" and device.type == "cuda" and not kernels.has_triton():
         raise UserError("`step` compile: on a GPU torch.compile needs triton, which is not installed; use graph")
-    if asked != "auto":
-        return asked, "as asked"
-    row = next(row for row in CHOICES if row.device == device.type and params <= row.params)
-    return row.kind, row.why
+    return AUTO[device.type] if asked == "auto" else (asked, "as asked")
 
 
 def compiled(model: nn.Module) -> Callable[..., Tensor]:
     """torch.compile of the model."""
     if torch.__version__ < (2, 13):
-        # Older versions log an unknown operation with its whole expression tree: 45 s for five layers, and five times
-        # as long for each further layer.
+        # Older versions log an unknown operation with its expression tree: 45 s for five layers, 5x per further layer.
         from torch._inductor.lowering import FALLBACK_ALLOW_LIST
 
         FALLBACK_ALLOW_LIST.add("nanochin::linear_cross_entropy")
@@ -78,43 +60,42 @@ def compiled(model: nn.Module) -> Callable[..., Tensor]:
 
 
 def thread_shards(threads: int, sequences: int, seq_len: int, width: int) -> tuple[int, int]:
-    """(threads that share the `sequences` of a batch, threads inside the operations of each) on a CPU with `threads`.
-    The rest stay idle, which is faster than waiting for them (measured on two cores, LOG.md).
-    """
+    """(shards of the batch, each on its own thread; threads inside the operations of each) for a batch of `sequences`
+    on a CPU with `threads`. Threads left over stay idle, which is faster than waiting for them (LOG.md)."""
     work = sequences * seq_len * width  # numbers in one layer's activations
-    # 1. A share below 2^14 is not worth a thread: most of its time is Python, which holds the interpreter lock.
-    members = max(1, min(threads, sequences, work // 2**14))
+    # 1. A shard below 2^14 is not worth a thread: most of its time is Python, which holds the interpreter lock.
+    count = max(1, min(threads, sequences, work // 2**14))
     # 2. An operation on fewer than 2^17 per thread takes no longer than waking a sleeping thread.
-    return members, max(1, min(threads // members, work // members // 2**17))
+    return count, max(1, min(threads // count, work // count // 2**17))
 
 
 class Shards:
-    """Runs the forward and backward passes of a step: on the current thread, or, on a CPU, each share of the sequences
-    on its own thread with a replica of the model that shares the weights and has its own gradients.
+    """Runs the forward and backward passes of a step: on the current thread, or, on a CPU, each shard of the batch on
+    its own thread with a replica of the model that shares the weights and has its own gradients.
 
-    Two threads with half of the batch each synchronise once a step. Two threads inside every operation synchronise
+    Two threads with half of the batch each synchronise once per step. Two threads inside every operation synchronise
     hundreds of times: as fast only if they spin while waiting, and very slow when another program runs (LOG.md).
     """
 
-    def __init__(self, model: nn.Module, members: int = 1, threads: int | None = None):
-        """threads: inside the operations of each member, and of the caller in `with shards:`. None: unchanged."""
+    def __init__(self, model: nn.Module, count: int = 1, threads: int | None = None):
+        """threads: inside the operations of each shard, and of the caller in `with shards:`. None: unchanged."""
         self.threads = threads
-        self.models = [model, *(replica(model) for _ in range(members - 1))]
-        if members > 1:
-            before, started = torch.get_num_threads(), threading.Barrier(members)
-            self.pool = ThreadPoolExecutor(members, "shard", _set_own_threads, (threads or before,))
-            list(self.pool.map(lambda _: started.wait(), range(members)))
+        self.models = [model, *(replica(model) for _ in range(count - 1))]
+        if count > 1:
+            before, started = torch.get_num_threads(), threading.Barrier(count)
+            self.pool = ThreadPoolExecutor(count, "shard", _set_own_threads, (threads or before,))
+            list(self.pool.map(lambda _: started.wait(), range(count)))
             torch.set_num_threads(before)
 
     def run(self, function: Callable[[nn.Module, Tensor], Tensor], batch: Tensor) -> Tensor:
-        """The sum of function(model, share) over the shares of the batch. Gradients in the .grad of the replicas are
-        added to those of the model, in the order of the sequences."""
+        """The sum of function(model, shard) over the shards of the batch. The replicas' gradients are added to the
+        model's in the order of the sequences."""
         if len(self.models) == 1:
             return function(self.models[0], batch)
         for model in self.models[1:]:
             model.zero_grad()
         total, *others = self.pool.map(function, self.models, batch.chunk(len(self.models)))
-        for model, loss in zip(self.models[1:], others, strict=False):  # chunk may return fewer shares
+        for model, loss in zip(self.models[1:], others, strict=False):  # chunk may return fewer shards
             total = total + loss
             ours, theirs = ([p.grad for p in each.parameters()] for each in (self.models[0], model))
             torch._foreach_add_(ours, theirs)
@@ -129,12 +110,12 @@ class Shards:
 
 
 def replica(model: nn.Module) -> nn.Module:
-    """A copy of the model that shares its weights in memory and has its own gradients."""
+    """A copy of the model that shares its weights and has its own gradients."""
     return copy.deepcopy(model, memo={id(p): nn.Parameter(p.detach()) for p in model.parameters()})
 
 
 def _set_own_threads(count: int) -> None:
-    """Threads inside operations that the current thread calls; torch keeps this number per thread."""
+    """Set the threads inside operations called from the current thread; torch keeps this number per thread."""
     torch.set_num_threads(count)
     torch.get_num_threads()  # the first call adopts the process-wide setting, so make it now
 
@@ -145,15 +126,14 @@ def _set_own_threads(count: int) -> None:
 
 class CudaGraph:
     """Calls `function` (no arguments, static tensors) `WARM_UP` times, then captures it as a CUDA graph and replays
-    that. Returns the same tensor each time.
+    that. Replays return the same tensor each time.
 
-    A captured graph keeps its memory. If it leaves less than `reserve` bytes for everything else (an evaluation), this
-    raises torch.OutOfMemoryError.
+    A captured graph keeps its memory. Raises torch.OutOfMemoryError if that leaves less than `reserve` bytes for
+    everything else, such as an evaluation.
     """
 
     def __init__(self, function: Callable[[], Tensor], reserve: int, stream: torch.cuda.Stream):
-        """stream: not the default one, which cannot be captured. The warm-up runs on it too, since some caches are kept
-        per stream."""
+        """stream: the default one cannot be captured. The warm-up runs on it too: some caches are per stream."""
         self.function, self.reserve, self.stream = function, reserve, stream
         self.calls, self.graph, self.output = 0, None, None
 
@@ -177,7 +157,7 @@ class CudaGraph:
         with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
             output = self.function()
         if torch.cuda.mem_get_info()[0] < self.reserve:
-            raise torch.OutOfMemoryError(f"less than {self.reserve} bytes left beside the captured step")
+            raise torch.OutOfMemoryError(f"less than {self.reserve} bytes left after capturing the step")
         self.graph, self.output = graph, output
 
 
@@ -190,7 +170,7 @@ class TrainingStep:
     a tensor on the device; the host does not wait for it.
 
     `micro_batch` sequences go through the model at once; it is halved on out-of-memory. A kind that fails for another
-    reason in its first steps falls back to eager and reports it by `say`. The result is the same up to rounding.
+    reason in its first steps falls back to eager and reports it through `say`. The result is the same up to rounding.
     """
 
     AHEAD = 2  # steps in flight: keep the device busy, yet respond to signals and reuse pinned batches
@@ -208,12 +188,12 @@ class TrainingStep:
         say: Callable[[str], None] = print,
         capture: Callable[..., Callable[[], Tensor]] = CudaGraph,
     ):
-        """function: train.train_step. sequences: in a batch. capture(function, reserve, stream): tests replace it."""
+        """function: train.train_step. sequences: per batch. capture(function, reserve, stream): replaced by tests."""
         self.function, self.model, self.optimizer, self.clip = function, model, optimizer, clip
         self.sequences, self.say, self.capture = sequences, say, capture
         self.device = optimizer.parameters[0].device
-        self.events: deque = deque()  # ends of the last steps
-        # One for all captures: cuBLAS keeps 32 MiB for every stream that it has seen.
+        self.events: deque = deque()  # one at the end of each step in flight
+        # One stream for all captures: cuBLAS keeps 32 MiB for every stream that it has seen.
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
         self._begin(kind, micro_batch)
 
@@ -222,18 +202,18 @@ class TrainingStep:
         self.shards = Shards(compiled(self.model) if kind == "compile" else self.model)
         if kind == "eager" and self.device.type == "cpu":
             shape = self.model.shape
-            shares = thread_shards(torch.get_num_threads(), self.sequences, shape.seq_len, shape.width)
-            self.shards = Shards(self.model, *shares)
-        self.cut(micro_batch)
+            split = thread_shards(torch.get_num_threads(), self.sequences, shape.seq_len, shape.width)
+            self.shards = Shards(self.model, *split)
+        self.set_micro_batch(micro_batch)
 
-    def cut(self, micro_batch: int) -> None:
+    def set_micro_batch(self, micro_batch: int) -> None:
         """Change the micro-batch; drops a captured graph."""
-        self.micro_batch, self.done = micro_batch, 0  # done: steps of this kind and cut
+        self.micro_batch, self.done = micro_batch, 0  # done: steps of this kind with this micro-batch
         self.graph = self.batch = None
 
     def __call__(self, batch: Tensor, lr: float) -> Tensor:
         if self.device.type == "cuda":
-            batch = batch.pin_memory()  # which torch keeps for the batches to come
+            batch = batch.pin_memory()  # torch reuses it for later batches
         while True:
             try:
                 pair = self._replay(batch, lr) if self.kind == "graph" else self._run(batch, lr)
@@ -246,12 +226,12 @@ class TrainingStep:
             # Outside of the handler, where the error's frames no longer hold the failed step's memory.
             self.optimizer.zero_grad()
             if full:
-                self.cut(self._smaller())
+                self.set_micro_batch(self._half())
             else:
                 self.say(f"step {self.kind} failed, falling back to eager: {why}")
                 self._begin("eager", self.micro_batch)
         self.done += 1
-        self._stay_near()
+        self._limit_steps_in_flight()
         return pair
 
     def _run(self, batch: Tensor, lr: float | Tensor) -> Tensor:
@@ -270,7 +250,7 @@ class TrainingStep:
         self.lr.fill_(lr)
         return self.graph().clone()  # the next step overwrites it
 
-    def _smaller(self) -> int:
+    def _half(self) -> int:
         if self.micro_batch == 1:
             shape = self.model.shape
             raise SequenceTooLarge(
@@ -279,8 +259,7 @@ class TrainingStep:
             )
         return self.micro_batch // 2
 
-    def _stay_near(self) -> None:
-        """Wait for the step that started AHEAD steps ago."""
+    def _limit_steps_in_flight(self) -> None:
         if self.device.type == "cuda":
             self.events.append(torch.cuda.Event(blocking=True))
             self.events[-1].record()
@@ -289,8 +268,8 @@ class TrainingStep:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether this error, or one that caused it, is out-of-memory: a capture that fails for lack of memory may raise
-    another error. Allocations by CUDA, cuBLAS and Triton themselves raise a plain RuntimeError."""
+    """Whether this error, or one that caused it, is out-of-memory: a capture that runs out of memory may raise another
+    error. CUDA, cuBLAS and Triton raise a plain RuntimeError."""
     while error is not None:
         full = any(words in str(error) for words in ("out of memory", "ALLOC_FAILED"))
         if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and full):

@@ -69,11 +69,11 @@ def test_cuts_do_not_change_the_gradient(step, batch):
     """That of the mean loss over all sequences, also where they come out uneven; a step then descends."""
     whole = []
     for micro_batch in (8, 3):
-        step.cut(micro_batch)
+        step.set_micro_batch(micro_batch)
         step.gradient(batch)
         whole.append(step.model.embed.weight.grad.clone())
     torch.testing.assert_close(*whole)
-    step.cut(8)
+    step.set_micro_batch(8)
     first, second = step(batch, 0.0), step(batch, 0.0)
     assert second[0] < first[0] and first[1] > 0
     assert step.model.embed.weight.grad is None
