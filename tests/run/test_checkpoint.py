@@ -1,6 +1,5 @@
 import errno
 import itertools
-import json
 import os
 import shutil
 
@@ -55,7 +54,7 @@ def damage(path, how):
 @pytest.mark.parametrize("kind", ["adamw", "adam"])
 @pytest.mark.parametrize("options", [{}, {"tied": False, "bias": True, "norm": "layernorm"}], ids=["tied", "untied"])
 def test_round_trip(tmp_path, kind, options):
-    """Weights, moments, random state and counters are restored bit by bit, and the next step is identical."""
+    """Weights, moments, random state and counters are restored bit-identical, and so is the next step."""
     model, optimizer = save(tmp_path, kind=kind, **options)
     random = torch.rand(3)  # drawn after the save
     other, other_optimizer = make(seed=1, kind=kind, **options)
@@ -74,21 +73,19 @@ def test_round_trip(tmp_path, kind, options):
 
 
 def test_files_of_a_checkpoint(tmp_path):
-    """Three files and no leftovers; a tied matrix is written once; no pickle."""
-    save(tmp_path)
+    """Three files and no leftovers; a tied matrix is written once."""
+    model, _ = save(tmp_path)
     folder = tmp_path / "checkpoints" / "step-2"
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
     assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
-    model, _ = make()
     numbers = sum(p.numel() for p in model.parameters())
     assert 4 * numbers < (folder / "model.safetensors").stat().st_size < 4 * numbers + 4096
-    assert json.loads((folder / "state.json").read_text())["step"] == 2
 
 
 @pytest.mark.parametrize("how", ["truncated", "changed", "missing"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_damage_is_named(tmp_path, name, how):
-    """A changed byte or bit, or a missing file, raises an error that names the file."""
+    """A changed bit, or a truncated or missing file, raises UserError, which names the file."""
     model, optimizer = save(tmp_path)
     path = tmp_path / "checkpoints" / "step-2" / name
     damage(path, how)
@@ -97,23 +94,22 @@ def test_damage_is_named(tmp_path, name, how):
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("position", range(20))
-def test_any_change_of_the_state_is_detected(tmp_path, position):
+def test_any_change_of_the_state_is_detected(tmp_path):
     """A changed digit anywhere in state.json is detected."""
-    model, optimizer = save(tmp_path)
+    save(tmp_path)
     path = tmp_path / "checkpoints" / "step-2" / "state.json"
-    content = bytearray(path.read_bytes())
-    digits = [i for i, byte in enumerate(content) if chr(byte).isdigit()]
-    i = digits[position * len(digits) // 20]
-    content[i] = ord("9") if content[i] != ord("9") else ord("8")
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="truncated or corrupted|corrupted"):
-        checkpoint.load(path.parent, model, optimizer)
+    content = path.read_text()
+    digits = [i for i, character in enumerate(content) if character.isdigit()]
+    for i in digits[:: len(digits) // 20]:
+        path.write_text(content[:i] + ("8" if content[i] == "9" else "9") + content[i + 1 :])
+        with pytest.raises(UserError, match="corrupted"):
+            checkpoint.verify(path.parent)
 
 
 def test_newest_valid_skips_broken_checkpoints(tmp_path):
     """A run resumes from the newest valid checkpoint. Newer broken ones give a warning and are renamed, so that they
-    are neither found again nor kept instead of a good one."""
+    are neither found again nor kept instead of a good one. Without a valid one the result is None."""
+    assert checkpoint.newest(tmp_path) is None and checkpoint.newest_valid(tmp_path, print) is None
     save(tmp_path, steps=(5, 9, 10))
     folder = tmp_path / "checkpoints"
     damage(folder / "step-10" / "model.safetensors", "truncated")
@@ -121,19 +117,12 @@ def test_newest_valid_skips_broken_checkpoints(tmp_path):
     warnings = []
     assert checkpoint.newest_valid(tmp_path, warnings.append) == folder / "step-5"
     assert [f"step-{n}" in line for n, line in zip((10, 9), warnings, strict=True)] == [True, True]
-    assert checkpoint.steps(tmp_path) == [5]
     assert {p.name for p in folder.iterdir()} == {"step-5", "step-9.broken", "step-10.broken"}
     save(tmp_path, steps=(9,))
     checkpoint.prune(tmp_path, keep=1)
     assert checkpoint.newest_valid(tmp_path, warnings.append) == folder / "step-9" and len(warnings) == 2
-
-
-def test_no_valid_checkpoint(tmp_path):
-    """An empty run and a run whose only checkpoint is broken have no valid checkpoint."""
-    assert checkpoint.newest(tmp_path) is None and checkpoint.newest_valid(tmp_path, print) is None
-    save(tmp_path, steps=(1,))
-    damage(tmp_path / "checkpoints" / "step-1" / "optimizer.safetensors", "changed")
-    assert checkpoint.newest_valid(tmp_path, lambda line: None) is None
+    damage(folder / "step-9" / "optimizer.safetensors", "changed")
+    assert checkpoint.newest_valid(tmp_path, warnings.append) is None
 
 
 def test_unfinished_checkpoints_are_ignored(tmp_path):
@@ -149,8 +138,8 @@ def test_unfinished_checkpoints_are_ignored(tmp_path):
 
 
 def test_prune(tmp_path):
-    """Keeps the newest `keep` and the named steps (in numeric order) and deletes leftovers, but not folders with
-    similar names."""
+    """Keeps the newest `keep` by number and the steps in `always`; deletes leftovers, but not folders with similar
+    names."""
     save(tmp_path, steps=(2, 5, 9, 10, 100))
     (tmp_path / "checkpoints" / "step-101.tmp").mkdir()
     others = [tmp_path / "checkpoints" / name for name in ("step-notes.tmp", "step-1.backup.tmp", "step-1-backup")]
@@ -165,7 +154,7 @@ def test_prune(tmp_path):
 
 @pytest.mark.parametrize("call, nth", [("rename", 1), ("fsync", 1), ("fsync", 2), ("fsync", 3), ("fsync", 4)])
 def test_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch, call, nth):
-    """Wherever writing fails, the partial checkpoint is deleted, and the error names it and the last good one."""
+    """If writing fails at any point, the partial checkpoint is deleted and the error names the last good one."""
     model, optimizer = save(tmp_path, steps=(1,))
     original, calls = getattr(os, call), itertools.count(1)
 
@@ -180,8 +169,9 @@ def test_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch, call, nth)
             checkpoint.save(tmp_path, 2, model, optimizer, STATE)
     folder = tmp_path / "checkpoints"
     last = folder / "step-1"
-    expected = f"{folder / 'step-2'}: cannot write: No space left on device; the last good checkpoint is {last}"
-    assert str(error.value) == expected and error.value.code == 1
+    message = str(error.value)
+    assert message.startswith(f"{folder / 'step-2'}: cannot write: No space left") and message.endswith(str(last))
+    assert error.value.code == 1
     assert [p.name for p in folder.iterdir()] == ["step-1"]
     checkpoint.save(tmp_path, 2, model, optimizer, STATE)
     assert checkpoint.steps(tmp_path) == [1, 2]

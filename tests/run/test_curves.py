@@ -1,4 +1,4 @@
-"""curves.csv.gz: what comes back from it, and that it tells Approach 1 what the logs of the runs told."""
+"""curves.csv.gz: values, bytes, damaged files, and that Approach 1 reads the same from it as from the logs."""
 
 import gzip
 import json
@@ -25,8 +25,8 @@ SOME = {
 
 
 def test_round_trip(tmp_path):
-    """Every double comes back to the bit, every count as a count, an absent value as absent; runs and points keep their
-    order."""
+    """Every float is read back bit-identical, every integer as an integer, an absent value as absent; runs and points
+    keep their order."""
     draw = random.Random(0)
     values = [struct.unpack("d", draw.randbytes(8))[0] for _ in range(3000)]
     values = [abs(value) for value in values if math.isfinite(value)] + [5e-324, 1e22, 0.1, 1e16, 2.0**53, math.inf]
@@ -35,18 +35,14 @@ def test_round_trip(tmp_path):
     path.write_bytes(to_csv_gz(runs))
     found = read_csv_gz(path)
     assert found == runs and list(found) == list(runs)
-    assert all(
-        type(point[name]) is type(was[name])
-        for run in runs
-        for point, was in zip(found[run], runs[run], strict=True)
-        for name in was
-    )
+    for point, was in zip(found["b"], runs["b"], strict=True):
+        assert [type(value) for value in point.values()] == [type(value) for value in was.values()]
     assert [struct.pack("d", point["loss"]) for point in found["b"]] == [struct.pack("d", value) for value in values]
 
 
 def test_bytes(tmp_path):
-    """The same curves are the same bytes whenever and wherever they are written: gzip's header has no time (bytes 4 to
-    8) and no name (its flag). The text is a plain table, which is read as it is too."""
+    """The same curves always give the same bytes: gzip's header has no time (bytes 4 to 8) and no name (its flag). The
+    text is a plain table, which can be read unpacked."""
     packed = to_csv_gz(SOME)
     assert packed == to_csv_gz(SOME) and packed[4:8] == bytes(4) and packed[3] == 0
     lines = gzip.decompress(packed).decode().splitlines()
@@ -57,7 +53,7 @@ def test_bytes(tmp_path):
 
 
 def test_points_of_a_log(tmp_path):
-    """A line counts if it has a loss; other columns and a line that a kill cut off are left out."""
+    """Rows with a loss; other columns and a line truncated by a kill are left out."""
     lines = [
         {"step": 1, "tokens": 64, "loss": 4.5, "grad_norm": 1.0},
         {"step": 2, "mfu": 0.5},
@@ -67,43 +63,32 @@ def test_points_of_a_log(tmp_path):
     assert log_points(tmp_path) == [{"step": 1, "tokens": 64, "loss": 4.5}, {"step": 2, "val_loss": 4.0}]
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda packed: packed[:-20],
-        lambda packed: packed[:40] + b"\0\1\2\3" + packed[44:],
-        lambda packed: packed[:5],
-        lambda packed: packed[:-8] + bytes(4) + packed[-4:],
-        lambda packed: gzip.compress(b"run,loss\na,1\n"),
-        lambda packed: gzip.compress(gzip.decompress(packed) + b"a,1,2\n"),
-        lambda packed: b"",
-        lambda packed: gzip.compress(gzip.decompress(packed) + b"a,1,2,3,x,5,6\n"),
-        lambda packed: gzip.compress(b"\xff"),
-    ],
-    ids=[
-        "cut",
-        "bytes changed",
-        "head only",
-        "checksum",
-        "other columns",
-        "cells too few",
-        "empty",
-        "no number",
-        "no text",
-    ],
-)
+DAMAGE = {
+    "truncated": lambda packed: packed[:-20],
+    "bytes changed": lambda packed: packed[:40] + b"\0\1\2\3" + packed[44:],
+    "head only": lambda packed: packed[:5],
+    "checksum": lambda packed: packed[:-8] + bytes(4) + packed[-4:],
+    "other columns": lambda packed: gzip.compress(b"run,loss\na,1\n"),
+    "too few cells": lambda packed: gzip.compress(gzip.decompress(packed) + b"a,1,2\n"),
+    "empty": lambda packed: b"",
+    "not a number": lambda packed: gzip.compress(gzip.decompress(packed) + b"a,1,2,3,x,5,6\n"),
+    "not text": lambda packed: gzip.compress(b"\xff"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged(tmp_path, damage):
-    """One line that names the file."""
+    """Raises UserError: one line that names the file."""
     path = tmp_path / CURVES
-    path.write_bytes(damage(to_csv_gz(SOME)))
+    path.write_bytes(DAMAGE[damage](to_csv_gz(SOME)))
     with pytest.raises(UserError, match="cannot be read as training curves") as error:
         read_csv_gz(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_the_same_as_the_logs(tmp_path):
-    """Columns from curves.csv.gz are those from the logs to the bit, with N and the FLOPs of a token of the runs; a run
-    without a row, as a trunk is, counts for nothing, and a folder prefers the file."""
+    """Columns from curves.csv.gz equal those from the logs to the bit, with N and the FLOPs per token of the runs. A
+    run without a row (a trunk) is left out. A folder prefers the file to the logs."""
     folder = write_sweep(tmp_path / "sweep", sweep(physical=0.5))
     rows = read_rows(folder)
     logs = curves_of_runs(folder, rows)
@@ -122,8 +107,8 @@ def test_the_same_as_the_logs(tmp_path):
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.parent.name)
 def test_kept_curves(path):
-    """The kept sweeps: the runs of runs.csv in its order, then their trunks, steps in order, each run to its last
-    token and to the loss of its row; written again they are the same text."""
+    """The kept sweeps have the runs of runs.csv in its order, then their trunks; steps in order; each run up to its
+    last token and the loss of its row. Written again they are the same text."""
     found, rows = read_csv_gz(path), read_csv(path.parent / "runs.csv")
     trunks = dict.fromkeys(row.trunk for row in rows.values() if row.trunk)
     assert list(found) == [*rows, *trunks]

@@ -1,4 +1,4 @@
-"""The device of a run: which one, what fits its memory."""
+"""The device of a run: the choice, and what fits in its memory."""
 
 from types import SimpleNamespace
 
@@ -14,36 +14,36 @@ from nanochin.run.record import describe
 
 @pytest.mark.parametrize("name, index", [("auto", 3), ("cuda", 3), ("cuda:1", 1)])
 def test_a_run_on_a_gpu_is_resolved(tiny, monkeypatch, name, index):
-    """With torch.cuda pretended, all that is decided before the first step: the GPU has its number, which
-    torch.cuda.set_device insists on, and is the current one by default; bf16, by graph, and named in the record."""
+    """With a mock torch.cuda, everything decided before the first step: the device has an index (set_device needs it),
+    the current one by default; the dtype is bf16 and the step a graph; the record names the GPU."""
     chosen, zeros = [], torch.zeros
-    pretended = {
+    mock = {
         "is_available": lambda: True, "current_device": lambda: 3, "get_device_capability": lambda _=None: (9, 0),
         "is_bf16_supported": lambda **_: True, "get_device_name": lambda device: f"a GPU {device}",
         "get_device_properties": lambda _: SimpleNamespace(total_memory=80e9),
     }  # fmt: skip
-    for key, value in pretended.items():
+    for key, value in mock.items():
         monkeypatch.setattr(torch.cuda, key, value)
     monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **more: zeros(*size, **more))
-    job = train.resolve(tiny(device=name, dtype="auto"), Progress(quiet=True))
-    assert job.device == torch.device("cuda", index) and chosen == [index]
-    assert (job.dtype, job.step) == (torch.bfloat16, "graph")
-    record = describe(job)
+    setup = train.resolve(tiny(device=name, dtype="auto"), Progress(quiet=True))
+    assert setup.device == torch.device("cuda", index) and chosen == [index]
+    assert (setup.dtype, setup.step) == (torch.bfloat16, "graph")
+    record = describe(setup)
     assert record["device"] == f"a GPU cuda:{index}" and record["identity"]["device"] == "cuda"
 
 
-def test_a_model_that_cannot_fit():
-    """A trillion parameters need 16 TB: refused as something that ends this run, not a sweep; a million fit."""
-    with pytest.raises(RunError, match="1T parameters needs 16TB .* choose a smaller") as error:
+def test_model_too_large():
+    """A trillion parameters need 16 TB: RunError, which ends this run and not a sweep; a million fit."""
+    with pytest.raises(RunError, match="1T parameters needs 16TB") as error:
         check_memory(10**12, torch.device("cpu"))
     assert error.value.code == 1
     check_memory(10**6, torch.device("cpu"))
 
 
-def test_kept_memory_is_not_faulted_in_again(command):
-    """After `keep_freed_memory` a large tensor that is made again soon costs (almost) no page fault, on Linux with
-    glibc: once the heap has a hole of its size, whose place is left to chance."""
+def test_freed_memory_is_kept(command):
+    """After `keep_freed_memory`, allocating a large tensor again costs almost no page faults (Linux with glibc), once
+    the heap has a hole of its size."""
     pytest.importorskip("resource", reason="this platform does not count page faults")
     code = """
 import ctypes, resource, sys, torch
