@@ -245,7 +245,7 @@ def test_invalid_models(text):
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes close otherwise there")
 def test_closed_pipe():
     """A reader that exits early, such as `| head -1`, ends a command silently."""
-    code = "from nanochin.config import run_command; run_command(lambda: print('line\\n' * 100_000), 'x')"
+    code = "from nanochin.base.cli import run_command; run_command(lambda: print('line\\n' * 100_000), 'x')"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == b"line\n"
     process.stdout.close()
@@ -263,8 +263,7 @@ def test_parameters_are_named_as_options():
 
 
 def test_commands(command):
-    """python -m nanochin lists its commands and runs them, without torch if not needed; an unknown one suggests the
-    closest; the names of version 0.1 still work and print the new ones."""
+    """python -m nanochin lists its commands and runs them; an unknown one suggests the closest."""
     listed = command("-m", "nanochin", "--help")
     assert listed.returncode == 0
     for name in ("sample", "evaluate", "export", "ladder", "flops"):
@@ -272,5 +271,3 @@ def test_commands(command):
         assert command("-m", "nanochin", name, "--help").stdout.startswith(f"usage: python -m nanochin {name} ")
     wrong = command("-m", "nanochin", "flop")
     assert (wrong.returncode, wrong.stdout) == (2, "") and "did you mean flops?" in wrong.stderr
-    new, old = (command("-m", *name, "--model=16x1") for name in (["nanochin", "flops"], ["nanochin.plan.flops"]))
-    assert new.stdout == old.stdout and "is now called python -m nanochin flops" in old.stderr and not new.stderr

@@ -57,7 +57,7 @@ BELOW = {
     "config": {"base"},
     "model": {"base", "config", "kernels"},
     "data": {"base", "config"},
-    "laws": {"base"},
+    "laws": {"base", "config"},
     "plan": {"base", "config", "data", "laws"},
     "run": {"base", "config", "data", "laws", "plan", "model"},
     "sweep": {"base", "config", "data", "laws", "plan", "run"},

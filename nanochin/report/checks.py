@@ -278,7 +278,7 @@ def hold_out(analysis: Analysis) -> CheckResult:
     m, good = len(held.rows), held.error < 3 * max(held.in_sample_error, 1e-3)
     said = (
         f"Hold-out error on the {m} largest runs {100 * held.error:.2f}% (median; {100 * held.bias:+.2f}% signed), "
-        f"in-sample {100 * held.in_sample_error:.2f}%, at {held.flops_range:.2g}x the compute"
+        f"in-sample {100 * held.in_sample_error:.2f}%, at {held.reach:.2g}x the compute"
     )
     if held.bootstrap:
         good &= held.outside <= max(1, 0.15 * m)
