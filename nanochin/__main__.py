@@ -14,13 +14,8 @@ import sys
 
 from nanochin.base.cli import UserError, did_you_mean, run_command
 
-COMMANDS = {
-    "sample": "run",
-    "evaluate": "run",
-    "export": "interop",
-    "ladder": "plan",
-    "flops": "plan",
-}  # the room of each; the module has a `main`
+# command: the package of its module, which has a `main`
+COMMANDS = {"sample": "run", "evaluate": "run", "export": "interop", "ladder": "plan", "flops": "plan"}
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from nanochin.base.cli import UserError, opt
 
-FLOP_CONVENTIONS = {  # counted in flops.py
+FLOP_CONVENTIONS = {  # counted in nanochin/plan/flops.py
     "physical": "matrix products that run, with logits, without lookup, attention as full T x T",
     "causal": "the same, attention only for the pairs that the causal mask keeps",
     "appendix_f": "all eight rows of Appendix F of Hoffmann et al. 2022, with lookup and softmax",
@@ -42,9 +42,7 @@ class Config(ShapeOptions):
     """One training run. None means: derived, and printed with the reason before training."""
 
     # What to train: any two of budget, model and tokens give the third; with one, the law gives the others.
-    budget: float | None = opt(
-        None, "compute budget in training FLOPs, in the convention of --flops", above=0, result=False
-    )
+    budget: float | None = opt(None, "training FLOPs, in the convention of --flops", above=0, result=False)
     model: str | None = opt(None, "width x layers, such as 256x4")
     tokens: float | None = opt(None, "training tokens D", above=0)
     flops: str = opt("physical", "FLOP convention of the budget", choices=tuple(FLOP_CONVENTIONS), result=False)
@@ -54,24 +52,16 @@ class Config(ShapeOptions):
     # Data.
     data: tuple[str, ...] | None = opt(
         None,
-        "python, python-all, files, folders, globs (text: .txt .jsonl .parquet, also .gz .xz .zst; tokens: "
-        ".bin), or hf:OWNER/NAME[:CONFIG] for a data set of the Hugging Face hub",
+        "python, python-all, files, folders, globs (text: .txt .jsonl .parquet, also .gz .xz .zst; tokens: .bin), "
+        "or hf:OWNER/NAME[:CONFIG] for a data set of the Hugging Face hub",
         result=False,
     )
-    val: tuple[str, ...] | None = opt(
-        None, "validation text; default: files named val*, else documents chosen by hash", result=False
-    )
-    val_bytes: int = opt(
-        1 << 20, "maximum validation text or tokens, in bytes (evenly spaced blocks)", low=1, result=False
-    )
+    val: tuple[str, ...] | None = opt(None, "validation text; default: files val*, else chosen by hash", result=False)
+    val_bytes: int = opt(1 << 20, "maximum bytes of validation data (evenly spaced blocks)", low=1, result=False)
     max_tokens: float | None = opt(None, "maximum tokens to read from an hf: data set", above=0, result=False)
     skip_bad: bool = opt(False, "leave out and count lines and rows without a text", result=False)
-    tokenizer: str | None = opt(
-        None, "bytes (the default for text), bpe (our own, trained on the corpus), or a tiktoken name such as gpt2"
-    )
-    vocab_size: int | None = opt(
-        None, "vocabulary size; default: the tokenizer's (bpe: 4096); enough for token files without a tokenizer"
-    )
+    tokenizer: str | None = opt(None, "bytes (default for text), bpe (trained on the corpus), or tiktoken: gpt2, ...")
+    vocab_size: int | None = opt(None, "vocabulary size of bpe (default 4096), or of token files without a tokenizer")
     seq_len: int | None = opt(None, "context length T in tokens", low=1)
     cache: str = opt("cache", "folder of tokenised shards", result=False)
 
@@ -87,39 +77,28 @@ class Config(ShapeOptions):
     z_loss: float = opt(0.0, "weight of the z-loss, log(Z)^2 (1e-4 is usual)", low=0)
     schedule: str = opt("cosine", "learning-rate schedule", choices=("cosine", "wsd", "linear", "constant"))
     cycle: float = opt(1.0, "length of the cosine as a multiple of the run (above 1 overshoots, Appendix B)", above=0)
-    final_lr: float | None = opt(
-        None, "final learning rate / peak; default: 0.1 for cosine, 0 for wsd and linear", low=0, high=1
-    )
+    final_lr: float | None = opt(None, "final / peak learning rate; default: 0.1 for cosine, else 0", low=0, high=1)
     cooldown: float = opt(0.2, "fraction of a wsd run in its 1-sqrt cooldown", low=0, high=1)
     seed: int = opt(0, "seed of the weights and of the data order", low=0, high=10**9)
 
     # Execution.
     device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps", result=False)
     dtype: str = opt("auto", "compute dtype (weights stay float32)", choices=("auto", "float32", "bfloat16"))
-    kernels: str = opt(
-        "auto",
-        "auto: Triton kernels where supported; fallback: PyTorch operations",
-        choices=("auto", "fallback"),
-        result=False,
-    )
+    kernels: str = opt("auto", "Triton kernels where supported, or none", choices=("auto", "fallback"), result=False)
     step: str = opt(
         "auto",
         "how a step runs: eager, compile (torch.compile) or graph (CUDA graph); auto: by device",
         choices=("auto", "eager", "compile", "graph"),
         result=False,
     )
-    micro_batch: int | None = opt(
-        None, "sequences per forward pass of a new run; default: by device", low=1, high=10**6, result=False
-    )
+    micro_batch: int | None = opt(None, "sequences per forward pass; auto by device", low=1, high=10**6, result=False)
     threads: int | None = opt(None, "CPU threads; default: torch's", low=1, high=1000, result=False)
 
     # The run's folder.
     name: str | None = opt(None, "name of the run; default: corpus, size and a hash of the options", result=False)
     out: str = opt("runs", "folder of all runs", result=False)
     branch_from: str | None = opt(None, "RUN@STEP: start from another run's checkpoint (cooldowns)")
-    init_from: str | None = opt(
-        None, "GPT-2 weights to start from: a transformers folder or a .safetensors file", result=False
-    )
+    init_from: str | None = opt(None, "GPT-2 weights: a transformers folder or a .safetensors file", result=False)
     log_every: int | None = opt(None, "steps between log lines; default: 200 lines per run", low=1, result=False)
     eval_every: int = opt(0, "steps between evaluations; 0 = only at the end", low=0, result=False)
     save_every: float = opt(60.0, "seconds between checkpoints; 0 = only at the end", low=0, result=False)
@@ -168,18 +147,10 @@ def make_shape(
     ffn: int | None = None,
     **options,
 ) -> Shape:
-    """A Shape with defaults filled in.
-
-    Raises UserError for sizes below 1, a head size that is odd or does not divide the width.
-    """
-    for name, value in (
-        ("width", width),
-        ("layers", layers),
-        ("vocab_size", vocab_size),
-        ("seq_len", seq_len),
-        ("head_size", head_size),
-        ("ffn", ffn),
-    ):
+    """A Shape with defaults filled in. Raises UserError for sizes below 1, and for a head size that is odd or does not
+    divide the width."""
+    names = ("width", "layers", "vocab_size", "seq_len", "head_size", "ffn")
+    for name, value in zip(names, (width, layers, vocab_size, seq_len, head_size, ffn), strict=True):
         if value is not None and (value != int(value) or not 1 <= value < 2**31):
             raise UserError(f"`{name}` {value}: must be an integer from 1 to 2^31")
     if head_size is None:

@@ -1,4 +1,4 @@
-"""One run as a record: summary.json in its folder, and a row of a sweep's runs.csv. The columns stand here, once."""
+"""One run as a record: summary.json in its folder, and a row of a sweep's runs.csv."""
 
 import csv
 import io
@@ -23,10 +23,10 @@ def label(default=None):
 
 @dataclass(frozen=True)
 class RunRow:
-    """The columns of runs.csv, in their order. A column that an old record lacks has its default."""
+    """The columns of runs.csv, in order. A column missing from an old record has its default."""
 
     run: str = label()
-    name: str | None = None  # the same
+    name: str | None = None  # the same as run
     status: str = label("finished")  # or failed, with a reason
     params: int | None = number()  # N: total, a tied matrix once
     params_non_embedding: int | None = number()
@@ -40,9 +40,9 @@ class RunRow:
     flops_table_a4: float | None = number()
     flops_6nd: float | None = number()
     flops_kaplan: float | None = number()
-    budget: float | None = number()  # FLOPs that were asked for
+    budget: float | None = number()  # requested FLOPs
     kind: str | None = label()  # of the sweep: isoflop, horizons, trunk, grid; single: none
-    trunk: str | None = label()  # the run that a cooldown was branched from
+    trunk: str | None = label()  # the run that a cooldown branched from
     width: int | None = number()
     layers: int | None = number()
     vocab_size: int | None = label()
@@ -50,7 +50,7 @@ class RunRow:
     tokenizer: str | None = label()
     data_sha: str | None = label()
     val_sha: str | None = label()
-    unique_tokens: int | None = number()  # different ones among `tokens`
+    unique_tokens: int | None = number()  # distinct ones among `tokens`
     epochs: float | None = None
     seed: int | None = label()
     schedule: str | None = label()
@@ -59,20 +59,20 @@ class RunRow:
     batch_tokens: int | None = label()  # tokens a step
     beta2: float | None = label()
     warmup_tokens: int | None = None
-    predicted_loss: float | None = None  # by the law, before the run began
+    predicted_loss: float | None = None  # by the law, before training
     predicted_low: float | None = None
     predicted_high: float | None = None  # of a 95% interval for a single run
     seconds: float | None = None  # of training, without evaluations and checkpoints
     device: str | None = None
     threads: int | None = None
     # What only a sweep knows.
-    flops_spent: float | None = None  # physical; what a cooldown shares with its trunk is not counted again
-    cell: str | None = None  # hash of all that the sweep file decides about the run
+    flops_spent: float | None = None  # physical; without the part that a cooldown shares with its trunk
+    cell: str | None = None  # hash of what the sweep file decides about the run
     reason: str | None = None  # why it failed
 
     @classmethod
     def of(cls, record: dict) -> "RunRow":
-        """From summary.json or, as text, from a row of runs.csv. Raises ValueError for a cell that is no number."""
+        """From summary.json, or from a row of runs.csv as text. Raises ValueError for a cell that is not a number."""
         values = {}
         for f in fields(cls):
             value, kind = record.get(f.name), TYPES[f.name]
@@ -108,15 +108,16 @@ def flops_column(convention: str) -> str:
 
 
 def to_csv(rows: Iterable[RunRow]) -> bytes:
-    """runs.csv. The column `reason` is there only if a run failed."""
+    """runs.csv. It has a column `reason` only if a run failed."""
     rows = [asdict(row) for row in rows]
     if not any(row["reason"] for row in rows):
-        rows = [{key: value for key, value in row.items() if key != "reason"} for row in rows]
+        for row in rows:
+            del row["reason"]
     return csv_of(rows)
 
 
 def csv_of(rows: list[dict]) -> bytes:
-    """A table of rows with the same keys, under a header."""
+    """Rows with the same keys as CSV with a header."""
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0] if rows else [], lineterminator="\n")
     writer.writeheader()
@@ -137,7 +138,7 @@ def read_summary(path: Path) -> RunRow:
 
 
 def read_csv(path: Path) -> dict[str, RunRow]:
-    """The rows of a runs.csv by run; none if there is no such file. Raises UserError for what is no such table."""
+    """The rows of a runs.csv by run; empty if there is no such file. Raises UserError for an invalid table."""
     if not path.exists():
         return {}
     try:

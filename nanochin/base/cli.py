@@ -2,8 +2,7 @@
 
     python train.py [FILE.toml] [--key=value ...]      the command line overrides the file overrides the default
 
-argparse reads the command line and tomllib the file. Options are named only in the dataclass, so `--help`, errors for
-misspelt options and config.json always agree with it.
+Options are named only in the dataclass, so `--help`, errors for misspelt options and config.json agree with it.
 """
 
 import argparse
@@ -18,6 +17,7 @@ import tomllib
 import types
 import typing
 from dataclasses import MISSING, field, fields
+from operator import ge, gt, le
 from pathlib import Path
 
 
@@ -62,17 +62,8 @@ def opt(
     the identity has what it resolves to (the data's fingerprint for its path, model and tokens for the budget).
     `later=True`: added after version 0.1; the identity omits it at its default, so that older runs keep their names.
     """
-    meta = {
-        "help": help,
-        "choices": choices,
-        "above": above,
-        "low": low,
-        "high": high,
-        "result": result,
-        "later": later,
-        "positional": positional,
-    }
-    return field(default=default, metadata=meta)
+    meta = {"help": help, "choices": choices, "above": above, "low": low, "high": high}
+    return field(default=default, metadata=meta | {"result": result, "later": later, "positional": positional})
 
 
 def validate(options) -> None:
@@ -80,14 +71,9 @@ def validate(options) -> None:
     for f in fields(options):
         value, meta = getattr(options, f.name), f.metadata
         for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, int | float):
-                continue
-            if meta["above"] is not None and not number > meta["above"]:
-                raise UserError(f"`{f.name}` {number:g}: must be above {meta['above']:g}")
-            if meta["low"] is not None and not number >= meta["low"]:
-                raise UserError(f"`{f.name}` {number:g}: must be at least {meta['low']:g}")
-            if meta["high"] is not None and not number <= meta["high"]:
-                raise UserError(f"`{f.name}` {number:g}: must be at most {meta['high']:g}")
+            for key, holds, words in (("above", gt, "above"), ("low", ge, "at least"), ("high", le, "at most")):
+                if isinstance(number, int | float) and meta[key] is not None and not holds(number, meta[key]):
+                    raise UserError(f"`{f.name}` {number:g}: must be {words} {meta[key]:g}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,8 +82,7 @@ def validate(options) -> None:
 
 def parse(cls, argv: list[str] | None = None, *, prog: str, description: str, file: bool = False):
     """Read the options of dataclass `cls` from `argv` (default: sys.argv) and, with `file`, from a TOML file given
-    first. `--help` is generated from the dataclass. On an error, prints one line to stderr and exits with code 2.
-    """
+    first. On an error, prints one line to stderr and exits with code 2."""
     parser = _parser(cls, prog, description, file)
     given = _read(parser, sys.argv[1:] if argv is None else argv)
     if path := given.pop("file", None):
@@ -136,20 +121,13 @@ def run_command(main, prog: str) -> None:
 
 def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentParser:
     positional = [f.name.upper() for f in fields(cls) if f.metadata["positional"]]
-    usage = " ".join([prog, *(["[FILE.toml]"] if file else []), *positional, "[--key=value ...]"])
-    parser = _OneLineParser(
-        prog=prog,
-        usage=usage,
-        description=description,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    usage = " ".join([prog, *["[FILE.toml]"] * file, *positional, "[--key=value ...]"])
+    parser = _OneLineParser(prog, usage, description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps its line breaks
     if file:
         parser.add_argument("file", nargs="?", metavar="FILE.toml", help="options in TOML, `key = value` per line")
     hints = typing.get_type_hints(cls)
-    own_first = sorted(fields(cls), key=lambda f: f.name not in cls.__annotations__)  # then the inherited ones
-    for f in own_first:
+    for f in sorted(fields(cls), key=lambda f: f.name not in cls.__annotations__):  # inherited ones last
         kind = value_type(hints[f.name])
         many = typing.get_origin(kind) is tuple
         kind = typing.get_args(kind)[0] if many else kind

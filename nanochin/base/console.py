@@ -34,8 +34,8 @@ class Progress:
     shows nothing (sweeps)."""
 
     def __init__(self, quiet: bool = False):
-        self.quiet, self.stage = quiet, None
-        self.bar = self.task = None
+        self.quiet = quiet
+        self.stage = self.bar = self.task = None
 
     def __call__(self, stage: str, done: float, total: float, note: str = "") -> None:
         if self.quiet:
@@ -57,17 +57,11 @@ class Progress:
         self.stage, self.first_done = stage, None
         self.began = self.last_line = time.monotonic()
         if sys.stdout.isatty():
-            from rich import progress
+            from rich import progress as rich
 
-            self.bar = progress.Progress(
-                "{task.description}",
-                progress.BarColumn(bar_width=20),
-                progress.TaskProgressColumn(),
-                progress.TimeElapsedColumn(),
-                "ETA",
-                progress.TimeRemainingColumn(),
-                "{task.fields[note]}",
-            )
+            columns = rich.BarColumn(bar_width=20), rich.TaskProgressColumn(), rich.TimeElapsedColumn()
+            left = "ETA", rich.TimeRemainingColumn(), "{task.fields[note]}"
+            self.bar = rich.Progress("{task.description}", *columns, *left)
             self.task = self.bar.add_task(stage, total=total, note="")
             self.bar.start()
 

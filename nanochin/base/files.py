@@ -1,4 +1,4 @@
-"""Files and the machine: atomic writes, SHA-256, CPU cores, and the versions for a run's record."""
+"""Files and the machine: atomic writes, SHA-256, CPU cores, versions."""
 
 import hashlib
 import json
@@ -72,13 +72,13 @@ def writing(path: Path, remark: str = "") -> Iterator[None]:
         raise DiskError(f"{path}: cannot write: {error.strerror or error}{remark}") from None
 
 
-def sha256_of(path: str | Path, told: Callable[[int], object] = lambda _: None) -> str:
-    """SHA-256 of a file, in hexadecimal. `told(bytes)` is called after each piece."""
+def sha256_of(path: str | Path, progress: Callable[[int], object] = lambda _: None) -> str:
+    """SHA-256 of a file, in hexadecimal. Calls progress(bytes) after each piece."""
     sha = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while piece := file.read(PIECE):
             sha.update(piece)
-            told(len(piece))
+            progress(len(piece))
     return sha.hexdigest()
 
 
@@ -107,10 +107,5 @@ def versions() -> dict:
             commit += "-dirty"
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    packages = ("torch", "triton", "numpy", "tiktoken", "safetensors")
-    return {
-        "git": commit,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **{package: version(package) for package in packages},
-    }
+    packages = {package: version(package) for package in ("torch", "triton", "numpy", "tiktoken", "safetensors")}
+    return {"git": commit, "python": platform.python_version(), "platform": platform.platform(), **packages}

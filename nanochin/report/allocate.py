@@ -1,4 +1,4 @@
-"""What to train: answers of a fitted law, computed once for terminal, laws.json and report.
+"""What to train: the answers of a fitted law, for terminal, laws.json and report.
 
 answers = answer(analysis.best, Questions((1e20, 1e21), target_loss=2.1))
 answers.optima[1].found["params"].value, answers.optima[1].found["params"].intervals[95]
@@ -35,7 +35,7 @@ SHOWN = {  # quantity: (column title, format)
 
 @dataclass(frozen=True)
 class Questions:
-    """The questions; None: not asked."""
+    """What to ask of a law; None: not asked."""
 
     budgets: tuple[float, ...]  # training FLOPs in the convention of the analysis
     target_loss: float | None = None
@@ -52,7 +52,7 @@ class Estimate:
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Of the 95% interval; nan if there is none."""
+        """The 95% interval; nan if there is none."""
         return self.intervals.get(95, (math.nan, math.nan))
 
 
@@ -61,11 +61,11 @@ class Answer:
     """The answer to one question. Quantities are named as in SHOWN."""
 
     asked: dict[str, float]
-    found: dict[str, Estimate]  # empty if the law has no answer;
-    why: str = ""  # then the reason
+    found: dict[str, Estimate]  # empty if the law has no answer
+    why: str = ""  # the reason if there is no answer
 
     def to_json(self) -> dict:
-        out = dict(self.asked) | {name: _finite(estimate.value) for name, estimate in self.found.items()}
+        out = self.asked | {name: _finite(estimate.value) for name, estimate in self.found.items()}
         for key, level in (("ci", 95), ("ci80", 80)):
             ends = {name: e.intervals[level] for name, e in self.found.items() if level in e.intervals}
             if ends:
@@ -75,17 +75,18 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers to all questions; lists of questions not asked are empty."""
+    """The answers to all questions; a list is empty if its question was not asked."""
 
+    questions: Questions
     optima: list[Answer]
     to_reach: list[Answer]
     to_serve: list[Answer]
     with_text: list[Answer]
 
     def to_json(self) -> dict:
-        """The object `answers` of laws.json; `optima` are stored with their approach."""
-        lists = {name: found for name, found in vars(self).items() if found and name != "optima"}
-        return {name: [one.to_json() for one in found] for name, found in lists.items()}
+        """`answers` of laws.json; the optima are stored with each approach."""
+        lists = {"to_reach": self.to_reach, "to_serve": self.to_serve, "with_text": self.with_text}
+        return {name: [one.to_json() for one in found] for name, found in lists.items() if found}
 
 
 def _finite(value: float) -> float | None:
@@ -93,13 +94,15 @@ def _finite(value: float) -> float | None:
 
 
 def answer(best: Approach, questions: Questions) -> Answers:
-    """Optima of the budgets, and answers to the other questions, for each budget if they need one."""
-    target, served, unique = questions.target_loss, questions.inference_tokens, questions.unique_tokens
+    """The optimum of each budget, and the answers to the other questions, for each budget if they need one."""
+    budgets, target = questions.budgets, questions.target_loss
+    served, unique = questions.inference_tokens, questions.unique_tokens
     return Answers(
-        optima=[optimum(best, C) for C in questions.budgets],
+        questions,
+        optima=[optimum(best, C) for C in budgets],
         to_reach=[] if target is None else [to_reach(best, target)],
-        to_serve=[] if served is None else [to_serve(best, C, served) for C in questions.budgets],
-        with_text=[] if unique is None else [with_text(best, C, unique) for C in questions.budgets],
+        to_serve=[] if served is None else [to_serve(best, C, served) for C in budgets],
+        with_text=[] if unique is None else [with_text(best, C, unique) for C in budgets],
     )
 
 
@@ -110,83 +113,92 @@ def answer(best: Approach, questions: Questions) -> Answers:
 def optimum(approach: Approach, C: float) -> Answer:
     """The compute-optimal run for C FLOPs, in the convention of the analysis."""
 
-    def run(law: Law | PowerLaw) -> tuple:
+    def run(law: Law | PowerLaw) -> dict:
         N, D = law.optimal(C)
-        return N, D, D / N, *([law.loss(N, D)] if isinstance(law, Law) else [])
+        return _run(N, D) | ({"loss": law.loss(N, D)} if isinstance(law, Law) else {})
 
-    names = ("params", "tokens", "tokens_per_param", "loss")
-    return Answer({"flops": C}, dict(zip(names, estimates(approach, run), strict=False)))
+    return Answer({"flops": C}, estimates(approach, run))
 
 
 def to_reach(approach: Approach, loss: float) -> Answer:
-    """The lowest compute that reaches a loss, and the run."""
+    """The run of lowest compute that reaches a loss."""
 
-    def need(law: Law) -> tuple:
+    def run(law: Law) -> dict:
         C = laws.compute_for_loss(law, loss)
-        return C, *law.optimal(C)
+        N, D = law.optimal(C)
+        return {"least_flops": C, "params": N, "tokens": D}
 
-    return _answer(approach, {"target_loss": loss}, need, ("least_flops", "params", "tokens"))
+    return _answer(approach, {"target_loss": loss}, run)
 
 
 def to_serve(approach: Approach, C: float, tokens: float) -> Answer:
-    """The run with the loss of the optimum of C and the lowest compute for training plus serving `tokens` tokens
-    (Sardana and Frankle 2023), and the share of compute that it saves."""
+    """The run that reaches the optimal loss of C at the lowest compute for training and serving `tokens` tokens
+    (Sardana and Frankle 2023), and the share of compute saved."""
 
-    def plan(law: Law) -> tuple:
+    def run(law: Law) -> dict:
         N, D = law.optimal(C)
         n, d = laws.inference_optimal(law, law.loss(N, D), tokens)
         saved = 1 - law.cost.flops(n, d + tokens / 3) / law.cost.flops(N, D + tokens / 3)
-        return n, d, d / n, np.maximum(saved, 0)
+        return _run(n, d) | {"compute_saved": np.maximum(saved, 0)}
 
-    names = ("params", "tokens", "tokens_per_param", "compute_saved")
-    return _answer(approach, {"flops": C, "inference_tokens": tokens}, plan, names)
+    return _answer(approach, {"flops": C, "inference_tokens": tokens}, run)
 
 
 def with_text(approach: Approach, C: float, unique: float) -> Answer:
-    """The best run for C when only `unique` tokens exist. The decaying value of repeated tokens is that of Muennighoff
-    et al. 2023, fitted on C4; hence no intervals."""
+    """The best run for C on `unique` tokens. The value of repeated tokens is that of Muennighoff et al. 2023, fitted on
+    C4; hence no intervals."""
 
-    def plan(law: Law) -> tuple:
+    def run(law: Law) -> dict:
         limited = DataConstrained(law)
         n, d = limited.optimal(C, unique)
-        return n, d, max(d / unique, 1.0), limited.loss(n, d, unique)
+        return {"params": n, "tokens": d, "epochs": max(d / unique, 1.0), "loss": limited.loss(n, d, unique)}
 
-    names = ("params", "tokens", "epochs", "loss")
-    return _answer(replace(approach, boot=None), {"flops": C, "unique_tokens": unique}, plan, names)
+    return _answer(replace(approach, boot=None), {"flops": C, "unique_tokens": unique}, run)
 
 
-def _answer(approach: Approach, asked: dict, quantities: Callable, names: tuple) -> Answer:
+def _run(N, D) -> dict:
+    return {"params": N, "tokens": D, "tokens_per_param": D / N}
+
+
+def _answer(approach: Approach, asked: dict, quantities: Callable[[Law], dict]) -> Answer:
     if not isinstance(approach.law, Law):
         return Answer(asked, {}, "this needs a law that predicts the loss: Approach 3")
     found = attempt(estimates, approach, quantities)
-    if isinstance(found, NotIdentified):
-        return Answer(asked, {}, str(found))
-    return Answer(asked, dict(zip(names, found, strict=True)))
+    return Answer(asked, {}, str(found)) if isinstance(found, NotIdentified) else Answer(asked, found)
 
 
-def estimates(approach: Approach, quantities: Callable) -> list[Estimate]:
-    """The numbers that quantities(law) returns, with intervals from the same numbers of all replicates. Raises
+def frontier(approach: Approach, eq4: bool = False) -> dict[str, Estimate]:
+    """a and b of the optimum in the FLOPs of the analysis, over the runs; or by Eq. 4, for 6ND."""
+
+    def both(law: Law | PowerLaw) -> dict:
+        return dict(zip("ab", (law.a, law.b) if eq4 else laws.exponents(law, *approach.flops_range), strict=True))
+
+    return estimates(approach, both)
+
+
+def estimates(approach: Approach, quantities: Callable[[Law | PowerLaw], dict]) -> dict[str, Estimate]:
+    """The numbers of quantities(law) by name, with intervals from those of the bootstrap replicates. Raises
     NotIdentified if `quantities` does for the law itself."""
     values, boot = quantities(approach.law), approach.boot
     if boot is None:
-        return [Estimate(float(value)) for value in values]
-    drawn = np.stack(np.broadcast_arrays(*quantities(boot.law)))
+        return {name: Estimate(float(value)) for name, value in values.items()}
+    drawn = np.stack(np.broadcast_arrays(*quantities(boot.law).values()))
     drawn = np.where(np.isnan(drawn), np.inf, drawn)  # the cost of a loss that a replicate cannot reach
     method = "linear" if np.isfinite(drawn).all() else "nearest"
     ends = {level: np.percentile(drawn, (50 - level / 2, 50 + level / 2), axis=1, method=method) for level in LEVELS}
-    return [
-        Estimate(float(value), {level: (float(low[j]), float(high[j])) for level, (low, high) in ends.items()})
-        for j, value in enumerate(values)
-    ]
+    return {
+        name: Estimate(float(value), {level: tuple(both[:, j].tolist()) for level, both in ends.items()})
+        for j, (name, value) in enumerate(values.items())
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pre-registered predictions: runs whose loss a law predicted before they were trained
+# Pre-registered predictions
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One run of train.py with a law. Losses in nats per token; low and high end the predicted 95% interval."""
+class Prediction:
+    """A run whose loss a law predicted before training. Losses in nats per token; low to high is the 95% interval."""
 
     run: str
     params: float
@@ -196,6 +208,21 @@ class Trial:
     low: float
     high: float
     loss: float  # actual
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Prediction":
+        """The prediction that config.json recorded before training, and the loss of the finished run.
+
+        Raises UserError if there is no finished run in the folder, or no prediction with an interval."""
+        folder = Path(folder)
+        if not (folder / "summary.json").exists():
+            raise UserError(f"`trials` {folder}: no finished run")
+        row, before = read_json(folder / "summary.json"), read_json(folder / "config.json").get("predicted") or {}
+        predicted = [before.get(f"predicted_{key}") for key in ("loss", "low", "high")]
+        if not all(isinstance(value, float) and math.isfinite(value) for value in predicted):
+            why = "no law predicted its loss with an interval; train with `law` laws.json from a fit on the same text"
+            raise UserError(f"`trials` {folder}: {why}")
+        return cls(row["name"], row["params"], row["tokens"], row["flops"], *predicted, row["loss"])
 
     @property
     def off(self) -> float:
@@ -207,30 +234,9 @@ class Trial:
         return self.low <= self.loss <= self.high
 
     def __str__(self) -> str:
-        return (
-            f"{self.run}, {self.flops:.3g} FLOPs: predicted {self.predicted:.4f} (95%: {self.low:.4f} to "
-            f"{self.high:.4f}), actual {self.loss:.4f}, {100 * self.off:+.2f}%, "
-            f"{'inside' if self.inside else 'OUTSIDE'}"
-        )
+        predicted = f"predicted {self.predicted:.4f} (95%: {self.low:.4f} to {self.high:.4f})"
+        actual = f"actual {self.loss:.4f}, {100 * self.off:+.2f}%, {'inside' if self.inside else 'OUTSIDE'}"
+        return f"{self.run}, {self.flops:.3g} FLOPs: {predicted}, {actual}"
 
     def to_json(self) -> dict:
         return asdict(self) | {"off": self.off, "inside": self.inside}
-
-
-def read_trial(folder: str | Path) -> Trial:
-    """The trial of a finished run, with the prediction that was written to its config.json before training.
-
-    Raises UserError if there is no finished run in the folder, or no prediction with an interval."""
-    folder = Path(folder)
-    if not (folder / "summary.json").exists():
-        raise UserError(f"`trials` {folder}: no finished run")
-    row, before = read_json(folder / "summary.json"), read_json(folder / "config.json").get("predicted") or {}
-    found = {key: before.get(f"predicted_{key}") for key in ("loss", "low", "high")}
-    if not all(isinstance(value, float) and math.isfinite(value) for value in found.values()):
-        raise UserError(
-            f"`trials` {folder}: no law predicted its loss with an interval; train it with `law` laws.json "
-            "from a fit on the same text"
-        )
-    return Trial(
-        row["name"], row["params"], row["tokens"], row["flops"], found["loss"], found["low"], found["high"], row["loss"]
-    )

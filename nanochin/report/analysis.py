@@ -1,10 +1,10 @@
 """The three approaches fitted to one set of runs, with intervals.
 
   analysis = analyse(rows)        three laws with intervals
-  run_checks(analysis)            what changes the answer, how well it extrapolates (nanochin/report/checks.py)
+  run_checks(analysis)            sensitivity and hold-out (nanochin/report/checks.py)
   optimum(analysis.best, 1e18)    what to train, with intervals (nanochin/report/allocate.py)
 
-If the data cannot support a result, the NotIdentified with the reason takes its place.
+If the data cannot identify a result, a NotIdentified with the reason takes its place.
 """
 
 import math
@@ -17,12 +17,12 @@ import numpy as np
 from nanochin import laws
 from nanochin.base.cli import UserError
 from nanochin.laws import Bootstrap, Cost, Law, NotIdentified, PowerLaw
-from nanochin.report.table import RunTable, all_or_no_flops
+from nanochin.report.table import RunTable
+from nanochin.runrow import flops_column, params_column
 
 MOST_INTERPOLATED = 2000  # runs; a spline through more would follow the noise
-USUAL, LEAST, FEWEST = 4000, 200, 20  # resamples: default, default for very many rows, smallest allowed
-WORK = 2e7  # rows x resamples by default, about 20 seconds
-COUNTS = {"total": "params", "non_embedding": "params_non_embedding", "with_head": "params_with_head"}
+USUAL, LEAST, FEWEST = 4000, 200, 20  # replicates: default, default for very many rows, smallest allowed
+WORK = 2e7  # rows x replicates by default, about 20 seconds
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Settings:
     flops: str | None = None  # FLOP convention of C; None: that of the rows
     delta: float = 1e-3
     fixed_e: float | None = None
-    drop: int = 0  # rows of highest loss left out
-    bootstrap: int | None = None  # resamples; None: depends on the number of rows, see `resamples`
+    drop: int = 0  # rows of highest loss to leave out
+    bootstrap: int | None = None  # replicates; None: by the number of rows, see `resamples`
     cluster: str = "auto"  # unit of resampling: run or row; auto: run if there is such a column
     seed: int = 0
 
@@ -80,13 +80,13 @@ class Analysis:
     results: dict[int, Approach | NotIdentified]
     akima: Approach | NotIdentified  # Approach 2 by interpolation, with its seed-noise interval
     cost: Cost
-    note: str = ""  # says if there are fewer resamples than usual
-    whole: "Analysis | None" = None  # the analysis that this is a sample of
+    note: str = ""  # if there are fewer replicates than usual
+    whole: "Analysis | None" = None  # the analysis that this one samples
     index: np.ndarray | None = None  # (n,) indices of its runs in `whole`
 
     @property
     def approaches(self) -> list[Approach]:
-        """The approaches that the data support."""
+        """The approaches that have a law."""
         return [found for found in self.results.values() if isinstance(found, Approach)]
 
     @property
@@ -123,17 +123,13 @@ def attempt(function: Callable, *args, **kwargs):
 
 
 def resamples(n: int, asked: int | None) -> tuple[int, str]:
-    """(number of resamples of n rows, note): `asked`, else USUAL or as many as WORK allows, and then a note on the
-    reduction."""
-    if asked is not None:
-        return asked, ""
-    chosen = int(np.clip(WORK / n, LEAST, USUAL))
+    """(replicates for n rows, note): `asked`, else USUAL, or fewer if WORK allows no more, with a note."""
+    chosen = int(np.clip(WORK / n, LEAST, USUAL)) if asked is None else asked
+    if asked is not None or chosen == USUAL:
+        return chosen, ""
     minutes = math.ceil(n * chosen / WORK)
-    note = (
-        f"{n:,} rows: {chosen} resamples instead of {USUAL}, about {minutes} minute{'s' * (minutes > 1)}; "
-        f"set `bootstrap` {USUAL} for all"
-    )
-    return chosen, note if chosen < USUAL else ""
+    time = f"about {minutes} minute{'s' * (minutes > 1)}"
+    return chosen, f"{n:,} rows: {chosen} resamples instead of {USUAL}, {time}; set `bootstrap` {USUAL} for all"
 
 
 def silent(stage: str, done: float, total: float) -> None:
@@ -146,7 +142,7 @@ def analyse(
     settings: Settings | None = None,
     progress: Callable[[str, float, float], None] = silent,
 ) -> Analysis:
-    """Fit what can be fitted, calling progress(stage, done, total). Raises UserError if no approach can."""
+    """Fit all approaches. Calls progress(stage, done, total). Raises UserError if none has a law."""
     settings = settings or Settings()
     replicates, note = resamples(len(rows), settings.bootstrap)
     settings = replace(settings, bootstrap=replicates)
@@ -157,9 +153,7 @@ def analyse(
     N, D, L = _params(rows, settings.params), rows["tokens"], rows["loss"]
     C, flops_convention, flops_name = _flops(rows, settings.flops)
     if settings.fixed_e is not None and settings.fixed_e >= L.min():
-        raise UserError(
-            f"`fixed_e` {settings.fixed_e:g}: must be below every loss, but {rows.source} has a loss of {L.min():g}"
-        )
+        raise UserError(f"`fixed_e` {settings.fixed_e:g}: must be below every loss; the lowest is {L.min():g}")
     unit = resampled_unit(rows, settings.cluster)
     cost = Cost.of(N, D, C)
     flops_range = float(C.min()), float(max(C.max(), 1.01 * C.min()))
@@ -173,33 +167,30 @@ def analyse(
         envelope = attempt(laws.fit_envelope, run, n, curves["tokens"], curves["loss"], spent, **labels)
     budget = laws.group_budgets(C, budget=rows.get("budget"))
     parabola = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, **labels)
-    akima = NotIdentified(f"more than {MOST_INTERPOLATED} runs: a spline through them would follow the noise")
+    akima = NotIdentified(f"more than {MOST_INTERPOLATED} runs: a spline would follow the noise")
     if len(N) <= MOST_INTERPOLATED:
         akima = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, method="akima", **labels)
     options = {"delta": settings.delta, "E": settings.fixed_e, "params_convention": settings.params, "cost": cost}
     fits = {1: envelope, 2: parabola, 3: attempt(laws.fit_parametric, N, D, L, **options)}
     how = {"runs": unit, "replicates": settings.bootstrap, "seed": settings.seed}
-    how["verify"] = int(np.clip(WORK / 10 / len(N), 4, 200))  # each costs as much as about fifteen resamples
-    results = {
-        number: approach(
-            number, fit, flops_range, progress=partial(progress, f"resampling for approach {number}"), **how
-        )
-        for number, fit in fits.items()
-    }
+    how["verify"] = int(np.clip(WORK / 10 / len(N), 4, 200))  # each costs as much as about fifteen replicates
+    results = {}
+    for number, fit in fits.items():
+        shown = partial(progress, f"resampling for approach {number}")
+        results[number] = approach(number, fit, flops_range, progress=shown, **how)
     if not any(isinstance(found, Approach) for found in results.values()):
-        reasons = "; ".join(
-            str(found) if f"{found}".startswith("Approach") else f"Approach {number}: {found}"
-            for number, found in results.items()
+        reasons = (
+            f"Approach {number}: {str(why).removeprefix(f'Approach {number}: ')}" for number, why in fits.items()
         )
-        raise UserError(f"{rows.source}: no approach can be fitted to these runs: {reasons}")
+        raise UserError(f"{rows.source}: no approach can be fitted to these runs: {'; '.join(reasons)}")
     how = {"replicates": min(1000, settings.bootstrap), "seed": settings.seed}
     akima = approach(2, akima, flops_range, laws.bootstrap_seed_noise, **how)
     return Analysis(rows, curves, settings, N, D, L, C, unit, flops_convention, flops_name, results, akima, cost, note)
 
 
 def approach(number: int, fit, flops_range: tuple, resample: Callable | None = None, **how) -> Approach | NotIdentified:
-    """The approach of a fit, with intervals by `resample` (default: laws.bootstrap) with arguments `how`;
-    replicates=0: no intervals. A NotIdentified is returned unchanged."""
+    """The approach of a fit, with intervals by resample(fit, **how), laws.bootstrap by default; none if replicates=0.
+    A NotIdentified is returned unchanged."""
     if isinstance(fit, NotIdentified):
         return fit
     boot = attempt(resample or laws.bootstrap, fit, **how) if how["replicates"] else None
@@ -209,8 +200,8 @@ def approach(number: int, fit, flops_range: tuple, resample: Callable | None = N
 
 
 def sample_runs(analysis: Analysis, most: int, replicates: int) -> Analysis:
-    """The analysis, or, if it has more than `most` runs, that of `most` random ones, with intervals of Approach 3 by at
-    most `replicates` resamples."""
+    """The analysis, or that of `most` random runs if it has more, with intervals of Approach 3 only, by at most
+    `replicates` replicates."""
     if (n := len(analysis.N)) <= most:
         return analysis
     index = np.sort(np.random.default_rng(analysis.settings.seed).choice(n, most, replace=False))
@@ -224,22 +215,22 @@ def sample_runs(analysis: Analysis, most: int, replicates: int) -> Analysis:
 
 
 def _params(rows: RunTable, convention: str) -> np.ndarray:
-    return _column(rows, COUNTS[convention], f"`params` {convention}")
+    return _column(rows, params_column(convention), f"`params` {convention}")
 
 
 def _flops(rows: RunTable, convention: str | None) -> tuple[np.ndarray, str, str]:
     """(C, its convention, its name): the given convention, else the column flops, else 6ND. In tables from elsewhere
     that column may have any convention; plans take it as physical."""
     six = 6 * rows["params"] * rows["tokens"]  # 6ND counts all parameters, however the law counts N
-    if convention is None and "flops" in rows.numbers:
-        C = all_or_no_flops(rows)["flops"]
-        ours = any(name.startswith("flops_") for name in rows.numbers)
-        named = ("physical", "physical" if ours else "as in the column flops")
-        return C, *(("6nd", "6ND") if np.allclose(C, six, rtol=1e-3) else named)
-    if convention in (None, "6nd"):
+    if convention == "6nd" or (convention is None and "flops" not in rows.numbers):
         return six, "6nd", "6ND"
-    name = "flops" if convention == "physical" else f"flops_{convention}"
-    return _column(rows, name, f"`flops` {convention}"), convention, convention
+    C = _column(rows, flops_column(convention or "physical"), f"`flops` {convention or 'physical'}")
+    if convention:
+        return C, convention, convention
+    if np.allclose(C, six, rtol=1e-3):
+        return C, "6nd", "6ND"
+    ours = any(name.startswith("flops_") for name in rows.numbers)
+    return C, "physical", "physical" if ours else "as in the column flops"
 
 
 def _column(rows: RunTable, name: str, option: str) -> np.ndarray:
@@ -256,6 +247,6 @@ def resampled_unit(rows: RunTable, cluster: str) -> np.ndarray | None:
     if "run" not in rows.labels:
         raise UserError(f"`cluster` run: {rows.source} has no column run")
     run, trunk = rows.labels["run"], rows.labels.get("trunk")
-    # A row without a name is its own run; its placeholder cannot be a name in a file.
+    # A row without a name is a run of its own; a name in a file cannot start with a newline.
     names = np.array([(trunk and trunk[i]) or run[i] or f"\n{i}" for i in range(len(rows))])
     return np.unique(names, return_inverse=True)[1]

@@ -1,9 +1,9 @@
 """Checks of a law: a check is one function of the analysis and one line of CHECKS.
 
-    outcomes = run_checks(analysis)             {name: CheckResult}, in the order in which they are shown
-    outcomes["hold_out"].status              "ok", "doubt" or "not checked"
+    results = run_checks(analysis)          {name: CheckResult}, in the order in which they are shown
+    results["hold_out"].status              "ok", "doubt" or "not checked"
 
-Terminal and report show the sentences, the report the tables, laws.json the JSON of all of them.
+Terminal and report show the sentences, the report the tables; laws.json stores sentences and JSON.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,48 +14,53 @@ import numpy as np
 
 from nanochin import laws
 from nanochin.base.console import count, digits, powers
+from nanochin.config import PARAM_CONVENTIONS
 from nanochin.laws import Cost, NotIdentified, ParametricFit, PowerLaw, Refit
-from nanochin.report.analysis import COUNTS, Analysis, Approach, approach, attempt, resampled_unit, sample_runs, silent
+from nanochin.report.analysis import Analysis, Approach, approach, attempt, resampled_unit, sample_runs, silent
 from nanochin.report.table import CHANCE, by_chance, identical
+from nanochin.runrow import params_column
 
-MOST_CHECKED = 2000  # runs: of more, a sample is fitted again
-SENSITIVITY = 200  # resamples of each refit
-FEW_FAIL = 0.02  # share of resamples without an optimum that is no reason for doubt
-BAD_COST = 0.1  # of log C: runs' FLOPs that the curve of cost by size misses by more are a reason for doubt
-NARROW = 4  # clusters of C whose sizes span less than this may be no isoFLOP curve
-LEAST_HELD, MOST_ROWS = 5, 40  # runs held out, and rows of their table
-WITHOUT = "it takes Approach 2 and a bootstrap"  # why there is no curvature and no line of losses
+MOST_CHECKED = 2000  # runs; of more, a random sample is refitted
+SENSITIVITY = 200  # replicates of each refit
+FEW_FAIL = 0.02  # share of replicates without an optimum that raises no doubt
+BAD_COST = 0.1  # misfit of log C by the curve of cost that raises a doubt
+NARROW = 4  # clusters of C whose sizes span a smaller factor may not be isoFLOP curves
+LEAST_HELD, MOST_ROWS = 5, 40  # fewest runs held out, and most rows of their table
+WITHOUT = "it takes Approach 2 and a bootstrap"
 
 
 @dataclass(frozen=True)
 class Table:
-    """For the report. A cell is a text, in which ^ raises what follows; a number and its interval, or other words in
-    small print and their class in report.css; or the reason that stands in place of the rest of its row."""
+    """For the report. A cell is a text, with exponents after ^; or a number and its interval; or a text, its small
+    print and the class of that in report.css; or the reason why the rest of the row is missing."""
 
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[str | tuple[str, ...] | NotIdentified]]
     note: str = ""
-    figure: str = ""  # name of the figure below which it stands; "": with the other tables
-    mark: int | None = None  # the row that matters
+    figure: str = ""  # the figure that it belongs to; "": the sensitivity tables
+    mark: int | None = None  # the row to highlight
 
 
 @dataclass(frozen=True)
 class CheckResult:
     status: str = "ok"  # or "doubt", or "not checked"
     sentence: str = ""  # "" where there is nothing to say
-    json: object = None  # what laws.json has under the check's name; None: nothing
+    json: object = None  # stored in laws.json under the check's name; None: nothing
     tables: tuple[Table, ...] = ()
-    found: object = None  # the result of nanochin.laws behind it, for the figures that draw it
+    found: object = None  # the result of nanochin.laws, for the figures
+
+
+Results = dict[str, CheckResult]  # by the name of the check
 
 
 @dataclass(frozen=True)
 class Check:
     name: str  # in laws.json, and for the figures
-    function: Callable[[Analysis], CheckResult]  # raises NotIdentified where it cannot be made
-    title: str = ""  # of a sentence that says so; "": another check's sentence does
-    refits: bool = False  # it fits many times: of more than MOST_CHECKED runs it sees a sample
-    missing: object = None  # its JSON where it cannot be made; with a title that is the reason
+    function: Callable[[Analysis], CheckResult]  # raises NotIdentified if it cannot be run
+    title: str = ""  # starts the sentence that says so; "": no sentence, since another check has one
+    refits: bool = False  # fits many times, hence on a sample of at most MOST_CHECKED runs
+    missing: object = None  # its JSON if it cannot be run and has no title
 
     def __call__(self, analysis: Analysis) -> CheckResult:
         try:
@@ -67,13 +72,13 @@ class Check:
             return CheckResult("not checked", f"{self.title} could not be checked: {why}.", {"reason": str(error)})
 
 
-def run_checks(analysis: Analysis, progress: Callable[[str, float, float], None] = silent) -> dict[str, CheckResult]:
-    """The outcome of every check by its name; `progress` is told (stage, done, total)."""
-    some, outcomes = sample_runs(analysis, MOST_CHECKED, SENSITIVITY), {}
+def run_checks(analysis: Analysis, progress: Callable[[str, float, float], None] = silent) -> Results:
+    """The result of every check. Calls progress(stage, done, total)."""
+    some, results = sample_runs(analysis, MOST_CHECKED, SENSITIVITY), {}
     for done, check in enumerate(CHECKS, 1):
-        outcomes[check.name] = check(some if check.refits else analysis)
+        results[check.name] = check(some if check.refits else analysis)
         progress("checks", done, len(CHECKS))
-    return outcomes
+    return results
 
 
 def judged(good: bool, sentence: str, *rest) -> CheckResult:
@@ -81,7 +86,7 @@ def judged(good: bool, sentence: str, *rest) -> CheckResult:
 
 
 def doubt_if(bad: bool, sentence: str) -> CheckResult:
-    """Nothing is said where there is no doubt."""
+    """Without a doubt there is no sentence."""
     return judged(not bad, sentence if bad else "")
 
 
@@ -89,7 +94,7 @@ three, four = partial(digits, figures=3), partial(digits, figures=4)
 
 
 def with_interval(text: str, ends: tuple[float, float], show: Callable[[float], str]) -> tuple[str, str]:
-    """A number and its interval; what is held fixed has none."""
+    """A number and its interval; a fixed number has none."""
     low, high = ends
     return text, f"{show(low)} – {show(high)}" if low < high else ""
 
@@ -100,7 +105,7 @@ def bracketed(ends: tuple[float, float]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The checks: of the fits as they are, then those that fit again
+# The checks, those that refit last
 
 
 def chance(analysis: Analysis) -> CheckResult:
@@ -109,13 +114,13 @@ def chance(analysis: Analysis) -> CheckResult:
     what = max(found, key=found.get)
     return doubt_if(
         found[what] > CHANCE,
-        f"The loss does not depend significantly on {what} (F test, p = {found[what]:.2f}): the law's dependence "
-        "on it is noise.",
+        f"The loss does not depend significantly on {what} (F-test, p = {found[what]:.2f}): the law's dependence on "
+        "it is noise.",
     )
 
 
 def no_law(analysis: Analysis) -> CheckResult:
-    """Which approaches do the data not support? Without curves nobody expects Approach 1."""
+    """Which approaches do the data not support? Approach 1 is not expected without curves."""
     missing = [
         f"Approach {number} gives no law: {str(found).removeprefix(f'Approach {number}: ')}"
         for number, found in analysis.results.items()
@@ -125,24 +130,20 @@ def no_law(analysis: Analysis) -> CheckResult:
 
 
 def cost(analysis: Analysis) -> CheckResult:
-    """What does a token cost where that is not 6N, and what does this make of Eq. 4?"""
+    """What does a token cost if not 6N, and what is the exponent then instead of that of Eq. 4?"""
     cost, third = analysis.cost, analysis.results[3]
     if cost.is_6nd:
         return CheckResult()
-    said = (
-        f"C is {analysis.flops_name}: 6ND {'times' if cost.s > 0 else 'over'} 1 + {cost.c:.3g} / N^{cost.q:.3g}, "
-        f"within {100 * cost.misfit:.1f}%"
-    )
+    curve = f"6ND {'times' if cost.s > 0 else 'over'} 1 + {cost.c:.3g} / N^{cost.q:.3g}"
+    said = f"C is {analysis.flops_name}: {curve}, within {100 * cost.misfit:.1f}%"
     if isinstance(third, Approach):
-        said += (
-            f"; in these FLOPs the law's optimum has a = {third.exponent(third.law):.3f}"
-            f"{bracketed(third.interval(third.exponent))} over the runs; Eq. 4, for 6ND, gives {third.law.a:.3f}"
-        )
+        a = f"{third.exponent(third.law):.3f}{bracketed(third.interval(third.exponent))}"
+        said += f"; in these FLOPs the law's optimum has a = {a} over the runs; Eq. 4, for 6ND, gives {third.law.a:.3f}"
     return judged(cost.misfit < BAD_COST, said + ".")
 
 
 def starts(analysis: Analysis) -> CheckResult:
-    """Is the optimum of Approach 3 the lowest?"""
+    """Is the optimum of Approach 3 the global one?"""
     fit = analysis.need(3).fit
     return judged(
         2 * fit.starts_agreeing >= fit.starts,
@@ -152,7 +153,7 @@ def starts(analysis: Analysis) -> CheckResult:
 
 
 def resamples(analysis: Analysis) -> CheckResult:
-    """Are those of its resamples?"""
+    """Are the optima of its replicates?"""
     if not (boot := analysis.need(3).boot):
         return CheckResult("not checked")
     return judged(
@@ -177,19 +178,19 @@ def irreducible_loss(analysis: Analysis) -> CheckResult:
 
 def agreement(analysis: Analysis) -> CheckResult:
     """Do the approaches agree on the exponent a?"""
-    if len(analysis.approaches) < 2:
+    found = analysis.approaches
+    if len(found) < 2:
         return CheckResult("not checked")
-    numbers, values = zip(
-        *((str(one.number), f"{one.exponent(one.law):.3f}") for one in analysis.approaches), strict=True
-    )
-    ends = [one.interval(one.exponent) for one in analysis.approaches if one.boot]
+    numbers = ", ".join(str(one.number) for one in found)
+    values = ", ".join(f"{one.exponent(one.law):.3f}" for one in found)
+    ends = [one.interval(one.exponent) for one in found if one.boot]
     apart = len(ends) > 1 and max(low for low, _ in ends) > min(high for _, high in ends)
     compared = f": their 95% intervals {'do not all overlap' if apart else 'overlap'}" if len(ends) > 1 else ""
-    return judged(not apart, f"Approaches {', '.join(numbers)} give a = {', '.join(values)}{compared}.")
+    return judged(not apart, f"Approaches {numbers} give a = {values}{compared}.")
 
 
 def late_winners(analysis: Analysis) -> CheckResult:
-    """Is the envelope of Approach 1 made of the ends of runs?"""
+    """Does the envelope of Approach 1 consist of the ends of runs?"""
     late = analysis.need(1).fit.late_share
     return doubt_if(
         late < 0.5,
@@ -199,7 +200,7 @@ def late_winners(analysis: Analysis) -> CheckResult:
 
 
 def budgets(analysis: Analysis) -> CheckResult:
-    """Where clusters of C were taken for budgets: what would Approach 2 say without some of them?"""
+    """If clusters of C were used as budgets, what does Approach 2 give without some of them?"""
     second = analysis.need(2).fit
     if analysis.rows.get("budget") is not None:
         return CheckResult()
@@ -211,26 +212,24 @@ def budgets(analysis: Analysis) -> CheckResult:
     without = attempt(second.without, narrow)
     if narrow and isinstance(without, PowerLaw):
         which = ", ".join(f"{budget.flops:.3g} of {budget.n_runs}" for budget in narrow)
-        said += (
-            f"; sizes span less than {NARROW}x in {len(narrow)} of them ({which} runs); without these a is "
-            f"{without.a:.3f}"
-        )
+        said += f"; sizes span less than {NARROW}x in {len(narrow)} of them ({which} runs)"
+        said += f"; without these a is {without.a:.3f}"
     return judged(not narrow, said + ".")
 
 
 def intervals(analysis: Analysis, number: int) -> CheckResult:
-    """What is to be said of the intervals of an approach, or why does it have none?"""
+    """Warnings about the intervals of an approach, or why it has none."""
     found = analysis.need(number)
     if found.why:
         return CheckResult("doubt", f"Approach {number} has no intervals: {found.why}.")
     if not (boot := found.boot) or not boot.warnings:
         return CheckResult()
-    minor = len(boot.warnings) == 1 and 0 < boot.failed < FEW_FAIL * boot.replicates  # a few without an optimum
+    minor = len(boot.warnings) == 1 and 0 < boot.failed < FEW_FAIL * boot.replicates
     return judged(minor, f"Approach {number}: {'; '.join(boot.warnings)}.")
 
 
 def independence(analysis: Analysis) -> CheckResult:
-    """Are rows drawn each by itself that are of one run?"""
+    """Are rows of one run resampled as if they were independent?"""
     n, settings = len(analysis.N), analysis.settings
     if "run" not in analysis.rows.labels:
         same = identical(analysis.N, analysis.D, analysis.L)
@@ -258,7 +257,7 @@ def fewer_resamples(analysis: Analysis) -> CheckResult:
 
 
 def runs(analysis: Analysis) -> CheckResult:
-    """How many runs are the checks that fit again made on?"""
+    """How many runs do the checks that refit use?"""
     n, some = len(analysis.N), min(len(analysis.N), MOST_CHECKED)
     said = f"Checks that refit use a random sample of {some} of the {n} runs."
     return CheckResult(sentence=said if some < n else "", json=some)
@@ -271,7 +270,7 @@ def left_out(analysis: Analysis) -> CheckResult:
 
 
 def hold_out(analysis: Analysis) -> CheckResult:
-    """What does the law of the smaller runs predict of the largest?"""
+    """How well does the law of the smaller runs predict the largest?"""
     options = {"delta": analysis.settings.delta, "E": analysis.settings.fixed_e, **analysis.resampling(1000)}
     budget = analysis.rows.get("budget")
     held = laws.hold_out(analysis.N, analysis.D, analysis.L, analysis.C, budget=budget, least=LEAST_HELD, **options)
@@ -291,25 +290,27 @@ def hold_out(analysis: Analysis) -> CheckResult:
 
 
 def hold_out_tables(analysis: Analysis, held: laws.HoldOut) -> tuple[Table, ...]:
-    """What was predicted of the minima of the budgets held out, and of their runs, beside what came."""
+    """Predicted and measured minima of the held-out budgets, predicted and observed losses of their runs."""
     minima = [
-        [powers(C), with_interval(count(told), ends, count), count(seen), f"{100 * (told / seen - 1):+.0f}%"]
-        for C, seen, told, ends in held.optima
+        [powers(C), with_interval(count(predicted), ends, count), count(N), f"{100 * (predicted / N - 1):+.0f}%"]
+        for C, N, predicted, ends in held.optima
     ]
     rows = []
-    for i, told, low, high, seen in zip(held.rows, held.predicted, held.low, held.high, held.observed, strict=True):
+    for i, predicted, low, high, L in zip(held.rows, held.predicted, held.low, held.high, held.observed, strict=True):
         run = powers(analysis.C[i]), count(analysis.N[i]), count(analysis.D[i])
-        inside = "" if np.isnan(low) else "inside" if low <= seen <= high else "OUTSIDE"
-        off = f"{100 * (told / seen - 1):+.2f}%"
-        rows.append([*run, with_interval(four(told), (low, high), four), four(seen), off, inside])
+        inside = "" if np.isnan(low) else "inside" if low <= L <= high else "OUTSIDE"
+        loss = with_interval(four(predicted), (low, high), four), four(L), f"{100 * (predicted / L - 1):+.2f}%"
+        rows.append([*run, *loss, inside])
     note = f"The first {MOST_ROWS} of {len(rows)}." if len(rows) > MOST_ROWS else ""
-    of_minima = Table("", ("C", "N predicted", "N measured", "off by"), minima, figure="hold-out")
     head = ("C", "N", "D", "loss predicted", "observed", "off by", "")
-    return of_minima, Table("", head, rows[:MOST_ROWS], note, "hold-out")
+    return (
+        Table("", ("C", "N predicted", "N measured", "off by"), minima, figure="hold-out"),
+        Table("", head, rows[:MOST_ROWS], note, "hold-out"),
+    )
 
 
 def curvature(analysis: Analysis) -> CheckResult:
-    """Is the frontier a straight line in log-log?"""
+    """Is the frontier a power law?"""
     second = analysis.results[2]
     if isinstance(second, NotIdentified) or not analysis.settings.bootstrap:
         raise NotIdentified(WITHOUT)
@@ -325,7 +326,7 @@ def curvature(analysis: Analysis) -> CheckResult:
 
 
 def loss_line(analysis: Analysis) -> CheckResult:
-    """Do the losses know of an E?"""
+    """How well does a power law without E extrapolate the lowest losses of the budgets?"""
     second = analysis.results[2]
     found = attempt(laws.loss_line, second.fit) if isinstance(second, Approach) else NotIdentified(WITHOUT)
     if isinstance(found, NotIdentified):
@@ -339,12 +340,12 @@ def loss_line(analysis: Analysis) -> CheckResult:
 
 
 def kaplan_procedure(analysis: Analysis) -> CheckResult:
-    """Which exponent does the procedure of Kaplan et al. find in these runs?"""
+    """Which exponent does the procedure of Kaplan et al. give for these runs?"""
     third, N = analysis.need(3), analysis.rows.complete("params_non_embedding")
     if N is None:
         raise NotIdentified("the rows have no params_non_embedding")
     noise = analysis.resampling(1000) | {"noise": third.fit.noise, "budget": analysis.rows.get("budget")}
-    del noise["runs"]  # it is drawn for each row
+    del noise["runs"]  # noise is drawn for each row
     found = laws.kaplan_procedure(N, analysis.D, analysis.L, third.law.loss(analysis.N, analysis.D), **noise)
     where = f"at {len(found.flops)} of {found.levels} {'levels between the runs' if found.between else 'budgets'}"
     ends = bracketed(found.intervals.get(95, (np.nan, np.nan)))
@@ -358,7 +359,7 @@ def kaplan_procedure(analysis: Analysis) -> CheckResult:
 
 
 def refitted(title: str, refits: list[Refit], first: str = "", words: Callable = str, note: str = "") -> CheckResult:
-    """Of a check that fits Approach 3 in other ways: their constants. `words` tells what was changed, under `first`."""
+    """The constants of other fits of Approach 3. words(change) goes into the column `first`."""
     names, rows = ("a", "alpha", "beta", "E", "A", "B"), []
     for one in refits:
         cells = [one.fit]
@@ -384,8 +385,7 @@ def delta(analysis: Analysis) -> CheckResult:
     refits = [Refit(own, third.fit, third.boot)]
     refits += laws.delta_sensitivity(third.fit, others, **analysis.resampling(SENSITIVITY))
     refits.sort(key=lambda one: one.change)
-    title = "With another δ, below which residuals count as squares and above it as distances"
-    return refitted(title, refits, "δ", powers)
+    return refitted("With another δ of the Huber loss", refits, "δ", powers)
 
 
 def other_objectives(analysis: Analysis) -> CheckResult:
@@ -403,7 +403,7 @@ def other_objectives(analysis: Analysis) -> CheckResult:
 
 
 def near_minimum(analysis: Analysis) -> CheckResult:
-    """Does E come from the runs near the minimum of their budget, or from the ends of the isoFLOP curves?"""
+    """Do the runs near the minimum of their budget confirm E, or do the ends of the isoFLOP curves drive it?"""
     E = (analysis.whole or analysis).need(3).law.E
     refits = laws.near_minimum(analysis.need(3).fit, analysis.need(2).fit, **analysis.resampling(SENSITIVITY))
     said = [
@@ -412,16 +412,16 @@ def near_minimum(analysis: Analysis) -> CheckResult:
         for factor, runs, (low, high) in ((*one.change, one.boot.interval("E")) for one in refits if one.boot)
         if not low <= E <= high
     ]
-    title = "With those runs alone whose N is near the minimum of their budget"
-    outcome = refitted(title, refits, words=lambda near: f"within {near[0]:g} times of it: {near[1]} runs")
+    title = "Only runs near the minimum of their budget"
+    result = refitted(title, refits, words=lambda near: f"N within {near[0]:g}x: {near[1]} runs")
     json = [one.to_json() | {"change": f"within {one.change[0]:g} times", "runs": one.change[1]} for one in refits]
-    return replace(outcome, status="doubt" if said else "ok", sentence=said[0] if said else "", json=json)
+    return replace(result, status="doubt" if said else "ok", sentence=said[0] if said else "", json=json)
 
 
 def kaplan_form(analysis: Analysis) -> CheckResult:
     found = laws.fit_kaplan_form(analysis.N, analysis.D, analysis.L, delta=analysis.settings.delta)
     json = {name: getattr(found, name) for name in ("N_c", "D_c", "alpha_N", "alpha_D", "objective")}
-    title = "With the form of Kaplan et al. 2020, ((Nc / N)^(αN / αD) + Dc / D)^αD, which knows no E"
+    title = "With the form of Kaplan et al. 2020, ((Nc / N)^(αN / αD) + Dc / D)^αD, without E"
     head = ("Nc", "Dc", "αN", "αD", "objective")
     return CheckResult(json=json, tables=(Table(title, head, [[f"{value:.5g}" for value in json.values()]]),))
 
@@ -437,24 +437,24 @@ def residuals_by_compute(analysis: Analysis) -> CheckResult:
 
 
 def counts(analysis: Analysis) -> CheckResult:
-    """Approaches 3 and 2 with N counted in every way for which there is a column (C as it is)."""
+    """Approaches 3 and 2 with N counted in every convention that has a column; C is the same."""
     D, L, C, settings, json, rows = analysis.D, analysis.L, analysis.C, analysis.settings, {}, []
     again = partial(approach, flops_range=analysis.best.flops_range, verify=0, **analysis.resampling(SENSITIVITY))
-    for convention, name in COUNTS.items():
-        both, N = (analysis.results[3], analysis.results[2]), analysis.rows.complete(name)
+    for convention in PARAM_CONVENTIONS:
+        both, N = (analysis.results[3], analysis.results[2]), analysis.rows.complete(params_column(convention))
         if convention != settings.params:
             if N is None:
                 continue
             of_n = {"delta": settings.delta, "E": settings.fixed_e, "cost": Cost.of(N, D, C)}
             isoflop = attempt(laws.fit_isoflop, N, D, L, C, budget=analysis.rows.get("budget"))
             both = again(3, attempt(laws.fit_parametric, N, D, L, **of_n)), again(2, isoflop)
-        told = [{"reason": str(one)} if isinstance(one, NotIdentified) else one.exponent_json() for one in both]
-        json[convention] = dict(zip(("approach3", "approach2"), told, strict=True))
-        cells = [with_interval(f"{a['a']:.4f}", a.get("a_ci", (0, 0)), three) if "a" in a else "–" for a in told]
+        found = [{"reason": str(one)} if isinstance(one, NotIdentified) else one.exponent_json() for one in both]
+        json[convention] = dict(zip(("approach3", "approach2"), found, strict=True))
+        cells = [with_interval(f"{a['a']:.4f}", a.get("a_ci", (0, 0)), three) if "a" in a else "–" for a in found]
         rows.append([convention.replace("_", " "), *cells])
     if len(rows) < 2:
         return CheckResult("not checked", json={})
-    table = Table("Counting the parameters in another way", ("N counts", "a, approach 3", "a, approach 2"), rows)
+    table = Table("With another parameter count", ("N counts", "a, approach 3", "a, approach 2"), rows)
     return CheckResult(json=json, tables=(table,))
 
 

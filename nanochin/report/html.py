@@ -1,9 +1,9 @@
-"""The report: one HTML file without anything from outside, which answers first and proves afterwards.
+"""The report: one self-contained HTML file, answers first, then the evidence.
 
-    render(analysis, outcomes, figures, questions, answers, trials, provenance) -> str
+    render(analysis, results, figures, answers, predictions, provenance) -> str
 
-Here are its numbers and tables; report.html is the page, report.css its look, and report.js answers "my budget" from a
-table of optima that is embedded. Every number has its 95% interval where there is one.
+Here are its numbers and tables; report.html is the page, report.css its look, and report.js answers "my budget" from an
+embedded table of optima. Numbers have their 95% interval if there is one.
 """
 
 import re
@@ -20,36 +20,20 @@ from nanochin import laws
 from nanochin.base.cli import with_flags
 from nanochin.base.console import count, digits, powers
 from nanochin.laws import PUBLISHED, TABLE_3, Law, NotIdentified, advice
-from nanochin.report.allocate import (
-    SHOWN,
-    Answer,
-    Answers,
-    Estimate,
-    Questions,
-    Trial,
-    estimates,
-    optimum,
-    to_reach,
-    to_serve,
-    with_text,
-)
+from nanochin.report import allocate
+from nanochin.report.allocate import SHOWN, Answer, Answers, Estimate, Prediction, estimates, optimum
 from nanochin.report.analysis import Analysis, Approach, attempt
-from nanochin.report.checks import CheckResult, Table, four, three, with_interval
+from nanochin.report.checks import Results, Table, four, three, with_interval
 
 ORDER = ("doubt", "not checked", "ok")  # of the findings
-SHOW = {name: show for name, (_, show) in SHOWN.items()} | {
-    "flops": powers,
-    "least_flops": powers,
-    "target_loss": "{:.4f}".format,
-    "tokens_per_param": three,
-    "epochs": three,
-}
+SHOW = {name: show for name, (_, show) in SHOWN.items()} | {"flops": powers, "least_flops": powers}
+SHOW |= {"target_loss": "{:.4f}".format, "tokens_per_param": three, "epochs": three}
 NAMES = {1: "1, envelope of curves", 2: "2, isoFLOP parabolas", 3: "3, parametric loss"}
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a stranger needs to have these numbers again."""
+    """What it takes to reproduce the numbers."""
 
     command: str
     commit: str
@@ -58,17 +42,17 @@ class Provenance:
 
 def render(
     analysis: Analysis,
-    outcomes: dict[str, CheckResult],
+    results: Results,
     figures: dict[str, list[str]],
-    questions: Questions,
     answers: Answers,
-    trials: list[Trial],
+    predictions: list[Prediction],
     provenance: Provenance,
 ) -> str:
-    """The report as a text. `figures` are the panels of each as SVG elements, see nanochin.report.panels.svg."""
-    best, said = analysis.best, [one for one in outcomes.values() if one.sentence]
-    statuses = [one.status for one in said]
-    budgets = [answer.asked["flops"] for answer in answers.optima]
+    """The report as HTML. `figures`: the panels of each as SVG elements, see nanochin.report.panels.svg."""
+    best, findings = analysis.best, [one for one in results.values() if one.sentence]
+    statuses = [one.status for one in findings]
+    budgets = answers.questions.budgets
+    budget = max((C for C in budgets if C / analysis.C.max() <= 1.01), default=min(budgets))  # inside the runs
     files = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=files, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page.policies["json.dumps_kwargs"] = {"allow_nan": False}
@@ -78,26 +62,26 @@ def render(
         analysis=analysis,
         best=best,
         law=best.law,
-        held=outcomes["hold_out"].found,
+        held=results["hold_out"].found,
         doubts=statuses.count("doubt"),
         missing=statuses.count("not checked"),
-        cost=outcomes["cost"].sentence,
-        budget=max((C for C in budgets if C / analysis.C.max() <= 1.01), default=budgets[0]),
+        cost=results["cost"].sentence,
+        budget=budget,
         optima=_optima(analysis, answers.optima),
-        findings=sorted(said, key=lambda one: ORDER.index(one.status)),
+        findings=sorted(findings, key=lambda one: ORDER.index(one.status)),
         approaches=_approaches(analysis),
         others=_others(analysis),
-        trials=_trials(trials) if trials else None,
+        predictions=_predictions(predictions) if predictions else None,
         figures=figures,
-        tables=[table for one in outcomes.values() for table in one.tables if table.rows],
-        asked=_other_questions(best, questions, answers, analysis.C.max()) if isinstance(best.law, Law) else None,
+        tables=[table for one in results.values() for table in one.tables if table.rows],
+        asked=_other_questions(best, answers, budget) if isinstance(best.law, Law) else None,
         provenance=provenance,
         table_of_optima=_table_of_optima(analysis),
     )
 
 
 def raised(text: str) -> Markup:
-    """Text as HTML; what follows a ^ is raised."""
+    """Text as HTML, exponents after ^ as superscripts."""
     return Markup(re.sub(r"\^(-?\w+|\([^)]*\))", r"<sup>\1</sup>", str(escape(text))))
 
 
@@ -111,7 +95,6 @@ def with_ends(estimate: Estimate, show: Callable[[float], str]) -> tuple[str, st
 
 
 def _optima(analysis: Analysis, answers: list[Answer]) -> Table:
-    """The optimum of each budget that was asked."""
     rows = []
     for answer in answers:
         C = answer.asked["flops"]
@@ -138,7 +121,7 @@ def _approaches(analysis: Analysis) -> Table:
 
 
 def _others(analysis: Analysis) -> Table:
-    """Ours beside the laws of others: at the largest run, and far beyond it."""
+    """Ours and published laws, at the largest run and at 1000 times its compute."""
     budgets, rows = (float(analysis.C.max()), 1e3 * float(analysis.C.max())), []
     for approach in analysis.approaches:
         at = [optimum(approach, C).found for C in budgets]
@@ -150,35 +133,35 @@ def _others(analysis: Analysis) -> Table:
     return Table("", ["", *(f"{what} at {powers(C)}" for C in budgets for what in ("N", "D / N"))], rows)
 
 
-def _trials(trials: list[Trial]) -> Table:
-    """Runs beside what the law had said of them."""
+def _predictions(predictions: list[Prediction]) -> Table:
     rows = []
-    for one in trials:
+    for one in predictions:
         run = one.run, powers(one.flops), count(one.params), count(one.tokens)
-        told = with_interval(four(one.predicted), (one.low, one.high), four)
-        rows.append([*run, told, four(one.loss), f"{100 * one.off:+.2f}%", "inside" if one.inside else "OUTSIDE"])
-    return Table("", ("run", "C", "N", "D", "predicted", "reached", "off by", ""), rows)
+        predicted = with_interval(four(one.predicted), (one.low, one.high), four)
+        rows.append([*run, predicted, four(one.loss), f"{100 * one.off:+.2f}%", "inside" if one.inside else "OUTSIDE"])
+    return Table("", ("run", "C", "N", "D", "predicted", "actual", "off by", ""), rows)
 
 
-def _other_questions(best: Approach, questions: Questions, answers: Answers, largest: float) -> dict:
-    """The answers to what was asked; of what was not, examples at the largest budget inside the runs."""
+def _other_questions(best: Approach, answers: Answers, C: float) -> dict:
+    """The answers to the questions asked, and examples at C for the others."""
     law = best.law
-    C = max((C for C in questions.budgets if C / largest <= 1.01), default=min(questions.budgets))
     N, D = law.optimal(C)
     loss = law.loss(N, D)
-    targets = [law.E + share * (loss - law.E) for share in (1, 0.9, 0.8, 0.5)]
+    reach = [allocate.to_reach(best, law.E + share * (loss - law.E)) for share in (1, 0.9, 0.8, 0.5)]
+    serve = [allocate.to_serve(best, C, served) for served in (0, D, 10 * D, 100 * D)]
+    text = [allocate.with_text(best, C, D / times) for times in (1, 4, 16, 64)]
     return {
         **{"C": C, "N": N, "D": D, "loss": loss},
         "sizes": _other_sizes(best, C, N),
-        "to_reach": _answers(answers.to_reach or [to_reach(best, target) for target in targets]),
-        "to_serve": _answers(answers.to_serve or [to_serve(best, C, served) for served in (0, D, 10 * D, 100 * D)]),
-        "with_text": _answers(answers.with_text or [with_text(best, C, D / times) for times in (1, 4, 16, 64)]),
-        "paper": _beside_the_paper(law),
+        "to_reach": _answers(answers.to_reach or reach),
+        "to_serve": _answers(answers.to_serve or serve),
+        "with_text": _answers(answers.with_text or text),
+        "paper": _table_3(law),
     }
 
 
 def _answers(answers: list[Answer]) -> Table:
-    """A row for each answer, or why there is none."""
+    """A row per answer, or the reason why there is none."""
     given, found = answers[0].asked, next((one.found for one in answers if one.found), {})
     rows = []
     for one in answers:
@@ -189,19 +172,19 @@ def _answers(answers: list[Answer]) -> Table:
 
 def _other_sizes(best: Approach, C: float, N: float) -> Table:
     def off(law, factor):
-        at = laws.off_optimum(law, C, factor * N)
-        return np.maximum(at.extra_loss, 0), np.maximum(at.compute_factor - 1, 0)  # the optimum, but for rounding
+        at = laws.off_optimum(law, C, factor * N)  # rounding may put the optimum below 0
+        return {"loss": np.maximum(at.extra_loss, 0), "compute": np.maximum(at.compute_factor - 1, 0)}
 
     rows = []
     for factor in (1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8):
         found = attempt(estimates, best, partial(off, factor=factor))
         shows = "{:.4f}".format, "{:.1%}".format
-        cells = [found] if isinstance(found, NotIdentified) else map(with_ends, found, shows)
+        cells = [found] if isinstance(found, NotIdentified) else map(with_ends, found.values(), shows)
         rows.append([f"{factor:g}", count(factor * N), count(best.law.cost.tokens(factor * N, C)), *cells])
-    return Table("", ("N over the optimal", "N", "D", "loss above the best", "compute wasted"), rows, mark=3)
+    return Table("", ("N / optimal N", "N", "D", "loss above the optimum", "compute wasted"), rows, mark=3)
 
 
-def _beside_the_paper(law: Law) -> Table:
+def _table_3(law: Law) -> Table:
     rows = []
     for n, *cells in TABLE_3:
         own = law.tokens_for(n)

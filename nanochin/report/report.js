@@ -1,4 +1,4 @@
-// "My budget": interpolates the table of optima that report.py embeds; without it the report lacks this line alone.
+// "My budget": interpolates the embedded table of optima.
 "use strict";
 const law = JSON.parse(document.getElementById("law").textContent), columns = law.columns;
 const grid = columns.C.map(Math.log);
@@ -25,8 +25,8 @@ function answer() {
   const out = document.getElementById("answer");
   const typed = document.getElementById("budget").value.trim().replace(",", ".");
   const C = Number(typed.replace(/^10\^/, "1e").replace(/\s*[x\u00d7*]\s*10\^?/, "e"));
-  if (!(C > 0)) return out.textContent = "A number of FLOPs, such as 1e18.";
-  if (C < columns.C[0] || C > columns.C.at(-1)) return out.textContent = "Too far from these runs to say.";
+  if (!(C > 0)) return out.textContent = "Enter a number of FLOPs, such as 1e18.";
+  if (C < columns.C[0] || C > columns.C.at(-1)) return out.textContent = "Too far from these runs to extrapolate.";
   let text = `${part("params", C, count)} parameters on ${part("tokens", C, count)} tokens, `
     + `${part("tokens_per_param", C, v => v.toPrecision(3))} tokens per parameter`;
   if ("loss" in columns) text += `, loss ${part("loss", C, v => v.toFixed(3))}`;

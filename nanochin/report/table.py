@@ -1,12 +1,11 @@
-"""Tables of runs: any table with params, tokens and loss, read into plain numpy columns.
+"""Tables of runs: any table with params, tokens and loss, read into numpy columns.
 
     rows = read_rows("runs.csv")            also .jsonl, a sweep's folder, a folder of runs
-    rows["params"], rows["tokens"]          float64 (n,); nan where an optional cell is blank
-    rows.labels["run"]                      codes (n,) and the names they stand for
+    rows["params"], rows["tokens"]          float64 (n,); nan if an optional cell is blank
+    rows.labels["run"]                      codes (n,) and their names
 
-A cell that cannot be used is an error that names its line, column and value, or a line counted (`skip_bad`): a law
-fitted on what was left of a damaged table would look as sure of itself as any other. Files stream through Python's
-csv reader into arrays of doubles, so a million rows need tens of megabytes, and counts beyond int64 are plain floats.
+A bad cell is an error that names line, column and value, or a counted line (`skip_bad`): a fit to the rest of a damaged
+table would look no less certain. Files stream into arrays of doubles, so a million rows take tens of megabytes.
 """
 
 import csv
@@ -24,7 +23,7 @@ from typing import TextIO
 
 import numpy as np
 
-from nanochin.base.cli import UserError
+from nanochin.base.cli import UserError, did_you_mean
 from nanochin.runrow import columns_of
 
 NEEDED = ("params", "tokens", "loss")
@@ -33,21 +32,21 @@ LABELS = columns_of("label")
 COLUMNS = NEEDED + OPTIONAL + LABELS
 TUNING = ("lr", "batch_tokens", "beta2")
 SAME = ("kind", "trunk", "tokenizer", "vocab_size", "seq_len", "data_sha", "val_sha", "seed", "schedule")
-ALIASES = {  # what others call them: for "did you mean", never taken silently
+ALIASES = {  # for "did you mean", never used silently
     "params": ("n", "n_params", "num_params", "parameters", "model_size", "non_embedding_params"),
     "tokens": ("d", "n_tokens", "num_tokens", "train_tokens", "training_tokens", "data"),
     "loss": ("l", "val_loss", "final_loss", "eval_loss", "test_loss"),
     "run": ("run_id", "run_name", "name", "id"),
 }
 
-LOOK_AHEAD = 1000  # JSON objects whose keys are the columns: the first may be a run that failed and has no loss
-CHANCE = 0.05  # as for intervals of 95%
-MIN_ROWS, MIN_SIZES = 6, 3  # five constants and a row to contradict them; three sizes to bend a curve
+LOOK_AHEAD = 1000  # JSON objects whose keys are the columns: the first may be failed runs without a loss
+CHANCE = 0.05  # significance level, as for 95% intervals
+MIN_ROWS, MIN_SIZES = 6, 3  # one more than the law's constants; three points of a curve
 
 
 @dataclass(frozen=True)
 class Labels:
-    """A column of words: row i holds values[codes[i]]."""
+    """A column of words: row i has values[codes[i]]."""
 
     codes: np.ndarray  # int64 (n,)
     values: tuple[str, ...]
@@ -56,13 +55,13 @@ class Labels:
         return self.values[self.codes[i]]
 
     def used(self) -> list[str]:
-        """The values that occur, blank ones left out."""
+        """The values that occur, without blank."""
         return [self.values[code] for code in np.unique(self.codes) if self.values[code]]
 
 
 @dataclass(frozen=True)
 class RunTable:
-    """n runs (or, for curves, points of runs) as columns, where they came from, and what was left out."""
+    """n runs (or points of curves) as columns, their source, and what was left out."""
 
     source: str
     sha256: str
@@ -81,18 +80,20 @@ class RunTable:
         return self.numbers.get(name)
 
     def complete(self, name: str) -> np.ndarray | None:
-        """The column if it is there and no cell of it is blank."""
+        """The column if it exists and has no blank cell."""
         column = self.numbers.get(name)
         return None if column is None or np.isnan(column).any() else column
 
     def keep(self, mask: np.ndarray, reason: str) -> "RunTable":
-        """The rows where `mask` holds; the others are counted under `reason`."""
-        lost = int(len(mask) - np.count_nonzero(mask))
-        if not lost:
-            return self
-        numbers = {name: column[mask] for name, column in self.numbers.items()}
-        labels = {name: Labels(column.codes[mask], column.values) for name, column in self.labels.items()}
-        return replace(self, numbers=numbers, labels=labels, dropped={**self.dropped, reason: lost})
+        """The rows where `mask` is true; the others are counted under `reason`."""
+        lost = int(np.count_nonzero(~mask))
+        return replace(self.take(mask), dropped={**self.dropped, reason: lost}) if lost else self
+
+    def take(self, index: np.ndarray) -> "RunTable":
+        """The rows that `index` selects, as in numpy."""
+        numbers = {name: column[index] for name, column in self.numbers.items()}
+        labels = {name: Labels(column.codes[index], column.values) for name, column in self.labels.items()}
+        return replace(self, numbers=numbers, labels=labels)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,10 +103,8 @@ class RunTable:
 def read_rows(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> RunTable:
     """The runs of a CSV or JSONL file, or of a folder: its runs.csv, else the summary.json of every run in it.
 
-    `columns` maps our names to the file's. Runs whose status is neither finished nor blank are left out and
-    counted. Raises UserError, one line with file, line, column and value, for anything that cannot be used; with
-    `skip_bad` bad lines are counted instead.
-    """
+    `columns` maps our names to the file's. Runs whose status is neither finished nor blank are left out and counted.
+    Raises UserError with file, line, column and value for a bad line; with `skip_bad` it is left out and counted."""
     path, columns = Path(path), columns or {}
     if path.is_dir() and not (path / "runs.csv").exists():
         return _read_summaries(path, columns, skip_bad)
@@ -113,17 +112,14 @@ def read_rows(path: str | Path, columns: dict[str, str] | None = None, skip_bad:
 
 
 def read_curves(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> RunTable:
-    """Training curves, many rows a run (`run`, `params`, `tokens`, `loss`), ordered by run and tokens. `columns` are
-    those of the runs: where this table lacks one of them, its own plain name is read."""
-    return by_run(_read_file(Path(path), (*NEEDED, "run"), columns or {}, skip_bad, lenient=True))
+    """Training curves, many rows per run (`run`, `params`, `tokens`, `loss`), ordered by run and tokens. `columns` are
+    those of the runs; if one is missing here, our name is read."""
+    return by_run(_read_file(Path(path), (*NEEDED, "run"), columns or {}, skip_bad))
 
 
 def by_run(points: RunTable) -> RunTable:
     """Points of training curves, ordered by run and tokens."""
-    order = np.lexsort((points["tokens"], points.labels["run"].codes))
-    numbers = {name: column[order] for name, column in points.numbers.items()}
-    labels = {name: Labels(column.codes[order], column.values) for name, column in points.labels.items()}
-    return replace(points, numbers=numbers, labels=labels)
+    return points.take(np.lexsort((points["tokens"], points.labels["run"].codes)))
 
 
 def parse_columns(text: str | None) -> dict[str, str]:
@@ -134,60 +130,51 @@ def parse_columns(text: str | None) -> dict[str, str]:
         if not (equals and ours and theirs):
             raise UserError(f"`columns` {text}: expected pairs such as params=N,tokens=D, not {pair!r}")
         if ours not in COLUMNS:
-            close = difflib.get_close_matches(ours, COLUMNS, n=1)
-            raise UserError(
-                f"`columns` {text}: {ours!r} is no column of ours"
-                + (f"; did you mean {close[0]}?" if close else f" ({', '.join(COLUMNS)})")
-            )
-        if ours in found:
-            raise UserError(f"`columns` {text}: {ours} is given twice")
-        if theirs in found.values():
-            other = next(name for name, taken in found.items() if taken == theirs)
-            raise UserError(f"`columns` {text}: {other} and {ours} cannot both be the column {theirs!r}")
+            hint = did_you_mean(ours, COLUMNS) or f"; ours are {', '.join(COLUMNS)}"
+            raise UserError(f"`columns` {text}: unknown column {ours!r}{hint}")
+        if ours in found or theirs in found.values():
+            raise UserError(f"`columns` {text}: {ours if ours in found else theirs} is given twice")
         found[ours] = theirs
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which rows count
+# Choosing rows
 
 
 def all_or_no_flops(rows: RunTable, skip_bad: bool = False) -> RunTable:
-    """FLOPs that some rows have and others lack would be two ways of counting: the rows that lack them are left out
-    (`skip_bad`), or refused."""
+    """Leaves out rows whose FLOPs are blank while others have them (`skip_bad`), or raises UserError: filled in, they
+    would be counted in another way."""
     flops = rows.get("flops")
     if flops is None or not (blank := np.isnan(flops)).any():
         return rows
     if skip_bad:
         return rows.keep(~blank, "without flops")
-    raise UserError(
-        f"{rows.source}: {rows.blanks.get('flops', 'a row')}: flops is blank, and other rows have it; fill "
-        "it in, pass `skip_bad` to leave such rows out, or `flops` 6nd"
-    )
+    what_to_do = "fill it in, pass `skip_bad` to leave such rows out, or `flops` 6nd"
+    raise UserError(f"{rows.source}: {rows.blanks['flops']}: flops is blank, but other rows have it; {what_to_do}")
 
 
 def best_tuning(rows: RunTable) -> RunTable:
-    """Of rows that differ only in learning rate, batch or beta2, those at the best of these settings.
+    """Of rows that differ only in learning rate, batch or beta2, those with the lowest loss.
 
-    Tokens may differ by 1%, since a run ends on a whole step of its batch. Rows that differ in seed, schedule,
-    corpus or anything else in `SAME` are different runs.
-    """
+    Tokens may differ by 1%, since a run ends on a whole step of its batch. Rows that differ in anything in `SAME` are
+    different runs."""
     varied = [rows.labels[name].codes for name in TUNING if name in rows.labels]
     if not varied or not len(rows):
         return rows
     same = [rows.labels[name].codes for name in SAME if name in rows.labels]
-    if "horizon" in rows.numbers:  # the length of the cosine over that of the run: 1, or more where it overshoots
+    if "horizon" in rows.numbers:  # length of the cosine / length of the run: above 1 it overshoots
         same.append(np.round(np.nan_to_num(rows["horizon"] / rows["tokens"]), 2))
     tuning, alike = _number_rows(varied), _number_rows([*same, rows["params"]])
 
     order = np.lexsort((rows["tokens"], alike))
-    new, least, group = np.empty(len(rows), bool), 0.0, None
+    new, fewest, group = np.empty(len(rows), bool), 0.0, None
     for i, (tokens, like) in enumerate(zip(rows["tokens"][order].tolist(), alike[order].tolist(), strict=True)):
-        new[i] = like != group or tokens > 1.01 * least  # than the fewest of its group, not than its neighbour
+        new[i] = like != group or tokens > 1.01 * fewest  # of the group, so that neighbours do not chain
         if new[i]:
-            least, group = tokens, like
+            fewest, group = tokens, like
     run = np.empty(len(rows), int)
-    run[order] = np.cumsum(new) - 1  # rows of one number are one run in several tunings
+    run[order] = np.cumsum(new) - 1  # rows with one number are one run in several tunings
 
     by_loss = np.lexsort((rows["loss"], run))
     best = by_loss[np.unique(run[by_loss], return_index=True)[1]]  # the row with the lowest loss of each run
@@ -195,7 +182,7 @@ def best_tuning(rows: RunTable) -> RunTable:
 
 
 def _number_rows(columns: list[np.ndarray]) -> np.ndarray:
-    """(n,) a number for each row, equal where all columns are equal."""
+    """(n,) equal for rows that are equal in all columns."""
     number = np.zeros(len(columns[0]), int)
     for column in columns:
         codes = np.unique(column, return_inverse=True)[1]
@@ -204,45 +191,38 @@ def _number_rows(columns: list[np.ndarray]) -> np.ndarray:
 
 
 def identical(*columns: np.ndarray) -> int:
-    """How many rows are, in all `columns`, equal to one before them."""
+    """How many rows repeat an earlier one in all `columns`."""
     table = np.stack(columns)
     return int((np.diff(table[:, np.lexsort(table)]) == 0).all(0).sum())
 
 
 def require_usable(rows: RunTable) -> None:
-    """Raises UserError where no law can be told from the rows: too few, too few sizes, one budget only, losses that
-    cannot be compared."""
+    """Raises UserError if the rows cannot identify a law: too few, too few sizes, a single budget, losses that cannot
+    be compared or that depend on nothing."""
     left_out = ", ".join(f"{count} {reason}" for reason, count in rows.dropped.items())
     who = f"{rows.source} (left out: {left_out})" if left_out else rows.source
     if len(rows) < MIN_ROWS:
         raise UserError(f"{who}: {len(rows)} usable runs; a law of five constants needs at least {MIN_ROWS}")
-    for name, what in (("params", "model sizes"), ("tokens", "numbers of tokens")):
-        different = len(np.unique(rows[name]))
-        if different < MIN_SIZES:
-            found = f"all runs have the same {name}" if different == 1 else f"only {different} different {what}"
-            raise UserError(f"{who}: {found}; a law needs at least {MIN_SIZES} different {what}")
+    for name in ("params", "tokens"):
+        if (different := len(np.unique(rows[name]))) < MIN_SIZES:
+            raise UserError(f"{who}: a law needs at least {MIN_SIZES} different values of {name}, not {different}")
     with np.errstate(over="ignore"):
         C = 6 * rows["params"] * rows["tokens"]
     if not np.isfinite(C).all():
-        raise UserError(f"{who}: 6 x params x tokens overflows for a run; are these columns what they are called?")
+        raise UserError(f"{who}: 6 x params x tokens overflows; are the columns named correctly?")
     if C.max() < 1.1 * C.min():
-        raise UserError(f"{who}: all runs are at one budget, 6ND = {C.mean():.3g}; a law needs runs at two or more")
+        raise UserError(f"{who}: all runs have one budget, 6ND = {C.mean():.3g}; a law needs at least two")
     for name in ("tokenizer", "vocab_size", "val_sha"):
         if name in rows.labels and len(used := rows.labels[name].used()) > 1:
-            raise UserError(
-                f"{who}: {len(used)} different {name} ({used[0][:12]}, {used[1][:12]}), so that their "
-                "losses cannot be compared; fit each by itself"
-            )
+            values = f"{len(used)} different {name} ({used[0][:12]}, {used[1][:12]})"
+            raise UserError(f"{who}: {values}: losses cannot be compared; fit each separately")
     if min(by_chance(rows["params"], rows["tokens"], rows["loss"])) > CHANCE:
-        raise UserError(
-            f"{who}: the losses follow neither params nor tokens more closely than chance would have it (F "
-            "test); they tell no law"
-        )
+        raise UserError(f"{who}: the loss does not depend significantly on params or tokens (F-test, p > {CHANCE})")
 
 
 def by_chance(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
-    """(of N, of D): how probable it is that a parabola in its log explains so much of log loss, beside a parabola in
-    the other's, if it has no part in it (F test). 0 where this cannot be told: D grows with N, or few runs."""
+    """(p of N, p of D), F-test: the probability that a parabola in log N improves the fit of log loss by one in log D
+    as much if the loss does not depend on N; and vice versa. 0 if unknown: D is a power of N, or too few runs."""
     from scipy.special import fdtrc
 
     n, d, y = (np.log(values) - np.log(values).mean() for values in (N, D, loss))
@@ -251,7 +231,7 @@ def by_chance(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> tuple[float, fl
     def left(*terms: np.ndarray) -> tuple[float, int]:
         A = np.stack([np.ones_like(y), *terms], axis=1)
         found, _, rank, _ = np.linalg.lstsq(A, y)
-        return float(np.sum((y - A @ found) ** 2)) + len(y) * 1e-28, rank  # no less than rounding
+        return float(np.sum((y - A @ found) ** 2)) + len(y) * 1e-28, rank  # at least rounding errors
 
     both, rank = left(n, n * n, d, d * d)
     free = len(y) - 5
@@ -261,15 +241,13 @@ def by_chance(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> tuple[float, fl
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files. A table is an iterator: its header first, then (place in words, cells) of each row.
+# Files
 
-Table = Iterator
+Table = Iterator  # the header, then (place, cells) of each row
+Names = tuple[str, ...]
 
 
-def _read_file(
-    path: Path, needed: tuple[str, ...], columns: dict[str, str], skip_bad: bool, lenient: bool = False
-) -> RunTable:
-    """`lenient`: of `columns` only those count that are there."""
+def _read_file(path: Path, needed: Names, columns: dict[str, str], skip_bad: bool) -> RunTable:
     try:
         with open(path, "rb") as file:
             start = file.read(1 << 16)
@@ -277,25 +255,22 @@ def _read_file(
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         start = start.removeprefix(b"\xef\xbb\xbf").lstrip()
         if not start:
-            raise UserError(f"{path}: empty; it needs a header line with {','.join(needed)}, then one line a run")
+            raise UserError(f"{path}: empty; expected a header with {','.join(needed)}, then one line per run")
         if b"\0" in start or start[:2] in (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b"):
             raise UserError(f"{path}: not text in UTF-8; expected CSV or JSON lines with {', '.join(needed)}")
         if start.startswith(b"[") and start.lstrip(b"[ \t\r\n").startswith(b"{"):
-            raise UserError(f"{path}: a JSON list; expected JSON lines, one object a line and nothing else")
+            raise UserError(f"{path}: a JSON list; expected JSON lines, one object per line")
         with open(path, encoding="utf-8-sig", newline="") as file:
             table = _jsonl(path, file) if start.startswith(b"{") else _csv(path, file, needed, columns)
-            header = next(table)
-            if lenient:
-                columns = {ours: theirs for ours, theirs in columns.items() if theirs in header}
-            return _collect(str(path), sha256, header, table, needed, columns, skip_bad)
+            return _collect(str(path), sha256, table, needed, columns, skip_bad)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not text in UTF-8 (byte {error.object[error.start]:#x}); convert it") from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from None
 
 
-def _csv(path: Path, file: TextIO, needed: tuple[str, ...], columns: dict[str, str]) -> Table:
-    """Between the cells stands a comma, semicolon, tab or bar, whichever makes most of the header."""
+def _csv(path: Path, file: TextIO, needed: Names, columns: dict[str, str]) -> Table:
+    """The delimiter is the comma, semicolon, tab or bar that finds most columns in the header."""
     first = next(line for line in file if line.strip())
     wanted = {*COLUMNS, *columns.values()}
 
@@ -310,7 +285,7 @@ def _csv(path: Path, file: TextIO, needed: tuple[str, ...], columns: dict[str, s
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         header = [name.strip() for name in next(cells for cells in reader if cells)]
         if not any(math.isnan(_number(name)) for name in header):
-            raise UserError(f"{path}: its first line is numbers; put a header above it, such as {','.join(needed)}")
+            raise UserError(f"{path}: the first line has only numbers; add a header, such as {','.join(needed)}")
         yield header
         for cells in reader:
             if any(cells):
@@ -320,16 +295,12 @@ def _csv(path: Path, file: TextIO, needed: tuple[str, ...], columns: dict[str, s
 
 
 def _jsonl(path: Path, file: TextIO) -> Table:
-    def objects() -> Iterator[tuple[str, dict]]:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield f"line {number}", _json_object(path, f"line {number}", line)
-
-    return _table_of_objects(objects())
+    lines = ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
+    return _table_of_objects((place, _json_object(path, place, line)) for place, line in lines)
 
 
 def _table_of_objects(objects: Iterator[tuple[str, dict]]) -> Table:
-    """The first objects say which columns there are; what is optional may also begin later."""
+    """The first LOOK_AHEAD objects give the columns; optional ones may also appear later."""
     first = list(islice(objects, LOOK_AHEAD))
     header = list(dict.fromkeys(chain.from_iterable(item for _, item in first)))
     header += [name for name in (*OPTIONAL, *LABELS) if name not in header]
@@ -352,34 +323,28 @@ def _read_summaries(folder: Path, columns: dict[str, str], skip_bad: bool) -> Ru
     """The finished runs in `folder` or `folder`/runs."""
     paths = [path for pattern in ("*/summary.json", "runs/*/summary.json") for path in sorted(folder.glob(pattern))]
     if not paths:
-        raise UserError(f"{folder}: no runs.csv in it and no run with a summary.json, neither there nor in runs/")
+        raise UserError(f"{folder}: no runs.csv, and no run with a summary.json there or in runs/")
     try:
         texts = [path.read_text(encoding="utf-8") for path in paths]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder}: a summary.json cannot be read: {error}") from None
     sha256 = hashlib.sha256("".join(texts).encode()).hexdigest()
     objects = (
-        (str(path.relative_to(folder)), _json_object(path, "all of it", text))
+        (str(path.relative_to(folder)), _json_object(path, "whole file", text))
         for path, text in zip(paths, texts, strict=True)
     )
-    table = _table_of_objects(objects)
-    return _collect(str(folder), sha256, next(table), table, NEEDED, columns, skip_bad)
+    return _collect(str(folder), sha256, _table_of_objects(objects), NEEDED, columns, skip_bad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cells
 
 
-def _collect(
-    source: str,
-    sha256: str,
-    header: list[str],
-    table: Table,
-    needed: tuple[str, ...],
-    columns: dict[str, str],
-    skip_bad: bool,
-) -> RunTable:
-    """Stream a table into columns, leaving out (and counting) unfinished runs and, with `skip_bad`, bad lines."""
+def _collect(source: str, sha256: str, table: Table, needed: Names, columns: dict, skip_bad: bool) -> RunTable:
+    """Stream a table into columns; leaves out and counts unfinished runs and, with `skip_bad`, bad lines."""
+    header = next(table)
+    if "run" in needed:  # curves
+        columns = {ours: theirs for ours, theirs in columns.items() if theirs in header}
     spots = _find_columns(source, header, needed, columns)
     numeric = {name: i for name, i in spots.items() if name not in LABELS}
     worded = {name: i for name, i in spots.items() if name in LABELS}
@@ -397,10 +362,10 @@ def _collect(
             good = len(cells) == width and all(0 < value < math.inf for value in values)
         except (ValueError, IndexError):
             good = False
-        if not good:  # slowly now: a blank is welcome where a column is optional
+        if not good:  # more slowly: an optional cell may be blank
             problem, values = _look(cells, width, numeric, needed)
             if problem and not skip_bad:
-                raise UserError(f"{source}: {place}: {problem}; put it right, or pass `skip_bad` to leave it out")
+                raise UserError(f"{source}: {place}: {problem}; correct it, or pass `skip_bad` to leave it out")
             if problem:
                 dropped["not usable"] += 1
                 continue
@@ -422,8 +387,8 @@ def _collect(
     return RunTable(source, sha256, filled, labels, dict(dropped), blanks)
 
 
-def _look(cells: list[str], width: int, numeric: dict[str, int], needed: tuple[str, ...]) -> tuple[str, list[float]]:
-    """What is wrong with a row, in words ("" if nothing is), and its numbers, nan for blank."""
+def _look(cells: list[str], width: int, numeric: dict[str, int], needed: Names) -> tuple[str, list[float]]:
+    """What is wrong with a row ("": nothing), and its numbers, nan for blank."""
     if len(cells) != width:
         return f"{len(cells)} cells where the header has {width}", []
     values = []
@@ -433,13 +398,13 @@ def _look(cells: list[str], width: int, numeric: dict[str, int], needed: tuple[s
         if name not in needed and text.lower() in ("", "nan", "none", "null"):
             value = math.nan
         elif not 0 < value < math.inf:
-            return f"{name} is {repr(text)[:40] if text else 'blank'}, not a finite number above 0", []
+            return f"{name} is {repr(text)[:40] if text else 'blank'}, expected a finite number above 0", []
         values.append(value)
     return "", values
 
 
-def _find_columns(source: str, header: list[str], needed: tuple[str, ...], columns: dict[str, str]) -> dict[str, int]:
-    """Where each of our columns stands. Raises UserError for one that is missing, or there twice."""
+def _find_columns(source: str, header: list[str], needed: Names, columns: dict[str, str]) -> dict[str, int]:
+    """The position of each of our columns. Raises UserError for one that is missing, or there twice."""
     spots = {}
     for name in COLUMNS:
         theirs = columns.get(name, name)
@@ -449,22 +414,20 @@ def _find_columns(source: str, header: list[str], needed: tuple[str, ...], colum
         if times:
             spots[name] = header.index(theirs)
             if name in needed and (same := [other for other in needed if spots.get(other) == spots[name]])[1:]:
-                raise UserError(
-                    f"{source}: {same[0]} and {same[1]} cannot both be the column {theirs!r}; see `columns`"
-                )
+                raise UserError(f"{source}: `columns`: {same[0]} and {same[1]} cannot both be {theirs!r}")
         elif name in columns:
             raise UserError(f"{source}: no column {theirs!r} for `columns` {name}={theirs}; it has {_listed(header)}")
         elif name in needed:
             lower = {there.lower(): there for there in header}
             near = [lower[there] for there in lower if there in ALIASES[name]]
             near += [lower[there] for there in difflib.get_close_matches(name, lower, n=1)]
-            what_to_do = f"did you mean `columns` {name}={near[0]}?" if near else f"name it with `columns` {name}=..."
+            what_to_do = f"did you mean `columns` {name}={near[0]}?" if near else f"set `columns` {name}=..."
             raise UserError(f"{source}: no column {name!r} among {_listed(header)}; {what_to_do}")
     return spots
 
 
 def _number(text: str) -> float:
-    """nan for what is not a number; any size of integer becomes a float."""
+    """nan for what is not a number."""
     try:
         return float(text)
     except ValueError:
