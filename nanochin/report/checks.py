@@ -112,11 +112,8 @@ def chance(analysis: Analysis) -> CheckResult:
     """Do the losses depend on both N and D?"""
     found = dict(zip(("params", "tokens"), by_chance(analysis.N, analysis.D, analysis.L), strict=True))
     what = max(found, key=found.get)
-    return doubt_if(
-        found[what] > CHANCE,
-        f"The loss does not depend significantly on {what} (F-test, p = {found[what]:.2f}): the law's dependence on "
-        "it is noise.",
-    )
+    said = f"The loss does not depend significantly on {what} (F-test, p = {found[what]:.2f})"
+    return doubt_if(found[what] > CHANCE, f"{said}: the law's dependence on it is noise.")
 
 
 def no_law(analysis: Analysis) -> CheckResult:
@@ -145,11 +142,8 @@ def cost(analysis: Analysis) -> CheckResult:
 def starts(analysis: Analysis) -> CheckResult:
     """Is the optimum of Approach 3 the global one?"""
     fit = analysis.need(3).fit
-    return judged(
-        2 * fit.starts_agreeing >= fit.starts,
-        f"{fit.starts_agreeing} of {fit.starts} starts converge to the same optimum (relative gradient "
-        f"{fit.gradient_norm:.0e}).",
-    )
+    said = f"{fit.starts_agreeing} of {fit.starts} starts converge to the same optimum"
+    return judged(2 * fit.starts_agreeing >= fit.starts, f"{said} (relative gradient {fit.gradient_norm:.0e}).")
 
 
 def resamples(analysis: Analysis) -> CheckResult:
@@ -170,10 +164,8 @@ def irreducible_loss(analysis: Analysis) -> CheckResult:
     if not third.boot:
         return CheckResult("not checked")
     low, high = third.interval("E")
-    return doubt_if(
-        high - low > 0.25 * third.law.E,
-        f"E is poorly determined: 95% interval {low:.2f} to {high:.2f} nats. It is not the entropy of the text.",
-    )
+    said = f"E is poorly determined: 95% interval {low:.2f} to {high:.2f} nats. It is not the entropy of the text."
+    return doubt_if(high - low > 0.25 * third.law.E, said)
 
 
 def agreement(analysis: Analysis) -> CheckResult:
@@ -192,11 +184,8 @@ def agreement(analysis: Analysis) -> CheckResult:
 def late_winners(analysis: Analysis) -> CheckResult:
     """Does the envelope of Approach 1 consist of the ends of runs?"""
     late = analysis.need(1).fit.late_share
-    return doubt_if(
-        late < 0.5,
-        f"Approach 1: only {late:.0%} of the envelope comes from the last 15% of a run (all of it in the paper). "
-        "Earlier, while the learning rate is still high, the loss is too high.",
-    )
+    said = f"Approach 1: only {late:.0%} of the envelope comes from the last 15% of a run (all of it in the paper). "
+    return doubt_if(late < 0.5, said + "Earlier, while the learning rate is still high, the loss is too high.")
 
 
 def budgets(analysis: Analysis) -> CheckResult:
@@ -233,17 +222,11 @@ def independence(analysis: Analysis) -> CheckResult:
     n, settings = len(analysis.N), analysis.settings
     if "run" not in analysis.rows.labels:
         same = identical(analysis.N, analysis.D, analysis.L)
-        return doubt_if(
-            same > 0,
-            f"{same} rows are identical to others and there is no column run. Each counts as a separate run; if they "
-            "are copies, the intervals are too narrow.",
-        )
+        said = f"{same} rows are identical to others and there is no column run: if they are copies"
+        return doubt_if(same > 0, f"{said}, the intervals are too narrow.")
     runs = len(np.unique(resampled_unit(analysis.rows, "run"))) if settings.cluster == "row" else n
-    return doubt_if(
-        runs < n,
-        f"{n} rows belong to {runs} runs, but `cluster` row resamples rows, as if rows of one run were independent: "
-        "the intervals are too narrow.",
-    )
+    said = f"{n} rows belong to {runs} runs, but `cluster` row resamples rows as if they were independent"
+    return doubt_if(runs < n, f"{said}: the intervals are too narrow.")
 
 
 def repeated_text(analysis: Analysis) -> CheckResult:
@@ -275,10 +258,9 @@ def hold_out(analysis: Analysis) -> CheckResult:
     budget = analysis.rows.get("budget")
     held = laws.hold_out(analysis.N, analysis.D, analysis.L, analysis.C, budget=budget, least=LEAST_HELD, **options)
     m, good = len(held.rows), held.error < 3 * max(held.in_sample_error, 1e-3)
-    said = (
-        f"Hold-out error on the {m} largest runs {100 * held.error:.2f}% (median; {100 * held.bias:+.2f}% signed), "
-        f"in-sample {100 * held.in_sample_error:.2f}%, at {held.reach:.2g}x the compute"
-    )
+    error = f"{100 * held.error:.2f}% (median; {100 * held.bias:+.2f}% signed)"
+    said = f"Hold-out error on the {m} largest runs {error}, in-sample {100 * held.in_sample_error:.2f}%"
+    said += f", at {held.reach:.2g}x the compute"
     if held.bootstrap:
         good &= held.outside <= max(1, 0.15 * m)
         said += f"; {held.outside} of {m} runs fall outside the predicted 95% interval ({0.05 * m:.2g} expected)"
@@ -317,12 +299,9 @@ def curvature(analysis: Analysis) -> CheckResult:
     found = laws.frontier_curvature(second.fit, **analysis.resampling(1000))
     low, high = found.intervals[95]
     bends = f"bends {'down' if found.quadratic < 0 else 'up'} significantly"
-    return judged(
-        not found.significant,
-        f"In log-log the frontier {bends if found.significant else 'has no significant curvature'}: quadratic term "
-        f"{found.quadratic:+.3f} [{low:+.3f}, {high:+.3f}].",
-        {"quadratic": found.quadratic, "intervals": found.intervals},
-    )
+    said = f"In log-log the frontier {bends if found.significant else 'has no significant curvature'}"
+    said += f": quadratic term {found.quadratic:+.3f} [{low:+.3f}, {high:+.3f}]."
+    return judged(not found.significant, said, {"quadratic": found.quadratic, "intervals": found.intervals})
 
 
 def loss_line(analysis: Analysis) -> CheckResult:
@@ -331,12 +310,9 @@ def loss_line(analysis: Analysis) -> CheckResult:
     found = attempt(laws.loss_line, second.fit) if isinstance(second, Approach) else NotIdentified(WITHOUT)
     if isinstance(found, NotIdentified):
         return CheckResult("not checked", json={"reason": str(found)})
-    return CheckResult(
-        "ok",
-        f"The lowest losses of the budgets follow C^-{found.exponent:.4f}; a power law through the smaller budgets is "
-        f"{100 * (found.predicted / found.measured - 1):+.2f}% off at the largest.",
-        asdict(found),
-    )
+    off = f"{100 * (found.predicted / found.measured - 1):+.2f}%"
+    said = f"The lowest losses of the budgets follow C^-{found.exponent:.4f}; a power law through the smaller budgets"
+    return CheckResult("ok", f"{said} is {off} off at the largest.", asdict(found))
 
 
 def kaplan_procedure(analysis: Analysis) -> CheckResult:
@@ -349,13 +325,9 @@ def kaplan_procedure(analysis: Analysis) -> CheckResult:
     found = laws.kaplan_procedure(N, analysis.D, analysis.L, third.law.loss(analysis.N, analysis.D), **noise)
     where = f"at {len(found.flops)} of {found.levels} {'levels between the runs' if found.between else 'budgets'}"
     ends = bracketed(found.intervals.get(95, (np.nan, np.nan)))
-    return CheckResult(
-        "ok",
-        f"Kaplan's procedure (non-embedding N and C, losses interpolated, {where}) gives a = {found.a:.3f}{ends}; "
-        f"with the law's losses instead, {found.simulated:.3f}.",
-        asdict(found) | {"flops": found.flops.tolist(), "params": found.params.tolist()},
-        found=found,
-    )
+    said = f"Kaplan's procedure (non-embedding N and C, losses interpolated, {where}) gives a = {found.a:.3f}{ends}"
+    json = asdict(found) | {"flops": found.flops.tolist(), "params": found.params.tolist()}
+    return CheckResult("ok", f"{said}; with the law's losses instead, {found.simulated:.3f}.", json, found=found)
 
 
 def refitted(title: str, refits: list[Refit], first: str = "", words: Callable = str, note: str = "") -> CheckResult:

@@ -12,12 +12,12 @@ from nanochin.run.curves import CURVES, log_points, read_csv_gz
 
 
 def curves_of_runs(path: str | Path, rows: RunTable) -> RunTable | None:
-    """Training curves of the runs in `rows`, None if there are none, from a curves.csv.gz, from the one in a folder, or
-    from the logs of the runs in that folder or in its runs/. N and the FLOPs of a token are those of `rows`; the hash
-    is that of the file, or of all logs, one after the other in the order of `rows`."""
+    """Training curves of the runs in `rows`, None if there are none: from a curves.csv.gz, the one in a folder, or the
+    logs of the runs in that folder or its runs/. N and FLOPs per token are those of `rows`; the hash is that of the
+    file, or of all logs concatenated in the order of `rows`."""
     path, first = Path(path), {}
     if "run" in rows.labels:
-        for i in range(len(rows)):  # several rows may be of one run, which has one curve
+        for i in range(len(rows)):  # several rows of one run have one curve
             first.setdefault(rows.labels["run"][i], i)
     if (path / CURVES).exists():
         path /= CURVES
@@ -44,6 +44,6 @@ def curves_of_runs(path: str | Path, rows: RunTable) -> RunTable | None:
 
 
 def _counts(point: dict) -> bool:
-    """Whether it is one of a training curve: tokens and loss, both finite and above 0."""
+    """Whether it is a point of a training curve: tokens and loss are finite and above 0."""
     values = [point.get("tokens"), point.get("loss")]
     return all(isinstance(value, int | float) and 0 < value < math.inf for value in values)

@@ -2,15 +2,15 @@
 
 draw(analysis, found) -> {name: Figure}            those that the data support
 
-curves     training curves, their envelope, and whose it is (the paper's Figure 2)
-isoflop    a parabola for each budget, as they are and laid over one another (Figure 3)
+curves     training curves, their envelope, and the size of the run on it (the paper's Figure 2)
+isoflop    a parabola for each budget, in place and aligned at the minimum (Figure 3)
 optimum    N and D against C, by every approach (Figures 1 and 3)
 surface    contours of L(N, D) with the frontier, and tokens per parameter (Figure 4)
-residuals  what the law leaves unexplained
+residuals  by compute and by tokens per parameter
 hold-out   the largest budget, predicted from the others
-certainty  the exponent a by every way of finding it, and the profile of E
+certainty  the exponent a by every approach and of published laws, and the profile of E
 
-Each function returns a matplotlib Figure, or None; a notebook shows it and can go on with its axes.
+Each function returns a matplotlib Figure, or None; a notebook can show it and continue with its axes.
 """
 
 from functools import partial
@@ -42,22 +42,22 @@ from nanochin.report.panels import (
     whiskers,
 )
 
-LINES = {1: (GREEN, "--"), 2: (ORANGE, ":"), 3: (BLUE, "-")}  # of the approaches
-LEFT, RIGHT, BELOW = ("right", (-7, -3)), ("left", (7, -4)), ("left", (5, -13))  # alignment of a name, its shift in px
+LINES = {1: (GREEN, "--"), 2: (ORANGE, ":"), 3: (BLUE, "-")}  # by approach
+LEFT, RIGHT, BELOW = ("right", (-7, -3)), ("left", (7, -4)), ("left", (5, -13))  # alignment of a label, its shift in px
 ABOVE, ABOVE_LEFT = ("left", (3, 6)), ("right", (-3, 6))
-MODELS = (  # Hoffmann et al. 2022, Table 1: parameters, tokens; where their names stand in a plot of N and in others
+MODELS = (  # Hoffmann et al. 2022, Table 1: parameters, tokens; place of the label in a plot of N and in others
     ("LaMDA", 137e9, 168e9, LEFT, LEFT),
     ("GPT-3", 175e9, 300e9, BELOW, ABOVE_LEFT),
     ("Gopher", 280e9, 300e9, LEFT, ABOVE),
     ("MT-NLG", 530e9, 270e9, RIGHT, RIGHT),
     ("Chinchilla", 70e9, 1.4e12, BELOW, ABOVE_LEFT),
 )
-MOST = 2500  # points in one panel; of more, evenly spaced ones are drawn
+MOST = 2500  # points in one panel; more are thinned evenly
 LOSS = "loss, nats per token"
 
 
 def draw(analysis: Analysis, found: dict[str, object]) -> dict[str, Figure]:
-    """`found` are the results behind the checks by their names; None, or missing, where there is none."""
+    """`found`: the result of each check by its name, None or missing if there is none."""
     every = {
         "curves": curves(analysis),
         "isoflop": isoflop(analysis),
@@ -82,7 +82,7 @@ def curves(analysis: Analysis) -> Figure | None:
     fit, own = first.fit, first.fit.curves
     sizes = np.array([N for _, _, N in own.values()])
     distinct = np.unique(sizes)
-    named = set(distinct[_evenly(len(distinct), 5)])  # in the legend
+    named = set(distinct[_evenly(len(distinct), 5)])  # sizes in the legend
     for (run, (C, L, N)), colour in sorted(zip(own.items(), shade(sizes), strict=True), key=lambda pair: pair[0][1][2]):
         every = _evenly(len(C), max(20, 16_000 // len(own)))
         label = f"N = {count(N)}" if N in named else ""
@@ -97,7 +97,7 @@ def curves(analysis: Analysis) -> Figure | None:
     axis(left, "y", LOSS, log=True, limits=(0.98 * every_loss.min(), np.quantile(every_loss, 0.98)))
 
     x = np.array([fit.flops[0], fit.flops[-1]])
-    changes = np.flatnonzero(np.diff(fit.winner, prepend=-1, append=-1))  # a run that wins is drawn as one stroke
+    changes = np.flatnonzero(np.diff(fit.winner, prepend=-1, append=-1))  # one stroke for each run that wins
     strokes = np.full((3, len(changes) - 1), np.nan)
     strokes[0], strokes[1] = fit.flops[changes[:-1]], fit.flops[changes[1:] - 1]
     _with_band(right, first, x, 0)
@@ -117,7 +117,7 @@ def isoflop(analysis: Analysis) -> Figure | None:
     figure, (left, right) = panels(2)
     fit = second.fit
     spent = np.array([budget.flops for budget in fit.budgets])
-    named = spent[_evenly(len(spent), 12)]  # in the legend
+    named = spent[_evenly(len(spent), 12)]  # budgets in the legend
     for budget, colour, name in zip(fit.budgets, shade(spent), distinct_powers(spent), strict=True):
         rows = budget.rows[_evenly(budget.n_runs, max(20, MOST // len(fit.budgets)))]
         hover = [_run(analysis, i) for i in rows]
@@ -165,7 +165,7 @@ def optimum(analysis: Analysis) -> Figure:
                 whiskers(axes, C, [at.get(name) for _, at in found], ORANGE)
                 points(axes, C, y, ORANGE, label, hover, size, shape)
         lines = np.concatenate([one.get_ydata() for one in axes.lines])
-        axes.set_ylim(lines.min() / 1.5, lines.max() * 1.5)  # bands are cut off where they are wild
+        axes.set_ylim(lines.min() / 1.5, lines.max() * 1.5)  # wide bands are cut off
         _models(axes, x, which)
         _flops_axis(axes, analysis, x)
     both[0].set_title(f"Optimal size ({analysis.convention})")
@@ -190,7 +190,7 @@ def surface(analysis: Analysis) -> Figure:
 
 
 def _contours(axes: Axes, analysis: Analysis, law: Law) -> None:
-    """L(N, D) over the runs, which have the colour of their own loss."""
+    """L(N, D), with the runs coloured by their loss."""
     N, D, L = analysis.N, analysis.D, analysis.L
     sizes, tokens = (np.geomspace(x.min() / 1.6, x.max() * 1.6, 120) for x in (N, D))
     count_of = f"N {analysis.settings.params}"
@@ -212,7 +212,7 @@ def _contours(axes: Axes, analysis: Analysis, law: Law) -> None:
 
 
 def _free(axes: Axes, contours, x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
-    """A place on each contour for its name: the one farthest from points, from other names and from the frame."""
+    """A place on each contour for its label: inside the frame and farthest from points and other labels."""
     taken, places = axes.transData.transform(np.stack([x, y], 1)), []
     low, high = axes.bbox.min + 18, axes.bbox.max - 18
     for path in contours.get_paths():
@@ -257,7 +257,7 @@ def residuals(analysis: Analysis, by_compute: list[dict] | None) -> Figure | Non
 
 @drawn
 def hold_out(analysis: Analysis, held) -> Figure | None:
-    """`held` is the hold-out of nanochin.laws, or None."""
+    """`held`: a nanochin.laws.HoldOut, or None."""
     if not held:
         return None
     figure, (left, right) = panels(2)
@@ -288,7 +288,7 @@ def hold_out(analysis: Analysis, held) -> Figure | None:
 
 @drawn
 def certainty(analysis: Analysis, found: dict[str, object]) -> Figure:
-    """The forest of exponents, ours above those of others, and how firmly E is held."""
+    """Exponents with intervals, ours above the published ones, and the profile of E."""
     profile = found.get("profile_E")
     figure, both = panels(2 if profile else 1)
     rows, axes = _forest(analysis, found), both[0]
@@ -307,7 +307,7 @@ def certainty(analysis: Analysis, found: dict[str, object]) -> Figure:
 
 
 def _forest(analysis: Analysis, found: dict[str, object]) -> list[tuple]:
-    """(name, exponent a, its 95% interval, colour), ours above those of others."""
+    """(name, exponent a, its 95% interval, colour), ours before the published ones."""
     none, third = (np.nan, np.nan), analysis.results[3]
     rows = [
         (f"Approach {one.number}", one.exponent(one.law), one.interval(one.exponent), LINES[one.number][0])
@@ -349,7 +349,7 @@ def _profile(axes: Axes, analysis: Analysis, E: np.ndarray, rise: np.ndarray) ->
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Parts of these
+# Parts of the figures
 
 
 def _flops_axis(axes: Axes, analysis: Analysis, x=None) -> None:
@@ -362,21 +362,20 @@ def _params_axis(axes: Axes, which: str, analysis: Analysis) -> None:
 
 
 def _flops_range(analysis: Analysis) -> np.ndarray:
-    """FLOPs from the smallest run to three decades beyond the largest, or to the models that everybody knows."""
-    high = 1e3 * analysis.C.max()
-    if analysis.C.max() > 1e19:
-        high = max(1e25, 10 * analysis.C.max())
+    """FLOPs from the smallest run to three decades beyond the largest, or to the known models."""
+    largest = analysis.C.max()
+    high = max(1e25, 10 * largest) if largest > 1e19 else 1e3 * largest
     return np.exp(np.linspace(np.log(analysis.C.min()), np.log(high), 49))
 
 
 def _minima(approach: Approach) -> list[tuple]:
-    """The bracketed budgets of Approach 2, each with what its resamples say of it ({}: nothing)."""
+    """The bracketed budgets of Approach 2, each with its intervals ({}: none)."""
     boot = approach.boot
     return [(b, boot.at_budget(i) if boot else {}) for i, b in enumerate(approach.fit.budgets) if b.bracketed]
 
 
 def _advice(axes: Axes, analysis: Analysis, x: np.ndarray, which: int) -> None:
-    """What the laws of others (see laws.advice) and ours say that N (0), D (1) or D/N (2) should be, in our FLOPs."""
+    """The optimal N (0), D (1) or D/N (2) by published laws (see laws.advice) and ours, in our FLOPs."""
     for law, colour, dash, label in (
         (HOFFMANN_1, PURPLE, "-", "Hoffmann 2022, Approach 1"),
         (HOFFMANN_2, PURPLE, ":", "Hoffmann 2022, Approach 2"),
@@ -391,7 +390,7 @@ def _advice(axes: Axes, analysis: Analysis, x: np.ndarray, which: int) -> None:
 
 
 def _with_band(axes: Axes, approach: Approach, x: np.ndarray, which: int) -> None:
-    """The line of N (0), D (1) or D/N (2) against C, and its 95% band."""
+    """N (0), D (1) or D/N (2) against C, with its 95% band."""
 
     def quantity(law, C=x):
         N, D = law.optimal(C)
@@ -404,17 +403,16 @@ def _with_band(axes: Axes, approach: Approach, x: np.ndarray, which: int) -> Non
 
 
 def _models(axes: Axes, x: np.ndarray, which: int) -> None:
-    """Models that everybody knows, where the figure reaches them."""
+    """Known models within the range of x."""
     for name, N, D, *sides in MODELS:
-        if x[-1] >= 6 * N * D:
-            place = 6 * N * D, (N, D, D / N)[which]
-            hover = f"{name}: {count(N)} on {count(D)}"
-            points(axes, *([value] for value in place), INK, "known models", [hover], 3.4, "x")
-            note(axes, place, name, *sides[which > 0])
+        C, y = 6 * N * D, (N, D, D / N)[which]
+        if x[-1] >= C:
+            points(axes, [C], [y], INK, "known models", [f"{name}: {count(N)} on {count(D)}"], 3.4, "x")
+            note(axes, (C, y), name, *sides[which > 0])
 
 
 def distinct_powers(values: np.ndarray) -> list[str]:
-    """Names such as 3×10^18 of two digits, or of as many as tell the values apart."""
+    """Names such as 3×10^18, of two digits or as many as make them distinct."""
     for n in range(2, 8):
         names = [powers(value, n) for value in values]
         if len(set(names)) == len(names):
@@ -423,7 +421,7 @@ def distinct_powers(values: np.ndarray) -> list[str]:
 
 
 def shade(values: np.ndarray) -> list[str]:
-    """A colour for each, dark to bright with their logarithm."""
+    """A colour for each value, dark to bright with its logarithm."""
     log = np.log(values)
     at = (log - log.min()) / max(np.ptp(log), 1e-9)
     return [SCALE[min(int(9 * v), 8)] for v in at]

@@ -1,4 +1,4 @@
-"""A sweep that is kept: what of its folder is worth it, and a README.md that shows the result."""
+"""Keep a sweep in results/: the files worth keeping, and a README.md with the result."""
 
 import re
 from pathlib import Path
@@ -7,8 +7,8 @@ from nanochin.base.console import count
 from nanochin.base.files import read_json, versions, write_file, writing
 from nanochin.runrow import RunRow, flops_column, params_column, read_csv
 
-KEPT = (".csv", ".gz", ".json", ".html", ".svg")  # no checkpoints, and nothing of the folders of runs
-PICTURES = ("isoflop.png", "optimum.png", "isoflop.svg", "optimum.svg")  # the first that there is heads the README
+KEPT = (".csv", ".gz", ".json", ".html", ".svg")  # of the sweep's own files, without the folders of its runs
+PICTURES = ("isoflop.png", "optimum.png", "isoflop.svg", "optimum.svg")  # the README shows the first that exists
 FILES = {
     "runs.csv": "a row a run",
     "curves.csv.gz": "their training curves",
@@ -19,7 +19,7 @@ FILES = {
 
 
 def keep(folder: Path, results: Path, command: str) -> None:
-    """Copy what is worth keeping of a sweep's folder, and write its README.md. `command` is the one that made it."""
+    """Copy the KEPT files of a sweep's `folder` to `results` and write its README.md; `command` made the sweep."""
     with writing(results):
         results.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
@@ -30,19 +30,16 @@ def keep(folder: Path, results: Path, command: str) -> None:
 
 
 def write_readme(results: Path, command: str) -> None:
-    """README.md of a sweep that is kept in `results`."""
+    """README.md of the sweep kept in `results`."""
     found = read_json(results / "laws.json") if (results / "laws.json").exists() else None
-    commit = found["meta"]["git"] if found else versions()["git"]
     commands = [command, f"python fit.py {results.as_posix()}"]
-    files = {path.name for path in results.iterdir()}
-    text = readme(results.name, list(read_csv(results / "runs.csv").values()), found, files, commands, commit)
-    write_file(results / "README.md", text.encode())
+    rows, files = list(read_csv(results / "runs.csv").values()), {path.name for path in results.iterdir()}
+    write_file(results / "README.md", readme(results.name, rows, found, files, commands).encode())
 
 
-def readme(
-    name: str, rows: list[RunRow], found: dict | None, files: set[str], commands: list[str], commit: str | None
-) -> str:
-    """The text. `found`: the contents of laws.json, None if these runs gave no law; `files`: what there is to link."""
+def readme(name: str, rows: list[RunRow], found: dict | None, files: set[str], commands: list[str]) -> str:
+    """The text. `found`: the contents of laws.json, None if these runs gave no law; `files`: those to link."""
+    commit = found["meta"]["git"] if found else versions()["git"]
     picture = next((file for file in PICTURES if file in files), None)
     commit = commit[:10] + commit[40:] if commit else "not in git"  # what follows the hash is -dirty
     sha = {key: ", ".join({(getattr(row, key) or "")[:10]: None for row in rows}) for key in ("data_sha", "val_sha")}
@@ -59,13 +56,11 @@ def readme(
 
 
 def of_runs(rows: list[RunRow], found: dict | None) -> str:
-    """How many runs, of which sizes."""
+    """How many runs, and their sizes."""
     meta = found["meta"] if found else {"params_convention": "total", "flops_convention": "physical"}
+    columns = params_column(meta["params_convention"]), "tokens", flops_column(meta["flops_convention"])
     done = [row for row in rows if row.status == "finished"]
-    N, D, C = (
-        [getattr(row, column) for row in done]
-        for column in (params_column(meta["params_convention"]), "tokens", flops_column(meta["flops_convention"]))
-    )
+    N, D, C = ([getattr(row, column) for row in done] for column in columns)
     failed = f" ({len(rows) - len(done)} more failed)" if len(done) < len(rows) else ""
     if not done:
         return f"No run was finished{failed}."
@@ -77,19 +72,19 @@ def of_runs(rows: list[RunRow], found: dict | None) -> str:
 
 
 def of_law(found: dict | None) -> str:
-    """The exponents, by the approach that answers."""
+    """The exponents of the approach used for answers."""
     if found is None:
         return "These runs gave no law."
     number = found["answers"]["approach"]
     law = found[f"approach{number}"]
-    law = law.get("frontier", law)  # as N and D grow with C where that is not 6ND
+    law = law.get("frontier", law)  # the exponents in C if that is not 6ND
     ends = law.get("ci") or {}
     a, b = (f"C^{law[k]:.3f}" + (f" [{ends[k][0]:.3f}, {ends[k][1]:.3f}]" if k in ends else "") for k in "ab")
     return f"N grows as {a} and D as {b} by Approach {number}, {'with 95%' if ends else 'without'} intervals."
 
 
 def of_hold_out(found: dict | None) -> str:
-    """What the law of the smaller runs predicted of the largest."""
+    """The hold-out error on the largest runs."""
     held = found["checks"].get("hold_out") if found else None
     if not held:
         return ""
@@ -97,10 +92,8 @@ def of_hold_out(found: dict | None) -> str:
         return f"Hold-out: none ({held['reason']})."
     n = len(held["rows"])
     outside = f"; {held['outside']} of {n} fall outside the predicted 95% interval" if "outside" in held else ""
-    return (
-        f"Hold-out error of Approach 3 on the {n} largest runs: {held['error']:.2%} (median; {held['bias']:+.2%} "
-        f"signed){outside}."
-    )
+    error = f"{held['error']:.2%} (median; {held['bias']:+.2%} signed)"
+    return f"Hold-out error of Approach 3 on the {n} largest runs: {error}{outside}."
 
 
 def power(value: float) -> str:

@@ -1,4 +1,4 @@
-"""How figures look: panels side by side, each as wide as a phone with its legend below it; and their files.
+"""The look of figures: panels side by side, each as wide as a phone, with the legend below; and their files.
 
     @drawn
     def sizes(analysis):
@@ -9,7 +9,7 @@
 
     text, elements = svg(figure, "sizes")           # a file; its panels for a page, which may stack them
 
-Text is text in the SVG, so that it takes the page's font, and marks tell their names on hover.
+Text stays text in the SVG, in the font of the page, and marks show their names on hover.
 """
 
 import io
@@ -29,22 +29,22 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from nanochin.base.console import count, powers
 
-# Okabe and Ito's colours, which stay apart for colour-blind eyes, and viridis, whose bright end is darkened for white.
+# Okabe and Ito's colours, for colour-blind readers, and viridis, its bright end darkened for white paper.
 BLUE, ORANGE, GREEN, RED = "#0072b2", "#d98c00", "#009e73", "#d55e00"
 PURPLE, SKY, GREY, INK = "#b75c92", "#3f9fd8", "#7a828c", "#1c2128"
 SCALE = ("#440154", "#472d7b", "#3b528b", "#2c728e", "#21918c", "#28ae80", "#5ec962", "#8fbf27", "#c3b70e")
 STYLE = Path(__file__).with_name("figures.mplstyle")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 330, 58, 18, 34, 44  # px of a panel, its legend not counted
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 330, 58, 18, 34, 44  # px of a panel without its legend
 LEGEND_ROW, LEGEND_MARK, CHARACTER = 18, 48, 6.9  # px; a generous mean width of a character
 DPI = 72  # as in STYLE: a point is a px
 MOST_NAMED = 500  # points with a name on hover
-NAMES = "\N{LINE SEPARATOR}"  # stands before each name in the gid of an artist
-STEPS = (1, 2, 2.5, 5, 10)  # between ticks that are even
+NAMES = "\N{LINE SEPARATOR}"  # before each name in the gid of an artist
+STEPS = (1, 2, 2.5, 5, 10)  # of linear ticks
 PLAIN, SMALL = "0123456789-a", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻ᵃ"
 
 
 def drawn(function: Callable) -> Callable:
-    """A function that draws on `panels`, in our style, with titles and legends in their places."""
+    """A function that draws on `panels`, in our style; places titles and legends."""
 
     @wraps(function)
     def styled(*args) -> Figure | None:
@@ -64,7 +64,7 @@ def panels(n: int) -> tuple[Figure, list[Axes]]:
 
 
 def _lay_out(figure: Figure) -> None:
-    """Room for long names of ticks, the title from the panel's left edge, the legend below."""
+    """Make room for long tick labels, align the title to the panel, put the legend below."""
     height = max(_legend(axes)[2] for axes in figure.axes)
     figure.set_size_inches(figure.get_figwidth(), height / DPI)
     for axes in figure.axes:
@@ -83,8 +83,7 @@ def _lay_out(figure: Figure) -> None:
 
 
 def _legend(axes: Axes) -> tuple[dict[str, Artist], int, int]:
-    """(mark by its label, columns, height of the panel in px). It is filled column by column, and has as few rows as
-    there is room for; what occurs twice is named once."""
+    """({label: mark}, columns, height of the panel in px), with as few rows as fit, filled column by column."""
     found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     for rows in range(len(found) + 1):
         columns = math.ceil(len(found) / max(rows, 1)) or 1
@@ -95,7 +94,7 @@ def _legend(axes: Axes) -> tuple[dict[str, Artist], int, int]:
 
 
 class _LogTicks(LogLocator):
-    """Powers of ten, or 1 and 3 of each, or 1, 2, 3 and 5, or even steps: by how much the axis spans."""
+    """Powers of ten; on shorter axes times 1 and 3, or 1, 2, 3 and 5; on the shortest linear steps."""
 
     def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
         decades = math.log10(vmax / vmin)
@@ -109,7 +108,7 @@ class _LogTicks(LogLocator):
 def axis(
     axes: Axes, which: str, label: str, log: bool = False, limits: tuple | None = None, show: Callable = count
 ) -> None:
-    """Label, scale and limits of the axis `which`, "x" or "y"; `show` writes the ticks of a log axis."""
+    """Label, scale and limits of the axis `which`, "x" or "y"; `show` formats the ticks of a log axis."""
     axes.set(**{f"{which}label": raised(label), f"{which}scale": "log" if log else "linear"})
     one = getattr(axes, f"{which}axis")
     if log:
@@ -145,7 +144,7 @@ def band(axes: Axes, x, low, high, colour: str, label: str = "") -> None:
 def points(
     axes: Axes, x, y, colour, label: str = "", hover: Sequence[str] = (), radius: float = 3.2, shape: str = "o"
 ) -> None:
-    """`colour` is one for all or a list of one for each; `shape` is a marker of matplotlib, or "ring"."""
+    """`colour`: one, or a list of one per point; `shape`: a marker of matplotlib, or "ring"."""
     style = {"color": colour, "linewidths": 1.6, "marker": shape}
     if shape == "ring":
         style = {"facecolors": "white", "edgecolors": colour, "linewidths": 1.6}
@@ -157,7 +156,7 @@ def points(
 
 
 def whiskers(axes: Axes, at, ends: Iterable, colour: str, horizontal: bool = False) -> None:
-    """Intervals (low, high) beside where they are; None or nan: none there."""
+    """Intervals (low, high) at each of `at`; None or nan: none."""
     rows = [(x, *pair) for x, pair in zip(at, ends, strict=True) if pair is not None and np.isfinite(pair).all()]
     if rows:
         (axes.hlines if horizontal else axes.vlines)(*np.transpose(rows), color=colour, linewidth=1.6)
@@ -168,7 +167,7 @@ def note(axes: Axes, place: tuple, text: str, align: str, shift: tuple, xycoords
 
 
 def _name(artist: Artist, names: Sequence[str]) -> None:
-    """On hover each of its marks tells its name, see `svg`."""
+    """`svg` turns these into titles of the marks, shown on hover."""
     artist.set_gid("".join(NAMES + name for name in names))
 
 
@@ -183,8 +182,8 @@ def png(figure: Figure) -> bytes:
 
 
 def svg(figure: Figure, name: str) -> tuple[str, list[str]]:
-    """(a file, each panel as an element of HTML); marks have their names as titles. `name`, different for each figure
-    of a page, makes ids differ. The same figure gives the same text."""
+    """(a file, each panel as an element of HTML), reproducible; marks have their names as titles. `name`, unique on a
+    page, makes ids unique."""
     file, nothing = io.BytesIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": name}, STYLE):
         figure.savefig(file, format="svg", metadata=nothing)
@@ -202,7 +201,7 @@ def svg(figure: Figure, name: str) -> tuple[str, list[str]]:
         if len(names) == len(marks):
             for mark, title in zip(marks, names, strict=True):
                 ET.SubElement(mark, "title").text = title
-    for text in root.iter("text"):  # ordinary digits above the line are read more easily than a font's small ones
+    for text in root.iter("text"):  # raised digits are easier to read than a font's superscripts
         if up := re.fullmatch(f"(.*?)([{SMALL}]+)", text.text or ""):
             text.text, plain = up[1], up[2].translate(str.maketrans(SMALL, PLAIN))
             ET.SubElement(text, "tspan", dy="-4", style="font-size: 0.8em").text = plain
