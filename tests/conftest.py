@@ -234,8 +234,8 @@ def read_laws(folder: Path) -> dict:
 
 
 @pytest.fixture(scope="session")
-def checked_study(tmp_path_factory):
-    """(analysis, outcomes of its checks) of a sweep with curves, whose first run has a name made of markup."""
+def checked(tmp_path_factory):
+    """(analysis, results of its checks) of a sweep with curves, whose first run has markup as its name."""
     from made_up_sweep import sweep, write_sweep
 
     from nanochin.report.analysis import Settings, analyse

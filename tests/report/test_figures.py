@@ -1,10 +1,11 @@
-"""Figures: they show what the fits found, and their files are whole and tell which run a point is."""
+"""Figures: they show what the fits found, and their files are valid and name every run."""
 
 import math
 import re
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
+import matplotlib
 import numpy as np
 import pytest
 from conftest import MARKUP, contrast
@@ -17,10 +18,10 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(scope="module")
-def made(checked_study):
+def made(checked):
     """(analysis, figures)"""
-    analysis, outcomes = checked_study
-    return analysis, figures.draw(analysis, {name: one.found for name, one in outcomes.items()})
+    analysis, results = checked
+    return analysis, figures.draw(analysis, {name: one.found for name, one in results.items()})
 
 
 def labelled(axes, label):
@@ -30,7 +31,7 @@ def labelled(axes, label):
 
 
 def points(axes) -> np.ndarray:
-    """(n, 2) all that are drawn."""
+    """(n, 2) all points."""
     return np.concatenate([one.get_offsets() for one in axes.collections if hasattr(one, "get_offsets")])
 
 
@@ -38,8 +39,8 @@ def points(axes) -> np.ndarray:
 # What is drawn
 
 
-def test_every_figure_is_there_and_has_its_names(made):
-    """All seven; each axes has a title, and labels with units on a scale that fits."""
+def test_every_figure_is_drawn_and_labelled(made):
+    """All seven, with titles and labels."""
     _, drawn = made
     assert [*drawn] == ["curves", "isoflop", "optimum", "surface", "residuals", "hold-out", "certainty"]
     for figure in drawn.values():
@@ -48,8 +49,7 @@ def test_every_figure_is_there_and_has_its_names(made):
 
 
 def test_lines_are_the_law(made):
-    """N, D and D / N of every approach, and of the laws of others, at every budget that is drawn; from the smallest run
-    to a thousand times the largest."""
+    """N, D and D / N of every approach and of published laws, from the smallest run to 1000 times the largest."""
     analysis, drawn = made
     axes = *drawn["optimum"].axes, drawn["surface"].axes[1]
     known = {f"Approach {one.number}": one.law for one in analysis.approaches}
@@ -63,7 +63,7 @@ def test_lines_are_the_law(made):
 
 
 def test_every_run_is_a_point(made):
-    """Of the isoFLOP curves, the surface and the residuals, where its values are; more than 2500 are thinned."""
+    """In the isoFLOP curves, the surface and the residuals, at its values; more than 2500 are thinned."""
     analysis, drawn = made
     runs = np.stack([analysis.N, analysis.L], 1)
     shown = points(drawn["isoflop"].axes[0])
@@ -81,7 +81,7 @@ def test_every_run_is_a_point(made):
 
 
 def test_whiskers_are_of_the_minima(made):
-    """What is drawn at each minimum is its own interval, which holds it."""
+    """At each minimum, the interval of its replicates, which contains it."""
     analysis, drawn = made
     axes, second = drawn["isoflop"].axes[0], analysis.results[2]
     found = [i for i, budget in enumerate(second.fit.budgets) if budget.bracketed]
@@ -93,7 +93,7 @@ def test_whiskers_are_of_the_minima(made):
 
 
 def test_the_band_is_the_interval(made):
-    """At every budget the edges of a band are the 95% interval of the optimum."""
+    """The edges of a band are the 95% interval of the optimum."""
     analysis, drawn = made
     third, axes = analysis.results[3], drawn["optimum"].axes[0]
     C = labelled(axes, "Approach 3").get_xdata()
@@ -105,8 +105,8 @@ def test_the_band_is_the_interval(made):
         assert drawn_there.min() == pytest.approx(ends[0]) and drawn_there.max() == pytest.approx(ends[1])
 
 
-def test_what_the_data_do_not_support_is_left_out(made):
-    """Without Approach 3 the surface is D / N alone; without Approach 2 there are no isoFLOP curves."""
+def test_figures_without_some_approaches(made):
+    """Without Approach 3 the surface is only D / N; without Approach 2 there are no isoFLOP curves."""
     analysis, _ = made
     refused = laws.NotIdentified("as the test says")
     without = replace(analysis, results={**analysis.results, 2: refused, 3: refused})
@@ -116,9 +116,8 @@ def test_what_the_data_do_not_support_is_left_out(made):
 
 
 @pytest.mark.parametrize("alpha, beta", [(0.33, 0.37), (0.44, 0.32), (0.05, 0.6), (0.6, 0.05)])
-def test_names_of_contours_can_be_read(made, alpha, beta):
-    """Contours of the loss, steep or flat, have the law's loss; more than half have their name, where the law has that
-    loss, in the frame, over no run and no other name."""
+def test_labels_of_contours(made, alpha, beta):
+    """Contours have the law's loss; more than half have a label, at that loss, in the frame, over no run or label."""
     law = replace(made[0].results[3].law, alpha=alpha, beta=beta, E=1.0, A=0.5 * 5e5**alpha, B=0.5 * 2e7**beta)
     analysis = replace(made[0], L=law.loss(made[0].N, made[0].D))
     figure, (axes,) = panels.panels(1)
@@ -132,15 +131,15 @@ def test_names_of_contours_can_be_read(made, alpha, beta):
     for text in axes.texts:
         D, N = text.get_position()
         assert float(text.get_text()) == pytest.approx(law.loss(N, D), rel=5e-3)
-        middle, size = axes.transData.transform((D, N)), 12.0  # px from the middle of a name to its end
+        middle, size = axes.transData.transform((D, N)), 12.0  # px from the middle of a label to its end
         assert (axes.bbox.min <= middle - size).all() and (middle + size <= axes.bbox.max).all()
         assert (np.hypot(*(runs - middle).T) > 5).all() and all(np.hypot(*(middle - box)) > size for box in boxes)
         boxes.append(middle)
     assert len(contours.levels) == 9 and len(axes.texts) >= 5
 
 
-def test_budgets_have_different_names():
-    """Budgets that are alike in two digits get as many as tell them apart; round ones keep one."""
+def test_budgets_have_distinct_names():
+    """Budgets equal in two digits get as many as make them distinct."""
     names = figures.distinct_powers(np.array([1e18, 3e18, 1.74e20, 2.21e20]))
     assert names == ["10^18", "3×10^18", "1.7×10^20", "2.2×10^20"]
     assert figures.distinct_powers(np.array([1.741e20, 1.744e20])) == ["1.741×10^20", "1.744×10^20"]
@@ -156,7 +155,7 @@ LINEAR = [(-0.3, 0.7), (1e5, 3e5), (1.4, 1.45)]
 
 @pytest.mark.parametrize("low, high, log", [(*ends, ends in LOG) for ends in LOG + LINEAR])
 def test_ticks(low, high, log):
-    """Any range gets 2 to 9 ticks, whose texts say their values."""
+    """Any range gets 2 to 9 ticks, labelled with their values."""
     figure, (axes,) = panels.panels(1)
     panels.axis(axes, "x", "x", log, (low, high))
     figure.draw_without_rendering()
@@ -177,8 +176,7 @@ def _value(text: str) -> float:
 
 
 def test_svg_files_parse_and_name_every_run(made):
-    """Each is XML of its own that loads nothing; every run is a point with its name on it, and every curve a line;
-    panels together hold what the file holds."""
+    """Each is XML that loads nothing, its panels have all that the file has, and every run and curve has a title."""
     analysis, drawn = made
     titles = {}
     for name, figure in drawn.items():
@@ -200,7 +198,7 @@ def test_svg_files_parse_and_name_every_run(made):
 
 
 def test_odd_marks_are_drawn():
-    """Empty points, gaps in lines, infinite ends: no mark breaks a figure, and names stay with their points."""
+    """Empty points, gaps in lines and infinite ends do not break a figure, and names stay with their points."""
     nan = np.nan
 
     @panels.drawn
@@ -225,7 +223,7 @@ def test_odd_marks_are_drawn():
 
 
 def test_many_points_have_no_names():
-    """Beyond MOST_NAMED they would make the file large."""
+    """Beyond MOST_NAMED names would make the file large."""
     figure, (axes,) = panels.panels(1)
     x = np.arange(1, panels.MOST_NAMED + 2)
     panels.points(axes, x, x, panels.BLUE, hover=[f"run {i}" for i in x])
@@ -233,7 +231,7 @@ def test_many_points_have_no_names():
 
 
 def test_png(made):
-    """In the proportions of the SVG, and not an empty one."""
+    """It has the proportions of the SVG and is not empty."""
     figure = made[1]["optimum"]
     content = panels.png(figure)
     assert content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 30_000
@@ -243,7 +241,7 @@ def test_png(made):
 
 
 def test_legends_hide_nothing_and_stay_inside(made):
-    """Below the axes and inside the panel, in every figure, as matplotlib measures its words."""
+    """Below the axes and inside the panel in every figure, as measured by matplotlib."""
     for name, figure in made[1].items():
         figure.draw_without_rendering()
         for part in figure.subfigs:
@@ -254,15 +252,13 @@ def test_legends_hide_nothing_and_stay_inside(made):
                 assert part.bbox.x0 <= box.x0 and box.x1 <= part.bbox.x1, name
 
 
-def test_our_style_stays_with_us(made):
-    """A notebook's own settings are as they were."""
-    import matplotlib
-
+def test_style_is_local(made):
+    """The settings of a notebook do not change."""
     assert matplotlib.rcParams["svg.hashsalt"] is None and not matplotlib.rcParams["axes.grid"]
 
 
 def test_colours_can_be_seen():
-    """Every colour stands out from white by at least 2 to 1 in luminance as WCAG has it, words by 4.5 to 1."""
+    """WCAG contrast to white is at least 2, of words 4.5."""
     marks = panels.BLUE, panels.ORANGE, panels.GREEN, panels.RED, panels.PURPLE, panels.SKY, panels.GREY
     assert all(contrast(colour, "#ffffff") >= 2 for colour in (*marks, *panels.SCALE))
     assert contrast(panels.INK, "#ffffff") > 10

@@ -1,4 +1,4 @@
-"""The README of a kept sweep: it says what laws.json says."""
+"""The README of a kept sweep: its numbers are those of laws.json."""
 
 import json
 import re
@@ -15,13 +15,13 @@ ROW = RunRow("a", params=2000, tokens=30_000, loss=2.5, flops=4e8, data_sha="d" 
 
 
 def text_of(found: dict | None = None, rows=(ROW,), files=("runs.csv",)) -> str:
-    return readme("some", list(rows), found, set(files), ["python sweep.py some.toml"], "c" * 40 + "-dirty")
+    return readme("some", list(rows), found, set(files), ["python sweep.py some.toml"])
 
 
 def law(**changes) -> dict:
     """What a README reads of laws.json."""
     return {
-        "meta": {"params_convention": "total", "flops_convention": "physical", "git": "c" * 40},
+        "meta": {"params_convention": "total", "flops_convention": "physical", "git": "c" * 40 + "-dirty"},
         "answers": {"approach": 2},
         "approach2": {"a": 0.5, "b": 0.6, "ci": {"a": [0.4, 0.55], "b": [0.5, 0.7]}},
         "approach3": {"a": 0.1, "b": 0.9, "frontier": {"a": 0.2, "b": 0.8, "ci": {"a": [0.1, 0.3], "b": [0.7, 0.9]}}},
@@ -31,23 +31,22 @@ def law(**changes) -> dict:
 
 @pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
 def test_kept_readmes(folder):
-    """Numbers of law and hold-out are those of laws.json to the last digit shown, every link leads somewhere, and the
-    file is what the function makes of the folder now."""
+    """Numbers of law and hold-out are those of laws.json, links lead to files, and the file is what `readme` gives."""
     text, found = (folder / "README.md").read_text(), json.loads((folder / "laws.json").read_text())
     command = next(line for line in text.splitlines() if line.startswith("python sweep.py"))
     best = found[f"approach{found['answers']['approach']}"]
     best = best.get("frontier", best)
     shown = [float(number) for number in re.findall(r"-?\d+\.\d+", next(x for x in text.splitlines() if "C^" in x))]
     ends = best.get("ci") or {}
-    told = [value for name in "ab" for value in (best[name], *ends.get(name, ()))]
-    assert shown == [round(value, 3) for value in told]
+    values = [value for name in "ab" for value in (best[name], *ends.get(name, ()))]
+    assert shown == [round(value, 3) for value in values]
     assert f"{100 * found['checks']['hold_out']['error']:.2f}%" in text and f"- {found['meta']['n_runs']} runs" in text
     assert found["meta"]["data_sha"][:10] in text and found["meta"]["git"][:10] in text
     assert all((folder / link).exists() for link in re.findall(r"\]\(([^)]+)\)", text))
     rows = list(read_csv(folder / "runs.csv").values())
     commands = [command, f"python fit.py results/{folder.name}"]
     files = {path.name for path in folder.iterdir()}
-    assert text == readme(folder.name, rows, found, files, commands, found["meta"]["git"])
+    assert text == readme(folder.name, rows, found, files, commands)
 
 
 def test_the_table_of_all_sweeps():
@@ -62,15 +61,15 @@ def test_the_table_of_all_sweeps():
 
 
 def test_law():
-    """The exponents of the approach that answers, with their intervals where they have some; Approach 3 by the frontier
-    where C is not 6ND."""
+    """The exponents of the approach used for answers, with intervals if there are any; those of the frontier if C is
+    not 6ND."""
     assert "N grows as C^0.500 [0.400, 0.550] and D as C^0.600 [0.500, 0.700] by Approach 2" in text_of(law())
     assert "C^0.200 [0.100, 0.300] and D as C^0.800 [0.700, 0.900]" in text_of(law(answers={"approach": 3}))
     assert "C^0.500 and D as C^0.600 by Approach 2, without" in text_of(law(approach2={"a": 0.5, "b": 0.6}))
 
 
 def test_hold_out():
-    """Off by how much on how many runs, or the reason why it is not known."""
+    """The error and the number of runs, or the reason why there is none."""
     said = text_of(law())
     assert "on the 2 largest runs" in said and "1.20%" in said and "-1.00%" in said and "1 of 2" in said
     assert "too few budgets" in text_of(law(checks={"hold_out": {"reason": "too few budgets"}}))
@@ -78,7 +77,7 @@ def test_hold_out():
 
 
 def test_runs():
-    """Finished runs are counted in the law's conventions; failed ones are mentioned, and may be all."""
+    """Finished runs are counted in the law's conventions; failed ones are counted too."""
     rows = [
         ROW,
         replace(ROW, run="b", params=9_000, tokens=10_000, flops=6e8),
@@ -86,7 +85,7 @@ def test_runs():
     ]
     said = text_of(rows=rows)
     assert "2 runs (1 more failed) of 2 sizes: 2k to 9k parameters, 10k to 30k tokens, 4e8 to 6e8 FLOPs" in said
-    assert "These runs gave no law" in said and "cccccccccc-dirty" in said
+    assert "These runs gave no law" in said and "cccccccccc-dirty" in text_of(law())
     assert "No run was finished (1 more failed)" in text_of(rows=rows[2:])
 
 
@@ -101,13 +100,13 @@ def test_runs():
     ],
 )
 def test_picture(files, shown):
-    """The isoFLOP curves if they are there, else the optimum; PNG before SVG."""
+    """The isoFLOP curves or else the optimum, PNG before SVG."""
     found = re.findall(r"^\[!\[\w+\]\((.*?)\)\]", text_of(files=files), re.MULTILINE)
     assert found == ([shown] if shown else [])
 
 
 def test_folder(tmp_path):
-    """README.md of a folder without a law: its rows, the commands and what there is."""
+    """README.md of a folder without a law."""
     folder = tmp_path / "some"
     folder.mkdir()
     (folder / "runs.csv").write_text("run,status,params,tokens,loss,flops\na,finished,2000,30000,2.5,4e8\n")
