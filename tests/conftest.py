@@ -1,4 +1,4 @@
-"""What the tests of training share: text from a seeded generator, a run of a second, and the command itself."""
+"""What tests share: text from a seeded generator, a run of a second, the commands, made-up sweeps."""
 
 import dataclasses
 import functools
@@ -21,8 +21,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # there are as many processes as cores:
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """What `-n auto` is: a process a core for the whole suite, only this one where files are named or -k chooses; on a
-    GPU as many as its memory holds."""
+    """`-n auto`: a process per core for the whole suite, none if files or -k are given; on a GPU as many as fit in its
+    memory."""
     few = config.option.keyword or any(".py" in arg for arg in config.args)
     cores = min(os.cpu_count() or 1, 10)
     if config.option.markexpr == "gpu":
@@ -30,7 +30,7 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return 0 if few or cores == 1 else cores
 
 
-GPU_TEST_GIB = 17  # the largest tests of kernels hold up to 16, and a process half a GiB for its context
+GPU_TEST_GIB = 17  # up to 16 for the largest kernel tests, half a GiB for the context of a process
 
 
 def gpu_gib() -> float:
@@ -43,10 +43,8 @@ def gpu_gib() -> float:
 
 
 def pseudo_english(size: int, seed: int = 0) -> str:
-    """About `size` characters of sentences over 600 made-up words, the k-th of them with a frequency near 1/k.
-
-    Of the generator only `random()` is used, whose sequence Python promises never to change.
-    """
+    """About `size` characters of sentences over 600 made-up words, the k-th with a frequency near 1/k. Uses only
+    `random()`, whose sequence Python never changes."""
     draw = random.Random(seed).random
     letters = "eeeeetttaaaoooiiinnnssshhrrddlluucmfwygpbvk"
     words = ["".join(letters[int(draw() * len(letters))] for _ in range(1 + int(draw() * 8))) for _ in range(600)]
@@ -59,7 +57,7 @@ def pseudo_english(size: int, seed: int = 0) -> str:
 
 
 def tiny_config(text: Path, cache: Path, out: Path, /, **options) -> Config:
-    """A run of 100 steps of 128 tokens through a model of width 16: less than a second."""
+    """100 steps of 128 tokens of a model of width 16: less than a second."""
     usual = {
         "data": (str(text),), "val_bytes": 4096, "cache": str(cache), "out": str(out), "model": "16x1", "seq_len": 32,
         "tokens": 12_800.0, "batch_tokens": 128, "lr": 0.01, "log_every": 10, "save_every": 0.0, "sample_tokens": 0,
@@ -69,7 +67,7 @@ def tiny_config(text: Path, cache: Path, out: Path, /, **options) -> Config:
 
 
 def arguments(config: Config) -> list[str]:
-    """The command line that says the same as `config`."""
+    """The command line for `config`."""
     argv = []
     for f in dataclasses.fields(config):
         value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
@@ -94,7 +92,7 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def give_back_gpu_memory(request):
-    """Several processes share a GPU, and the largest tests of kernels take up to 16 GiB of it."""
+    """Several processes share a GPU, and the largest kernel tests take up to 16 GiB."""
     yield
     if request.node.get_closest_marker("gpu"):
         import torch
@@ -104,7 +102,7 @@ def give_back_gpu_memory(request):
 
 @contextmanager
 def threads(count: int):
-    import torch  # not for the tests that do without
+    import torch  # not in tests without it
 
     before = torch.get_num_threads()
     torch.set_num_threads(count)
@@ -114,22 +112,21 @@ def threads(count: int):
 
 @pytest.fixture
 def one_thread():
-    """torch on one thread: what is tiny waits for a second one more than it gains, and bits depend on the number."""
+    """torch on one thread: faster for tiny runs, and bits depend on the number."""
     with threads(1):
         yield
 
 
 @pytest.fixture
 def four_threads():
-    """torch believes in four threads, whatever this machine has, for the length of a test."""
+    """torch on four threads, whatever this machine has."""
     with threads(4):
         yield
 
 
 @pytest.fixture
 def tiny(text, cache, tmp_path, one_thread, monkeypatch):
-    """`tiny(seed=1, ...)`: `tiny_config` on `text`, in a folder of runs of the test's own, with no time spent on
-    measuring the peak of this CPU."""
+    """`tiny(seed=1, ...)`: `tiny_config` on `text`, with its own folder of runs; the CPU's peak is not measured."""
     monkeypatch.setattr("train.peak_of", lambda *_: (1e11, "as the test says"))
     return functools.partial(tiny_config, text, cache, tmp_path / "runs")
 
@@ -151,7 +148,7 @@ def main(monkeypatch):
 
 @pytest.fixture
 def refusal(main, capsys):
-    """`refusal("--lr=0", ...)`: the one line on stderr with which train.py refuses, its exit code being `code`."""
+    """`refusal("--lr=0", ...)`: train.py's error, one line on stderr, with exit code `code`."""
 
     def run(*argv: str, code: int = 2) -> str:
         capsys.readouterr()
@@ -182,7 +179,7 @@ MARKUP = '<script>"&evil</script>'  # the name of a run
 
 
 def unchecked(analysis, progress=None):
-    """`nanochin.report.checks.run_checks` without what fits again."""
+    """`nanochin.report.checks.run_checks` without those that refit."""
     from nanochin.report.checks import CHECKS, CheckResult
 
     return {check.name: CheckResult("not checked") if check.refits else check(analysis) for check in CHECKS}
@@ -190,9 +187,8 @@ def unchecked(analysis, progress=None):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """`run(path, "--drop=5", code=0)`: fit.py in this process -> what it printed (to stderr, if it refused). Checks are
-    made once for the same rows and settings: what is written is of interest here, not how often; with `checks=False`
-    they are left out, some fifty fits that a test of something else can do without."""
+    """`run(path, "--drop=5", code=0)`: fit.py in this process -> its output, or its error if `code`. Checks run once
+    for the same rows and settings; with `checks=False` those that refit, some fifty fits, do not run."""
     import fit
     from nanochin.base.cli import run_command
     from nanochin.report import checks as of_checks
@@ -203,7 +199,7 @@ def run(monkeypatch, capsys):
             REMEMBERED[key] = of_checks.run_checks(analysis)
         return REMEMBERED[key]
 
-    monkeypatch.setattr(of_checks, "SENSITIVITY", 20)  # what they are is tested with the laws
+    monkeypatch.setattr(of_checks, "SENSITIVITY", 20)  # tested with the laws
 
     def command(*argv, code: int = 0, checks: bool = True) -> str:
         monkeypatch.setattr(fit, "run_checks", remember if checks else unchecked)
@@ -253,7 +249,7 @@ def checked(tmp_path_factory):
 
 
 def contrast(colour: str, paper: str) -> float:
-    """Of two colours such as #57606a, as WCAG has it: 1 for equal ones, 21 for black on white."""
+    """WCAG contrast of two colours such as #57606a: 1 for equal ones, 21 for black on white."""
 
     def luminance(colour: str) -> float:
         parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]

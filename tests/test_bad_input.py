@@ -36,7 +36,7 @@ from conftest import arguments, pseudo_english
     ],
 )
 def test_bad_input_is_one_line(tiny, tmp_path, options, said, refusal):
-    """Each error is one line that names option and value, exit code 2, and makes no run folder."""
+    """One line that names option and value, exit code 2, no run folder."""
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()
     (tmp_path / "word.txt").write_text("x")
@@ -49,14 +49,14 @@ def test_bad_input_is_one_line(tiny, tmp_path, options, said, refusal):
 
 
 def test_a_model_that_does_not_fit(tiny, refusal):
-    """Also one line, before a folder exists; exit code 1, so that a sweep continues."""
+    """One line before a folder exists; exit code 1, so that a sweep continues."""
     config = tiny(model="200000x100")
     assert "choose a smaller --model" in refusal(*arguments(config), code=1)
     assert not Path(config.out).exists()
 
 
 def test_folder_of_another_run(tiny, main, refusal):
-    """A run with other options and the same name is rejected, naming the first different option."""
+    """A run with the same name and other options: the error names the first different option."""
     assert main(*arguments(tiny(name="run"))) == 0
     folder = Path(tiny().out) / "run"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -66,7 +66,7 @@ def test_folder_of_another_run(tiny, main, refusal):
 
 
 def test_bad_input_to_the_commands(tiny, command, main):
-    """sample and evaluate report in one line a missing run, or a run whose checkpoint is broken."""
+    """A missing run, and a run with a corrupted checkpoint."""
     assert main(*arguments(tiny(name="run"))) == 0
     folder = Path(tiny().out) / "run"
     weights = folder / "checkpoints" / "step-100" / "model.safetensors"
@@ -80,7 +80,7 @@ def test_bad_input_to_the_commands(tiny, command, main):
 
 
 def test_output_that_is_not_utf8(tiny, monkeypatch, main):
-    """Characters of a sample that the encoding of stdout lacks are replaced."""
+    """Characters that stdout cannot encode are replaced."""
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     monkeypatch.setattr("nanochin.data.tokenizer.Tokenizer.decode", lambda *_: "caf\u00e9")
     assert main(*arguments(tiny(sample_tokens=1))) == 0

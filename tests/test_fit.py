@@ -1,10 +1,11 @@
-"""The command: the law that made a sweep comes back from it, and what it cannot use is refused."""
+"""The command: it recovers the law that made a sweep, and refuses what it cannot use."""
 
 import hashlib
 import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from nanochin.base.console import count
 from nanochin.report import analysis as analysis_module
 from nanochin.report import checks as checks_module
 from nanochin.report.allocate import Questions, answer, optimum
-from nanochin.report.analysis import Approach, Settings, analyse
+from nanochin.report.analysis import Analysis, Approach, Settings, analyse, silent
 from nanochin.report.checks import run_checks
 from nanochin.report.table import best_tuning, read_rows
 from nanochin.run.curves import CURVES, log_points, to_csv_gz
@@ -31,8 +32,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def few_resamples_of_refits(monkeypatch):
-    """What they are is tested with the laws."""
+    """Their values are tested with the laws."""
     monkeypatch.setattr(checks_module, "SENSITIVITY", 20)
+
+
+def analysis_of(rows: list[dict], progress=silent, **settings) -> Analysis:
+    """Of a made-up sweep, without curves; `bootstrap` is 0 by default."""
+    with tempfile.TemporaryDirectory() as folder:
+        table = best_tuning(read_rows(write_sweep(Path(folder), rows, curves=False)))
+    return analyse(table, settings=Settings(**{"bootstrap": 0} | settings), progress=progress)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -40,8 +48,8 @@ def few_resamples_of_refits(monkeypatch):
 
 
 def test_the_law_of_a_noise_free_sweep_comes_back(run, tmp_path):
-    """Approach 3 returns the constants that made the losses, and `load_law` (as train.py --law reads it) plans by
-    them: least loss at a budget among 20,001 sizes that were tried."""
+    """Approach 3 finds the constants that made the losses, and the optimum by `load_law`, which train.py --law uses, is
+    the best of 20,001 sizes."""
     write_sweep(tmp_path, sweep(noise=0), curves=False)
     run(tmp_path, *QUICK, checks=False)
     found = read(tmp_path / "fit")["approach3"]
@@ -53,8 +61,7 @@ def test_the_law_of_a_noise_free_sweep_comes_back(run, tmp_path):
 
 
 def test_every_approach_comes_near_the_law(run, made_up, tmp_path):
-    """With 0.3% of noise all three exponents are near beta / (alpha + beta), in their own intervals; laws.json holds
-    what design promises."""
+    """With 0.3% of noise all three exponents are near beta / (alpha + beta)."""
     out = run(made_up, "--bootstrap=400", "--figures=none", "--out", tmp_path, checks=False)
     a, found = LAW["beta"] / (LAW["alpha"] + LAW["beta"]), read(tmp_path)
     for number, far in ((1, 0.08), (2, 0.04), (3, 0.03)):
@@ -69,8 +76,8 @@ def test_every_approach_comes_near_the_law(run, made_up, tmp_path):
 
 
 def test_the_optimum_is_that_of_the_flops_that_are_spent(run, tmp_path):
-    """Of a sweep whose tokens cost 6 N (1 + 0.6 (1e5/N)^0.3) what is advised for a budget is the best of 20,001 sizes
-    that spend it, where Eq. 4 is a tenth off; both exponents are told."""
+    """If a token costs 6 N (1 + 0.6 (1e5/N)^0.3), the optimum of a budget is the best of 20,001 sizes that spend it;
+    Eq. 4 is a tenth off. Both exponents are shown."""
     write_sweep(tmp_path, sweep(noise=0, physical=0.6), curves=False)
     out, N = run(tmp_path, *QUICK, "--budget", "1e12", "6.4e13", checks=False), np.geomspace(1e3, 1e9, 20_001)
     found, best = read(tmp_path / "fit")["approach3"], []
@@ -85,9 +92,8 @@ def test_the_optimum_is_that_of_the_flops_that_are_spent(run, tmp_path):
 
 
 def test_answers_by_hand():
-    """What a loss costs, what serving changes and what little text changes, by trying 20,001 sizes with the law that
-    made the sweep."""
-    best = analyse(_as_rows(sweep(noise=0)), settings=Settings(bootstrap=0)).best
+    """The cost of a loss, the optimum with inference and the optimum with limited text, by trying 20,001 sizes."""
+    best = analysis_of(sweep(noise=0)).best
     C, served = 3e13, 4e10
     found = answer(best, Questions((C,), target_loss=loss(*optimal(C)), inference_tokens=served, unique_tokens=1e20))
     assert found.to_reach[0].found["least_flops"].value == pytest.approx(C, rel=1e-5)
@@ -104,8 +110,8 @@ def test_answers_by_hand():
 
 
 def test_answers_on_the_terminal_and_in_the_file(run, made_up, tmp_path):
-    """Every question is answered on the terminal and in laws.json by the same numbers; both intervals hold the value,
-    the wider one the narrower; a loss below E says why there is no answer."""
+    """The same numbers on the terminal and in laws.json; the 95% interval contains the 80% one and the value; a loss
+    below E gets a reason."""
     asked = ("--budget", "1e13", "1e14", "--target-loss=1.4", "--inference-tokens=1e9", "--unique-tokens=1e6")
     out = run(made_up, *QUICK, *asked, "--out", tmp_path)
     found = read(tmp_path)
@@ -127,7 +133,7 @@ def test_answers_on_the_terminal_and_in_the_file(run, made_up, tmp_path):
 
 
 def test_checks_stand_in_the_file(run, made_up, tmp_path):
-    """All of them, with intervals and in numbers that JSON knows; those that could not be made say why."""
+    """All of them, with intervals; those that could not be run have a reason."""
     run(made_up, *QUICK, "--out", tmp_path)
     found, second = read(tmp_path)["checks"], read(tmp_path)["approach2"]
     assert found["runs"] == 28 and set(found["counts"]) == {"total", "non_embedding", "with_head"}
@@ -142,8 +148,8 @@ def test_checks_stand_in_the_file(run, made_up, tmp_path):
             assert one["a_ci"][0] < one["a"] < one["a_ci"][1]
     assert "has 0, tried at" in found["kaplan_procedure"]["reason"] and found["kaplan_form"]["alpha_N"] > 0
     assert all(one["ci"]["share"] > 0.5 for one in second["budgets"] if one["bracketed"])
-    (tmp_path / "few.csv").write_text("params,tokens,loss\n" + "\n".join(
-        f"{row['params']},{row['tokens']},{row['loss']!r}" for row in sweep(noise=0.003)))  # fmt: skip
+    lines = [f"{row['params']},{row['tokens']},{row['loss']!r}" for row in sweep(noise=0.003)]
+    (tmp_path / "few.csv").write_text("\n".join(["params,tokens,loss", *lines]))
     out = run(tmp_path / "few.csv", *QUICK)
     reason = read(tmp_path / "fit-few")["checks"]["kaplan_procedure"]["reason"]
     assert "params_non_embedding" in reason and f"? Kaplan's procedure could not be checked: {reason}" in out
@@ -151,20 +157,19 @@ def test_checks_stand_in_the_file(run, made_up, tmp_path):
 
 
 def test_narrow_clusters_are_no_budgets():
-    """A cluster of C within which sizes span a factor of 3 is named, with the exponent that is left without it."""
+    """A cluster of C whose sizes span a factor of 3 is a doubt, with the exponent without it."""
     rows = sweep(noise=0.001)
     for row in rows:
         del row["budget"]
     narrow = [row for row in rows[21:] if 0.5 < row["params"] / rows[24]["params"] < 2]
-    analysis = analyse(_as_rows(rows[:21] + narrow), settings=Settings(bootstrap=0))
+    analysis = analysis_of(rows[:21] + narrow)
     found = run_checks(analysis)["budgets"]
     without = analysis.results[2].fit.without(analysis.results[2].fit.budgets[-1:]).a
     assert found.status == "doubt" and f"of {len(narrow)} runs); without these a is {without:.3f}." in found.sentence
 
 
 def test_every_approach_has_both_intervals(run, made_up, tmp_path):
-    """80% and 95% of every constant of all three, how they were resampled and verified; `load_law` reads such a file,
-    and one that has none of it."""
+    """80% and 95% of every constant of all three, and how they were resampled; `load_law` also reads files without."""
     run(made_up, *QUICK, "--out", tmp_path)
     found = read(tmp_path)
     names = {1: {"a", "b", "k_N", "k_D"}, 2: {"a", "b", "k_N", "k_D"}, 3: {*LAW, "a", "b", "G"}}
@@ -175,8 +180,10 @@ def test_every_approach_has_both_intervals(run, made_up, tmp_path):
         assert one["bootstrap"]["replicates"] == 100 and one["bootstrap"]["units"] == 28
     assert found["approach3"]["bootstrap"]["verified"] == 100 - found["approach3"]["bootstrap"]["failed"]
     assert found["approach2"]["ci"]["a"] == found["approach2"]["a_ci"]
-    old = {key: {k: v for k, v in found[key].items() if k not in ("ci", "ci80", "bootstrap", "optima")}
-           for key in ("approach1", "approach2", "approach3")}  # fmt: skip
+    old = {f"approach{number}": dict(found[f"approach{number}"]) for number in names}
+    for one in old.values():
+        for key in ("ci", "ci80", "bootstrap", "optima"):
+            del one[key]
     (tmp_path / "old.json").write_text(json.dumps(old | {"meta": found["meta"]}))
     for number in names:
         both = [laws.load_law(tmp_path / name, number).optimal(1e13) for name in ("laws.json", "old.json")]
@@ -184,27 +191,26 @@ def test_every_approach_has_both_intervals(run, made_up, tmp_path):
 
 
 def test_many_rows_have_fewer_resamples(run, made_up, tmp_path, monkeypatch):
-    """Beyond WORK the resamples are fewer, which is said first and among the findings; --bootstrap insists; progress is
-    told."""
+    """Beyond WORK, unless --bootstrap is given; a note says so first and among the findings. Progress is called."""
     monkeypatch.setattr(analysis_module, "WORK", 28 * 300)
-    monkeypatch.setattr(fit, "MOMENTS", 0)
+    monkeypatch.setattr(fit, "QUICK", 0)
     out = run(made_up, "--figures=none", "--out", tmp_path, checks=False)
     assert out.startswith("28 rows: 300 resamples instead of 4000")
     assert out.count("300 resamples instead of 4000") == 2 and read(tmp_path)["meta"]["bootstrap"] == 300
     assert "instead of" not in run(made_up, "--bootstrap=310", "--figures=none", "--out", tmp_path, checks=False)
     stages = []
-    analyse(_as_rows(sweep()), settings=Settings(bootstrap=50), progress=lambda *told: stages.append(told))
+    analysis_of(sweep(), lambda *stage: stages.append(stage), bootstrap=50)
     assert ("resampling for approach 3", 50, 50) in stages and ("resampling for approach 2", 50, 50) in stages
 
 
-def test_the_column_flops_of_others_is_called_so(run, tmp_path):
-    """FLOPs beside which no other count stands are those of somebody else: titles say so. A sweep of our own, or
-    --flops=physical, says physical; a plan reads either."""
+def test_name_of_the_flops(run, tmp_path):
+    """A column flops without our other counts may have any convention: titles say so. In our own sweeps, or with
+    --flops=physical, it is physical; `load_law` reads either."""
     ours, theirs = sweep(physical=0.5), sweep(physical=0.5)
     for row in theirs:
         del row["flops_6nd"]
-    for rows, name, option in ((ours, "physical", ()), (theirs, "as in the column flops", ()),
-                               (theirs, "physical", ("--flops=physical",))):  # fmt: skip
+    unnamed, given = "as in the column flops", ("--flops=physical",)
+    for rows, name, option in ((ours, "physical", ()), (theirs, unnamed, ()), (theirs, "physical", given)):
         folder = write_sweep(tmp_path / f"{len(rows[0])}", rows, curves=False)
         out = run(folder, *QUICK, *option, checks=False)
         assert f"(N total, C {name})" in out and f"C {name}" in (folder / "fit" / "report.html").read_text()
@@ -213,8 +219,7 @@ def test_the_column_flops_of_others_is_called_so(run, tmp_path):
 
 
 def test_a_blank_among_flops(run, tmp_path):
-    """One blank does not change how all are counted: it is refused by its line, and nothing is written; --skip-bad
-    leaves the row out and --flops=6nd needs no such column."""
+    """One blank is an error that names its line; --skip-bad leaves the row out, --flops=6nd ignores the column."""
     rows = sweep(physical=0.5)
     rows[4]["flops"] = ""
     write_sweep(tmp_path, rows, curves=False)
@@ -225,22 +230,21 @@ def test_a_blank_among_flops(run, tmp_path):
     assert "28 runs" in run(tmp_path, *QUICK, "--flops=6nd", checks=False)
 
 
-def test_rows_that_repeat_runs_drawn_one_by_one():
-    """--cluster=row where rows share runs is a doubt among the findings; where every row is its own run it is none."""
+def test_rows_of_one_run_resampled_separately():
+    """--cluster=row is a doubt if rows share runs."""
     rows = sweep(noise=0.002)
     for i, row in enumerate(rows):
         row["run"] = f"run {i // 2}"
     for named, doubted in ((rows, True), (sweep(noise=0.002), False)):
-        analysis = analyse(_as_rows(named), settings=Settings(bootstrap=20, cluster="row"))
+        analysis = analysis_of(named, bootstrap=20, cluster="row")
         found = unchecked(analysis)["independence"]
         assert (found.status == "doubt") is doubted and ("28 rows belong to 14 runs" in found.sentence) is doubted
 
 
 def test_approach_2_can_answer_alone(tmp_path, run):
-    """With E far above what the losses allow Approach 3 is refused, with its reason in laws.json and on the terminal;
-    the budgets still answer, and load_law says why it cannot."""
+    """Approach 3 is not identified: the reason is in laws.json and on the terminal, and Approach 2 answers."""
     rows = sweep(noise=0)
-    for row in rows:  # parabolas in log N, and nothing that a power law could explain
+    for row in rows:  # parabolas in log N, not explained by a power law
         N, _ = optimal(row["budget"])
         row["loss"] = 3 + 0.05 * np.log(row["params"] / N) ** 2 + 0.01 * np.log(row["budget"] / 1e12)
     write_sweep(tmp_path, rows, curves=False)
@@ -254,7 +258,7 @@ def test_approach_2_can_answer_alone(tmp_path, run):
 
 
 def test_without_bootstrap(run, made_up, tmp_path):
-    """--bootstrap=0 gives the same law, no interval anywhere and a report."""
+    """--bootstrap=0 gives no interval anywhere."""
     out = run(made_up, "--bootstrap=0", "--figures=none", "--out", tmp_path)
     assert "[" not in out.split("starts end")[0] and "interval" not in out
     assert "ci" not in read(tmp_path)["approach3"] or not read(tmp_path)["approach3"]["ci"]
@@ -262,14 +266,16 @@ def test_without_bootstrap(run, made_up, tmp_path):
 
 
 def test_curves_come_from_logs_or_from_a_table(run, made_up, tmp_path):
-    """The curves of a folder's logs, in a CSV and in a curves.csv.gz, named or beside the runs, give one Approach 1;
-    without curves there is none, and that is no reason to refuse."""
+    """Logs, a CSV, and a curves.csv.gz, named or beside the runs, give the same Approach 1. laws.json and the report
+    have the SHA-256 of the curves. Without curves there is no Approach 1."""
     lines, points = ["run,params,tokens,loss"], {}
     for row in sweep(physical=0.5):
         for line in (made_up / "runs" / row["run"] / "log.jsonl").read_text().splitlines()[:-1]:
             moment = json.loads(line)
             lines.append(f"{row['run']},{row['params']},{moment['tokens']},{moment['loss']!r}")
         points[row["run"]] = log_points(made_up / "runs" / row["run"])
+    names = [line.split(",")[0] for line in (made_up / "runs.csv").read_text().splitlines()[1:]]
+    logs = b"".join((made_up / "runs" / name / "log.jsonl").read_bytes() for name in names)
     (tmp_path / "curves.csv").write_text("\n".join(lines))
     shutil.copy(made_up / "runs.csv", tmp_path / "alone.csv")
     run(made_up, *QUICK, "--out", tmp_path / "logs", checks=False)
@@ -280,17 +286,20 @@ def test_curves_come_from_logs_or_from_a_table(run, made_up, tmp_path):
     (tmp_path / CURVES).unlink()
     run(tmp_path / "alone.csv", *QUICK, checks=False)
     from_logs, from_table = (read(tmp_path / name) for name in ("logs", "table"))
+    sha256 = from_logs["meta"]["curves_sha256"]
+    assert sha256 == hashlib.sha256(logs).hexdigest() and sha256 in (tmp_path / "logs" / "report.html").read_text()
     assert from_logs["approach1"]["a"] == pytest.approx(from_table["approach1"]["a"], rel=1e-9)
     for name in ("file", "beside"):
         found = read(tmp_path / name)
         assert {**found, "meta": None} == {**from_logs, "meta": None}
         assert found["meta"]["curves_sha256"] == hashlib.sha256(to_csv_gz(points)).hexdigest()
     alone = read(tmp_path / "fit-alone")
-    assert alone["approach1"] is None and "curves" in alone["meta"]["reasons"]["approach1"]
+    assert alone["approach1"] is alone["meta"]["curves_sha256"] is None
+    assert "curves" in alone["meta"]["reasons"]["approach1"]
 
 
 def test_curves_are_of_runs_and_of_numbers(run, made_up, tmp_path):
-    """A run has one curve however many rows it has, and points of a log that are no loss are left out."""
+    """A run with several rows has one curve; points without a loss are left out."""
     clean = write_sweep(tmp_path / "clean", sweep(physical=0.5))
     log = sorted((clean / "runs").glob("*/log.jsonl"))[5]
     log.write_text('{"step": 1, "tokens": 900, "loss": NaN}\n{"step": 1, "tokens": 9, "loss": "x"}\n' + log.read_text())
@@ -302,41 +311,41 @@ def test_curves_are_of_runs_and_of_numbers(run, made_up, tmp_path):
     assert other["n_curves"] == one["n_curves"] and other["a_ci"] == one["a_ci"]
 
 
-def test_a_run_without_a_name_is_one_of_its_own():
-    """Blank names do not make one run of many rows."""
+def test_runs_without_a_name_are_separate():
+    """Rows with a blank name are not one run."""
     rows = sweep(noise=0.002)
     for row in rows[::2]:
         row["run"] = ""
-    assert len(set(analyse(_as_rows(rows), settings=Settings(bootstrap=0)).unit)) == len(rows)
+    assert len(set(analysis_of(rows).unit)) == len(rows)
 
 
-def test_6nd_counts_all_parameters(run, made_up, tmp_path):
-    """--params non_embedding --flops 6nd is the column flops_6nd, by hand 6 x params x tokens."""
-    analysis = analyse(_as_rows(sweep()), settings=Settings(params="non_embedding", flops="6nd", bootstrap=0))
+def test_6nd_counts_all_parameters():
+    """C by `flops` 6nd is 6 x total parameters x tokens, whatever N counts."""
+    analysis = analysis_of(sweep(), params="non_embedding", flops="6nd")
     np.testing.assert_allclose(analysis.C, [row["flops_6nd"] for row in sweep()], rtol=1e-12)
 
 
-def test_no_interval_without_its_reason(run, made_up, tmp_path, monkeypatch):
-    """An approach whose bootstrap is refused says why."""
+def test_no_interval_without_its_reason(monkeypatch):
+    """An approach whose bootstrap fails says why."""
 
     def refused(fit, **_):
         raise laws.NotIdentified("bootstrap: as the test says")
 
     monkeypatch.setattr(laws, "bootstrap", refused)
-    out = run(made_up, *QUICK, "--seed=5", "--out", tmp_path)
-    assert "! Approach 3 has no intervals: bootstrap: as the test says." in out
+    found = unchecked(analysis_of(sweep(), bootstrap=50))["intervals_3"]
+    assert (found.status, found.sentence) == ("doubt", "Approach 3 has no intervals: bootstrap: as the test says.")
 
 
 def test_figures_of_very_large_runs(run, tmp_path):
-    """Beyond 1e25 FLOPs, and beyond int64, the figures go on to the right."""
+    """Beyond 1e25 FLOPs, and counts beyond int64."""
     scale = {"params": 10**13, "tokens": 10**13, "flops": 1e26, "flops_6nd": 10**26, "budget": 1e26}
     big = [row | {name: row[name] * factor for name, factor in scale.items()} for row in sweep()]
     write_sweep(tmp_path, big, curves=False)
-    assert "6 figures in SVG" in run(tmp_path, "--bootstrap=0", "--figures=svg")
+    assert "5 figures in SVG" in run(tmp_path, "--bootstrap=0", "--figures=svg", checks=False)
 
 
 def test_every_count_of_parameters(run, made_up, tmp_path):
-    """--params chooses the column and laws.json says so; a convention that the rows lack is refused."""
+    """--params chooses the column; a missing one is an error."""
     run(made_up, *QUICK, "--params=non_embedding", "--out", tmp_path / "a", checks=False)
     run(made_up, *QUICK, "--out", tmp_path / "b", checks=False)
     few, all_ = (read(tmp_path / name)["approach3"] for name in "ab")
@@ -347,7 +356,7 @@ def test_every_count_of_parameters(run, made_up, tmp_path):
 
 
 def test_tunings_drops_and_bad_lines_are_counted(run, tmp_path):
-    """What is left out is said on the terminal and in laws.json, by reason."""
+    """What is left out is counted by reason on the terminal and in laws.json."""
     rows = sweep(noise=0)
     rows += [{**row, "lr": 0.02, "loss": row["loss"] + 0.1} for row in rows[:4]]
     rows.append({**rows[0], "status": "failed", "loss": ""})
@@ -362,26 +371,18 @@ def test_tunings_drops_and_bad_lines_are_counted(run, tmp_path):
 
 
 def test_resampling_knows_trunks():
-    """Cooldowns of one trunk are resampled together; other runs each by itself; --cluster=row by row."""
+    """Cooldowns of one trunk are resampled together, other runs separately; --cluster=row resamples rows."""
     rows = sweep(noise=0.002)
     for i, row in enumerate(rows):
         row["trunk"] = rows[0]["run"] if 0 < i < 5 else ""
-    analysis = analyse(_as_rows(rows), settings=Settings(bootstrap=50))
+    analysis = analysis_of(rows, bootstrap=50)
     assert len(set(analysis.unit)) == 28 - 4 and len(set(analysis.unit[:5])) == 1
-    assert analyse(_as_rows(rows), settings=Settings(bootstrap=0, cluster="row")).unit is None
-
-
-def _as_rows(rows, tmp=None):
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        return best_tuning(read_rows(write_sweep(Path(folder), rows, curves=False)))
+    assert analysis_of(rows, cluster="row").unit is None
 
 
 def test_checks_of_a_clean_sweep():
-    """Without noise the held-out budgets are predicted exactly, and no check raises a doubt that there is none for."""
-    rows = _as_rows(sweep(noise=0))
-    analysis = analyse(rows, settings=Settings(bootstrap=0))
+    """Without noise the held-out budgets are predicted exactly."""
+    analysis = analysis_of(sweep(noise=0))
     held = run_checks(analysis)["hold_out"].found
     assert len(held.rows) == 7 and held.error < 1e-7
     np.testing.assert_allclose(held.predicted, analysis.L[held.rows], rtol=1e-6)
@@ -404,7 +405,7 @@ def test_checks_of_a_clean_sweep():
      (("missing.csv", "--budget=abc"), "--budget"), (("missing.csv", "--params=all"), "--params")],
 )  # fmt: skip
 def test_bad_options(run, tmp_path, monkeypatch, argv, says):
-    """One line that names the option or the file, exit code 2, and no folder."""
+    """One line that names the option or file, exit code 2, nothing written."""
     monkeypatch.chdir(tmp_path)
     assert says in run(*argv, code=2)
     assert not list(tmp_path.iterdir())
@@ -412,14 +413,13 @@ def test_bad_options(run, tmp_path, monkeypatch, argv, says):
 
 @pytest.mark.parametrize("option, says", [("--fixed-e=9", "must be below every loss"), ("--bootstrap=3", "too few")])
 def test_options_that_the_runs_contradict(run, made_up, tmp_path, option, says):
-    """An E above the lowest loss and a bootstrap of three are refused before anything is written."""
+    """E above the lowest loss and a bootstrap of three; nothing is written."""
     assert says in run(made_up, "--figures=none", option, "--out", tmp_path / "out", code=2)
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_curves(run, made_up, tmp_path):
-    """A table of curves without the column run, a damaged curves.csv.gz and one of other runs are refused, and by their
-    own names; in a folder too."""
+    """Curves without a column run, a damaged curves.csv.gz and one of other runs: an error that names the file."""
     (tmp_path / "curves.csv").write_text("params,tokens,loss\n1,2,3\n")
     (tmp_path / "others.gz").write_bytes(to_csv_gz({"other": [{"step": 1, "tokens": 5, "loss": 3.0}]}))
     (tmp_path / CURVES).write_bytes((tmp_path / "others.gz").read_bytes()[:-9])
@@ -431,8 +431,7 @@ def test_bad_curves(run, made_up, tmp_path):
 
 
 def test_runs_without_any_law(run, tmp_path):
-    """Losses that rise with size and data make no law: one line with the reason of every approach, exit code 2,
-    nothing written."""
+    """Losses that rise with size and data: one line with the reason of every approach, nothing written."""
     grid = [(10 ** (3 + i % 5), 10 ** (6 + i // 5)) for i in range(20)]
     lines = [f"{N},{D},{2 + 0.5 * np.log10(N) - 0.02 * np.log10(N) ** 2 + 0.1 * np.log10(D)}" for N, D in grid]
     (tmp_path / "runs.csv").write_text("params,tokens,loss\n" + "\n".join(lines))
@@ -442,14 +441,13 @@ def test_runs_without_any_law(run, tmp_path):
 
 
 def test_runs_of_pure_noise(run, tmp_path):
-    """Losses that depend on nothing are refused, where a fit would have answered up to a hundred times the largest
-    run; where sizes count for less than the noise, the first finding is that nothing is known of them."""
+    """Losses that depend on nothing are refused; losses that depend only on data are a doubt, the first finding."""
     N, D = (grid.ravel() for grid in np.meshgrid([1e6, 3e6, 1e7, 3e7, 1e8], [1e9, 3e9, 1e10, 3e10], indexing="ij"))
     noise = np.exp(0.01 * np.random.default_rng(3).normal(size=20))
     for name, losses in (("noise", 3 * noise), ("data", (2 + 100 / D**0.2 + 0.03 * (N / 1e6) ** -0.5) * noise)):
-        np.savetxt(tmp_path / f"{name}.csv", np.stack([N, D, losses], 1), delimiter=",", header="params,tokens,loss",
-                   comments="")  # fmt: skip
-    assert "they tell no law" in run(tmp_path / "noise.csv", *QUICK, code=2)
+        lines = [f"{n!r},{d!r},{loss!r}" for n, d, loss in zip(N.tolist(), D.tolist(), losses.tolist(), strict=True)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["params,tokens,loss", *lines]))
+    assert "does not depend significantly" in run(tmp_path / "noise.csv", *QUICK, code=2)
     assert not (tmp_path / "fit-noise").exists()
     analysis = analyse(read_rows(tmp_path / "data.csv"), settings=Settings(bootstrap=0))
     first = next(iter(run_checks(analysis).values()))
@@ -457,47 +455,33 @@ def test_runs_of_pure_noise(run, tmp_path):
 
 
 @pytest.mark.parametrize("bent", [False, True])
-def test_an_e_that_the_ends_make_is_a_doubt(bent):
-    """Where the sizes at the ends of the isoFLOP curves are worse than the law allows, E is theirs, and it is said."""
+def test_an_e_driven_by_the_ends_is_a_doubt(bent):
+    """If the losses at the ends of the isoFLOP curves are above the law, they drive E."""
     rows = sweep(noise=0.001)
     for row in rows:
         off = abs(np.log(row["params"] / optimal(row["budget"])[0]))
         row["loss"] *= 1 + 0.04 * bent * max(0, off - np.log(2))
-    analysis = analyse(_as_rows(rows), settings=Settings(bootstrap=100))
-    found = run_checks(analysis)["near_minimum"]
+    analysis = analysis_of(rows, bootstrap=100)
+    found = checks_module.near_minimum(analysis)
     assert (found.status == "doubt") is bent and ("is driven by models far" in found.sentence) is bent
     assert [one["change"] for one in found.json] == ["within 4 times", "within 2.7 times", "within 2 times"]
 
 
-def test_copies_of_rows_are_noticed():
-    """Rows that are there twice are counted among the doubts if no column names the runs; with one they are drawn
-    together, which another finding says."""
+def test_copies_of_rows_are_a_doubt():
+    """Unless a column names the runs, so that they are resampled together."""
     rows = sweep(noise=0.002)
     for named in (True, False):
         table = [dict(row) for row in [*rows, *rows[:5]]]
         for row in table if not named else ():
             del row["run"]
-        analysis = analyse(_as_rows(table), settings=Settings(bootstrap=20))
+        analysis = analysis_of(table, bootstrap=20)
         found = unchecked(analysis)["independence"]
         assert found.sentence == "" if named else found.sentence.startswith("5 rows are identical")
         assert found.status == ("ok" if named else "doubt")
 
 
-def test_the_curves_are_named_by_their_hash(run, made_up, tmp_path):
-    """laws.json and the report have the SHA-256 of the logs, one after the other in the order of the rows; of a table
-    of curves that of the file; nothing where there are no curves."""
-    rows = [line.split(",")[0] for line in (made_up / "runs.csv").read_text().splitlines()[1:]]
-    logs = b"".join((made_up / "runs" / name / "log.jsonl").read_bytes() for name in rows)
-    run(made_up, *QUICK, "--out", tmp_path, checks=False)
-    sha = hashlib.sha256(logs).hexdigest()
-    assert read(tmp_path)["meta"]["curves_sha256"] == sha and sha in (tmp_path / "report.html").read_text()
-    shutil.copy(made_up / "runs.csv", tmp_path / "alone.csv")
-    run(tmp_path / "alone.csv", *QUICK, "--out", tmp_path, checks=False)
-    assert read(tmp_path)["meta"]["curves_sha256"] is None
-
-
 def test_help_loads_no_heavy_library():
-    """`fit.py --help` needs neither torch nor what the fits and figures use."""
+    """`fit.py --help` loads neither torch nor scipy, matplotlib or jinja2."""
     code = (
         "import atexit, sys, fit; sys.argv = ['fit.py', '--help']; atexit.register(lambda: print("
         "sorted({'torch', 'scipy', 'matplotlib', 'jinja2', 'pandas'} & sys.modules.keys()))); fit.main()"
@@ -507,9 +491,9 @@ def test_help_loads_no_heavy_library():
 
 
 def test_torch_is_not_imported(made_up, tmp_path):
-    """The whole command, figures and report included, does without torch, pandas and pyplot."""
+    """The whole command, with figures and report, does not load torch, pandas or pyplot."""
     code = (
-        "import sys, fit; sys.argv[0] = 'fit.py'; fit.main(); "
+        "import sys, fit; from nanochin.report import checks; checks.SENSITIVITY = 20; fit.main(); "
         "sys.exit(any(name in sys.modules for name in ('torch', 'pandas', 'matplotlib.pyplot')))"
     )
     argv = [sys.executable, "-c", code, str(made_up), "--bootstrap=20", f"--out={tmp_path}"]
@@ -518,7 +502,7 @@ def test_torch_is_not_imported(made_up, tmp_path):
 
 
 def test_besiroglu_data(run, tmp_path):
-    """The 240 digitised runs give the optimum that was found with 4500 starts and tight tolerances elsewhere."""
+    """The 240 digitised runs give the optimum found elsewhere with 4500 starts and tight tolerances."""
     out = run(chinchilla_csv(tmp_path), "--drop=5", *QUICK, "--out", tmp_path)
     found = read(tmp_path)["approach3"]
     assert found["objective"] == pytest.approx(0.00101827401780, rel=1e-9)
@@ -529,24 +513,23 @@ def test_besiroglu_data(run, tmp_path):
 
 
 def test_checks_of_many_runs_are_made_on_some(monkeypatch):
-    """Beyond MOST_CHECKED runs a sample is checked, its hold-out names rows of the whole, and the findings say so."""
+    """Above MOST_CHECKED runs a sample is checked; the hold-out has indices of the whole; a finding says so."""
     monkeypatch.setattr(checks_module, "MOST_CHECKED", 24)
-    analysis = analyse(_as_rows(sweep(noise=0.001)), settings=Settings(bootstrap=40))
-    outcomes = run_checks(analysis)
-    held = outcomes["hold_out"].found
-    assert outcomes["runs"].json == 24 and "24 of the 28 runs" in outcomes["runs"].sentence
-    assert all(one["ci"] for one in outcomes["leave_out_highest"].json)
+    analysis = analysis_of(sweep(noise=0.001), bootstrap=40)
+    results = run_checks(analysis)
+    held = results["hold_out"].found
+    assert results["runs"].json == 24 and "24 of the 28 runs" in results["runs"].sentence
+    assert all(one["ci"] for one in results["leave_out_highest"].json)
     np.testing.assert_array_equal(held.observed, analysis.L[held.rows])
     assert len(analysis.rows) == 28 and "not checked" not in analysis.rows.dropped
 
 
-def test_trials(made_up, run, tmp_path):
-    """Runs that were predicted first are shown beside the fit, on the terminal, in laws.json and in the report, and
-    change nothing of it."""
+def test_predictions(made_up, run, tmp_path):
+    """--trials adds pre-registered predictions to terminal, laws.json and report, and does not change the fit."""
     made = tmp_path / "big"
     made.mkdir()
-    (made / "summary.json").write_text(json.dumps({"name": "big", "params": 1e5, "tokens": 2e6, "flops": 1.2e12,
-                                                   "loss": 2.5}))  # fmt: skip
+    row = {"name": "big", "params": 1e5, "tokens": 2e6, "flops": 1.2e12, "loss": 2.5}
+    (made / "summary.json").write_text(json.dumps(row))
     predicted = {"predicted_loss": 2.48, "predicted_low": 2.4, "predicted_high": 2.6}
     (made / "config.json").write_text(json.dumps({"predicted": predicted}))
     run(made_up, "--out", tmp_path / "without", *QUICK)

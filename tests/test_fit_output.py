@@ -1,4 +1,4 @@
-"""The folder that fit.py writes to: nothing of others in it is touched, and no output is ever half written."""
+"""The output folder of fit.py: other files in it are not touched, and writes are atomic."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from conftest import read_laws as read
 import fit
 
 
-def test_a_folder_that_exists_is_not_destroyed(run, made_up, tmp_path):
-    """What is not ours stays in the output folder, byte for byte; a second fit replaces its own files."""
+def test_other_files_stay(run, made_up, tmp_path):
+    """A second fit replaces only its own files."""
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "sub").mkdir()
     run(made_up, *QUICK, "--out", tmp_path, checks=False)
@@ -25,8 +25,8 @@ def test_a_folder_that_exists_is_not_destroyed(run, made_up, tmp_path):
 
 
 def test_stale_figures_are_deleted(run, made_up, tmp_path):
-    """A second fit without curves has no figure of them: that of the first, which its laws.json lists, is deleted.
-    Figures that no list names stay, and a list cannot name what lies outside the folder or is no figure."""
+    """A second fit without curves deletes the figure of the first, which laws.json lists. Files not listed stay, and so
+    do listed ones that are outside the folder or not ours."""
     out = tmp_path / "out"
     run(made_up, "--bootstrap=0", "--figures=svg", "--out", out, checks=False)
     assert (out / "curves.svg").exists() and "curves.svg" in read(out)["meta"]["files"]
@@ -43,9 +43,9 @@ def test_stale_figures_are_deleted(run, made_up, tmp_path):
 
 
 @pytest.mark.parametrize("list_of_files", [None, "{", "[]", '{"meta": {"files": 3}}', '{"law": "mine"}'])
-def test_files_of_others_are_not_written_over(run, made_up, tmp_path, monkeypatch, list_of_files):
-    """A report, a figure or a laws.json that no fit has written is refused by its name before anything is computed,
-    and left as it was; what --figures would not write is in nobody's way."""
+def test_other_files_are_not_overwritten(run, made_up, tmp_path, monkeypatch, list_of_files):
+    """A report, figure or laws.json that no fit has written is an error before anything is computed, unless --figures
+    would not write it."""
     out = tmp_path / "out"
     out.mkdir()
     mine = {"report.html": "mine", "optimum.svg": "mine"} | ({"laws.json": list_of_files} if list_of_files else {})
@@ -54,7 +54,7 @@ def test_files_of_others_are_not_written_over(run, made_up, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(fit, "analyse", lambda *_: pytest.fail("computed first"))
         said = run(made_up, "--figures=svg", "--out", out, code=2)
-    assert all(name in said for name in mine) and "curves" not in said and "another folder" in said
+    assert all(name in said for name in mine) and "curves" not in said
     assert {path.name: path.read_text() for path in out.iterdir()} == mine
     for name in mine.keys() - {"optimum.svg"}:
         (out / name).unlink()
@@ -63,15 +63,9 @@ def test_files_of_others_are_not_written_over(run, made_up, tmp_path, monkeypatc
     assert "optimum.svg" in run(made_up, "--figures=svg", "--out", out, code=2)  # laws.json is ours, this is not
 
 
-def test_every_figure_has_a_name_that_is_known_before(run, made_up, tmp_path):
-    """What may be written over is known before it is drawn: no fit writes a file that is not among these."""
-    run(made_up, "--bootstrap=0", "--figures=all", "--out", tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} <= set(fit.OURS)
-
-
 @pytest.mark.parametrize("out", ["file", "file/below", "file/below/it"])
 def test_the_output_may_not_be_a_file(run, made_up, tmp_path, monkeypatch, out):
-    """--out names a file, or a folder below one: refused by that file before anything is computed."""
+    """--out is a file or a folder below one: an error before anything is computed."""
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr(fit, "analyse", lambda *_: pytest.fail("computed first"))
     assert f"{tmp_path / 'file'} is a file" in run(made_up, *QUICK, "--out", tmp_path / out, code=2)
@@ -79,7 +73,7 @@ def test_the_output_may_not_be_a_file(run, made_up, tmp_path, monkeypatch, out):
 
 
 def test_the_output_must_be_writable(run, made_up, tmp_path, monkeypatch):
-    """A folder in which one may not write, or whose nearest parent is one, is refused before anything is computed."""
+    """A folder without write permission, or below one, is an error before anything is computed."""
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
     monkeypatch.setattr(fit, "analyse", lambda *_: pytest.fail("computed first"))
     for out in (tmp_path, tmp_path / "a" / "b"):
@@ -89,7 +83,7 @@ def test_the_output_must_be_writable(run, made_up, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("fault", ["fsync", "replace"])
 def test_a_kill_while_writing_leaves_the_old_law(run, made_up, tmp_path, monkeypatch, fault):
-    """Killed before the rename, with the new file half or wholly written, laws.json is still the old one."""
+    """Killed before the rename, laws.json is still the old one."""
     run(made_up, *QUICK, "--out", tmp_path, checks=False)
     before = (tmp_path / "laws.json").read_bytes()
 
@@ -102,7 +96,7 @@ def test_a_kill_while_writing_leaves_the_old_law(run, made_up, tmp_path, monkeyp
 
 
 def test_a_full_disk_is_one_line(run, made_up, tmp_path, monkeypatch):
-    """No space left: exit code 1 and the file's name, and nothing is left that the next fit would take for foreign."""
+    """Exit code 1 and the file's name; no file stays that the next fit would refuse to overwrite."""
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -114,11 +108,11 @@ def test_a_full_disk_is_one_line(run, made_up, tmp_path, monkeypatch):
 
 
 def test_the_same_command_gives_the_same_bytes(run, made_up, tmp_path):
-    """Everything written is a function of the command and the data."""
+    """All output is a function of the command and the data; all names are known before."""
     for _ in range(2):
         run(made_up, "--bootstrap=100", "--figures=svg", "--out", tmp_path / "out")
         (tmp_path / "out").rename(tmp_path / f"out{len(list(tmp_path.iterdir()))}")
     one, two = sorted(tmp_path.iterdir())
-    assert len(list(one.iterdir())) == 9
+    assert len(list(one.iterdir())) == 9 and {path.name for path in one.iterdir()} <= set(fit.OUTPUTS)
     for path in one.iterdir():
         assert path.read_bytes() == (two / path.name).read_bytes(), path.name

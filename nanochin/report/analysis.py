@@ -179,8 +179,8 @@ def analyse(
         shown = partial(progress, f"resampling for approach {number}")
         results[number] = approach(number, fit, flops_range, progress=shown, **how)
     if not any(isinstance(found, Approach) for found in results.values()):
-        reasons = "; ".join(f"Approach {k}: {str(why).removeprefix(f'Approach {k} ')}" for k, why in fits.items())
-        raise UserError(f"{rows.source}: no approach can be fitted to these runs: {reasons}")
+        reasons = (f"Approach {k}: {str(why).removeprefix(f'Approach {k}').lstrip(': ')}" for k, why in fits.items())
+        raise UserError(f"{rows.source}: no approach can be fitted to these runs: {'; '.join(reasons)}")
     how = {"replicates": min(1000, settings.bootstrap), "seed": settings.seed}
     akima = approach(2, akima, flops_range, laws.bootstrap_seed_noise, **how)
     return Analysis(rows, curves, settings, N, D, L, C, unit, flops_convention, flops_name, results, akima, cost, note)
