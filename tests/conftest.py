@@ -174,7 +174,7 @@ def command():
 # fit.py
 
 QUICK = ("--bootstrap=100", "--figures=none")
-REMEMBERED = {}
+CHECKED = {}
 MARKUP = '<script>"&evil</script>'  # the name of a run
 
 
@@ -193,16 +193,16 @@ def run(monkeypatch, capsys):
     from nanochin.base.cli import run_command
     from nanochin.report import checks as of_checks
 
-    def remember(analysis, progress=None):
+    def once(analysis, progress=None):
         key = (analysis.rows.sha256, len(analysis.N), analysis.settings, analysis.curves is None)
-        if key not in REMEMBERED:
-            REMEMBERED[key] = of_checks.run_checks(analysis)
-        return REMEMBERED[key]
+        if key not in CHECKED:
+            CHECKED[key] = of_checks.run_checks(analysis)
+        return CHECKED[key]
 
     monkeypatch.setattr(of_checks, "SENSITIVITY", 20)  # tested with the laws
 
     def command(*argv, code: int = 0, checks: bool = True) -> str:
-        monkeypatch.setattr(fit, "run_checks", remember if checks else unchecked)
+        monkeypatch.setattr(fit, "run_checks", once if checks else unchecked)
         monkeypatch.setattr(sys, "argv", ["fit.py", *map(str, argv)])
         capsys.readouterr()
         try:

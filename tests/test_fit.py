@@ -169,7 +169,7 @@ def test_narrow_clusters_are_no_budgets():
 
 
 def test_every_approach_has_both_intervals(run, made_up, tmp_path):
-    """80% and 95% of every constant of all three, and how they were resampled; `load_law` also reads files without."""
+    """80% and 95% of every constant of all three, and how they were resampled."""
     run(made_up, *QUICK, "--out", tmp_path)
     found = read(tmp_path)
     names = {1: {"a", "b", "k_N", "k_D"}, 2: {"a", "b", "k_N", "k_D"}, 3: {*LAW, "a", "b", "G"}}
@@ -180,14 +180,6 @@ def test_every_approach_has_both_intervals(run, made_up, tmp_path):
         assert one["bootstrap"]["replicates"] == 100 and one["bootstrap"]["units"] == 28
     assert found["approach3"]["bootstrap"]["verified"] == 100 - found["approach3"]["bootstrap"]["failed"]
     assert found["approach2"]["ci"]["a"] == found["approach2"]["a_ci"]
-    old = {f"approach{number}": dict(found[f"approach{number}"]) for number in names}
-    for one in old.values():
-        for key in ("ci", "ci80", "bootstrap", "optima"):
-            del one[key]
-    (tmp_path / "old.json").write_text(json.dumps(old | {"meta": found["meta"]}))
-    for number in names:
-        both = [laws.load_law(tmp_path / name, number).optimal(1e13) for name in ("laws.json", "old.json")]
-        assert both[0] == both[1]
 
 
 def test_many_rows_have_fewer_resamples(run, made_up, tmp_path, monkeypatch):
@@ -230,15 +222,25 @@ def test_a_blank_among_flops(run, tmp_path):
     assert "28 runs" in run(tmp_path, *QUICK, "--flops=6nd", checks=False)
 
 
-def test_rows_of_one_run_resampled_separately():
-    """--cluster=row is a doubt if rows share runs."""
-    rows = sweep(noise=0.002)
-    for i, row in enumerate(rows):
-        row["run"] = f"run {i // 2}"
-    for named, doubted in ((rows, True), (sweep(noise=0.002), False)):
-        analysis = analysis_of(named, bootstrap=20, cluster="row")
-        found = unchecked(analysis)["independence"]
-        assert (found.status == "doubt") is doubted and ("28 rows belong to 14 runs" in found.sentence) is doubted
+@pytest.mark.parametrize(
+    "change, cluster, words",
+    [
+        (lambda rows: rows, "row", ""),
+        (
+            lambda rows: [row | {"run": f"run {i // 2}"} for i, row in enumerate(rows)],
+            "row",
+            "28 rows belong to 14 runs",
+        ),
+        (lambda rows: [*rows, *rows[:5]], "auto", ""),
+        (lambda rows: [row | {"run": ""} for row in [*rows, *rows[:5]]], "auto", "5 rows are identical"),
+    ],
+    ids=["one row a run", "two rows a run", "named copies", "unnamed copies"],
+)
+def test_rows_that_are_not_independent(change, cluster, words):
+    """A doubt if rows of one run are resampled separately; a column run resamples copies together."""
+    found = checks_module.independence(analysis_of(change(sweep(noise=0.002)), cluster=cluster))
+    assert found.status == ("doubt" if words else "ok")
+    assert found.sentence.startswith(words) and bool(found.sentence) is bool(words)
 
 
 def test_approach_2_can_answer_alone(tmp_path, run):
@@ -311,14 +313,6 @@ def test_curves_are_of_runs_and_of_numbers(run, made_up, tmp_path):
     assert other["n_curves"] == one["n_curves"] and other["a_ci"] == one["a_ci"]
 
 
-def test_runs_without_a_name_are_separate():
-    """Rows with a blank name are not one run."""
-    rows = sweep(noise=0.002)
-    for row in rows[::2]:
-        row["run"] = ""
-    assert len(set(analysis_of(rows).unit)) == len(rows)
-
-
 def test_6nd_counts_all_parameters():
     """C by `flops` 6nd is 6 x total parameters x tokens, whatever N counts."""
     analysis = analysis_of(sweep(), params="non_embedding", flops="6nd")
@@ -370,13 +364,13 @@ def test_tunings_drops_and_bad_lines_are_counted(run, tmp_path):
     assert all(f" {number} {reason}" in line for reason, number in expected.items())
 
 
-def test_resampling_knows_trunks():
-    """Cooldowns of one trunk are resampled together, other runs separately; --cluster=row resamples rows."""
+def test_resampling_units():
+    """Cooldowns of one trunk together, other runs and rows without a name separately; --cluster=row: rows."""
     rows = sweep(noise=0.002)
     for i, row in enumerate(rows):
-        row["trunk"] = rows[0]["run"] if 0 < i < 5 else ""
-    analysis = analysis_of(rows, bootstrap=50)
-    assert len(set(analysis.unit)) == 28 - 4 and len(set(analysis.unit[:5])) == 1
+        row |= {"trunk": rows[0]["run"] if 0 < i < 5 else "", "run": row["run"] if i < 20 else ""}
+    unit = analysis_of(rows).unit
+    assert len(set(unit)) == 28 - 4 and len(set(unit[:5])) == 1
     assert analysis_of(rows, cluster="row").unit is None
 
 
@@ -440,17 +434,12 @@ def test_runs_without_any_law(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
 
 
-def test_runs_of_pure_noise(run, tmp_path):
-    """Losses that depend on nothing are refused; losses that depend only on data are a doubt, the first finding."""
+def test_losses_that_depend_on_data_only():
+    """That the loss does not depend on size is the first finding."""
     N, D = (grid.ravel() for grid in np.meshgrid([1e6, 3e6, 1e7, 3e7, 1e8], [1e9, 3e9, 1e10, 3e10], indexing="ij"))
-    noise = np.exp(0.01 * np.random.default_rng(3).normal(size=20))
-    for name, losses in (("noise", 3 * noise), ("data", (2 + 100 / D**0.2 + 0.03 * (N / 1e6) ** -0.5) * noise)):
-        lines = [f"{n!r},{d!r},{loss!r}" for n, d, loss in zip(N.tolist(), D.tolist(), losses.tolist(), strict=True)]
-        (tmp_path / f"{name}.csv").write_text("\n".join(["params,tokens,loss", *lines]))
-    assert "does not depend significantly" in run(tmp_path / "noise.csv", *QUICK, code=2)
-    assert not (tmp_path / "fit-noise").exists()
-    analysis = analyse(read_rows(tmp_path / "data.csv"), settings=Settings(bootstrap=0))
-    first = next(iter(run_checks(analysis).values()))
+    L = (2 + 100 / D**0.2 + 0.03 * (N / 1e6) ** -0.5) * np.exp(0.01 * np.random.default_rng(3).normal(size=20))
+    rows = [dict(zip(("params", "tokens", "loss"), row, strict=True)) for row in np.stack([N, D, L], 1).tolist()]
+    first = next(iter(unchecked(analysis_of(rows)).values()))
     assert first.status == "doubt" and "does not depend significantly on params" in first.sentence
 
 
@@ -465,19 +454,6 @@ def test_an_e_driven_by_the_ends_is_a_doubt(bent):
     found = checks_module.near_minimum(analysis)
     assert (found.status == "doubt") is bent and ("is driven by models far" in found.sentence) is bent
     assert [one["change"] for one in found.json] == ["within 4 times", "within 2.7 times", "within 2 times"]
-
-
-def test_copies_of_rows_are_a_doubt():
-    """Unless a column names the runs, so that they are resampled together."""
-    rows = sweep(noise=0.002)
-    for named in (True, False):
-        table = [dict(row) for row in [*rows, *rows[:5]]]
-        for row in table if not named else ():
-            del row["run"]
-        analysis = analysis_of(table, bootstrap=20)
-        found = unchecked(analysis)["independence"]
-        assert found.sentence == "" if named else found.sentence.startswith("5 rows are identical")
-        assert found.status == ("ok" if named else "doubt")
 
 
 def test_help_loads_no_heavy_library():
@@ -534,8 +510,7 @@ def test_predictions(made_up, run, tmp_path):
     (made / "config.json").write_text(json.dumps({"predicted": predicted}))
     run(made_up, "--out", tmp_path / "without", *QUICK)
     said = run(made_up, "--out", tmp_path / "with", "--trials", made, *QUICK)
-    line = "big, 1.2e+12 FLOPs: predicted 2.4800 (95%: 2.4000 to 2.6000), actual 2.5000, +0.81%, inside"
-    assert line in said
+    assert "big, 1.2e+12 FLOPs: predicted 2.4800 (95%: 2.4000 to 2.6000), actual 2.5000, +0.81%, inside" in said
     assert "+0.81%" in (tmp_path / "with" / "report.html").read_text()
     without, found = (json.loads((tmp_path / name / "laws.json").read_text()) for name in ("without", "with"))
     assert found.pop("trials")[0]["inside"] is True

@@ -358,22 +358,17 @@ def _collect(source: str, sha256: str, table: Table, needed: Names, columns: dic
             dropped["failed" if word == "failed" else "whose status is not finished"] += 1
             continue
         try:
-            values = [float(cells[i]) for i in numeric.values()]
-            good = len(cells) == width and all(0 < value < math.inf for value in values)
-        except (ValueError, IndexError):
-            good = False
-        if not good:  # more slowly: an optional cell may be blank
-            problem, values = _look(cells, width, numeric, needed)
-            if problem and not skip_bad:
-                raise UserError(f"{source}: {place}: {problem}; correct it, or pass `skip_bad` to leave it out")
-            if problem:
-                dropped["not usable"] += 1
-                continue
-            for name, value in zip(numeric, values, strict=True):
-                if math.isnan(value):
-                    blanks.setdefault(name, place)
-        for column, value in zip(numbers, values, strict=True):
+            values = _numbers(cells, width, numeric, needed)
+        except ValueError as problem:
+            if not skip_bad:
+                error = f"{source}: {place}: {problem}; correct it, or pass `skip_bad` to leave it out"
+                raise UserError(error) from None
+            dropped["not usable"] += 1
+            continue
+        for column, name, value in zip(numbers, numeric, values, strict=True):
             column.append(value)
+            if value != value:  # nan
+                blanks.setdefault(name, place)
         for column, known, i in zip(codes, words, worded.values(), strict=True):
             column.append(known.setdefault(cells[i].strip(), len(known)))
 
@@ -387,20 +382,17 @@ def _collect(source: str, sha256: str, table: Table, needed: Names, columns: dic
     return RunTable(source, sha256, filled, labels, dict(dropped), blanks)
 
 
-def _look(cells: list[str], width: int, numeric: dict[str, int], needed: Names) -> tuple[str, list[float]]:
-    """What is wrong with a row ("": nothing), and its numbers, nan for blank."""
+def _numbers(cells: list[str], width: int, numeric: dict[str, int], needed: Names) -> list[float]:
+    """The numbers of a row, nan for a blank optional one. Raises ValueError for a bad row."""
     if len(cells) != width:
-        return f"{len(cells)} cells where the header has {width}", []
-    values = []
-    for name, i in numeric.items():
-        text = cells[i].strip()
-        value = _number(text)
-        if name not in needed and text.lower() in ("", "nan", "none", "null"):
-            value = math.nan
-        elif not 0 < value < math.inf:
-            return f"{name} is {repr(text)[:40] if text else 'blank'}, expected a finite number above 0", []
-        values.append(value)
-    return "", values
+        raise ValueError(f"{len(cells)} cells where the header has {width}")
+    values = [_number(cells[i]) for i in numeric.values()]
+    for (name, i), value in zip(numeric.items(), values, strict=True):
+        if not 0 < value < math.inf:
+            text = cells[i].strip()
+            if name in needed or text.lower() not in ("", "nan", "none", "null"):
+                raise ValueError(f"{name} is {repr(text)[:40] if text else 'blank'}, expected a finite number above 0")
+    return values
 
 
 def _find_columns(source: str, header: list[str], needed: Names, columns: dict[str, str]) -> dict[str, int]:
