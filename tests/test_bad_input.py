@@ -23,7 +23,6 @@ from conftest import arguments, pseudo_english
         ({"tokens": 100.0}, "less than one step"),
         ({"batch_tokens": 100}, "--batch-tokens 100: must be a multiple of --seq-len 32"),
         ({"budget": 1e15}, "leave one of the three out"),
-        ({"model": "100x2", "head_size": 64}, "--head-size 64: must be even and divide the width 100"),
         ({"model": "15x2"}, "width 15: must be even"),
         ({"model": "big"}, "--model big: expected width x layers"),
         ({"warmup_tokens": 12_800.0}, "--warmup-tokens"),

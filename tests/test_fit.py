@@ -148,22 +148,17 @@ def test_checks_stand_in_the_file(run, made_up, tmp_path):
             assert one["a_ci"][0] < one["a"] < one["a_ci"][1]
     assert "has 0, tried at" in found["kaplan_procedure"]["reason"] and found["kaplan_form"]["alpha_N"] > 0
     assert all(one["ci"]["share"] > 0.5 for one in second["budgets"] if one["bracketed"])
-    lines = [f"{row['params']},{row['tokens']},{row['loss']!r}" for row in sweep(noise=0.003)]
-    (tmp_path / "few.csv").write_text("\n".join(["params,tokens,loss", *lines]))
-    out = run(tmp_path / "few.csv", *QUICK)
-    reason = read(tmp_path / "fit-few")["checks"]["kaplan_procedure"]["reason"]
-    assert "params_non_embedding" in reason and f"? Kaplan's procedure could not be checked: {reason}" in out
-    assert "! Approach 2: no column of budgets" not in out and "4 clusters of C are used instead" in out
 
 
 def test_narrow_clusters_are_no_budgets():
-    """A cluster of C whose sizes span a factor of 3 is a doubt, with the exponent without it."""
+    """Without a column of budgets, a cluster of C whose sizes span a factor of 3 is a doubt."""
     rows = sweep(noise=0.001)
     for row in rows:
         del row["budget"]
     narrow = [row for row in rows[21:] if 0.5 < row["params"] / rows[24]["params"] < 2]
     analysis = analysis_of(rows[:21] + narrow)
-    found = run_checks(analysis)["budgets"]
+    found, wide = checks_module.budgets(analysis), checks_module.budgets(analysis_of(rows))
+    assert wide.status == "ok" and "4 clusters of C are used instead" in wide.sentence
     without = analysis.results[2].fit.without(analysis.results[2].fit.budgets[-1:]).a
     assert found.status == "doubt" and f"of {len(narrow)} runs); without these a is {without:.3f}." in found.sentence
 

@@ -105,10 +105,8 @@ def test_imports_point_one_way():
 @pytest.mark.parametrize(
     "code, known",
     [
-        ("def f():\n    import train", {"train"}),
-        ("if True:\n    from bench.common import Worker", {"bench"}),
-        ('run([python, ROOT / "sweep.py"], "../fit.py")', {"sweep", "fit"}),
-        ('run([python, f"{ROOT}/train.py"])', {"train"}),
+        ("def f():\n    import train\n    from bench.common import Worker", {"train", "bench"}),
+        ('run([python, ROOT / "sweep.py", "../fit.py", f"{ROOT}/train.py"])', {"sweep", "fit", "train"}),
         ('run([python, "-m", "bench.gpu"])', {"bench"}),
         ('"""As the option of train.py."""\nfrom nanochin import retrain\nraise UserError("see train.py")', set()),
     ],

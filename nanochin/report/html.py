@@ -70,7 +70,7 @@ def render(
         optima=_optima(analysis, answers.optima),
         findings=sorted(findings, key=lambda one: ORDER.index(one.status)),
         approaches=_approaches(analysis),
-        others=_others(analysis),
+        published=_published(analysis),
         predictions=_predictions(predictions) if predictions else None,
         figures=figures,
         tables=[table for one in results.values() for table in one.tables if table.rows],
@@ -120,7 +120,7 @@ def _approaches(analysis: Analysis) -> Table:
     return Table("", ("approach", "a", "b", "a + b", f"N at {powers(C)}", "D there", "D / N there"), rows)
 
 
-def _others(analysis: Analysis) -> Table:
+def _published(analysis: Analysis) -> Table:
     """Ours and published laws, at the largest run and at 1000 times its compute."""
     budgets, rows = (float(analysis.C.max()), 1e3 * float(analysis.C.max())), []
     for approach in analysis.approaches:

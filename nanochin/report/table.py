@@ -143,8 +143,8 @@ def parse_columns(text: str | None) -> dict[str, str]:
 
 
 def all_or_no_flops(rows: RunTable, skip_bad: bool = False) -> RunTable:
-    """Leaves out rows whose FLOPs are blank while others have them (`skip_bad`), or raises UserError: filled in, they
-    would be counted in another way."""
+    """If only some rows have FLOPs, leaves out those without (`skip_bad`) or raises UserError: 6ND in their place would
+    mix two conventions."""
     flops = rows.get("flops")
     if flops is None or not (blank := np.isnan(flops)).any():
         return rows

@@ -156,15 +156,6 @@ def test_a_report_of_approach_2_alone(made):
     assert drawn.keys() == {"curves", "isoflop", "optimum", "surface", "hold-out", "certainty"}
 
 
-def test_a_report_without_figures(made):
-    """Every table and finding, that of the hold-out too, and no SVG."""
-    analysis, results, _, page = made
-    without = Page(render(analysis, results, {}, Questions((1e12, 1e13, 1e15))))
-    assert without.open == [] and "svg" not in [tag for tag, _ in without.tags]
-    for tag in ("table", "li", "h3"):
-        assert sum(tag == other for other, _ in without.tags) == page.count(f"<{tag}>") + page.count(f"<{tag} ")
-
-
 def test_the_table_of_budgets_is_the_optimum(made):
     """N, D, D / N and loss of every budget, with their 95% intervals."""
     analysis, text = made[0], words(made[3])
