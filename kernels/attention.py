@@ -19,9 +19,9 @@ and sums dK and dV over the queries; it works on S^T, so that no product needs a
 (7 products instead of 5), but no sum crosses programs: no atomics, no float32 buffer for dQ, bit-identical results.
 
 Heads are read in place from qkv (B, T, 3H heads, D), and gradients are written to the same places of one packed dqkv:
-no transpose, no copy. On Hopper and Blackwell, tiles are moved by TMA descriptors of (B, heads, T, D) views; past the
-end of a sequence or of a narrow head these read zeros and store nothing. Other GPUs use pointers with masks. L and
-delta are padded to whole tiles, (B, H, T rounded up to PAD), and need no mask. Sums are float32 for all input dtypes.
+no transpose, no copy. On Hopper and Blackwell, tiles are moved by TMA descriptors of (B, heads, T, D) views, which read
+zeros and store nothing past the end of a sequence or narrow head. Other GPUs use pointers with masks. L and delta are
+padded to whole tiles, (B, H, T rounded up to PAD), and need no mask. Sums are float32 for all input dtypes.
 
 Rotary positions and QK-norm. A pass before attention (`rotary.rotate_qk`) writes the rotated queries and keys to a
 separate tensor, qk (B, T, 2H heads, D); values stay in qkv. With y = R n a rotated head, R the rotation, n = r x the
@@ -118,10 +118,6 @@ def _store_rotated_back(dqkv, g, qk, table, r, b, head, row, T, H, D: tl.constex
     tl.store(place + HALF, g2.to(dqkv.dtype.element_ty), mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Forward
-
-
 # Arguments ending in _m are read or written BLOCK_M rows at a time, those in _n BLOCK_N rows; with TMA they are
 # descriptors. qk is qkv itself, or the tensor of rotated queries and keys if ROTATED.
 
@@ -156,10 +152,6 @@ def _forward(qk_m, qk_n, v_n, o_m, lse, T, H, scale, D: tl.constexpr, BLOCK_D: t
     _store(o_m, (acc / total[:, None]).to(q.dtype), b, h, start, T, H, D, BLOCK_M, BLOCK_D, TMA)
     L = top + tl.log2(total)
     tl.store(_row_places(lse, b * H + h, start, T, BLOCK_M), L)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Backward
 
 
 @triton.jit(do_not_specialize=["T", "H"])
@@ -238,9 +230,8 @@ def _backward_kv(qk_m, qk_n, v_n, do_m, lse_m, delta_m, dqkv, dqkv_n, table, r, 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tile sizes
 
-
 # (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages) of _forward, _backward_q and _backward_kv, by target and head
-# size; 64 is also for smaller heads. No kernel spills registers on sm_80 and sm_90 (bench/results/kernels_aot_*.md);
+# size; smaller heads use 64. No kernel spills registers on sm_80 and sm_90 (bench/results/kernels_aot_*.md);
 # there two blocks of the first two fit a multiprocessor at D = 64, one at D = 128. BLOCK_M of _backward_kv must divide
 # that of the other two: it reads L and delta in whole blocks, also past T, which they must have written.
 TILES = {
@@ -276,8 +267,8 @@ def configure(kernel, target: str, dtype: torch.dtype, T: int, D: int) -> dict:
     """The constexprs and launch options of a kernel for a sequence length and head size."""
     half, aligned = dtype != torch.float32, D % 8 == 0  # aligned: heads start at multiples of 16 bytes
     tma = half and aligned and target != "sm_80"
-    rows = "float32" if not half else "odd" if not aligned else "short" if T <= 64 else target
-    tile = TILES[rows, 64 if D <= 64 else 128][KERNELS.index(kernel)]
+    tiles = "float32" if not half else "odd" if not aligned else "short" if T <= 64 else target
+    tile = TILES[tiles, 64 if D <= 64 else 128][KERNELS.index(kernel)]
     options = dict(zip(("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"), tile, strict=True))
     return options | {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "TMA": tma}
 
@@ -310,12 +301,11 @@ def _launch(kernel, qkv: Tensor, n_heads: int, **arguments: Tensor | None) -> No
 @torch.library.custom_op("nanochin::attention", mutates_args=())
 def _attention(qkv: Tensor, table: Tensor | None, n_heads: int, qk_norm: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> O (B, T, C), L (B, H, T rounded up), and the outputs of `rotary.rotate_qk`, empty without rotation or norm."""
-    qkv = qkv.contiguous()
-    rotated = table is not None or qk_norm
+    q = qkv = qkv.contiguous()
     o, lse, qk, r = _outputs(qkv, table, n_heads, qk_norm)
-    if rotated:
+    if table is not None or qk_norm:
+        q = qk
         rotate_qk(qkv, table, qk, r if qk_norm else None, n_heads)
-    q = qk if rotated else qkv
     _launch(_forward, qkv, n_heads, qk_m=q, qk_n=q, v_n=qkv, o_m=o, lse=lse)
     return o, lse, qk, r
 
@@ -366,18 +356,11 @@ _attention.register_autograd(_backward, setup_context=_setup_context)
 
 
 def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bool = False) -> Tensor:
-    """`kernels.ops.attention` in float32, float16 and bfloat16.
-
-    Raises ValueError for another dtype, if qkv is not 3 x `n_heads` heads of size at most 128, and for an odd head size
-    with `theta` or `qk_norm`.
-    """
+    """`kernels.ops.attention` in float32, float16 and bfloat16. Raises ValueError unless qkv is 3 x `n_heads` heads of
+    an even size of at most 128."""
     _, T, C3 = qkv.shape
     D, rest = divmod(C3, 3 * n_heads)
-    if rest or D > 128:
-        raise ValueError(f"attention: qkv width {C3} is not 3 x {n_heads} heads of size at most 128")
-    if (theta is not None or qk_norm) and D % 2:
-        raise ValueError(f"attention: head size {D} is odd; rotary positions and QK-norm need an even one")
-    if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"attention: qkv is {qkv.dtype}, must be float32, float16 or bfloat16")
+    if rest or D % 2 or D > 128:
+        raise ValueError(f"attention: qkv width {C3} is not 3 x {n_heads} heads of an even size of at most 128")
     table = None if theta is None else rotary_table(T, D, theta, qkv.device)
     return _attention(qkv, table, n_heads, qk_norm)[0]
