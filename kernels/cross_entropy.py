@@ -6,11 +6,10 @@ For a row x = h W^T of logits (V,) and its target t, in float32:
 and then dh = dx W, dW = dx^T h. The result is the mean over the rows whose target is not `ignore_index`, 0 if there
 are none; ignored rows have loss 0 and dx = 0.
 
-The logits are by far the largest tensor of a small model (V = 50k, 64k tokens: 6.6 GB in bf16, three times that with
-float32 copies and gradients), but no other operation needs them. So the forward processes the rows in chunks of at most
-CHUNK_BYTES: one matrix product computes the logits, one kernel replaces them by their gradients and writes the losses,
-two products compute dh and add to dW. The backward only scales. This is the idea of Liger-Kernel (Hsu et al. 2024),
-with chunks that fill the device. cuBLAS computes the matrix products.
+The logits are the largest tensor of a small model (V = 50k, 64k tokens: 6.6 GB in bf16, three times that with float32
+copies and gradients). So the forward processes the rows in chunks of at most CHUNK_BYTES: cuBLAS computes the logits,
+one kernel replaces them by their gradients and writes the losses, and cuBLAS computes dh and adds to dW. The backward
+only scales. This is the idea of Liger-Kernel (Hsu et al. 2024), with chunks that fill the device.
 """
 
 import torch
@@ -24,9 +23,9 @@ CHUNK_BYTES = 2**30  # of logits; 10,000 rows at V = 50k in bf16, enough for ful
 @triton.jit
 def _loss_and_gradient(Logits, Targets, Loss, M, V, stride, ignore_index, z_loss,
                        GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Replaces Logits (M, V), each row padded to `stride`, by their gradients. Masks end at the stride, which unlike V
-    is a multiple of 64, so that accesses are 16 bytes wide; values in the padding do not matter. The second pass reads
-    from the L2 cache if the rows of all running programs fit there (`_config`)."""
+    """Replaces Logits (M, V), each row padded to `stride`, by their gradients. Masks end at the stride, a multiple of
+    64, for 16-byte accesses; values in the padding do not matter. The second pass reads from the L2 cache if the rows
+    of all running programs fit there (`_config`)."""
     LOG2E: tl.constexpr = 1.4426950408889634
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = rows < M
@@ -66,9 +65,9 @@ def _loss_and_gradient(Logits, Targets, Loss, M, V, stride, ignore_index, z_loss
 
 
 def _config(V: int, train: bool) -> dict:
-    """16 numbers per thread, from one row or several short ones. Training uses 8192 numbers on 512 threads: with 64
-    registers only two programs fit a multiprocessor, and the 264 rows of an H100 (27 MB at V = 50k) should stay in its
-    L2 of 50 MB until the second pass. Without gradients there is no second pass: 4096 numbers on 256 threads."""
+    """16 numbers per thread, from one row or several short ones. In training, 512 threads of 64 registers: two programs
+    fit a multiprocessor, and the 264 rows of an H100 (27 MB at V = 50k) stay in its L2 of 50 MB until the second pass.
+    Without gradients there is no second pass: 256 threads."""
     size, warps = (8192, 16) if train else (4096, 8)
     block = min(size, triton.next_power_of_2(V))
     return {"ROWS": min(64, size // block), "BLOCK": block, "num_warps": warps}
@@ -87,8 +86,7 @@ def head(
     _, _, dh, dweight = _outputs(h, weight, targets, ignore_index, z_loss, train)
     losses = h.new_empty(M, dtype=torch.float32)
     config = _config(V, train)
-    # Rows of V = 50,257 would not be aligned, which slows the kernel and the matrix products.
-    stride = triton.cdiv(V, 64) * 64
+    stride = triton.cdiv(V, 64) * 64  # unaligned rows slow the kernel and the matrix products
     chunks = max(1, triton.cdiv(M * stride * h.element_size(), CHUNK_BYTES))
     rows = max(1, triton.cdiv(M, chunks))  # chunks of equal size
     if rows > 128:
@@ -140,10 +138,6 @@ def _autograd(ctx, grad, *_):
 
 
 head.register_autograd(_autograd, setup_context=_setup_context)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Public function
 
 
 def linear_cross_entropy(

@@ -1,8 +1,8 @@
-"""Every operation as the fastest PyTorch code known to us, for platforms without Triton (CPU, macOS, Windows).
+"""Every operation in PyTorch, for platforms without Triton (CPU, macOS, Windows). `kernels.ops` documents them.
 
-Same signatures as `kernels.reference`, which defines the operations. PyTorch's own operation is used where it is fast
-(attention, layer norm, activations). Three operations have their own forward and backward, which pass over memory less
-often; the gain is in bench/results/train_throughput_cpu.md and LOG.md.
+PyTorch's own operation is used where it is fast (attention, layer norm, activations). RMSNorm, rotary positions and the
+loss have their own forward and backward, which pass over memory less often; the gain is in
+bench/results/train_throughput_cpu.md and LOG.md.
 """
 
 import functools
@@ -22,11 +22,8 @@ def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bo
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Norms. On a CPU PyTorch's RMSNorm is a chain of elementwise operations, and so is its derivative
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    # On a CPU PyTorch's RMSNorm is a chain of elementwise operations, and so is its derivative.
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -68,10 +65,6 @@ def add_layer_norm(
     return layer_norm(total, weight, bias, eps), total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rotary positions: the derivative of a rotation is the rotation by the opposite angle
-
-
 def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False) -> Tensor:
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_heads
@@ -86,8 +79,7 @@ def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False
 
 def rotary_table(T: int, D: int, theta: float, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """cos | sin (T, D) of position x frequency."""
-    # A compiled graph computes the table itself, once for all layers: its tensors must not outlive it, because CUDA
-    # graphs reuse their memory.
+    # A compiled graph computes the table itself: CUDA graphs reuse memory, so its tensors must not outlive the graph.
     if torch.compiler.is_compiling():
         return reference.rotary_table(T, D, theta, device).to(dtype)
     return _kept_table(1 << (T - 1).bit_length(), D, theta, device, dtype)[:T]  # sampling uses every T
@@ -100,6 +92,8 @@ def _kept_table(T: int, D: int, theta: float, device: torch.device, dtype: torch
 
 
 class _Rotation(torch.autograd.Function):
+    """The derivative of a rotation is the rotation by the opposite angle."""
+
     @staticmethod
     def forward(ctx, qkv, cos, sin):
         ctx.save_for_backward(cos, sin)
@@ -123,10 +117,6 @@ def _rotate(qkv: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     return y.view(B, T, C3)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Activations: PyTorch's own
-
-
 def activation(x: Tensor, kind: str) -> Tensor:
     if kind in ("gelu", "gelu_tanh"):
         return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
@@ -140,21 +130,17 @@ def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str)
     return F.linear(activation(x, kind), weight, bias)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Output layer and loss: of the logits, the largest tensor of a small model, only one chunk exists at a time
-
-
 def linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
 ) -> Tensor:
-    # Decided here: inside the Function gradients are always off, and weights require them in evaluation too.
+    # Inside the Function gradients are always off, and weights require them in evaluation too.
     train = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(h, weight, targets, ignore_index, z_loss, train)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The forward computes loss and gradients chunk by chunk, where gradients replace the logits in place; the backward
-    only scales them. (The idea of Liger-Kernel, Hsu et al. 2024.)"""
+    """The forward computes loss and gradients in chunks, where gradients replace the logits; the backward only scales
+    them. (The idea of Liger-Kernel, Hsu et al. 2024.)"""
 
     @staticmethod
     def forward(ctx, h, weight, targets, ignore_index, z_loss, train):

@@ -10,9 +10,8 @@ Backward, with g the gradient of y and t that of the sum (0 without a residual):
     dw =  sum over rows of g n,    db = sum over rows of g
 without the term mean(w g) for RMSNorm, whose m is constant.
 
-Both directions are memory-bound: a row is read once, kept in registers, and written once. The backward runs about two
-programs per multiprocessor, each over many rows. Each program sums over its own rows; one reduction adds the few
-partial sums, always in the same order.
+Both directions are memory-bound: a row is read once, kept in registers, and written once. The backward runs two
+programs per multiprocessor. Each sums over many rows; one reduction adds the partial sums, always in the same order.
 """
 
 import functools
@@ -88,24 +87,18 @@ def _backward(G, GTotal, X, W, Stats, DX, Partial, M, C,
         tl.store(Partial + programs.to(tl.int64) * C + at, tl.sum(db, 0), mask=cols < C)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# One operator for the four functions
-
-
-def _config(C: int) -> dict:
-    """Whole rows, 4096 numbers in all: 32 per thread forward (4 warps) and 16 backward (8 warps), so that all stay in
-    registers (bench/results/kernels_aot_*.md). Wider rows take more warps."""
-    block = triton.next_power_of_2(C)
-    return {"ROWS": min(32, max(1, 4096 // block)), "BLOCK": block}
+# Whole rows, 4096 numbers in all: 32 per thread forward (4 warps) and 16 backward (8 warps), so that all stay in
+# registers (bench/results/kernels_aot_*.md). Wider rows take more warps.
 
 
 def _forward_config(C: int) -> dict:
-    config = _config(C)
-    return config | {"num_warps": 4 if config["BLOCK"] <= 4096 else 8 if config["BLOCK"] <= 8192 else 16}
+    block = triton.next_power_of_2(C)
+    warps = 4 if block <= 4096 else 8 if block <= 8192 else 16
+    return {"ROWS": min(32, max(1, 4096 // block)), "BLOCK": block, "num_warps": warps}
 
 
 def _backward_config(C: int) -> dict:
-    config = _config(C)
+    config = _forward_config(C)
     return config | {"num_warps": 8 if config["BLOCK"] <= 4096 else 16}
 
 
@@ -195,8 +188,7 @@ def _contiguous(*tensors):
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Public functions, as `kernels.ops` documents them
+# The functions that `kernels.ops` documents
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:

@@ -1,9 +1,9 @@
 """The operations that the model calls, and the choice of their implementation.
 
-Triton kernels compute tensors on a CUDA device where supported, PyTorch operations (`kernels.fallback`) all others.
-With TRITON_INTERPRET=1 in the environment Triton interprets its kernels, slowly, on any device. `backend` returns the
-choice and its reason; `use("reference")` selects another implementation for a `with` block. All operations are out of
-place and differentiable. B batch, T sequence, C width, V vocabulary, F feed-forward width.
+Triton kernels where supported, else PyTorch operations (`kernels.fallback`). With TRITON_INTERPRET=1 in the environment
+Triton interprets its kernels, slowly, on any device. `backend` returns the choice and its reason; `use("reference")`
+selects another implementation for a `with` block. All operations are out of place and differentiable. B batch,
+T sequence, C width, V vocabulary, F feed-forward width.
 """
 
 import importlib
@@ -65,15 +65,8 @@ def linear_cross_entropy(
 # ---------------------------------------------------------------------------------------------------------------------
 # The implementation
 
-TRITON_FILES = {  # by operation
-    "attention": "attention",
-    "rms_norm": "norms",
-    "layer_norm": "norms",
-    "add_rms_norm": "norms",
-    "add_layer_norm": "norms",
-    "activation_linear": "activation",
-    "linear_cross_entropy": "cross_entropy",
-}
+TRITON_FILES = {"attention": "attention", "activation_linear": "activation", "linear_cross_entropy": "cross_entropy"}
+TRITON_FILES |= dict.fromkeys(("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"), "norms")
 
 
 def has_triton() -> bool:
@@ -86,9 +79,9 @@ def interpreting() -> bool:
 
 
 def backend(device: torch.device, asked: str = "auto") -> tuple[str, str]:
-    """(name, why) of the implementation for this device: "triton", "interpreter" or "fallback"."""
+    """(name, reason) of the implementation for this device: "triton", "interpreter" or "fallback"."""
     if asked != "auto":
-        return asked, "as asked"
+        return asked, "as requested"
     if not has_triton():
         return "fallback", "PyTorch operations: triton is not installed (it has no build for this platform)"
     if interpreting():
@@ -105,16 +98,16 @@ def backend(device: torch.device, asked: str = "auto") -> tuple[str, str]:
 
 def implementations(name: str) -> dict[str, Callable]:
     """{operation: function} of "reference", "fallback" or "triton"."""
-    files = {operation: file if name == "triton" else name for operation, file in TRITON_FILES.items()}
     return {
-        operation: getattr(importlib.import_module(f"kernels.{file}"), operation) for operation, file in files.items()
+        operation: getattr(importlib.import_module(f"kernels.{file if name == 'triton' else name}"), operation)
+        for operation, file in TRITON_FILES.items()
     }
 
 
 @contextmanager
 def use(name: str, **instead: Callable) -> Iterator[None]:
-    """In the block all operations are those of "reference", "fallback" or "triton", on any device; "auto" keeps the
-    current ones. `instead` replaces single operations, by name."""
+    """In the block all operations use "reference", "fallback" or "triton", on any device; "auto" keeps the current
+    implementations. `instead` replaces single operations, by name."""
     before = dict(_swapped)
     _swapped.update(({} if name == "auto" else implementations(name)) | instead)
     try:

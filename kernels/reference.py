@@ -1,7 +1,7 @@
 """The explicit mathematics of every operation: slow, memory-hungry, correct in any dtype (tests run it in float64).
 
-Nothing here is fused, so this also documents what the operations mean. Same signatures as `kernels.ops`; the Triton
-kernels and the PyTorch fallback are tested against these functions.
+Same signatures and shapes as `kernels.ops`; the Triton kernels and the PyTorch fallback are tested against these
+functions.
 """
 
 import torch
@@ -9,8 +9,7 @@ from torch import Tensor
 
 
 def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bool = False) -> Tensor:
-    """Causal self-attention, softmax(Q K^T / sqrt(D)) V, on packed qkv (B, T, 3C) -> (B, T, C). Queries
-    and keys first pass `rotary` with `theta` and `qk_norm`."""
+    """Causal softmax(Q K^T / sqrt(D)) V. Queries and keys first pass `rotary` with `theta` and `qk_norm`."""
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_heads
     qkv = rotary(qkv, n_heads, theta, qk_norm)
@@ -23,10 +22,8 @@ def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bo
 
 def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False) -> Tensor:
     """Rotary positions 0..T-1 on the queries and keys of packed qkv (B, T, 3C), in the halves convention of
-    GPT-NeoX and Llama: (x1, x2) -> (x1 cos - x2 sin, x1 sin + x2 cos), frequency i = theta^(-2i/D).
-
-    `qk_norm` first divides each query and key head by its root mean square; `theta` None means no rotation.
-    """
+    GPT-NeoX and Llama: (x1, x2) -> (x1 cos - x2 sin, x1 sin + x2 cos), frequency i = theta^(-2i/D). `qk_norm` first
+    divides each query and key head by its root mean square."""
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_heads
     q, k, v = qkv.view(B, T, 3, n_heads, D).unbind(2)  # each (B, T, H, D)
@@ -49,19 +46,16 @@ def rotary_table(T: int, D: int, theta: float, device: torch.device) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / rms(x) * weight over the last dimension."""
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
-    """(x - mean) / std * weight + bias over the last dimension."""
     centred = x - x.mean(-1, keepdim=True)
     y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)
     return y if bias is None else y + bias.to(x.dtype)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual)."""
     total = x + residual
     return rms_norm(total, weight, eps), total
 
@@ -69,14 +63,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6)
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """(layer_norm(x + residual), x + residual)."""
     total = x + residual
     return layer_norm(total, weight, bias, eps), total
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
-    """`gelu`, `gelu_tanh` (GPT-2's approximation of it), `relu2` (ReLU squared): (..., F) -> (..., F); `swiglu`,
-    silu(gate) * up with gate and up the two halves of the last dimension: (..., 2F) -> (..., F)."""
+    """(..., F) -> (..., F); for swiglu (..., 2F) -> (..., F), silu(gate) * up of the two halves (gate, up)."""
     if kind == "gelu":
         return 0.5 * x * (1 + torch.erf(x * 2**-0.5))
     if kind == "gelu_tanh":
@@ -88,7 +80,6 @@ def activation(x: Tensor, kind: str) -> Tensor:
 
 
 def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """activation(x, kind) weight^T + bias: x (..., F), or (..., 2F) for swiglu; weight (C, F) -> (..., C)."""
     y = activation(x, kind) @ weight.T
     return y if bias is None else y + bias
 
@@ -96,10 +87,6 @@ def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str)
 def linear_cross_entropy(
     h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
 ) -> Tensor:
-    """Mean over the targets that are not `ignore_index` of -log softmax(h weight^T)[target] + z_loss log(Z)^2.
-
-    h (M, C), weight (V, C), targets (M,) -> scalar. Without any target: 0, not NaN.
-    """
     keep = targets != ignore_index
     logits = (h @ weight.to(h.dtype).T)[keep]  # (kept, V)
     log_z = logits.logsumexp(-1)

@@ -7,8 +7,7 @@ For the halves (x1, x2) of each query and key head of size D, at position t, all
 The halves of each head are interleaved, y1[0] y2[0] y1[1] ...: products of queries and keys do not change, and a pair
 is in adjacent columns of the accumulators of attention's backward, which rotates it back.
 
-A program handles a block of tokens and a few heads: it reads the table once for all of them, and neighbouring programs
-read adjacent memory.
+A program handles a block of tokens and a few heads, and reads the table once for all of them.
 """
 
 import triton

@@ -1,8 +1,8 @@
-"""The model: a decoder-only transformer, written to be read.
+"""A decoder-only transformer.
 
-Chinchilla-like by default: pre-norm RMSNorm, rotary positions, GELU feed-forward of width 4C, no biases, tied embedding
-and output. Variants are options of `Shape`: `layernorm`, `learned` positions and biases give GPT-2; `swiglu` and an
-untied head give Llama; `qk_norm` and `relu2` combine with any.
+The default is like Chinchilla: pre-norm RMSNorm, rotary positions, GELU feed-forward of width 4C, no biases, tied
+embedding and output. Variants are options of `Shape`: `layernorm`, `learned` positions and biases give GPT-2; `swiglu`
+and an untied head give Llama; `qk_norm` and `relu2` combine with any.
 
 References: Hoffmann et al. 2022 (Chinchilla); Radford et al. 2019 (GPT-2) and its rewrite in karpathy/nanoGPT;
 Su et al. 2021 (rotary positions); Zhang & Sennrich 2019 (RMSNorm).
@@ -19,7 +19,7 @@ from nanochin.config import Shape
 
 
 class Linear(nn.Linear):
-    """Keeps its weight in float32 and multiplies in the dtype of its input (bf16 on a GPU), without autocast."""
+    """Its weight is float32; it multiplies in the dtype of its input (bf16 on a GPU), without autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, *self.cast(x.dtype))
@@ -58,8 +58,6 @@ class LayerNorm(nn.Module):
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
-
-
 ROTARY_THETA = 10_000.0  # base of the rotary frequencies
 
 
@@ -131,13 +129,11 @@ class GPT(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         std = (2 / (5 * self.shape.width)) ** 0.5
         for name, parameter in self.named_parameters():
-            if parameter.ndim < 2:
-                continue
-            to_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
-            scale = (2 * self.shape.layers) ** -0.5 if to_residual else 1.0
-            parameter.normal_(0.0, std * scale, generator=generator)
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            if parameter.ndim == 2:
+                to_residual = name.endswith(("attention.out.weight", "feed_forward.down.weight"))
+                scale = (2 * self.shape.layers) ** -0.5 if to_residual else 1.0
+                parameter.normal_(0.0, std * scale, generator=generator)
+            elif name.endswith("bias"):
                 parameter.zero_()
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:

@@ -1,32 +1,20 @@
 """RMSNorm and LayerNorm in Triton (interpreted without a GPU) against a float64 reference."""
 
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
-from interpreted import CUDA, DEVICE, DTYPES, MARKS, compare, load, randn, repeats
+from interpreted import CUDA, DEVICE, DTYPES, MARKS, load
+from numerics import compare, parameters, randn, repeats, torch_norm
 
 from kernels import reference
 
 pytestmark = MARKS
 norms = load("norms")
 
-# (rows..., C): one row, odd sizes, more rows than one round of programs takes, the widest of our models
+# (rows..., C): one row, odd sizes, several blocks of rows per program, the widest of our models
 SIZES = [(1, 8), (7, 96), (3, 43, 64), (1, 6), (2, 5, 33), (3, 1000), (2, 8192)]
 SIZES += [(64, 1024, 768), (16384, 2048), (8191, 8192), (100, 32768), (300_000, 96)] if CUDA else []
-
-
-def torch_norm(name):
-    """PyTorch's operations with our signature."""
-    norm = F.rms_norm if name.endswith("rms_norm") else F.layer_norm
-    eps = 1e-6 if name.endswith("rms_norm") else 1e-5
-
-    def alone(x, *parameters):
-        return norm(x, x.shape[-1:], *(p.to(x.dtype) for p in parameters), eps=eps)
-
-    def added(x, residual, *parameters):
-        return alone(x + residual, *parameters), x + residual
-
-    return added if name.startswith("add") else alone
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -35,18 +23,14 @@ def test_all_four(size, dtype):
     """Values and gradients of both norms, alone and with the residual added first."""
     x, residual = randn(*size, scale=3.0), randn(*size, seed=1)
     weight, bias = randn(size[-1], seed=2), randn(size[-1], seed=3)
-    for norm, parameters in (("rms_norm", [weight]), ("layer_norm", [weight, bias])):
+    for norm, weights in (("rms_norm", [weight]), ("layer_norm", [weight, bias])):
         for name, inputs in ((norm, [x]), ("add_" + norm, [x, residual])):
-            ours, exact = getattr(norms, name), getattr(reference, name)
-            compare(ours, torch_norm(name), exact, inputs, dtype, parameters)
+            compare(getattr(norms, name), torch_norm(name), getattr(reference, name), inputs, dtype, weights)
 
 
 def test_layer_norm_without_bias():
-    """The bias is optional; its gradient is then None."""
-    x, weight = randn(5, 24), randn(24, seed=1)
-    theirs = lambda x, w: F.layer_norm(x, (24,), w)  # noqa: E731
-    compare(lambda x, w: norms.layer_norm(x, w, None), theirs,
-            lambda x, w: reference.layer_norm(x, w, None), [x, weight], torch.float32)  # fmt: skip
+    ours, exact = (partial(module.layer_norm, bias=None) for module in (norms, reference))
+    compare(ours, torch_norm("layer_norm"), exact, [randn(5, 24), randn(24, seed=1)], torch.float32)
 
 
 @pytest.mark.parametrize("scale, offset", [(1e4, 0.0), (1e-4, 0.0), (1.0, 1e3)])
@@ -70,7 +54,7 @@ def test_equal_numbers_in_a_row():
 
 def test_only_one_of_two_outputs_is_used():
     """If only the sum or only the norm is used, the gradient is that of this output alone."""
-    x, residual, weight = (randn(*size).float().to(DEVICE).requires_grad_() for size in ((3, 16), (3, 16), (16,)))
+    x, residual, weight = parameters((3, 16), (3, 16), (16,))
     _, total = norms.add_rms_norm(x, residual, weight)
     assert torch.equal(torch.autograd.grad(total.sum(), x)[0], torch.ones_like(x))
     normed, _ = norms.add_rms_norm(x, residual, weight)
@@ -89,22 +73,9 @@ def test_other_strides():
     torch.testing.assert_close(grad, want)
 
 
-def test_weight_gradient_sums_every_row():
-    """More rows than all programs process at once, each counted once: with equal rows dw is their number times that of
-    one row."""
-    row, weight = randn(1, 16).float().to(DEVICE), torch.ones(16, device=DEVICE, requires_grad=True)
-    many = 32 * 5 + 3
-    one, all_of_them = (
-        torch.autograd.grad(norms.rms_norm(row.expand(n, 16), weight), weight, torch.ones(n, 16, device=DEVICE))[0]
-        for n in (1, many)
-    )
-    torch.testing.assert_close(all_of_them, many * one)
-
-
 def test_repeats_and_compiles():
     """Bit-identical when repeated, also under torch.compile."""
-    x, residual, weight, bias = (randn(*s, seed=i).float().to(DEVICE).requires_grad_()
-                                 for i, s in enumerate(((70, 24), (70, 24), (24,), (24,))))  # fmt: skip
+    x, residual, weight, bias = parameters((70, 24), (70, 24), (24,), (24,))
     repeats(norms.rms_norm, x, weight)
     repeats(norms.add_layer_norm, x, residual, weight, bias)
 
@@ -112,7 +83,7 @@ def test_repeats_and_compiles():
 @pytest.mark.parametrize("centred", [False, True])
 def test_opcheck(centred):
     """torch.library's checks of schema, fake tensors and autograd registration."""
-    x, residual, weight = (randn(*size).float().to(DEVICE).requires_grad_() for size in ((5, 24), (5, 24), (24,)))
+    x, residual, weight = parameters((5, 24), (5, 24), (24,))
     torch.library.opcheck(norms.norm, (x, residual, weight, weight if centred else None, 1e-5, centred))
     torch.library.opcheck(norms.norm, (x, None, weight, None, 1e-5, centred))
 

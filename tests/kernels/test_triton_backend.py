@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from interpreted import CUDA, DEVICE, MARKS, flop_formulas, load_all, skip_if_it_cannot_interpret
+from interpreted import DEVICE, MARKS, flop_formulas, load_all, needs_cuda, skip_if_it_cannot_interpret
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
@@ -17,6 +17,13 @@ from nanochin.plan.flops import count_flops
 
 pytestmark = MARKS
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+every_implementation = pytest.mark.parametrize("implementation", ["fallback", "triton"])
+
+
+def use(implementation):
+    if implementation == "triton":
+        load_all()
+    return kernels.use(implementation)
 
 
 def batch(shape, sequences, seed=0):
@@ -26,11 +33,11 @@ def batch(shape, sequences, seed=0):
 
 def train(implementation, shape, steps):
     """Losses of `steps` steps on one sequence. Plain gradient descent: Adam would take full steps along gradients that
-    are only rounding error, such as those of the key biases."""
+    are only rounding error, such as the key biases'."""
     model, tokens = GPT(shape, z_loss=1e-4).to(DEVICE), batch(shape, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
-    with kernels.use(implementation):
+    with use(implementation):
         for _ in range(steps):
             loss = model(tokens[:, :-1], tokens[:, 1:])
             loss.backward()
@@ -48,7 +55,6 @@ def train(implementation, shape, steps):
 def test_training_gives_the_same_losses(options):
     """20 steps on Triton kernels and on PyTorch operations: relative differences of the losses are at most 1e-5, from
     the order of float32 sums, and far below the drop in loss."""
-    load_all()
     shape = make_shape(24, 1, vocab_size=101, seq_len=20, head_size=12, **options)
     ours, theirs = train("triton", shape, 20), train("fallback", shape, 20)
     assert ours == pytest.approx(theirs, rel=1e-5)
@@ -56,40 +62,48 @@ def test_training_gives_the_same_losses(options):
 
 
 @pytest.mark.parametrize("options", [{}, {"activation": "swiglu", "tied": False, "qk_norm": True, "norm": "layernorm"}])
-def test_flops(options):
-    """FlopCounterMode counts exactly the `physical` FLOPs on Triton kernels: forward and backward in
-    training, only forward in evaluation."""
-    load_all()
+@every_implementation
+def test_flops(implementation, options):
+    """FlopCounterMode counts exactly the `physical` FLOPs: forward and backward in training, only forward in
+    evaluation. The losses are bit-identical."""
     shape = make_shape(24, 2, vocab_size=77, seq_len=20, head_size=12, **options)
     model, tokens = GPT(shape).to(DEVICE), batch(shape, 2)
-    physical = count_flops(shape, 2 * 20)["physical"]
-    with kernels.use("triton"):
-        with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as training:
-            model(tokens[:, :-1], tokens[:, 1:]).backward()
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=flop_formulas()) as evaluation:
-            model(tokens[:, :-1], tokens[:, 1:])
-    assert training.get_total_flops() == physical
-    assert evaluation.get_total_flops() == physical / 3
+
+    def count():
+        with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+            if loss.requires_grad:
+                loss.backward()
+        return counter.get_total_flops(), loss.item()
+
+    with use(implementation):
+        training, loss = count()
+        with torch.no_grad():
+            assert count() == (training / 3, loss)
+    assert training == count_flops(shape, 2 * 20)["physical"]
 
 
-def test_the_model_compiles_to_one_graph():
-    """torch.compile has no graph break in the whole model; loss and gradients are bit-identical."""
-    load_all()
+@every_implementation
+def test_repeated_passes_are_bit_identical(implementation):
+    """Loss and gradients; on Triton kernels also under torch.compile, without a graph break in the whole model."""
     shape = make_shape(24, 1, vocab_size=77, seq_len=20, head_size=12, qk_norm=True)
     model, tokens = GPT(shape).to(DEVICE), batch(shape, 1)
-    passes = []
-    with kernels.use("triton"):
-        for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+    passes, runs = [], [model, model]
+    if implementation == "triton":
+        runs.append(torch.compile(model, backend="aot_eager", fullgraph=True))
+    with use(implementation):
+        for run in runs:
             loss = run(tokens[:, :-1], tokens[:, 1:])
             passes.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
-    assert all(torch.equal(a, b) for a, b in zip(*passes, strict=True))
+    for other in passes[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(passes[0], other, strict=True))
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
-def test_cuda_graph():
-    """A captured forward and backward pass replays to the loss and gradients of an eager one."""
-    shape = make_shape(256, 2, vocab_size=1000, seq_len=100)
+@needs_cuda
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_cuda_graph(qk_norm):
+    """A captured forward and backward pass, replayed on new tokens, gives the loss and gradients of an eager one."""
+    shape = make_shape(256, 2, vocab_size=1000, seq_len=100, qk_norm=qk_norm)
     model, tokens = GPT(shape, dtype=torch.bfloat16).to(DEVICE), batch(shape, 4)
     parameters = list(model.parameters())
 
@@ -100,52 +114,36 @@ def test_cuda_graph():
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles, and fills caches
-        want = [x.clone() for x in step()]
+        step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step()
+    tokens.copy_(batch(shape, 4, seed=1))
     graph.replay()
-    torch.testing.assert_close(list(captured), want)
+    torch.testing.assert_close(captured, step())
 
 
-def test_use_triton_restores():
-    """In the block it is Triton on any device; afterwards the previous implementation."""
-    load_all()
-    x, weight = torch.ones(2, 4, device=DEVICE), torch.ones(4, device=DEVICE, requires_grad=True)
-
-    def by_triton() -> bool:
-        return "nanochin" in type(ops.rms_norm(x, weight).grad_fn).__name__
-
-    with kernels.use("triton"):
-        assert by_triton()
-    assert by_triton() == CUDA
-
-
-def test_backend_says_why(monkeypatch):
-    """Every choice with its reason: no CUDA, no triton, interpreting, an old GPU, an AMD GPU, a supported one."""
+def test_backend_and_its_reason(monkeypatch):
+    """No CUDA, a supported GPU, an old one, an AMD GPU, interpreting, no triton."""
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    name, why = kernels.backend(CPU)
-    assert name == "fallback" and "this is cpu" in why
 
-    def capability(*version):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: version)
+    def check(device, name, reason):
+        chosen, why = kernels.backend(device)
+        assert chosen == name and reason in why
 
-    capability(9, 0)
-    name, why = kernels.backend(GPU)
-    assert name == "triton" and why.startswith("Triton 3.") and why.endswith("sm_90")
-    capability(7, 5)
-    name, why = kernels.backend(GPU)
-    assert name == "fallback" and "this is sm_75" in why
+    check(CPU, "fallback", "cpu")
+    for capability, name, reason in (((9, 0), "triton", "sm_90"), ((7, 5), "fallback", "sm_75")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        check(GPU, name, reason)
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    name, why = kernels.backend(GPU)
-    assert name == "fallback" and "AMD" in why
+    check(GPU, "fallback", "AMD")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert kernels.backend(CPU)[0] == kernels.backend(GPU)[0] == "interpreter"
+    for device in (CPU, GPU):
+        check(device, "interpreter", "TRITON_INTERPRET")
     monkeypatch.setattr(ops, "has_triton", lambda: False)
-    name, why = kernels.backend(GPU)
-    assert name == "fallback" and "triton is not installed" in why
+    check(GPU, "fallback", "triton is not installed")
 
 
 def python(code, **environment):
@@ -157,12 +155,7 @@ def python(code, **environment):
 
 def test_a_cpu_does_not_import_triton():
     """Without a GPU, neither the choice nor the computation imports triton."""
-    code = """
-import sys, torch
-from kernels import ops
-ops.rms_norm(torch.ones(2, 4), torch.ones(4))
-print("triton" in sys.modules)
-"""
+    code = "import sys, torch, kernels; x = torch.ones(4); kernels.ops.rms_norm(x, x); print('triton' in sys.modules)"
     assert python(code) == ["False"]
 
 
@@ -199,11 +192,9 @@ def computed_by_triton(function, *args):
     with Watch():
         function(*args)
     print(any(ran))
-computed_by_triton(ops.rms_norm, torch.ones(2, 4), torch.ones(4))
-computed_by_triton(ops.rms_norm, torch.ones(2, 4).double(), torch.ones(4))
-computed_by_triton(ops.rms_norm, torch.ones(2, 4).bfloat16(), torch.ones(4))
-computed_by_triton(ops.attention, torch.ones(1, 2, 3 * 128), 1)
-computed_by_triton(ops.attention, torch.ones(1, 2, 3 * 130), 1)
-computed_by_triton(ops.attention, torch.ones(1, 2, 3 * 130), 1, 100.0)
+for dtype in (torch.float32, torch.float64, torch.bfloat16):
+    computed_by_triton(ops.rms_norm, torch.ones(2, 4, dtype=dtype), torch.ones(4))
+for head_size in (128, 130):
+    computed_by_triton(ops.attention, torch.ones(1, 2, 3 * head_size), 1, 100.0)
 """
-    assert python(code, TRITON_INTERPRET="1") == ["True", "False", "False", "True", "False", "False"]
+    assert python(code, TRITON_INTERPRET="1") == ["True", "False", "False", "True", "False"]
