@@ -26,7 +26,7 @@ from nanochin.base.cli import UserError, did_you_mean, opt, parse, run_command
 from nanochin.base.console import Progress, clock, count, format_columns
 from nanochin.base.files import write_file, writing
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, Config
-from nanochin.data.corpus import BPE_VOCAB, Corpus, prepare_for
+from nanochin.data.corpus import BPE_VOCAB, Corpus, prepare
 from nanochin.data.tokenizer import Tokenizer, model_vocab
 from nanochin.report.kept import keep
 from nanochin.run.curves import CURVES, to_csv_gz
@@ -95,7 +95,7 @@ def read_corpus(sweep: Sweep) -> Corpus:
     if base.data is None:
         raise UserError(f"{sweep.path}: names no text; give --data, as to train.py")
     with Progress() as progress:
-        return prepare_for(base, base.data, progress)
+        return prepare(base, progress)
 
 
 def expected_vocab(sweep: Sweep) -> int:
@@ -222,7 +222,7 @@ def load_train(base: Config) -> Callable[[Config], dict]:
     """In a worker: the function that trains a run, with the sweep's text opened once for all of them."""
     import train
 
-    return functools.partial(train.train, quiet=True, corpus=prepare_for(base, base.data, Progress(quiet=True)))
+    return functools.partial(train.train, quiet=True, corpus=prepare(base, Progress(quiet=True)))
 
 
 def train_all(

@@ -31,7 +31,7 @@ from nanochin.base import files
 from nanochin.base.cli import RunError, parse, run_command, validate
 from nanochin.base.console import Progress
 from nanochin.config import Config, parse_model, shape_maker
-from nanochin.data.corpus import Corpus, prepare_for
+from nanochin.data.corpus import Corpus, prepare
 from nanochin.data.tokenizer import model_vocab
 from nanochin.data.windows import Windows
 from nanochin.interop import gpt2, loggers
@@ -77,7 +77,7 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
 
     if corpus is None:
         with progress:
-            corpus = prepare_for(config, config.data or defaults["data"], progress)
+            corpus = prepare(dataclasses.replace(config, data=config.data or defaults["data"]), progress)
 
     # Shape, tokens, batch and learning rate: rules and sources in nanochin/plan/.
     law = laws.load_law(config.law, config.law_approach) if config.law else laws.BESIROGLU

@@ -66,6 +66,14 @@ def tiny_config(text: Path, cache: Path, out: Path, /, **options) -> Config:
     return Config(**usual | options)
 
 
+def prepare(*data, cache: Path, val: Path | None = None, progress=None, **options):
+    """The corpus of the files `data`, with these options of a run."""
+    from nanochin.data import corpus
+
+    val = (str(val),) if val else None
+    return corpus.prepare(Config(data=tuple(map(str, data)), val=val, cache=str(cache), **options), progress)
+
+
 def arguments(config: Config) -> list[str]:
     """The command line for `config`."""
     argv = []
@@ -88,6 +96,15 @@ def text(tmp_path_factory) -> Path:
 def cache(tmp_path_factory) -> Path:
     """One folder of tokenised shards for all tests."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiktoken_ranks(monkeypatch) -> None:
+    """The ranks of gpt2 and cl100k_base, from the shared folder or the user's cache; skips the test without them."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", str(ROOT.parent / "shared/data/tiktoken_cache"))
+    if not Path(folder).is_dir():
+        pytest.skip("needs the ranks of gpt2: shared/data/tiktoken_cache or TIKTOKEN_CACHE_DIR")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", folder)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """The cache of tokenised text: builds a folder of shards atomically.
 
-Encoding uses threads, since tiktoken releases the GIL. Unlike processes they import nothing again, copy no text and
+Encoding uses threads, since tiktoken releases the GIL. Unlike processes, threads import nothing again, copy no text and
 leave nothing behind when the program is killed.
 """
 
@@ -20,24 +20,12 @@ from filelock import FileLock
 from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
 from nanochin.base.files import fsync, sha256_of
-from nanochin.data.text import (
-    File,
-    Stage,
-    Text,
-    char_start,
-    count_documents,
-    fingerprint,
-    read_text,
-    split,
-    thin,
-    total_bytes,
-    whole,
-)
+from nanochin.data.text import File, Stage, Text, batches, char_start, fingerprint, read_text, split, thin, total_bytes
 from nanochin.data.tokenizer import Tokenizer, train_bpe
 
 VERSION = 1  # of the cache folder's content; part of its name
 SHARD = 100_000_000  # tokens per shard
-UNFINISHED = "nanochin-unfinished"  # empty file that marks a folder as ours while it is being built
+UNFINISHED = "nanochin-unfinished"  # empty file that marks our folder while it is being built
 JOB = 1 << 20  # bytes of text that a thread encodes at a time
 BPE_SAMPLE = 1 << 25  # maximum bytes of text to train a BPE on
 
@@ -55,7 +43,7 @@ class Recipe:
     skip_bad: bool
 
     def key(self) -> str:
-        """Without skip_bad: it does not change text without bad records, and `prepare` rejects text with them."""
+        """Hash of all but skip_bad: it changes only text with bad records, which `prepare` rejects without it."""
         parts = [VERSION, fingerprint(self.train), fingerprint(self.val), self.val_bytes]
         return hashlib.sha256(json.dumps([*parts, self.tokenizer, self.vocab_size]).encode()).hexdigest()[:12]
 
@@ -64,7 +52,7 @@ def build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
     """Build `folder` under a temporary name, then rename it. Raises UserError if that name is taken."""
     temp = folder.with_name(folder.name + ".tmp")
     for leftover in folder.parent.glob("*.tmp"):
-        with suppress(OSError):  # no permission; Timeout (an OSError): another run is still writing it
+        with suppress(OSError):  # no permission; or Timeout, an OSError: another run is still writing it
             if _is_unfinished(leftover):
                 with nullcontext() if leftover == temp else FileLock(leftover.with_suffix(".lock"), timeout=0):
                     _discard(leftover)
@@ -76,10 +64,10 @@ def build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
     try:
         (temp / UNFINISHED).touch()
         meta = _write(temp, recipe, progress)
-        made = sorted(path for path in temp.iterdir() if path.name != UNFINISHED)
         meta["files"] = {
-            path.name: {"bytes": path.stat().st_size, **{kind: f(path) for kind, f in CHECKSUMS.items()}}
-            for path in made
+            path.name: {"bytes": path.stat().st_size} | {kind: f(path) for kind, f in CHECKSUMS.items()}
+            for path in sorted(temp.iterdir())
+            if path.name != UNFINISHED
         }
         (temp / "meta.json").write_text(json.dumps(meta, indent=2))
         for path in [*temp.iterdir(), temp]:
@@ -98,7 +86,7 @@ def _is_unfinished(path: Path) -> bool:
 
 
 def _discard(temp: Path) -> None:
-    """Delete an unfinished folder, its marker file last, so that an interrupted deletion can be completed later."""
+    """Delete an unfinished folder, its marker file last, so that a later run can complete an interrupted deletion."""
     with suppress(OSError):
         for path in temp.iterdir():
             if path.is_dir():
@@ -110,16 +98,18 @@ def _discard(temp: Path) -> None:
 
 
 def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
-    """Write shards and tokenizer into `temp`. Returns the content of meta.json, but for the files."""
+    """Write shards and tokenizer into `temp`. Returns the content of meta.json, except for the files."""
     if recipe.tokenizer != "bpe":
-        tokenizer = Tokenizer.load(recipe.tokenizer)  # first, since it may fail (no network) and reading may be slow
+        tokenizer = Tokenizer.load(recipe.tokenizer)  # before the text is read, since it may fail (no network)
     stage = Stage("reading", sum(file.size for file in recipe.train + recipe.val), progress)
-    text = val_text = read_text(recipe.train, temp / "text", stage, recipe.skip_bad)
+    text = read_text(recipe.train, temp / "text/train", stage, recipe.skip_bad)
+    texts = [text]
     if recipe.val:
-        val_text = read_text(recipe.val, temp / "val-text", stage, recipe.skip_bad)
-        train, val = whole(text), whole(val_text)
+        texts.append(read_text(recipe.val, temp / "text/val", stage, recipe.skip_bad))
+        train, val = (text.whole for text in texts)
     else:
         train, val = split(text, recipe.val_bytes)
+    val_text = texts[-1]
     val = thin(val_text, val, recipe.val_bytes)
 
     if recipe.tokenizer == "bpe":
@@ -132,19 +122,17 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     _write_shards(encode(text, train, tokenizer, stage), temp, "train")
     _write_shards(encode(val_text, val, tokenizer, stage), temp, "val")
     val_sha = hashlib.sha256()
-    for start, stop, _ in _pieces(val_text, val):
+    for start, stop in val:
         val_sha.update(val_text.bytes[start:stop])
-    texts = (text, val_text) if recipe.val else (text,)
-    for name in ("text", "val-text")[: len(texts)]:
-        shutil.rmtree(temp / name)
+    shutil.rmtree(temp / "text")
     corpus = {
         "name": recipe.name,
         "data_sha": fingerprint(recipe.train),
         "val_sha": val_sha.hexdigest(),
         "train_bytes": total_bytes(train),
         "val_bytes": total_bytes(val),
-        "documents": count_documents(text, train),
-        "val_documents": count_documents(val_text, val),
+        "documents": _count_documents(text, train),
+        "val_documents": _count_documents(val_text, val),
         "skipped_bytes": sum(t.skipped for t in texts),
         "skipped_records": sum(t.bad for t in texts),
     }
@@ -165,11 +153,11 @@ def encode(text: Text, ranges: np.ndarray, tokenizer: Tokenizer, stage: Stage) -
         return np.concatenate(tokens)
 
     yield eot
-    yield from stage.map(encode_job, _jobs(_pieces(text, ranges)))
+    yield from stage.map(encode_job, batches(_pieces(text, ranges), lambda piece: piece[1] - piece[0], JOB))
 
 
 def _pieces(text: Text, ranges: np.ndarray) -> Iterator[tuple[int, int, bool]]:
-    """`ranges` in pieces (start, stop, whether a document ends there) of at most JOB bytes of one document."""
+    """`ranges` as pieces (start, stop, whether a document ends there) of at most JOB bytes of one document."""
     for start, stop in ranges.tolist():
         first, last = np.searchsorted(text.ends, [start + 1, stop + 1])
         ends = zip(map(int, text.ends[first:last]), repeat(True), strict=False)
@@ -191,23 +179,18 @@ def _cut(text: Text, start: int) -> int:
     return start + last.end() if last else char_start(text, start + JOB)
 
 
+def _count_documents(text: Text, ranges: np.ndarray) -> int:
+    """Number of documents with text in `ranges`."""
+    inside = np.zeros(len(text.ends) + 1, np.int64)
+    np.add.at(inside, np.searchsorted(text.ends, ranges[:, 0], "right"), 1)
+    np.add.at(inside, np.searchsorted(text.ends, ranges[:, 1] - 1, "right") + 1, -1)
+    return int((np.cumsum(inside) > 0).sum())
+
+
 def _strings(text: Text, ranges: np.ndarray, stage: Stage) -> Iterator[str]:
     for start, stop, _ in _pieces(text, ranges):
         yield text.bytes[start:stop].tobytes().decode()
         stage.add(stop - start)
-
-
-def _jobs(pieces: Iterable[tuple[int, int, bool]]) -> Iterator[list[tuple[int, int, bool]]]:
-    """Pieces in lists of about JOB bytes."""
-    job, size = [], 0
-    for piece in pieces:
-        job.append(piece)
-        size += piece[1] - piece[0]
-        if size >= JOB:
-            yield job
-            job, size = [], 0
-    if job:
-        yield job
 
 
 def _write_shards(arrays: Iterable[np.ndarray], folder: Path, side: str) -> None:

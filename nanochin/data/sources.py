@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face hub: hf:OWNER/NAME[:CONFIG], streamed once into a .jsonl file in the cache.
 
-From then on they are like any other corpus, with fingerprint and resume, and need no network. The optional `datasets`
-library reads them; since version 4 it does not run a data set's code. No torch here.
+After that they are like any other corpus and need no network. The optional `datasets` library reads them; since version
+4 it does not run a data set's code. No torch here.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ AT_ONCE = 256  # documents that a thread counts at a time
 
 @dataclass(frozen=True)
 class Source:
-    """What to stream: whole documents of the split `train`, up to `max_tokens` of that tokenizer."""
+    """A data set: whole documents of its split `train`, up to `max_tokens` of that tokenizer."""
 
     what: str  # option and value, for errors
     dataset: str
@@ -37,14 +37,14 @@ class Source:
 
     @property
     def place(self) -> str:
-        """0b1c2d3e4f5a/fineweb-edu-sample-10BT.jsonl"""
+        """Path of the .jsonl file in the cache: 0b1c2d3e4f5a/fineweb-edu-sample-10BT.jsonl"""
         name = re.sub(r"[^\w-]+", "-", "-".join(filter(None, [Path(self.dataset).name, self.config])))
-        asked = json.dumps([self.dataset, self.config, self.max_tokens, self.tokenizer, self.vocab_size])
-        return f"{hashlib.sha256(asked.encode()).hexdigest()[:12]}/{name}.jsonl"
+        options = json.dumps([self.dataset, self.config, self.max_tokens, self.tokenizer, self.vocab_size])
+        return f"{hashlib.sha256(options.encode()).hexdigest()[:12]}/{name}.jsonl"
 
 
 def parse(item: str, option: str, max_tokens: float | None, tokenizer: str, vocab_size: int | None) -> Source:
-    """Raises UserError for a form that is not hf:OWNER/NAME[:CONFIG], and without `max_tokens`."""
+    """Raises UserError for an item that is not hf:OWNER/NAME[:CONFIG], and without `max_tokens`."""
     dataset, _, config = item.removeprefix(PREFIX).partition(":")
     if not re.fullmatch(r"[^\s:]*[^\s:/]", dataset):
         raise UserError(f"`{option}` {item}: expected hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
@@ -54,10 +54,10 @@ def parse(item: str, option: str, max_tokens: float | None, tokenizer: str, voca
 
 
 def stream(source: Source, path: Path, progress: Progress | None) -> None:
-    """Write the documents of `source` to `path` atomically, one {"text": ...} per line.
+    """Write the documents of `source` to `path` atomically, one {"text": ...} per line; null for a row without a
+    string, which the .jsonl reader rejects or skips.
 
-    A row without a string is written as {"text": null}, which the .jsonl reader rejects or skips. Raises UserError if
-    the library is missing, the data set cannot be loaded or has no column `text`.
+    Raises UserError if the library is missing, or the data set cannot be loaded or has no column `text`.
     """
     tokenizer, texts = _counter(source, _texts(source))
     stage = Stage("streaming", int(source.max_tokens), progress)
@@ -90,14 +90,14 @@ def _texts(source: Source) -> Iterator[str | None]:
             yield row["text"] if isinstance(row["text"], str) else None
     except UserError:
         raise
-    except Exception as error:  # network, hub, format: each underlying library has its own
+    except Exception as error:  # network, hub, format: each library below has its own
         message = " ".join(str(error).split())[:300]
         raise UserError(f"{source.what}: {type(error).__name__}: {message}") from error
 
 
 def _counter(source: Source, texts: Iterator[str | None]) -> tuple[Tokenizer, Iterator[str | None]]:
-    """(tokenizer to count with, the same texts). Our BPE is trained only once all the text is there; until then one
-    trained on the first 4 MB counts, so the number of tokens is approximate."""
+    """(tokenizer to count with, the same texts). Our BPE can only be trained on all of the text; until then one trained
+    on the first 4 MB counts, so the number of tokens is approximate."""
     if source.tokenizer != "bpe":
         return Tokenizer.load(source.tokenizer), texts
     sample, size = [], 0

@@ -2,8 +2,8 @@
 
     python, python-all, files, folders, globs ──> find_files ──> read_text ──> split, thin
 
-The flat text on disk is valid UTF-8 without NUL, documents back to back. All later steps work on byte ranges of it and
-need little memory (16 bytes per document). Work runs on threads: hashing and decompression release the GIL.
+Later steps work on byte ranges of the flat text on disk and need little memory (16 bytes per document). Work runs on
+threads: hashing and decompression release the GIL.
 """
 
 import array
@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -43,24 +44,18 @@ MAX_HELD_OUT = 0.05  # maximum fraction of the text held out for validation
 
 
 class Tokens:
-    """Memory-mapped files of one integer type as one array: `len()` and `[start:stop]`. Also used for the flat text,
-    as uint8."""
+    """Arrays of any integer types as one array: `len()` and `[start:stop]`. Also used for the flat text, as uint8."""
 
-    def __init__(self, paths: list[Path], dtype: np.dtype):
-        little = np.dtype(dtype).newbyteorder("<")
-        paths = [path for path in paths if path.stat().st_size]  # an empty file cannot be mapped
-        self._join([np.memmap(path, little, mode="r").view(np.ndarray) for path in paths])
-
-    @classmethod
-    def of(cls, parts: list[np.ndarray]) -> "Tokens":
-        """Arrays that are already mapped, of any integer types, as one."""
-        tokens = cls.__new__(cls)
-        tokens._join(parts)
-        return tokens
-
-    def _join(self, parts: list[np.ndarray]) -> None:
+    def __init__(self, parts: list[np.ndarray]):
         self.parts = parts
         self.starts = np.cumsum([0] + [len(part) for part in parts]).tolist()
+
+    @classmethod
+    def map(cls, paths: list[Path], dtype: np.dtype) -> "Tokens":
+        """Memory-mapped little-endian files of one type."""
+        little = np.dtype(dtype).newbyteorder("<")
+        paths = [path for path in paths if path.stat().st_size]  # an empty file cannot be mapped
+        return cls([np.memmap(path, little, mode="r").view(np.ndarray) for path in paths])
 
     def __len__(self) -> int:
         return self.starts[-1]
@@ -88,9 +83,9 @@ class Stage:
         self.done, self.reported, self.stopped, self.lock = 0, 0.0, False, threading.Lock()
 
     def add(self, count: int) -> None:
-        """Called by the threads for every `count` bytes done; reports a few times a second."""
+        """Called by the threads after each `count` bytes; reports a few times a second."""
         with self.lock:
-            if self.stopped:  # another thread failed, or Ctrl-C: do not finish a file that takes minutes
+            if self.stopped:  # another thread failed, or Ctrl-C: do not read a long file to its end
                 raise CancelledError
             self.done += count
             if self.progress and (time.monotonic() - self.reported > 0.2 or self.done >= self.total):
@@ -98,7 +93,7 @@ class Stage:
                 self.progress(self.name, self.done, self.total)
 
     def map(self, function: Callable, items: Iterable) -> Iterator:
-        """`map` on one thread per core, results in order, with few items in flight to bound memory."""
+        """`map` on one thread per core, results in order; few items in flight, to bound memory."""
         threads = cores()
         pool, waiting = ThreadPoolExecutor(threads), deque()
         try:
@@ -113,6 +108,19 @@ class Stage:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def batches(items: Iterable, size: Callable, limit: int) -> Iterator[list]:
+    """Items in lists with a total size of about `limit`."""
+    batch, total = [], 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= limit:
+            yield batch
+            batch, total = [], 0
+    if batch:
+        yield batch
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,24 +151,22 @@ def find_files(data: Iterable[str], option: str = "data", progress: Progress | N
     for item in data:
         for path, key, format in _expand(item, option):
             found[path] = min((key, format), found.get(path, (key, format)))
-    sizes = [os.path.getsize(path) for path in found]
-    stage = Stage("hashing", sum(sizes), progress)
-    groups = stage.map(lambda group: [sha256_of(path, stage.add) for path in group], _groups(found, sizes))
-    shas = [sha for group in groups for sha in group]
-    return sorted(
-        File(key, sha, path, format, size)
-        for (path, (key, format)), sha, size in zip(found.items(), shas, sizes, strict=True)
-    )
+    sizes = {path: os.path.getsize(path) for path in found}
+    stage = Stage("hashing", sum(sizes.values()), progress)
+
+    hashed = stage.map(lambda paths: [sha256_of(path, stage.add) for path in paths], batches(found, sizes.get, PART))
+    shas = dict(zip(found, chain.from_iterable(hashed), strict=True))
+    return sorted(File(key, shas[path], path, format, sizes[path]) for path, (key, format) in found.items())
 
 
 def fingerprint(files: list[File]) -> str:
-    """SHA-256 over formats and contents in order, independent of paths."""
+    """SHA-256 over formats and contents in order, whatever the paths."""
     return hashlib.sha256("".join(f"{file.format} {file.sha}\n" for file in files).encode()).hexdigest()
 
 
 def corpus_name(data: Iterable[str]) -> str:
-    """The names' common prefix, usable as a folder name: gutenberg-train-00.jsonl.xz and -01 give gutenberg-train. A
-    file named train takes the name of its folder."""
+    """Common prefix of the names: gutenberg-train-00.jsonl.xz and -01 give gutenberg-train. A file named train takes
+    its folder's name."""
     paths = [Path(re.split(r"[*?[]", item)[0]).resolve() for item in data]
     stems = [path.parent.name if path.stem == "train" else path.name.split(".")[0] for path in paths]
     name = stems[0] if len(stems) == 1 else os.path.commonprefix(stems).rstrip("0123456789")
@@ -168,13 +174,13 @@ def corpus_name(data: Iterable[str]) -> str:
 
 
 def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
-    """(path, key, format) of each file of one item."""
+    """(path, key, format) of each file that one item names."""
     if item in ("python", "python-all"):
         roots = [sysconfig.get_path("stdlib")]
         if item == "python-all":
             roots += [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
         for root in dict.fromkeys(roots):
-            yield from ((path, key, ".py") for path, key in _walk(root, skip=NOT_SOURCE) if path.endswith(".py"))
+            yield from ((path, key, ".py") for path, key in _walk(root, NOT_SOURCE) if path.endswith(".py"))
         return
     named = [item] if os.path.exists(item) else glob.glob(item, recursive=True)
     if not named and os.path.exists(item + ".idx"):
@@ -202,7 +208,7 @@ NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_
 
 
 def _walk(root: str, skip: set[str] = frozenset()) -> Iterator[tuple[str, str]]:
-    """(path, path relative to `root`) of the files below `root`, without hidden ones."""
+    """(path, path relative to `root`) of the files below `root` that are not hidden."""
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
         prefix = folder[len(root) :].strip(os.sep).replace(os.sep, "/")
@@ -217,21 +223,9 @@ def _format(path: str) -> str:
     return (os.path.splitext(stem)[1] if suffix.lower() in UNPACKERS else suffix).lower()
 
 
-def _groups(items: Iterable, sizes: Iterable[int]) -> list[list]:
-    """Items in lists of about PART bytes, one per thread at a time."""
-    groups, room = [], 0
-    for item, size in zip(items, sizes, strict=True):
-        if room <= 0:
-            groups.append([])
-            room = PART
-        groups[-1].append(item)
-        room -= size
-    return groups
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading: one function per format, yielding (piece of a document's bytes, whether the document ends with it). A bad
-# record is passed to `bad(where, what)`, which raises UserError or, with skip_bad, counts it.
+# Reading: one function per format yields (piece of a document's bytes, whether the document ends with it). It passes a
+# bad record to `bad(where, what)`, which raises UserError or, with skip_bad, counts it.
 
 
 def read_txt(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
@@ -242,7 +236,7 @@ def read_txt(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
 
 
 def read_unknown(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
-    """A file with an unknown suffix that was named explicitly: plain text if it has no NUL."""
+    """A file with an unknown suffix, named explicitly: plain text if it has no NUL."""
     if b"\0" in stream.peek(4096)[:4096]:
         raise UserError(f"{path}: neither text nor a known format ({' '.join(filter(None, READERS))})")
     yield from read_txt(stream, path, bad)
@@ -263,7 +257,7 @@ def read_jsonl(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]
             bad(f"{path}, line {number}", 'no string "text"')
             continue
         try:
-            yield text.encode("utf-8", "surrogateescape"), True  # the invalid bytes again, for `_read_part` to drop
+            yield text.encode("utf-8", "surrogateescape"), True  # invalid bytes too: `_read_part` drops and counts them
         except UnicodeEncodeError:
             yield text.encode("utf-8", "surrogatepass"), True  # half a surrogate pair, written as \ud83d
 
@@ -284,10 +278,9 @@ def read_parquet(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool
         if str(kind) not in ("string", "large_string", "string_view"):
             raise UserError(f"{path}: column 'text' is {kind}, not string")
         for batch in file.iter_batches(1024, columns=["text"]):
-            column = batch.column(0).cast(arrow.large_string()).cast(arrow.large_binary())
-            for text in column.to_pylist():  # bytes, for `_read_part` to decode
+            for text in batch.column(0).cast(arrow.large_string()).cast(arrow.large_binary()).to_pylist():
                 number += 1
-                stream.seek(size * number // rows)  # for the progress bar only
+                stream.seek(size * number // rows)  # only for the progress bar
                 if text is None:
                     bad(f"{path}, row {number}", "text is null")
                 else:
@@ -303,7 +296,7 @@ def _open_zst(raw):
 
 
 READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet, ".py": read_txt, "": read_unknown}
-TOKENS = ".bin"  # not text: tokenfiles.py
+TOKENS = ".bin"  # not text: token_files.py
 IN_FOLDERS = (".txt", ".jsonl", ".parquet", TOKENS)  # read from a folder
 PICKLES = (".pkl", ".pickle", ".pt", ".pth")
 UNPACKERS = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}
@@ -319,12 +312,17 @@ class Text:
     skipped: int  # bytes: invalid UTF-8 and NUL
     bad: int = 0  # lines and rows without a text
 
+    @property
+    def whole(self) -> np.ndarray:
+        """All of it as one range, (1, 2)."""
+        return np.array([[0, len(self.bytes)]])
+
 
 def read_text(files: list[File], folder: Path, stage: Stage, skip_bad: bool = False) -> Text:
     """Write the flat text of `files` into `folder`, several files at a time, and open it. A line or row without a text
     raises UserError, or is counted if `skip_bad`."""
     folder.mkdir(parents=True)
-    parts = _groups(files, [file.size for file in files])
+    parts = list(batches(files, lambda file: file.size, PART))
     paths = [folder / f"text-{i:05d}" for i in range(len(parts))]
 
     ends, hashes, skipped, bad, length = [], [], 0, 0, 0
@@ -337,12 +335,10 @@ def read_text(files: list[File], folder: Path, stage: Stage, skip_bad: bool = Fa
         length += path.stat().st_size
     if not length:
         raise UserError(f"{files[0].path}{' and others' * (len(files) > 1)}: no text in it")
-    return Text(Tokens(paths, np.dtype(np.uint8)), np.concatenate(ends), np.concatenate(hashes), skipped, bad)
+    return Text(Tokens.map(paths, np.uint8), np.concatenate(ends), np.concatenate(hashes), skipped, bad)
 
 
-def _read_part(
-    files: list[File], path: Path, stage: Stage, skip_bad: bool
-) -> tuple[array.array, array.array, int, int]:
+def _read_part(files: list[File], path: Path, stage: Stage, skip_bad: bool) -> tuple:
     """Write the text of `files` to `path`. Returns (document ends, hashes, bytes skipped, lines and rows skipped)."""
     ends, hashes, position, skipped, bad = array.array("q"), array.array("Q"), 0, 0, 0
 
@@ -384,7 +380,7 @@ def _pieces(file: File, bad: Callable) -> Iterator[tuple[bytes, bool, int]]:
     except Exception as error:
         if isinstance(error, UserError) or getattr(error, "filename", None):
             raise
-        # EOFError, zlib.error, LZMAError, ZstdError, ...: each library has its own
+        # Each library has its own: EOFError, zlib.error, LZMAError, ZstdError, ...
         raise UserError(f"{file.path}: corrupted ({' '.join(str(error).split())})") from error
 
 
@@ -393,21 +389,20 @@ def _pieces(file: File, bad: Callable) -> Iterator[tuple[bytes, bool, int]]:
 
 
 def split(text: Text, val_bytes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(training ranges, validation ranges) by content hash, so equal documents are on the same side, and file order and
+    """(training ranges, validation ranges) by content hash: equal documents are on the same side, and file order and
     names do not matter.
 
     A document is held out if its hash, as a fraction, is below min(5%, 2 val_bytes / all bytes). If this selects
-    nothing or more than a quarter of the text, it falls back to hashing 64 KB blocks (smaller for a text under 1.3 MB);
-    if that fails too, to the block with the smallest hash. Raises UserError if all of the text would be held out.
+    nothing or more than a quarter of the text, it falls back to hashes of 64 KB blocks (smaller for a text under
+    1.3 MB), then to the block with the smallest hash. Raises UserError if all of the text would be held out.
     """
     total = len(text.bytes)
     limit = min(MAX_HELD_OUT, 2 * val_bytes / total) * 2.0**64
     ends, held = text.ends, text.hashes < limit
     if not 0 < np.diff(ends, prepend=0)[held].sum() <= total / 4:
         ends = _block_ends(text, min(BLOCK, total // 20 + 1))
-        blocks = zip([0, *ends[:-1]], ends, strict=True)
-        hashes = [int.from_bytes(hashlib.sha256(text.bytes[a:b]).digest()[:8], "big") for a, b in blocks]
-        hashes = np.array(hashes, np.uint64)
+        digests = [hashlib.sha256(text.bytes[a:b]).digest() for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+        hashes = np.array([int.from_bytes(digest[:8], "big") for digest in digests], np.uint64)
         held = hashes < limit
         if not 0 < np.diff(ends, prepend=0)[held].sum() <= total / 4:
             held = hashes == hashes.min()
@@ -423,14 +418,19 @@ def thin(text: Text, ranges: np.ndarray, keep: int) -> np.ndarray:
     offsets, total = np.cumsum(lengths) - lengths, lengths.sum()  # offset of each range in their concatenation
     if total <= keep:
         return ranges
-    count, block, kept = max(1, keep // BLOCK), min(BLOCK, keep), []
-    for i in range(count):
-        start = i * (total - block) // max(1, count - 1)
+    block, kept = min(BLOCK, keep), []
+    for start in spaced(total, block, keep):
         a = np.maximum(start, offsets)
         b = np.minimum(start + block, offsets + lengths)
         kept.append((np.stack([a, b], axis=1) + (ranges[:, 0] - offsets)[:, None])[a < b])
-    kept = [[char_start(text, a), char_start(text, b)] for a, b in np.concatenate(kept)]
-    return _merge(np.array([[a, b] for a, b in kept if a < b]))
+    kept = np.array([[char_start(text, a), char_start(text, b)] for a, b in np.concatenate(kept)])
+    return _merge(kept[kept[:, 0] < kept[:, 1]])
+
+
+def spaced(total: int, block: int, keep: int) -> list[int]:
+    """Evenly spaced starts of the blocks that together have about `keep` of `total`, from the beginning to the end."""
+    count = max(1, keep // block)
+    return [i * (total - block) // max(1, count - 1) for i in range(count)]
 
 
 def _block_ends(text: Text, block: int) -> np.ndarray:
@@ -454,17 +454,5 @@ def _merge(ranges: np.ndarray) -> np.ndarray:
     return np.stack([ranges[new, 0], ranges[np.append(new[1:], True), 1]], axis=1)
 
 
-def whole(text: Text) -> np.ndarray:
-    return np.array([[0, len(text.bytes)]])
-
-
 def total_bytes(ranges: np.ndarray) -> int:
     return int((ranges[:, 1] - ranges[:, 0]).sum())
-
-
-def count_documents(text: Text, ranges: np.ndarray) -> int:
-    """Number of documents with text in `ranges`."""
-    inside = np.zeros(len(text.ends) + 1, np.int64)
-    np.add.at(inside, np.searchsorted(text.ends, ranges[:, 0], "right"), 1)
-    np.add.at(inside, np.searchsorted(text.ends, ranges[:, 1] - 1, "right") + 1, -1)
-    return int((np.cumsum(inside) > 0).sum())

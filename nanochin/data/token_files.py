@@ -5,8 +5,7 @@
                                    modded-nanogpt's shards are the same
     Megatron    *.bin and *.idx    the .idx holds type, lengths and offsets of the sequences in the .bin
 
-All are little-endian. None of them names its tokenizer, so the only check is that all ids are below the vocabulary
-size. No torch here.
+All are little-endian. None names its tokenizer, so the only check is that all ids are in the vocabulary. No torch here.
 """
 
 import glob
@@ -14,12 +13,13 @@ import os
 import re
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from nanochin.base.cli import UserError
-from nanochin.data.text import BLOCK, TOKENS, File, Stage, Tokens
+from nanochin.data.text import BLOCK, TOKENS, File, Stage, Tokens, spaced
 from nanochin.data.tokenizer import Tokenizer
 
 HEADER = 1024  # bytes of llm.c's header
@@ -66,26 +66,23 @@ def open_tokens(path: str) -> TokenFile:
 
 def _llm_c(path: str, magic: int, version: int, count: int, size: int) -> np.ndarray:
     expected, kind = LLM_C[magic]
+    needed = HEADER + np.dtype(kind).itemsize * count
     if version != expected:
         raise UserError(f"{path}: version {version} of llm.c's magic {magic}; only {expected} is supported")
-    if count < 1 or size != HEADER + count * np.dtype(kind).itemsize:
-        raise UserError(
-            f"{path}: corrupted: {size} bytes, but its header says {count} tokens, that is {HEADER} + "
-            f"{np.dtype(kind).itemsize} x {count} = {HEADER + count * np.dtype(kind).itemsize} bytes"
-        )
+    if count < 1 or size != needed:
+        raise UserError(f"{path}: corrupted: {size} bytes, but its header says {count} tokens, so {needed} bytes")
     return np.memmap(path, kind, mode="r", offset=HEADER).view(np.ndarray)
 
 
 def _is_header(header: bytes) -> bool:
-    """Whether this looks like another llm.c file (model, state): a date as magic, then mostly zeros. Tokens may start
-    with such a number, but do not continue with zeros."""
+    """Whether this looks like another llm.c file (model, state): a date as magic, then mostly zeros, unlike tokens."""
     date = int.from_bytes(header[:4], "little")  # such as 20240326
     is_date = 2023 <= date // 10_000 <= 2040 and 1 <= date // 100 % 100 <= 12 and 1 <= date % 100 <= 31
     return is_date and len(header) == HEADER and not any(header[HEADER // 2 :])
 
 
 def _megatron(path: str, idx: str) -> np.ndarray:
-    """The ids of the .bin, after checking that its .idx describes it: contiguous sequences that fill the file."""
+    """The ids of the .bin, after a check that its .idx describes it: contiguous sequences that fill the file."""
 
     def disagree(what: str):
         raise UserError(f"{idx}: {what}; it does not belong to {path}, or one of them is corrupted")
@@ -127,7 +124,7 @@ def _megatron(path: str, idx: str) -> np.ndarray:
 # Contents
 
 
-def hold_tokens(files: list[File]) -> bool:
+def are_token_files(files: list[File]) -> bool:
     """Whether these are token files. Raises UserError if some are and some are not."""
     kinds = {file.format == TOKENS: file.path for file in files}
     if len(kinds) > 1:
@@ -158,7 +155,7 @@ def check_ids(files: list[TokenFile], tokenizer: Tokenizer, stage: Stage) -> Non
             )
 
 
-def validation_beside(files: list[File]) -> list[str]:
+def sibling_val_files(files: list[File]) -> list[str]:
     """Validation files in the same folder: val.bin for train.bin, fineweb_val_*.bin for fineweb_train_*.bin."""
     found = set()
     for file in files:
@@ -172,14 +169,12 @@ def validation_beside(files: list[File]) -> list[str]:
 def hold_out(tokens: Tokens, keep: int) -> tuple[Tokens, Tokens]:
     """(the rest, about `keep` held-out tokens): evenly spaced blocks of at most 64k, from the start to the end."""
     total, block = len(tokens), min(BLOCK, keep)
-    count = max(1, keep // block)
-    starts = [i * (total - block) // max(1, count - 1) for i in range(count)]
-    edges = [0, *(edge for start in starts for edge in (start, start + block)), total]
-    pieces = [tokens.views(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    return Tokens.of(sum(pieces[::2], [])), Tokens.of(sum(pieces[1::2], []))
+    edges = [0, *(edge for start in spaced(total, block, keep) for edge in (start, start + block)), total]
+    pieces = [tokens.views(a, b) for a, b in pairwise(edges)]
+    return Tokens(sum(pieces[::2], [])), Tokens(sum(pieces[1::2], []))
 
 
-def pickle_beside(path: str) -> str:
+def pickle_note(path: str) -> str:
     """A remark on nanoGPT's meta.pkl if it exists, else ""."""
     meta = Path(path).with_name("meta.pkl")
     return f" ({meta} may, but is not read: pickles can run code)" if meta.exists() else ""

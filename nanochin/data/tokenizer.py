@@ -1,7 +1,7 @@
 """Tokenizers: bytes, any tiktoken encoding by name, our own byte-level BPE, or plain ids without text.
 
-tiktoken encodes everything but `bytes` and `ids-N`. Our BPE is trained by rustbpe and saved as a file of tiktoken ranks
-(per line: base64 of the token, space, rank), so that a run's folder is self-contained. No torch here.
+tiktoken encodes all but `bytes` and `ids-N`. rustbpe trains our BPE, which is saved as a file of tiktoken ranks (per
+line: base64 of the token, space, rank), so that a run's folder is self-contained. No torch here.
 """
 
 import base64
@@ -23,23 +23,22 @@ BPE_VOCAB = 4096  # default vocabulary of our BPE
 NUMBERS = re.compile(r"ids-[1-9]\d{0,9}")
 DOWNLOAD_SECONDS = 60  # tiktoken's own downloads have no timeout
 
-# Pre-tokenisation of our BPE: a word, up to three digits, or a run of punctuation, each with one leading space, or a
-# run of white space; English contractions as in GPT-2. Without GPT-2's look-ahead tiktoken encodes about twice as fast,
-# at the same bytes per token. Do not change it: the rank files of existing runs depend on it and do not contain it.
+# Pre-tokenisation of our BPE: a word, up to three digits or punctuation, each with one leading space, or a run of
+# white space; English contractions as in GPT-2. Without GPT-2's look-ahead tiktoken encodes about twice as fast, at
+# the same bytes per token. Do not change it: the rank files of existing runs depend on it and do not contain it.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+"
 
 
 class Tokenizer:
     """One vocabulary. `eot` is the id of end-of-text, which precedes and follows every document.
 
-    `bytes` has exactly 256 ids: id = byte, and end-of-text is byte 0, which text never contains (see data.py).
-    `ids-N` is for token files with an unknown tokenizer and a vocabulary of N: its text is the ids as numbers, such as
-    "464 3290", and its end-of-text is 0.
+    `bytes` has exactly 256 ids: id = byte, and end-of-text is byte 0, which text.py removes from all text. `ids-N` is
+    for token files with an unknown tokenizer and a vocabulary of N: its text is the ids as numbers, such as "464 3290",
+    and its end-of-text is 0.
     """
 
     def __init__(self, name: str, encoding: tiktoken.Encoding | None = None):
-        self.name = name
-        self.encoding = encoding
+        self.name, self.encoding = name, encoding
         self.numbers = bool(NUMBERS.fullmatch(name))
         self.vocab_size = encoding.n_vocab if encoding else int(name[4:]) if self.numbers else 256
         self.eot = encoding.eot_token if encoding else 0
@@ -49,8 +48,8 @@ class Tokenizer:
     def load(cls, name: str, folder: str | Path | None = None) -> "Tokenizer":
         """`bytes`, `ids-N`, a tiktoken name, or `bpe` from the ranks in `folder`.
 
-        Raises UserError for an unknown name, missing or corrupted ranks, and an encoding that tiktoken neither has in
-        its cache nor can download.
+        Raises UserError for an unknown name, missing or corrupted ranks, or an encoding that is not in tiktoken's cache
+        and cannot be downloaded.
         """
         if name == "bytes" or NUMBERS.fullmatch(name):
             return cls(name)
@@ -66,10 +65,8 @@ class Tokenizer:
             (Path(folder) / RANKS_FILE).write_bytes(b"".join(lines))
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Ids of `text` (valid UTF-8), without end-of-text. Special tokens in the text are encoded as plain text.
-
-        With `ids-N`, raises UserError for text that is not numbers below N.
-        """
+        """Ids of `text` (valid UTF-8), without end-of-text. Names of special tokens are encoded as plain text. With
+        `ids-N`, raises UserError for text that is not numbers below N."""
         if self.numbers:
             wrong = next((word for word in text.split() if not word.isdigit() or int(word) >= self.vocab_size), None)
             if wrong is not None:
@@ -137,7 +134,7 @@ def model_vocab(tokenizer: Tokenizer, vocab_size: int | None) -> int:
 
 
 def check(name: str, vocab_size: int | None = None) -> None:
-    """Raises UserError for an unknown tokenizer, suggesting the nearest names, or a `vocab_size` too small for bpe."""
+    """Raises UserError for an unknown tokenizer, with the nearest names, or a `vocab_size` too small for bpe."""
     known = ["bytes", "bpe", *tiktoken.list_encoding_names()]
     if name not in known and not NUMBERS.fullmatch(name):
         close = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known
@@ -147,10 +144,8 @@ def check(name: str, vocab_size: int | None = None) -> None:
 
 
 def _bpe(ranks: dict[bytes, int]) -> Tokenizer:
-    encoding = tiktoken.Encoding(
-        "bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: len(ranks)}
-    )
-    return Tokenizer("bpe", encoding)
+    special = {END_OF_TEXT: len(ranks)}
+    return Tokenizer("bpe", tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special))
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
@@ -160,7 +155,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
         if sorted(ranks.values()) != list(range(len(pairs))) or len(pairs) < 256:
             raise ValueError
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; it holds the ranks of the run's BPE") from None
+        raise UserError(f"{path}: missing; it has the ranks of the run's BPE") from None
     except ValueError:
         raise UserError(f"{path}: corrupted; not a file of tiktoken ranks") from None
     return ranks
@@ -174,7 +169,7 @@ def _named_encoding(name: str) -> tiktoken.Encoding:
     def get():
         try:
             result.append(tiktoken.get_encoding(name))
-        except Exception as error:  # anything that its HTTP library raises: no network, proxy, status, wrong hash
+        except Exception as error:  # from its HTTP library (no network, proxy, status), or a wrong hash
             result.append(error)
 
     worker = threading.Thread(target=get, daemon=True)  # daemon: a stuck download does not keep the program alive

@@ -12,15 +12,15 @@ class Windows:
     """Training windows of T+1 tokens, T apart, so that each token is a target at most once per epoch.
 
     Windows are drawn without replacement, in an order fixed by (seed, epoch). The tokens form a ring; each epoch after
-    the first starts at a random offset below T, so that its windows differ from those of the epoch before.
+    the first starts at a random offset below T, so that its windows are new.
     Raises UserError if there are fewer than T+1 tokens.
     """
 
     def __init__(self, tokens: Tokens | np.ndarray, seq_len: int, seed: int):
         if len(tokens) < seq_len + 1:
             raise UserError(
-                f"`seq_len` {seq_len}: the training text has only {len(tokens)} tokens, less than one "
-                "window; use more text or a shorter length"
+                f"`seq_len` {seq_len}: the training text has only {len(tokens)} tokens, less than one window; use more "
+                "text or a shorter length"
             )
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         self.per_epoch = (len(tokens) - 1) // seq_len
@@ -42,7 +42,7 @@ class Windows:
 
 @lru_cache(maxsize=2)  # a batch may span two epochs
 def _order(seed: int, epoch: int, windows: int, seq_len: int) -> tuple[int, np.ndarray]:
-    """(offset of epoch `epoch` in the ring, order of its windows)."""
+    """(offset of the epoch in the ring, order of its windows)."""
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed % 2**64, epoch])))
     shift = int(random.integers(seq_len)) if epoch else 0
     return shift, random.permutation(np.arange(windows, dtype=np.uint32))

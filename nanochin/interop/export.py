@@ -7,8 +7,8 @@ and tokenizer_config.json, without needing `transformers`. The architecture is t
     LayerNorm, rotary positions      GPT-NeoX    any activation but swiglu
     RMSNorm, rotary positions        Llama       any activation
 
-Missing biases are written as zeros if the architecture has them. Llama's feed-forward is gated, activation(gate) * up;
-an ungated one is written with up = 1: a matrix of zeros and a bias of ones.
+Biases that only the architecture has are zeros. Llama's feed-forward is gated, activation(gate) * up; an ungated one is
+written with up = 1: a matrix of zeros and a bias of ones.
 """
 
 import json
@@ -25,12 +25,14 @@ from nanochin.base.cli import UserError, opt, parse
 from nanochin.base.files import writing
 from nanochin.config import Shape
 from nanochin.data.tokenizer import END_OF_TEXT, Tokenizer
-from nanochin.interop.gpt2 import gpt2_name
+from nanochin.interop import gpt2
+from nanochin.interop.gpt2 import rename
 from nanochin.model import GPT, ROTARY_THETA
 from nanochin.run.checkpoint import load_run
 from nanochin.run.folder import find_run
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2", "swiglu": "silu"}
+ROPE = {"rope_type": "default", "rope_theta": ROTARY_THETA}  # `transformers` 5; rope_theta, rotary_emb_base before it
 Weights = dict[str, Tensor]
 
 
@@ -50,21 +52,17 @@ def export(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
     convert = architecture(model.shape)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not an empty folder; choose a new one")
-    ours = {name: p.detach() for name, p in model.named_parameters()}
-    tensors, config = convert(ours, model.shape)
+    tensors, config = convert({name: p.detach() for name, p in model.named_parameters()}, model.shape)
     end = None if tokenizer.numbers else tokenizer.eot
-    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end)
     config |= ends | {"vocab_size": model.shape.vocab_size, "tie_word_embeddings": model.shape.tied, "dtype": "float32"}
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with writing(folder), tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as parent:
         temp = Path(parent, "export")
         temp.mkdir()
-        save_file(
-            {name: t.contiguous().clone() for name, t in tensors.items()},
-            temp / "model.safetensors",
-            metadata={"format": "pt"},
-        )
+        copies = {name: t.contiguous().clone() for name, t in tensors.items()}
+        save_file(copies, temp / "model.safetensors", metadata={"format": "pt"})
         files = {"config.json": config, "generation_config.json": ends}
         if not tokenizer.numbers:
             files |= tokenizer_files(tokenizer, model.shape.seq_len)
@@ -93,12 +91,35 @@ def architecture(shape: Shape):
 # Architectures: (tensors, config.json)
 
 
+NEOX = {
+    "embed": "gpt_neox.embed_in",
+    "head": "embed_out",
+    "final": "gpt_neox.final_layer_norm",
+    "blocks": "gpt_neox.layers",
+    "norm1": "post_attention_layernorm",
+    "norm2": "input_layernorm",
+    "attention.qkv": "attention.query_key_value",
+    "attention.out": "attention.dense",
+    "feed_forward.up": "mlp.dense_h_to_4h",
+    "feed_forward.down": "mlp.dense_4h_to_h",
+}
+LLAMA = {
+    "embed": "model.embed_tokens",
+    "head": "lm_head",
+    "final": "model.norm",
+    "blocks": "model.layers",
+    "norm1": "post_attention_layernorm",
+    "norm2": "input_layernorm",
+    "attention.qkv": "self_attn.{}_proj",
+    "attention.out": "self_attn.o_proj",
+    "feed_forward.up": "mlp.{}_proj",
+    "feed_forward.down": "mlp.down_proj",
+}
+
+
 def to_gpt2(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
-    tensors = {}
-    for name, tensor in with_biases(ours).items():
-        theirs, transposed = gpt2_name(name, shape.layers)
-        tensors[theirs] = tensor.T if transposed else tensor
-    return tensors, {
+    renamed = {rename(name, shape.layers, gpt2.NAMES): tensor for name, tensor in with_biases(ours).items()}
+    return {name: gpt2.transpose_matrix(name, tensor) for name, tensor in renamed.items()}, {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "n_embd": shape.width,
@@ -116,24 +137,11 @@ def to_gpt2(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
 
 def to_neox(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
     """NeoX packs queries, keys and values per head, (H, 3, D); we pack them as (3, H, D)."""
-    full, tensors = with_biases(ours), {}
-    for name, theirs in (("embed", "gpt_neox.embed_in"), ("head", "embed_out")):
-        if f"{name}.weight" in full:
-            tensors[f"{theirs}.weight"] = full[f"{name}.weight"]
-    for i, first, second in norms(shape):
-        block, prefix = f"blocks.{i}", f"gpt_neox.layers.{i}"
-        for kind in ("weight", "bias"):
-            qkv = full[f"{block}.attention.qkv.{kind}"].unflatten(0, (3, shape.heads, shape.head_size))
-            tensors |= {
-                f"{prefix}.attention.query_key_value.{kind}": qkv.transpose(0, 1).flatten(0, 2),
-                f"{prefix}.attention.dense.{kind}": full[f"{block}.attention.out.{kind}"],
-                f"{prefix}.mlp.dense_h_to_4h.{kind}": full[f"{block}.feed_forward.up.{kind}"],
-                f"{prefix}.mlp.dense_4h_to_h.{kind}": full[f"{block}.feed_forward.down.{kind}"],
-                f"{prefix}.input_layernorm.{kind}": full[f"{first}.{kind}"],
-                f"{prefix}.post_attention_layernorm.{kind}": full[f"{second}.{kind}"],
-            }
-    for kind in ("weight", "bias"):
-        tensors[f"gpt_neox.final_layer_norm.{kind}"] = full[f"blocks.{shape.layers - 1}.norm2.{kind}"]
+    tensors = {}
+    for name, tensor in with_biases(ours).items():
+        if ".qkv." in name:
+            tensor = tensor.unflatten(0, (3, shape.heads, shape.head_size)).transpose(0, 1).flatten(0, 2)
+        tensors[rename(name, shape.layers, NEOX)] = tensor
     return tensors, {
         "architectures": ["GPTNeoXForCausalLM"],
         "model_type": "gpt_neox",
@@ -143,39 +151,22 @@ def to_neox(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
         "use_parallel_residual": False,
         "rotary_pct": 1.0,
         "rotary_emb_base": ROTARY_THETA,
-        "rope_parameters": rope() | {"partial_rotary_factor": 1.0},
+        "rope_parameters": ROPE | {"partial_rotary_factor": 1.0},
     }
 
 
 def to_llama(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
-    gated = shape.activation == "swiglu"
-    tensors = {"model.embed_tokens.weight": ours["embed.weight"]}
-    if not shape.tied:
-        tensors["lm_head.weight"] = ours["head.weight"]
-    for i, first, second in norms(shape):
-        block, prefix = f"blocks.{i}", f"model.layers.{i}"
-        tensors[f"{prefix}.input_layernorm.weight"] = ours[f"{first}.weight"]
-        tensors[f"{prefix}.post_attention_layernorm.weight"] = ours[f"{second}.weight"]
-        for kind in ("weight", "bias") if shape.bias else ("weight",):
-            q, k, v = ours[f"{block}.attention.qkv.{kind}"].chunk(3)
-            up = ours[f"{block}.feed_forward.up.{kind}"]
-            gate, up = up.chunk(2) if gated else (up, torch.full_like(up, float(kind == "bias")))
-            tensors |= {
-                f"{prefix}.self_attn.q_proj.{kind}": q,
-                f"{prefix}.self_attn.k_proj.{kind}": k,
-                f"{prefix}.self_attn.v_proj.{kind}": v,
-                f"{prefix}.self_attn.o_proj.{kind}": ours[f"{block}.attention.out.{kind}"],
-                f"{prefix}.mlp.gate_proj.{kind}": gate,
-                f"{prefix}.mlp.up_proj.{kind}": up,
-                f"{prefix}.mlp.down_proj.{kind}": ours[f"{block}.feed_forward.down.{kind}"],
-            }
-        if not gated and not shape.bias:
-            tensors |= {
-                f"{prefix}.mlp.gate_proj.bias": torch.zeros(shape.ffn),
-                f"{prefix}.mlp.up_proj.bias": torch.ones(shape.ffn),
-                f"{prefix}.mlp.down_proj.bias": torch.zeros(shape.width),
-            }
-    tensors["model.norm.weight"] = ours[f"blocks.{shape.layers - 1}.norm2.weight"]
+    gated, tensors = shape.activation == "swiglu", {}
+    for name, tensor in (ours if gated else with_biases(ours, "feed_forward")).items():
+        theirs = rename(name, shape.layers, LLAMA)
+        if ".qkv." in name:
+            tensors |= {theirs.format(part): t for part, t in zip("qkv", tensor.chunk(3), strict=True)}
+        elif ".up." in name:
+            one = torch.full_like(tensor, float(name.endswith("bias")))  # the projection that is 1 for every input
+            gate, up = tensor.chunk(2) if gated else (tensor, one)
+            tensors |= {theirs.format("gate"): gate, theirs.format("up"): up}
+        else:
+            tensors[theirs] = tensor
     return tensors, {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -186,7 +177,7 @@ def to_llama(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
         "attention_bias": shape.bias,
         "mlp_bias": shape.bias or not gated,
         "rope_theta": ROTARY_THETA,
-        "rope_parameters": rope(),
+        "rope_parameters": ROPE,
     }
 
 
@@ -202,22 +193,12 @@ def sizes(shape: Shape) -> dict:
     }
 
 
-def rope() -> dict:
-    """The format of `transformers` 5; older versions read rope_theta or rotary_emb_base."""
-    return {"rope_type": "default", "rope_theta": ROTARY_THETA}
-
-
-def norms(shape: Shape) -> list[tuple[int, str, str]]:
-    """(i, norm before attention, norm before feed-forward) of every block, in our names."""
-    return [(i, f"blocks.{i - 1}.norm2" if i else "norm", f"blocks.{i}.norm1") for i in range(shape.layers)]
-
-
-def with_biases(ours: Weights) -> Weights:
-    """`ours` with zeros for missing biases."""
+def with_biases(ours: Weights, within: str = "") -> Weights:
+    """`ours` with zeros for missing biases, of the modules with `within` in their name."""
     full = dict(ours)
     for name, tensor in ours.items():
         module, _, kind = name.rpartition(".")
-        if kind == "weight" and module not in ("embed", "positions", "head"):
+        if kind == "weight" and module not in ("embed", "positions", "head") and within in module:
             full.setdefault(f"{module}.bias", torch.zeros(len(tensor)))
     return full
 
@@ -231,7 +212,7 @@ def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, dict]:
 
     One difference from our tokenizer: as everywhere in `transformers`, <|endoftext|> in a text becomes end-of-text.
     """
-    letter = byte_letters()
+    letter = _byte_letters()
     if tokenizer.encoding is None:  # bytes: id 0, which text never contains, is end-of-text
         vocab = {letter[byte]: byte for byte in range(256) if byte != tokenizer.eot} | {END_OF_TEXT: tokenizer.eot}
         merges, split = [], []
@@ -239,55 +220,46 @@ def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, dict]:
         ranks = tokenizer.encoding._mergeable_ranks
         spell = {token: "".join(letter[byte] for byte in token) for token in ranks}
         vocab = {spell[token]: rank for token, rank in ranks.items()} | {END_OF_TEXT: tokenizer.eot}
-        merges = [[spell[left], spell[right]] for left, right in all_merges(ranks)]
-        pattern = {"Regex": oniguruma(tokenizer.encoding._pat_str)}
+        merges = [[spell[left], spell[right]] for left, right in _all_merges(ranks)]
+        pattern = {"Regex": _oniguruma(tokenizer.encoding._pat_str)}
         split = [{"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    special = {
-        "id": tokenizer.eot,
-        "content": END_OF_TEXT,
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
-    model = {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": True,
-        "vocab": vocab,
-        "merges": merges,
-    }
+    special = {"id": tokenizer.eot, "content": END_OF_TEXT}
+    special |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    unused = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    model = {"type": "BPE"} | dict.fromkeys(unused) | {"fuse_unk": False, "byte_fallback": False}
     return {
         "tokenizer.json": {
-            "version": "1.0", "truncation": None, "padding": None, "added_tokens": [special], "normalizer": None,
-            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, byte_level]}, "post_processor": None,
-            "decoder": byte_level, "model": model,
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [special],
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, byte_level]},
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": model | {"ignore_merges": True, "vocab": vocab, "merges": merges},
         },
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len, "bos_token": END_OF_TEXT,
-            "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "clean_up_tokenization_spaces": False,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": seq_len,
+            **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
+            "clean_up_tokenization_spaces": False,
         },
-    }  # fmt: skip
+    }
 
 
-def byte_letters() -> list[str]:
-    """The printable character for each byte in GPT-2's byte-level vocabulary: the byte itself if printable in Latin-1,
-    else the next one from U+0100 on."""
+def _byte_letters() -> list[str]:
+    """GPT-2's printable character for each byte: the byte itself if printable in Latin-1, else the next one from U+0100
+    on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte) if byte in visible else chr(0x100 + hidden.index(byte)) for byte in range(256)]
 
 
-def all_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every pair of tokens that forms a token, ordered by the rank of the result. Equivalent to tiktoken, which merges
-    any neighbours that form a token, lowest rank first."""
+def _all_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Every pair of tokens that forms a token, by the rank of the result: tiktoken merges any neighbours that form a
+    token, lowest rank first."""
     pairs = []
     for token in sorted(ranks, key=ranks.get):
         cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
@@ -296,9 +268,8 @@ def all_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     return pairs
 
 
-def oniguruma(pattern: str) -> str:
-    """tiktoken's pattern in the regex syntax of `tokenizers`, where {1,3}+ is not possessive and $ is the end of a
-    line."""
+def _oniguruma(pattern: str) -> str:
+    """tiktoken's pattern for `tokenizers`, whose {1,3}+ is not possessive and whose $ is the end of a line."""
     return pattern.replace("{1,3}+", "{1,3}").replace("{1,2}+", "{1,2}").replace("$", r"\z")
 
 

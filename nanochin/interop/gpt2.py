@@ -1,6 +1,6 @@
-"""Start a run from GPT-2 weights in `transformers` format: the map between its tensors and ours.
+"""Start a run from GPT-2 weights in `transformers` format: its names for our tensors, its options for ours.
 
-Its linear layers are stored transposed (in x out, "Conv1D"); queries, keys and values are packed as in our model. Only
+GPT-2 stores linear layers transposed (in x out, "Conv1D") and packs queries, keys and values as our model does. Only
 safetensors are read: pytorch_model.bin is a pickle, which can run code.
 """
 
@@ -21,40 +21,46 @@ from nanochin.model import GPT
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 GPT2_VOCAB = 50257
-PLACES = {"embed": "transformer.wte", "positions": "transformer.wpe", "head": "lm_head"}
-PARTS = {
+NAMES = {
+    "embed": "transformer.wte",
+    "positions": "transformer.wpe",
+    "head": "lm_head",
+    "final": "transformer.ln_f",
+    "blocks": "transformer.h",
+    "norm1": "ln_2",
+    "norm2": "ln_1",
     "attention.qkv": "attn.c_attn",
     "attention.out": "attn.c_proj",
-    "norm1": "ln_2",
     "feed_forward.up": "mlp.c_fc",
     "feed_forward.down": "mlp.c_proj",
 }
 
 
-def gpt2_name(name: str, layers: int) -> tuple[str, bool]:
-    """GPT-2's name for our parameter `name`, and whether it is stored transposed.
+def rename(name: str, layers: int, names: dict[str, str]) -> str:
+    """Our parameter `name` in the architecture with these `names`.
 
-    Our norms belong to the block before them: norm2 is GPT-2's ln_1 of the next block, or its final norm.
+    Our norms belong to the block before them: norm2 is the first norm of the next block elsewhere, or the final norm.
     """
     module, _, kind = name.rpartition(".")  # kind: weight or bias
-    if module in PLACES:
-        return f"{PLACES[module]}.{kind}", False
-    if module == "norm":
-        return f"transformer.h.0.ln_1.{kind}", False
-    _, block, part = module.split(".", 2)
-    if part == "norm2":
-        last = int(block) + 1 == layers
-        return f"transformer.ln_f.{kind}" if last else f"transformer.h.{int(block) + 1}.ln_1.{kind}", False
-    return f"transformer.h.{block}.{PARTS[part]}.{kind}", kind == "weight" and part != "norm1"
+    if module in ("embed", "positions", "head"):
+        return f"{names[module]}.{kind}"
+    _, block, part = module.split(".", 2) if module != "norm" else ("", -1, "norm2")
+    block = int(block) + (part == "norm2")
+    return f"{names['final']}.{kind}" if block == layers else f"{names['blocks']}.{block}.{names[part]}.{kind}"
+
+
+def transpose_matrix(name: str, tensor: Tensor) -> Tensor:
+    """GPT-2 stores the matrices of its blocks transposed."""
+    return tensor.T if name.startswith(NAMES["blocks"]) and tensor.ndim == 2 else tensor
 
 
 def initial_options(config: Config) -> Config:
     """`config` with the shape of the weights in `init_from`.
 
-    Raises UserError if the weights are not GPT-2's, if an option contradicts their shape, and if length or learning
-    rate are not given: the rules and laws that derive them are for training from scratch.
+    Raises UserError if the weights are not GPT-2's, if an option contradicts their shape, or if length or learning rate
+    are not given: the rules and laws that derive them are for training from scratch.
     """
-    what, sizes = f"`init_from` {config.init_from}", {name: shape for name, shape, _ in _tensors(config.init_from)}
+    what, sizes = f"`init_from` {config.init_from}", {name: t.get_shape() for name, t in _tensors(config.init_from)}
     try:
         (V, C), (T, _) = sizes["transformer.wte.weight"], sizes["transformer.wpe.weight"]
         F = sizes["transformer.h.0.mlp.c_fc.weight"][1]
@@ -91,21 +97,19 @@ def initial_options(config: Config) -> Config:
 @torch.no_grad()
 def load_initial(path: str, model: GPT) -> None:
     """Load the weights into `model`. Raises UserError for a missing, unexpected or misshapen tensor."""
-    ours = {}
-    for name, parameter in model.named_parameters():
-        theirs, transposed = gpt2_name(name, model.shape.layers)
-        ours[theirs] = parameter, transposed
-    for name, shape, read in _tensors(path):
+    ours = {rename(name, model.shape.layers, NAMES): parameter for name, parameter in model.named_parameters()}
+    for name, theirs in _tensors(path):
         if name == "lm_head.weight" and model.shape.tied:
             continue
         if name not in ours:
             raise UserError(f"`init_from` {path}: unexpected tensor {name}")
-        parameter, transposed = ours.pop(name)
-        tensor = read().T if transposed else read()
+        parameter, tensor = ours.pop(name), transpose_matrix(name, theirs[:].float())
         if name == "transformer.wpe.weight":
-            tensor = tensor[: len(parameter)]  # a shorter --seq-len
+            tensor = tensor[: len(parameter)]  # `seq_len` may be shorter
         if tensor.shape != parameter.shape:
-            raise UserError(f"`init_from` {path}: tensor {name} is {shape}, expected {list(parameter.shape)}")
+            raise UserError(
+                f"`init_from` {path}: tensor {name} is {list(tensor.shape)}, expected {list(parameter.shape)}"
+            )
         parameter.copy_(tensor)
     if ours:
         raise UserError(f"`init_from` {path}: tensor {next(iter(ours))} is missing")
@@ -120,7 +124,7 @@ def initial_sha(path: str) -> str:
 
 
 def _read_config(path: str, width: int) -> dict:
-    """Options that only config.json states; {} without one. Raises UserError for what our model does not support."""
+    """Our options from config.json; {} without one. Raises UserError for what our model does not support."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path).with_name("config.json")
     if not file.exists():
         return {}
@@ -131,12 +135,8 @@ def _read_config(path: str, width: int) -> dict:
         raise UserError(f"{file}: not a model configuration ({error})") from None
     if stated.get("model_type") != "gpt2":
         raise UserError(f"{file}: model_type {stated.get('model_type')}, only gpt2 can be imported")
-    ours = {
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "add_cross_attention": False,
-    }
+    ours = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True}
+    ours |= {"scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
     for key, value in ours.items():
         if stated.get(key, value) != value:
             raise UserError(f"{file}: {key} {stated[key]}, our model has {value}")
@@ -159,26 +159,22 @@ def _files(path: str) -> list[Path]:
         return [Path(path)]
     files = sorted(Path(path).glob("model*.safetensors"))
     if not files:
-        reason = "no such file or folder" if not Path(path).exists() else "no model.safetensors in this folder"
+        reason = "no model.safetensors in this folder" if Path(path).exists() else "no such file or folder"
         if list(Path(path).glob("pytorch_model*.bin")):
             reason += " (pytorch_model.bin is a pickle, which can run code; save it again as safetensors)"
         raise UserError(f"`init_from` {path}: {reason}")
     return files
 
 
-def _tensors(path: str) -> Iterator[tuple[str, list[int], object]]:
-    """(name, shape, function that reads it) of every parameter, named as in GPT2LMHeadModel."""
+def _tensors(path: str) -> Iterator[tuple[str, object]]:
+    """(name in GPT2LMHeadModel, lazy safetensors slice) of every parameter."""
     for file in _files(path):
         try:
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (not a dict)
                     if name.endswith((".attn.bias", ".attn.masked_bias")):
-                        continue  # the causal mask, saved by older versions
+                        continue  # the causal mask, which older versions saved
                     full = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-                    yield full, tensors.get_slice(name).get_shape(), lambda t=tensors, n=name: _float(t.get_tensor(n))
+                    yield full, tensors.get_slice(name)
         except SafetensorError as error:
             raise UserError(f"{file}: corrupted ({error})") from None
-
-
-def _float(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32)

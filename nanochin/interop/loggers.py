@@ -1,4 +1,4 @@
-"""Loggers that also receive the rows of log.jsonl: wandb and tensorboard, optional, imported only on request."""
+"""Loggers that also receive the rows of log.jsonl: wandb and tensorboard, optional and imported only on request."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,17 +13,16 @@ def check(names: tuple[str, ...]) -> None:
 
 
 def open_logger(name: str, folder: Path, options: dict, step: int) -> tuple[Callable[[dict], None], Callable[[], None]]:
-    """(function that logs a row, function that closes the logger) for the run in `folder`, which resumes from `step`.
+    """(function that logs a row, function that closes the logger) for the run in `folder`, which starts from `step`.
 
     Raises RunError if wandb fails (no account, no network).
     """
     if name == "wandb":
         import wandb
 
+        place = {"project": "nanochin", "id": folder.name, "name": folder.name, "dir": folder}
         try:
-            run = wandb.init(
-                project="nanochin", id=folder.name, name=folder.name, resume="allow", dir=folder, config=options
-            )
+            run = wandb.init(**place, resume="allow", config=options)
         except wandb.Error as error:
             reason = " ".join(str(error).split())
             raise RunError(f"`loggers` wandb: {reason}; WANDB_MODE=offline needs no account") from None
