@@ -5,43 +5,46 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import prepare
 
 from nanochin.base.cli import UserError
 from nanochin.data import sources as module
-from nanochin.data.corpus import prepare
 from nanochin.data.sources import parse
 
 TEXTS = [f"Document {i}: " + f"{i * 7919 % 1000} words of it, and a ligature ﬁ. " * (1 + i % 9) for i in range(3000)]
+
+
+def parquet(path: Path, **columns) -> None:
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    path.parent.mkdir(exist_ok=True)
+    write_table(pyarrow.table(columns), path, row_group_size=100)
 
 
 @pytest.fixture
 def dataset(tmp_path, monkeypatch) -> Path:
     """A folder with two parquet files of TEXTS; the library has no network and not the user's cache."""
     pytest.importorskip("datasets", reason="pip install datasets")
-    arrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
-    from pyarrow import parquet
-
+    pytest.importorskip("pyarrow", reason="pip install pyarrow")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "hf"))
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    folder = tmp_path / "books"
-    folder.mkdir()
     for i, part in enumerate((TEXTS[:1000], TEXTS[1000:])):
-        table = arrow.table({"id": list(range(len(part))), "text": part})
-        parquet.write_table(table, folder / f"train-{i}.parquet", row_group_size=100)
-    return folder
+        parquet(tmp_path / f"books/train-{i}.parquet", id=list(range(len(part))), text=part)
+    return tmp_path / "books"
 
 
 def documents(corpus) -> set[bytes]:
     """The text between the end-of-text tokens, in training and validation."""
-    return {text for tokens in (corpus.train, corpus.val) for text in bytes(tokens[:].astype("u1")).split(b"\0")} - {
-        b""
-    }
+    both = b"".join(bytes(tokens[:].astype("u1")) for tokens in (corpus.train, corpus.val))
+    return set(both.split(b"\0")) - {b""}
 
 
-def test_first_documents_up_to_max_tokens(dataset, tmp_path):
-    """The first documents that fit into --max-tokens, with an end-of-text each, and no more; cached as .jsonl, which
+def test_first_documents_up_to_max_tokens(dataset, tmp_path, monkeypatch):
+    """The first documents that fit into `max_tokens`, with an end-of-text each, and no more; cached as .jsonl, which
     the second run reads without the library."""
-    corpus = prepare((f"hf:{dataset}",), max_tokens=100_000, val_bytes=2048, cache=tmp_path / "cache")
+    options = {"max_tokens": 100_000, "val_bytes": 2048, "cache": tmp_path / "cache"}
+    corpus = prepare(f"hf:{dataset}", **options)
     count, total = 0, 1
     while total + len(TEXTS[count].encode()) + 1 <= 100_000:
         total += len(TEXTS[count].encode()) + 1
@@ -50,59 +53,46 @@ def test_first_documents_up_to_max_tokens(dataset, tmp_path):
     assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == TEXTS[:count]
     assert documents(corpus) == {text.encode() for text in TEXTS[:count]} and corpus.name == "books"
     assert len(corpus.train) + len(corpus.val) == total + 1  # each side begins with end-of-text
-
-    before, sys.modules["datasets"] = sys.modules["datasets"], None
-    try:
-        again = prepare((f"hf:{dataset}",), max_tokens=100_000, val_bytes=2048, cache=tmp_path / "cache")
-    finally:
-        sys.modules["datasets"] = before
-    assert again.folder == corpus.folder
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert prepare(f"hf:{dataset}", **options).folder == corpus.folder
 
 
 def test_all_of_a_small_data_set(dataset, tmp_path):
     """A limit above its size takes everything, the same as reading the local folder without the library."""
-    hub = prepare((f"hf:{dataset}",), max_tokens=1e9, cache=tmp_path / "cache")
-    local = prepare((str(dataset),), cache=tmp_path / "cache")
+    hub = prepare(f"hf:{dataset}", max_tokens=1e9, cache=tmp_path / "cache")
+    local = prepare(dataset, cache=tmp_path / "cache")
     assert documents(hub) == documents(local) == {text.encode() for text in TEXTS}
     assert hub.val_sha == local.val_sha
 
 
 def test_max_tokens_with_our_own_bpe(dataset, tmp_path, monkeypatch):
-    """Before our BPE is trained, one trained on the first texts counts: within 10% of --max-tokens."""
+    """Before our BPE is trained, one trained on the first texts counts: within 10% of `max_tokens`."""
     monkeypatch.setattr(module, "SAMPLE", 20_000)
-    corpus = prepare((f"hf:{dataset}",), max_tokens=30_000, tokenizer="bpe", vocab_size=400, cache=tmp_path / "cache")
+    corpus = prepare(f"hf:{dataset}", max_tokens=30_000, tokenizer="bpe", vocab_size=400, cache=tmp_path / "cache")
     assert 27_000 < len(corpus.train) + len(corpus.val) < 33_000
 
 
 def test_rows_without_text(dataset, tmp_path):
-    """Nulls are bad lines: rejected with their number, or counted with --skip-bad."""
-    import pyarrow
-    from pyarrow import parquet
-
-    parquet.write_table(pyarrow.table({"id": [0, 1, 2], "text": ["a", None, "b" * 3000]}), dataset / "train-0.parquet")
+    """Nulls are bad lines: rejected with their number, or counted with `skip_bad`."""
+    parquet(dataset / "train-0.parquet", id=[0, 1, 2], text=["a", None, "b" * 3000])
     with pytest.raises(UserError, match=r'jsonl, line 2: no string "text"; `skip_bad`'):
-        prepare((f"hf:{dataset}",), max_tokens=1e9, cache=tmp_path / "cache")
-    corpus = prepare((f"hf:{dataset}",), max_tokens=1e9, skip_bad=True, cache=tmp_path / "cache")
+        prepare(f"hf:{dataset}", max_tokens=1e9, cache=tmp_path / "cache")
+    corpus = prepare(f"hf:{dataset}", max_tokens=1e9, skip_bad=True, cache=tmp_path / "cache")
     assert corpus.skipped_records == 1 and b"b" * 3000 in documents(corpus)
 
 
 def test_errors_are_one_line(dataset, tmp_path):
     """No such data set, no such split, no column `text`, a document above the limit: one line, no file left."""
-    import pyarrow
-    from pyarrow import parquet
-
-    other, empty = tmp_path / "other", tmp_path / "empty"
-    for folder, name in ((other, "train"), (empty, "test")):
-        folder.mkdir()
-        parquet.write_table(pyarrow.table({"content": ["x"], "url": ["y"]}), folder / f"{name}.parquet")
-    for item, limit, said in [
-        (f"hf:{tmp_path}/nowhere", 1e6, f"`data` hf:{tmp_path}/nowhere: .*Error: "),
-        (f"hf:{empty}", 1e6, f"`data` hf:{empty}: "),
-        (f"hf:{other}", 1e6, "no column 'text'; it has content, url"),
-        (f"hf:{dataset}", 10, "the first document alone exceeds `max_tokens` 10"),
+    parquet(tmp_path / "other/train.parquet", content=["x"], url=["y"])
+    parquet(tmp_path / "empty/test.parquet", content=["x"], url=["y"])
+    for name, limit, message in [
+        ("nowhere", 1e6, ".*Error: "),
+        ("empty", 1e6, ""),
+        ("other", 1e6, "no column 'text'; it has content, url"),
+        ("books", 10, "the first document alone exceeds `max_tokens` 10"),
     ]:
-        with pytest.raises(UserError, match=said) as error:
-            prepare((item,), max_tokens=limit, cache=tmp_path / "cache")
+        with pytest.raises(UserError, match=f"^`data` hf:{tmp_path}/{name}: {message}") as error:
+            prepare(f"hf:{tmp_path}/{name}", max_tokens=limit, cache=tmp_path / "cache")
         assert "\n" not in str(error.value)
     assert not [p for p in (tmp_path / "cache/hub").rglob("*") if p.suffix in (".jsonl", ".tmp")]
 
@@ -111,19 +101,19 @@ def test_without_the_library_the_command_is_named(tmp_path, monkeypatch):
     """Without `datasets` the error has the install command."""
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="`data` hf:a/b needs an optional library: pip install datasets"):
-        prepare(("hf:a/b",), max_tokens=1e6, cache=tmp_path)
+        prepare("hf:a/b", max_tokens=1e6, cache=tmp_path)
 
 
 def test_parse():
     """OWNER/NAME and CONFIG; other forms, or no limit, are rejected; different text is a different file."""
-    source = parse("hf:HuggingFaceFW/fineweb-edu:sample-10BT", "data", 1e8, "bytes", None)
+    item = "hf:HuggingFaceFW/fineweb-edu:sample-10BT"
+    source = parse(item, "data", 1e8, "bytes", None)
     assert (source.dataset, source.config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
     assert source.place.endswith("/fineweb-edu-sample-10BT.jsonl")
-    others = [parse("hf:HuggingFaceFW/fineweb-edu:sample-10BT", "data", *rest).place
-              for rest in ((1e9, "bytes", None), (1e8, "bpe", 300), (1e8, "bpe", 301))]  # fmt: skip
+    others = [parse(item, "data", *rest).place for rest in ((1e9, "bytes", None), (1e8, "bpe", 300), (1e8, "bpe", 301))]
     assert len({source.place, *others}) == 4
-    for item in ("hf:", "hf:a/", "hf:a b"):
+    for bad in ("hf:", "hf:a/", "hf:a b"):
         with pytest.raises(UserError, match="expected hf:OWNER/NAME"):
-            parse(item, "data", 1e6, "bytes", None)
+            parse(bad, "data", 1e6, "bytes", None)
     with pytest.raises(UserError, match=r"`val` hf:a/b: needs `max_tokens`"):
         parse("hf:a/b", "val", None, "bytes", None)

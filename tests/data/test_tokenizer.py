@@ -1,11 +1,9 @@
 """Tokenizers: round trips, our BPE against tiktoken, and errors."""
 
 import base64
-import os
 import random
 import socket
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from nanochin.base.cli import UserError
 from nanochin.data import tokenizer as module
 from nanochin.data.tokenizer import END_OF_TEXT, PATTERN, RANKS_FILE, Tokenizer, model_vocab, train_bpe
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
 # Every length of UTF-8 character, joined emoji, right-to-left, combining marks, odd spaces, line ends, a special name.
 ODD = (
     "naïve ß Ω 中文字 🙂👨\u200d👩\u200d👧 עברית e\u0301 \u00a0\u2003\u3000x\r\n\n\t\tif  a:\r 1234567 "
@@ -36,10 +33,7 @@ def bpe() -> Tokenizer:
 
 
 @pytest.fixture
-def gpt2(monkeypatch) -> Tokenizer:
-    if not (SHARED / "data/tiktoken_cache").is_dir() and "TIKTOKEN_CACHE_DIR" not in os.environ:
-        pytest.skip("needs the ranks of gpt2: shared/data/tiktoken_cache or TIKTOKEN_CACHE_DIR")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", os.environ.get("TIKTOKEN_CACHE_DIR", str(SHARED / "data/tiktoken_cache")))
+def gpt2(tiktoken_ranks) -> Tokenizer:
     return Tokenizer.load("gpt2")
 
 
@@ -59,15 +53,14 @@ def test_round_trip(name, request):
     assert t.decode_bytes(t.encode(ODD.encode()).tolist()) == ODD.encode()
     assert t.encode(b"").tolist() == [] and t.decode([]) == ""
     smile = t.encode("🙂".encode()).tolist()
-    if len(smile) > 1:
-        assert "\ufffd" in t.decode(smile[:-1])
+    assert len(smile) > 1 and "\ufffd" in t.decode(smile[:-1])
 
 
 def test_bpe_counts_end_of_text_as_its_last_id(bpe):
     """A vocabulary of 600 is 256 bytes, 343 merges and end-of-text; text never encodes to end-of-text."""
     assert (bpe.vocab_size, bpe.eot, bpe.dtype) == (600, 599, np.uint16)
     ids = bpe.encode(END_OF_TEXT.encode())
-    assert bpe.eot not in ids and bpe.decode(ids) == END_OF_TEXT
+    assert bpe.eot not in ids
     assert bpe.decode([bpe.eot, *ids.tolist(), bpe.eot, 600, 10_000]) == END_OF_TEXT
 
 
@@ -78,8 +71,8 @@ def test_tiktoken_reads_saved_ranks(bpe, tmp_path):
     assert sorted(ranks.values()) == list(range(599))
     theirs = tiktoken.Encoding("theirs", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
     text = english(3000, seed=1) + ODD
-    assert bpe.encode(text.encode()).tolist() == theirs.encode_ordinary(text)
-    assert Tokenizer.load("bpe", tmp_path).encode(text.encode()).tolist() == theirs.encode_ordinary(text)
+    for ours in (bpe, Tokenizer.load("bpe", tmp_path)):
+        assert ours.encode(text.encode()).tolist() == theirs.encode_ordinary(text)
 
 
 def test_bpe_merges_repeated_pairs():
@@ -95,11 +88,14 @@ def test_bpe_training_is_deterministic(bpe):
     assert train_bpe([text[:middle], text[middle:]], 600).encoding._mergeable_ranks == bpe.encoding._mergeable_ranks
 
 
-def test_gpt2_is_tiktokens(gpt2):
-    """Named encodings give tiktoken's ids and its end-of-text."""
+def test_named_encodings_are_tiktokens(gpt2):
+    """Named encodings give tiktoken's ids and its end-of-text; ids without a token (cl100k_base) decode to nothing."""
     assert (gpt2.vocab_size, gpt2.eot, gpt2.dtype) == (50257, 50256, np.uint16)
     assert gpt2.encode(b"hello world").tolist() == [31373, 995]
     assert gpt2.encode(ODD.encode()).tolist() == tiktoken.get_encoding("gpt2").encode_ordinary(ODD)
+    cl100k = Tokenizer.load("cl100k_base")
+    assert (cl100k.dtype, cl100k.vocab_size) == (np.uint32, 100_277)
+    assert cl100k.decode([*cl100k.encode(ODD.encode()), 100_256, 100_276]) == ODD
 
 
 def test_large_vocabularies_need_32_bits():
@@ -109,22 +105,13 @@ def test_large_vocabularies_need_32_bits():
     special = {END_OF_TEXT: 256 + 65_536}
     t = Tokenizer("x", tiktoken.Encoding("x", pat_str=".", mergeable_ranks=singles | pairs, special_tokens=special))
     assert (t.dtype, t.vocab_size, t.eot) == (np.uint32, 65_793, 65_792)
-    assert t.encode("é".encode()).tolist() == [256 + 256 * 0xC3 + 0xA9]
     smile = t.encode("🙂".encode())
     assert smile.tolist() == [256 + 256 * 0xF0 + 0x9F, 256 + 256 * 0x99 + 0x82] and t.decode(smile) == "🙂"
 
 
-def test_unused_ids_decode_to_nothing(gpt2):
-    """cl100k_base has ids without a token."""
-    t = Tokenizer.load("cl100k_base")
-    assert (t.dtype, t.vocab_size) == (np.uint32, 100_277)
-    assert t.decode([*t.encode(ODD.encode()), 100_256, 100_276]) == ODD
-
-
 def test_model_vocab_pads_but_never_cuts(bpe):
-    """--vocab-size may exceed the tokenizer's ids (padding rows), but not be smaller."""
-    assert model_vocab(bpe, None) == 600
-    assert model_vocab(bpe, 640) == 640
+    """`vocab_size` may exceed the tokenizer's ids (padding rows), but not be smaller."""
+    assert (model_vocab(bpe, None), model_vocab(bpe, 640)) == (600, 640)
     with pytest.raises(UserError, match=r"`vocab_size` 599: tokenizer bpe has 600 ids"):
         model_vocab(bpe, 599)
 
@@ -133,7 +120,7 @@ def test_vocabularies_that_cannot_be_trained():
     """Below 257 there is no room for bytes and end-of-text; a short text cannot fill the vocabulary."""
     with pytest.raises(UserError, match="`vocab_size` 256: bpe needs at least 257"):
         train_bpe(["text"], 256)
-    with pytest.raises(UserError, match=r"`vocab_size` 400: the text gives only 260; use that or less"):
+    with pytest.raises(UserError, match=r"`vocab_size` 400: the text gives only 260"):
         train_bpe([" aab" * 500], 400)
     assert train_bpe(["anything"], 257).encode(b"any").tolist() == [*b"any"]
 
@@ -141,9 +128,8 @@ def test_vocabularies_that_cannot_be_trained():
 @pytest.mark.parametrize(("name", "nearest"), [("gtp2", "gpt2"), ("byte", "bytes"), ("cl100k", "cl100k_base")])
 def test_an_unknown_name_suggests_the_closest(name, nearest):
     """A misspelt tokenizer gives one line with the closest known name."""
-    with pytest.raises(UserError, match=f"`tokenizer` {name}: unknown; did you mean .*{nearest}") as error:
+    with pytest.raises(UserError, match=f"^`tokenizer` {name}: unknown; did you mean .*{nearest}.*$"):
         Tokenizer.load(name)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("damage", [b"", b"not ranks\n", b"QQ== 0\n", base64.b64encode(b"a") + b" x\n"])
@@ -156,28 +142,21 @@ def test_damaged_ranks_are_named(tmp_path, damage):
         Tokenizer.load("bpe", tmp_path)
 
 
-@pytest.fixture
-def silent_proxy(monkeypatch, tmp_path):
-    """tiktoken's cache is empty, and the network is a proxy that accepts connections and never answers."""
+@pytest.mark.parametrize("silent", [True, False])
+def test_no_network_and_no_cache(monkeypatch, tmp_path, silent):
+    """tiktoken's cache is empty, and the network is a proxy that never answers, or refuses connections: one line with
+    the alternatives."""
     server, before = socket.create_server(("127.0.0.1", 0)), set(threading.enumerate())
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("NO_PROXY", "")
-    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{server.getsockname()[1]}")
-    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{server.getsockname()[1]}")
-    yield server
-    server.close()
+    monkeypatch.setattr(module, "DOWNLOAD_SECONDS", 0.3)
+    proxy = f"http://127.0.0.1:{server.getsockname()[1]}"
+    environment = {"TIKTOKEN_CACHE_DIR": str(tmp_path), "NO_PROXY": "", "HTTPS_PROXY": proxy, "https_proxy": proxy}
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with server:
+        if not silent:
+            server.close()
+        with pytest.raises(UserError, match="^`tokenizer` p50k_edit: .*TIKTOKEN_CACHE_DIR.*$") as error:
+            Tokenizer.load("p50k_edit")
+    assert ("no answer" in str(error.value)) == silent
     for thread in set(threading.enumerate()) - before:  # the download fails now and releases tiktoken's lock
         thread.join(10)
-
-
-@pytest.mark.parametrize("silent", [True, False])
-def test_no_network_and_no_cache(silent_proxy, monkeypatch, silent):
-    """A refused connection and one that hangs both end in one line with the alternatives."""
-    monkeypatch.setattr(module, "DOWNLOAD_SECONDS", 0.3)
-    if not silent:
-        silent_proxy.close()
-    with pytest.raises(
-        UserError, match="`tokenizer` p50k_edit: .*TIKTOKEN_CACHE_DIR.*`tokenizer` bytes or bpe"
-    ) as error:
-        Tokenizer.load("p50k_edit")
-    assert ("no answer" in str(error.value)) == silent and "\n" not in str(error.value)
