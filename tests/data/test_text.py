@@ -30,13 +30,19 @@ def write(path: Path, content: bytes | str) -> Path:
     return path
 
 
-def read(*data: str | Path, folder: Path) -> Text:
-    return read_text(find_files(map(str, data)), folder, Stage("reading"))
+@pytest.fixture
+def read(tmp_path):
+    """`read(path, skip_bad=False)`: the flat text of a file or folder, in a new folder each time."""
+    count = iter(range(100))
+
+    def run(path: Path, **options) -> Text:
+        return read_text(find_files([str(path)]), tmp_path / f"flat{next(count)}", Stage("reading"), **options)
+
+    return run
 
 
 def documents(text: Text) -> list[bytes]:
-    starts = [0, *text.ends[:-1]]
-    return [text.bytes[a:b].tobytes() for a, b in zip(starts, text.ends, strict=True)]
+    return [text.bytes[a:b].tobytes() for a, b in zip([0, *text.ends[:-1]], text.ends, strict=True)]
 
 
 def pick(text: Text, ranges: np.ndarray) -> bytes:
@@ -51,6 +57,11 @@ def words(size: int, seed: int = 0) -> str:
     """About `size` bytes of text that does not repeat, with characters of 1 to 4 bytes."""
     draw = np.random.default_rng(seed).integers(0, 1000, size // 5)
     return " ".join("é中🙂"[n % 3] * (n < 20) + f"w{n:03d}" for n in draw.tolist())
+
+
+def fraction(content: bytes | str) -> float:
+    """SHA-256 as a fraction of 2^256."""
+    return int(hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest(), 16) / 2**256
 
 
 # Files
@@ -75,7 +86,6 @@ def test_file_order_does_not_depend_on_how_files_are_named(tmp_path):
     before = fingerprint(find_files(paths))
     os.rename(paths[0], paths[0] + ".txt")
     assert fingerprint(find_files([paths[0] + ".txt", paths[1]])) == before
-    os.rename(paths[0] + ".txt", paths[0])
     write(tmp_path / "two/b.txt", "B.txt")
     assert fingerprint(find_files(paths)) != before
 
@@ -98,146 +108,144 @@ def test_a_corpus_has_a_short_name(data, name):
     assert corpus_name(data) == name
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("gutenberg-val.jsonl.xz", True), ("val_00.txt", True), ("validation-00000-of-1.jsonl", True), ("val/1.txt", True),
-    ("Valid.txt", True), ("interval.txt", False), ("value.txt", False), ("carnival/1.txt", False),
-])  # fmt: skip
-def test_which_names_mean_validation(tmp_path, name, expected):
+def test_which_names_mean_validation(tmp_path):
     """val, valid and validation count only as whole words of a name."""
-    write(tmp_path / name, "text")
-    assert [file.is_validation for file in find_files([str(tmp_path)])] == [expected]
+    expected = {"gutenberg-val.jsonl.xz", "val_00.txt", "validation-00000-of-1.jsonl", "val/1.txt", "Valid.txt"}
+    for name in expected | {"interval.txt", "value.txt", "carnival/1.txt"}:
+        write(tmp_path / name, "text")
+    assert {file.key for file in find_files([str(tmp_path)]) if file.is_validation} == expected
 
 
 # Reading
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
-def test_formats_agree(tmp_path, suffix):
+def test_formats_agree(tmp_path, suffix, read):
     """.txt files and .jsonl lines, compressed or not, give the same documents."""
     texts = ["one\r\ntwo\n", "中 🙂", words(5000)]
     for i, text in enumerate(texts):
         write(tmp_path / f"txt/{i}.txt{suffix}", pack(suffix, text.encode()))
     write(tmp_path / f"all.jsonl{suffix}", pack(suffix, jsonl(texts).replace("\n", "\n\n").encode()))
     for source in ("txt", f"all.jsonl{suffix}"):
-        text = read(tmp_path / source, folder=tmp_path / f"flat-{source}")
+        text = read(tmp_path / source)
         assert documents(text) == [t.encode() for t in texts] and text.skipped == 0
         assert text.hashes[1] == int(hashlib.sha256(texts[1].encode()).hexdigest()[:16], 16)
 
 
-def test_many_threads_read_what_one_reads(tmp_path, monkeypatch):
+def test_many_threads_read_what_one_reads(tmp_path, monkeypatch, read):
     """Files read in groups of 5 KB, several at a time, give the same text as one thread."""
     for i in range(30):
         write(tmp_path / f"books/{i:02d}.jsonl", jsonl([words(100 * i, i), words(1000, i)]))
-    one = read(tmp_path / "books", folder=tmp_path / "one")
+    one = read(tmp_path / "books")
     monkeypatch.setattr(module, "PART", 5000)
-    many = read(tmp_path / "books", folder=tmp_path / "many")
+    many = read(tmp_path / "books")
     assert len(one.bytes.parts) == 1 and len(many.bytes.parts) > 10
     assert documents(one) == documents(many) and (one.hashes == many.hashes).all()
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
-def test_compressed_files(tmp_path, suffix):
+def test_compressed_files(tmp_path, suffix, read):
     """Concatenated frames are one file; a truncated or changed file is named in the error."""
     frames = pack(suffix, words(3000).encode()) + pack(suffix, b" and more")
     path = write(tmp_path / f"a.txt{suffix}", frames)
-    assert documents(read(path, folder=tmp_path / "flat")) == [words(3000).encode() + b" and more"]
+    assert documents(read(path)) == [words(3000).encode() + b" and more"]
     for damaged in (frames[:-7], frames[:40] + b"garbage" + frames[47:]):
         write(path, damaged)
         with pytest.raises(UserError, match=rf"a\.txt\{suffix}: corrupted"):
-            read(path, folder=tmp_path / f"flat-{len(damaged)}")
+            read(path)
 
 
-def test_zst_without_its_library_names_the_command(tmp_path, monkeypatch):
-    """Without the library the error has the install command."""
-    monkeypatch.setitem(sys.modules, "compression", None)
-    monkeypatch.setitem(sys.modules, "backports.zstd", None)
-    path = write(tmp_path / "a.txt.zst", "never read")
-    with pytest.raises(UserError, match=r"a\.txt\.zst: \.zst needs an optional library: pip install backports\.zstd"):
-        read(path, folder=tmp_path / "flat")
+@pytest.mark.parametrize(("suffix", "library"), [(".txt.zst", "backports.zstd"), (".parquet", "pyarrow")])
+def test_a_missing_library_names_the_command(tmp_path, monkeypatch, suffix, library, read):
+    """Without the optional library of a format the error has the install command."""
+    for name in ("compression", library):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=rf"a\{suffix}: .* needs an optional library: pip install {library}"):
+        read(write(tmp_path / f"a{suffix}", "never read"))
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 1 << 20])
-def test_invalid_bytes_are_skipped_and_counted(tmp_path, monkeypatch, piece):
+def test_invalid_bytes_are_skipped_and_counted(tmp_path, monkeypatch, piece, read):
     """Invalid UTF-8 and NUL are removed and counted, a byte-order mark is removed, and CRLF and characters that span
     two reads are kept."""
     monkeypatch.setattr(module, "PIECE", piece)
-    path = write(tmp_path / "a.txt", b"\xef\xbb\xbfa\xff\r\nb\x00\xe4\xb8\xad\xf0\x9f\x99\x82\xe4\xb8")
-    text = read(path, folder=tmp_path / "flat")
+    text = read(write(tmp_path / "a.txt", b"\xef\xbb\xbfa\xff\r\nb\x00\xe4\xb8\xad\xf0\x9f\x99\x82\xe4\xb8"))
     assert documents(text) == ["a\r\nb中🙂".encode()]
     assert text.skipped == 4  # FF, NUL, and the two bytes of half a character
-    path = write(
-        tmp_path / "a.jsonl", b'\xef\xbb\xbf{"text": "a\xff\xc3\xa9\\u0000"}\n{"text": ""}\n{"text": "b\\ud83d"}'
-    )
-    text = read(path, folder=tmp_path / "flat2")
+    lines = b'\xef\xbb\xbf{"text": "a\xff\xc3\xa9\\u0000"}\n{"text": ""}\n{"text": "b\\ud83d"}'
+    text = read(write(tmp_path / "a.jsonl", lines))
     assert documents(text) == ["aé".encode(), b"b"]  # an empty document does not count
     assert text.skipped == 5  # FF, NUL, and three for half a surrogate pair
 
 
-@pytest.mark.parametrize(("line", "reason"), [
-    ("{'text': 'a'}", "not JSON"), ('{"text": "a"', "not JSON"), ('{"txt": "a"}', 'no string "text"'),
-    ('{"text": 5}', 'no string "text"'), ('["text"]', 'no string "text"'),
-])  # fmt: skip
-def test_a_bad_line_is_named(tmp_path, line, reason):
-    """A line that is not a JSON object with a text is rejected with file and line number."""
-    path = write(tmp_path / "a.jsonl", jsonl(["fine"]) + "\n" + line + "\n")
-    with pytest.raises(UserError, match=rf"a\.jsonl, line 3: {reason}") as error:
-        read(path, folder=tmp_path / "flat")
-    assert "\n" not in str(error.value)
+def test_bad_lines_are_rejected_or_counted(tmp_path, read):
+    """A line that is not JSON, or has no text or a text of another type, is named by file and number. With skip_bad all
+    of them are counted and the rest is read, across files and parts."""
+    good = '{"text": "good"}\n'
+    bad = ["{'text': 'a'}", '{"text": "a"', "{not json", "[1]", '["text"]', '{"content": "x"}', '{"text": 3}', '"text"']
+    for i, line in enumerate(bad):
+        path = write(tmp_path / f"bad/{i}.jsonl", good * 2 + "\n" + line + "\n" + good)
+        reason = "not JSON" if i < 3 else 'no string "text"'
+        with pytest.raises(UserError, match=rf"{i}\.jsonl, line 4: {reason}.*; `skip_bad` skips bad records$"):
+            read(path)
+    text = read(tmp_path / "bad", skip_bad=True)
+    assert documents(text) == [b"good"] * 3 * len(bad) and text.bad == len(bad)
 
 
-def test_sources_without_text_are_named(tmp_path):
+def test_sources_without_text_are_named(tmp_path, read):
     """A missing path, a folder without known formats, an empty file and a binary file give one line each."""
-    write(tmp_path / "folder/readme.md", "text")
+    readme = write(tmp_path / "folder/readme.md", "text")
+    write(tmp_path / "empty.txt", "\ufeff")
+    write(tmp_path / "model.gguf", bytes(100))
     for item, reason in [
         ("nothing.txt", "no such file or folder"),
-        ("*.txt", "no such file"),
+        ("*.rst", "no such file"),
         ("folder", "no text in"),
+        ("empty.txt", "no text in it"),
+        ("model.gguf", "neither text nor a known format"),
     ]:
-        with pytest.raises(UserError, match=reason):
-            find_files([str(tmp_path / item)])
-    with pytest.raises(UserError, match=r"empty\.txt: no text in it"):
-        read(write(tmp_path / "empty.txt", "\ufeff"), folder=tmp_path / "flat")
-    with pytest.raises(UserError, match=r"model\.gguf: neither text nor a known format"):
-        read(write(tmp_path / "model.gguf", bytes(100)), folder=tmp_path / "flat2")
-    assert documents(read(tmp_path / "folder/readme.md", folder=tmp_path / "flat3")) == [b"text"]
+        with pytest.raises(UserError, match=reason) as error:
+            read(tmp_path / item)
+        assert str(tmp_path / item) in str(error.value)
+    assert documents(read(readme)) == [b"text"]
 
 
 # Splitting
 
 
-def test_documents_are_held_out_by_content_hash(tmp_path):
+def test_documents_are_held_out_by_content_hash(tmp_path, read):
     """Documents are held out if their SHA-256, as a fraction of 2^256, is below min(5%, 2 val_bytes / all bytes)."""
     texts = [words(400, seed) for seed in range(300)]
-    text = read(write(tmp_path / "a.jsonl", jsonl(texts)), folder=tmp_path / "flat")
+    text = read(write(tmp_path / "a.jsonl", jsonl(texts)))
     for val_bytes, share in ((10**6, 0.05), (1500, 3000 / len("".join(texts).encode()))):
         train, val = split(text, val_bytes)
-        held = [t for t in texts if int(hashlib.sha256(t.encode()).hexdigest(), 16) / 2**256 < share]
+        held = [t for t in texts if fraction(t) < share]
         assert 3 <= len(held) <= 25
         assert pick(text, val) == "".join(held).encode()
         assert pick(text, train) == "".join(t for t in texts if t not in held).encode()
 
 
-def test_equal_documents_are_on_the_same_side(tmp_path):
+def test_equal_documents_are_on_the_same_side(tmp_path, read):
     """Three copies of each document, each time in another order: none is on both sides."""
     texts = [words(300, seed) for seed in range(100)]
-    text = read(write(tmp_path / "a.jsonl", jsonl(texts + texts[::-1] + texts)), folder=tmp_path / "flat")
+    text = read(write(tmp_path / "a.jsonl", jsonl(texts + texts[::-1] + texts)))
     train, val = (pick(text, ranges).decode() for ranges in split(text, 10**6))
     assert val and not [t for t in texts if t in train and t in val]
     assert sum(val.count(t) for t in texts) == 3 * len({t for t in texts if t in val})
 
 
-def test_a_single_document_is_split_into_blocks(tmp_path):
+def test_a_single_document_is_split_into_blocks(tmp_path, read):
     """64 KB blocks are held out by hash; every byte is on exactly one side and no character is cut."""
     content = words(3_000_000).encode()
-    text = read(write(tmp_path / "a.txt", content), folder=tmp_path / "flat")
+    text = read(write(tmp_path / "a.txt", content))
     train, val = split(text, 100_000)
     sides = np.zeros(len(content), int)
     for a, b in [*train, *val]:
         sides[a:b] += 1
         text.bytes[a:b].tobytes().decode()
     assert (sides == 1).all()
-    edges = [a for a, _ in np.concatenate([train, val])]
-    assert all(a % BLOCK == 0 or a % BLOCK >= BLOCK - 3 for a in edges)
+    starts = [a for a, _ in np.concatenate([train, val])]
+    assert all(a % BLOCK == 0 or a % BLOCK >= BLOCK - 3 for a in starts)
     held = {a // BLOCK for a, b in val for a in range(a + 8, b, BLOCK)}
     for block in range(len(content) // BLOCK):  # the reference: hash each block by hand
         a, b = block * BLOCK, (block + 1) * BLOCK
@@ -245,41 +253,37 @@ def test_a_single_document_is_split_into_blocks(tmp_path):
             a -= 1
         while content[b] & 0xC0 == 0x80:
             b -= 1
-        below = int(hashlib.sha256(content[a:b]).hexdigest(), 16) / 2**256 < min(0.05, 200_000 / len(content))
-        assert (block in held) == below
+        assert (block in held) == (fraction(content[a:b]) < min(0.05, 200_000 / len(content)))
 
 
-def test_a_large_document_is_split_into_blocks(tmp_path):
+def test_a_large_document_is_split_into_blocks(tmp_path, read):
     """A document of half the text is not held out, even if selected by its hash: blocks of both documents are."""
-    below = next(words(50_000, seed) for seed in range(1000)
-                 if int(hashlib.sha256(words(50_000, seed).encode()).hexdigest(), 16) / 2**256 < 0.05)  # fmt: skip
-    other = next(words(50_000, seed) for seed in range(1000, 2000)
-                 if int(hashlib.sha256(words(50_000, seed).encode()).hexdigest(), 16) / 2**256 > 0.05)  # fmt: skip
-    text = read(write(tmp_path / "a.jsonl", jsonl([below, other])), folder=tmp_path / "flat")
-    train, val = split(text, 1 << 20)
+    texts = [words(50_000, seed) for seed in range(100)]
+    below, above = (next(t for t in texts if (fraction(t) < 0.05) == side) for side in (True, False))
+    text = read(write(tmp_path / "a.jsonl", jsonl([below, above])))
+    _, val = split(text, 1 << 20)
     assert 0 < len(pick(text, val)) <= len(text.bytes) / 4
 
 
 @pytest.mark.parametrize("size", [40, 1000, 60_000])
-def test_small_texts_have_both_sides(tmp_path, size):
+def test_small_texts_have_both_sides(tmp_path, size, read):
     """However small the text, a part of at most a quarter (at least one block) is held out."""
-    text = read(write(tmp_path / "a.txt", words(size)), folder=tmp_path / "flat")
+    text = read(write(tmp_path / "a.txt", words(size)))
     train, val = split(text, 1 << 20)
     assert 0 < len(pick(text, val)) <= len(text.bytes) / 4 + 4
     assert len(pick(text, val)) + len(pick(text, train)) == len(text.bytes)
 
 
-def test_a_constant_text_cannot_be_split(tmp_path):
-    """If all blocks are equal none can be held out: the error asks for --val."""
-    text = read(write(tmp_path / "a.txt", "a" * 20 * BLOCK), folder=tmp_path / "flat")
+def test_a_constant_text_cannot_be_split(tmp_path, read):
+    """If all blocks are equal none can be held out: the error asks for `val`."""
     with pytest.raises(UserError, match="give `val`"):
-        split(text, 1 << 20)
+        split(read(write(tmp_path / "a.txt", "a" * 20 * BLOCK)), 1 << 20)
 
 
-def test_thinning_keeps_evenly_spaced_blocks(tmp_path):
+def test_thinning_keeps_evenly_spaced_blocks(tmp_path, read):
     """5 blocks of 2 MB of ranges with gaps: first and last block at the ends, equal spacing, never in the gaps, at most
     three bytes per cut away from the requested size."""
-    text = read(write(tmp_path / "a.txt", words(3_000_000)), folder=tmp_path / "flat")
+    text = read(write(tmp_path / "a.txt", words(3_000_000)))
     ranges = np.array([[0, 300_000], [400_000, 1_000_000], [1_200_000, 2_300_001]])
     ranges = np.array([[module.char_start(text, a), module.char_start(text, b)] for a, b in ranges])
     kept = thin(text, ranges, 5 * BLOCK)
@@ -300,15 +304,13 @@ def test_thinning_keeps_evenly_spaced_blocks(tmp_path):
 def test_tokens_are_one_array_over_many_files(tmp_path):
     """Slices within, across and beyond files equal those of the concatenated contents."""
     whole = np.arange(1000, dtype=np.uint16)
-    cuts = [0, 1, 1, 400, 403, 1000]
-    paths = [tmp_path / f"{i}" for i in range(len(cuts) - 1)]
-    for path, a, b in zip(paths, cuts[:-1], cuts[1:], strict=True):
-        whole[a:b].astype("<u2").tofile(path)
-    tokens = Tokens(paths, np.dtype(np.uint16))
-    assert len(tokens) == 1000
+    paths = [tmp_path / f"{i}" for i in range(5)]
+    for path, part in zip(paths, np.split(whole, [1, 1, 400, 403]), strict=True):
+        part.astype("<u2").tofile(path)
+    tokens = Tokens.map(paths, np.uint16)
+    assert len(tokens) == 1000 and tokens[:].dtype == np.uint16
     for a, b in [(0, 1000), (0, 1), (1, 400), (399, 404), (400, 403), (403, 403), (999, 1005), (1000, 1001), (5, 2)]:
         assert tokens[a:b].tolist() == whole[a:b].tolist(), (a, b)
-    assert tokens[:].dtype == np.uint16
 
 
 def test_a_stage_keeps_order_and_few_items_in_flight():
@@ -341,13 +343,13 @@ def test_a_stage_that_fails_stops_its_threads():
 
 def test_progress_is_throttled():
     """A thousand fast steps make a few calls, the last of them complete."""
-    told = []
-    stage = Stage("hashing", 1000, lambda *args: told.append(args))
+    calls = []
+    stage = Stage("hashing", 1000, lambda *args: calls.append(args))
     list(stage.map(lambda i: stage.add(1), range(1000)))
-    assert told[-1] == ("hashing", 1000, 1000) and 1 <= len(told) < 20
+    assert calls[-1] == ("hashing", 1000, 1000) and 1 <= len(calls) < 20
 
 
-# Parquet, bad lines and rows
+# Parquet
 
 
 def parquet(path: Path, rows: int = 1024, **columns) -> Path:
@@ -361,73 +363,45 @@ def parquet(path: Path, rows: int = 1024, **columns) -> Path:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 5000])
-def test_parquet(tmp_path, rows):
+def test_parquet(tmp_path, rows, read):
     """The column `text` of a FineWeb-like file gives the same documents as .jsonl lines, whatever its row groups and
     other columns, also in a folder."""
-    texts = [words(200, seed=i) + "\r\n中 🙂\0" for i in range(2500)]
+    texts = [words(200, seed=i) + "\r\n中 🙂\0" for i in range(1500)]
     parquet(tmp_path / "p/00.parquet", rows, text=texts[:1100], id=list(range(1100)), score=[0.5] * 1100)
-    parquet(tmp_path / "p/01.parquet", rows, dump=["x"] * 1400, text=texts[1100:])
-    write(tmp_path / "all.jsonl", jsonl(texts))
-    a = read(tmp_path / "p", folder=tmp_path / "a")
-    b = read(tmp_path / "all.jsonl", folder=tmp_path / "b")
-    assert documents(a) == documents(b) and (a.hashes == b.hashes).all() and a.skipped == b.skipped == 2500
-    assert [file.format for file in find_files([str(tmp_path / "p")])] == [".parquet"] * 2
+    parquet(tmp_path / "p/01.parquet", rows, dump=["x"] * 400, text=texts[1100:])
+    a, b = read(tmp_path / "p"), read(write(tmp_path / "all.jsonl", jsonl(texts)))
+    assert documents(a) == documents(b) and (a.hashes == b.hashes).all() and a.skipped == b.skipped == 1500
 
 
-def test_string_types_of_parquet(tmp_path):
+@pytest.mark.parametrize("dictionary", [True, False])
+def test_string_types_of_parquet(tmp_path, dictionary):
     """large_string columns and dictionary-encoded strings work too; progress ends at the file's size."""
     arrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
-    texts = ["one", "two", "one"]
-    for name, kind in {"large": arrow.large_string(), "dictionary": arrow.string()}.items():
-        column = arrow.array(texts, kind)
-        column = column.dictionary_encode() if name == "dictionary" else column
-        path, told = parquet(tmp_path / f"{name}.parquet", text=column), []
-        stage = Stage("reading", path.stat().st_size, lambda *now, told=told: told.append(now))
-        text = read_text(find_files([str(path)]), tmp_path / name, stage)
-        assert documents(text) == [b"one", b"two", b"one"]
-        assert told[-1] == ("reading", path.stat().st_size, path.stat().st_size)
+    column, calls = arrow.array(["one", "two", "one"], arrow.large_string()), []
+    path = parquet(tmp_path / "a.parquet", text=column.cast("string").dictionary_encode() if dictionary else column)
+    size = path.stat().st_size
+    stage = Stage("reading", size, lambda *args: calls.append(args))
+    assert documents(read_text(find_files([str(path)]), tmp_path / "flat", stage)) == [b"one", b"two", b"one"]
+    assert calls[-1] == ("reading", size, size)
 
 
-def test_parquet_without_text_lists_its_columns(tmp_path):
+def test_parquet_without_text_lists_its_columns(tmp_path, read):
     """No column `text`, a numeric one, or a file that is not parquet: a one-line error with the columns that exist."""
-    for name, columns, said in [
-        ("a", {"content": ["x"], "url": ["y"]}, r"a\.parquet: no column 'text'; it has content, url"),
-        ("b", {"text": [1, 2]}, r"b\.parquet: column 'text' is int64, not string"),
-    ]:
-        with pytest.raises(UserError, match=said):
-            read(parquet(tmp_path / f"{name}.parquet", **columns), folder=tmp_path / name)
+    with pytest.raises(UserError, match=r"a\.parquet: no column 'text'; it has content, url"):
+        read(parquet(tmp_path / "a.parquet", content=["x"], url=["y"]))
+    with pytest.raises(UserError, match=r"b\.parquet: column 'text' is int64, not string"):
+        read(parquet(tmp_path / "b.parquet", text=[1, 2]))
     whole = parquet(tmp_path / "c.parquet", text=["x" * 1000] * 100).read_bytes()
-    for i, damaged in enumerate((b"", b"PAR1", whole[:-10], whole[100:])):
+    for damaged in (b"", b"PAR1", whole[:-10], whole[100:]):
         with pytest.raises(UserError, match=r"c\.parquet: corrupted") as error:
-            read(write(tmp_path / "c.parquet", damaged), folder=tmp_path / f"c{i}")
+            read(write(tmp_path / "c.parquet", damaged))
         assert "\n" not in str(error.value)
 
 
-def test_parquet_without_its_library_names_the_command(tmp_path, monkeypatch):
-    """Without pyarrow the error has the install command."""
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    path = write(tmp_path / "a.parquet", "never read")
-    with pytest.raises(UserError, match=r"a\.parquet: \.parquet needs an optional library: pip install pyarrow"):
-        read(path, folder=tmp_path / "flat")
-
-
-def test_bad_lines_are_rejected_or_counted(tmp_path):
-    """A line that is not JSON, or has no text or a text of another type, is named by file and number. With skip_bad all
-    of them are counted and the rest is read, across files and parts."""
-    good, bad = '{"text": "good"}\n', ["{not json\n", "[1]\n", '{"content": "x"}\n', '{"text": 3}\n', '"text"\n']
-    for i, line in enumerate(bad):
-        path = write(tmp_path / f"{i}.jsonl", good * 2 + "\n" + line + good)
-        what = "not JSON" if i == 0 else 'no string "text"'
-        with pytest.raises(UserError, match=rf"{i}\.jsonl, line 4: {what}.*; `skip_bad` skips bad records"):
-            read(path, folder=tmp_path / f"flat{i}")
-    text = read_text(find_files([str(tmp_path)]), tmp_path / "flat", Stage("reading"), skip_bad=True)
-    assert documents(text) == [b"good"] * 15 and text.bad == 5
-
-
-def test_null_rows_of_parquet_are_bad(tmp_path):
+def test_null_rows_of_parquet_are_bad(tmp_path, read):
     """A null is named by its row, or counted."""
     path = parquet(tmp_path / "a.parquet", rows=2, text=["a", "b", None, "c", None])
     with pytest.raises(UserError, match=r"a\.parquet, row 3: text is null; `skip_bad`"):
-        read(path, folder=tmp_path / "flat")
-    text = read_text(find_files([str(path)]), tmp_path / "flat2", Stage("reading"), skip_bad=True)
+        read(path)
+    text = read(path, skip_bad=True)
     assert documents(text) == [b"a", b"b", b"c"] and text.bad == 2
