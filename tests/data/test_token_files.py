@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import arguments
+from conftest import arguments, prepare
 
 import train
 from nanochin.base.cli import UserError
 from nanochin.base.files import read_json
 from nanochin.data import token_files as module
-from nanochin.data.corpus import prepare, read_tokens
+from nanochin.data.corpus import read_tokens
 from nanochin.data.text import Tokens
 from nanochin.data.token_files import hold_out, open_tokens
 from nanochin.data.tokenizer import Tokenizer
@@ -33,18 +33,16 @@ def some_ids(count: int, seed: int = 0) -> np.ndarray:
 
 def nanogpt(path: Path, ids) -> Path:
     """karpathy/nanoGPT data/openwebtext/prepare.py: uint16, nothing else."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(np.asarray(ids).astype("<u2").tobytes())
     return path
 
 
-def llm_c(
-    path: Path, ids, magic: int = 20240520, version: int = 1, kind: str = "<u2", count: int | None = None
-) -> Path:
-    """karpathy/llm.c dev/data/data_common.py: 256 int32, the first three magic, version, number of tokens."""
+def llm_c(path: Path, ids, magic=20240520, version=1, kind="<u2", count=None, size=None) -> Path:
+    """karpathy/llm.c dev/data/data_common.py: 256 int32, the first three magic, version, number of tokens. `size`
+    truncates the file."""
     header = np.zeros(256, "<i4")
     header[:3] = magic, version, len(ids) if count is None else count
-    path.write_bytes(header.tobytes() + np.asarray(ids).astype(kind).tobytes())
+    path.write_bytes((header.tobytes() + np.asarray(ids).astype(kind).tobytes())[:size])
     return path
 
 
@@ -52,20 +50,23 @@ def llama3(path: Path, ids) -> Path:
     return llm_c(path, ids, magic=20240801, version=7, kind="<u4")
 
 
-def megatron(path: Path, ids, code: int = 8, modes: bool = False, cuts=(0.1, 0.5, 0.7), **change) -> Path:
+def megatron(path: Path, ids, code: int = 8, modes: bool = False, size=None, **change) -> Path:
     """NVIDIA/Megatron-LM megatron/core/datasets/indexed_dataset.py: the pair .bin, .idx of sequences; `change` corrupts
-    a field of the .idx."""
-    kind = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.get(code, "<u2")
-    edges = [0, *(int(cut * len(ids)) for cut in cuts), len(ids)]
+    a field of the .idx, `size` truncates the .bin."""
+    kind = np.dtype({1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8"}.get(code, "<u2"))
+    edges = [0, len(ids) // 10, len(ids) // 2, len(ids) * 7 // 10, len(ids)]
     lengths = np.diff(edges).astype("<i4")
-    width = np.dtype(kind).itemsize
     fields = {
-        "magic": b"MMIDIDX\0\0", "version": struct.pack("<Q", 1), "code": struct.pack("<B", code),
-        "sequences": struct.pack("<Q", len(lengths)), "documents": struct.pack("<Q", len(lengths) + 1),
-        "lengths": lengths.tobytes(), "offsets": (np.array(edges[:-1]) * width).astype("<i8").tobytes(),
-        "bounds": np.arange(len(lengths) + 1).astype("<i8").tobytes(), "modes": bytes(len(lengths)) if modes else b"",
-    }  # fmt: skip
-    path.write_bytes(np.asarray(ids).astype(kind).tobytes())
+        "magic": b"MMIDIDX\0\0",
+        "version": struct.pack("<Q", 1),
+        "code": struct.pack("<B", code),
+        "counts": struct.pack("<QQ", len(lengths), len(lengths) + 1),  # of sequences, of document bounds
+        "lengths": lengths.tobytes(),
+        "offsets": (np.array(edges[:-1]) * kind.itemsize).astype("<i8").tobytes(),
+        "bounds": np.arange(len(lengths) + 1).astype("<i8").tobytes(),
+        "modes": bytes(len(lengths)) if modes else b"",
+    }
+    path.write_bytes(np.asarray(ids).astype(kind).tobytes()[:size])
     path.with_suffix(".idx").write_bytes(b"".join((fields | change).values()))
     return path
 
@@ -85,7 +86,7 @@ def test_tokens_are_memory_mapped(tmp_path, write):
     ids, val = some_ids(1000), some_ids(90, seed=1)
     path = write(tmp_path / "train.bin", ids)
     write(tmp_path / "val.bin", val)
-    corpus = prepare((str(path),), vocab_size=V, cache=tmp_path / "cache")
+    corpus = prepare(path, vocab_size=V, cache=tmp_path / "cache")
     assert corpus.train[:].tolist() == ids.tolist() and corpus.val[:].tolist() == val.tolist()
     assert (corpus.tokenizer.name, corpus.tokenizer.vocab_size, corpus.val_bytes) == ("ids-300", V, 0)
     (part,) = corpus.train.parts
@@ -116,21 +117,20 @@ def test_shards_are_one_stream(tmp_path):
     llm_c(tmp_path / "fineweb_val_000000.bin", some_ids(64, seed=9))
     (tmp_path / "readme.md").write_text("not read")
     for name in (tmp_path, tmp_path / "fineweb_train_*.bin"):
-        corpus = prepare((str(name),), vocab_size=V, cache=tmp_path / "cache")
+        corpus = prepare(name, vocab_size=V, cache=tmp_path / "cache")
         assert corpus.train[:].tolist() == np.concatenate(shards).tolist()
         assert corpus.val[:].tolist() == some_ids(64, seed=9).tolist()
 
 
 def test_without_validation_files_blocks_are_held_out(tmp_path):
-    """5% of the tokens, evenly spaced, are removed from training; --val-bytes caps them; --val overrides."""
+    """5% of the tokens, evenly spaced, are removed from training; `val_bytes` caps them; `val` overrides."""
     ids = np.arange(100_000) % 60_000
-    path = nanogpt(tmp_path / "all.bin", ids)
-    corpus = prepare((str(path),), vocab_size=60_000, cache=tmp_path / "cache")
+    path, options = nanogpt(tmp_path / "all.bin", ids), {"vocab_size": 60_000, "cache": tmp_path / "cache"}
+    corpus = prepare(path, **options)
     assert len(corpus.val) == 5000 and len(corpus.train) == 95_000
-    few = prepare((str(path),), vocab_size=60_000, val_bytes=1024, cache=tmp_path / "cache")
+    few = prepare(path, val_bytes=1024, **options)
     assert len(few.val) == 512 and sorted([*few.val[:], *few.train[:]]) == sorted(ids)
-    other = nanogpt(tmp_path / "other.bin", range(70))
-    given = prepare((str(path),), val=(str(other),), vocab_size=60_000, cache=tmp_path / "cache")
+    given = prepare(path, val=nanogpt(tmp_path / "other.bin", range(70)), **options)
     assert len(given.train) == 100_000 and given.val[:].tolist() == list(range(70))
 
 
@@ -138,22 +138,20 @@ def test_without_validation_files_blocks_are_held_out(tmp_path):
 def test_held_out_blocks_are_evenly_spaced(total, keep):
     """Both sides together have all tokens once; the blocks, of equal size, begin at the first token and end at the
     last."""
-    parts = np.split(np.arange(total), [total // 3])
-    rest, held = hold_out(Tokens.of(parts), keep)
+    rest, held = hold_out(Tokens(np.split(np.arange(total), [total // 3])), keep)
     assert sorted([*rest[:], *held[:]]) == list(range(total))
     starts = [held[:][0], *(b for a, b in zip(held[:-1], held[1:], strict=True) if b != a + 1)]
     block = min(65_536, keep)
     assert len(held) == len(starts) * block <= keep < len(held) + block
     assert starts[0] == 0 and (len(starts) == 1 or held[:][-1] == total - 1)
-    gaps = np.diff(starts)
-    assert len(gaps) == 0 or gaps.max() - gaps.min() <= 1
+    assert len(starts) == 1 or np.ptp(np.diff(starts)) <= 1
 
 
 def test_a_long_validation_file_is_thinned(tmp_path):
-    """From a val.bin larger than --val-bytes, evenly spaced blocks are kept, always the same."""
+    """From a val.bin larger than `val_bytes`, evenly spaced blocks are kept, always the same."""
     path = nanogpt(tmp_path / "train.bin", some_ids(1000))
     nanogpt(tmp_path / "val.bin", np.arange(40_000))
-    one, two = (prepare((str(path),), vocab_size=40_000, val_bytes=2048, cache=tmp_path / "cache") for _ in "ab")
+    one, two = (prepare(path, vocab_size=40_000, val_bytes=2048, cache=tmp_path / "cache") for _ in "ab")
     assert len(one.val) == 1024 and one.val_sha == two.val_sha
 
 
@@ -161,16 +159,16 @@ def test_fingerprint_depends_on_the_tokens(tmp_path):
     """A changed id, another type for the same bytes and another validation file change the fingerprints; folder and
     name do not."""
     ids = some_ids(1000) % 100
-    first = megatron(tmp_path / "train.bin", ids, code=8)
-    elsewhere = megatron(tmp_path / "moved.bin", ids, code=8)
-    one, two = (prepare((str(p),), vocab_size=V, cache=tmp_path) for p in (first, elsewhere))
-    assert (one.data_sha, one.val_sha) == (two.data_sha, two.val_sha)
-    signed = prepare((str(megatron(tmp_path / "signed.bin", ids, code=3)),), vocab_size=V, cache=tmp_path)
+
+    def corpus(name: str, code: int = 8, **options):
+        return prepare(megatron(tmp_path / f"{name}.bin", ids, code), vocab_size=V, cache=tmp_path, **options)
+
+    one, two, signed = corpus("train"), corpus("moved"), corpus("signed", code=3)
+    other = corpus("train", val=nanogpt(tmp_path / "other.bin", some_ids(100, seed=3)))
     ids[500] += 1
-    changed = prepare((str(megatron(tmp_path / "changed.bin", ids, code=8)),), vocab_size=V, cache=tmp_path)
-    assert len({one.data_sha, signed.data_sha, changed.data_sha}) == 3
-    other = nanogpt(tmp_path / "other.bin", some_ids(100, seed=3))
-    assert prepare((str(first),), val=(str(other),), vocab_size=V, cache=tmp_path).val_sha != one.val_sha
+    assert (one.data_sha, one.val_sha) == (two.data_sha, two.val_sha)
+    assert len({one.data_sha, signed.data_sha, corpus("changed").data_sha}) == 3
+    assert other.val_sha != one.val_sha
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,45 +196,41 @@ def test_same_result_as_training_on_the_text(tiny, tmp_path):
     byte and sample of the run on the text."""
     text = tiny(name="text", eval_every=50)
     expected = train.train(text, quiet=True)
-    shards = prepare(text.data, val_bytes=text.val_bytes, cache=text.cache).folder
+    shards = prepare(*text.data, val_bytes=text.val_bytes, cache=text.cache).folder
     for side in ("train", "val"):
         os.link(shards / f"{side}-00000.bin", tmp_path / f"{side}.bin")
-    config = tiny(
-        name="tokens", eval_every=50, data=(str(tmp_path / "train.bin"),), tokenizer="bytes", val_bytes=1 << 20
-    )
+    data = {"data": (str(tmp_path / "train.bin"),), "tokenizer": "bytes", "val_bytes": 1 << 20}
+    config = tiny(name="tokens", eval_every=50, **data)
     found = train.train(config, quiet=True)
-    rows = [
+    a, b = (
         [{key: row[key] for key in row if key not in ("tokens_per_s", "mfu")} for row in read_log(Path(c.out, c.name))]
         for c in (text, config)
-    ]
-    assert rows[0] == rows[1] and found["val_bpb"] == expected["val_bpb"]
+    )
+    assert a == b and found["val_bpb"] == expected["val_bpb"]
 
 
 def test_resume(tiny, tmp_path, monkeypatch):
     """An interrupted run on token files resumes and ends with the same weights; with a changed id it is rejected as
     another run."""
-    path = nanogpt(tmp_path / "train.bin", some_ids(5000))
-    options = {"data": (str(path),), "vocab_size": V, "save_steps": (40,), "keep": 9}
-    whole = tiny(name="whole", **options)
+    ids = some_ids(5000)
+    options = {"data": (str(nanogpt(tmp_path / "train.bin", ids)),), "vocab_size": V, "save_steps": (40,), "keep": 9}
+    whole, stopped = tiny(name="whole", **options), tiny(name="stopped", **options)
     train.train(whole, quiet=True)
-    stopped = tiny(name="stopped", **options)
     real, steps = train.train_step, []
-    monkeypatch.setattr(train, "train_step", lambda *a: steps.append(1) or (1 / (len(steps) < 60) and real(*a)))
-    with pytest.raises(ZeroDivisionError):
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train, "train_step", lambda *a: steps.append(1) or (1 / (len(steps) < 60) and real(*a)))
         train.train(stopped, quiet=True)
-    monkeypatch.setattr(train, "train_step", real)
     train.train(stopped, quiet=True)
     a, b = (Path(c.out, c.name, "checkpoints/step-100/model.safetensors").read_bytes() for c in (whole, stopped))
     assert a == b
-    ids = some_ids(5000)
     ids[17] += 1
-    nanogpt(path, ids)
+    nanogpt(tmp_path / "train.bin", ids)
     with pytest.raises(UserError, match="holds a run with data_sha"):
         train.train(stopped, quiet=True)
 
 
 def test_evaluate_reads_token_files(tiny, tmp_path, command):
-    """`nanochin.run.evaluate` on a token file gives the loss of the run's own validation set."""
+    """`evaluate` on a token file gives the loss of the run's own validation set; `sample` wants ids."""
     path = nanogpt(tmp_path / "train.bin", some_ids(5000))
     val = nanogpt(tmp_path / "val.bin", some_ids(500, seed=2))
     config = tiny(name="run", data=(str(path),), vocab_size=V)
@@ -259,75 +253,66 @@ def test_ids_outside_the_vocabulary_are_named(tmp_path, monkeypatch):
     ids = some_ids(1000, seed=1)
     ids[[700, 999]] = V, 60_000
     nanogpt(tmp_path / "train_1.bin", ids)
-    data = (str(tmp_path),)
-    with pytest.raises(UserError, match=r"train_1\.bin: token id 300 at position 700 is outside the vocabulary .* 300"):
-        prepare(data, vocab_size=V, cache=tmp_path)
-    with pytest.raises(UserError, match=r"train_1\.bin: token id 60000 at position 999 .*`vocab_size` 301"):
-        prepare(data, vocab_size=V + 1, cache=tmp_path)
-    with pytest.raises(UserError, match=r"train_0\.bin: token id \d+ at position \d+ .*`tokenizer` bytes has 256"):
-        prepare(data, tokenizer="bytes", cache=tmp_path)
-    assert len(prepare(data, vocab_size=60_001, cache=tmp_path).train) == 1900
+    for options, message in [
+        ({"vocab_size": V}, r"train_1\.bin: token id 300 at position 700 is outside the vocabulary .* 300"),
+        ({"vocab_size": V + 1}, r"train_1\.bin: token id 60000 at position 999 .*`vocab_size` 301"),
+        ({"tokenizer": "bytes"}, r"train_0\.bin: token id \d+ at position \d+ .*`tokenizer` bytes has 256"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            prepare(tmp_path, cache=tmp_path, **options)
+    assert len(prepare(tmp_path, vocab_size=60_001, cache=tmp_path).train) == 1900
     ids[3] = -1
     with pytest.raises(UserError, match=r"m\.bin: token id -1 at position 3 "):
-        prepare((str(megatron(tmp_path / "m.bin", ids, code=4)),), vocab_size=2**20, cache=tmp_path)
+        prepare(megatron(tmp_path / "m.bin", ids, code=4), vocab_size=2**20, cache=tmp_path)
 
 
-def wrong_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Files that fit none of the formats, and the expected error for each."""
-    ids = some_ids(100)
-    odd, empty, short = folder / "odd.bin", folder / "empty.bin", folder / "short.bin"
-    odd.write_bytes(bytes(101))
-    empty.touch()
-    short.write_bytes(llm_c(short, ids).read_bytes()[:1100])
-    header = folder / "header.bin"
-    header.write_bytes(llm_c(header, ids).read_bytes()[:500])
-    stump = megatron(folder / "stump.bin", ids)
-    stump.with_suffix(".idx").write_bytes(b"MMIDIDX\0\0short")
-    blank = nanogpt(folder / "blank.bin", ids)
-    blank.with_suffix(".idx").touch()
-    packed = folder / "packed.bin.gz"
-    packed.write_bytes(gzip.compress(bytes(100)))
-    cut = megatron(folder / "cut.bin", ids)
-    os.truncate(cut, 150)
-    return {
-        "odd size": (odd, r"odd\.bin: an odd number of bytes \(101\)"),
-        "packed": (packed, r"packed\.bin\.gz: unpack it first"),
-        "empty": (empty, r"empty\.bin: empty"),
-        "llm.c cut short": (short, r"short\.bin: corrupted: 1100 bytes, but .* 100 tokens, .* 1024 \+ 2 x 100 = 1224"),
-        "llm.c cut in its header": (header, r"header\.bin: corrupted: 500 bytes, but"),
-        "llm.c too long": (llm_c(folder / "long.bin", ids, count=99), "= 1222 bytes"),
-        "llm.c without tokens": (llm_c(folder / "none.bin", [], count=0), r"none\.bin: corrupted: 1024 bytes, but"),
-        "llm.c of another version": (llm_c(folder / "v.bin", ids, version=2), r"version 2 of llm\.c's magic 20240520"),
-        "uint16 as Llama 3": (llm_c(folder / "l.bin", ids, 20240801, 7), r"1224 bytes, but .* 1024 \+ 4 x"),
-        "evaluation set": (llm_c(folder / "eval.bin", ids, 20240522), r"magic 20240522 is llm\.c's format for eval"),
-        "llm.c's model": (llm_c(folder / "model.bin", [0] * 100, 20240326, 3), "20240326 is not llm.c's for training"),
-        "no index": (megatron(folder / "i.bin", ids, magic=b"SOMETHING"), r"i\.idx: not a Megatron index"),
-        "an empty index": (blank, r"blank\.idx: not a Megatron index"),
-        "a stump of an index": (stump, r"stump\.idx: 14 bytes, less than its header; it does not belong to"),
-        "Megatron version 2": (megatron(folder / "m2.bin", ids, version=struct.pack("<Q", 2)), "version 2 of Megatron"),
-        "floats": (megatron(folder / "f.bin", ids, code=6), "type code 6 is not an integer type"),
-        "floats of gpt-neox": (megatron(folder / "g.bin", ids, code=7), "type code 7 is not an integer type"),
-        "a longer index": (megatron(folder / "x.bin", ids, modes=True, magic=b"MMIDIDX\0\0", bounds=bytes(8)), "take"),
-        "another .bin": (cut, r"cut\.idx: its sequences add up to 200 bytes, but .*cut\.bin has 150"),
-        "offsets": (megatron(folder / "o.bin", ids, offsets=np.array([0, 20, 99, 140]).astype("<i8").tobytes()),
-                    "sequence 2 starts at byte 99, not where the previous one ends"),
-        "documents": (megatron(folder / "d.bin", ids, bounds=np.array([0, 1, 2, 3, 9]).astype("<i8").tobytes()),
-                      r"its document bounds \(0 to 9\) do not rise from 0 to 4"),
-    }  # fmt: skip
+def little(*numbers: int) -> bytes:
+    return np.array(numbers, "<i8").tobytes()
 
 
-@pytest.mark.parametrize("kind", [
-    "odd size", "packed", "empty", "llm.c cut short", "llm.c cut in its header", "llm.c too long",
-    "llm.c without tokens",
-    "llm.c of another version", "uint16 as Llama 3", "evaluation set", "llm.c's model", "no index", "an empty index",
-    "a stump of an index", "Megatron version 2", "floats", "floats of gpt-neox", "a longer index", "another .bin",
-    "offsets", "documents"])  # fmt: skip
-def test_invalid_files(tmp_path, kind):
+IDS = some_ids(100)
+
+
+@pytest.mark.parametrize(("write", "options", "message"), [
+    (llm_c, {"size": 1100}, r"x\.bin: corrupted: 1100 bytes, but .* 100 tokens, so 1224 bytes"),
+    (llm_c, {"size": 500}, r"x\.bin: corrupted: 500 bytes"),
+    (llm_c, {"count": 99}, "so 1222 bytes"),
+    (llm_c, {"ids": [], "count": 0}, r"x\.bin: corrupted: 1024 bytes"),
+    (llm_c, {"version": 2}, r"version 2 of llm\.c's magic 20240520"),
+    (llm_c, {"magic": 20240801, "version": 7}, "1224 bytes, but .* 1424 bytes"),  # uint16 as Llama 3
+    (llm_c, {"magic": 20240522}, r"magic 20240522 is llm\.c's format for eval"),
+    (llm_c, {"ids": [0] * 100, "magic": 20240326, "version": 3}, "20240326 is not llm.c's for training"),  # a model
+    (megatron, {"magic": b"SOMETHING"}, r"x\.idx: not a Megatron index"),
+    (megatron, {"version": struct.pack("<Q", 2)}, "version 2 of Megatron"),
+    (megatron, {"code": 6}, "type code 6 is not an integer type"),  # float, in gpt-neox 7
+    (megatron, {"code": 7}, "type code 7 is not an integer type"),
+    (megatron, {"modes": True, "bounds": bytes(8)}, "sequences and .* document bounds take"),
+    (megatron, {"size": 150}, r"x\.idx: its sequences add up to 200 bytes, but .*x\.bin has 150"),
+    (megatron, {"offsets": little(0, 20, 99, 140)}, "sequence 2 starts at byte 99"),
+    (megatron, {"lengths": np.array([150, -50, 0, 0], "<i4").tobytes()}, "sequence 1 has a negative length"),
+    (megatron, {"bounds": little(0, 1, 2, 3, 9)}, r"its document bounds \(0 to 9\) do not rise from 0 to 4"),
+])  # fmt: skip
+def test_invalid_files(tmp_path, write, options, message):
     """Each gives one line that names the file and what is wrong with it."""
-    path, said = wrong_files(tmp_path)[kind]
-    with pytest.raises(UserError, match=said) as error:
-        prepare((str(path),), vocab_size=65_536, cache=tmp_path / "cache")
+    path = write(tmp_path / "x.bin", **{"ids": IDS} | options)
+    with pytest.raises(UserError, match=message) as error:
+        prepare(path, vocab_size=65_536, cache=tmp_path / "cache")
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(("files", "message"), [
+    ({"odd.bin": bytes(101)}, r"odd\.bin: an odd number of bytes \(101\)"),
+    ({"packed.bin.gz": gzip.compress(bytes(100))}, r"packed\.bin\.gz: unpack it first"),
+    ({"empty.bin": b""}, r"empty\.bin: empty"),
+    ({"blank.bin": bytes(200), "blank.idx": b""}, r"blank\.idx: not a Megatron index"),
+    ({"cut.bin": bytes(200), "cut.idx": b"MMIDIDX\0\0short"}, r"cut\.idx: 14 bytes, less than its header"),
+])  # fmt: skip
+def test_files_of_no_format(tmp_path, files, message):
+    """An odd number of bytes, compression, an empty file and a broken index: the file is named."""
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        prepare(tmp_path / next(iter(files)), vocab_size=65_536, cache=tmp_path / "cache")
 
 
 class Bomb:
@@ -341,38 +326,37 @@ class Bomb:
 
 
 def test_the_vocabulary_is_not_guessed_nor_unpickled(tmp_path):
-    """Without --tokenizer or --vocab-size the vocabulary is unknown; meta.pkl is mentioned and never loaded, nor is a
+    """Without `tokenizer` or `vocab_size` the vocabulary is unknown; meta.pkl is mentioned and never loaded, nor is a
     pickle given as data."""
-    path = nanogpt(tmp_path / "train.bin", some_ids(100))
+    path, meta = nanogpt(tmp_path / "train.bin", some_ids(100)), tmp_path / "meta.pkl"
     with pytest.raises(UserError, match=r"train\.bin: the file does not name its tokenizer; give `tokenizer`"):
-        prepare((str(path),), cache=tmp_path)
-    meta = tmp_path / "meta.pkl"
+        prepare(path, cache=tmp_path)
     meta.write_bytes(pickle.dumps(Bomb(tmp_path)))
     with pytest.raises(UserError, match=r"meta\.pkl may, but is not read: pickles can run code\); give"):
-        prepare((str(path),), cache=tmp_path)
+        prepare(path, cache=tmp_path)
     with pytest.raises(UserError, match=r"meta\.pkl: pickles can run code"):
-        prepare((str(meta),), cache=tmp_path)
-    prepare((str(tmp_path),), vocab_size=V, cache=tmp_path / "cache")  # the folder has both files
+        prepare(meta, cache=tmp_path)
+    prepare(tmp_path, vocab_size=V, cache=tmp_path / "cache")  # the folder has both files
     assert not (tmp_path / "burst").exists()
     pickle.loads(meta.read_bytes())
     assert (tmp_path / "burst").exists()  # unpickling does run code
 
 
 def test_text_and_tokens_do_not_mix(tmp_path):
-    """A folder with both is rejected, naming one of each. Our BPE cannot be trained on ids; --max-tokens is for hub
+    """A folder with both is rejected, naming one of each. Our BPE cannot be trained on ids; `max_tokens` is for hub
     data sets; too few tokens leave nothing for validation."""
-    path = nanogpt(tmp_path / "train.bin", some_ids(100))
-    (tmp_path / "input.txt").write_text("text")
-    with pytest.raises(UserError, match=r"train\.bin has tokens, .*input\.txt has text; give only one kind"):
-        prepare((str(tmp_path),), vocab_size=V, cache=tmp_path / "cache")
-    with pytest.raises(UserError, match="`tokenizer` bpe: is trained on text, but these are token files"):
-        prepare((str(path),), tokenizer="bpe", cache=tmp_path / "cache")
-    with pytest.raises(UserError, match="`max_tokens` 100: only for hf: data sets"):
-        prepare((str(path),), vocab_size=V, max_tokens=100, cache=tmp_path / "cache")
-    with pytest.raises(UserError, match=r"few\.bin: too few tokens to hold some out for validation; give `val`"):
-        prepare((str(nanogpt(tmp_path / "few.bin", range(20))),), vocab_size=V, cache=tmp_path / "cache")
-    with pytest.raises(UserError, match="`tokenizer` ids-300: only for token files, but"):
-        prepare((str(tmp_path / "input.txt"),), tokenizer="ids-300", val_bytes=1024, cache=tmp_path / "cache")
+    path, text = nanogpt(tmp_path / "train.bin", some_ids(100)), tmp_path / "input.txt"
+    text.write_text("text")
+    few = nanogpt(tmp_path / "few.bin", range(20))
+    for data, options, message in [
+        (tmp_path, {"vocab_size": V}, r"\.bin has tokens, .*input\.txt has text; give only one kind"),
+        (path, {"tokenizer": "bpe"}, "`tokenizer` bpe: is trained on text, but these are token files"),
+        (path, {"vocab_size": V, "max_tokens": 100}, "`max_tokens` 100: only for hf: data sets"),
+        (few, {"vocab_size": V}, r"few\.bin: too few tokens to hold some out for validation; give `val`"),
+        (text, {"tokenizer": "ids-300"}, "`tokenizer` ids-300: only for token files, but"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            prepare(data, cache=tmp_path / "cache", **options)
 
 
 def test_errors_of_the_command(tiny, tmp_path, refusal):
