@@ -262,8 +262,8 @@ def _all_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     token, lowest rank first."""
     pairs = []
     for token in sorted(ranks, key=ranks.get):
-        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
-        cuts = [(left, right) for left, right in cuts if left in ranks and right in ranks]
+        places = (i for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks)
+        cuts = [(token[:i], token[i:]) for i in places]
         pairs += sorted(cuts, key=lambda cut: (ranks[cut[0]], ranks[cut[1]]))
     return pairs
 
