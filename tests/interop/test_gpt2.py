@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import train
 from nanochin.base.cli import UserError
 from nanochin.config import Config, make_shape
-from nanochin.interop.gpt2 import gpt2_name, initial_options, load_initial
+from nanochin.interop.gpt2 import NAMES, initial_options, load_initial, rename
 from nanochin.model import GPT
 from nanochin.run.folder import read_log
 
@@ -24,8 +23,8 @@ V, T = 256, 48
 
 def theirs(**options):
     """A GPT-2 with nontrivial norms and biases."""
-    usual = {"vocab_size": V, "n_positions": T, "n_embd": 32, "n_layer": 3, "n_head": 4,
-             "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+    usual = {"vocab_size": V, "n_positions": T, "n_embd": 32, "n_layer": 3, "n_head": 4}
+    usual |= {"bos_token_id": 0, "eos_token_id": 0}
     torch.manual_seed(1)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**usual | options)).eval()
     with torch.no_grad():
@@ -56,12 +55,10 @@ def agree(model: GPT, hf) -> bool:
         return (model(tokens) - hf(tokens).logits).abs().max() < 1e-4 < model(tokens).std()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"activation_function": "gelu"}, {"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 50, "n_head": 16},
-     {"tie_word_embeddings": False}, {"n_layer": 1, "n_head": 1}],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("options", [
+    {}, {"activation_function": "gelu"}, {"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 50, "n_head": 16},
+    {"tie_word_embeddings": False}, {"n_layer": 1, "n_head": 1},
+], ids=str)  # fmt: skip
 def test_logits_equal_transformers(tmp_path, options):
     """To 1e-4, for all options of GPT-2."""
     hf = theirs(**options)
@@ -92,7 +89,7 @@ def test_checkpoint_formats(tmp_path):
 
 
 def test_a_shorter_context_takes_the_first_positions(folder):
-    """--seq-len 20 of 48: the same logits for 20 tokens."""
+    """`seq_len` 20 of 48: the same logits for 20 tokens."""
     model = ours(folder, seq_len=20)
     assert model.shape.seq_len == 20 and agree(model, theirs())
 
@@ -100,25 +97,18 @@ def test_a_shorter_context_takes_the_first_positions(folder):
 def test_every_parameter_has_a_name():
     """The names are those of a `transformers` model with three layers, each once."""
     model = GPT(make_shape(32, 3, vocab_size=V, seq_len=T, norm="layernorm", positions="learned", bias=True))
-    names = [gpt2_name(name, 3)[0] for name, _ in model.named_parameters()]
+    names = [rename(name, 3, NAMES) for name, _ in model.named_parameters()]
     assert sorted(names) == sorted(name for name, _ in theirs().named_parameters())
 
 
 def test_training_starts_from_the_weights(tiny, folder):
     """The first loss equals that of the `transformers` model on the first batch; the shape is the checkpoint's;
     resuming works, and other weights are another run."""
-    options = {
-        "model": None,
-        "seq_len": None,
-        "tokenizer": "bytes",
-        "batch_tokens": 96,
-        "tokens": 960.0,
-        "log_every": 1,
-    }
-    config = tiny(**options, init_from=str(folder), name="run")
+    options = {"model": None, "seq_len": None, "tokenizer": "bytes", "batch_tokens": 96, "tokens": 960.0}
+    config = tiny(**options, log_every=1, init_from=str(folder), name="run")
     job = train.resolve(config, train.Progress(quiet=True))
     batch = torch.from_numpy(job.windows.batch(0, 2))
-    expected = theirs()(batch[:, :-1], labels=None).logits.flatten(0, 1)
+    expected = theirs()(batch[:, :-1]).logits.flatten(0, 1)
     expected = torch.nn.functional.cross_entropy(expected, batch[:, 1:].flatten()).item()
     summary = train.train(config, quiet=True)
     rows = read_log(Path(config.out) / "run")
@@ -132,13 +122,8 @@ def test_training_starts_from_the_weights(tiny, folder):
         train.train(config, quiet=True)
 
 
-def change(folder: Path, **told) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | told))
-
-
 @pytest.mark.parametrize(
-    ("options", "told", "said"),
+    ("options", "stated", "message"),
     [
         ({"model": "64x3"}, {}, "`model` 64x3: `init_from` .* has 32x3; leave the option out"),
         ({"activation": "swiglu"}, {}, "`activation` swiglu: `init_from` .* has gelu_tanh"),
@@ -156,10 +141,11 @@ def change(folder: Path, **told) -> None:
         ({}, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
     ],
 )
-def test_contradictory_options(folder, options, told, said):
+def test_contradictory_options(folder, options, stated, message):
     """An option that contradicts the shape, or a GPT-2 with features that our model lacks: one line."""
-    change(folder, **told)
-    with pytest.raises(UserError, match=said) as error:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | stated))
+    with pytest.raises(UserError, match=message) as error:
         ours(folder, **options)
     assert "\n" not in str(error.value)
 
@@ -168,7 +154,7 @@ def test_invalid_weights(folder, tmp_path):
     """Corrupted or foreign files, missing or extra tensors, and pickles, which are never loaded: one line each."""
     weights = load_file(folder / "model.safetensors")
 
-    def said(path, match):
+    def rejected(path, match):
         with pytest.raises(UserError, match=match) as error:
             ours(path)
         assert "\n" not in str(error.value)
@@ -176,23 +162,22 @@ def test_invalid_weights(folder, tmp_path):
     def rewrite(tensors):
         save_file({name: t.clone() for name, t in tensors.items()}, folder / "model.safetensors")
 
-    said(tmp_path / "nowhere", "nowhere: no such file or folder")
+    rejected(tmp_path / "nowhere", "nowhere: no such file or folder")
     rewrite(weights | {"transformer.extra.weight": torch.ones(2)})
-    said(folder, r"unexpected tensor transformer\.extra\.weight")
+    rejected(folder, r"unexpected tensor transformer\.extra\.weight")
     rewrite({name: t for name, t in weights.items() if name != "transformer.h.1.attn.c_attn.bias"})
-    said(folder, r"tensor transformer\.h\.1\.attn\.c_attn\.bias is missing")
+    rejected(folder, r"tensor transformer\.h\.1\.attn\.c_attn\.bias is missing")
     rewrite(weights | {"transformer.h.1.ln_1.weight": torch.ones(7)})
-    said(folder, r"tensor transformer\.h\.1\.ln_1\.weight is \[7\], expected \[32\]")
+    rejected(folder, r"tensor transformer\.h\.1\.ln_1\.weight is \[7\], expected \[32\]")
     rewrite({"model.embed_tokens.weight": torch.ones(3, 3)})
-    said(folder, "not GPT-2 weights")
+    rejected(folder, "not GPT-2 weights")
     (folder / "model.safetensors").write_bytes(b"no tensors at all")
-    said(folder, r"model\.safetensors: corrupted")
+    rejected(folder, r"model\.safetensors: corrupted")
     (folder / "model.safetensors").unlink()
-    said(folder, "no model.safetensors in this folder")
+    rejected(folder, "no model.safetensors in this folder")
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({}))
-    said(folder, r"pytorch_model\.bin is a pickle, which can run code; save it again as safetensors")
-    said(folder / "pytorch_model.bin", "not .safetensors; pickles can run code")
-    shutil.rmtree(folder)
+    rejected(folder, r"pytorch_model\.bin is a pickle, which can run code")
+    rejected(folder / "pytorch_model.bin", "not .safetensors; pickles can run code")
 
 
 def test_the_vocabulary_of_the_weights(tiny, folder, refusal):

@@ -14,49 +14,35 @@ from nanochin.run.folder import read_log
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def told(folder: Path) -> dict[tuple[str, int], list[float]]:
+def events(folder: Path) -> dict[tuple[str, int], list[float]]:
     """(name, step) -> values in the event files of a run."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
-                                      reason="pip install tensorboard").EventAccumulator  # fmt: skip
-    events = accumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    accumulator.Reload()
     found: dict = {}
-    for name in events.Tags()["scalars"]:
-        for event in events.Scalars(name):
+    for name in accumulator.Tags()["scalars"]:
+        for event in accumulator.Scalars(name):
             found.setdefault((name, event.step), []).append(event.value)
     return found
 
 
-def expected(folder: Path) -> dict[tuple[str, int], float]:
-    return {(key, row["step"]): value for row in read_log(folder) for key, value in row.items()
-            if key != "step" and value is not None}  # fmt: skip
-
-
-def test_tensorboard_has_the_rows_of_the_log(tiny):
-    """Every number in log.jsonl is in the event files once, with its name and step."""
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_tensorboard_has_the_rows_of_the_log(tiny, monkeypatch, interrupted):
+    """Every number in log.jsonl is in the event files once, with its name and step. After an interruption, steps that
+    are trained again replace those already there."""
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
-    config = tiny(name="run", loggers=("tensorboard",), eval_every=20)
+    config = tiny(name="run", loggers=("tensorboard",), eval_every=30, save_steps=(40,), keep=9)
+    if interrupted:
+        real, steps = train.train_step, []
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(train, "train_step", lambda *a: steps.append(1) or (1 / (len(steps) < 75) and real(*a)))
+            train.train(config, quiet=True)
     train.train(config, quiet=True)
     folder = Path(config.out) / "run"
-    found, rows = told(folder), expected(folder)
-    assert found.keys() == rows.keys() and ("val_loss", 100) in rows and len(rows) > 50
-    assert all(found[key] == [pytest.approx(value, rel=1e-6)] for key, value in rows.items())
-
-
-def test_resumed_steps_are_logged_once(tiny, monkeypatch):
-    """After an interruption, steps that are trained again replace those already in tensorboard."""
-    pytest.importorskip("tensorboard", reason="pip install tensorboard")
-    config = tiny(name="run", loggers=("tensorboard",), save_steps=(40,), keep=9)
-    real, steps = train.train_step, []
-    monkeypatch.setattr(train, "train_step", lambda *a: steps.append(1) or (1 / (len(steps) < 75) and real(*a)))
-    with pytest.raises(ZeroDivisionError):
-        train.train(config, quiet=True)
-    monkeypatch.setattr(train, "train_step", real)
-    train.train(config, quiet=True)
-    folder = Path(config.out) / "run"
-    found, rows = told(folder), expected(folder)
-    assert found.keys() == rows.keys()
-    assert all(found[key] == [pytest.approx(value, rel=1e-6)] for key, value in rows.items())
+    rows = {(key, row["step"]): value for row in read_log(folder) for key, value in row.items() if value is not None}
+    rows = {key: [pytest.approx(value, rel=1e-6)] for key, value in rows.items() if key[0] != "step"}
+    assert events(folder) == rows and ("val_loss", 60) in rows and len(rows) > 50
 
 
 def test_wandb_offline(tiny, monkeypatch):
@@ -89,7 +75,7 @@ def test_wandb_errors_are_one_line(tiny, monkeypatch, refusal):
 
     monkeypatch.setattr(wandb, "init", refuse)
     line = refusal(*arguments(tiny(name="run", loggers=("wandb",))), code=1)
-    assert line == "train.py: --loggers wandb: No API key configured; WANDB_MODE=offline needs no account\n"
+    assert "--loggers wandb: No API key configured; WANDB_MODE=offline" in line
 
 
 @pytest.mark.slow
@@ -104,9 +90,7 @@ def test_real_wandb(tiny, command, monkeypatch):
 
 def test_no_loggers(tiny, command):
     """A plain run imports neither library and writes only its usual files."""
-    code = ("import sys, train; sys.argv = ['train.py', *sys.argv[1:]]; assert not train.main(); "
-            "print([name for name, module in sys.modules.items() if module and name.split('.')[0] in ('wandb', "
-            "'tensorboard')])")  # fmt: skip
+    code = "import sys, train; train.main(); print([name for name in ('wandb', 'tensorboard') if name in sys.modules])"
     done = command("-c", code, *arguments(tiny(name="run")))
     assert done.stdout.endswith("\n[]\n"), done.stderr
     files = {path.name for path in (Path(tiny().out) / "run").iterdir()}
@@ -121,8 +105,3 @@ def test_a_missing_library_names_the_command(tiny, monkeypatch, refusal, name):
         loggers.check((name,))
     assert f"pip install {name}" in refusal(*arguments(tiny(loggers=(name,), data=("nowhere.txt",))))
     assert not Path(tiny().out).exists()
-
-
-def test_an_unknown_logger(refusal):
-    """An unknown name is rejected with the list of known ones."""
-    assert "'mlflow' (choose from" in refusal("--loggers", "mlflow")
