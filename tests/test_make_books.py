@@ -1,4 +1,4 @@
-"""sweeps/make_books.py: the cleaning of single books, what is dropped as seen, the split, and the shards themselves."""
+"""sweeps/make_books.py: cleaning of a book, removal of repeats, the split, and the shards themselves."""
 
 import hashlib
 import importlib.util
@@ -24,7 +24,7 @@ JOINED = PROSE.replace("\n", " ")
 
 
 def ebook(body: str) -> str:
-    """A file as Project Gutenberg lays it out, with the line ends of the source."""
+    """A file in Project Gutenberg's layout, with the line ends of the source."""
     text = (
         "The Project Gutenberg EBook of A Tale\n\nTitle: A Tale\n\n"
         f"*** START OF THIS PROJECT GUTENBERG EBOOK A TALE ***\n\n\nProduced by Some Volunteer\n\n\n{body}\n\n\n"
@@ -39,13 +39,27 @@ def sentences(count: int, seed: int) -> list[str]:
     return [text[120 * i : 120 * (i + 1)].strip().ljust(120, "x") for i in range(count)]
 
 
-def test_only_the_book_is_left():
-    """Header, credits, the closing line and the licence go; paragraphs are split by blank lines, however many."""
-    assert make_books.paragraphs(ebook(f"A TALE\n\n\n\n{PROSE}\n\nTHE END")) == ["A TALE", JOINED, "THE END"]
+@pytest.mark.parametrize(
+    ("text", "paragraphs"),
+    [
+        (f"A TALE\n\n\n\n{PROSE}\n\nTHE END", ["A TALE", JOINED, "THE END"]),  # any number of blank lines
+        ("  " + PROSE, [JOINED]),  # one indented line: the source has a space after some closing quotation marks
+        ("ONE\n\n[Illustration]\n\nTWO", ["ONE", "TWO"]),
+        ("ONE\n\n[Illustration: The miller\nand his son]\n\nTWO", ["ONE", "TWO"]),
+        ("ONE\n\nILLUSTRATIONS\n\nTWO", ["ONE", "TWO"]),
+        ("ONE\n\nThis text is also at www.gutenberg.org in HTML.\n\nTWO", ["ONE", "TWO"]),
+        ("ONE\n\nProduced by the miller.\n\nAn etext.", ["ONE", "Produced by the miller.", "An etext."]),  # no credits
+        ("[Illustration] as he said.", ["[Illustration] as he said."]),
+        ("Cafe\u0301", ["Caf\u00e9"]),  # Unicode NFC
+    ],
+)
+def test_paragraphs(text, paragraphs):
+    """Header, credits, captions, the name of the source and the licence are removed; lines of prose are joined."""
+    assert make_books.paragraphs(ebook(text)) == paragraphs
 
 
 @pytest.mark.parametrize(
-    "start, end",
+    ("start", "end"),
     [
         ("*** START OF THIS PROJECT GUTENBERG EBOOK A TALE ***", "*** END OF THIS PROJECT GUTENBERG EBOOK A TALE ***"),
         (
@@ -66,7 +80,7 @@ def test_markers(start, end):
 
 
 @pytest.mark.parametrize(
-    "as_it_stands",
+    "text",
     [
         "  The wind it blew, the wind it blew,\n    And all the leaves came down",
         "Shall I compare thee to a day\nThat is as short as this, and grey?",
@@ -76,69 +90,44 @@ def test_markers(start, end):
         "                         A TALE\n                      OF THE MILL",
     ],
 )
-def test_verse_and_tables_stay(as_it_stands):
-    """Two indented lines, or lines that are short on average, are no wrapped paragraph."""
-    assert make_books.paragraphs(ebook(f"{PROSE}\n\n{as_it_stands}")) == [JOINED, as_it_stands]
+def test_verse_and_tables_are_unchanged(text):
+    """Two indented lines, or lines that are short on average, are not a wrapped paragraph."""
+    assert make_books.paragraphs(ebook(f"{PROSE}\n\n{text}")) == [JOINED, text]
 
 
-def test_prose_with_one_indented_line_is_joined():
-    """The source's line that begins with a space after a closing quotation mark."""
-    assert make_books.paragraphs(ebook("  " + PROSE)) == [JOINED]
-    assert make_books.unwrap(["x" * 50, "y"]) == "x" * 50 + "\ny"  # 50 is not over 50
+def test_joined_lines_are_over_50_characters_long():
+    assert make_books.unwrap(["x" * 50, "y"]) == "x" * 50 + "\ny"
     assert make_books.unwrap(["x" * 51, " y"]) == "x" * 51 + " y"
 
 
-@pytest.mark.parametrize(
-    "gone",
-    [
-        "[Illustration]",
-        "[Illustration: The miller\nand his son]",
-        "ILLUSTRATIONS",
-        "This text is also at www.gutenberg.org in HTML.",
-    ],
-)
-def test_captions_and_the_name_of_the_source_go(gone):
-    assert make_books.paragraphs(ebook(f"ONE\n\n{gone}\n\nTWO")) == ["ONE", "TWO"]
-
-
-def test_what_only_looks_like_credits_stays():
-    """Credits are removed at the start alone, and a caption that text goes on after is text."""
-    kept = ["ONE", "Produced by the miller.", "[Illustration] as he said.", "An etext."]
-    assert make_books.paragraphs(ebook("\n\n".join(kept))) == kept
-
-
-def test_letters_are_composed():
-    """Unicode NFC: one e with an accent, not two characters."""
-    assert make_books.paragraphs(ebook("Cafe\u0301")) == ["Caf\u00e9"]
-
-
 def test_which_books_are_wanted():
+    """A book is long enough, free to redistribute, not by an author in LATE, and English."""
     book = ["the mill and the river, as it was in the days of old " * 10] * 40
     assert make_books.wanted("A/B.txt", "text", book)
-    assert not make_books.wanted("A/B.txt", "text", book[:30])  # too short
+    assert not make_books.wanted("A/B.txt", "text", book[:30])
     assert not make_books.wanted("A/B.txt", "This is a COPYRIGHTED Project Gutenberg eBook", book)
     assert not make_books.wanted("Orban, Paul/B.txt", "text", book)
     assert not make_books.wanted("A/B.txt", "text", ["moulin et la riviere " * 100] * 20)
 
 
-def test_repeated_paragraphs_stay_in_the_longest_book():
-    """Same letters, another punctuation: kept once, in the longest book. Short ones may repeat everywhere."""
+def test_repeated_paragraphs_are_kept_in_the_longest_book():
+    """Same letters, other punctuation: kept once, in the longest book. Short ones may repeat everywhere."""
     a, b = sentences(10, seed=1), sentences(6, seed=2)
     again = a[3].upper() + "!"
     texts = dict(make_books.without_repeats({"b": ["THE END", *b, again], "a": [*a, a[0], "THE END"]}))
     assert texts == {"a": "\n\n".join([*a, a[0], "THE END"]) + "\n", "b": "\n\n".join(["THE END", *b]) + "\n"}
 
 
-def test_a_book_that_is_mostly_known_is_dropped():
-    """40% of the characters in long paragraphs may be known; and a dropped book makes nothing known."""
+def test_a_book_that_mostly_repeats_is_dropped():
+    """40% of the characters in long paragraphs may repeat; paragraphs of a dropped book are not repeats later."""
     a, b, c = sentences(10, seed=1), sentences(3, seed=2), sentences(2, seed=3)
     books = {"a": a, "b": [*b, *a[:2]], "c": [*c, *a[:2]], "d": c}
     assert list(dict(make_books.without_repeats(books))) == ["a", "b", "d"]
 
 
 def test_split(monkeypatch):
-    """Files are filled in the order of the hash, each with whole books; one hash digit chooses the validation books;
-    what comes after the last full file is left out."""
+    """Files are filled in the order of the hash, each with whole books; one hash digit selects the validation books;
+    books after the last full file are left out."""
     monkeypatch.setattr(make_books, "SHARD_BYTES", 1000)
     texts = {f"Author/{i}.txt": "é" * (20 + i % 7) for i in range(400)}
     files = make_books.split(texts)
@@ -159,14 +148,17 @@ def test_lines():
     assert line.endswith("\n") and "É" in line and "\r" not in line
     digest = hashlib.sha256(path.encode()).hexdigest()
     assert list(json.loads(line).items()) == [
-        ("id", digest[:12]), ("author", "Zola, Émile"), ("title", "Truth A Novel"), ("text", "Où?\n")
-    ]  # fmt: skip
+        ("id", digest[:12]),
+        ("author", "Zola, Émile"),
+        ("title", "Truth A Novel"),
+        ("text", "Où?\n"),
+    ]
 
 
-def test_files_depend_on_the_source_alone(monkeypatch):
-    """The same books in another order give the same bytes, and xz of JSON lines is what they are."""
+def test_files_depend_only_on_the_source(monkeypatch):
+    """The same books in another order give the same bytes: xz of JSON lines."""
     monkeypatch.setattr(make_books, "SHARD_BYTES", 50_000)
-    monkeypatch.setattr(make_books, "LEAST_LENGTH", 1000)
+    monkeypatch.setattr(make_books, "MIN_LENGTH", 1000)
     monkeypatch.setattr(make_books, "ENGLISH_SHARE", 0)
     books = [(f"A/{i}.txt", ebook("\n\n".join(sentences(40, seed=i)))) for i in range(60)]
     once, again = dict(make_books.make(books)), dict(make_books.make(reversed(books)))
@@ -176,17 +168,19 @@ def test_files_depend_on_the_source_alone(monkeypatch):
     assert all(record["text"].count("\n\n") == 39 for record in records)
 
 
-@pytest.mark.parametrize(
-    "argv, code, words", [(["--help"], 0, "CHECKOUT"), (["nowhere", "out"], 1, "no clone of"), ([], 2, "required")]
-)
+USES = [(["--help"], 0, "CHECKOUT"), (["nowhere", "out"], 1, "no clone of"), ([], 2, "required")]
+
+
+@pytest.mark.parametrize(("argv", "code", "words"), USES)
 def test_command(tmp_path, argv, code, words):
-    """Help and a wrong folder, from any place; the error is one line."""
+    """Help and a wrong folder, from any working directory; errors are one line."""
     done = subprocess.run([sys.executable, SCRIPT, *argv], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == code and words in done.stdout + done.stderr
     assert code == 0 or len(done.stderr.splitlines()) == 1
 
 
-def test_the_documented_sums_are_the_scripts():
+def test_documented_checksums():
+    """docs/data.md has the script's commit and checksums."""
     text = (ROOT / "docs" / "data.md").read_text()
     assert dict(re.findall(r"\| (gutenberg-[\w-]+\.jsonl\.xz) \|.*\| ([0-9a-f]{64}) \|", text)) == make_books.SHA256
     assert make_books.COMMIT in text
@@ -195,7 +189,7 @@ def test_the_documented_sums_are_the_scripts():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_shards_are_made_byte_for_byte(tmp_path):
-    """All five files from the public repository have the documented SHA-256, and those on this machine have it too."""
+    """All five files, from the public repository and on this machine, have the documented SHA-256."""
     checkout = os.environ.get("NANOCHIN_GUTENBERG")
     if not checkout:
         pytest.skip("needs a clone of github.com/rcdm-uga/Gutenberg_Text: set NANOCHIN_GUTENBERG to its folder")

@@ -185,12 +185,15 @@ def test_long_documents_are_cut_where_no_token_changes(tmp_path, cache, monkeypa
     assert tokens.tolist() == [tokenizer.eot, *whole, tokenizer.eot] and size == len(code.encode())
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"tokenizer": "bpe", "vocab_size": 256}, "`vocab_size` 256: bpe needs at least 257"),
-    ({"tokenizer": "gtp2"}, "`tokenizer` gtp2: unknown; did you mean gpt2"),
-    ({"val": "nowhere.txt"}, "`val` nowhere.txt: no such file or folder"),
-    ({"val_bytes": 10}, "`val_bytes` 10: "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokenizer": "bpe", "vocab_size": 256}, "`vocab_size` 256: bpe needs at least 257"),
+        ({"tokenizer": "gtp2"}, "`tokenizer` gtp2: unknown; did you mean gpt2"),
+        ({"val": "nowhere.txt"}, "`val` nowhere.txt: no such file or folder"),
+        ({"val_bytes": 10}, "`val_bytes` 10: "),
+    ],
+)
 def test_bad_options_are_one_line(corpus, cache, options, message):
     """Each error names the option and its value, and leaves no folder in the cache."""
     with pytest.raises(UserError, match=message) as error:

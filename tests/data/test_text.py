@@ -99,10 +99,16 @@ def test_python_is_the_standard_library_without_tests():
     assert set(keys) < everything and "numpy/__init__.py" in everything
 
 
-@pytest.mark.parametrize(("data", "name"), [
-    (["python"], "python"), (["a/tiny shakespeare.txt.xz"], "tiny-shakespeare"), (["books/*.txt"], "books"),
-    (["gutenberg-train-00.jsonl.xz", "x/gutenberg-train-01.jsonl.xz"], "gutenberg-train"), (["a.txt", "b.txt"], "text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (["python"], "python"),
+        (["a/tiny shakespeare.txt.xz"], "tiny-shakespeare"),
+        (["books/*.txt"], "books"),
+        (["gutenberg-train-00.jsonl.xz", "x/gutenberg-train-01.jsonl.xz"], "gutenberg-train"),
+        (["a.txt", "b.txt"], "text"),
+    ],
+)
 def test_a_corpus_has_a_short_name(data, name):
     """The stem of a file, the folder of a glob, or the common prefix of several names."""
     assert corpus_name(data) == name

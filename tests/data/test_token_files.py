@@ -273,25 +273,28 @@ def little(*numbers: int) -> bytes:
 IDS = some_ids(100)
 
 
-@pytest.mark.parametrize(("write", "options", "message"), [
-    (llm_c, {"size": 1100}, r"x\.bin: corrupted: 1100 bytes, but .* 100 tokens, so 1224 bytes"),
-    (llm_c, {"size": 500}, r"x\.bin: corrupted: 500 bytes"),
-    (llm_c, {"count": 99}, "so 1222 bytes"),
-    (llm_c, {"ids": [], "count": 0}, r"x\.bin: corrupted: 1024 bytes"),
-    (llm_c, {"version": 2}, r"version 2 of llm\.c's magic 20240520"),
-    (llm_c, {"magic": 20240801, "version": 7}, "1224 bytes, but .* 1424 bytes"),  # uint16 as Llama 3
-    (llm_c, {"magic": 20240522}, r"magic 20240522 is llm\.c's format for eval"),
-    (llm_c, {"ids": [0] * 100, "magic": 20240326, "version": 3}, "20240326 is not llm.c's for training"),  # a model
-    (megatron, {"magic": b"SOMETHING"}, r"x\.idx: not a Megatron index"),
-    (megatron, {"version": struct.pack("<Q", 2)}, "version 2 of Megatron"),
-    (megatron, {"code": 6}, "type code 6 is not an integer type"),  # float, in gpt-neox 7
-    (megatron, {"code": 7}, "type code 7 is not an integer type"),
-    (megatron, {"modes": True, "bounds": bytes(8)}, "sequences and .* document bounds take"),
-    (megatron, {"size": 150}, r"x\.idx: its sequences add up to 200 bytes, but .*x\.bin has 150"),
-    (megatron, {"offsets": little(0, 20, 99, 140)}, "sequence 2 starts at byte 99"),
-    (megatron, {"lengths": np.array([150, -50, 0, 0], "<i4").tobytes()}, "sequence 1 has a negative length"),
-    (megatron, {"bounds": little(0, 1, 2, 3, 9)}, r"its document bounds \(0 to 9\) do not rise from 0 to 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("write", "options", "message"),
+    [
+        (llm_c, {"size": 1100}, r"x\.bin: corrupted: 1100 bytes, but .* 100 tokens, so 1224 bytes"),
+        (llm_c, {"size": 500}, r"x\.bin: corrupted: 500 bytes"),
+        (llm_c, {"count": 99}, "so 1222 bytes"),
+        (llm_c, {"ids": [], "count": 0}, r"x\.bin: corrupted: 1024 bytes"),
+        (llm_c, {"version": 2}, r"version 2 of llm\.c's magic 20240520"),
+        (llm_c, {"magic": 20240801, "version": 7}, "1224 bytes, but .* 1424 bytes"),  # uint16 as Llama 3
+        (llm_c, {"magic": 20240522}, r"magic 20240522 is llm\.c's format for eval"),
+        (llm_c, {"ids": [0] * 100, "magic": 20240326, "version": 3}, "20240326 is not llm.c's for training"),  # a model
+        (megatron, {"magic": b"SOMETHING"}, r"x\.idx: not a Megatron index"),
+        (megatron, {"version": struct.pack("<Q", 2)}, "version 2 of Megatron"),
+        (megatron, {"code": 6}, "type code 6 is not an integer type"),  # float, in gpt-neox 7
+        (megatron, {"code": 7}, "type code 7 is not an integer type"),
+        (megatron, {"modes": True, "bounds": bytes(8)}, "sequences and .* document bounds take"),
+        (megatron, {"size": 150}, r"x\.idx: its sequences add up to 200 bytes, but .*x\.bin has 150"),
+        (megatron, {"offsets": little(0, 20, 99, 140)}, "sequence 2 starts at byte 99"),
+        (megatron, {"lengths": np.array([150, -50, 0, 0], "<i4").tobytes()}, "sequence 1 has a negative length"),
+        (megatron, {"bounds": little(0, 1, 2, 3, 9)}, r"its document bounds \(0 to 9\) do not rise from 0 to 4"),
+    ],
+)
 def test_invalid_files(tmp_path, write, options, message):
     """Each gives one line that names the file and what is wrong with it."""
     path = write(tmp_path / "x.bin", **{"ids": IDS} | options)
@@ -300,13 +303,16 @@ def test_invalid_files(tmp_path, write, options, message):
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize(("files", "message"), [
-    ({"odd.bin": bytes(101)}, r"odd\.bin: an odd number of bytes \(101\)"),
-    ({"packed.bin.gz": gzip.compress(bytes(100))}, r"packed\.bin\.gz: unpack it first"),
-    ({"empty.bin": b""}, r"empty\.bin: empty"),
-    ({"blank.bin": bytes(200), "blank.idx": b""}, r"blank\.idx: not a Megatron index"),
-    ({"cut.bin": bytes(200), "cut.idx": b"MMIDIDX\0\0short"}, r"cut\.idx: 14 bytes, less than its header"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"odd.bin": bytes(101)}, r"odd\.bin: an odd number of bytes \(101\)"),
+        ({"packed.bin.gz": gzip.compress(bytes(100))}, r"packed\.bin\.gz: unpack it first"),
+        ({"empty.bin": b""}, r"empty\.bin: empty"),
+        ({"blank.bin": bytes(200), "blank.idx": b""}, r"blank\.idx: not a Megatron index"),
+        ({"cut.bin": bytes(200), "cut.idx": b"MMIDIDX\0\0short"}, r"cut\.idx: 14 bytes, less than its header"),
+    ],
+)
 def test_files_of_no_format(tmp_path, files, message):
     """An odd number of bytes, compression, an empty file and a broken index: the file is named."""
     for name, content in files.items():

@@ -85,10 +85,17 @@ def test_logits_and_greedy_text_are_equal(tmp_path, architecture, activation, bi
     assert greedy(theirs, prompt, T - 4).tolist() == generate(model, prompt, T - 4, temperature=0).tolist()
 
 
-@pytest.mark.parametrize("options", [
-    {"head_size": 24}, {"head_size": 2, "ffn": 10, "vocab_size": 257}, {"norm": "layernorm", "head_size": 2},
-    {"norm": "layernorm", "positions": "learned", "ffn": 7, "seq_len": 5}, {"activation": "swiglu", "seq_len": 300},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"head_size": 24},
+        {"head_size": 2, "ffn": 10, "vocab_size": 257},
+        {"norm": "layernorm", "head_size": 2},
+        {"norm": "layernorm", "positions": "learned", "ffn": 7, "seq_len": 5},
+        {"activation": "swiglu", "seq_len": 300},
+    ],
+    ids=str,
+)
 def test_odd_shapes(tmp_path, options):
     """One head, head size 2, odd feed-forward widths, other vocabularies and lengths."""
     model = make(**options)
@@ -98,11 +105,15 @@ def test_odd_shapes(tmp_path, options):
         assert (load(tmp_path / "out")(tokens).logits - model(tokens)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("options", "unsupported"), [
-    ({"qk_norm": True}, "`qk_norm`"),
-    ({"norm": "rmsnorm", "positions": "learned"}, "`norm` rmsnorm with `positions` learned"),
-    ({"norm": "layernorm", "activation": "swiglu"}, "`norm` layernorm with `activation` swiglu"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "unsupported"),
+    [
+        ({"qk_norm": True}, "`qk_norm`"),
+        ({"norm": "rmsnorm", "positions": "learned"}, "`norm` rmsnorm with `positions` learned"),
+        ({"norm": "layernorm", "activation": "swiglu"}, "`norm` layernorm with `activation` swiglu"),
+    ],
+    ids=str,
+)
 def test_options_that_no_architecture_has_are_named(tmp_path, options, unsupported):
     """One line that names them, and no folder."""
     with pytest.raises(UserError, match=f"cannot be exported: .* do not support {unsupported}$"):

@@ -55,10 +55,18 @@ def agree(model: GPT, hf) -> bool:
         return (model(tokens) - hf(tokens).logits).abs().max() < 1e-4 < model(tokens).std()
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"activation_function": "gelu"}, {"activation_function": "gelu_pytorch_tanh"}, {"n_inner": 50, "n_head": 16},
-    {"tie_word_embeddings": False}, {"n_layer": 1, "n_head": 1},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"activation_function": "gelu"},
+        {"activation_function": "gelu_pytorch_tanh"},
+        {"n_inner": 50, "n_head": 16},
+        {"tie_word_embeddings": False},
+        {"n_layer": 1, "n_head": 1},
+    ],
+    ids=str,
+)
 def test_logits_equal_transformers(tmp_path, options):
     """To 1e-4, for all options of GPT-2."""
     hf = theirs(**options)
