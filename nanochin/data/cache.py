@@ -57,9 +57,7 @@ def build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
                 with nullcontext() if leftover == temp else FileLock(leftover.with_suffix(".lock"), timeout=0):
                     _discard(leftover)
     if temp.is_symlink() or temp.exists() and not (temp.is_dir() and not any(temp.iterdir())):
-        raise UserError(
-            f"{temp}: already exists and is not a temporary folder of nanochin; move or delete it and rerun"
-        )
+        raise UserError(f"{temp}: exists and is not a temporary folder of nanochin; move or delete it and rerun")
     temp.mkdir(exist_ok=True)
     try:
         (temp / UNFINISHED).touch()

@@ -68,9 +68,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Corpus:
     tokenizer, vocab_size, val_bytes = config.tokenizer or "bytes", config.vocab_size, config.val_bytes
     check(tokenizer, vocab_size)
     if config.max_tokens and not any(item.startswith(sources.PREFIX) for item in (*config.data, *(config.val or ()))):
-        raise UserError(
-            f"`max_tokens` {config.max_tokens:g}: only for hf: data sets; `tokens` sets the length of training"
-        )
+        raise UserError(f"`max_tokens` {config.max_tokens:g}: only for hf: data sets; `tokens` limits the training")
     if val_bytes < 1024:
         raise UserError(f"`val_bytes` {val_bytes}: too little to measure a loss; use at least 1024")
     with _os_errors(config.cache):
@@ -89,8 +87,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Corpus:
             return _open_token_files(config, corpus_name(data), train_files, val_files, progress)
         if tokenizer.startswith("ids-"):
             raise UserError(
-                f"`tokenizer` {tokenizer}: only for token files, but {train_files[0].path} is text; choose a "
-                "tokenizer for it, such as gpt2"
+                f"`tokenizer` {tokenizer}: only for token files, but {train_files[0].path} is text; try gpt2"
             )
         vocab_size = (vocab_size or BPE_VOCAB) if tokenizer == "bpe" else None
         recipe = Recipe(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size, config.skip_bad)
@@ -191,15 +188,10 @@ def _open_token_files(
     """Token files as a corpus. Without validation files, blocks of at most 5% of the tokens are held out."""
     path = train[0].path
     if config.tokenizer == "bpe":
-        raise UserError(
-            "`tokenizer` bpe: is trained on text, but these are token files; give the tokenizer that wrote "
-            "them, or `vocab_size`"
-        )
+        raise UserError("`tokenizer` bpe: these are token files, not text; give the tokenizer that wrote them")
     if config.tokenizer is None and config.vocab_size is None:
-        raise UserError(
-            f"{path}: the file does not name its tokenizer{pickle_note(path)}; give `tokenizer`, such as gpt2, or "
-            "`vocab_size`"
-        )
+        note = pickle_note(path)
+        raise UserError(f"{path}: does not name its tokenizer{note}; give `tokenizer`, such as gpt2, or `vocab_size`")
     tokenizer = Tokenizer.load(config.tokenizer or f"ids-{config.vocab_size}")
     stage = Stage("checking", sum(file.size for file in train + val), progress)
     tokens, sha = _map(train, tokenizer, stage)

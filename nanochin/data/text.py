@@ -197,10 +197,8 @@ def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
             continue
         inside = [(file, key, _format(file)) for file, key in _walk(path) if _format(file) in IN_FOLDERS]
         if not inside:
-            raise UserError(
-                f"`{option}` {item}: no text in this folder; looked for {' '.join(IN_FOLDERS)}, "
-                f"also with {' '.join(UNPACKERS)}"
-            )
+            known = f"{' '.join(IN_FOLDERS)}, also with {' '.join(UNPACKERS)}"
+            raise UserError(f"`{option}` {item}: no text in this folder; looked for {known}")
         yield from inside
 
 

@@ -57,10 +57,7 @@ def open_tokens(path: str) -> TokenFile:
         known = " or ".join(map(str, LLM_C))
         raise UserError(f"{path}: magic {magic} is not llm.c's for training tokens ({known})")
     if size % 2:
-        raise UserError(
-            f"{path}: an odd number of bytes ({size}), so not nanoGPT's uint16 tokens, and it has neither "
-            "llm.c's magic nor an .idx file next to it"
-        )
+        raise UserError(f"{path}: an odd number of bytes ({size}): not nanoGPT's uint16; no llm.c magic, no .idx file")
     return TokenFile(path, "nanoGPT", np.memmap(path, "<u2", mode="r").view(np.ndarray))
 
 
@@ -89,10 +86,7 @@ def _megatron(path: str, idx: str) -> np.ndarray:
 
     content = np.memmap(idx, np.uint8, mode="r") if os.path.getsize(idx) else np.zeros(0, np.uint8)
     if content[: len(MEGATRON)].tobytes() != MEGATRON:
-        raise UserError(
-            f"{idx}: not a Megatron index (it starts with {content[:9].tobytes()!r}, not {MEGATRON!r}); "
-            f"move it away to read {path} without it"
-        )
+        raise UserError(f"{idx}: not a Megatron index (starts without {MEGATRON!r}); move it away to read {path} alone")
     if len(content) < 34:
         disagree(f"{len(content)} bytes, less than its header")
     version, code, sequences, documents = struct.unpack("<QBQQ", content[9:34].tobytes())
@@ -134,25 +128,20 @@ def are_token_files(files: list[File]) -> bool:
 
 def check_ids(files: list[TokenFile], tokenizer: Tokenizer, stage: Stage) -> None:
     """Raises UserError for the first id outside the vocabulary, naming file, position and value."""
-    vocab_size = tokenizer.vocab_size
+    V = tokenizer.vocab_size
+    limit = f"`vocab_size` {V}" if tokenizer.numbers else f"`tokenizer` {tokenizer.name} has {V}"
 
-    def first_wrong(job: tuple[TokenFile, int]) -> tuple[TokenFile, int, int] | None:
+    def check(job: tuple[TokenFile, int]) -> None:
         file, start = job
         ids = file.ids[start : start + SCAN]
         stage.add(ids.nbytes)
-        if ids.max() >= vocab_size or ids.min() < 0:
-            at = int(np.argmax((ids >= vocab_size) | (ids < 0)))
-            return file, start + at, int(ids[at])
-        return None
+        if ids.max() >= V or ids.min() < 0:
+            i = int(np.argmax((ids >= V) | (ids < 0)))
+            where = f"{file.path}: token id {ids[i]} at position {start + i}"
+            raise UserError(f"{where} is outside the vocabulary ({limit}); read as {file.format} format")
 
-    for found in stage.map(first_wrong, [(file, i) for file in files for i in range(0, len(file.ids), SCAN)]):
-        if found:
-            file, position, value = found
-            whose = "`vocab_size`" if tokenizer.numbers else f"`tokenizer` {tokenizer.name} has"
-            raise UserError(
-                f"{file.path}: token id {value} at position {position} is outside the vocabulary ({whose} "
-                f"{vocab_size}); read as {file.format} format"
-            )
+    for _ in stage.map(check, [(file, start) for file in files for start in range(0, len(file.ids), SCAN)]):
+        pass
 
 
 def sibling_val_files(files: list[File]) -> list[str]:

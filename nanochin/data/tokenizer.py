@@ -70,10 +70,8 @@ class Tokenizer:
         if self.numbers:
             wrong = next((word for word in text.split() if not word.isdigit() or int(word) >= self.vocab_size), None)
             if wrong is not None:
-                raise UserError(
-                    f"{wrong.decode()!r} is not a token id below {self.vocab_size}: this model was trained on "
-                    "token files with an unknown tokenizer, so text must be token ids"
-                )
+                what = f"{wrong.decode()!r} is not a token id below {self.vocab_size}"
+                raise UserError(f"{what}: this model's tokenizer is unknown, so text must be token ids")
             return np.array([int(word) for word in text.split()], self.dtype)
         if self.encoding is None:
             return np.frombuffer(text, np.uint8).astype(self.dtype)
@@ -126,10 +124,8 @@ def model_vocab(tokenizer: Tokenizer, vocab_size: int | None) -> int:
     if vocab_size is None:
         return tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"`vocab_size` {vocab_size}: tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids; "
-            "leave the option out or increase it"
-        )
+        needed = f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids"
+        raise UserError(f"`vocab_size` {vocab_size}: {needed}; leave the option out or increase it")
     return vocab_size
 
 
@@ -178,7 +174,5 @@ def _named_encoding(name: str) -> tiktoken.Encoding:
     if result and isinstance(result[0], tiktoken.Encoding):
         return result[0]
     reason = type(result[0]).__name__ if result else f"no answer in {DOWNLOAD_SECONDS} s"
-    raise UserError(
-        f"`tokenizer` {name}: tiktoken cannot download its ranks ({reason}); set TIKTOKEN_CACHE_DIR to a "
-        "folder with them, or use `tokenizer` bytes or bpe"
-    )
+    remedy = "set TIKTOKEN_CACHE_DIR to a folder with them, or use `tokenizer` bytes or bpe"
+    raise UserError(f"`tokenizer` {name}: tiktoken cannot download its ranks ({reason}); {remedy}")

@@ -18,10 +18,8 @@ class Windows:
 
     def __init__(self, tokens: Tokens | np.ndarray, seq_len: int, seed: int):
         if len(tokens) < seq_len + 1:
-            raise UserError(
-                f"`seq_len` {seq_len}: the training text has only {len(tokens)} tokens, less than one window; use more "
-                "text or a shorter length"
-            )
+            what = f"the training text has only {len(tokens)} tokens, less than one window"
+            raise UserError(f"`seq_len` {seq_len}: {what}; use more text or a shorter length")
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         self.per_epoch = (len(tokens) - 1) // seq_len
 

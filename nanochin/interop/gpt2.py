@@ -68,18 +68,9 @@ def initial_options(config: Config) -> Config:
         raise UserError(f"{what}: not GPT-2 weights (no wte, wpe or h.0.mlp.c_fc)") from None
     layers = sum(name.endswith("ln_1.weight") for name in sizes)
     stated = _read_config(config.init_from, C)
-    theirs = {
-        "model": f"{C}x{layers}",
-        "head_size": stated.pop("head_size", config.head_size or 64),
-        "ffn": F,
-        "vocab_size": V,
-        "norm": "layernorm",
-        "positions": "learned",
-        "bias": True,
-        "qk_norm": False,
-        "tied": "lm_head.weight" not in sizes,
-        "activation": "gelu_tanh",
-    } | stated
+    theirs = {"norm": "layernorm", "positions": "learned", "bias": True, "qk_norm": False, "activation": "gelu_tanh"}
+    theirs |= {"model": f"{C}x{layers}", "head_size": config.head_size or 64, "ffn": F, "vocab_size": V}
+    theirs |= {"tied": "lm_head.weight" not in sizes} | stated
     for f in dataclasses.fields(Config):
         given = getattr(config, f.name)
         if f.name in theirs and given not in (f.default, theirs[f.name]):
@@ -107,9 +98,8 @@ def load_initial(path: str, model: GPT) -> None:
         if name == "transformer.wpe.weight":
             tensor = tensor[: len(parameter)]  # `seq_len` may be shorter
         if tensor.shape != parameter.shape:
-            raise UserError(
-                f"`init_from` {path}: tensor {name} is {list(tensor.shape)}, expected {list(parameter.shape)}"
-            )
+            found, expected = list(tensor.shape), list(parameter.shape)
+            raise UserError(f"`init_from` {path}: tensor {name} is {found}, expected {expected}")
         parameter.copy_(tensor)
     if ours:
         raise UserError(f"`init_from` {path}: tensor {next(iter(ours))} is missing")

@@ -1,5 +1,6 @@
 """From files to shards in the cache: their contents, and behaviour on faults."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -185,20 +186,16 @@ def test_long_documents_are_cut_where_no_token_changes(tmp_path, cache, monkeypa
     assert tokens.tolist() == [tokenizer.eot, *whole, tokenizer.eot] and size == len(code.encode())
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"tokenizer": "bpe", "vocab_size": 256}, "`vocab_size` 256: bpe needs at least 257"),
-        ({"tokenizer": "gtp2"}, "`tokenizer` gtp2: unknown; did you mean gpt2"),
-        ({"val": "nowhere.txt"}, "`val` nowhere.txt: no such file or folder"),
-        ({"val_bytes": 10}, "`val_bytes` 10: "),
-    ],
-)
-def test_bad_options_are_one_line(corpus, cache, options, message):
+def test_bad_options_are_one_line(corpus, cache):
     """Each error names the option and its value, and leaves no folder in the cache."""
-    with pytest.raises(UserError, match=message) as error:
-        prepare(corpus, cache=cache, **options)
-    assert "\n" not in str(error.value)
+    for options, message in [
+        ({"tokenizer": "bpe", "vocab_size": 256}, "`vocab_size` 256: bpe needs at least 257.*"),
+        ({"tokenizer": "gtp2"}, "`tokenizer` gtp2: unknown; did you mean gpt2.*"),
+        ({"val": "nowhere.txt"}, "`val` nowhere.txt: no such file or folder"),
+        ({"val_bytes": 10}, "`val_bytes` 10: .*"),
+    ]:
+        with pytest.raises(UserError, match=f"^{message}$"):
+            prepare(corpus, cache=cache, **options)
     assert not [path for path in cache.glob("*") if path.is_dir()]
 
 
@@ -340,16 +337,11 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(corpus, cache):
 
 
 def test_no_space_left_gives_advice(corpus, cache, monkeypatch):
-    """ENOSPC, which the system raises for /dev/full, adds the advice."""
-    if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full")
-    real = open
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def full(path, mode="r", *args, **kwargs):
-        return real("/dev/full" if str(path).endswith("train-00000.bin") else path, mode, *args, **kwargs)
-
-    monkeypatch.setattr("builtins.open", full)
-    with pytest.raises(UserError, match=f"{cache}.*No space left on device; make room or choose another `cache`"):
+    monkeypatch.setattr(module, "encode", full)
+    with pytest.raises(UserError, match=f"{cache}: No space left on device; make room or choose another `cache`"):
         prepare(corpus, cache=cache)
 
 

@@ -8,17 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import arguments, prepare
+from conftest import prepare
 
 import train
 from nanochin.base.cli import UserError
-from nanochin.base.files import read_json
 from nanochin.data import token_files as module
 from nanochin.data.corpus import read_tokens
 from nanochin.data.text import Tokens
 from nanochin.data.token_files import hold_out, open_tokens
 from nanochin.data.tokenizer import Tokenizer
-from nanochin.run import checkpoint
+from nanochin.run import evaluate
 from nanochin.run.folder import read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,13 +81,14 @@ every_format = pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 @every_format
 def test_tokens_are_memory_mapped(tmp_path, write):
     """The file's ids are the training tokens, mapped and not copied; val.bin next to it has the validation tokens.
-    Bytes are unknown, and nothing is written."""
+    Bytes are unknown, the record names the format, and nothing is written."""
     ids, val = some_ids(1000), some_ids(90, seed=1)
     path = write(tmp_path / "train.bin", ids)
     write(tmp_path / "val.bin", val)
     corpus = prepare(path, vocab_size=V, cache=tmp_path / "cache")
     assert corpus.train[:].tolist() == ids.tolist() and corpus.val[:].tolist() == val.tolist()
     assert (corpus.tokenizer.name, corpus.tokenizer.vocab_size, corpus.val_bytes) == ("ids-300", V, 0)
+    assert corpus.format == {nanogpt: "nanoGPT", megatron: "Megatron"}.get(write, "llm.c")
     (part,) = corpus.train.parts
     while part.base is not None and not isinstance(part, np.memmap):
         part = part.base
@@ -175,22 +175,6 @@ def test_fingerprint_depends_on_the_tokens(tmp_path):
 # Training
 
 
-@every_format
-def test_every_format_trains(tiny, tmp_path, write):
-    """A model learns the ids of each format: its loss falls below that of guessing. The record names the format, the
-    sample is ids, and a rerun finds the run finished."""
-    path = write(tmp_path / "train.bin", some_ids(30_000))
-    config = tiny(data=(str(path),), vocab_size=V, lr=0.03)
-    summary = train.train(config, quiet=True)
-    assert summary["loss"] < 0.8 * np.log(V) and summary["val_bpb"] is None and summary["tokenizer"] == "ids-300"
-    folder = Path(config.out) / summary["name"]
-    format = {nanogpt: "nanoGPT", megatron: "Megatron"}.get(write, "llm.c")
-    assert read_json(folder / "config.json")["corpus"]["format"] == format
-    _, tokenizer, _ = checkpoint.load_run(folder)
-    assert tokenizer.decode([7, 299]) == "7 299" and tokenizer.encode(b"7 299").tolist() == [7, 299]
-    assert train.train(config, quiet=True) == summary
-
-
 def test_same_result_as_training_on_the_text(tiny, tmp_path):
     """Our shards of a text have nanoGPT's format: training on them with the tokenizer's name gives the losses, bits per
     byte and sample of the run on the text."""
@@ -209,13 +193,23 @@ def test_same_result_as_training_on_the_text(tiny, tmp_path):
     assert a == b and found["val_bpb"] == expected["val_bpb"]
 
 
-def test_resume(tiny, tmp_path, monkeypatch):
-    """An interrupted run on token files resumes and ends with the same weights; with a changed id it is rejected as
-    another run."""
-    ids = some_ids(5000)
-    options = {"data": (str(nanogpt(tmp_path / "train.bin", ids)),), "vocab_size": V, "save_steps": (40,), "keep": 9}
+def test_train_and_resume(tiny, tmp_path, monkeypatch, capsys):
+    """A model learns the ids: its loss falls below that of guessing. An interrupted run resumes and ends with the same
+    weights; with a changed id it is rejected as another run. `evaluate` gives the loss of the validation set."""
+    ids, val = some_ids(5000), nanogpt(tmp_path / "val.bin", some_ids(500, seed=2))
+    options = {
+        "data": (str(nanogpt(tmp_path / "train.bin", ids)),),
+        "vocab_size": V,
+        "save_steps": (40,),
+        "keep": 9,
+        "lr": 0.03,
+    }
     whole, stopped = tiny(name="whole", **options), tiny(name="stopped", **options)
-    train.train(whole, quiet=True)
+    summary = train.train(whole, quiet=True)
+    assert summary["loss"] < 0.8 * np.log(V) and summary["val_bpb"] is None and summary["tokenizer"] == "ids-300"
+    evaluate.main([str(Path(whole.out) / "whole"), "--data", str(val)])
+    out = capsys.readouterr().out
+    assert out.startswith(f"whole: loss {summary['loss']:.4f} nats per token, bits per byte unknown")
     real, steps = train.train_step, []
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(train, "train_step", lambda *a: steps.append(1) or (1 / (len(steps) < 60) and real(*a)))
@@ -227,18 +221,6 @@ def test_resume(tiny, tmp_path, monkeypatch):
     nanogpt(tmp_path / "train.bin", ids)
     with pytest.raises(UserError, match="holds a run with data_sha"):
         train.train(stopped, quiet=True)
-
-
-def test_evaluate_reads_token_files(tiny, tmp_path, command):
-    """`evaluate` on a token file gives the loss of the run's own validation set; `sample` wants ids."""
-    path = nanogpt(tmp_path / "train.bin", some_ids(5000))
-    val = nanogpt(tmp_path / "val.bin", some_ids(500, seed=2))
-    config = tiny(name="run", data=(str(path),), vocab_size=V)
-    loss = train.train(config, quiet=True)["loss"]
-    done = command("-m", "nanochin", "evaluate", Path(config.out) / "run", "--data", val)
-    assert done.stdout.startswith(f"run: loss {loss:.4f} nats per token, bits per byte unknown"), done.stderr
-    done = command("-m", "nanochin", "sample", Path(config.out) / "run", "--prompt", "1 2 dog")
-    assert done.returncode == 2 and "'dog' is not a token id below 300" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,13 +248,6 @@ def test_ids_outside_the_vocabulary_are_named(tmp_path, monkeypatch):
         prepare(megatron(tmp_path / "m.bin", ids, code=4), vocab_size=2**20, cache=tmp_path)
 
 
-def little(*numbers: int) -> bytes:
-    return np.array(numbers, "<i8").tobytes()
-
-
-IDS = some_ids(100)
-
-
 @pytest.mark.parametrize(
     ("write", "options", "message"),
     [
@@ -290,35 +265,37 @@ IDS = some_ids(100)
         (megatron, {"code": 7}, "type code 7 is not an integer type"),
         (megatron, {"modes": True, "bounds": bytes(8)}, "sequences and .* document bounds take"),
         (megatron, {"size": 150}, r"x\.idx: its sequences add up to 200 bytes, but .*x\.bin has 150"),
-        (megatron, {"offsets": little(0, 20, 99, 140)}, "sequence 2 starts at byte 99"),
+        (megatron, {"offsets": np.array([0, 20, 99, 140]).tobytes()}, "sequence 2 starts at byte 99"),
         (megatron, {"lengths": np.array([150, -50, 0, 0], "<i4").tobytes()}, "sequence 1 has a negative length"),
-        (megatron, {"bounds": little(0, 1, 2, 3, 9)}, r"its document bounds \(0 to 9\) do not rise from 0 to 4"),
+        (
+            megatron,
+            {"bounds": np.array([0, 1, 2, 3, 9]).tobytes()},
+            r"its document bounds \(0 to 9\) do not rise from 0 to 4",
+        ),
     ],
 )
 def test_invalid_files(tmp_path, write, options, message):
     """Each gives one line that names the file and what is wrong with it."""
-    path = write(tmp_path / "x.bin", **{"ids": IDS} | options)
+    path = write(tmp_path / "x.bin", **{"ids": some_ids(100)} | options)
     with pytest.raises(UserError, match=message) as error:
         prepare(path, vocab_size=65_536, cache=tmp_path / "cache")
     assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"odd.bin": bytes(101)}, r"odd\.bin: an odd number of bytes \(101\)"),
-        ({"packed.bin.gz": gzip.compress(bytes(100))}, r"packed\.bin\.gz: unpack it first"),
-        ({"empty.bin": b""}, r"empty\.bin: empty"),
-        ({"blank.bin": bytes(200), "blank.idx": b""}, r"blank\.idx: not a Megatron index"),
-        ({"cut.bin": bytes(200), "cut.idx": b"MMIDIDX\0\0short"}, r"cut\.idx: 14 bytes, less than its header"),
-    ],
-)
-def test_files_of_no_format(tmp_path, files, message):
+def test_files_of_no_format(tmp_path):
     """An odd number of bytes, compression, an empty file and a broken index: the file is named."""
-    for name, content in files.items():
+    for name, content in {"blank.idx": b"", "cut.idx": b"MMIDIDX\0\0short"}.items():
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(UserError, match=message):
-        prepare(tmp_path / next(iter(files)), vocab_size=65_536, cache=tmp_path / "cache")
+    for name, content, message in [
+        ("odd.bin", bytes(101), r"odd\.bin: an odd number of bytes \(101\)"),
+        ("packed.bin.gz", gzip.compress(bytes(100)), r"packed\.bin\.gz: unpack it first"),
+        ("empty.bin", b"", r"empty\.bin: empty"),
+        ("blank.bin", bytes(200), r"blank\.idx: not a Megatron index"),
+        ("cut.bin", bytes(200), r"cut\.idx: 14 bytes, less than its header"),
+    ]:
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            prepare(tmp_path / name, vocab_size=65_536, cache=tmp_path / "cache")
 
 
 class Bomb:
@@ -335,7 +312,7 @@ def test_the_vocabulary_is_not_guessed_nor_unpickled(tmp_path):
     """Without `tokenizer` or `vocab_size` the vocabulary is unknown; meta.pkl is mentioned and never loaded, nor is a
     pickle given as data."""
     path, meta = nanogpt(tmp_path / "train.bin", some_ids(100)), tmp_path / "meta.pkl"
-    with pytest.raises(UserError, match=r"train\.bin: the file does not name its tokenizer; give `tokenizer`"):
+    with pytest.raises(UserError, match=r"train\.bin: does not name its tokenizer; give `tokenizer`"):
         prepare(path, cache=tmp_path)
     meta.write_bytes(pickle.dumps(Bomb(tmp_path)))
     with pytest.raises(UserError, match=r"meta\.pkl may, but is not read: pickles can run code\); give"):
@@ -356,18 +333,10 @@ def test_text_and_tokens_do_not_mix(tmp_path):
     few = nanogpt(tmp_path / "few.bin", range(20))
     for data, options, message in [
         (tmp_path, {"vocab_size": V}, r"\.bin has tokens, .*input\.txt has text; give only one kind"),
-        (path, {"tokenizer": "bpe"}, "`tokenizer` bpe: is trained on text, but these are token files"),
+        (path, {"tokenizer": "bpe"}, "`tokenizer` bpe: these are token files"),
         (path, {"vocab_size": V, "max_tokens": 100}, "`max_tokens` 100: only for hf: data sets"),
         (few, {"vocab_size": V}, r"few\.bin: too few tokens to hold some out for validation; give `val`"),
         (text, {"tokenizer": "ids-300"}, "`tokenizer` ids-300: only for token files, but"),
     ]:
         with pytest.raises(UserError, match=message):
             prepare(data, cache=tmp_path / "cache", **options)
-
-
-def test_errors_of_the_command(tiny, tmp_path, refusal):
-    """train.py rejects a file with a larger vocabulary in one line and leaves no run folder."""
-    path = nanogpt(tmp_path / "train.bin", [*some_ids(5000), 50_256])
-    config = tiny(data=(str(path),), vocab_size=V)
-    assert "train.bin: token id 50256 at position 5000 is outside the vocabulary" in refusal(*arguments(config))
-    assert not Path(config.out).exists()

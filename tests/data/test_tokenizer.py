@@ -116,6 +116,15 @@ def test_model_vocab_pads_but_never_cuts(bpe):
         model_vocab(bpe, 599)
 
 
+def test_ids_as_text():
+    """The text of `ids-N` is numbers below N; other text is an error that names the word."""
+    t = Tokenizer.load("ids-300")
+    assert t.decode([7, 299]) == "7 299" and t.encode(b"7 299").tolist() == [7, 299]
+    for text in ("1 2 dog", "1 300"):
+        with pytest.raises(UserError, match=f"'{text.split()[-1]}' is not a token id below 300"):
+            t.encode(text.encode())
+
+
 def test_vocabularies_that_cannot_be_trained():
     """Below 257 there is no room for bytes and end-of-text; a short text cannot fill the vocabulary."""
     with pytest.raises(UserError, match="`vocab_size` 256: bpe needs at least 257"):
