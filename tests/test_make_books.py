@@ -66,10 +66,7 @@ def test_paragraphs(text, paragraphs):
             "***START OF THE PROJECT GUTENBERG EBOOK A VERY\nLONG TALE***",
             "***END OF THE PROJECT GUTENBERG EBOOK A VERY",
         ),
-        (
-            "***START**THE SMALL PRINT!**\n\nBla.\n\n*END*THE SMALL PRINT! FOR ETEXTS*END*",
-            "End of Project Gutenberg Etext",
-        ),
+        ("***START**SMALL PRINT!**\n\nBla.\n\n*END*THE SMALL PRINT! ETEXTS*END*", "End of Project Gutenberg Etext"),
     ],
 )
 def test_markers(start, end):
@@ -168,15 +165,12 @@ def test_files_depend_only_on_the_source(monkeypatch):
     assert all(record["text"].count("\n\n") == 39 for record in records)
 
 
-USES = [(["--help"], 0, "CHECKOUT"), (["nowhere", "out"], 1, "no clone of"), ([], 2, "required")]
-
-
-@pytest.mark.parametrize(("argv", "code", "words"), USES)
-def test_command(tmp_path, argv, code, words):
+def test_command(tmp_path):
     """Help and a wrong folder, from any working directory; errors are one line."""
-    done = subprocess.run([sys.executable, SCRIPT, *argv], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == code and words in done.stdout + done.stderr
-    assert code == 0 or len(done.stderr.splitlines()) == 1
+    for argv, code, words in ((["--help"], 0, "CHECKOUT"), (["nowhere", "out"], 1, "no clone of"), ([], 2, "required")):
+        done = subprocess.run([sys.executable, SCRIPT, *argv], cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code and words in done.stdout + done.stderr
+        assert code == 0 or len(done.stderr.splitlines()) == 1
 
 
 def test_documented_checksums():
