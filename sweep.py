@@ -366,7 +366,7 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> int:
                 lines.append([cell.name, f"{done:.0%}" if loss else "waiting", f"{loss:.3f}" if loss else ""])
         lines = [["run", "", "loss"], *begun, *waiting, *through]
         runs = [cell for cell in found.cells if not cell.is_trunk]
-        ended = sum(cell.name in found.ends for cell in runs)
+        ended = sum(cell.name in found.outcomes for cell in runs)
         return f"{ended} of {len(runs)} runs done\n\n{format_columns(lines)}", ended == len(runs)
 
     text, done = look()

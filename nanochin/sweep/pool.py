@@ -225,7 +225,7 @@ def attempt(train: Train, config: Config) -> Reply | UserError:
     except BusyError:
         return Reply(config.name, "busy")
     except UserError as error:
-        if error.code > 128:  # stopped by a signal; the run is saved, and no answer is expected
+        if error.code > 128:  # stopped by a signal; the run is saved, and no reply is expected
             sys.exit(error.code)
         if isinstance(error, DiskError) or not isinstance(error, RunError):
             return (RunError if error.code == 1 else UserError)(str(error))  # a class that any process can unpickle
@@ -249,6 +249,6 @@ def _watch_parent() -> None:
 
 
 def _log(text: str) -> None:
-    """Print a line to the log; a full disk must not lose an reply."""
+    """Print a line to the log; a full disk must not lose a reply."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr)

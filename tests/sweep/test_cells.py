@@ -132,7 +132,7 @@ def test_named_sweeps(path):
 
 def test_isoflop(read):
     """Every cell spends its budget within half a step; the sizes of a budget are within the spread around the centre,
-    the outermost close to its outcomes."""
+    the outermost close to its ends."""
     sweep = read(centre=[5e3, 2e4], spread=3)
     found = cells(sweep)
     assert Counter(cell.budget for cell in found) == {1e10: 5, 1e11: 5}

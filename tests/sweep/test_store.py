@@ -179,7 +179,7 @@ def test_text_that_changed_meanwhile(store, cells):
     finished(store, cell, FINGERPRINTS | {"data_sha": "changed"})
     with pytest.raises(UserError, match="data_sha = changed"):
         found.put(Reply(cell.name, "finished"))
-    assert cell.name not in found.ends
+    assert cell.name not in found.outcomes
 
 
 def test_workers_that_die(store, cells):
