@@ -1,5 +1,4 @@
-"""nanochin/sweep/pool.py with real workers that train nothing: how runs end, how workers die and are replaced, the
-environment of a worker. (test_sweep.py kills whole sweeps.)"""
+"""nanochin/sweep/pool.py with real workers that train nothing. (test_sweep.py kills whole sweeps.)"""
 
 import os
 import signal
@@ -47,7 +46,7 @@ def load_behaviour():
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "long":
             try:
-                Path(config.out).write_text("begun")
+                Path(config.out).write_text("started")
                 time.sleep(PATIENCE)
             finally:
                 Path(config.out).write_text("saved")
@@ -91,8 +90,8 @@ def started(tmp_path):
 
 
 def test_ends(started, tmp_path):
-    """A run finishes, fails with a one-line reason, or is busy in another process; out-of-memory adds advice. A full
-    disk and an invalid option are raised, with their exit codes. The same worker does all."""
+    """A run finishes, fails with a one-line reason (with advice if out of memory), or is busy in another process. A
+    full disk and an invalid option are raised, with their exit codes. One worker does all."""
     one = started()
     reasons = {
         "diverge": "the run diverged",
@@ -118,8 +117,8 @@ def test_ends(started, tmp_path):
 
 
 def test_workers_that_die(started, tmp_path):
-    """The run of a dead worker, and how it died, is known, and the other worker's run continues; the new worker takes
-    the next run. A worker that dies without a run is replaced silently."""
+    """A dead worker's run is reported with its exit code, the other run continues, and a new worker takes the next run.
+    A worker that dies without a run is replaced silently."""
     two = started(2)
     two.submit(run("long", tmp_path / "long"))
     for how, fate in (("exit", "exit code 7"), ("kill", "signal 9")):
@@ -132,7 +131,7 @@ def test_workers_that_die(started, tmp_path):
     assert two.wait(1) == [] and two.size == 2
     two.submit(run("fine"))
     assert replies(two, 1) == [Reply("fine", "finished")]
-    assert (tmp_path / "long").read_text() == "begun"
+    assert (tmp_path / "long").read_text() == "started"
     two.close()
     assert (tmp_path / "long").read_text() == "saved"
 
@@ -146,7 +145,7 @@ def test_workers_that_die(started, tmp_path):
     ],
 )
 def test_worker_that_cannot_start(tmp_path, load, device, kind, words):
-    """A worker without its device or its text reports that error; for one that exits, the error names the log."""
+    """A worker without its device or text reports that error; for one that exits, the error names the log."""
     with pytest.raises(kind, match=words):
         replies(Pool(load, device, tmp_path / "workers.log", workers=1), 1)
 
