@@ -28,10 +28,12 @@ MUTATIONS = {
             "(self.beta * self.B / (self.alpha * self.A)) ** (1 /",
         ),
         ("(C / (6 * R)) ** a", "(C / R) ** a"),
-        ("(p * self.beta * self.B", "(self.beta * self.B"),
     ],
     ("nanochin/laws/law.py", "tests/laws/test_bootstrap.py"): [
         ("(50 - level / 2, 50 + level / 2)", "(100 - level, level)"),
+    ],
+    ("nanochin/laws/law.py", "tests/laws/test_cost.py"): [
+        ("(p * self.beta * self.B", "(self.beta * self.B"),
     ],
     ("nanochin/laws/parametric.py", "tests/laws/test_parametric.py"): [
         ("np.sum(weights * psi * (residual - psi / 2))", "np.sum(weights * psi * residual / 2)"),
