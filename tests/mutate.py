@@ -28,8 +28,6 @@ MUTATIONS = {
             "(self.beta * self.B / (self.alpha * self.A)) ** (1 /",
         ),
         ("(C / (6 * R)) ** a", "(C / R) ** a"),
-    ],
-    ("nanochin/laws/law.py", "tests/laws/test_bootstrap.py"): [
         ("(50 - level / 2, 50 + level / 2)", "(100 - level, level)"),
     ],
     ("nanochin/laws/law.py", "tests/laws/test_cost.py"): [
