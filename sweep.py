@@ -81,7 +81,7 @@ def main() -> int:
     train_all(sweep, only(cells, options), vocab, store, options, tokens)
     code = finish(sweep, cells, vocab, store)
     if options.keep:
-        given = {"--data": options.data or (), "--val": options.val or ()}
+        given = {"--data": options.data, "--val": options.val}
         text = [word for flag, paths in given.items() if paths for word in (flag, *paths)]
         keep(folder, store.results, shlex.join(["python", "sweep.py", options.sweep, *text]))
     return code
@@ -124,11 +124,9 @@ def only(cells: list[Cell], options: SweepOptions) -> list[Cell]:
     ]
     if not chosen:
         found = {key: list(dict.fromkeys(value_of(cell, key) for cell in cells))[:9] for key in wanted}
-        there = [
-            f"{key} is {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in values)}"
-            for key, values in found.items()
-        ]
-        raise UserError(f"--only {' '.join(options.only)}: no such run; of the runs {'; '.join(there)}")
+        texts = {key: (f"{v:g}" if isinstance(v, float) else str(v) for v in values) for key, values in found.items()}
+        there = "; ".join(f"{key} is {', '.join(values)}" for key, values in texts.items())
+        raise UserError(f"--only {' '.join(options.only)}: no such run; of the runs {there}")
     needed = {cell.name for cell in chosen} | {cell.trunk for cell in chosen}
     return [cell for cell in cells if cell.name in needed]
 
@@ -184,14 +182,12 @@ def plan_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: S
     rows = plan_rows(sweep, chosen, corpus_tokens)
     lines = [["run", *(heading for heading, _ in columns.values())]]
     lines += [[row["run"], *(text(row[key]) for key, (_, text) in columns.items())] for row in rows]
-    spent = sum(cell.spent for cell in chosen)
-    alone = sum(cell.plan.flops["physical"] for cell in chosen if not cell.is_trunk)
-    said = [f"{sweep.name}: {sum(not cell.is_trunk for cell in chosen)} runs, {spent:.3g} FLOPs (physical)"]
-    if any(cell.is_trunk for cell in chosen):
-        said.append(
-            f"in {sum(cell.is_trunk for cell in chosen)} trunks with their cooldowns; each run from scratch "
-            f"would be {alone:.3g}, {alone / spent:.2f} times as many"
-        )
+    spent, trunks = sum(cell.spent for cell in chosen), sum(cell.is_trunk for cell in chosen)
+    said = [f"{sweep.name}: {len(chosen) - trunks} runs, {spent:.3g} FLOPs (physical)"]
+    if trunks:
+        alone = sum(cell.plan.flops["physical"] for cell in chosen if not cell.is_trunk)
+        ratio = f"{alone:.3g}, {alone / spent:.2f} times as many"
+        said.append(f"in {trunks} trunks with their cooldowns; each run from scratch would be {ratio}")
     if sweep.spec.throughput:
         hours = sum(seconds(sweep, cell, []) for cell in chosen) / 3600
         shared = f", {hours / options.workers:.3g} with {options.workers}" if options.workers else ""
@@ -199,9 +195,8 @@ def plan_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: S
             f"{hours:.3g} hours of one worker{shared}, at {sweep.spec.throughput:g} FLOP/s and "
             f"{sweep.spec.step_seconds:g} s a step ({sweep.spec.assumes or 'assumed'})"
         )
-    if corpus_tokens:
-        most = max(row["epochs"] for row in rows)
-        said.append(f"text of {count(corpus_tokens)} tokens, seen at most {most:.2g} times")
+    most = max(row["epochs"] for row in rows)
+    said.append(f"text of {count(corpus_tokens)} tokens, seen at most {most:.2g} times")
     if sweep.spec.extend:
         said.append(f"up to {sweep.spec.extend_limit} more sizes for a budget whose minimum is at an edge")
     return format_columns(lines) + "\n\n" + "\n".join(said)
