@@ -130,7 +130,8 @@ MUTATIONS = {
 def run_tests(checkout: Path, tests: str) -> tuple[bool, str]:
     """(whether all pass, the first failure)."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests.split()]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}  # stale bytecode would hide a mutation of equal length
+    # Stale bytecode would hide a mutation of equal length. One thread, as in a worker of pytest-xdist.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
@@ -155,13 +156,15 @@ def check(checkout: Path, file: str, tests: str, old: str, new: str) -> str:
 
 def main() -> int:
     chosen = {key: v for key, v in MUTATIONS.items() if any(word in key[0] for word in sys.argv[1:] or [""])}
-    results = []
+    results, unmutated = [], {}
     with tempfile.TemporaryDirectory() as folder:
         checkout = Path(folder) / "checkout"
         subprocess.run(["git", "-C", ROOT, "worktree", "add", "-q", "--detach", checkout, "HEAD"], check=True)
         try:
             for (file, tests), mutations in chosen.items():
-                passed, failure = run_tests(checkout, tests)
+                if tests not in unmutated:
+                    unmutated[tests] = run_tests(checkout, tests)
+                passed, failure = unmutated[tests]
                 if not passed:
                     print(f"{file}: its tests fail without a mutation: {failure}", flush=True)
                     results.append("FAILED")
