@@ -124,6 +124,15 @@ def test_norms(size, dtype):
             lambda *a: reference.add_layer_norm(*a), [x, residual, weight, bias], dtype)  # fmt: skip
 
 
+@pytest.mark.parametrize("module", [fallback, reference])
+def test_eps_of_norms(module):
+    """eps is added to the mean square or the variance: here both are 1, and 1 / sqrt(1 + 3) is a half."""
+    x, weight = torch.tensor([[1.0, -1.0]]), torch.ones(2)
+    assert module.rms_norm(x, weight, 3.0).tolist() == module.layer_norm(x, weight, None, 3.0).tolist() == [[0.5, -0.5]]
+    assert module.add_rms_norm(x, 0 * x, weight, 3.0)[0].tolist() == [[0.5, -0.5]]
+    assert module.add_layer_norm(x, 0 * x, weight, None, 3.0)[0].tolist() == [[0.5, -0.5]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "relu2", "swiglu"])
 def test_activation(kind, dtype):
