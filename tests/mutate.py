@@ -55,7 +55,7 @@ MUTATIONS = {
     ("nanochin/laws/envelope.py", "tests/laws/test_envelope.py"): [
         ("(params < np.nanmax(there, 0))", "(params <= np.nanmax(there, 0))"),
     ],
-    ("nanochin/laws/allocation.py", "tests/laws/test_allocation.py"): [
+    ("nanochin/laws/allocation.py", "tests/laws/test_allocation.py tests/laws/test_cost.py"): [
         ("inference_tokens / (3 * D)", "inference_tokens / D"),
         ("-(total / unique - 1) / decay", "-(total / unique) / decay"),
     ],
