@@ -1,11 +1,11 @@
-"""Many runs from one file, and the law that they give: budgets in, laws.json and report.html out.
+"""Many runs from one file, and the law fitted to them: budgets in, laws.json and report.html out.
 
-    python sweep.py sweeps/mini.toml              plan, train what is missing, fit; again: nothing is done twice
-    python sweep.py sweeps/mini.toml --dry-run    the grid: shapes, tokens, epochs, FLOPs, hours
-    python sweep.py sweeps/mini.toml --status     how far it is
+    python sweep.py sweeps/mini.toml              plan, train what is missing, fit; rerun it to resume
+    python sweep.py sweeps/mini.toml --dry-run    the plan: shapes, tokens, epochs, FLOPs, hours
+    python sweep.py sweeps/mini.toml --status     progress of each run
 
-sweeps-out/<name>/plan.csv, runs.csv, curves.csv.gz, runs/, laws.json, report.html and figures. Kill it at any moment:
-the same command completes it, with the same rows. Rows in results/<name>/runs.csv count as done.
+Writes plan.csv, runs.csv, curves.csv.gz, runs/, laws.json, report.html and figures to sweeps-out/<name>/. Kill it at
+any moment: the same command completes it, with the same rows. Rows in results/<name>/runs.csv count as done.
 """
 
 import functools
@@ -37,38 +37,36 @@ from nanochin.sweep.spec import Sweep, read_sweep
 from nanochin.sweep.store import Outcome, Queue, RunStore
 
 ROOT = Path(__file__).resolve().parent
-SECONDS_BETWEEN_LINES = 15.0  # of the progress view, elsewhere than on a terminal
+SECONDS_BETWEEN_LINES = 15.0  # of the progress view, if not on a terminal
 
 
 @dataclass(frozen=True)
 class SweepOptions:
     sweep: str = opt(None, "the sweep: a TOML file", positional=True)
-    dry_run: bool = opt(False, "print the grid and what it costs; train nothing")
-    status: bool = opt(False, "print how far the sweep is, on a terminal until it is through")
+    dry_run: bool = opt(False, "print the plan and its cost; train nothing")
+    status: bool = opt(False, "print the progress of each run; on a terminal, until all have ended")
     only: tuple[str, ...] = opt((), "runs to train now, such as budget=1e12 or model=48x2 model=64x2")
-    keep: bool = opt(False, "copy what is worth keeping to --results: rows, curves, laws, report; no checkpoints")
-    retry_failed: bool = opt(False, "try failed runs again")
-    workers: int | None = opt(None, "runs at once; default: one a GPU, else one a CPU core", low=1, high=1000)
-    data: tuple[str, ...] | None = opt(None, "the text, as train.py reads it; default: that of the sweep file")
-    val: tuple[str, ...] | None = opt(None, "validation text; default: that of the sweep file")
+    keep: bool = opt(False, "copy rows, curves, laws and report to --results; no checkpoints")
+    retry_failed: bool = opt(False, "train failed runs again")
+    workers: int | None = opt(None, "concurrent runs; default: one per GPU, else one per CPU core", low=1, high=1000)
+    data: tuple[str, ...] | None = opt(None, "training text, as for train.py; default: from the sweep file")
+    val: tuple[str, ...] | None = opt(None, "validation text; default: from the sweep file")
     out: str = opt("sweeps-out", "folder of all sweeps")
-    results: str = opt("results", "folder of rows that were kept: <results>/<sweep>/runs.csv counts as done")
+    results: str = opt("results", "folder of kept rows: runs in <results>/<sweep>/runs.csv count as done")
 
 
 def main() -> int:
     options = parse(SweepOptions, prog="sweep.py", description=__doc__)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sweep = read_sweep(options.sweep, data=options.data, val=options.val)
-    if options.dry_run and sweep.spec.corpus_tokens:
-        vocab, tokens = expected_vocab(sweep), sweep.spec.corpus_tokens
-        print(grid_table(sweep, plan_cells(sweep, vocab, tokens), tokens, options))
-        return 0
-
-    corpus = read_corpus(sweep)
-    vocab = model_vocab(corpus.tokenizer, sweep.base.vocab_size)
-    cells = plan_cells(sweep, vocab, len(corpus.train))
+    if options.dry_run and sweep.spec.corpus_tokens:  # without reading the text
+        corpus, vocab, tokens = None, expected_vocab(sweep), sweep.spec.corpus_tokens
+    else:
+        corpus = read_corpus(sweep)
+        vocab, tokens = model_vocab(corpus.tokenizer, sweep.base.vocab_size), len(corpus.train)
+    cells = plan_cells(sweep, vocab, tokens)
     if options.dry_run:
-        print(grid_table(sweep, cells, len(corpus.train), options))
+        print(plan_table(sweep, cells, tokens, options))
         return 0
 
     folder = Path(options.out) / sweep.name
@@ -80,10 +78,10 @@ def main() -> int:
     with writing(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
         (folder / "workers.log").touch()
-    train_all(sweep, only(cells, options), vocab, store, options, len(corpus.train))
+    train_all(sweep, only(cells, options), vocab, store, options, tokens)
     code = finish(sweep, cells, vocab, store)
     if options.keep:
-        given = {"--data": options.data or (), "--val": options.val or ()}
+        given = {"--data": options.data, "--val": options.val}
         text = [word for flag, paths in given.items() if paths for word in (flag, *paths)]
         keep(folder, store.results, shlex.join(["python", "sweep.py", options.sweep, *text]))
     return code
@@ -99,14 +97,14 @@ def read_corpus(sweep: Sweep) -> Corpus:
 
 
 def expected_vocab(sweep: Sweep) -> int:
-    """The vocabulary, as far as it can be known without the text."""
+    """The vocabulary size that can be expected without reading the text."""
     if sweep.base.tokenizer == "bpe":
         return sweep.base.vocab_size or BPE_VOCAB
     return model_vocab(Tokenizer.load(sweep.base.tokenizer or "bytes"), sweep.base.vocab_size)
 
 
 def only(cells: list[Cell], options: SweepOptions) -> list[Cell]:
-    """The cells that `--only` chooses, and the trunks that they need. A key given twice means either value."""
+    """The cells that `--only` selects, and the trunks that they need. A key given twice means either value."""
     wanted: dict[str, list[str]] = {}
     known = [f.name for f in fields(Config)]
     for item in options.only:
@@ -115,35 +113,33 @@ def only(cells: list[Cell], options: SweepOptions) -> list[Cell]:
             near = did_you_mean(key, known, "=") if equals else ""
             raise UserError(f"--only {item}: expected an option of the runs, such as budget=1e12 or model=48x2{near}")
         wanted.setdefault(key, []).append(value)
+
+    def value_of(cell: Cell, key: str):
+        return cell.budget if key == "budget" else getattr(cell.config, key)
+
     chosen = [
         cell
         for cell in cells
-        if all(any(_matches(_attribute(cell, key), value) for value in values) for key, values in wanted.items())
+        if all(any(_matches(value_of(cell, key), text) for text in texts) for key, texts in wanted.items())
     ]
     if not chosen:
-        values = {key: dict.fromkeys(_attribute(cell, key) for cell in cells) for key in wanted}
-        there = [
-            f"{key} is {', '.join(f'{v:g}' if isinstance(v, float) else str(v) for v in list(found)[:9])}"
-            for key, found in values.items()
-        ]
-        raise UserError(f"--only {' '.join(options.only)}: no run is like that; of the runs {'; '.join(there)}")
+        found = {key: list(dict.fromkeys(value_of(cell, key) for cell in cells))[:9] for key in wanted}
+        texts = {key: (f"{v:g}" if isinstance(v, float) else str(v) for v in values) for key, values in found.items()}
+        there = "; ".join(f"{key} is {', '.join(values)}" for key, values in texts.items())
+        raise UserError(f"--only {' '.join(options.only)}: no such run; of the runs {there}")
     needed = {cell.name for cell in chosen} | {cell.trunk for cell in chosen}
     return [cell for cell in cells if cell.name in needed]
 
 
-def _attribute(cell: Cell, key: str):
-    return cell.budget if key == "budget" else getattr(cell.config, key)
-
-
-def _matches(value, wanted: str) -> bool:
+def _matches(value, text: str) -> bool:
     try:
-        return float(value) == float(wanted)
+        return float(value) == float(text)
     except (TypeError, ValueError):
-        return str(value) == wanted
+        return str(value) == text
 
 
 def seconds(sweep: Sweep, cell: Cell, cells: list[Cell]) -> float:
-    """How long a cell takes a worker, roughly; a trunk with the longest cooldown that waits for it."""
+    """Estimated time of a cell; for a trunk, with the longest of its cooldowns in `cells`."""
     steps = cell.plan.steps - cell.step
     own = cell.spent / (sweep.spec.throughput or 2e10) + steps * sweep.spec.step_seconds
     waiting = (seconds(sweep, other, []) for other in cells if other.trunk == cell.name)
@@ -172,33 +168,26 @@ def plan_rows(sweep: Sweep, cells: list[Cell], corpus_tokens: float) -> list[dic
     return rows
 
 
-def grid_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: SweepOptions) -> str:
-    """What `--dry-run` prints: a line a cell, then the sums."""
-    short = {"params": "N total", "params_non_embedding": "blocks", "params_with_head": "with head",
-             "tokens": "tokens", "tokens_per_param": "D/N", "epochs": "epochs", "steps": "steps",
-             "batch_tokens": "batch", "lr": "lr", "flops_spent": "spent",
-             **{f"flops_{key}": key for key in FLOP_CONVENTIONS}, "hours": "hours"}  # fmt: skip
-    counts = {"params", "params_non_embedding", "params_with_head", "tokens"}
+def plan_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: SweepOptions) -> str:
+    """What `--dry-run` prints: a line per cell, then the totals."""
+    number, flops = "{:.3g}".format, "{:.2e}".format
+    columns = {"params": ("N total", count), "params_non_embedding": ("blocks", count),
+               "params_with_head": ("with head", count), "tokens": ("tokens", count),
+               "tokens_per_param": ("D/N", number), "epochs": ("epochs", number), "steps": ("steps", str),
+               "batch_tokens": ("batch", number), "lr": ("lr", number), "flops_spent": ("spent", flops),
+               **{f"flops_{key}": (key, flops) for key in FLOP_CONVENTIONS}}  # fmt: skip
+    if sweep.spec.throughput:
+        columns["hours"] = "hours", number
     chosen = only(cells, options)
     rows = plan_rows(sweep, chosen, corpus_tokens)
-    if not sweep.spec.throughput:
-        del short["hours"]
-
-    def cell_text(row: dict, key: str) -> str:
-        if key.startswith("flops"):
-            return f"{row[key]:.2e}"
-        return count(row[key]) if key in counts else f"{row[key]:.3g}" if key != "steps" else str(row[key])
-
-    lines = [["run", *short.values()]]
-    lines += [[row["run"], *(cell_text(row, key) for key in short)] for row in rows]
-    spent = sum(cell.spent for cell in chosen)
-    alone = sum(cell.plan.flops["physical"] for cell in chosen if not cell.is_trunk)
-    said = [f"{sweep.name}: {sum(not cell.is_trunk for cell in chosen)} runs, {spent:.3g} FLOPs (physical)"]
-    if any(cell.is_trunk for cell in chosen):
-        said.append(
-            f"in {sum(cell.is_trunk for cell in chosen)} trunks with their cooldowns; each run from scratch "
-            f"would be {alone:.3g}, {alone / spent:.2f} times as many"
-        )
+    lines = [["run", *(heading for heading, _ in columns.values())]]
+    lines += [[row["run"], *(text(row[key]) for key, (_, text) in columns.items())] for row in rows]
+    spent, trunks = sum(cell.spent for cell in chosen), sum(cell.is_trunk for cell in chosen)
+    said = [f"{sweep.name}: {len(chosen) - trunks} runs, {spent:.3g} FLOPs (physical)"]
+    if trunks:
+        alone = sum(cell.plan.flops["physical"] for cell in chosen if not cell.is_trunk)
+        ratio = f"{alone:.3g}, {alone / spent:.2f} times as many"
+        said.append(f"in {trunks} trunks with their cooldowns; each run from scratch would be {ratio}")
     if sweep.spec.throughput:
         hours = sum(seconds(sweep, cell, []) for cell in chosen) / 3600
         shared = f", {hours / options.workers:.3g} with {options.workers}" if options.workers else ""
@@ -206,9 +195,8 @@ def grid_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: S
             f"{hours:.3g} hours of one worker{shared}, at {sweep.spec.throughput:g} FLOP/s and "
             f"{sweep.spec.step_seconds:g} s a step ({sweep.spec.assumes or 'assumed'})"
         )
-    if corpus_tokens:
-        most = max(row["epochs"] for row in rows)
-        said.append(f"text of {count(corpus_tokens)} tokens, seen at most {most:.2g} times")
+    most = max(row["epochs"] for row in rows)
+    said.append(f"text of {count(corpus_tokens)} tokens, seen at most {most:.2g} times")
     if sweep.spec.extend:
         said.append(f"up to {sweep.spec.extend_limit} more sizes for a budget whose minimum is at an edge")
     return format_columns(lines) + "\n\n" + "\n".join(said)
@@ -219,7 +207,7 @@ def grid_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: S
 
 
 def load_train(base: Config) -> Callable[[Config], dict]:
-    """In a worker: the function that trains a run, with the sweep's text opened once for all of them."""
+    """In a worker: the function that trains a run, with the sweep's text opened once."""
     import train
 
     return functools.partial(train.train, quiet=True, corpus=prepare(base, Progress(quiet=True)))
@@ -228,11 +216,11 @@ def load_train(base: Config) -> Callable[[Config], dict]:
 def train_all(
     sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore, options: SweepOptions, corpus_tokens: float
 ) -> None:
-    """Train what has no outcome yet, adding sizes where `extend` asks for them. Raises UserError for what stops it."""
+    """Train the runs without an outcome, and the sizes that `extend` adds. Raises UserError if the sweep must stop."""
     folder, queue = store.folder, Queue(store, options.retry_failed)
     queue.add(cells)
     view, pool = View(queue), None
-    lasts = functools.partial(seconds, sweep, cells=queue.cells)
+    duration = functools.partial(seconds, sweep, cells=queue.cells)
     try:
         while True:
             if not options.only:
@@ -250,7 +238,7 @@ def train_all(
                 view.say(str(pool))
             before = len(queue.outcomes)
             while len(queue.outcomes) == before and not queue.done:
-                while len(queue.running) < pool.size and (cell := queue.take(lasts)):
+                while len(queue.running) < pool.size and (cell := queue.take(duration)):
                     pool.submit(replace(cell.config, out=str(folder / "runs"), threads=1))
                 for reply in pool.wait(0.5):
                     queue.put(reply)
@@ -265,11 +253,11 @@ def train_all(
 
 
 class View:
-    """Runs done and running with loss and time left, FLOPs spent: live on a terminal, a line now and then elsewhere."""
+    """Progress, losses and time left: live on a terminal, else a line every SECONDS_BETWEEN_LINES."""
 
     def __init__(self, queue: Queue):
         self.queue, self.began, self.last = queue, time.monotonic(), time.monotonic()
-        self.at_first, self.shares = self.spent()[0], {}  # shares of the runs in progress when first seen
+        self.at_first, self.shares = self.spent()[0], {}  # shares: of runs in progress, when first seen
         self.live = None
         if sys.stdout.isatty():
             from rich.live import Live
@@ -278,11 +266,11 @@ class View:
             self.live.start()
 
     def spent(self) -> tuple[float, float]:
-        """FLOPs spent, and in all, of the runs that have not failed; one that has begun counts by its share."""
+        """(FLOPs spent, FLOPs in all) of the runs that have not failed; a run in progress counts by its share."""
         total = spent = 0.0
         for cell in self.queue.cells:
             outcome = self.queue.outcomes.get(cell.name)
-            if outcome and outcome.reason:  # nobody knows how much of it was done
+            if outcome and outcome.reason:
                 continue
             total += cell.spent
             spent += cell.spent * (self.queue.store.progress(cell)[0] if self.queue.is_open(cell) else 1.0)
@@ -310,14 +298,14 @@ class View:
         for cell in queue.cells:
             if since := queue.running.get(cell.name):
                 done, loss = queue.store.progress(cell)
-                new = done - self.shares.setdefault(cell.name, done)  # a resumed run did the rest before
+                new = done - self.shares.setdefault(cell.name, done)  # since this sweep started or resumed the run
                 eta = f"ETA {clock((time.monotonic() - since) * (1 - done) / new)}" if new > 0 else ""
                 lines.append(f"  {cell.name} {done:4.0%} {f'loss {loss:.3f}' if loss else ''} {eta}".rstrip())
         return "\n".join(lines)
 
     def show(self) -> None:
         if self.live:
-            from rich.text import Text  # as it is, without colours in the middle of names
+            from rich.text import Text  # plain: no colours in the middle of names
 
             self.live.update(Text(self.text()))
         elif time.monotonic() - self.last > SECONDS_BETWEEN_LINES:
@@ -331,19 +319,15 @@ class View:
 
 
 def extend(sweep: Sweep, queue: Queue, vocab: int) -> list[Cell]:
-    """Add the sizes that `extend` asks for by the losses so far -> their cells."""
+    """Add sizes to the budgets whose minimum is at an edge, by the losses so far -> the new cells."""
     before = len(queue.cells)
-    while more := extend_budgets(sweep, queue.cells, losses(queue.outcomes), vocab):
+    while more := extend_budgets(sweep, queue.cells, queue.losses, vocab):
         queue.add(more)
     return queue.cells[before:]
 
 
-def losses(outcomes: dict[str, Outcome]) -> dict[str, float | None]:
-    return {name: outcome.loss for name, outcome in outcomes.items()}
-
-
-def settled(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> Queue:
-    """All cells, with those that were added, and what the disk knows of them."""
+def stored(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> Queue:
+    """All cells, with those that `extend` added, and their outcomes on disk."""
     queue = Queue(store)
     queue.add(cells)
     extend(sweep, queue, vocab)
@@ -351,23 +335,23 @@ def settled(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> Que
 
 
 def follow(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> int:
-    """`--status`: a line a run, from the disk alone; on a terminal again and again until all have an outcome."""
+    """`--status`: a line per run, from the disk alone; on a terminal, updated until all have an outcome."""
 
     def look() -> tuple[str, bool]:
-        found = settled(sweep, cells, vocab, store)
-        begun, waiting, through = [], [], []  # in this order, should the terminal be short
+        found = stored(sweep, cells, vocab, store)
+        running, waiting, ended = [], [], []  # in this order, in case the terminal is short
         for cell in found.cells:
             if outcome := found.outcomes.get(cell.name):
-                word, loss = ("failed", outcome.reason) if outcome.reason else ("finished", f"{outcome.loss:.4f}")
-                through.append([cell.name, word, loss])
+                status, loss = ("failed", outcome.reason) if outcome.reason else ("finished", f"{outcome.loss:.4f}")
+                ended.append([cell.name, status, loss])
+            elif (progress := store.progress(cell))[1]:
+                running.append([cell.name, f"{progress[0]:.0%}", f"{progress[1]:.3f}"])
             else:
-                done, loss = store.progress(cell)
-                lines = begun if loss else waiting
-                lines.append([cell.name, f"{done:.0%}" if loss else "waiting", f"{loss:.3f}" if loss else ""])
-        lines = [["run", "", "loss"], *begun, *waiting, *through]
+                waiting.append([cell.name, "waiting", ""])
+        lines = format_columns([["run", "", "loss"], *running, *waiting, *ended])
         runs = [cell for cell in found.cells if not cell.is_trunk]
-        ended = sum(cell.name in found.ends for cell in runs)
-        return f"{ended} of {len(runs)} runs done\n\n{format_columns(lines)}", ended == len(runs)
+        done = sum(cell.name in found.outcomes for cell in runs)
+        return f"{done} of {len(runs)} runs done\n\n{lines}", done == len(runs)
 
     text, done = look()
     if not sys.stdout.isatty():
@@ -385,28 +369,27 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The end
+# The results
 
 
 def finish(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> int:
-    """runs.csv of all that the disk has, then the fit. Another sweep on the same folder may do so at the same time."""
-    queue = settled(sweep, cells, vocab, store)
+    """Write runs.csv from the disk, then fit. Another sweep on the same folder may do so at the same time."""
+    queue = stored(sweep, cells, vocab, store)
     folder, outcomes = store.folder, queue.outcomes
     ordered = [cell for cell in queue.cells if not cell.is_trunk]
     rows = [row_of(cell, outcomes[cell.name]) for cell in ordered if cell.name in outcomes]
     for cell in ordered:
         if cell.name in outcomes and outcomes[cell.name].reason:
             print(f"failed: {cell.name}: {outcomes[cell.name].reason}  (--retry-failed tries again)")
-    for line in edges(sweep, ordered, outcomes):
+    for line in edges(sweep, ordered, queue.losses):
         print(line)
     if len(rows) < len(ordered):
         print(f"{len(rows)} of {len(ordered)} runs done; without --only the same command does the rest")
     with FileLock(folder / ".lock"):
         write_file(folder / CURVES, to_csv_gz(store.curves(rows)))
         table = to_csv(rows)
-        path = folder / "runs.csv"
-        write_file(path, table)
-        print(f"{path}: {len(rows)} runs")
+        write_file(folder / "runs.csv", table)
+        print(f"{folder / 'runs.csv'}: {len(rows)} runs")
         if sweep.spec.kind == "grid":
             print(best_of_grid(ordered, outcomes))
         elif len(rows) == len(ordered) and not fitted(folder, table):
@@ -417,42 +400,30 @@ def finish(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> int:
 
 
 def row_of(cell: Cell, outcome: Outcome) -> RunRow:
+    """The row of runs.csv; for a failed run, what the plan says."""
     if outcome.row:
         return outcome.row
-    plan = cell.plan
+    plan, names = cell.plan, {"run": cell.name, "name": cell.name, "status": "failed", "reason": outcome.reason}
     counts = {params_column(convention): getattr(plan.params, convention) for convention in PARAM_CONVENTIONS}
-    return RunRow(
-        run=cell.name,
-        name=cell.name,
-        status="failed",
-        **counts,
-        tokens=plan.tokens,
-        flops=plan.flops["physical"],
-        budget=cell.budget,
-        kind=cell.kind,
-        trunk=cell.trunk,
-        width=plan.shape.width,
-        layers=plan.shape.layers,
-        seed=cell.config.seed,
-        lr=plan.lr,
-        batch_tokens=plan.batch_tokens,
-        reason=outcome.reason,
-    )
+    planned = {key: getattr(plan, key) for key in ("tokens", "lr", "batch_tokens")}
+    shape = {"width": plan.shape.width, "layers": plan.shape.layers, "seed": cell.config.seed}
+    place = {"budget": cell.budget, "kind": cell.kind, "trunk": cell.trunk}
+    return RunRow(**names, **counts, **planned, **shape, **place, flops=plan.flops["physical"])
 
 
-def edges(sweep: Sweep, cells: list[Cell], outcomes: dict[str, Outcome]) -> list[str]:
+def edges(sweep: Sweep, cells: list[Cell], losses: dict[str, float | None]) -> list[str]:
     """A line for each budget whose lowest loss is at an edge of its sizes."""
-    found, lines = losses(outcomes), []
+    lines = []
     for budget, varied in dict.fromkeys((cell.budget, cell.varied) for cell in cells if sweep.spec.kind == "isoflop"):
         group = [cell for cell in cells if (cell.budget, cell.varied) == (budget, varied)]
-        if len({cell.plan.shape for cell in group}) > 1 and (side := open_side(group, found)):
+        if len({cell.plan.shape for cell in group}) > 1 and (side := open_side(group, losses)):
             size = "largest" if side > 0 else "smallest"
             lines.append(f"{budget:g} FLOPs{varied}: the lowest loss is at the {size} size; it has no inner minimum")
     return lines
 
 
 def best_of_grid(cells: list[Cell], outcomes: dict[str, Outcome]) -> str:
-    """The runs of each model, best first, with their distance from it."""
+    """The runs of each model and budget, lowest loss first."""
     lines = [["run", "loss", "above best"]]
     for group in dict.fromkeys((cell.plan.shape, cell.budget) for cell in cells):
         found = [
@@ -465,18 +436,18 @@ def best_of_grid(cells: list[Cell], outcomes: dict[str, Outcome]) -> str:
 
 
 def fitted(folder: Path, table: bytes) -> bool:
-    """Whether laws.json, the last file that fit.py writes, is of these very rows."""
+    """Whether laws.json, the last file that fit.py writes, was fitted to exactly these rows."""
     try:
         return json.loads((folder / "laws.json").read_text())["meta"]["sha256"] == hashlib.sha256(table).hexdigest()
-    except (OSError, ValueError, KeyError, TypeError):  # none, or none of ours
+    except (OSError, ValueError, KeyError, TypeError):  # missing, or not ours
         return False
 
 
 def fit(folder: Path, bootstrap: int) -> int:
-    """fit.py on the sweep's folder: laws.json, report.html and figures beside runs.csv."""
+    """Run fit.py on the sweep's folder -> exit code."""
     command = [sys.executable, str(ROOT / "fit.py"), str(folder), "--out", str(folder), f"--bootstrap={bootstrap}"]
     code = subprocess.run(command).returncode
-    return 0 if code == UserError.code else code  # it has said why these runs give no law; they are there all the same
+    return 0 if code == UserError.code else code  # fit.py has said why these runs give no law; the rows are written
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """The cells of a sweep: its runs, with their options and costs. Pure functions; no torch.
 
 sweep = read_sweep("sweeps/mini.toml")
-cells = plan_cells(sweep, vocab_size=256)       each a resolved train.Config and its place in the sweep
+cells = plan_cells(sweep, vocab_size=256)                     each with a resolved Config
 more = extend_budgets(sweep, cells, losses, vocab_size=256)   more sizes for budgets whose minimum is at an edge
 """
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 import json
@@ -32,10 +31,10 @@ class Cell:
     plan: ladder.Plan
     budget: float | None
     spent: float  # training FLOPs, physical
-    trunk: str | None = None  # run that a cooldown branches from
-    step: int = 0  # step at which it branches
+    trunk: str | None = None  # the run that a cooldown branches from
+    step: int = 0  # at which it branches
     is_trunk: bool = False  # a constant-rate run, which gives no row
-    varied: str = ""  # varied options, as in the name
+    varied: str = ""  # options, as in the name
 
     def digest(self, data_sha: str, val_sha: str) -> str:
         """Hash of the options that the sweep sets for the run, and of its text: equal hash, equal run."""
@@ -87,27 +86,24 @@ def extend_budgets(sweep: Sweep, cells: list[Cell], losses: dict[str, float | No
                 continue
             if side := open_side(group, losses):
                 edge = side * max(side * math.log(N) for N in tried.values())
-                log_size = {shape: math.log(count_params(shape).total) for shape in build.affordable(budget)}
-                beyond = [shape for shape, size in log_size.items() if side * (size - edge) > 0]
+                sizes = {shape: math.log(count_params(shape).total) for shape in build.affordable(budget)}
                 target = edge + side * build.spacing()
+                beyond = {shape: abs(size - target) for shape, size in sizes.items() if side * (size - edge) > 0}
                 if beyond:
-                    shape = min(beyond, key=lambda s, size=log_size, target=target: abs(size[s] - target))
+                    shape = min(beyond, key=beyond.get)
                     added += [build.isoflop_cell(budget, shape, seed) for seed in sweep.spec.seeds]
     return added
 
 
 def open_side(group: list[Cell], losses: dict[str, float | None]) -> int:
-    """Where a budget's lowest loss (mean over seeds) is: -1 at the smallest size, 1 at the largest, 0 between them or
+    """Where a budget's lowest loss (mean over seeds) is: 1 at the largest size, -1 at the smallest, 0 between them or
     unknown."""
     by_size = {}
     for cell in group:
         if (loss := losses.get(cell.name)) is not None:
             by_size.setdefault(cell.plan.params.total, []).append(loss)
-    if not by_size:
-        return 0
-    mean = {N: sum(found) / len(found) for N, found in by_size.items()}
-    best, sizes = min(mean, key=mean.get), sorted(mean)
-    return 1 if best == sizes[-1] else -1 if best == sizes[0] else 0
+    best = min(by_size, key=lambda N: sum(by_size[N]) / len(by_size[N]), default=None)
+    return 0 if best is None else 1 if best == max(by_size) else -1 if best == min(by_size) else 0
 
 
 def _variants(sweep: Sweep):
@@ -134,79 +130,56 @@ class _Builder:
     """Makes the cells of one variant."""
 
     def __init__(self, sweep: Sweep, vocab_size: int, base: Config, times: dict[str, float], label: str):
-        self.sweep, self.spec, self.base, self.times, self.label = sweep, sweep.spec, base, times, label
+        self.spec, self.base, self.times, self.label = sweep.spec, base, times, label
         self.law = load_law(base.law, base.law_approach) if base.law else BESIROGLU
         self.make = shape_maker(base, vocab_size, base.seq_len)
 
     # Sizes
 
-    def affordable(self, budget: float):
+    def affordable(self, budget: float) -> dict[Shape, float]:
         return ladder.affordable(self.make, budget, self.base.flops, self.base.batch_tokens)
 
     def centres(self) -> list[float]:
         """The expected optimal N of each budget."""
-        if self.spec.centre:
-            return list(self.spec.centre)
-        best = [
-            ladder.plan(
-                self.make, budget=budget, law=self.law, convention=self.base.flops, batch_tokens=self.base.batch_tokens
-            )
-            for budget in self.spec.budgets
-        ]
-        return [plan.params.total for plan in best]
+        options = {"law": self.law, "convention": self.base.flops, "batch_tokens": self.base.batch_tokens}
+        budgets = () if self.spec.centre else self.spec.budgets
+        best = [ladder.plan(self.make, budget=budget, **options) for budget in budgets]
+        return list(self.spec.centre) or [plan.params.total for plan in best]
 
     def isoflop_shapes(self, budget: float, centre: float) -> list[Shape]:
-        if self.spec.models:
-            return [shape for shape in map(self.named, self.spec.models) if self.can_spend(budget, shape)]
-        plans = ladder.isoflop(
-            self.make,
-            budget,
-            sizes=self.spec.sizes,
-            spread=self.spec.spread,
-            centre=centre,
-            convention=self.base.flops,
-            batch_tokens=self.base.batch_tokens,
-        )
-        return [plan.shape for plan in plans]
+        batch = self.base.batch_tokens
+        if not self.spec.models:
+            return self.ladder_shapes(budget, centre, self.spec.spread, batch)
+        tokens = {shape: budget / flops_per_token(shape, self.base.flops) for shape in self.named_shapes()}
+        return [shape for shape, found in tokens.items() if found >= (batch or ladder.MIN_STEPS * shape.seq_len)]
 
-    def can_spend(self, budget: float, shape: Shape) -> bool:
-        least = self.base.batch_tokens or ladder.MIN_STEPS * shape.seq_len
-        return budget / flops_per_token(shape, self.base.flops) >= least
+    def ladder_shapes(self, budget: float, centre: float, spread: float, batch: int | None = None) -> list[Shape]:
+        options = {"sizes": self.spec.sizes, "convention": self.base.flops, "batch_tokens": batch}
+        return [plan.shape for plan in ladder.isoflop(self.make, budget, centre=centre, spread=spread, **options)]
 
     def spacing(self) -> float:
         """The distance in log N between planned sizes."""
         return 2 * math.log(self.spec.spread) / (self.spec.sizes - 1) if self.spec.sizes > 1 else math.log(1.5)
 
-    def named(self, model: str) -> Shape:
-        return self.make(*parse_model(model))
+    def named_shapes(self) -> list[Shape]:
+        """The sizes that the sweep file names in `models`."""
+        return [self.make(*parse_model(model)) for model in self.spec.models]
 
     # Plans and cells
 
     def plan(self, shape: Shape, budget: float | None = None, tokens: float | None = None, **fixed) -> ladder.Plan:
         """The plan of this shape by the rules, times this variant's multiples."""
-        given = {
-            "batch_tokens": self.base.batch_tokens,
-            "lr": self.base.lr,
-            "beta2": self.base.beta2,
-            "warmup_tokens": self.base.warmup_tokens,
-        } | fixed
-        make = functools.partial(
-            ladder.plan,
-            self.make,
-            budget=budget,
-            tokens=tokens,
-            model=(shape.width, shape.layers),
-            law=self.law,
-            convention=self.base.flops,
-        )
-        plan = make(**given)
+        given = {key: getattr(self.base, key) for key in ("batch_tokens", "lr", "beta2", "warmup_tokens")} | fixed
+        cost = {"budget": budget, "tokens": tokens, "law": self.law, "convention": self.base.flops}
+        model = shape.width, shape.layers
+        plan = ladder.plan(self.make, model=model, **cost, **given)
         given["lr"] = plan.lr * self.times["lr_times"]  # for the batch before batch_times
         if self.times["batch_times"] != 1 and "batch_tokens" not in fixed:
             sequences = max(1, round(plan.batch_tokens * self.times["batch_times"] / shape.seq_len))
             given["batch_tokens"] = sequences * shape.seq_len
         if "warmup_tokens" not in fixed:
             given["warmup_tokens"] = plan.warmup_tokens * self.times["warmup_times"]
-        return make(**given)
+        return ladder.plan(self.make, model=model, **cost, **given)
 
     def cell(self, stem: str, plan: ladder.Plan, seed: int, budget: float | None = None, **more) -> Cell:
         """`more`: trunk, step, is_trunk of the cell, and options of its Config."""
@@ -215,12 +188,14 @@ class _Builder:
             self.base, model=str(plan.shape), tokens=float(plan.tokens), batch_tokens=plan.batch_tokens, lr=plan.lr,
             warmup_tokens=float(plan.warmup_tokens), beta2=plan.beta2, seed=seed, name=f"{stem}{self.label}-s{seed}",
             keep=1, sample_tokens=0, **more)  # fmt: skip
-        shared = place.get("step", 0) / plan.steps
-        spent = plan.flops["physical"] * (1 - shared)
+        spent = plan.flops["physical"] * (1 - place.get("step", 0) / plan.steps)
         return Cell(config.name, self.spec.kind, config, plan, budget, spent, varied=self.label, **place)
 
     def isoflop_cell(self, budget: float, shape: Shape, seed: int) -> Cell:
         return self.cell(f"{_short(budget)}-{shape}", self.plan(shape, budget), seed, budget)
+
+    def length_cell(self, plan: ladder.Plan, seed: int, **more) -> Cell:
+        return self.cell(f"{plan.shape}-{plan.tokens / 1e6:.3g}M", plan, seed, **more)
 
 
 def _isoflop(build: _Builder) -> list[Cell]:
@@ -239,44 +214,28 @@ def _isoflop(build: _Builder) -> list[Cell]:
 
 def _lengths(build: _Builder) -> list[tuple[Shape, list[float]]]:
     """(shape, its ascending numbers of tokens) for horizons and trunk."""
-    spec, convention = build.spec, build.base.flops
-    budgets, centres = spec.budgets, build.centres()
-    if spec.models:
-        shapes = [build.named(model) for model in spec.models]
-    else:
-        ends = math.log(centres[0]), math.log(centres[-1])
-        plans = ladder.isoflop(
-            build.make,
-            budgets[-1],
-            sizes=spec.sizes,
-            centre=math.exp(sum(ends) / 2),
-            spread=math.exp((ends[1] - ends[0]) / 2),
-            convention=convention,
-        )
-        shapes = [plan.shape for plan in plans]
+    spec, budgets, centres = build.spec, build.spec.budgets, build.centres()
+    shapes = build.named_shapes()
+    if not shapes:
+        low, high = math.log(centres[0]), math.log(centres[-1])
+        shapes = build.ladder_shapes(budgets[-1], math.exp((low + high) / 2), math.exp((high - low) / 2))
+    # The budget that a size is optimal for, by a power law through the first and the last centre.
+    slope = 2.0
+    if centres[-1] != centres[0]:
+        slope = math.log(budgets[-1] / budgets[0]) / math.log(centres[-1] / centres[0])
     found = []
     for shape in shapes:
-        best_for = _interpolate(count_params(shape).total, centres, budgets)
-        longest = min(spec.reach * best_for, budgets[-1]) / flops_per_token(shape, convention)
+        best_for = budgets[0] * (count_params(shape).total / centres[0]) ** slope
+        longest = min(spec.reach * best_for, budgets[-1]) / flops_per_token(shape, build.base.flops)
         steps = range(spec.horizons - 1, -1, -1)
         found.append((shape, [longest * spec.span ** (-i / (spec.horizons - 1)) for i in steps]))
     return found
 
 
-def _interpolate(x: float, xs: list[float], ys: tuple[float, ...]) -> float:
-    """y at x, on a power law through the first and the last point; C ~ N^2 if there is only one."""
-    slope = math.log(ys[-1] / ys[0]) / math.log(xs[-1] / xs[0]) if xs[-1] != xs[0] else 2.0
-    return ys[0] * (x / xs[0]) ** slope
-
-
 def _horizons(build: _Builder) -> list[Cell]:
-    """Approach 1: each size at several lengths, each with a schedule of that length."""
-    cells = []
-    for shape, lengths in _lengths(build):
-        for tokens in lengths:
-            plan = build.plan(shape, tokens=tokens)
-            cells += [build.cell(f"{shape}-{plan.tokens / 1e6:.3g}M", plan, seed) for seed in build.spec.seeds]
-    return cells
+    """Approach 1: each size at several lengths, each with a learning-rate schedule of that length."""
+    plans = [build.plan(shape, tokens=tokens) for shape, lengths in _lengths(build) for tokens in lengths]
+    return [build.length_cell(plan, seed) for plan in plans for seed in build.spec.seeds]
 
 
 def _trunk(build: _Builder) -> list[Cell]:
@@ -289,33 +248,22 @@ def _trunk(build: _Builder) -> list[Cell]:
         warmup = build.plan(shape, tokens=lengths[0], batch_tokens=batch).warmup_tokens
         fixed = {"batch_tokens": batch, "warmup_tokens": warmup}
         plans = [build.plan(shape, tokens=tokens, **fixed) for tokens in lengths]
-        steps = [math.floor(plan.steps * (1 - share)) for plan in plans]  # wsd is constant up to here
+        steps = tuple(math.floor(plan.steps * (1 - share)) for plan in plans)  # wsd is constant up to here
         if not all(warmup / batch < step < plan.steps for step, plan in zip(steps, plans, strict=True)):
             raise UserError(f"{shape}: {min(steps)} steps are too few for warm-up and cooldown")
         whole = build.plan(shape, tokens=steps[-1] * batch, **fixed)
+        constant = {"schedule": "constant", "save_steps": steps, "is_trunk": True}
         for seed in build.spec.seeds:
-            trunk = build.cell(
-                f"trunk-{shape}", whole, seed, schedule="constant", save_steps=tuple(steps), is_trunk=True
-            )
-            cells.append(trunk)
+            cells.append(trunk := build.cell(f"trunk-{shape}", whole, seed, **constant))
             for plan, step in zip(plans, steps, strict=True):
-                cells.append(
-                    build.cell(
-                        f"{shape}-{plan.tokens / 1e6:.3g}M",
-                        plan,
-                        seed,
-                        schedule="wsd",
-                        trunk=trunk.name,
-                        step=step,
-                        branch_from=f"{trunk.name}@{step}",
-                    )
-                )
+                branch = {"trunk": trunk.name, "step": step, "branch_from": f"{trunk.name}@{step}"}
+                cells.append(build.length_cell(plan, seed, schedule="wsd", **branch))
     return cells
 
 
 def _grid(build: _Builder) -> list[Cell]:
     """Every model at every budget, or, if paired, at its own."""
-    models, budgets = map(build.named, build.spec.models), build.spec.budgets
+    models, budgets = build.named_shapes(), build.spec.budgets
     pairs = zip(models, budgets, strict=True) if build.spec.paired else itertools.product(models, budgets)
     return [build.isoflop_cell(budget, shape, seed) for shape, budget in pairs for seed in build.spec.seeds]
 

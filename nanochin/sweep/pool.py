@@ -1,13 +1,13 @@
 """The worker pool of a sweep: processes that train one run after another, so that start-up, imports and loading the
-corpus happen once per process, not once per run.
+corpus happen once per process.
 
     pool = Pool(load, device, log)      start the workers
     pool.submit(config)                 train a run; fewer than `pool.size` must be in training
     pool.wait(seconds)                  runs that have ended, as Replies
     pool.close()                        save the runs in training and stop the workers
 
-All workers are local; a launcher for a cluster needs the same interface. Python's ProcessPoolExecutor is not enough: it
-cannot stop a run, and when a worker dies it stops all others, does not say which run was lost and accepts no more.
+Python's ProcessPoolExecutor is not enough: it cannot stop a run, and when a worker dies it stops all others and does
+not say which run was lost.
 """
 
 import contextlib
@@ -77,9 +77,8 @@ class Pool:
     """`size` workers, assigned to GPUs round-robin."""
 
     def __init__(self, load: Callable[[], Train], device: str, log: Path, workers: int | None = None, most: int = 1000):
-        """load: called once in each worker, returns the training function; pickled, so it must be at module level.
-        device: as in train.py. log: file for the output of workers. workers: how many; None: one per GPU, else one per
-        CPU core. most: upper limit, such as the number of runs.
+        """load: called once in each worker, returns the training function; must be picklable. device: as in train.py.
+        log: file for the output of workers. workers: how many, at most `most`; None: one per GPU, else one per core.
 
         Raises UserError if the device is not available, RunError if a worker dies before it is ready."""
         self.load, self.device, self.log, self.devices = load, device, log, None
@@ -87,28 +86,23 @@ class Pool:
         while not self.devices:  # the first worker reports the device
             self.wait()
         default = {"cpu": cores(), "mps": 1, "cuda": self.devices.gpus}[self.devices.kind]
-        size = max(1, min(workers or default, most))
-        self.workers += [self._start(number) for number in range(1, size)]
-
-    @property
-    def size(self) -> int:
-        return len(self.workers)
+        self.size = max(1, min(workers or default, most))
+        self.workers += [self._start(number) for number in range(1, self.size)]
 
     def __str__(self) -> str:
         gpus = self.devices.gpus
         return f"{self.size} workers on {f'{gpus} GPUs' if gpus > 1 else self.devices.kind}"
 
     def submit(self, config: Config) -> None:
-        """Train `config` in an idle worker; there must be one."""
+        """Train `config` in an idle worker."""
         worker = next(worker for worker in self.workers if worker.run is None)
         worker.run = config.name
-        with contextlib.suppress(OSError):  # it has died; `wait` handles that
+        with contextlib.suppress(OSError):  # the worker has died; `wait` handles that
             worker.pipe.send(config)
 
     def wait(self, seconds: float | None = None) -> list[Reply]:
-        """Runs that have ended; waits for one up to `seconds` (None: no limit). Replaces workers that died.
-
-        Raises UserError if the sweep should stop: an invalid option, a full disk, a worker that cannot start."""
+        """Wait up to `seconds` (None: no limit) for runs to end, and replace workers that died. Raises UserError if the
+        sweep should stop: an invalid option, a full disk, a worker that cannot start."""
         replies = []
         for pipe in connection.wait([worker.pipe for worker in self.workers], seconds):
             worker = next(worker for worker in self.workers if worker.pipe is pipe)
@@ -137,7 +131,7 @@ class Pool:
 
     def _start(self, number: int) -> Worker:
         environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        if self.devices and self.devices.gpus > 1:  # the very first sees all GPUs and uses the first
+        if self.devices and self.devices.gpus > 1:  # the first worker sees all GPUs and uses the first
             environment["CUDA_VISIBLE_DEVICES"] = one_gpu(number, self.devices.gpus)
         spawn = multiprocessing.get_context("spawn")
         ours, theirs = spawn.Pipe()
@@ -164,7 +158,7 @@ def one_gpu(number: int, gpus: int) -> str:
 
 @contextlib.contextmanager
 def _environment(environment: dict[str, str]) -> Iterator[None]:
-    """Processes started in the block have these variables before they load a library, and ignore Ctrl-C."""
+    """Processes started in the block have these variables from the beginning, and ignore Ctrl-C."""
     before, on_interrupt = dict(os.environ), signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(environment)
     try:
@@ -214,7 +208,7 @@ def find_devices(device: str) -> Devices:
 
 
 def attempt(train: Train, config: Config) -> Reply | UserError:
-    """Train -> how it ended, or an error that should stop the sweep. Exits if the run was stopped by a signal."""
+    """Train -> how it ended, or an error that stops the sweep. Exits if a signal stopped the run."""
     import torch
 
     from nanochin.run.step import SequenceTooLarge, out_of_memory
@@ -225,7 +219,7 @@ def attempt(train: Train, config: Config) -> Reply | UserError:
     except BusyError:
         return Reply(config.name, "busy")
     except UserError as error:
-        if error.code > 128:  # stopped by a signal; the run is saved, and no answer is expected
+        if error.code > 128:  # a signal; the run is saved, and no reply is expected
             sys.exit(error.code)
         if isinstance(error, DiskError) or not isinstance(error, RunError):
             return (RunError if error.code == 1 else UserError)(str(error))  # a class that any process can unpickle
@@ -241,7 +235,7 @@ def attempt(train: Train, config: Config) -> Reply | UserError:
 
 
 def _watch_parent() -> None:
-    """In a thread: when the sweep has died, stop the run as `close` would; kill the process after GRACE seconds."""
+    """In a thread: when the sweep dies, stop the run as `close` would; exit after GRACE seconds at the latest."""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
@@ -249,6 +243,6 @@ def _watch_parent() -> None:
 
 
 def _log(text: str) -> None:
-    """Print a line to the log; a full disk must not lose an reply."""
+    """Print a line to the log; a full disk must not lose a reply."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr)

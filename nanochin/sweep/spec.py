@@ -1,7 +1,7 @@
 """Sweep files. Pure functions; no torch.
 
-A sweep file is TOML: keys of `Spec`, and any option of train.py. An option of train.py with a single value may also be
-a list: the sweep takes the product of all lists (or, with `vary = "one"`, one list at a time).
+A sweep file is TOML: keys of `Spec`, and options of train.py. An option that takes one value may also be a list: the
+sweep takes the product of all lists (or, with `vary = "one"`, one list at a time).
 """
 
 import dataclasses
@@ -14,19 +14,17 @@ from nanochin.base.cli import UserError, did_you_mean, opt, parse
 from nanochin.config import Config
 
 KINDS = ("isoflop", "horizons", "trunk", "grid")
+KIND_HELP = (
+    "isoflop: several sizes per budget (Approach 2 and 3); horizons: each size at several lengths (Approach 1); "
+    "trunk: the same, by cooldowns from one constant-rate run per size; grid: models x budgets"
+)
 
 
 @dataclass(frozen=True)
 class Spec:
-    """The keys of a sweep file that are not options of train.py. Kinds at the start of a help are those that use it."""
+    """The keys of a sweep file that are not options of train.py. A help text starts with the kinds that use the key."""
 
-    kind: str | None = opt(
-        None,
-        "isoflop: several sizes per budget (Approach 2 and 3); horizons: each size at several "
-        "lengths (Approach 1); trunk: the same, by cooldowns from one constant-rate run per size; "
-        "grid: models x budgets",
-        choices=KINDS,
-    )
+    kind: str | None = opt(None, KIND_HELP, choices=KINDS)
     budgets: tuple[float, ...] = opt((), "training FLOPs, in the convention of --flops", above=0)
     models: tuple[str, ...] = opt((), "sizes, such as 16x2 48x2; default: from the ladder, around the optimum")
     sizes: int = opt(7, "number of sizes", low=1)
@@ -39,10 +37,7 @@ class Spec:
     horizons: int = opt(4, "horizons, trunk: number of lengths per size", low=2)
     span: float = opt(16.0, "horizons, trunk: longest / shortest", above=1)
     reach: float = opt(
-        4.0,
-        "horizons, trunk: cost of the longest run as a multiple of the budget for which its size is "
-        "optimal, at most the largest budget",
-        above=0,
+        4.0, "horizons, trunk: cost of the longest run / budget its size is optimal for, up to the last budget", above=0
     )
     paired: bool = opt(False, "grid: pair the first model with the first budget, and so on")
     lr_times: tuple[float, ...] = opt((1.0,), "multiples of the learning rate by rule", above=0)
@@ -50,7 +45,7 @@ class Spec:
     warmup_times: tuple[float, ...] = opt((1.0,), "multiples of the warm-up by rule", low=0)
     vary: str = opt(
         "product",
-        "lists: their product, or one list at a time with the first value of the others",
+        "lists: their product, or one at a time with the first value of the others",
         choices=("product", "one"),
     )
     bootstrap: int = opt(4000, "bootstrap replicates of the fit at the end", low=0)
@@ -62,16 +57,16 @@ class Spec:
 
 
 TIMES = ("lr_times", "batch_times", "warmup_times")
-# Options of train.py that the sweep sets itself.
+# Options that the sweep sets itself.
 OURS = {"name", "out", "branch_from", "init_from", "save_steps", "sample_tokens", "threads", "keep", "log_every"}
-# One text, tokenised once, per sweep.
+# One text per sweep, tokenised once.
 SINGLE = {"val_bytes", "max_tokens", "skip_bad", "tokenizer", "vocab_size", "seq_len", "cache", "device"}
-USE_INSTEAD = {"budget": "budgets", "model": "models", "tokens": "budgets", "seed": "seeds"}  # to use instead
+USE_INSTEAD = {"budget": "budgets", "model": "models", "tokens": "budgets", "seed": "seeds"}
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """A parsed sweep file: its own keys, the options that all cells share, and the lists to vary."""
+    """A parsed sweep file: its keys, the options that all cells share, and the lists to vary."""
 
     path: str
     name: str
@@ -81,8 +76,8 @@ class Sweep:
 
 
 def read_sweep(path: str | Path, **overrides) -> Sweep:
-    """Read a sweep file; `overrides` that are not None replace its options of train.py. Raises UserError, one line with
-    file and key, if the file is invalid."""
+    """Read a sweep file; `overrides` that are not None replace its options. Raises UserError, one line with file and
+    key, if the file is invalid."""
     try:
         table = tomllib.loads(Path(path).read_text())
     except OSError as error:
@@ -124,7 +119,7 @@ def read_sweep(path: str | Path, **overrides) -> Sweep:
 
 
 def _kinds(f: dataclasses.Field) -> tuple[str, ...]:
-    """The kinds of sweep that use a key of Spec: those at the start of its help text, else all."""
+    """The kinds that use a key of Spec: those at the start of its help text, else all."""
     named = tuple(f.metadata["help"].partition(": ")[0].split(", "))
     return named if f.name != "kind" and set(named) <= set(KINDS) else KINDS
 
@@ -150,7 +145,9 @@ def _validate(spec: Spec, base: Config, path) -> None:
             raise UserError(f"{path}: {message}")
 
     need(spec.kind is not None, f"kind: missing; one of {', '.join(KINDS)}")
-    need(base.seq_len is not None, "seq_len: missing; no default, since a sweep must not depend on the device")
+    need(
+        base.seq_len is not None, "seq_len: missing; it has no default in a sweep, which must not depend on the device"
+    )
     need(bool(spec.budgets), "budgets: missing; training FLOPs, such as [1e11, 1e12]")
     need(not spec.centre or len(spec.centre) == len(spec.budgets), "centre: one number for each of budgets")
     for key in ("budgets", "seeds", "models"):

@@ -80,6 +80,22 @@ def test_rotary_scores_depend_on_distance_only():
 
 
 @every_implementation
+def test_eps_of_norms(name):
+    """eps is added to the mean square or the variance: here both are 1, and 1 / sqrt(1 + 3) is a half."""
+    norms, (x, weight) = (
+        implementation(name),
+        (torch.tensor([[1.0, -1.0]], device=DEVICE), torch.ones(2, device=DEVICE)),
+    )
+    assert (
+        norms["rms_norm"](x, weight, 3.0).tolist()
+        == norms["layer_norm"](x, weight, None, 3.0).tolist()
+        == [[0.5, -0.5]]
+    )
+    assert norms["add_rms_norm"](x, 0 * x, weight, 3.0)[0].tolist() == [[0.5, -0.5]]
+    assert norms["add_layer_norm"](x, 0 * x, weight, None, 3.0)[0].tolist() == [[0.5, -0.5]]
+
+
+@every_implementation
 def test_loss_at_the_edges(name):
     """No targets: loss 0 and gradient 0. Huge logits stay finite, equal logits give ln V, another ignore index works,
     and without gradients the loss is the same."""

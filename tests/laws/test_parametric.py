@@ -148,6 +148,15 @@ def test_a_long_valley_is_followed_to_its_end(seed, delta):
     assert (profile.objective >= found.objective.min() * (1 - 1e-9)).all()
 
 
+def test_residuals_and_noise():
+    """Residuals are log predicted - log observed; the noise is their standard deviation with n - 5 in the divisor."""
+    N, D, loss = chinchilla()
+    fit = fit_parametric(N, D, loss)
+    residuals = np.log(fit.law.E + fit.law.A / N**fit.law.alpha + fit.law.B / D**fit.law.beta) - np.log(loss)
+    np.testing.assert_allclose(fit.residuals, residuals, rtol=0, atol=1e-12)
+    assert fit.noise == pytest.approx(math.sqrt(sum(residuals**2) / (240 - 5)), rel=1e-9)
+
+
 @pytest.mark.parametrize("options", [{}, {"delta": math.inf}, {"space": "linear"}, {"delta": 1e-6}], ids=str)
 def test_noise_free_laws_are_recovered(options):
     """20 random laws from 60 runs each, to 1e-8."""

@@ -152,6 +152,19 @@ def test_prune(tmp_path):
     assert checkpoint.steps(tmp_path) == [100]
 
 
+def test_order_of_a_save(tmp_path, monkeypatch):
+    """All files are flushed to disk before the rename, the folder's names after it: a power loss leaves a whole
+    checkpoint or none."""
+    events, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(os.fstat(handle).st_ino), fsync(handle)))
+    monkeypatch.setattr(os, "rename", lambda *paths: (events.append("rename"), rename(*paths)))
+    save(tmp_path)
+    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    folder = tmp_path / "checkpoints"
+    assert {path.stat().st_ino for path in (folder / "step-2").iterdir()} <= set(before)
+    assert after == [folder.stat().st_ino]
+
+
 @pytest.mark.parametrize("call, nth", [("rename", 1), ("fsync", 1), ("fsync", 2), ("fsync", 3), ("fsync", 4)])
 def test_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch, call, nth):
     """If writing fails at any point, the partial checkpoint is deleted and the error names the last good one."""

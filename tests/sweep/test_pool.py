@@ -1,5 +1,4 @@
-"""nanochin/sweep/pool.py with real workers that train nothing: how runs end, how workers die and are replaced, the
-environment of a worker. (test_sweep.py kills whole sweeps.)"""
+"""nanochin/sweep/pool.py with real workers that train nothing. (test_sweep.py kills whole sweeps.)"""
 
 import os
 import signal
@@ -19,7 +18,7 @@ PATIENCE = 60  # seconds until a silent worker is an error
 
 
 def load_behaviour():
-    """What a worker does instead of training: a run's `data` says how it outcomes, its `out` where to write a file."""
+    """What a worker does instead of training: a run's `data` says how it ends, its `out` where to write a file."""
     import torch
 
     from nanochin.run.step import SequenceTooLarge
@@ -47,7 +46,7 @@ def load_behaviour():
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "long":
             try:
-                Path(config.out).write_text("begun")
+                Path(config.out).write_text("started")
                 time.sleep(PATIENCE)
             finally:
                 Path(config.out).write_text("saved")
@@ -67,7 +66,7 @@ def run(how: str, out: Path | str = "runs") -> Config:
     return Config(name=how, data=(how,), out=str(out))
 
 
-def answers(workers: Pool, number: int) -> list[Reply]:
+def replies(workers: Pool, number: int) -> list[Reply]:
     found, deadline = [], time.monotonic() + PATIENCE
     while len(found) < number:
         assert time.monotonic() < deadline
@@ -91,8 +90,8 @@ def started(tmp_path):
 
 
 def test_ends(started, tmp_path):
-    """A run finishes, fails with a one-line reason, or is busy in another process; out-of-memory adds advice. A full
-    disk and an invalid option are raised, with their exit codes. The same worker does all."""
+    """A run finishes, fails with a one-line reason (with advice if out of memory), or is busy in another process. A
+    full disk and an invalid option are raised, with their exit codes. One worker does all."""
     one = started()
     reasons = {
         "diverge": "the run diverged",
@@ -104,11 +103,11 @@ def test_ends(started, tmp_path):
     expected += [Reply(how, "failed", reason) for how, reason in reasons.items()]
     for reply in expected:
         one.submit(run(reply.run))
-        assert answers(one, 1) == [reply]
+        assert replies(one, 1) == [reply]
     for how, words, code in (("disk", "cannot write", 1), ("option", "--lr 0", 2)):
         one.submit(run(how))
         with pytest.raises(UserError, match=words) as error:
-            answers(one, 1)
+            replies(one, 1)
         assert error.value.code == code
         one.workers[0].run = None
     log = (tmp_path / "workers.log").read_text()
@@ -118,21 +117,21 @@ def test_ends(started, tmp_path):
 
 
 def test_workers_that_die(started, tmp_path):
-    """The run of a dead worker, and how it died, is known, and the other worker's run continues; the new worker takes
-    the next run. A worker that dies without a run is replaced silently."""
+    """A dead worker's run is reported with its exit code, the other run continues, and a new worker takes the next run.
+    A worker that dies without a run is replaced silently."""
     two = started(2)
     two.submit(run("long", tmp_path / "long"))
     for how, fate in (("exit", "exit code 7"), ("kill", "signal 9")):
         two.submit(run(how))
-        assert answers(two, 1) == [Reply(how, "died", fate)]
+        assert replies(two, 1) == [Reply(how, "died", fate)]
     two.submit(run("fine"))
-    assert answers(two, 1) == [Reply("fine", "finished")]
+    assert replies(two, 1) == [Reply("fine", "finished")]
     os.kill(two.workers[1].process.pid, signal.SIGKILL)
     two.workers[1].process.join()
     assert two.wait(1) == [] and two.size == 2
     two.submit(run("fine"))
-    assert answers(two, 1) == [Reply("fine", "finished")]
-    assert (tmp_path / "long").read_text() == "begun"
+    assert replies(two, 1) == [Reply("fine", "finished")]
+    assert (tmp_path / "long").read_text() == "started"
     two.close()
     assert (tmp_path / "long").read_text() == "saved"
 
@@ -146,9 +145,9 @@ def test_workers_that_die(started, tmp_path):
     ],
 )
 def test_worker_that_cannot_start(tmp_path, load, device, kind, words):
-    """A worker without its device or its text reports that error; for one that exits, the error names the log."""
+    """A worker without its device or text reports that error; for one that exits, the error names the log."""
     with pytest.raises(kind, match=words):
-        answers(Pool(load, device, tmp_path / "workers.log", workers=1), 1)
+        replies(Pool(load, device, tmp_path / "workers.log", workers=1), 1)
 
 
 def test_environment(started, tmp_path, monkeypatch):
@@ -158,11 +157,11 @@ def test_environment(started, tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     before, on_interrupt = dict(os.environ), signal.getsignal(signal.SIGINT)
     some = started()
-    some.hello = pool.Devices("cuda", 2)
+    some.devices = pool.Devices("cuda", 2)
     some.workers.append(some._start(1))
     for number in range(2):
         some.submit(run("environment", tmp_path / str(number)))
-    answers(some, 2)
+    replies(some, 2)
     assert [(tmp_path / str(number)).read_text() for number in range(2)] == ["1 1 -", "1 1 1"]
     assert os.environ == before and signal.getsignal(signal.SIGINT) is on_interrupt
 
@@ -181,7 +180,7 @@ def test_environment(started, tmp_path, monkeypatch):
 def test_size(tmp_path, monkeypatch, device, gpus, asked, most, size):
     """One worker per CPU core, one on mps, one per GPU, or as many as asked for; not more than there are runs."""
     monkeypatch.setattr(Pool, "_start", lambda self, number: number)
-    monkeypatch.setattr(Pool, "wait", lambda self: setattr(self, "hello", pool.Devices(device, gpus)))
+    monkeypatch.setattr(Pool, "wait", lambda self: setattr(self, "devices", pool.Devices(device, gpus)))
     found = Pool(None, "auto", tmp_path, asked, most)
     assert found.workers == list(range(size))
     assert str(found) == f"{size} workers on {f'{gpus} GPUs' if gpus > 1 else device}"

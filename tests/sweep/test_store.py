@@ -1,4 +1,4 @@
-"""The run store: what the folders of runs say, which run is next, and what becomes of the replies of workers."""
+"""nanochin/sweep/store.py: outcomes from the folders of runs, the order of runs, and the replies of workers."""
 
 import dataclasses
 import json
@@ -33,22 +33,24 @@ def store(tmp_path) -> RunStore:
 
 
 def begun(store: RunStore, cell: Cell, fingerprints: dict = FINGERPRINTS) -> None:
-    """The folder of a run as train.py leaves it when it begins."""
-    store.of(cell).mkdir(parents=True)
+    """The folder of a run that train.py has started."""
+    store.run_folder(cell.name).mkdir(parents=True)
     options = {f.name: getattr(cell.config, f.name) for f in dataclasses.fields(Config) if f.metadata["result"]}
     shape = cell.plan.shape
     resolved = {"vocab_size": shape.vocab_size, "head_size": shape.head_size, "ffn": shape.ffn, "dtype": "float32"}
-    (store.of(cell) / "config.json").write_text(json.dumps({"identity": options | resolved | fingerprints}))
+    (store.run_folder(cell.name) / "config.json").write_text(
+        json.dumps({"identity": options | resolved | fingerprints})
+    )
 
 
 def finished(store: RunStore, cell: Cell, fingerprints: dict = FINGERPRINTS) -> None:
     begun(store, cell, fingerprints)
-    (store.of(cell) / "summary.json").write_text('{"loss": 1.5}')
+    (store.run_folder(cell.name) / "summary.json").write_text('{"loss": 1.5}')
     for step in cell.config.save_steps:
         store.checkpoint(cell.name, step).mkdir(parents=True)
 
 
-def scheduled(store: RunStore, cells: list[Cell]) -> Queue:
+def queued(store: RunStore, cells: list[Cell]) -> Queue:
     found = Queue(store)
     found.add(cells)
     return found
@@ -62,56 +64,56 @@ def spent(cell: Cell) -> float:
 # Folders
 
 
-def test_look(store, cells):
-    """A run has no end while it has not begun or runs; then its summary or its failure. Other text is refused."""
+def test_outcome(store, cells):
+    """No outcome before a run has ended, then its summary or its failure. A run of another text is rejected."""
     waiting, running, done, failed, other, broken = cells[:6]
     begun(store, running)
     finished(store, done)
-    store.failed(failed, "it diverged")
+    store.fail(failed, "it diverged")
     begun(store, other, FINGERPRINTS | {"val_sha": "changed"})
-    assert store.look(waiting) is None and store.look(running) is None
-    assert store.look(done).loss == 1.5 and store.look(failed) == Outcome(reason="it diverged")
+    assert store.outcome(waiting) is None and store.outcome(running) is None
+    assert store.outcome(done).loss == 1.5 and store.outcome(failed) == Outcome(reason="it diverged")
     with pytest.raises(UserError, match="val_sha = changed, the sweep now asks for other text"):
-        store.look(other)
+        store.outcome(other)
     begun(store, broken)
-    (store.of(broken) / "config.json").write_text("{}")
+    (store.run_folder(broken.name) / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds a run with"):
-        store.look(broken)
+        store.outcome(broken)
 
 
 @pytest.mark.parametrize("table, words", [
     ("name,loss\na,1\n", "no column run"), ("run,loss\n{0},1\n\xff", "cannot be read"),
     ("run,status,data_sha,val_sha,cell,loss\n{0},finished,text,other text,{1},\n", "is finished and has no loss"),
 ])  # fmt: skip
-def test_kept_rows_that_are_none(store, cells, table, words):
-    """A table under results/ that is no sweep's, or a row without a loss, is named and refused."""
+def test_invalid_kept_rows(store, cells, table, words):
+    """A table under results/ without run names or with a row without a loss is rejected by name."""
     store.results.mkdir()
     table = table.format(cells[0].name, cells[0].digest(**FINGERPRINTS))
     (store.results / "runs.csv").write_bytes(table.encode("latin-1"))
     with pytest.raises(UserError, match=words) as error:
-        RunStore(store.folder, store.results, store.fingerprints).look(cells[0])
+        RunStore(store.folder, store.results, store.fingerprints).outcome(cells[0])
     assert str(store.results / "runs.csv") in str(error.value) and "\n" not in str(error.value)
 
 
-def test_failed_beside_a_kept_row(store, cells):
-    """A run that failed stays failed where a kept row of other text, or one of the failure, counts for nothing."""
+def test_failure_and_kept_row(store, cells):
+    """A failed run stays failed if its kept row does not count: a failure, or another text."""
     store.results.mkdir()
     (store.results / "runs.csv").write_text(f"run,status\n{cells[0].name},failed\n")
-    store.failed(cells[0], "it diverged")
-    assert RunStore(store.folder, store.results, store.fingerprints).look(cells[0]) == Outcome(reason="it diverged")
+    store.fail(cells[0], "it diverged")
+    assert RunStore(store.folder, store.results, store.fingerprints).outcome(cells[0]) == Outcome(reason="it diverged")
 
 
 def test_curves(store, cells):
-    """Of a run that was trained here its log, else what was kept with its row, in a file or, of old, in logs. Finished
-    runs come in the order of the rows, then their trunks; a run whose curve nobody has is left empty."""
+    """The log of a run that was trained here, else its kept curve, from a file or from logs. Finished runs come in the
+    order of the rows, then their trunks; a run without a curve is empty."""
     trunk, first, second, third, failed = cells[:5]
 
     def log(folder, loss) -> None:
         folder.mkdir(parents=True)
         (folder / "log.jsonl").write_text(json.dumps({"step": 1, "loss": loss, "mfu": 0.1}) + "\n")
 
-    log(store.of(first), 1.0)
-    log(store.of(failed), 9.0)
+    log(store.run_folder(first.name), 1.0)
+    log(store.run_folder(failed.name), 9.0)
     rows = [RunRow(cell.name, trunk=trunk.name) for cell in (second, first, third)]
     rows.append(RunRow(failed.name, status="failed"))
     for cell, loss in ((trunk, 2.0), (first, 3.0), (second, 4.0)):
@@ -135,35 +137,35 @@ def test_curves(store, cells):
 
 
 def test_trunk_that_lacks_a_checkpoint(store, cells):
-    """A finished trunk without the checkpoint where a cooldown is to begin (the file asks for other lengths now, or a
-    disk was cleaned up) is refused rather than waited for; without its folder it is trained again."""
+    """A finished trunk without the checkpoint of a cooldown (the file asks for other lengths now, or it was deleted) is
+    rejected, not waited for; without its folder it is trained again."""
     trunk, cooldown = cells[:2]
     finished(store, trunk)
-    assert not scheduled(store, cells).is_open(trunk)
+    assert not queued(store, cells).is_open(trunk)
     shutil.rmtree(store.checkpoint(trunk.name, cooldown.step))
     with pytest.raises(UserError, match=f"no checkpoint of step {cooldown.step}.*delete that folder") as error:
-        scheduled(store, cells)
-    assert str(store.of(trunk)) in str(error.value) and cooldown.name in str(error.value)
-    shutil.rmtree(store.of(trunk))
-    assert scheduled(store, cells).is_open(trunk)
+        queued(store, cells)
+    assert str(store.run_folder(trunk.name)) in str(error.value) and cooldown.name in str(error.value)
+    shutil.rmtree(store.run_folder(trunk.name))
+    assert queued(store, cells).is_open(trunk)
 
 
 def test_trunk_whose_cooldowns_are_done(store, cells):
-    """Checkpoints that nothing needs any more may be gone, also while the other trunks' cooldowns are not done."""
+    """Checkpoints may be deleted when their cooldowns are done, also while other trunks are not."""
     for cell in cells[:5]:
         finished(store, cell)
-    shutil.rmtree(store.of(cells[0]) / "checkpoints")
-    found = scheduled(store, cells)
+    shutil.rmtree(store.run_folder(cells[0].name) / "checkpoints")
+    found = queued(store, cells)
     assert len(found.outcomes) == 5 and not found.done
 
 
 def test_failed_trunk(store, cells):
-    """Cooldowns whose trunk failed before their checkpoint failed with it; the others can be trained."""
+    """Cooldowns fail with a trunk that did not reach their checkpoint; the others can be trained."""
     trunk, first, *others = cells[:5]
-    store.failed(trunk, "it diverged")
+    store.fail(trunk, "it diverged")
     store.checkpoint(trunk.name, first.step).mkdir(parents=True)
-    found = scheduled(store, cells[:5])
-    assert {name: end.reason for name, end in found.outcomes.items()} == {trunk.name: "it diverged"} | {
+    found = queued(store, cells[:5])
+    assert {name: outcome.reason for name, outcome in found.outcomes.items()} == {trunk.name: "it diverged"} | {
         cell.name: f"its trunk {trunk.name} failed: it diverged" for cell in others}  # fmt: skip
     assert found.take(spent) == first and found.is_open(first) and not found.done
 
@@ -173,31 +175,31 @@ def test_failed_trunk(store, cells):
 
 
 def test_text_that_changed_meanwhile(store, cells):
-    """A run of another text than the sweep began with (a file was changed while it ran) stops the sweep."""
-    found = scheduled(store, cells)
+    """A run of another text than the sweep started with (a file was changed meanwhile) stops the sweep."""
+    found = queued(store, cells)
     cell = found.take(spent)
     finished(store, cell, FINGERPRINTS | {"data_sha": "changed"})
     with pytest.raises(UserError, match="data_sha = changed"):
         found.put(Reply(cell.name, "finished"))
-    assert cell.name not in found.ends
+    assert cell.name not in found.outcomes
 
 
 def test_workers_that_die(store, cells):
-    """A run is tried again when its worker died; the third death on one run is its failure, on disk too."""
-    found = scheduled(store, cells)
+    """A run is retried when its worker dies; at the third death it fails, on disk too."""
+    found = queued(store, cells)
     cell = found.take(spent)
     for _ in range(DEATHS - 1):
         found.put(Reply(cell.name, "died", "signal 9"))
         assert found.take(spent) == cell
     found.put(Reply(cell.name, "died", "exit code 7"))
-    end = Outcome(reason="its worker died 3 times (exit code 7)")
-    assert found.outcomes[cell.name] == end == store.look(cell) and found.take(spent) != cell
+    failed = Outcome(reason="its worker died 3 times (exit code 7)")
+    assert found.outcomes[cell.name] == failed == store.outcome(cell) and found.take(spent) != cell
 
 
 def test_longest_first(store, cells):
-    """Runs begin in the order of their length, cooldowns not before their trunk's checkpoint; each is given out once;
-    one that another process has waits a while; one that has ended meanwhile is not given out."""
-    found = scheduled(store, cells)
+    """The longest run starts first, a cooldown only after its trunk's checkpoint, each once; a run that is busy in
+    another process waits, and one that has ended meanwhile does not start."""
+    found = queued(store, cells)
     trunks = sorted((cell for cell in cells if cell.is_trunk), key=spent, reverse=True)
     assert [found.take(spent) for _ in range(4)] == [*trunks, None]
     found.put(Reply(trunks[0].name, "busy"))

@@ -1,0 +1,188 @@
+"""Mutation check: whether the tests catch wrong formulas, wrong data order and unsafe checkpoints.
+
+    python tests/mutate.py              all mutations: a quarter of an hour
+    python tests/mutate.py plan laws    those of files whose path contains plan or laws
+
+A mutation replaces one piece of text in a temporary git worktree of HEAD and runs the tests that should then fail. Exit
+code 1 if one survives, if its old text does not occur exactly once, or if the tests fail without a mutation.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 900  # seconds; a mutation that hangs its tests is caught
+
+# (file, its tests): (old text, new text) of each mutation.
+MUTATIONS = {
+    # The laws.
+    ("nanochin/laws/law.py", "tests/laws/test_law.py"): [
+        ("self.A * N**-self.alpha + self.B * D**-self.beta", "self.A * N**-self.alpha - self.B * D**-self.beta"),
+        ("return self.beta / (self.alpha + self.beta)", "return self.alpha / (self.alpha + self.beta)"),
+        (
+            "(self.alpha * self.A / (self.beta * self.B)) ** (1 /",
+            "(self.beta * self.B / (self.alpha * self.A)) ** (1 /",
+        ),
+        ("(C / (6 * R)) ** a", "(C / R) ** a"),
+        ("(50 - level / 2, 50 + level / 2)", "(100 - level, level)"),
+    ],
+    ("nanochin/laws/law.py", "tests/laws/test_cost.py"): [
+        ("(p * self.beta * self.B", "(self.beta * self.B"),
+    ],
+    ("nanochin/laws/parametric.py", "tests/laws/test_parametric.py"): [
+        ("np.sum(weights * psi * (residual - psi / 2))", "np.sum(weights * psi * residual / 2)"),
+        (
+            "np.log(law.loss(surface.N, surface.D)) - np.log(surface.loss)",
+            "np.log(surface.loss) - np.log(law.loss(surface.N, surface.D))",
+        ),
+    ],
+    ("nanochin/laws/solver.py", "tests/laws/test_parametric.py"): [
+        ("psi = np.clip(r, -delta, delta)", "psi = np.clip(r, -2 * delta, 2 * delta)"),
+        ("np.exp(u1 + alpha * self.centre[0])", "np.exp(u1 - alpha * self.centre[0])"),
+    ],
+    ("nanochin/laws/bootstrap.py", "tests/laws/test_bootstrap.py"): [
+        ("counts[:, run_of_row]", "counts[:, np.arange(len(run_of_row)) % m]"),
+    ],
+    ("nanochin/laws/isoflop.py", "tests/laws/test_isoflop.py"): [
+        ("vertex = -q / (2 * p)", "vertex = -q / p"),
+        ("r - p * vertex * vertex", "r + p * vertex * vertex"),
+        ("np.interp(u + self.mean,", "np.interp(u,"),
+    ],
+    ("nanochin/laws/cost.py", "tests/laws/test_cost.py"): [
+        ("1 - self.s * self.q * extra / (1 + extra)", "1 + self.s * self.q * extra / (1 + extra)"),
+    ],
+    ("nanochin/laws/envelope.py", "tests/laws/test_envelope.py"): [
+        ("(params < np.nanmax(there, 0))", "(params <= np.nanmax(there, 0))"),
+    ],
+    ("nanochin/laws/allocation.py", "tests/laws/test_allocation.py tests/laws/test_cost.py"): [
+        ("inference_tokens / (3 * D)", "inference_tokens / D"),
+        ("-(total / unique - 1) / decay", "-(total / unique) / decay"),
+    ],
+    # The plan.
+    ("nanochin/plan/flops.py", "tests/plan/test_flops.py"): [
+        ("3 * sum(getattr(row, convention)", "2 * sum(getattr(row, convention)"),
+        ("T * (T + 1) // 2", "T * (T - 1) // 2"),
+        ("(1 if shape.tied else 2)", "2"),
+        ("L * 2 * T * C * F * (ups + 1)", "L * 2 * T * C * F * ups"),
+        ("appendix_f=L * 3 * H * pairs", "appendix_f=L * 3 * pairs"),
+    ],
+    ("nanochin/plan/rules.py", "tests/plan/test_ladder.py"): [
+        ("tokens**0.69", "tokens**0.59"),
+        ("params**-0.36", "params**-0.46"),
+        ("tokens // 20", "tokens // 10"),
+        ("batch_tokens <= 262_144", "batch_tokens < 262_144"),
+    ],
+    ("nanochin/plan/ladder.py", "tests/plan/test_ladder.py"): [
+        ("2 * i / (sizes - 1) - 1", "i / (sizes - 1) - 1"),
+        ("(MIN_STEPS - 0.5) * shape.seq_len", "(MIN_STEPS - 50) * shape.seq_len"),
+        ("min(candidates, key=score)", "max(candidates, key=score)"),
+    ],
+    # Data order.
+    ("nanochin/data/windows.py", "tests/data/test_windows.py"): [
+        ("random.permutation(np.arange(windows, dtype=np.uint32))", "np.arange(windows, dtype=np.uint32)"),
+        ("int(random.integers(seq_len)) if epoch else 0", "0"),
+        ("self.tokens[: T + 1 - head]", "self.tokens[1 : T + 2 - head]"),
+        ("tokens[1 : len(tokens)]", "tokens[: len(tokens) - 1]"),
+    ],
+    ("nanochin/data/text.py", "tests/data/test_text.py"): [
+        ("held = text.ends, text.hashes < limit", "held = text.ends, np.arange(len(text.ends)) * 20 < len(text.ends)"),
+    ],
+    # Runs and checkpoints.
+    ("nanochin/run/checkpoint.py", "tests/run/test_checkpoint.py"): [
+        ("if sha256_of(path) != digest:", "if False:"),
+        ("                fsync(temp / name)\n", ""),
+        ("            fsync(final.parent)\n", ""),
+        ("[: -max(keep, 1)]", "[max(keep, 1) :]"),
+        ('torch.set_rng_state(tensors.pop("rng"))', 'tensors.pop("rng")'),
+    ],
+    ("nanochin/base/files.py", "tests/base/test_files.py"): [
+        ("            os.fsync(file.fileno())\n", ""),
+    ],
+    ("nanochin/run/folder.py", "tests/run/test_folder.py"): [
+        ('step + ("val_loss" not in row)', "step + 1"),
+    ],
+    ("nanochin/run/optim.py", "tests/run/test_optim.py"): [
+        ("weight_decay if matrices else 0.0", "weight_decay"),
+    ],
+    ("train.py", "tests/test_train.py"): [
+        ("windows.batch(step * sequences, sequences)", "windows.batch((step - state['step']) * sequences, sequences)"),
+    ],
+    # Kernels.
+    ("kernels/reference.py", "tests/kernels/test_kernels.py"): [
+        (".triu(1)", ".triu(2)"),
+        ("D**-0.5", "D**-1"),
+        ("x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * w", "x * x.square().mean(-1, True).rsqrt() * w"),
+        ("keep.sum().clamp(min=1)", "len(targets)"),
+        ("gate * gate.sigmoid() * up", "up * up.sigmoid() * gate"),
+    ],
+    ("kernels/fallback.py", "tests/kernels/test_kernels.py"): [
+        ("is_causal=True", "is_causal=False"),
+        ("value=-sign", "value=sign"),
+        ("norm.square() / x.shape[-1] + eps", "norm.square() / x.shape[-1]"),
+        ("value=-1 / C", "value=1 / C"),
+        ("-kept[:, None]", "-torch.ones_like(kept)[:, None]"),
+        ("1 + 2 * z_loss * log_z", "1 + z_loss * log_z"),
+    ],
+}
+
+
+def run_tests(checkout: Path, tests: str) -> tuple[bool, str]:
+    """(whether all pass, the first failure)."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "-p", "no:cacheprovider", *tests.split()]
+    # Stale bytecode would hide a mutation of equal length. One thread, as in a worker of pytest-xdist.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return False, f"no end within {TIMEOUT} s"
+    failures = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, failures[0].split(" - ")[0] if failures else (done.stdout + done.stderr)[-300:]
+
+
+def check(checkout: Path, file: str, tests: str, old: str, new: str) -> str:
+    """What became of a mutation: "caught", "SURVIVED" or "NOT FOUND", and by which test."""
+    path = checkout / file
+    original = path.read_text()
+    if original.count(old) != 1:
+        return f"NOT FOUND  {original.count(old)} times in the file"
+    path.write_text(original.replace(old, new))
+    try:
+        passed, failure = run_tests(checkout, tests)
+    finally:
+        path.write_text(original)
+    return "SURVIVED" if passed else f"caught     {failure.removeprefix('FAILED ')}"
+
+
+def main() -> int:
+    chosen = {key: v for key, v in MUTATIONS.items() if any(word in key[0] for word in sys.argv[1:] or [""])}
+    results, unmutated = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        checkout = Path(folder) / "checkout"
+        subprocess.run(["git", "-C", ROOT, "worktree", "add", "-q", "--detach", checkout, "HEAD"], check=True)
+        try:
+            for (file, tests), mutations in chosen.items():
+                if tests not in unmutated:
+                    unmutated[tests] = run_tests(checkout, tests)
+                passed, failure = unmutated[tests]
+                if not passed:
+                    print(f"{file}: its tests fail without a mutation: {failure}", flush=True)
+                    results.append("FAILED")
+                    continue
+                for old, new in mutations:
+                    start = time.monotonic()
+                    results.append(check(checkout, file, tests, old, new))
+                    print(f"{file}: {old.strip()} -> {new.strip() or 'nothing'}")
+                    print(f"    {results[-1]}  {time.monotonic() - start:.0f} s", flush=True)
+        finally:
+            subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", checkout], check=True)
+    caught = sum(result.startswith("caught") for result in results)
+    print(f"{caught} of {len(results)} caught")
+    return 0 if caught == len(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
