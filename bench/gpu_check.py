@@ -132,17 +132,18 @@ def add_row(path: Path, row: dict) -> None:
 
 def measure(rows: list[Row], path: Path, dry: bool, deadline: float) -> None:
     """First the rows that run at the same time, then the others one by one, until `deadline` on time.monotonic()."""
+    slower = 10 if dry else 1
 
     def measure_row(row: Row, deadline: float) -> None:
         start = time.monotonic()
-        limit = min(row.seconds, deadline - start)
+        limit = min(row.seconds * slower, deadline - start)
         if limit < 1:
             return print(f"{row.name}: not measured: out of time", flush=True)
         got, took = run(row, limit), time.monotonic() - start
         add_row(path, {"row": row.name, "dry": dry, "seconds": round(took, 2), **got})
         print(f"{row.name}: {got.get('error') or 'done'} ({took:.1f} s)", flush=True)
 
-    first = min(deadline, time.monotonic() + TOGETHER)
+    first = min(deadline, time.monotonic() + TOGETHER * slower)
     with ThreadPoolExecutor(2 if dry else os.cpu_count()) as pool:
         list(pool.map(lambda row: measure_row(row, first), [row for row in rows if row.together]))
     for row in rows:

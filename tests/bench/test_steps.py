@@ -6,9 +6,12 @@ import pytest
 import torch
 from conftest import ROOT
 
+from bench import gpu_jobs
 from bench.common import Worker
 from bench.gpu_check import job, run
-from bench.steps import NanoGPT, profile, time_blocks
+from bench.gpu_jobs import training_step
+from bench.kernels import Bench
+from bench.steps import NanoGPT, our_step, profile, time_blocks
 from nanochin.base.cli import UserError
 from nanochin.config import make_shape
 
@@ -117,27 +120,31 @@ def test_time_is_split():
     assert list(split.values())[:-1] == sorted(list(split.values())[:-1], reverse=True)
 
 
-def test_every_kind_is_measured(checkout):
+def test_every_kind_is_measured(checkout, monkeypatch):
     """Our three kinds have equal losses, eager also memory by micro-batch and time by operation; nanoGPT runs with both
     kernels for attention."""
-
-    def measure(kind: str, nanogpt: str | None = None) -> dict:
-        return run(job(kind, 60, True, "training_step", size="10M", kind=kind, nanogpt=nanogpt), 60)
-
-    ours = [measure(kind) for kind in ("graph", "eager", "compile")]
-    for row in ours:
-        assert row["losses"] == pytest.approx(ours[0]["losses"]) and row["losses"][-1] < row["losses"][0]
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    bench = Bench(CPU, torch.float32, dry=True)
+    ours = {kind: list(training_step(bench, "10M", kind, None))[-1] for kind in ("graph", "eager", "compile")}
+    for row in ours.values():
+        assert row["losses"] == pytest.approx(ours["eager"]["losses"]) and row["losses"][-1] < row["losses"][0]
         assert row["tokens_per_s"] > 0 and row["micro_batch"] == 2
-    assert set(ours[1]["peak_bytes_at"]) == {"1", "2"} and ours[1]["split_ms"]["aten::mm"] > 0
+    assert set(ours["eager"]["peak_bytes_at"]) == {1, 2} and ours["eager"]["split_ms"]["aten::mm"] > 0
     for kernel in ("flash", "cudnn"):
-        theirs = measure(f"nanoGPT {kernel}", checkout)
+        (theirs,) = training_step(bench, "10M", f"nanoGPT {kernel}", checkout)
         assert theirs["tokens_per_s"] > 0 and math.isfinite(theirs["losses"][0])
 
 
-def test_jobs():
-    """A job that raises is an error with its text; kernels of a size can be compiled alone."""
+def test_a_step_that_falls_back_is_an_error(monkeypatch):
+    """A graph that cannot be captured would be measured as eager."""
+    monkeypatch.setattr(gpu_jobs, "our_step", lambda kind, *args, **_: our_step("eager", *args))
+    with pytest.raises(RuntimeError, match="fell back"):
+        list(training_step(Bench(CPU, torch.float32, dry=True), "10M", "graph", None))
+
+
+def test_a_job_that_raises_is_an_error():
+    """With its text."""
     assert "KeyError" in run(job("x", 60, True, "check", name="none"), 60)["error"]
-    assert math.isfinite(run(job("x", 60, True, "compile_kernels", size="10M"), 60)["loss"])
 
 
 def test_a_worker_that_ends_early(tmp_path, monkeypatch):
