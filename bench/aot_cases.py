@@ -30,7 +30,6 @@ class Build:
 
     @property
     def name(self) -> str:
-        """Unique."""
         return f"sm_{self.capability} {self.kernel.fn.__module__.removeprefix('kernels.')} {self.label}"
 
     def type_of(self, argument: str) -> str:
