@@ -1,23 +1,113 @@
-"""Timing and checking of single operations, and the search for better tiles, for bench.gpu_jobs.
+"""Single operations for bench.gpu_jobs: our kernel's time beside its peers', and its error against float64.
 
-Times are medians by `triton.testing.do_bench`, which empties the L2 cache before each call. It does not wait between
-calls, so Python runs ahead and its own time does not count, as long as a call and emptying the cache (some 100 us)
-take the device longer than Python: 42 us for our norms forward and 82 us backward, launches left out (XEON-2).
+Times are by `triton.testing.do_bench`, which empties the L2 cache (some 100 us) before each call and does not wait
+between calls: Python's time, such as 82 us for our norms backward without launches (XEON-2), does not count.
 """
 
-import importlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.common import LATE, error_text
-from bench.kernel_cases import Bench, Case
 from kernels import fallback, ops, reference
 
+TOKENS = 65_536  # of attention and norms
+TINY = {"T": 16, "D": 16, "C": 24, "V": 65, "M": 8}  # shape in a dry run
+SDPA = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and in which dtype things run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    dry: bool  # on a CPU, with tiny shapes
+
+    def randn(self, *size: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(size, device=self.device, dtype=dtype or self.dtype, requires_grad=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Timing
+# Operations to be timed: T is the context, D the head size, C the width, V the vocabulary, M the number of tokens
+
+
+@dataclass(frozen=True)
+class Case:
+    contenders: dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ...]], list[Tensor]]]  # function, its inputs
+    work: dict[str, float]  # FLOPs or bytes by direction: forward, backward, or both in one
+    bound: str  # "flops" or "bytes": which of the two limits its speed
+
+
+def make_case(bench: Bench, name: str) -> Case:
+    """name: operation and shape, such as "attention D64 T1024"."""
+    operation, *sizes = name.split()
+    shape = {size[0]: TINY[size[0]] if bench.dry else int(size[1:]) for size in sizes}
+    return OPERATIONS[operation](bench, **shape)
+
+
+def attention(bench: Bench, D: int, T: int) -> Case:
+    """Without positions; the peers get queries, keys and values unpacked, in the layout that they prefer. FLOPs of the
+    causal half: 2 B H T^2 D forward, 2.5 times as many backward."""
+    B, H = (1, 1) if bench.dry else (TOKENS // T, 2048 // D)
+    qkv = bench.randn(B, T, 3 * H * D)
+    parts = qkv.detach().view(B, T, 3, H, D).unbind(2)
+    parts = [x.contiguous().transpose(1, 2).requires_grad_() for x in parts]  # (B, H, T, D)
+
+    def sdpa(q, k, v, backend):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    contenders = {"ours": (lambda qkv: ops.attention(qkv, H), [qkv])}
+    contenders |= {who: (partial(sdpa, backend=backend), parts) for who, backend in SDPA.items()}
+    scores = B * H * T * T * D
+    return Case(contenders, {"forward": 2 * scores, "backward": 5 * scores}, "flops")
+
+
+def add_rms_norm(bench: Bench, C: int) -> Case:
+    """Limited by memory: four tensors of (M, C) are read or written in each direction."""
+    M = TINY["M"] if bench.dry else TOKENS
+
+    def eager(x, residual, weight):
+        total = x + residual
+        return F.rms_norm(total, (C,), weight.to(x.dtype), eps=1e-6), total
+
+    inputs = [bench.randn(M, C), bench.randn(M, C), bench.randn(C, dtype=torch.float32)]
+    contenders = {"ours": (ops.add_rms_norm, inputs), "eager": (eager, inputs)}
+    return Case(contenders, dict.fromkeys(("forward", "backward"), 4 * inputs[0].nbytes), "bytes")
+
+
+def linear_cross_entropy(bench: Bench, C: int, V: int, M: int) -> Case:
+    """The output layer and its loss; FLOPs of its three matrix products."""
+    h, targets = bench.randn(M, C), torch.randint(V, (M,), device=bench.device)
+    weight = (0.02 * bench.randn(V, C)).detach().requires_grad_()
+    padded = F.pad(weight.detach(), (0, 0, 0, -V % 64))  # aligned rows of logits, as in ours
+
+    def eager(h, weight, targets):
+        return F.cross_entropy(F.linear(h, weight).float(), targets)
+
+    def products(h):
+        logits = h @ padded.T
+        return logits @ padded, logits.T @ h  # the shapes of both gradients
+
+    contenders = {
+        "ours": (ops.linear_cross_entropy, [h, weight, targets]),
+        "eager": (eager, [h, weight, targets]),
+        "matrix products alone": (products, [h.detach()]),
+    }
+    return Case(contenders, {"both": 6 * M * C * V}, "flops")
+
+
+OPERATIONS = {case.__name__: case for case in (attention, add_rms_norm, linear_cross_entropy)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Time
 
 
 def seconds(call: Callable[[], object], bench: Bench) -> float:
@@ -32,21 +122,18 @@ def seconds(call: Callable[[], object], bench: Bench) -> float:
 
 
 def ceilings(bench: Bench) -> dict[str, float]:
-    """FLOP/s of a matrix product and bytes/s of a copy, both large, as this device reaches them now."""
-    n, size = (64, 2**16) if bench.dry else (8192, 2**30)
-    a, b = bench.randn(n, n).detach(), bench.randn(n, n).detach()
-    x = torch.zeros(size, dtype=torch.uint8, device=bench.device)
-    y = torch.empty_like(x)
-    return {
-        "flops": 2 * n**3 / seconds(lambda: a @ b, bench),
-        "bytes": 2 * size / seconds(lambda: y.copy_(x), bench),
-    }
+    """FLOP/s of a large matrix product and bytes/s of a large copy on this device."""
+    n = 64 if bench.dry else 8192
+    a, b = bench.randn(n, n).detach(), bench.randn(8 * n, n).detach()  # in bf16, b has 1 GiB
+    c = torch.empty_like(b)
+    flops = 2 * n**3 / seconds(lambda: a @ a, bench)
+    return {"flops": flops, "bytes": 2 * b.nbytes / seconds(lambda: c.copy_(b), bench)}
 
 
 def bind(function: Callable, inputs: list[Tensor], direction: str) -> Callable[[], object]:
     """A call without arguments that runs one direction: forward, backward, or both."""
     wanted = [x for x in inputs if x.requires_grad]
-    if direction == "forward":
+    if direction == "forward" or not wanted:  # matrix products alone need no gradient
         return lambda: function(*inputs)
     if direction == "both":
         return lambda: torch.autograd.grad(function(*inputs), wanted)
@@ -60,39 +147,35 @@ def as_tuple(value) -> tuple:
 
 
 def time_case(case: Case, bench: Bench, limits: dict[str, float]) -> Iterator[dict]:
-    """A row for each direction and contender: microseconds, share of the ceiling in `limits`, MiB beside the inputs at
-    most; or the error."""
+    """A row per direction and contender: microseconds, share of its ceiling in `limits`, peak MiB; or the error."""
     for direction, work in case.work.items():
         for who, (function, inputs) in case.contenders.items():
             row = {"direction": direction, "who": who}
-            if time.monotonic() > bench.deadline:
-                yield row | {"error": LATE}
-                continue
             try:
                 if not bench.dry:
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()
                 took = seconds(bind(function, inputs, direction), bench)
-                row |= {"us": 1e6 * took, "of_ceiling": work / took / limits[case.ceiling]}
+                row |= {"us": 1e6 * took, "of_ceiling": work / took / limits[case.bound]}
                 if not bench.dry:
                     row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
-            except Exception as error:  # a peer's failure must not cost the other rows
-                row["error"] = error_text(error)
+            except Exception as error:  # a peer that fails must not cost the other rows
+                row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             yield row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Checking
+# Error against float64
 
 
-def check(ours: Callable, peer: Callable, exact: Callable, inputs: list[Tensor]) -> str | None:
-    """What is wrong with ours, or None: errors against float64, of values and gradients, at most twice the peer's plus
-    four units in the last place of the largest value."""
+def check(ours: Callable, peer: Callable, exact: Callable, inputs: list[Tensor], options: tuple = ()) -> str | None:
+    """The first wrong output of ours, or None. The error of values and gradients against float64 may be twice the
+    peer's plus four units in the last place of the largest value."""
 
     def run(function, inputs):
         inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        outs = as_tuple(function(*inputs))
+        outs = as_tuple(function(*inputs, *options))
         torch.manual_seed(1)
         seeds = [torch.randn(out.shape, device=out.device, dtype=torch.bfloat16).to(out.dtype) for out in outs]
         return [*outs, *torch.autograd.grad(outs, [x for x in inputs if x.requires_grad], seeds)]
@@ -107,128 +190,26 @@ def check(ours: Callable, peer: Callable, exact: Callable, inputs: list[Tensor])
 
 
 def checks(bench: Bench) -> dict[str, tuple[list[Tensor], tuple]]:
-    """(inputs, options) by operation, at sizes of their own: odd, and none that is timed."""
+    """(inputs, options) by operation, at odd sizes that are not timed."""
     B, T, H, D = (1, 5, 2, 16) if bench.dry else (2, 1000, 3, 64)
     C, V = H * D, 257 if bench.dry else 50257
-    qkv, x, residual = bench.randn(B, T, 3 * C), bench.randn(B, T, C), bench.randn(B, T, C)
-    weight, bias, out_bias = bench.randn(C, dtype=torch.float32), bench.randn(C, dtype=torch.float32), bench.randn(C)
+    x, residual, weight = bench.randn(B, T, C), bench.randn(B, T, C), bench.randn(C, dtype=torch.float32)
+    bias = bench.randn(C, dtype=torch.float32)
     head = (0.3 * bench.randn(V, C)).detach().requires_grad_()
-    down, half_down = head[:C].detach().requires_grad_(), head[:C, : C // 2].detach().requires_grad_()
     targets = torch.randint(-1, V, (B * T,), device=bench.device)
     return {
-        "attention": ([qkv], (H,)),
-        "attention, rotary": ([qkv], (H, 10_000.0)),
-        "attention, rotary, QK-norm": ([qkv], (H, 10_000.0, True)),
+        "attention": ([bench.randn(B, T, 3 * C)], (H, 10_000.0)),
         "rms_norm": ([x, weight], ()),
         "layer_norm": ([x, weight, bias], ()),
         "add_rms_norm": ([x, residual, weight], ()),
         "add_layer_norm": ([x, residual, weight, bias], ()),
-        "activation_linear": ([x, down, out_bias], ("gelu",)),
-        "activation_linear, swiglu": ([x, half_down, out_bias], ("swiglu",)),
+        "activation_linear": ([x, head[:C].detach().requires_grad_(), bench.randn(C)], ("gelu",)),
         "linear_cross_entropy": ([x.detach().flatten(0, 1).requires_grad_(), head, targets], ()),
     }
 
 
 def check_operation(bench: Bench, name: str) -> str | None:
-    """What is wrong with one of `checks`, or None."""
+    """What is wrong with an operation of `checks`, or None."""
     inputs, options = checks(bench)[name]
-    operation = name.partition(",")[0]
-    ours, peer, exact = (
-        lambda *xs, module=module: getattr(module, operation)(*xs, *options) for module in (ops, fallback, reference)
-    )
-    return check(ours, peer, exact, inputs)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tiles
-
-# By operation: direction, file of the kernels, the function in it that configures, place in its KERNELS if it has them,
-# and what to vary.
-TILE = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
-TUNABLE = {
-    "rotary attention": (
-        ("forward", "attention", "configure", 0, TILE),
-        ("backward", "attention", "configure", 1, TILE),
-        ("backward", "attention", "configure", 2, TILE),
-        ("forward", "rotary", "_config", None, ("ROWS", "HEADS", "num_warps")),
-    ),
-    "add_rms_norm": (
-        ("forward", "norms", "_forward_config", None, ("ROWS", "num_warps")),
-        ("backward", "norms", "_backward_config", None, ("ROWS", "num_warps")),
-    ),
-    "linear_cross_entropy": (("both", "cross_entropy", "_config", None, ("BLOCK", "num_warps")),),
-    "gelu": (
-        ("forward", "activation", "_config", None, ("BLOCK", "num_warps")),
-        ("backward", "activation", "_config", None, ("BLOCK", "num_warps")),
-    ),
-}
-# Tiles of attention to be timed beside the neighbours of those shipped on sm_90, by kernel and head size: two programs
-# on a multiprocessor where the shipped tiles allow one, or larger tiles.
-CANDIDATES = {
-    ("_forward", 128): ((64, 64, 4, 2), (128, 64, 8, 3)),
-    ("_backward_kv", 64): ((32, 128, 8, 2),),
-    ("_backward_kv", 128): ((64, 128, 8, 2),),
-}
-
-
-def tune(operation: str, case: Case, bench: Bench) -> Iterator[dict]:
-    """For each kernel of an operation the shipped configuration beside the fastest of its neighbours; in a dry run of
-    the first kernel alone."""
-    for direction, file, configure, kernel, numbers in TUNABLE[operation][: 1 if bench.dry else None]:
-        module = importlib.import_module(f"kernels.{file}")
-        kernel = None if kernel is None else module.KERNELS[kernel]
-        what = f"{direction} {kernel.__name__ if kernel else file}"
-        try:
-            us = dict(neighbours(case, direction, module, configure, kernel, numbers, bench))
-        except Exception as error:
-            yield {"what": what, "error": error_text(error)}
-            continue
-        shipped, best = us["as shipped"], min((name for name in us if us[name]), key=us.get)
-        yield {"what": what, "shipped_us": shipped, "best": best, "gain": shipped / us[best], "us": us}
-
-
-def neighbours(case, direction, module, name, kernel, numbers, bench) -> Iterator[tuple[str, float | None]]:
-    """(change, microseconds) of the shipped configuration, of those with one number halved or doubled (stages: one
-    less or more) and of CANDIDATES; None for what fails or gives other results."""
-    shipped, seen = getattr(module, name), {}
-    function, inputs = case.contenders["ours"]
-
-    def run(change: dict) -> tuple[list[Tensor], float]:
-        def configure(*arguments):
-            config = shipped(*arguments)
-            if kernel is None or arguments[0] is kernel:
-                seen.update(config)
-                config = config | change
-            return config
-
-        setattr(module, name, configure)
-        try:
-            torch.manual_seed(0)  # the same seeds of the gradients
-            call = bind(function, inputs, direction)
-            return [x.detach() for x in as_tuple(call())], 1e6 * seconds(call, bench)
-        finally:
-            setattr(module, name, shipped)
-
-    want, us = run({})
-    yield "as shipped", us
-    changes = []
-    for number in numbers:
-        value = seen[number]
-        near = (value - 1, value + 1) if number == "num_stages" else (value // 2, 2 * value)
-        changes += [{number: other} for other in near if other >= 1]
-    if kernel is not None:
-        changes += [dict(zip(numbers, tile, strict=True)) for tile in CANDIDATES.get((kernel.__name__, seen["D"]), ())]
-    for change in changes:
-        if time.monotonic() > bench.deadline:
-            return
-        label = ", ".join(f"{number}={value}" for number, value in change.items())
-        try:
-            got, us = run(change)
-            yield label, us if all(map(close, got, want)) else None
-        except Exception:  # too much shared memory, say
-            yield label, None
-
-
-def close(a: Tensor, b: Tensor) -> bool:
-    a, b = a.float(), b.float()
-    return torch.allclose(a, b, rtol=2e-2, atol=2e-2 * b.abs().max().item())
+    ours, peer, exact = (getattr(module, name) for module in (ops, fallback, reference))
+    return check(ours, peer, exact, inputs, options)

@@ -1,4 +1,4 @@
-"""The training steps that benches time, train.py's and nanoGPT's with the same interface, and where their time goes."""
+"""The training steps that are timed: train.py's, and nanoGPT's with the same interface."""
 
 import contextlib
 import importlib
@@ -6,11 +6,12 @@ import io
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.common import nanogpt_folder
+from nanochin.base.cli import UserError
 from nanochin.config import Shape
 from nanochin.run.step import TrainingStep, out_of_memory
 
@@ -26,27 +27,23 @@ def our_step(kind: str, shape: Shape, sequences: int, device: torch.device, dtyp
     return TrainingStep(kind, train_step, model, optimizer, sequences, 1.0, sequences, **more)
 
 
-def nanogpt_model(checkout: str, shape: Shape) -> torch.nn.Module:
-    """A nanoGPT checkout's model of this shape. Raises UserError without a model.py there."""
-    sys.path.insert(0, nanogpt_folder(checkout))
-    theirs = importlib.import_module("model")
-    sizes = {"n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width}
-    config = theirs.GPTConfig(block_size=shape.seq_len, vocab_size=shape.vocab_size, dropout=0.0, bias=False, **sizes)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return theirs.GPT(config)
-
-
 class NanoGPT:
     """`step(batch, lr)` trains on (n, T+1) tokens as nanoGPT's train.py does, in pieces of `micro_batch` sequences;
     returns (loss of the last piece, gradient norm) on the device. The learning rate is fixed."""
 
     def __init__(self, checkout: str, shape: Shape, sequences: int, device: torch.device, dtype: torch.dtype):
-        self.model = nanogpt_model(checkout, shape).to(device)
+        """checkout: of karpathy/nanoGPT. Raises UserError if it has no model.py."""
+        if not (Path(checkout) / "model.py").exists():
+            raise UserError(f"`nanogpt` {checkout}: has no model.py; name a checkout of karpathy/nanoGPT")
+        sys.path.insert(0, str(Path(checkout).resolve()))
+        theirs = importlib.import_module("model")
+        sizes = {"n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width, "block_size": shape.seq_len}
+        config = theirs.GPTConfig(vocab_size=shape.vocab_size, dropout=0.0, bias=False, **sizes)
         with contextlib.redirect_stdout(io.StringIO()):
+            self.model = theirs.GPT(config).to(device)
             self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
         self.forward, self.micro_batch, self.device = self.model, sequences, device
-        low = dtype == torch.bfloat16
-        self.cast = torch.autocast(device.type, torch.bfloat16) if low else contextlib.nullcontext()
+        self.cast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
     def compile(self, batch: Tensor) -> None:
         """Compile for the largest micro-batch, halved from all of `batch`, whose gradient fits uncompiled."""
@@ -82,65 +79,31 @@ class NanoGPT:
         return torch.stack((loss, norm))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Time
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 def time_blocks(step: Callable[[], object], device: torch.device, budget: float) -> list[float]:
     """Seconds a step, of three blocks of steps that take `budget` seconds in all."""
 
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
     def block(number: int) -> float:
-        synchronize(device)
+        synchronize()
         start = time.perf_counter()
         for _ in range(number):
             step()
-        synchronize(device)
+        synchronize()
         return (time.perf_counter() - start) / number
 
     number = max(1, int(budget / 3 / max(block(1), 1e-5)))
     return [block(number) for _ in range(3)]
 
 
-# aten::sum adds up what the norms' backward leaves of dweight (and 64k losses, which is nothing beside it); aten::mul
-# scales the loss's gradients.
-CATEGORIES = {
-    "matmul": ("aten::mm", "aten::addmm", "aten::bmm"),
-    "attention, rotary": (
-        "nanochin::attention",
-        "nanochin::rotary",
-        "aten::_scaled_dot_product",
-        "aten::_flash_attention",
-    ),
-    "norm, activation": ("nanochin::norm", "nanochin::activation", "aten::gelu", "aten::sum"),
-    "loss": ("nanochin::linear_cross_entropy", "aten::_softmax", "aten::_log_softmax", "aten::nll_loss", "aten::mul"),
-    "optimizer": ("aten::_fused_adam", "aten::_foreach", "aten::linalg_vector_norm"),
-    "embedding, casts": ("aten::embedding", "aten::index_select", "aten::copy_"),
-}
-
-
 def profile(function: Callable[[], object], device: torch.device) -> dict[str, float]:
-    """Milliseconds of the device by category, going by the operation that launched each kernel. The head's products
-    count as matmul. On a CPU, where a kernel is its operation, the time of the operation itself."""
+    """Milliseconds of the device by the operation that launched its kernels: the 15 longest, and "other"."""
     from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
-    with torch_profile(activities=activities) as profiler:
+    with torch_profile() as profiler:  # waits for the device at its end
         function()
-        synchronize(device)
-    split, total = dict.fromkeys([*CATEGORIES, "other"], 0.0), 0.0
-    for event in profiler.key_averages():
-        if event.device_type == DeviceType.CPU:
-            category = next((name for name, starts in CATEGORIES.items() if event.key.startswith(starts)), "other")
-            split[category] += event.self_device_time_total if cuda else event.self_cpu_time_total
-        elif not getattr(event, "is_user_annotation", False):
-            total += event.self_device_time_total
-    split["other"] += max(0.0, total - sum(split.values()))  # of kernels that no operation is known to have launched
-    return {name: us / 1e3 for name, us in split.items()}
+    time_of = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
+    times = sorted(((getattr(event, time_of) / 1e3, event.key) for event in events), reverse=True)
+    return {name: ms for ms, name in times[:15]} | {"other": sum(ms for ms, _ in times[15:])}

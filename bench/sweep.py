@@ -1,12 +1,10 @@
-"""A sweep's wall time against a plain loop of train.py processes on the same runs, and where the time goes.
+"""Wall time of a sweep beside a loop that runs one train.py after the other, with torch's default number of threads.
 
-    python -m bench.sweep sweeps/mini.toml              in a folder of its own; what is there already is not redone
-    python -m bench.sweep sweeps/mini.toml --loop 3     time three runs of the loop and estimate the others
+    python -m bench.sweep sweeps/mini.toml              into a new folder
+    python -m bench.sweep sweeps/mini.toml --loop 3     times three runs of the loop and estimates the others
 
-The loop is what one would write in a shell: one `train.py` after the other, with torch's own number of threads, each
-paying for start-up, imports and opening the corpus. Of runs that are not timed the training is taken to last in
-proportion to what it took in the sweep (FLOPs do not tell: small models take longer for one), and all else as long as
-for a timed one.
+For runs that are not timed, training is assumed proportional to its seconds in the sweep (FLOPs would mislead: small
+models take longer per FLOP), the rest equal to that of a timed run.
 """
 
 import csv
@@ -25,7 +23,7 @@ from nanochin.sweep.spec import read_sweep
 @dataclass(frozen=True)
 class BenchOptions:
     sweep: str = opt("sweeps/mini.toml", "the sweep", positional=True)
-    out: str = opt("build/bench-sweep", "folder of the runs; give a new one for a new measurement")
+    out: str = opt("build/bench-sweep", "folder of the runs, a new one for each measurement")
     loop: int = opt(0, "runs of the loop to time, spread over the sweep; 0 = all", low=0)
 
 
@@ -34,59 +32,42 @@ def main() -> None:
     out = Path(options.out)
     if (out / "sweep").exists():
         raise UserError(f"--out {out}: has runs of an earlier measurement; give a new folder")
-    seconds, workers = time_sweep(options, out)
-    with open(out / "sweep" / Path(options.sweep).stem / "runs.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["status"] == "finished"]
-    training = sum(float(row["seconds"]) for row in rows)
-    outside = 1 - training / (workers * seconds)
-
-    chosen = rows if not options.loop else rows[:: max(1, len(rows) // options.loop)][: options.loop]
-    timed = time_loop(options, out, chosen)
-    loop = estimate_loop(timed, loop_training(out, chosen), chosen, rows)
-    print(
-        f"sweep: {seconds:.1f} s for {len(rows)} runs with {workers} workers; outside training steps {outside:.1%} "
-        f"of {workers} x {seconds:.1f} s (start-up, evaluation, checkpoints, waiting for the last run, the fit)"
-    )
-    print(
-        f"loop of train.py: {timed:.1f} s for {len(chosen)} runs"
-        + (f", {loop:.1f} s estimated for all" if len(chosen) < len(rows) else "")
-    )
-    print(f"the sweep takes {seconds / loop:.2f} of the loop's time")
-
-
-def time_sweep(options: BenchOptions, out: Path) -> tuple[float, int]:
-    """(seconds, workers) of the sweep."""
     command = [sys.executable, str(ROOT / "sweep.py"), options.sweep, "--out", str(out / "sweep"), "--results", "none"]
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.perf_counter() - start
     if done.returncode:
         raise UserError(f"the sweep failed: {done.stderr.strip() or done.stdout.strip()}")
-    said = next(line for line in done.stdout.splitlines() if " workers on " in line)
-    return seconds, int(said.split()[0])
+    workers = int(next(line for line in done.stdout.splitlines() if " workers on " in line).split()[0])
+    with open(out / "sweep" / Path(options.sweep).stem / "runs.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["status"] == "finished"]
+    outside = 1 - sum(float(row["seconds"]) for row in rows) / (workers * seconds)
+
+    chosen = rows[:: max(1, len(rows) // options.loop)][: options.loop] if options.loop else rows
+    timed, training = time_loop(options, out / "loop", chosen)
+    loop = estimate_loop(timed, training, chosen, rows)
+    print(f"sweep: {seconds:.1f} s for {len(rows)} runs with {workers} workers, {outside:.1%} outside training steps")
+    print(f"loop of train.py: {timed:.1f} s for {len(chosen)} of {len(rows)} runs, {loop:.1f} s estimated for all")
+    print(f"the sweep takes {seconds / loop:.2f} of the loop's time")
 
 
-def time_loop(options: BenchOptions, out: Path, rows: list[dict]) -> float:
-    """train.py once a run, with the options of its row."""
+def time_loop(options: BenchOptions, out: Path, rows: list[dict]) -> tuple[float, float]:
+    """(seconds of one train.py per row, with the row's options; of these in training, by the runs' summaries)."""
     base = read_sweep(options.sweep).base
-    start = time.perf_counter()
+    start, training = time.perf_counter(), 0.0
     for row in rows:
         known = {key: row[key] for key in ("seq_len", "tokens", "batch_tokens", "lr", "seed")}
         known |= {key: getattr(base, key) for key in ("val_bytes", "cache", "device")}
-        known |= {"model": f"{row['width']}x{row['layers']}", "name": row["run"], "out": out / "loop"}
+        known |= {"model": f"{row['width']}x{row['layers']}", "name": row["run"], "out": out}
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in known.items()]
         train = [sys.executable, str(ROOT / "train.py"), "--data", *base.data, "--sample-tokens=0"]
         subprocess.run([*train, *flags], check=True, capture_output=True)
-    return time.perf_counter() - start
-
-
-def loop_training(out: Path, rows: list[dict]) -> float:
-    """Seconds that the runs of the loop spent training, by their own summaries."""
-    return sum(json.loads((out / "loop" / row["run"] / "summary.json").read_text())["seconds"] for row in rows)
+        training += json.loads((out / row["run"] / "summary.json").read_text())["seconds"]
+    return time.perf_counter() - start, training
 
 
 def estimate_loop(timed: float, training: float, chosen: list[dict], rows: list[dict]) -> float:
-    """Seconds of a loop over all `rows`, of which the `chosen` took `timed`, `training` of them in training."""
+    """Seconds of a loop over all `rows`; the `chosen` took `timed`, of which `training` in training."""
     share = sum(float(row["seconds"]) for row in chosen) / sum(float(row["seconds"]) for row in rows)
     return training / share + (timed - training) * len(rows) / len(chosen)
 

@@ -5,8 +5,17 @@ import numpy as np
 import pytest
 from chinchilla import chinchilla, isoflop_grid
 
-from nanochin.laws import BESIROGLU, NotIdentified, bootstrap, bootstrap_seed_noise, fit_isoflop, fit_parametric
+from nanochin.laws import (
+    BESIROGLU,
+    HOFFMANN,
+    NotIdentified,
+    bootstrap,
+    bootstrap_seed_noise,
+    fit_isoflop,
+    fit_parametric,
+)
 from nanochin.laws.bootstrap import resample
+from nanochin.laws.parametric import reference_objective
 from nanochin.laws.solver import Surface, projected_starts
 
 BUDGETS, RATIOS = np.geomspace(1e17, 1e21, 6), np.geomspace(1 / 6, 6, 8)
@@ -256,11 +265,18 @@ def test_seed_noise_matches_repeated_sweeps():
 
 
 def test_a_premature_stop_collapses_the_interval():
-    """Minimising the mean at default tolerances stops near its start in every resample: the interval is several times
-    narrower than that of the optima, and does not contain the true a."""
-    from bench.fit import made_up, wrong_way
+    """Resamples minimised as first published, the mean from Hoffmann's constants at L-BFGS-B's default tolerances, stop
+    near that start: the interval is several times narrower than that of the optima, and does not contain the true a."""
+    from scipy.optimize import minimize
 
-    mean, _, converged = wrong_way(*made_up(240), resamples=40)
-    assert mean["high"] - mean["low"] < 0.3 * (converged["high"] - converged["low"])
-    assert not mean["low"] <= BESIROGLU.a <= mean["high"]
-    assert converged["low"] <= BESIROGLU.a <= converged["high"]
+    N, D, loss = noisy_grid(0.005)
+    law, n = HOFFMANN, len(N)
+    start = np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta
+    counts = np.random.default_rng(0).multinomial(n, np.ones(n) / n, 40).astype(float)
+    data = (np.log(N), np.log(D), np.log(loss), 1e-3)
+    found = [minimize(reference_objective, start, (*data, c / n), "L-BFGS-B", jac=True).x for c in counts]
+    low, high = np.percentile([x[4] / (x[3] + x[4]) for x in found], (10, 90))
+    ours = bootstrap(fit_parametric(N, D, loss), replicates=40).interval("a", 80)
+    assert high - low < 0.3 * (ours[1] - ours[0])
+    assert not low <= BESIROGLU.a <= high
+    assert ours[0] <= BESIROGLU.a <= ours[1]
