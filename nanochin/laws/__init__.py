@@ -44,14 +44,4 @@ from nanochin.laws.envelope import EnvelopeFit, fit_envelope
 from nanochin.laws.isoflop import IsoflopFit, fit_isoflop, group_budgets
 from nanochin.laws.law import Law, NotIdentified, PowerLaw, exponents, laws_json, laws_text, load_law
 from nanochin.laws.parametric import ParametricFit, fit_kaplan_form, fit_parametric
-from nanochin.laws.published import (
-    BESIROGLU,
-    HOFFMANN,
-    HOFFMANN_1,
-    HOFFMANN_2,
-    KAPLAN,
-    MUENNIGHOFF,
-    PUBLISHED,
-    TABLE_3,
-    advice,
-)
+from nanochin.laws.published import BESIROGLU, HOFFMANN, HOFFMANN_1, HOFFMANN_2, KAPLAN, PUBLISHED, TABLE_3, advice

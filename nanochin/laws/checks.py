@@ -48,12 +48,11 @@ def refit(change, fit: ParametricFit, rows=slice(None), *, runs=None, replicates
         other = fit_parametric(fit.N[rows], fit.D[rows], fit.loss[rows], **options)
     except NotIdentified as error:
         return Refit(change, error)
-    if not replicates:
-        return Refit(change, other)
-    with suppress(NotIdentified):
-        runs = None if runs is None else runs[rows]
-        return Refit(change, other, bootstrap(other, runs=runs, replicates=replicates, seed=seed, verify=0))
-    return Refit(change, other)
+    boot, runs = None, None if runs is None else runs[rows]
+    if replicates:
+        with suppress(NotIdentified):
+            boot = bootstrap(other, runs=runs, replicates=replicates, seed=seed, verify=0)
+    return Refit(change, other, boot)
 
 
 def leave_out_highest(fit: ParametricFit, counts=(0, 1, 3, 5, 8, 15), **resampling) -> list[Refit]:

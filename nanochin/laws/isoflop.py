@@ -124,8 +124,6 @@ def fit_isoflop(N, D, loss, C=None, *, budget=None, method: str = "parabola", **
     Raises NotIdentified with fewer than 6 rows, fewer than 3 sizes, or fewer than 2 budgets with bracketed minimum."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
-    if method not in ("parabola", "akima"):
-        raise ValueError(f"method {method!r}: must be parabola or akima")
     if len(N) < MIN_ROWS:
         raise NotIdentified(f"Approach 2 needs at least {MIN_ROWS} usable rows, but has {len(N)}")
     if distinct(N) < MIN_SIZES:
@@ -218,9 +216,12 @@ class Curve:
         return tuple(out.T)
 
     def minimum(self, loss, weights=None, method: str = "parabola") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """u (K,) of the minimum, the loss there, and an index into REASONS, 0 if bracketed."""
+        """u (K,) of the minimum, the loss there, and an index into REASONS, 0 if bracketed. "akima" needs all rows: it
+        is the spline of log loss through the mean of each size."""
         if method == "akima":
-            return self._spline_minimum(loss, weights)
+            log_loss = self.by_size(np.log(loss)) / np.bincount(self.size_of_row)
+            x, lowest, inside = akima_minimum(self.sizes, log_loss)
+            return x - self.mean, np.exp(lowest), np.where(inside, 0, 2)
         p, q, r = self.parabola(loss, weights)
         u = self.x - self.mean
         there = np.ones(loss.shape, bool) if weights is None else weights > 0
@@ -231,14 +232,6 @@ class Curve:
         # If all runs are too large, the vertex may still be just inside: the lowest run decides.
         inside = (vertex > low) & (vertex < high) & (lowest > low) & (lowest < high)
         return vertex, r - p * vertex * vertex, np.where(~(p > 0), 1, np.where(inside, 0, 2))
-
-    def _spline_minimum(self, loss, weights):
-        """As `minimum`, of the Akima spline of log loss through the mean of each size."""
-        if weights is not None:
-            raise ValueError("resampling leaves gaps in the spline: use the noise bootstrap")
-        log_loss = self.by_size(np.log(loss)) / np.bincount(self.size_of_row)
-        x, lowest, inside = akima_minimum(self.sizes, log_loss)
-        return x - self.mean, np.exp(lowest), np.where(inside, 0, 2)
 
 
 def akima_minimum(x, y) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -148,10 +148,6 @@ class KaplanForm:
     alpha_D: float  # noqa: N815
     objective: float  # the same SUM of Huber_delta over log-loss residuals: compare with ParametricFit.objective
 
-    def loss(self, N, D):
-        """Predicted loss in nats per token."""
-        return ((self.N_c / N) ** (self.alpha_N / self.alpha_D) + self.D_c / D) ** self.alpha_D
-
 
 def fit_kaplan_form(N, D, loss, *, delta: float = 1e-3) -> KaplanForm:
     """Fit the form of Kaplan et al. to the same rows and objective, for comparison. Raises NotIdentified.

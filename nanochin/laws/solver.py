@@ -1,15 +1,9 @@
-"""The solver of Approach 3: its objective with gradient and Hessian, and Newton's method for thousands of problems at
-once, since a bootstrap has one for every replicate.
+"""The solver of Approach 3: Newton's method for thousands of problems at once, since a bootstrap has one per replicate
+(`minimise`), the objective with its gradient and Hessian (`Surface`), and starts (`projected_starts`).
 
     sum_i w_i Huber_delta(r_i),   r_i = log(u1 + u2 + E) - log L_i,   u1 = A N_i^-alpha,   u2 = B D_i^-beta
 
 log N and log D are centred: otherwise A trades off against alpha, B against beta, and every optimiser is slow.
-
-The objective is a sum of Huber functions, so its Hessian jumps where a residual crosses delta and may be indefinite
-away from the optimum. So each problem has its own damping mu: 0 is the exact Newton step; as mu grows, the Hessian is
-blended with that of iteratively reweighted least squares, which majorises the objective, and its diagonal is raised.
-Steps that do not descend are never taken. A problem has converged only if the predicted gain of an exact Newton step is
-less than `TOLERANCE` of the objective.
 """
 
 from collections.abc import Callable
@@ -21,6 +15,12 @@ from nanochin.laws.law import Law, NotIdentified, distinct
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Newton's method
+#
+# The objective is a sum of Huber functions: its Hessian jumps where a residual crosses delta and may be indefinite away
+# from the optimum. So each problem has its own damping mu. 0 is the exact Newton step; as mu grows, the Hessian is
+# blended with that of iteratively reweighted least squares, which majorises the objective, and its diagonal is raised.
+# Steps that do not descend are never taken. A problem has converged only if the predicted gain of an exact Newton step
+# is less than TOLERANCE of the objective.
 
 TOLERANCE = 1e-13  # predicted gain of the next step, relative to the objective
 FLOOR = 1e-30  # rounding error in the objective of noise-free data, relative to the summed weights
@@ -333,10 +333,14 @@ class Surface:
         return finite & (np.linalg.eigvalsh(np.where(finite[:, None, None], H, 0)).min(1) > ROUNDING)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Starts
+
+
 def projected_starts(surface: Surface, count: int) -> np.ndarray:
     """(count, p) starts by variable projection: for given exponents E, A and B are a linear least-squares problem
-    (weights 1 / L^2 imitate log residuals). It is solved on a grid of (alpha, beta); the starts are the
-    best cells, no two of them neighbours, so that agreement on one optimum is evidence for it."""
+    (weights 1 / L^2 imitate log residuals). It is solved on a grid of (alpha, beta); the starts are the best cells, no
+    two of them neighbours, so that agreement on one optimum is evidence for it."""
     pick = slice(None, None, max(1, len(surface.N) // 2000))  # starts need no more rows than that
     x, y, L = surface.bases[3][pick, 1], surface.bases[4][pick, 1], surface.loss[pick]
     w = 1 / L**2

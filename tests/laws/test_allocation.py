@@ -9,7 +9,6 @@ from nanochin.laws import (
     HOFFMANN_1,
     HOFFMANN_2,
     KAPLAN,
-    MUENNIGHOFF,
     PUBLISHED,
     TABLE_3,
     DataConstrained,
@@ -19,6 +18,7 @@ from nanochin.laws import (
     inference_optimal,
     off_optimum,
 )
+from nanochin.laws.published import MUENNIGHOFF
 
 ODD = Law("odd", E=0.7, A=33.0, B=910.0, alpha=0.21, beta=0.44)
 LAWS = pytest.mark.parametrize("law", [BESIROGLU, HOFFMANN, ODD], ids=lambda law: law.name)
