@@ -15,7 +15,7 @@ def loss(N, D):
 
 
 def optimal(C):
-    """(N, D) of least loss at 6 N D = C, by trying 20,001 sizes rather than by the formula."""
+    """(N, D) of lowest loss at 6 N D = C, by trying 20,001 sizes rather than by the formula."""
     N = np.geomspace(1e3, 1e9, 20_001)
     best = N[np.argmin(loss(N, C / (6 * N)))]
     return best, C / (6 * best)
@@ -40,27 +40,20 @@ def sweep(noise: float = 0.003, seed: int = 0, physical: float = 0.0, sizes: int
 
 
 def write_sweep(folder: Path, rows: list[dict], curves: bool = True, points: int = 60) -> Path:
-    """runs.csv in `folder`, and a log.jsonl for each run: the law's loss at every moment, a little above it until the
-    schedule ends."""
+    """runs.csv in `folder`, and a log.jsonl for each run: the law's loss at each logged step, a little above it until
+    the learning rate has decayed."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "runs.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    draw = np.random.default_rng(1)
+    draw, done = np.random.default_rng(1), np.arange(1, points + 1) / points
     for row in rows if curves else ():
         run = folder / "runs" / row["run"]
         run.mkdir(parents=True)
-        done = np.arange(1, points + 1) / points
-        values = (
-            loss(row["params"], done * row["tokens"])
-            * (1 + 0.02 * (1 - done))
-            * np.exp(0.002 * draw.normal(size=points))
-        )
-        log = [
-            {"step": i, "tokens": int(t * row["tokens"]), "loss": float(v)}
-            for i, (t, v) in enumerate(zip(done, values, strict=True))
-        ]
+        tokens = done * row["tokens"]
+        values = loss(row["params"], tokens) * (1 + 0.02 * (1 - done)) * np.exp(0.002 * draw.normal(size=points))
+        log = [{"step": i, "tokens": int(tokens[i]), "loss": float(values[i])} for i in range(points)]
         log.append({"step": points, "val_loss": row["loss"]})
         (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in log))
     return folder

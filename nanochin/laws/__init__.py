@@ -2,13 +2,13 @@
 
     N parameters, D training tokens, C training FLOPs, L validation loss in nats per token; each a float array (n,)
 
-    law.py         Law, PowerLaw, laws.json          result of a fit, input of a planner
-    cost.py        Cost                              FLOPs per token, if not 6 N
+    law.py         Law, PowerLaw, laws.json           result of a fit, input of a planner
+    cost.py        Cost                               FLOPs per token, if not 6 N
     published.py   HOFFMANN, BESIROGLU, KAPLAN ...    published laws, for comparison
     envelope.py    fit_envelope(run, N, D, loss)      Approach 1: lower envelope of the training curves
     isoflop.py     fit_isoflop(N, D, loss)            Approach 2: the minimum of each budget's curve
     parametric.py  fit_parametric(N, D, loss)         Approach 3: L = E + A / N^alpha + B / D^beta
-    solver.py                                         its objective and Newton's method, thousands of problems at once
+    solver.py      Surface, minimise                  its objective and Newton's method, thousands of problems at once
     bootstrap.py   bootstrap(fit, runs=...)           intervals for all three, by resampling runs
     checks.py      hold_out, leave_out_highest ...    what changes the answer, and how well it extrapolates
     allocation.py  target loss, inference, few data   optima beyond Eq. 4
@@ -21,19 +21,12 @@
 If the data cannot identify a parameter, a fit raises NotIdentified, which says why in one line.
 """
 
-from nanochin.laws.allocation import (
-    DataConstrained,
-    OffOptimum,
-    compute_for_loss,
-    inference_optimal,
-    off_optimum,
-)
+# ruff: noqa: F401
+
+from nanochin.laws.allocation import DataConstrained, compute_for_loss, inference_optimal, off_optimum
 from nanochin.laws.bootstrap import LEVELS, Bootstrap, bootstrap, bootstrap_seed_noise
 from nanochin.laws.checks import (
-    Curvature,
     HoldOut,
-    KaplanProcedure,
-    LossLine,
     Refit,
     delta_sensitivity,
     frontier_curvature,
@@ -48,27 +41,7 @@ from nanochin.laws.checks import (
 )
 from nanochin.laws.cost import Cost, ratios
 from nanochin.laws.envelope import EnvelopeFit, fit_envelope
-from nanochin.laws.isoflop import Budget, IsoflopFit, fit_isoflop, group_budgets
+from nanochin.laws.isoflop import IsoflopFit, fit_isoflop, group_budgets
 from nanochin.laws.law import Law, NotIdentified, PowerLaw, exponents, laws_json, laws_text, load_law
-from nanochin.laws.parametric import KaplanForm, ParametricFit, fit_kaplan_form, fit_parametric
-from nanochin.laws.published import (
-    BESIROGLU,
-    HOFFMANN,
-    HOFFMANN_1,
-    HOFFMANN_2,
-    KAPLAN,
-    MUENNIGHOFF,
-    PUBLISHED,
-    TABLE_3,
-    advice,
-)
-
-__all__ = [
-    "BESIROGLU", "HOFFMANN", "HOFFMANN_1", "HOFFMANN_2", "KAPLAN", "LEVELS", "MUENNIGHOFF", "PUBLISHED", "TABLE_3",
-    "Bootstrap", "Budget", "Cost", "Curvature", "DataConstrained", "EnvelopeFit", "HoldOut", "IsoflopFit", "KaplanForm",
-    "KaplanProcedure", "Law", "LossLine", "NotIdentified", "OffOptimum", "ParametricFit", "PowerLaw", "Refit", "advice",
-    "bootstrap", "bootstrap_seed_noise", "compute_for_loss", "delta_sensitivity", "exponents", "fit_envelope",
-    "fit_isoflop", "fit_kaplan_form", "fit_parametric", "frontier_curvature", "group_budgets", "hold_out",
-    "inference_optimal", "kaplan_procedure", "laws_json", "laws_text", "leave_out_highest", "load_law", "loss_line",
-    "near_minimum", "off_optimum", "profile_e", "ratios", "refit", "residuals_by_compute",
-]  # fmt: skip
+from nanochin.laws.parametric import ParametricFit, fit_kaplan_form, fit_parametric
+from nanochin.laws.published import BESIROGLU, HOFFMANN, HOFFMANN_1, HOFFMANN_2, KAPLAN, PUBLISHED, TABLE_3, advice

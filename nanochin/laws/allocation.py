@@ -3,7 +3,6 @@
 FLOPs are counted by the law's `cost`. All but the last also take a law of replicates and return arrays."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +13,7 @@ from nanochin.laws.published import MUENNIGHOFF
 
 def compute_for_loss(law: Law, loss: float) -> float:
     """Training FLOPs at which the optimum reaches `loss`; nan for replicates with loss <= E. Raises NotIdentified if
-    that is all of them."""
+    all are."""
     N = law.params_reaching(_reachable(law, loss))
     return law.cost.flops(N, law.tokens_for(N))
 
@@ -36,19 +35,15 @@ class OffOptimum:
     N: float
     D: float
     loss: float
-    best_loss: float  # of the optimum at the same C
+    extra_loss: float  # above that of the optimum at the same C
     compute_factor: float  # C over the compute that the optimum needs for the same loss: 1.3 means 30% more than needed
-
-    @property
-    def extra_loss(self) -> float:
-        return self.loss - self.best_loss
 
 
 def off_optimum(law: Law, C: float, N: float) -> OffOptimum:
     """Cost of training N parameters instead of N_opt with C FLOPs."""
     D = law.cost.tokens(N, C)
     loss = law.loss(N, D)
-    return OffOptimum(N, D, loss, law.loss(*law.optimal(C)), C / compute_for_loss(law, loss))
+    return OffOptimum(N, D, loss, loss - law.loss(*law.optimal(C)), C / compute_for_loss(law, loss))
 
 
 def inference_optimal(law: Law, loss: float, inference_tokens: float) -> tuple[float, float]:
@@ -66,26 +61,18 @@ def inference_optimal(law: Law, loss: float, inference_tokens: float) -> tuple[f
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(left > 0, np.where(left > 0, left, 1) / law.B, 0) ** (-1 / law.beta)
 
-    def too_large(log_n):
-        N = np.exp(log_n)
-        D = tokens(N)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            asked = law.cost.at(N)[1] * (1 + inference_tokens / (3 * D))
-            return asked > law.alpha * law.A * N**-law.alpha / (law.beta * law.B * D**-law.beta)
-
-    largest = np.log(law.params_reaching(loss))  # inference never favours a larger model
-    smallest = np.log(law.A / (loss - law.E)) / law.alpha  # here D would be infinite
-    N = np.exp(_root(too_large, smallest, largest))
-    return N, tokens(N)
-
-
-def _root(beyond: Callable, low, high):
-    """Where `beyond` becomes true between low and high, by bisection; `high` if it does not."""
+    high = np.log(law.params_reaching(loss))  # inference never favours a larger model
+    low = np.log(law.A / (loss - law.E)) / law.alpha  # here D would be infinite
     for _ in range(60):
         middle = (low + high) / 2
-        far = beyond(middle)
-        low, high = np.where(far, low, middle), np.where(far, middle, high)
-    return high
+        N = np.exp(middle)
+        D = tokens(N)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = law.alpha * law.A * N**-law.alpha / (law.beta * law.B * D**-law.beta)
+            too_large = law.cost.at(N)[1] * (1 + inference_tokens / (3 * D)) > ratio
+        low, high = np.where(too_large, low, middle), np.where(too_large, middle, high)
+    N = np.exp(high)
+    return N, tokens(N)
 
 
 @dataclass(frozen=True)
@@ -111,12 +98,11 @@ class DataConstrained:
             return best
         from scipy.optimize import minimize_scalar
 
-        # The loss along the budget has one minimum, between the unconstrained optimum and larger models.
-        bounds = math.log(N) - 3, math.log(N) + 2 * math.log(D / unique_tokens) + 1
-
         def loss(log_n: float) -> float:
             return self.loss(math.exp(log_n), self.law.cost.tokens(math.exp(log_n), C), unique_tokens)
 
+        # The loss along the budget has one minimum, between the unconstrained optimum and larger models.
+        bounds = math.log(N) - 3, math.log(N) + 2 * math.log(D / unique_tokens) + 1
         N = math.exp(minimize_scalar(loss, bounds=bounds, options={"xatol": 1e-9}).x)
         D = self.law.cost.tokens(N, C)
         if D / unique_tokens - 1 > 20 * self.R_D:  # one more token is worth exp(-20)

@@ -12,14 +12,12 @@ import numpy as np
 
 from nanochin.laws.envelope import EnvelopeFit, refit_envelope
 from nanochin.laws.isoflop import IsoflopFit, refit_isoflop, seed_noise
-from nanochin.laws.law import Law, NotIdentified, PowerLaw
+from nanochin.laws.law import CONSTANTS, Law, NotIdentified, PowerLaw, interval
 from nanochin.laws.parametric import ParametricFit, agree
 from nanochin.laws.solver import BATCH, Solution, Surface, projected_starts
 
 LEVELS = (80, 95)  # percent
-NO_COUNTS = {"at_bound": 0, "checked": 0, "worse": 0, "unconfirmed": 0, "gradient_norm": 0.0, "verified": 0}
 FEW = 10  # independent runs; fewer give a warning
-CONSTANTS = {Law: ("E", "A", "B", "alpha", "beta", "a", "b", "G"), PowerLaw: ("k_N", "a", "k_D", "b")}
 
 
 @dataclass(frozen=True)
@@ -31,15 +29,16 @@ class Bootstrap:
     units: int  # number of units
     replicates: int  # requested
     failed: int  # without an optimum (Approach 2: fewer than 2 bracketed budgets); excluded
-    at_bound: int  # with a constant at its bound (included: E = 0 belongs in the interval of E)
-    # Replicates also minimised from other starts: the first `verify`, or all if one of these has a lower optimum.
-    checked: int  # one of those starts reached the same optimum or a lower one
-    worse: int  # of `checked`: a lower optimum was found and is used instead
-    unconfirmed: int  # none of those starts reached the optimum; not in `checked`
-    gradient_norm: float  # largest of all replicates (Approach 3), see ParametricFit.gradient_norm
-    verified: int  # Approach 3: gradient at most FLAT and Hessian positive definite at the optimum
     warnings: tuple[str, ...]  # sentences for the report: rows that repeat a run, few units, failed replicates
     optima: tuple[np.ndarray, np.ndarray] | None = None  # Approach 2: N_opt, D_opt (replicates, budgets), nan: none
+    # Approach 3:
+    at_bound: int = 0  # with a constant at its bound (included: E = 0 belongs in the interval of E)
+    verified: int = 0  # gradient at most FLAT and Hessian positive definite at the optimum
+    gradient_norm: float = 0.0  # largest of all replicates, see ParametricFit.gradient_norm
+    # Replicates also minimised from other starts: the first `verify`, or all if one of these has a lower optimum.
+    checked: int = 0  # one of those starts reached the same optimum or a lower one
+    worse: int = 0  # of `checked`: a lower optimum was found and is used instead
+    unconfirmed: int = 0  # none of those starts reached the optimum; not in `checked`
 
     def at_budget(self, i: int, level: float = 95) -> dict:
         """Intervals of `params_opt` and `tokens_opt` of the fit's budget i over the replicates where its minimum is
@@ -47,28 +46,25 @@ class Bootstrap:
         there = np.isfinite(self.optima[0][:, i])
         if not 2 * there.sum() >= self.replicates:
             return {}
-        ends = (np.percentile(v[there, i], (50 - level / 2, 50 + level / 2)).tolist() for v in self.optima)
-        return dict(zip(("params_opt", "tokens_opt"), ends, strict=True)) | {"share": float(there.mean())}
+        params, tokens = (list(interval(v[there, i], level)) for v in self.optima)
+        return {"params_opt": params, "tokens_opt": tokens, "share": float(there.mean())}
 
     def interval(self, quantity: str | Callable, level: float = 95) -> tuple[float, float]:
         """Percentile interval of an attribute of the law ("alpha", "a", "G", "k_N") or of any function of it:
         interval(lambda law: law.optimal(1e21)[0], 80)."""
-        values = quantity(self.law) if callable(quantity) else getattr(self.law, quantity)
-        low, high = np.percentile(values, (50 - level / 2, 50 + level / 2))
-        return float(low), float(high)
+        return interval(quantity(self.law) if callable(quantity) else getattr(self.law, quantity), level)
 
     def sample(self, count: int) -> dict[str, list[float]]:
-        """{constant: values} of up to `count` replicates, evenly spaced, to eight digits."""
+        """{constant: values} of up to `count` replicates of a Law, evenly spaced, to eight digits."""
         every = len(self.law.a)
         chosen = np.unique(np.linspace(0, every - 1, count).astype(int))
-        own = {f.name for f in fields(self.law)}
-        values = {name: getattr(self.law, name) for name in CONSTANTS[type(self.law)] if name in own}
-        return {name: [float(f"{x:.8g}") for x in np.broadcast_to(v, every)[chosen]] for name, v in values.items()}
+        values = {name: np.broadcast_to(getattr(self.law, name), every)[chosen] for name in CONSTANTS}
+        return {name: [float(f"{x:.8g}") for x in v] for name, v in values.items()}
 
     def intervals(self, budgets=()) -> dict[str, dict[int, tuple[float, float]]]:
         """{quantity: {80: (low, high), 95: ...}} of every constant, and of N_opt, D_opt and the ratio D/N (and
         loss_opt, for Approach 3) at each of `budgets`, with names like "N_opt(1e+21)"."""
-        quantities: dict = {name: name for name in CONSTANTS[type(self.law)]}
+        quantities: dict = {name: name for name in self.law.quantities}
         for C in budgets:
             N, D = self.law.optimal(C)
             values = {"N_opt": N, "D_opt": D, "D/N": D / N}
@@ -78,31 +74,27 @@ class Bootstrap:
         return {name: {level: self.interval(q, level) for level in LEVELS} for name, q in quantities.items()}
 
     def to_json(self) -> dict:
-        """Entries of laws.json: intervals of the constants, `ci` (95%) and `ci80`, and `bootstrap`, the counts."""
+        """Entries of laws.json: intervals of the constants, `ci` (95%) and `ci80`, and `bootstrap`, the counts; for
+        Approaches 1 and 2 also a_ci and b_ci."""
         found = self.intervals()
-        counts = ("unit", "units", "replicates", "failed", "at_bound", "verified", "checked", "worse", "unconfirmed",
-                  "gradient_norm")  # fmt: skip
-        return {
+        exponents = () if isinstance(self.law, Law) else ("a", "b")
+        return {f"{name}_ci": list(found[name][95]) for name in exponents} | {
             "ci": {name: list(at[95]) for name, at in found.items()},
             "ci80": {name: list(at[80]) for name, at in found.items()},
-            "bootstrap": {name: getattr(self, name) for name in counts},
+            "bootstrap": {f.name: getattr(self, f.name) for f in fields(self) if f.type in (int, float, str)},
         }
 
 
+Progress = Callable[[int, int], None] | None  # called with (replicates done, replicates) after each batch
+
+
 def bootstrap(
-    fit,
-    *,
-    runs=None,
-    replicates: int = 4000,
-    seed: int = 0,
-    verify: int = 200,
-    progress: Callable[[int, int], None] | None = None,
+    fit, *, runs=None, replicates: int = 4000, seed: int = 0, verify: int = 200, progress: Progress = None
 ) -> Bootstrap:
     """Resample runs with replacement and fit each replicate to convergence. `fit` is a ParametricFit, IsoflopFit or
     EnvelopeFit; `runs` (n,) are the run ids of the rows (default: each row is its own run; an envelope has its runs).
     For Approach 3 each optimum is verified by gradient and Hessian, and `verify` replicates (0: none) are also
     minimised from other starts, all replicates if that finds a lower optimum for any.
-    `progress` is called with (replicates done, replicates) after each batch.
     Raises NotIdentified with fewer than 3 units or if most replicates fail."""
     if isinstance(fit, EnvelopeFit):
         runs = fit.runs
@@ -123,12 +115,10 @@ def bootstrap(
     else:
         constants = refit_envelope(fit, batches)
     unit = "run" if rows > units or isinstance(fit, EnvelopeFit) else "row"
-    return _collect(fit, constants, unit, units, replicates, counts, warnings, optima)
+    return _collect(fit, constants, warnings, unit=unit, units=units, replicates=replicates, optima=optima, **counts)
 
 
-def resample(
-    runs, replicates: int, seed: int, progress: Callable[[int, int], None] | None = None
-) -> tuple[int, Callable[[int], Iterator[np.ndarray]]]:
+def resample(runs, replicates: int, seed: int, progress: Progress = None) -> tuple[int, Callable]:
     """(number of distinct ids in `runs` (n,), batches). batches(size) yields weights (k, n): how often the run of each
     row was drawn. Raises NotIdentified with fewer than 3 runs."""
     ids, run_of_row = np.unique(np.asarray(runs), return_inverse=True)
@@ -151,13 +141,11 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
     """Minimise each replicate by Newton steps from the fit's optimum. Minimise the first `verify` (replicates are
     exchangeable), and those that fail, also from four starts far from it and from each other; all of them if that
     finds a lower optimum for any."""
-    surface = Surface.of(
-        fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=fit.fixed_e, tied=fit.tied, weights=fit.weights
-    )
+    surface = Surface.of(fit.N, fit.D, fit.loss, **fit.options)
     starts = projected_starts(surface, 12)
     warm, others = surface.z(fit.law), [starts[-1], *starts[::4]]
     size = max(1, BATCH // fit.n)
-    counts = dict(NO_COUNTS)
+    counts = {"at_bound": 0, "verified": 0, "gradient_norm": 0.0, "checked": 0, "worse": 0, "unconfirmed": 0}
     optima, sampled = [], []  # per batch: its optima, and how many are in the sample
 
     def check(found: Solution, weights, rows) -> None:
@@ -167,7 +155,6 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
         counts["unconfirmed"] += int((found.converged[rows] & ~confirmed).sum())
 
     for weights in batches(size):
-        weights *= fit.weights
         found = surface.minimise(np.tile(warm, (len(weights), 1)), weights)
         sampled.append(min(len(weights), verify - sum(sampled)))
         check(found, weights, np.arange(sampled[-1]))
@@ -176,15 +163,15 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
         optima.append(found)
     if counts["worse"]:
         for weights, found, first in zip(batches(size), optima, sampled, strict=True):
-            check(found, weights * fit.weights, np.arange(first, len(weights)))
+            check(found, weights, np.arange(first, len(weights)))
     for found in optima:
         good = found.converged  # which includes the check of gradient and Hessian
         counts["verified"] += int(good.sum())
         counts["at_bound"] += int(surface.at_bound(found.theta[good]).any(1).sum())
         counts["gradient_norm"] = max(counts["gradient_norm"], float(found.gradient_norm[good].max(initial=0)))
     theta = np.concatenate([np.where(found.converged[:, None], found.theta, np.nan) for found in optima])
-    law = surface.law(theta, "")
-    return {k: getattr(law, k) for k in ("E", "A", "B", "alpha", "beta")}, counts
+    law = surface.law(theta)
+    return {name: getattr(law, name) for name in CONSTANTS}, counts
 
 
 def _minimise_also(surface: Surface, found: Solution, weights, rows, starts) -> tuple[np.ndarray, np.ndarray]:
@@ -200,16 +187,11 @@ def _minimise_also(surface: Surface, found: Solution, weights, rows, starts) -> 
         objective = np.where(other.converged, other.objective, np.inf)
         lowest = np.minimum(lowest, objective)
         for k in np.flatnonzero(~agree(best, objective, total)):
-            _replace(found, rows[k], other, k)
+            for name in ("theta", "objective", "converged", "gradient_norm"):
+                getattr(found, name)[rows[k]] = getattr(other, name)[k]
             best[k] = objective[k]
     there = np.isfinite(best)
     return np.isfinite(first) & ~agree(first, best, total), there & agree(lowest, best, total)
-
-
-def _replace(found: Solution, k: int, other: Solution, at: int) -> None:
-    """Replace optimum k by optimum `at` of `other`."""
-    for name in ("theta", "objective", "converged", "gradient_norm"):
-        getattr(found, name)[k] = getattr(other, name)[at]
 
 
 def bootstrap_seed_noise(
@@ -222,30 +204,21 @@ def bootstrap_seed_noise(
     if not noise >= 0:
         raise NotIdentified("seed noise: unknown, since no budget has more than 3 runs")
     constants, optima = seed_noise(fit, noise, replicates, np.random.default_rng(seed))
-    return _collect(fit, constants, "seed noise", len(fit.N), replicates, {}, [], optima)
+    return _collect(fit, constants, [], unit="seed noise", units=len(fit.N), replicates=replicates, optima=optima)
 
 
-def _collect(
-    fit,
-    constants: dict,
-    unit: str,
-    units: int,
-    replicates: int,
-    counts: dict,
-    warnings: list,
-    optima: tuple | None = None,
-) -> Bootstrap:
+def _collect(fit, constants: dict, warnings: list[str], *, replicates: int, **known) -> Bootstrap:
+    """The Bootstrap of the replicates' constants; `known`: its other fields."""
     good = np.isfinite(np.stack(list(constants.values()))).all(0)
     failed = int((~good).sum())
     if failed > replicates / 2:
         raise NotIdentified(f"bootstrap: {failed} of {replicates} replicates have no optimum")
-    if failed:
-        warnings.append(f"{failed} of {replicates} replicates have no optimum and are not in the intervals")
-    if counts.get("unconfirmed"):
-        warnings.append(f"{counts['unconfirmed']} of {replicates} replicates have an optimum no other start reached")
-    if counts.get("at_bound"):
-        warnings.append(f"{counts['at_bound']} of {replicates} replicates have a constant at its bound")
-    law = replace(fit.law, **{k: v[good] for k, v in constants.items()})
-    return Bootstrap(
-        law, unit, units, replicates, failed, warnings=tuple(warnings), optima=optima, **NO_COUNTS | counts
-    )
+    for number, problem in (
+        (failed, "have no optimum and are not in the intervals"),
+        (known.get("unconfirmed"), "have an optimum no other start reached"),
+        (known.get("at_bound"), "have a constant at its bound"),
+    ):
+        if number:
+            warnings.append(f"{number} of {replicates} replicates {problem}")
+    law = replace(fit.law, **{name: v[good] for name, v in constants.items()})
+    return Bootstrap(law, replicates=replicates, failed=failed, warnings=tuple(warnings), **known)

@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nanochin.laws.bootstrap import LEVELS, Bootstrap, bootstrap, resample
 from nanochin.laws.cost import Cost
-from nanochin.laws.isoflop import FINE, Curve, IsoflopFit, akima, group_budgets, line, replicate_optima
-from nanochin.laws.law import NotIdentified
+from nanochin.laws.isoflop import Budget, Curve, IsoflopFit, akima_minimum, group_budgets, replicate_optima
+from nanochin.laws.law import CONSTANTS, NotIdentified, interval, line
 from nanochin.laws.parametric import ParametricFit, fit_parametric
 from nanochin.laws.solver import BATCH, Surface, projected_starts
 
@@ -42,18 +43,15 @@ class Refit:
 def refit(change, fit: ParametricFit, rows=slice(None), *, runs=None, replicates=0, seed=0, **changes) -> Refit:
     """The same fit on some of its rows, or with another delta, space, E or tied, and `replicates` (0: none) resamples;
     `runs` (n,) as in bootstrap."""
-    law = fit.law
-    options = {"delta": fit.delta, "space": fit.space, "E": fit.fixed_e, "tied": fit.tied, "weights": fit.weights[rows]}
-    options |= {"name": law.name, "params_convention": law.params_convention, "cost": law.cost} | changes
+    options = fit.options | {"params_convention": fit.law.params_convention, "cost": fit.law.cost} | changes
     try:
         other = fit_parametric(fit.N[rows], fit.D[rows], fit.loss[rows], **options)
     except NotIdentified as error:
         return Refit(change, error)
-    runs = None if runs is None else runs[rows]
-    try:
-        boot = bootstrap(other, runs=runs, replicates=replicates, seed=seed, verify=0) if replicates else None
-    except NotIdentified:
-        boot = None
+    boot, runs = None, None if runs is None else runs[rows]
+    if replicates:
+        with suppress(NotIdentified):
+            boot = bootstrap(other, runs=runs, replicates=replicates, seed=seed, verify=0)
     return Refit(change, other, boot)
 
 
@@ -86,36 +84,22 @@ def profile_e(fit: ParametricFit, points: int = 41) -> tuple[np.ndarray, np.ndar
     """Profile of E: (E (points,), objective (points,)), everything else optimised at fixed E from 0 to the lowest loss;
     nan where no optimum was found. The flatter it is, the less the data say about E."""
     grid = np.linspace(0, fit.loss.min() * (1 - 1e-3), points)
-    surface = Surface.of(
-        fit.N, fit.D, fit.loss, delta=fit.delta, space=fit.space, E=None, tied=fit.tied, weights=fit.weights
-    )
-    starts = [surface.z(fit.law), *projected_starts(surface, 12)[3::4]]
+    surface = Surface.of(fit.N, fit.D, fit.loss, **fit.options | {"E": None})
     best = np.full(points, np.inf)
-    for start in starts:
-        found = surface.profile(start, grid)
+    for start in (surface.z(fit.law), *projected_starts(surface, 12)[3::4]):
+        found = surface.minimise(np.tile(start, (points, 1)), E=grid, cold=True)
         best = np.where(found.converged, np.minimum(best, found.objective), best)
     return grid, np.where(np.isfinite(best), best, np.nan)
 
 
-def residuals_by_compute(fit: ParametricFit, bins: int = 3) -> list[dict]:
-    """For each quantile bin of C = 6 N D: flops_low, flops_high, n, median (bias of log predicted - log observed) and
-    sd (robust: 1.4826 MAD)."""
-    C = 6 * fit.N * fit.D
-    table = []
-    for rows in np.array_split(np.argsort(C, kind="stable"), bins):
-        if not len(rows):
-            continue
-        r = fit.residuals[rows]
-        middle = float(np.median(r))
-        table.append(
-            {
-                "flops_low": float(C[rows].min()),
-                "flops_high": float(C[rows].max()),
-                "n": len(rows),
-                "median": middle,
-                "sd": float(1.4826 * np.median(np.abs(r - middle))),
-            }
-        )
+def residuals_by_compute(fit: ParametricFit) -> list[dict]:
+    """For each third of the runs by C = 6 N D: flops_low, flops_high, n, median (bias of log predicted - log observed)
+    and sd (robust: 1.4826 MAD)."""
+    C, table = 6 * fit.N * fit.D, []
+    for rows in np.array_split(np.argsort(C, kind="stable"), 3):
+        r, middle = fit.residuals[rows], float(np.median(fit.residuals[rows]))
+        ends = {"flops_low": float(C[rows].min()), "flops_high": float(C[rows].max()), "n": len(rows)}
+        table.append(ends | {"median": middle, "sd": float(1.4826 * np.median(np.abs(r - middle)))})
     return table
 
 
@@ -148,9 +132,9 @@ class HoldOut:
         arrays = ("rows", "predicted", "observed", *(("low", "high") if self.bootstrap else ()))
         out |= {name: getattr(self, name).tolist() for name in arrays}
         out["minima"] = [
-            {"flops": C, "params_measured": seen, "params_predicted": told}
+            {"flops": C, "params_measured": measured, "params_predicted": predicted}
             | ({"ci": ends} if math.isfinite(ends[0]) else {})
-            for C, seen, told, ends in self.optima
+            for C, measured, predicted, ends in self.optima
         ]
         return out | ({"outside": self.outside} if self.bootstrap else {})
 
@@ -188,23 +172,18 @@ def hold_out(N, D, loss, C=None, *, budgets: int = 1, least: int = 1, budget=Non
         runs = None if runs is None else np.asarray(runs)[rest]
         try:
             boot = bootstrap(fit, runs=runs, replicates=replicates, seed=seed, verify=50)
+            low, high = _prediction_interval(fit, boot, N[rows], D[rows], np.random.default_rng(seed))
         except NotIdentified as error:
             why = str(error)
-    if boot:
-        low, high = _prediction_interval(fit, boot, N[rows], D[rows], np.random.default_rng(seed))
     miss = np.log(predicted / loss[rows])
-    optima = _held_optima(fit, boot, N, D, loss, nominal, rows)
-    return HoldOut(fit, boot, rows, predicted, low, high, loss[rows], float(np.median(miss)),
-                   float(np.median(np.abs(miss))), float(np.median(np.abs(fit.residuals))),
-                   float(C[rows].max() / C[rest].max()), optima, why)  # fmt: skip
+    bias, *errors = (float(np.median(v)) for v in (miss, np.abs(miss), np.abs(fit.residuals)))
+    reach, optima = float(C[rows].max() / C[rest].max()), _held_optima(fit, boot, N, D, loss, nominal, rows)
+    return HoldOut(fit, boot, rows, predicted, low, high, loss[rows], bias, *errors, reach, optima, why)
 
 
 def _prediction_interval(fit: ParametricFit, boot: Bootstrap, N, D, rng) -> tuple[np.ndarray, np.ndarray]:
     """Low and high (m,): predictions of each replicate times the scatter of a random fitted row."""
-    names = ("E", "A", "B", "alpha", "beta")
-    law = replace(
-        boot.law, **{name: getattr(boot.law, name)[:, None] for name in names}
-    )  # (K, 1), for many rows at once
+    law = replace(boot.law, **{name: getattr(boot.law, name)[:, None] for name in CONSTANTS})  # (K, 1), for many rows
     K, parts = len(boot.law.E), []
     for at in np.array_split(np.arange(len(N)), -(-len(N) * K // BATCH)):
         scatter = np.exp(-rng.choice(fit.residuals, (K, len(at))))
@@ -221,10 +200,10 @@ def _held_optima(fit, boot, N, D, loss, nominal, rows) -> tuple:
         curve = Curve.of(N[at], D[at])
         if len(curve.sizes) < 3:
             continue
-        u, _, reason = curve.minimum(loss[at][None])
-        if reason[0] == 0:
-            span = (np.nan, np.nan) if boot is None else boot.interval(lambda law, C=c: law.optimal(C)[0])
-            optima.append((float(c), float(np.exp(u[0] + curve.mean)), float(fit.law.optimal(c)[0]), span))
+        (u,), _, (reason,) = curve.minimum(loss[at][None])
+        if not reason:
+            ends = (np.nan, np.nan) if boot is None else boot.interval(lambda law, C=c: law.optimal(C)[0])
+            optima.append((float(c), float(np.exp(u + curve.mean)), float(fit.law.optimal(c)[0]), ends))
     return tuple(optima)
 
 
@@ -240,9 +219,7 @@ class Curvature:
 def frontier_curvature(fit: IsoflopFit, *, runs=None, replicates: int = 1000, seed: int = 0) -> Curvature:
     """Quadratic term of the frontier, with intervals from resampled runs (ids `runs` (n,) if rows share them). Raises
     NotIdentified with fewer than 4 bracketed budgets."""
-    good = [b for b in fit.budgets if b.bracketed]
-    if len(good) < MIN_CURVATURE:
-        raise NotIdentified(f"curvature needs {MIN_CURVATURE} budgets with a bracketed minimum, but has {len(good)}")
+    good = _bracketed(fit, "curvature")
     log_c, log_n = np.log([b.flops for b in good]), np.log([b.params_opt for b in good])
     quadratic = float(_quadratic(log_c, log_n[None], np.ones((1, len(good))))[0])
     _, batches = resample(np.arange(len(fit.N)) if runs is None else runs, replicates, seed)
@@ -251,9 +228,24 @@ def frontier_curvature(fit: IsoflopFit, *, runs=None, replicates: int = 1000, se
     values = _quadratic(log_c, np.log(np.where(there, replicas, 1)), there.astype(float))[there.sum(1) >= MIN_CURVATURE]
     if len(values) < replicates / 2:
         raise NotIdentified(f"curvature: {replicates - len(values)} of {replicates} replicates have too few optima")
-    intervals = {v: tuple(float(x) for x in np.percentile(values, (50 - v / 2, 50 + v / 2))) for v in LEVELS}
+    intervals = {level: interval(values, level) for level in LEVELS}
     low, high = intervals[95]
     return Curvature(quadratic, intervals, not low <= 0 <= high)
+
+
+def _bracketed(fit: IsoflopFit, what: str) -> list[Budget]:
+    good = [b for b in fit.budgets if b.bracketed]
+    if len(good) < MIN_CURVATURE:
+        raise NotIdentified(f"{what} needs {MIN_CURVATURE} budgets with a bracketed minimum, but has {len(good)}")
+    return good
+
+
+def _quadratic(x, y, weights) -> np.ndarray:
+    """(K,) quadratic coefficient of y (K, m) on x (m,) with weights (K, m)."""
+    u = x - x.mean()
+    basis = np.stack([np.ones_like(u), u, u * u], 1)
+    normal = np.einsum("km,mi,mj->kij", weights, basis, basis) + 1e-12 * np.eye(3)
+    return np.linalg.solve(normal, ((weights * y) @ basis)[:, :, None])[:, 2, 0]
 
 
 @dataclass(frozen=True)
@@ -269,22 +261,10 @@ class LossLine:
 
 def loss_line(fit: IsoflopFit) -> LossLine:
     """Raises NotIdentified with fewer than 4 bracketed budgets, since the largest is predicted from the others."""
-    good = sorted((b.flops, b.loss_opt) for b in fit.budgets if b.bracketed)
-    if len(good) < MIN_CURVATURE:
-        raise NotIdentified(
-            f"the line of lowest losses needs {MIN_CURVATURE} budgets with a bracketed minimum, but has {len(good)}"
-        )
+    good = sorted((b.flops, b.loss_opt) for b in _bracketed(fit, "the line of lowest losses"))
     log_c, log_l = np.log(good).T
     start, slope = line(log_c[:-1], log_l[:-1])
     return LossLine(float(-line(log_c, log_l)[1]), *map(float, good[-1]), float(np.exp(start + slope * log_c[-1])))
-
-
-def _quadratic(x, y, weights) -> np.ndarray:
-    """(K,) quadratic coefficient of y (K, m) on x (m,) with weights (K, m)."""
-    u = x - x.mean()
-    basis = np.stack([np.ones_like(u), u, u * u], 1)
-    normal = np.einsum("km,mi,mj->kij", weights, basis, basis) + 1e-12 * np.eye(3)
-    return np.linalg.solve(normal, ((weights * y) @ basis)[:, :, None])[:, 2, 0]
 
 
 @dataclass(frozen=True)
@@ -301,22 +281,14 @@ class KaplanProcedure:
 
 
 def kaplan_procedure(
-    params_non_embedding,
-    D,
-    loss,
-    law_loss,
-    *,
-    budget=None,
-    noise: float | None = None,
-    replicates: int = 0,
-    seed: int = 0,
+    N, D, loss, law_loss, *, budget=None, noise: float | None = None, replicates: int = 0, seed: int = 0
 ) -> KaplanProcedure:
-    """At equal C_kaplan = 6 N_non_embedding D interpolate each size's loss, take the minimum over sizes, regress
-    log N on log C. `law_loss` (n,) is the fitted law's loss of every row. `budget` (n,) groups the rows, with one
-    C_kaplan per budget, the geometric mean of its rows. If fewer than 3 of these have a bracketed minimum, BETWEEN
+    """At equal C_kaplan = 6 N D, N non-embedding parameters, interpolate each size's loss, take the minimum over sizes,
+    regress log N on log C. `law_loss` (n,) is the fitted law's loss of every row. `budget` (n,) groups the rows, with
+    one C_kaplan per budget, the geometric mean of its rows. If fewer than 3 of these have a bracketed minimum, BETWEEN
     levels over the whole range of C_kaplan are used instead. `replicates` add noise of sd `noise` to the log losses.
     Raises NotIdentified if fewer than 2 levels have a bracketed minimum."""
-    N, D, loss, law_loss = (np.asarray(v, np.float64) for v in (params_non_embedding, D, loss, law_loss))
+    N, D, loss, law_loss = (np.asarray(v, np.float64) for v in (N, D, loss, law_loss))
     C = 6 * N * D
     nominal = group_budgets(C, budget=budget)
     levels, both = np.log(np.unique(nominal[np.isfinite(nominal)])), np.log([loss, law_loss])
@@ -336,10 +308,10 @@ def kaplan_procedure(
         draws = both[0] + noise * np.random.default_rng(seed).standard_normal((replicates, len(N)))
         drawn = _kaplan_optima(N, C, draws, x)
         good = np.isfinite(drawn)
-        slopes = line(np.broadcast_to(x, drawn.shape), np.log(np.where(good, drawn, 1)), good.astype(float))[1]
-        slopes = slopes[good.sum(1) >= 2]
-        if 2 * len(slopes) > replicates:
-            intervals = {v: tuple(np.percentile(slopes, (50 - v / 2, 50 + v / 2)).tolist()) for v in LEVELS}
+        drawn, good = drawn[good.sum(1) >= 2], good[good.sum(1) >= 2]
+        if 2 * len(drawn) > replicates:
+            slopes = line(x, np.log(np.where(good, drawn, 1)), good.astype(float))[1]
+            intervals = {level: interval(slopes, level) for level in LEVELS}
     return KaplanProcedure(float(a), float(simulated), intervals, between, len(levels), np.exp(x), optima[0, there])
 
 
@@ -359,9 +331,7 @@ def _kaplan_optima(N, C, log_loss, levels) -> np.ndarray:
                 share = (level - log_c[k - 1]) / max(log_c[k] - log_c[k - 1], 1e-12)
                 x.append(np.log(N[rows[0]]))
                 y.append((1 - share) * log_loss[:, rows[k - 1]] + share * log_loss[:, rows[k]])
-        if len(x) < 3:
-            continue
-        fine = np.interp(np.arange((len(x) - 1) * FINE + 1) / FINE, np.arange(len(x)), x)
-        best = akima(np.array(x), np.array(y).T, fine).argmin(1)
-        params[:, i] = np.where((best > 0) & (best < len(fine) - 1), np.exp(fine[best]), np.nan)
+        if len(x) >= 3:
+            best, _, inside = akima_minimum(np.array(x), np.array(y).T)
+            params[:, i] = np.where(inside, np.exp(best), np.nan)
     return params

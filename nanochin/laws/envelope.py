@@ -1,18 +1,16 @@
 """Approach 1: the lower envelope of all training curves.
 
-At each FLOP count the run with the lowest loss wins; its size and its tokens so far are taken as the optimum for that
-compute. If the winner is the smallest or the largest size trained that far, an even smaller or larger one might be
-better: such points are shown but not fitted. The minimum of noisy curves favours lucky noise, so the envelope is a
-little too low. The loss in the middle of a decaying schedule is too high, so the paper checks whether winners are near
-the end of their run.
+At each FLOP count the run with the lowest loss wins; its size and its tokens so far are the optimum for that compute.
+If the winner is the smallest or the largest size trained that far, an even smaller or larger one might be better: such
+points are shown but not fitted. A minimum over noisy curves is biased low. While the learning rate is still high the
+loss is too high, so the paper checks whether winners are near the end of their run.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from nanochin.laws.isoflop import line
-from nanochin.laws.law import NotIdentified, PowerLaw
+from nanochin.laws.law import NotIdentified, PowerLaw, constants, distinct, fit_power_laws, line
 
 LATE = 0.85  # from here on a run is in its last 15%
 
@@ -36,23 +34,17 @@ class EnvelopeFit:
     sizes: np.ndarray  # (runs,) N
 
     def to_json(self, bootstrap=None) -> dict:
-        """The object `approach1` of laws.json; `bootstrap` adds a_ci, b_ci and its to_json()."""
-        out = self.law.constants()
-        if bootstrap is not None:
-            out |= {"a_ci": list(bootstrap.interval("a")), "b_ci": list(bootstrap.interval("b"))} | bootstrap.to_json()
-        return out | {
-            "points": int(self.bracketed.sum()),
-            "late_share": self.late_share,
-            "n_curves": len(self.runs),
-            "n_winners": len(np.unique(self.winner[self.bracketed])),
-        }
+        """The object `approach1` of laws.json; `bootstrap` adds its to_json()."""
+        out = constants(self.law) | {"points": int(self.bracketed.sum()), "late_share": self.late_share}
+        out |= {"n_curves": len(self.runs), "n_winners": len(np.unique(self.winner[self.bracketed]))}
+        return out | (bootstrap.to_json() if bootstrap else {})
 
 
-def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 10, name: str = "Approach 1",
-                 params_convention: str = "total", flops_convention: str = "6nd") -> EnvelopeFit:  # fmt: skip
+def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 10, **conventions) -> EnvelopeFit:
     """Rows are points of training curves: `run` (n,) ids, N of the run, D tokens so far, the loss there, C FLOPs so far
     (6 N D by default). Each curve is smoothed by a Gaussian of `smooth` logged points and interpolated (log loss in
     log C). At `points` log-spaced C covered by at least two sizes the lowest run wins (Hoffmann et al. 2022, 3.1).
+    `conventions` are those of PowerLaw.
 
     Raises NotIdentified with fewer than 3 sizes, or fewer than 2 that ever win against smaller and larger ones."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
@@ -65,9 +57,8 @@ def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 1
         rows = rows[np.append(np.diff(C[rows]) > 0, True)]  # of two rows at one C the later is kept
         curves.append((np.log(C[rows]), np.log(D[rows]), gaussian_smooth(loss[rows], smooth), N[rows[0]]))
     sizes = np.array([n for *_, n in curves])
-    different = len(np.unique(np.round(np.log(sizes), 6)))
-    if different < 3:
-        raise NotIdentified(f"Approach 1 needs training curves of at least 3 model sizes, but has {different}")
+    if distinct(sizes) < 3:
+        raise NotIdentified(f"Approach 1 needs training curves of at least 3 model sizes, but has {distinct(sizes)}")
     low, high = _shared_range(curves, sizes)
     log_c = np.linspace(low, high, points)
     table = np.full((len(runs), points), np.inf)
@@ -75,35 +66,27 @@ def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 1
     for i, (c, d, smoothed, _) in enumerate(curves):
         table[i] = np.interp(log_c, c, np.log(smoothed), left=np.inf, right=np.inf)
         log_tokens[i] = np.interp(log_c, c, d)
-    table[:, _sizes_covering(table, sizes) < 2] = np.inf
-    covered = np.isfinite(table).any(0)
-    log_c, table, log_tokens = log_c[covered], table[:, covered], log_tokens[:, covered]
+    covering = sum(np.isfinite(table[sizes == size]).any(0).astype(int) for size in np.unique(sizes))  # sizes at each C
+    log_c, table, log_tokens = log_c[covering > 1], table[:, covering > 1], log_tokens[:, covering > 1]
     winner, at = table.argmin(0), np.arange(len(log_c))
     there = np.where(np.isfinite(table), sizes[:, None], np.nan)
-    bracketed = (np.nanmin(there, 0) < sizes[winner]) & (sizes[winner] < np.nanmax(there, 0))
-    won = np.unique(sizes[winner][bracketed])
-    if len(won) < 2:
+    params = sizes[winner]
+    bracketed = (np.nanmin(there, 0) < params) & (params < np.nanmax(there, 0))
+    won = len(np.unique(params[bracketed]))
+    if won < 2:
         raise NotIdentified(
             "Approach 1 needs 2 sizes that have the lowest loss where smaller and larger ones are trained as far, "
-            f"but has {len(won)} of {different}"
+            f"but has {won} of {distinct(sizes)}"
         )
-    x = log_c[bracketed]
-    k_N, a = line(x, np.log(sizes[winner])[bracketed])
-    k_D, b = line(x, log_tokens[winner, at][bracketed])
-    law = PowerLaw(
-        name,
-        float(np.exp(k_N)),
-        float(a),
-        float(np.exp(k_D)),
-        float(b),
-        params_convention=params_convention,
-        flops_convention=flops_convention,
-    )
+    optima = log_c, np.log(params), log_tokens[winner, at]
+    law = PowerLaw.through("Approach 1", *(v[bracketed] for v in optima), **conventions)
+    tokens, lowest = np.exp(log_tokens[winner, at]), np.exp(table[winner, at])
     ends = np.array([c[-1] for c, *_ in curves])
     late = float((log_c >= ends[winner] + np.log(LATE))[bracketed].mean())
     shown = {str(r): (np.exp(c), smoothed, n) for r, (c, _, smoothed, n) in zip(runs, curves, strict=True)}
-    return EnvelopeFit(law, np.exp(log_c), sizes[winner], np.exp(log_tokens[winner, at]), np.exp(table[winner, at]),
-                       winner, bracketed, runs, late, shown, table, log_tokens, sizes)  # fmt: skip
+    return EnvelopeFit(
+        law, np.exp(log_c), params, tokens, lowest, winner, bracketed, runs, late, shown, table, log_tokens, sizes
+    )
 
 
 def gaussian_smooth(values, window: int) -> np.ndarray:
@@ -116,10 +99,7 @@ def gaussian_smooth(values, window: int) -> np.ndarray:
     kernel = np.exp(-0.5 * (offset / (window / 4)) ** 2)
     index = np.arange(len(values))[:, None] + offset
     inside = (index >= 0) & (index < len(values))
-    intercept, _ = line(
-        np.broadcast_to(offset.astype(float), index.shape), values[np.clip(index, 0, len(values) - 1)], kernel * inside
-    )
-    return intercept
+    return line(offset.astype(float), values[np.clip(index, 0, len(values) - 1)], kernel * inside)[0]
 
 
 def _shared_range(curves, sizes) -> tuple[float, float]:
@@ -131,12 +111,6 @@ def _shared_range(curves, sizes) -> tuple[float, float]:
     if not shared.any():
         raise NotIdentified("Approach 1: no FLOP count is covered by the training curves of two sizes")
     return edges[:-1][shared][0], edges[1:][shared][-1]
-
-
-def _sizes_covering(table, sizes) -> np.ndarray:
-    """(points,) how many different sizes have a loss there."""
-    finite = np.isfinite(table)
-    return sum(finite[sizes == size].any(0).astype(int) for size in np.unique(sizes))
 
 
 def refit_envelope(fit: EnvelopeFit, batches) -> dict[str, np.ndarray]:
@@ -151,10 +125,8 @@ def refit_envelope(fit: EnvelopeFit, batches) -> dict[str, np.ndarray]:
         n, d = log_n[winner], fit.log_tokens[winner, at]
         used = (log_n[smallest] < n) & (n < log_n[largest])
         several = np.where(used, n, -np.inf).max(1) > np.where(used, n, np.inf).min(1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            (k_N, a), (k_D, b) = (line(np.broadcast_to(log_c, n.shape), v, used) for v in (n, d))
-            fits.append(np.where(several, np.stack([np.exp(k_N), a, np.exp(k_D), b]), np.nan))
-    return dict(zip(("k_N", "a", "k_D", "b"), np.concatenate(fits, 1), strict=True))
+        fits.append(np.where(several, np.stack([*fit_power_laws(log_c, n, d, used).values()]), np.nan))
+    return dict(zip(PowerLaw.quantities, np.concatenate(fits, 1), strict=True))
 
 
 def _first_present(rank, there, drawn) -> np.ndarray:

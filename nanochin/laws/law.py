@@ -26,11 +26,16 @@ class NotIdentified(UserError):
     """The data cannot support this fit; the message says in one line what is missing."""
 
 
+CONSTANTS = ("E", "A", "B", "alpha", "beta")  # of Approach 3
+
+
 @dataclass(frozen=True)
 class Law:
     """L(N, D) = E + A / N^alpha + B / D^beta, with N counted by `params_convention`.
 
     Constants may be arrays (bootstrap replicates); methods then return arrays."""
+
+    quantities = (*CONSTANTS, "a", "b", "G")  # all that get an interval
 
     name: str
     E: float
@@ -53,10 +58,9 @@ class Law:
         with a normal scatter of the log loss (noise of a single run). None for a law without replicates or noise."""
         if self.replicates is None or self.noise is None:
             return None
-        scatter = [NormalDist().inv_cdf((i + 0.5) / 200) for i in range(200)]
-        log_loss = np.log(self.replicates.loss(N, D))[:, None] + self.noise * np.array(scatter)
-        low, high = np.exp(np.percentile(log_loss, (50 - level / 2, 50 + level / 2)))
-        return float(low), float(high)
+        scatter = np.array([NormalDist().inv_cdf((i + 0.5) / 200) for i in range(200)])
+        low, high = interval(np.log(self.replicates.loss(N, D))[:, None] + self.noise * scatter, level)
+        return math.exp(low), math.exp(high)
 
     # Minimising L under C = 6 N R(N) D gives alpha A N^-alpha = p beta B D^-beta with p = d log(N R) / d log N. For
     # R = p = 1 this is Eq. 4 of the paper, N_opt = G (C/6)^a and D_opt = (C/6)^b / G, with these constants.
@@ -91,9 +95,8 @@ class Law:
 
     def params_reaching(self, loss: float) -> float:
         """The N whose optimum has this loss, above E."""
-        return self._fixed_point(
-            lambda R, p: (self.A * (1 + self.alpha / (p * self.beta)) / (loss - self.E)) ** (1 / self.alpha)
-        )
+        above = loss - self.E
+        return self._fixed_point(lambda R, p: (self.A * (1 + self.alpha / (p * self.beta)) / above) ** (1 / self.alpha))
 
     def _fixed_point(self, size: Callable) -> float:
         """N = size(R(N), p(N)), by iteration; each round reduces the error about tenfold."""
@@ -109,17 +112,22 @@ class Law:
 class PowerLaw:
     """N_opt = k_N C^a and D_opt = k_D C^b, without a predicted loss. Constants may be arrays, as in `Law`."""
 
+    quantities = ("k_N", "a", "k_D", "b")
+
     name: str
     k_N: float  # noqa: N815
     a: float
     k_D: float  # noqa: N815
     b: float
     params_convention: str = "total"
-    flops_convention: str = "physical"
+    flops_convention: str = "6nd"
     meta: dict = field(default_factory=dict, compare=False)
 
-    def constants(self) -> dict[str, float]:
-        return {name: float(getattr(self, name)) for name in ("a", "b", "k_N", "k_D")}
+    @classmethod
+    def through(cls, name: str, log_c, log_n, log_d, **conventions) -> "PowerLaw":
+        """Least-squares power laws through optima, logs of C, N and D (points,)."""
+        found = fit_power_laws(log_c, log_n, log_d)
+        return cls(name, **{constant: float(v) for constant, v in found.items()}, **conventions)
 
     def optimal(self, C: float) -> tuple[float, float]:
         """(N, D) of lowest loss for C training FLOPs, counted by `flops_convention`."""
@@ -134,92 +142,124 @@ class PowerLaw:
         return self.optimal((D / self.k_D) ** (1 / self.b))[0]
 
 
+def line(x, y, weights=None):
+    """Intercept and slope of y on x along the last axis, by (weighted) least squares; broadcasts. nan where all x
+    with weight coincide."""
+    w = np.ones_like(x) if weights is None else weights
+    total = w.sum(-1)
+    mean_x, mean_y = (w * x).sum(-1) / total, (w * y).sum(-1) / total
+    dx = x - mean_x[..., None]
+    spread = (w * dx * dx).sum(-1)
+    slope = (w * dx * (y - mean_y[..., None])).sum(-1) / np.where(spread > 1e-12, spread, np.nan)
+    return mean_y - slope * mean_x, slope
+
+
+def fit_power_laws(log_c, log_n, log_d, weights=None) -> dict[str, np.ndarray]:
+    """k_N, a, k_D, b (...,) of lines through the logs of optima (..., points); nan for a single point."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        (k_N, a), (k_D, b) = line(log_c, log_n, weights), line(log_c, log_d, weights)
+    return {"k_N": np.exp(k_N), "a": a, "k_D": np.exp(k_D), "b": b}
+
+
+def constants(law: Law | PowerLaw) -> dict[str, float]:
+    return {name: float(getattr(law, name)) for name in law.quantities}
+
+
+def distinct(sizes) -> int:
+    """How many of them differ by more than rounding."""
+    return len(np.unique(np.round(np.log(sizes), 6)))
+
+
+def interval(values, level: float) -> tuple[float, float]:
+    """The central `level` percent of `values`."""
+    low, high = np.percentile(values, (50 - level / 2, 50 + level / 2))
+    return float(low), float(high)
+
+
 def exponents(law: Law | PowerLaw, low: float, high: float) -> tuple[float, float]:
     """Exponents of the optimal N and D in C between `low` and `high` FLOPs: a and b if C is 6ND."""
     (n, d), (N, D) = law.optimal(low), law.optimal(high)
     return np.log(N / n) / math.log(high / low), np.log(D / d) / math.log(high / low)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# laws.json
+
+
 def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
     """The law of approach 1, 2 or 3 in a laws.json. Raises UserError if the file cannot be read or is not a laws.json,
     if the approach is missing or null, or if a constant is not a finite number > 0."""
+
+    def bad(problem: str) -> UserError:
+        return UserError(f"`law` {path}: {problem}")
+
     try:
         laws = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"`law` {path}: {error.strerror}") from None
+        raise bad(error.strerror) from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"`law` {path}: not JSON: {error}") from None
+        raise bad(f"not JSON: {error}") from None
     key = f"approach{approach}"
     meta = laws.get("meta") if isinstance(laws, dict) else None
     if not isinstance(meta, dict) or key not in laws:
-        raise UserError(f"`law` {path}: not a laws.json of fit.py: needs the keys {key} and meta")
-    if not isinstance(laws[key], dict):
-        reasons = meta.get("reasons") or {}
-        raise UserError(f"`law` {path}: has no approach {approach} ({reasons.get(key, 'no reason given')})")
+        raise bad(f"not a laws.json of fit.py: needs the keys {key} and meta")
+    fit = laws[key]
+    if not isinstance(fit, dict):
+        reason = (meta.get("reasons") or {}).get(key, "no reason given")
+        raise bad(f"has no approach {approach} ({reason})")
 
     def constant(name: str) -> float:
-        value = laws[key].get(name)
+        value = fit.get(name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not 0 <= value < math.inf or (value == 0 and name != "E"):
-            raise UserError(f"`law` {path}: {key} needs {name}, a finite number above 0, but has {value!r}")
+            raise bad(f"{key} needs {name}, a finite number above 0, but has {value!r}")
         return float(value)
 
-    def convention(name: str, known) -> str:
-        value = meta.get(name)
-        if value not in known:
-            raise UserError(f"`law` {path}: meta needs {name}, one of {', '.join(known)}, but has {value!r}")
-        return value
+    def convention(name: str, known) -> dict[str, str]:
+        if meta.get(name) not in known:
+            raise bad(f"meta needs {name}, one of {', '.join(known)}, but has {meta.get(name)!r}")
+        return {name: meta[name]}
 
     name = f"{Path(path).name}, approach {approach}"
-    params = convention("params_convention", PARAM_CONVENTIONS)
+    options = convention("params_convention", PARAM_CONVENTIONS) | {"meta": meta}
     if approach == 3:
-        constants = {c: constant(c) for c in ("E", "A", "B", "alpha", "beta")}
+        constants = {c: constant(c) for c in CONSTANTS}
         try:
-            cost = Cost(**laws[key].get("cost", {}))
+            cost = Cost(**fit.get("cost", {}))
             usable = 0 <= cost.c < math.inf and 0 <= cost.q <= 1 and cost.s in (1, -1)
         except TypeError:
             usable = False
         if not usable:
-            raise UserError(
-                f"`law` {path}: {key} needs a cost of c >= 0, q from 0 to 1 and s of 1 or -1, but has "
-                f"{laws[key]['cost']!r}"
-            )
-        law = Law(name, **constants, params_convention=params, cost=cost, meta=meta, **_scatter(laws[key]))
+            raise bad(f"{key} needs a cost of c >= 0, q from 0 to 1 and s of 1 or -1, but has {fit['cost']!r}")
+        law = Law(name, **constants, **options, cost=cost, **_scatter(fit))
     else:
-        flops = convention("flops_convention", FLOP_CONVENTIONS)
-        constants = {c: constant(c) for c in ("k_N", "a", "k_D", "b")}
-        law = PowerLaw(name, **constants, params_convention=params, flops_convention=flops, meta=meta)
+        constants = {c: constant(c) for c in PowerLaw.quantities}
+        law = PowerLaw(name, **constants, **options, **convention("flops_convention", FLOP_CONVENTIONS))
     try:
         extremes = [n for x in (1e3, 1e24) for n in (*law.optimal(x), law.tokens_for(x), law.params_for(x))]
     except (OverflowError, ZeroDivisionError):
         extremes = [math.inf]
     if not all(0 < n < math.inf for n in extremes):
-        raise UserError(f"`law` {path}: the constants of {key} are too extreme to plan with: {constants}")
+        raise bad(f"the constants of {key} are too extreme to plan with: {constants}")
     return law
 
 
 def _scatter(fit: dict) -> dict:
     """`replicates` and `noise` of an approach in laws.json; {} if they are missing or malformed."""
-    found, noise = fit.get("replicates"), fit.get("noise")
     try:
-        constants = {name: np.array(found[name], float) for name in ("E", "A", "B", "alpha", "beta")}
-        replicates = Law("replicates", **constants)
-        usable = np.isfinite(np.stack(list(constants.values()))).all() and 0 <= noise < math.inf
+        constants = {name: np.array(fit["replicates"][name], float) for name in CONSTANTS}
+        usable = np.isfinite(np.stack([*constants.values()])).all() and 0 <= fit["noise"] < math.inf
     except (KeyError, TypeError, ValueError):
         return {}
-    return {"replicates": replicates, "noise": float(noise)} if usable else {}
+    return {"replicates": Law("replicates", **constants), "noise": float(fit["noise"])} if usable else {}
 
 
 def laws_json(approach1, approach2, approach3, meta: dict) -> dict:
     """The contents of laws.json. Each approach is the dict of a fit's `to_json(bootstrap)`, or the NotIdentified that
     it raised, which becomes null with the reason under meta.reasons."""
-    laws, reasons = {}, {}
-    for key, value in (("approach1", approach1), ("approach2", approach2), ("approach3", approach3)):
-        refused = isinstance(value, Exception)
-        laws[key] = None if refused else value
-        if refused:
-            reasons[key] = str(value)
-    return laws | {"meta": meta | {"reasons": reasons}}
+    laws = {"approach1": approach1, "approach2": approach2, "approach3": approach3}
+    reasons = {key: str(found) for key, found in laws.items() if isinstance(found, Exception)}
+    return laws | dict.fromkeys(reasons) | {"meta": meta | {"reasons": reasons}}
 
 
 def laws_text(laws: dict) -> str:

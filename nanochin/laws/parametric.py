@@ -1,21 +1,22 @@
 """Approach 3: the parametric loss, L(N, D) = E + A / N^alpha + B / D^beta.
 
 `reference_fit` is the procedure of the paper. `fit_parametric` finds the same optimum from nearly every start, in
-milliseconds instead of minutes: centred logs and the exact Hessian (surface.py), starts by variable projection, which
-solves for the other three constants linearly at given exponents, and Newton steps for all starts at once (newton.py).
+milliseconds instead of minutes (solver.py): starts by variable projection, which solves for the other three constants
+linearly at given exponents, then Newton steps with the exact Hessian for all starts at once.
 """
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from nanochin.laws.cost import SIX_ND, Cost
-from nanochin.laws.law import Law, NotIdentified
-from nanochin.laws.solver import NAMES, Surface, minimise, projected_starts
+from nanochin.laws.law import Law, NotIdentified, constants
+from nanochin.laws.solver import NAMES, Solution, Surface, minimise, projected_starts
 
+STARTS = 12
 AGREE = 1e-9  # relative difference of objectives up to which starts agree
 # log A, log B, log E, alpha, beta: the starts of Hoffmann et al. 2022, Appendix D.2.
 GRID = list(itertools.product(range(0, 30, 5), range(0, 30, 5), (-1, -0.5, 0, 0.5, 1), *2 * [(0, 0.5, 1, 1.5, 2)]))
@@ -56,18 +57,14 @@ class ParametricFit:
 
     law: Law
     objective: float  # the SUM over rows, at the optimum
-    delta: float  # math.inf: least squares
-    space: str  # of the residuals, predicted minus observed: "log" loss or "linear" loss
+    options: dict  # delta, space, E and tied, as in Surface.of
     starts: int  # number of starts, all minimised
     starts_agreeing: int  # how many of them reached the optimum (1e-9 relative)
     gradient_norm: float  # largest gradient component over the sum of its absolute terms: 0 at an exact optimum
     at_bound: tuple[str, ...]  # constants at their bounds: not identified by the data
-    fixed_e: float | None  # the given E, if any
-    tied: bool  # alpha = beta
     N: np.ndarray  # (n,) the fitted rows
     D: np.ndarray
     loss: np.ndarray
-    weights: np.ndarray
     residuals: np.ndarray  # (n,) log predicted - log observed loss, in either space
 
     @property
@@ -76,21 +73,11 @@ class ParametricFit:
 
     def to_json(self, bootstrap=None) -> dict:
         """The object `approach3` of laws.json; `bootstrap` (a Bootstrap of this fit) adds its to_json()."""
-        law = self.law
-        out = {k: float(getattr(law, k)) for k in ("E", "A", "B", "alpha", "beta", "a", "b", "G")}
-        out["cost"] = vars(law.cost)
-        out |= {
-            "delta": None if math.isinf(self.delta) else self.delta,
-            "space": self.space,
-            "objective": self.objective,
-            "n": self.n,
-            "starts": self.starts,
-            "starts_agreeing": self.starts_agreeing,
-            "gradient_norm": self.gradient_norm,
-            "at_bound": list(self.at_bound),
-            "fixed_E": self.fixed_e,
-            "tied": self.tied,
-        }
+        names = ("objective", "n", "starts", "starts_agreeing", "gradient_norm")
+        out = constants(self.law) | {name: getattr(self, name) for name in names}
+        delta, space, E, tied = self.options.values()
+        out |= {"delta": None if math.isinf(delta) else delta, "space": space, "fixed_E": E, "tied": tied}
+        out |= {"cost": vars(self.law.cost), "at_bound": list(self.at_bound)}
         if bootstrap is not None:
             out |= bootstrap.to_json() | {"noise": self.noise, "replicates": bootstrap.sample(200)}  # for Law.forecast
         return out
@@ -98,54 +85,57 @@ class ParametricFit:
     @property
     def noise(self) -> float | None:
         """Standard deviation of a run's log loss about the law; None without more runs than constants."""
-        free = self.n - (5 - self.tied - (self.fixed_e is not None))
+        free = self.n - 5 + self.options["tied"] + (self.options["E"] is not None)
         return math.sqrt(np.sum(self.residuals**2) / free) if free > 0 else None
 
 
-def fit_parametric(N, D, loss, *, delta: float = 1e-3, space: str = "log", E: float | None = None, tied: bool = False,
-                   weights=None, starts: int = 12, allow_bound: bool = False, name: str = "Approach 3",
-                   params_convention: str = "total", cost: Cost = SIX_ND) -> ParametricFit:  # fmt: skip
-    """Minimise sum_i w_i Huber_delta(r_i), r the residual of log loss (or of loss: space="linear"). `cost` counts the
-    FLOPs of the law's optima; the fit does not use it.
+def fit_parametric(
+    N, D, loss, *, allow_bound: bool = False, cost: Cost = SIX_ND, params_convention: str = "total", **options
+) -> ParametricFit:
+    """Minimise the sum of Huber_delta(r) over rows, r the residual of log loss, by default with delta = 1e-3. `options`
+    (delta, space, E, tied) change the objective as in Surface.of: least squares, residuals of the loss, a fixed E,
+    alpha = beta. `cost` counts the FLOPs of the law's optima; the fit does not use it.
 
-    delta=math.inf is least squares; `E` fixes the irreducible loss; `tied` forces alpha = beta.
     Raises NotIdentified: fewer than 6 rows, fewer than 3 sizes or token counts, E or an exponent at its bound (with
     `allow_bound` only reported in `at_bound`), a fixed E not below the lowest loss, no start converges, no two starts
     agree on the lowest optimum."""
-    surface = Surface.of(N, D, loss, delta=delta, space=space, E=E, tied=tied, weights=weights)
-    z = projected_starts(surface, starts)
+    surface = Surface.of(N, D, loss, **options)
+    z = projected_starts(surface, STARTS)
     if not len(z):
         raise NotIdentified("Approach 3: the loss does not fall with N and D")
     found = surface.minimise(z, cold=True)
+    best, agreeing = best_of(found, len(surface.N), "Approach 3")
+    if agreeing < 2 <= len(z):
+        raise NotIdentified(
+            f"Approach 3: only 1 of {len(z)} starts reaches the lowest optimum: not confirmed; add runs"
+        )
+    optimum = found.theta[best]
+    bounds = tuple(n for n, at in zip(NAMES, surface.at_bound(optimum[None])[0], strict=True) if at)
+    if bounds == ("E",) and not allow_bound:
+        raise NotIdentified(
+            "Approach 3: E is not identified: the best E is at its bound, 0; add larger or longer runs, or fix E"
+        )
+    if bounds and not allow_bound:
+        raise NotIdentified(f"Approach 3: {', '.join(bounds)} not identified: the best values are at their bounds")
+    law = replace(surface.law(optimum), cost=cost, params_convention=params_convention)
+    residuals = np.log(law.loss(surface.N, surface.D)) - np.log(surface.loss)
+    objective, norm = float(found.objective[best]), float(found.gradient_norm[best])
+    rows = surface.N, surface.D, surface.loss, residuals
+    return ParametricFit(law, objective, surface.options, len(z), agreeing, norm, bounds, *rows)
+
+
+def best_of(found: Solution, rows: float, what: str) -> tuple[int, int]:
+    """(index of the lowest of the optima, how many starts reached it). Raises NotIdentified if none converged."""
     best = int(np.argmin(np.where(found.converged, found.objective, np.inf)))
     if not found.converged[best]:
-        raise NotIdentified(f"Approach 3: none of {len(z)} starts converged")
-    agreeing = found.converged & agree(found.objective, found.objective[best], surface.weights.sum())
-    if agreeing.sum() < 2 <= len(found.theta):
-        raise NotIdentified(
-            f"Approach 3: only 1 of {len(found.theta)} starts reaches the lowest optimum: not confirmed; add runs"
-        )
-    z = found.theta[best : best + 1]
-    bounds = tuple(n for n, at in zip(NAMES, surface.at_bound(z)[0], strict=True) if at)
-    if bounds and not allow_bound:
-        raise NotIdentified(_explain(bounds))
-    law = surface.law(z[0], name, params_convention, cost)
-    residuals = np.log(law.loss(surface.N, surface.D)) - np.log(surface.loss)
-    return ParametricFit(law, float(found.objective[best]), delta, space, len(found.theta), int(agreeing.sum()),
-                         float(found.gradient_norm[best]), bounds, E, tied, surface.N, surface.D, surface.loss,
-                         surface.weights, residuals)  # fmt: skip
+        raise NotIdentified(f"{what}: none of {len(found.theta)} starts converged")
+    return best, int((found.converged & agree(found.objective, found.objective[best], rows)).sum())
 
 
 def agree(objective, best, weight):
     """Whether `objective` is not higher than `best`; `weight` is the sum of the weights. With noise-free rows all
     objectives are rounding errors, and all starts agree."""
     return objective <= best * (1 + AGREE) + 1e-24 * weight
-
-
-def _explain(bounds: tuple[str, ...]) -> str:
-    if bounds == ("E",):
-        return "Approach 3: E is not identified: the best E is at its bound, 0; add larger or longer runs, or fix E"
-    return f"Approach 3: {', '.join(bounds)} not identified: the best values are at their bounds"
 
 
 @dataclass(frozen=True)
@@ -157,20 +147,13 @@ class KaplanForm:
     alpha_N: float  # noqa: N815
     alpha_D: float  # noqa: N815
     objective: float  # the same SUM of Huber_delta over log-loss residuals: compare with ParametricFit.objective
-    delta: float
-    starts: int
-    starts_agreeing: int
-
-    def loss(self, N, D):
-        """Predicted loss in nats per token."""
-        return ((self.N_c / N) ** (self.alpha_N / self.alpha_D) + self.D_c / D) ** self.alpha_D
 
 
 def fit_kaplan_form(N, D, loss, *, delta: float = 1e-3) -> KaplanForm:
     """Fit the form of Kaplan et al. to the same rows and objective, for comparison. Raises NotIdentified.
 
     log L = c LSE(a - k log N, b - log D) with c = alpha_D, k = alpha_N / alpha_D, a = k log N_c, b = log D_c."""
-    surface = Surface.of(N, D, loss, delta=delta, space="log", E=0.0, tied=False)  # for its checks and centred logs
+    surface = Surface.of(N, D, loss, delta=delta, E=0.0)  # for its checks and centred logs
     x, y = -surface.bases[3][:, 1], -surface.bases[4][:, 1]
 
     def evaluate(z, mu, rows, delta=delta):
@@ -204,23 +187,11 @@ def fit_kaplan_form(N, D, loss, *, delta: float = 1e-3) -> KaplanForm:
     for wider in (d for d in (0.1, 1e-2) if d > delta):
         starts = minimise(partial(evaluate, delta=wider), starts, lower, upper, weight, 1e-3, damping=0.1).theta
     found = minimise(evaluate, starts, lower, upper, weight, damping=0.1)
-    if not found.converged.any():
-        raise NotIdentified(f"Kaplan's form: none of {len(starts)} starts converged")
-    best = int(np.argmin(np.where(found.converged, found.objective, np.inf)))
+    best, _ = best_of(found, len(x), "Kaplan's form")
     c, a, k, b = found.theta[best]
     log_n, log_d = surface.centre
     with np.errstate(over="ignore"):
         N_c, D_c = np.exp(a / k + log_n), np.exp(b + log_d)
     if not 0 < N_c < math.inf or not 0 < D_c < math.inf:
         raise NotIdentified("Kaplan's form: the loss hardly falls with N or with D")
-    agreeing = found.converged & agree(found.objective, found.objective[best], len(x))
-    return KaplanForm(
-        float(N_c),
-        float(D_c),
-        float(c * k),
-        float(c),
-        float(found.objective[best]),
-        delta,
-        len(starts),
-        int(agreeing.sum()),
-    )
+    return KaplanForm(*map(float, (N_c, D_c, c * k, c, found.objective[best])))

@@ -6,31 +6,15 @@ from dataclasses import replace
 import numpy as np
 
 from nanochin.laws.cost import Cost
-from nanochin.laws.isoflop import line
 from nanochin.laws.law import Law, PowerLaw
 
 # Besiroglu et al. 2024 (arXiv 2404.10102), the refit of Chinchilla's own runs: the default law.
-BESIROGLU = Law(
-    "Besiroglu et al. 2024",
-    E=1.8172,
-    A=482.01,
-    B=2085.43,
-    alpha=0.3478,
-    beta=0.3658,
-    meta={"source": "arXiv 2404.10102"},
-)
+BESIROGLU = Law("Besiroglu et al. 2024", E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658)
 
-# Hoffmann et al. 2022, Approach 3, with the digits of its LaTeX source. The printed 1.69, 406.4, 410.7, 0.34, 0.28 are
-# rounded so much that they move the optimum of Gopher's budget from 40B to 32B parameters.
-HOFFMANN = Law(
-    "Hoffmann et al. 2022, Approach 3",
-    E=math.exp(0.5267228),
-    A=math.exp(6.0073404),
-    B=math.exp(6.0179186),
-    alpha=0.33917084,
-    beta=0.2849083,
-    meta={"source": "arXiv 2203.15556"},
-)
+# Hoffmann et al. 2022 (arXiv 2203.15556), Approach 3, with the digits of its LaTeX source. The printed 1.69, 406.4,
+# 410.7, 0.34, 0.28 are rounded so much that they move the optimum of Gopher's budget from 40B to 32B parameters.
+_logs = (0.5267228, 6.0073404, 6.0179186)  # log E, log A, log B
+HOFFMANN = Law("Hoffmann et al. 2022, Approach 3", *map(math.exp, _logs), alpha=0.33917084, beta=0.2849083)
 
 # Tables 3 and A3 of Hoffmann et al. 2022: parameters, then FLOPs and tokens of the compute-optimal run according to
 # Approaches 1, 2 and 3. As printed, except Approach 3 at 175B, where the paper has 1.26e24, a tenth of 6 N D.
@@ -45,50 +29,19 @@ TABLE_3 = (
     (1e12, 1.27e26, 21.2e12, 1.59e26, 26.5e12, 5.65e26, 94.1e12),
     (10e12, 1.30e28, 216.2e12, 1.75e28, 292.0e12, 8.55e28, 1425.5e12),
 )
-
-
-def _from_table_3(name: str, column: int) -> PowerLaw:
-    """The paper prints exponents to two digits and no constants: both are fitted to its table of predictions."""
-    log_c, log_n, log_d = np.log([[row[i] for row in TABLE_3] for i in (column, 0, column + 1)])
-    (k_N, a), (k_D, b) = line(log_c, log_n), line(log_c, log_d)
-    return PowerLaw(
-        name,
-        math.exp(k_N),
-        float(a),
-        math.exp(k_D),
-        float(b),
-        flops_convention="6nd",
-        meta={"source": "arXiv 2203.15556, Tables 3 and A3"},
-    )
-
-
-HOFFMANN_1 = _from_table_3("Hoffmann et al. 2022, Approach 1", 1)
-HOFFMANN_2 = _from_table_3("Hoffmann et al. 2022, Approach 2", 3)
+# The paper prints exponents to two digits and no constants: both are fitted to its table of predictions.
+_n, _c1, _d1, _c2, _d2, _, _ = np.log(TABLE_3).T
+HOFFMANN_1 = PowerLaw.through("Hoffmann et al. 2022, Approach 1", _c1, _n, _d1)
+HOFFMANN_2 = PowerLaw.through("Hoffmann et al. 2022, Approach 2", _c2, _n, _d2)
 
 # Kaplan et al. 2020 (arXiv 2001.08361): N = 1.3e9 C^0.73 with C in PF-days (8.64e19 FLOPs), 6 N D of non-embedding N.
 _k = 1.3e9 / 8.64e19**0.73
-KAPLAN = PowerLaw(
-    "Kaplan et al. 2020",
-    k_N=_k,
-    a=0.73,
-    k_D=1 / (6 * _k),
-    b=0.27,
-    params_convention="non_embedding",
-    flops_convention="kaplan",
-    meta={"source": "arXiv 2001.08361"},
-)
+KAPLAN = PowerLaw("Kaplan et al. 2020", _k, 0.73, 1 / (6 * _k), 0.27, "non_embedding", "kaplan")
 
 # Muennighoff et al. 2023 (arXiv 2305.16264), fitted on C4 with alpha = beta: the base of their data-constrained law
 # (allocation.DataConstrained).
-MUENNIGHOFF = Law(
-    "Muennighoff et al. 2023",
-    E=math.exp(0.6254804),
-    A=math.exp(6.255414),
-    B=math.exp(7.3049974),
-    alpha=0.3526596,
-    beta=0.3526596,
-    meta={"source": "arXiv 2305.16264"},
-)
+_logs = (0.6254804, 6.255414, 7.3049974)
+MUENNIGHOFF = Law("Muennighoff et al. 2023", *map(math.exp, _logs), alpha=0.3526596, beta=0.3526596)
 
 PUBLISHED = (HOFFMANN_1, HOFFMANN_2, HOFFMANN, BESIROGLU, KAPLAN, MUENNIGHOFF)
 

@@ -1,15 +1,9 @@
-"""The solver of Approach 3: its objective with gradient and Hessian, and Newton's method for thousands of problems at
-once, since a bootstrap has one for every replicate.
+"""The solver of Approach 3: Newton's method for thousands of problems at once, since a bootstrap has one per replicate
+(`minimise`), the objective with its gradient and Hessian (`Surface`), and starts (`projected_starts`).
 
     sum_i w_i Huber_delta(r_i),   r_i = log(u1 + u2 + E) - log L_i,   u1 = A N_i^-alpha,   u2 = B D_i^-beta
 
 log N and log D are centred: otherwise A trades off against alpha, B against beta, and every optimiser is slow.
-
-The objective is a sum of Huber functions, so its Hessian jumps where a residual crosses delta and may be indefinite
-away from the optimum. So each problem has its own damping mu: 0 is the exact Newton step; as mu grows, the Hessian is
-blended with that of iteratively reweighted least squares, which majorises the objective, and its diagonal is raised.
-Steps that do not descend are never taken. A problem has converged only if the predicted gain of an exact Newton step is
-less than `TOLERANCE` of the objective.
 """
 
 from collections.abc import Callable
@@ -17,11 +11,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nanochin.laws.cost import SIX_ND, Cost
-from nanochin.laws.law import Law, NotIdentified
+from nanochin.laws.law import Law, NotIdentified, distinct
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Newton's method
+#
+# The objective is a sum of Huber functions: its Hessian jumps where a residual crosses delta and may be indefinite away
+# from the optimum. So each problem has its own damping mu. 0 is the exact Newton step; as mu grows, the Hessian is
+# blended with that of iteratively reweighted least squares, which majorises the objective, and its diagonal is raised.
+# Steps that do not descend are never taken. A problem has converged only if the predicted gain of an exact Newton step
+# is less than TOLERANCE of the objective.
 
 TOLERANCE = 1e-13  # predicted gain of the next step, relative to the objective
 FLOOR = 1e-30  # rounding error in the objective of noise-free data, relative to the summed weights
@@ -130,14 +129,12 @@ NAMES = ("A", "alpha", "B", "beta", "E")
 
 @dataclass(frozen=True)
 class Surface:
-    """The rows and the objective over them. Weights are (n,), or (K, n) for K replicates."""
+    """The rows and the objective over them."""
 
     N: np.ndarray  # (n,)
     D: np.ndarray
     loss: np.ndarray
-    weights: np.ndarray
-    delta: float
-    space: str  # of the residuals: "log" or "linear"
+    options: dict  # delta, space, E and tied, as given
     target: np.ndarray  # (n,) log loss or loss
     centre: tuple[float, float]  # means of log N and log D
     bases: tuple[np.ndarray, ...]  # columns of x = log N - mean and y = log D - mean, see `_block`
@@ -146,10 +143,13 @@ class Surface:
     upper: np.ndarray
 
     @classmethod
-    def of(cls, N, D, loss, *, delta: float, space: str, E: float | None, tied: bool, weights=None) -> "Surface":
-        """Raises NotIdentified for rows that cannot identify the law, ValueError for numbers that are not positive."""
+    def of(
+        cls, N, D, loss, *, delta: float = 1e-3, space: str = "log", E: float | None = None, tied: bool = False
+    ) -> "Surface":
+        """delta=math.inf is least squares; `space` of the residuals: "log" loss or the loss itself, "linear"; `E` fixes
+        the irreducible loss; `tied` forces alpha = beta. Raises NotIdentified for rows that cannot identify the law,
+        ValueError for numbers that are not positive."""
         N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
-        weights = np.ones(len(N)) if weights is None else np.asarray(weights, np.float64)
         for label, v in (("N", N), ("D", D), ("loss", loss)):
             if v.shape != N.shape or not (np.isfinite(v) & (v > 0)).all():
                 raise ValueError(f"{label}: needs one finite number above 0 per row")
@@ -157,17 +157,15 @@ class Surface:
             raise ValueError(f"space {space!r}, delta {delta}: must be log or linear, and above 0")
         if loss.size and not np.exp(-SCALE) < loss.min() <= loss.max() < np.exp(SCALE):
             raise NotIdentified(f"Approach 3: losses from {loss.min():.3g} to {loss.max():.3g} are not nats per token")
-        if E is not None and not 0 <= E < loss.min(initial=np.inf):
+        if E is not None and not 0 <= E < (lowest := loss.min(initial=np.inf)):
             raise NotIdentified(
-                f"Approach 3: E is fixed at {E:g}, but must be at least 0 and below the lowest loss, "
-                f"{loss.min(initial=np.inf):.6g}"
+                f"Approach 3: E is fixed at {E:g}, but must be at least 0 and below the lowest loss, {lowest:.6g}"
             )
         if len(N) < MIN_ROWS:
             raise NotIdentified(f"Approach 3 needs at least {MIN_ROWS} usable rows, but has {len(N)}")
         for what, v in (("model sizes", N), ("token counts", D)):
-            distinct = len(np.unique(np.round(np.log(v), 6)))
-            if distinct < MIN_SIZES:
-                raise NotIdentified(f"Approach 3 needs at least {MIN_SIZES} different {what}, but has {distinct}")
+            if distinct(v) < MIN_SIZES:
+                raise NotIdentified(f"Approach 3 needs at least {MIN_SIZES} different {what}, but has {distinct(v)}")
         x, y = np.log(N), np.log(D)
         centre = (float(x.mean()), float(y.mean()))
         x, y, one = x - centre[0], y - centre[1], np.ones(len(N))
@@ -189,51 +187,43 @@ class Surface:
             free = np.delete(free, 3, 1)
             free[3, 1] = 1
         unknowns = [0, 1, 2, 4] if tied else slice(None)
-        return cls(N, D, loss, weights, delta, space, np.log(loss) if space == "log" else loss, centre, bases, free,
-                   lower[unknowns], upper[unknowns])  # fmt: skip
+        options = {"delta": delta, "space": space, "E": E, "tied": tied}
+        target = np.log(loss) if space == "log" else loss
+        return cls(N, D, loss, options, target, centre, bases, free, lower[unknowns], upper[unknowns])
 
-    def law(self, z, name: str, params_convention: str = "total", cost: Cost = SIX_ND) -> Law:
+    def law(self, z) -> Law:
         """The law at z (p,), or the law of K replicates at z (K, p)."""
         u1, alpha, u2, beta, E = np.moveaxis(np.asarray(z) @ self.free.T, -1, 0)
         A, B = np.exp(u1 + alpha * self.centre[0]), np.exp(u2 + beta * self.centre[1])
-        constants = [v if np.ndim(v) else float(v) for v in (E, A, B, alpha, beta)]
-        return Law(name, *constants, params_convention=params_convention, cost=cost)
+        return Law("Approach 3", *(v if np.ndim(v) else float(v) for v in (E, A, B, alpha, beta)))
 
     def z(self, law: Law) -> np.ndarray:
         """(p,), the inverse of `law`."""
-        theta = [
-            np.log(law.A) - law.alpha * self.centre[0],
-            law.alpha,
-            np.log(law.B) - law.beta * self.centre[1],
-            law.beta,
-            law.E,
-        ]
-        return np.array(theta)[[0, 1, 2, 4] if self.free.shape[1] == 4 else slice(None)]
+        u1, u2 = np.log(law.A) - law.alpha * self.centre[0], np.log(law.B) - law.beta * self.centre[1]
+        theta = np.array([u1, law.alpha, u2, law.beta, law.E])
+        return theta[[0, 1, 2, 4]] if self.options["tied"] else theta
 
     def at_bound(self, z) -> np.ndarray:
         """(K, 5) bool, in the order of NAMES: constants at a bound, except a fixed E."""
         near = ((z <= self.lower + 1e-9) | (z >= self.upper - 1e-9)) & (self.lower < self.upper)
         return near @ self.free.T > 0
 
-    def minimise(self, z, weights=None, *, cold: bool = False) -> Solution:
-        """Optima from K starts z (K, p), with weights (n,) or (K, n). `cold` starts, far from the optimum, first use
-        larger deltas, for which the objective is smoother."""
-        return self._minimise(z, self.weights if weights is None else weights, self.lower, self.upper, cold)
+    def minimise(self, z, weights=None, *, E=None, cold: bool = False) -> Solution:
+        """Optima from K starts z (K, p), with weights (n,) or (K, n) (default: 1); `E` (K,) fixes the E of each. `cold`
+        starts, far from the optimum, first use larger deltas, for which the objective is smoother."""
+        weights = np.ones(len(self.N)) if weights is None else weights
+        lower, upper, delta = self.lower, self.upper, self.options["delta"]
+        if E is not None:
+            lower, upper = (np.tile(v, (len(E), 1)) for v in (lower, upper))
+            lower[:, -1] = upper[:, -1] = E
 
-    def profile(self, z, E) -> Solution:
-        """Optima from z (p,) with E fixed at each of E (K,)."""
-        lower, upper = (np.tile(v, (len(E), 1)) for v in (self.lower, self.upper))
-        lower[:, -1] = upper[:, -1] = E
-        return self._minimise(np.tile(z, (len(E), 1)), self.weights, lower, upper, cold=True)
-
-    def _minimise(self, z, weights, lower, upper, cold: bool) -> Solution:
         def objective(delta: float):
             return lambda z, mu, rows: self(z, mu, weights, delta, rows)
 
         total = np.broadcast_to(weights.sum(-1), len(z))
-        for delta, tolerance in self._larger_deltas(cold):
-            z = minimise(objective(delta), z, lower, upper, total, tolerance, damping=0.1, most=50).theta
-        found = minimise(objective(self.delta), z, lower, upper, total)
+        for larger, tolerance in self._larger_deltas(cold):
+            z = minimise(objective(larger), z, lower, upper, total, tolerance, damping=0.1, most=50).theta
+        found = minimise(objective(delta), z, lower, upper, total)
         # A predicted gain of 0 is not enough: it may be a plateau, where a term of the law has vanished and all terms
         # of the gradient have the same sign, or a saddle, where the Hessian is not positive definite.
         held = (found.theta <= lower) | (found.theta >= upper)
@@ -244,11 +234,12 @@ class Surface:
     def _larger_deltas(self, cold: bool) -> list[tuple[float, float]]:
         """(delta, tolerance) to minimise with first. With a small delta the objective has a corner at nearly every row
         and Newton steps wander: there delta is divided by 3 at a time, each optimum the start of the next."""
-        typical = 1.0 if self.space == "log" else float(np.median(self.loss))  # scale of the residuals
+        delta = self.options["delta"]
+        typical = 1.0 if self.options["space"] == "log" else float(np.median(self.loss))  # scale of the residuals
         path = [(3e-3, 1e-2)] if cold else []
-        if self.delta < CORNERS * typical:
+        if delta < CORNERS * typical:
             path += [(3.0**-k, TOLERANCE) for k in range(6, 13)]  # 1.4e-3 to 1.9e-6
-        return [(d * typical, tolerance) for d, tolerance in path if d * typical > 2 * self.delta]
+        return [(d * typical, tolerance) for d, tolerance in path if d * typical > 2 * delta]
 
     def _blocks(self, K: int) -> list[slice]:
         size = max(1, BLOCK // len(self.N))
@@ -262,9 +253,7 @@ class Surface:
         theta = z @ self.free.T
         for k in self._blocks(len(z)):
             F[k] = self._block(theta[k], mu[k], weights if weights.ndim == 1 else weights[rows[k]], delta, g[k], H[k])
-        if self.free.shape[1] == 5:
-            return F, g, H
-        return F, g @ self.free, self.free.T @ H @ self.free
+        return (F, g @ self.free, self.free.T @ H @ self.free) if self.options["tied"] else (F, g, H)
 
     def _block(self, theta, mu, weights, delta: float, g, H) -> np.ndarray:
         """Objective (K,) at theta (K, 5); writes the gradient to g and the Hessian to H.
@@ -287,7 +276,7 @@ class Surface:
             q[blend] = (1 - t) * q[blend] + t * w * np.minimum(1, delta / np.maximum(np.abs(r[blend]), 1e-300))
             for v in (s, s1, s2):  # only the second derivatives of the law still use these
                 v[blend] *= 1 - t
-        if self.space == "log":
+        if self.options["space"] == "log":
             q -= s
         q1, q2 = q * p1, q * p2
         H[:, 0:2, 0:2] = ((q1 * p1 + s1) @ squares_n)[:, [0, 1, 1, 2]].reshape(-1, 2, 2)
@@ -307,7 +296,7 @@ class Surface:
         np.exp(u2, out=u2)
         total = u1 + u2
         total += theta[:, 4:5]
-        if self.space == "linear":
+        if self.options["space"] == "linear":
             total -= self.target
             return total, u1, u2, np.ones_like(u1)
         f = 1 / total
@@ -320,24 +309,22 @@ class Surface:
     def gradient_norm(self, z, weights, held) -> np.ndarray:
         """(K,): the largest component of the gradient over the sum of its absolute terms, without `held` coordinates
         (K, p). Dimensionless: 0 at an exact optimum, 1 where all terms have the same sign."""
-        linear_n, linear_d = self.bases[3:]
+        linear_n, linear_d, delta = *self.bases[3:], self.options["delta"]
         # With noise-free rows the residuals are only rounding errors.
         rounding = 1e8 * EPS * np.abs(self.target).max()
         g, size = np.empty((2, len(z), 5))
         for k in self._blocks(len(z)):
             r, p1, p2, f = self._residuals(z[k] @ self.free.T)
             w = weights if weights.ndim == 1 else weights[k]
-            s = w * np.clip(r, -self.delta, self.delta)
-            for out, v, n, d in (
-                (g, s, linear_n, linear_d),
-                (size, np.abs(s) + rounding * w, *np.abs([linear_n, linear_d])),
-            ):
+            s = w * np.clip(r, -delta, delta)
+            terms = (g, s, linear_n, linear_d), (size, np.abs(s) + rounding * w, np.abs(linear_n), np.abs(linear_d))
+            for out, v, n, d in terms:
                 out[k, 0:2], out[k, 2:4], out[k, 4] = (v * p1) @ n, (v * p2) @ d, np.einsum("kn,kn->k", v, f)
         return np.where(held, 0, np.abs(g @ self.free) / (size @ self.free)).max(1)
 
     def curves_up(self, z, weights, held) -> np.ndarray:
         """(K,) bool: whether the Hessian at z (K, p), without `held` coordinates (K, p), is positive definite."""
-        H = self(z, np.zeros(len(z)), weights, self.delta)[2]
+        H = self(z, np.zeros(len(z)), weights, self.options["delta"])[2]
         free = ~held
         H = np.where(free[:, :, None] & free[:, None, :], H, np.eye(z.shape[1]))
         scale = np.sqrt(np.maximum(np.einsum("kii->ki", H), 1e-300))  # for a unit diagonal, dimensionless
@@ -346,14 +333,17 @@ class Surface:
         return finite & (np.linalg.eigvalsh(np.where(finite[:, None, None], H, 0)).min(1) > ROUNDING)
 
 
-def projected_starts(surface: Surface, count: int, weights=None) -> np.ndarray:
+# ---------------------------------------------------------------------------------------------------------------------
+# Starts
+
+
+def projected_starts(surface: Surface, count: int) -> np.ndarray:
     """(count, p) starts by variable projection: for given exponents E, A and B are a linear least-squares problem
-    (weights 1 / L^2 imitate log residuals). It is solved on a grid of (alpha, beta); the starts are the
-    best cells, no two of them neighbours, so that agreement on one optimum is evidence for it."""
-    weights = surface.weights if weights is None else weights
+    (weights 1 / L^2 imitate log residuals). It is solved on a grid of (alpha, beta); the starts are the best cells, no
+    two of them neighbours, so that agreement on one optimum is evidence for it."""
     pick = slice(None, None, max(1, len(surface.N) // 2000))  # starts need no more rows than that
     x, y, L = surface.bases[3][pick, 1], surface.bases[4][pick, 1], surface.loss[pick]
-    w = weights[pick] / L**2
+    w = 1 / L**2
     exponents = np.geomspace(0.03, 2.0, 24)
     v1, v2 = np.exp(np.outer(exponents, x)), np.exp(np.outer(exponents, y))  # (24, n); x and y are negated columns
     alpha, beta = (v.ravel() for v in np.meshgrid(exponents, exponents, indexing="ij"))
@@ -378,13 +368,13 @@ def projected_starts(surface: Surface, count: int, weights=None) -> np.ndarray:
         best[usable], left = solved[usable], left & ~usable
     cells = np.flatnonzero(~left)
     theta = np.stack([np.log(best[cells, 0]), alpha[cells], np.log(best[cells, 1]), beta[cells], best[cells, 2]], 1)
-    if surface.free.shape[1] == 4:
+    if surface.options["tied"]:
         tied = alpha[cells] == beta[cells]
         theta, cells = theta[tied][:, [0, 1, 2, 4]], cells[tied]
-    misfit = np.abs(best[cells, 0:1] * v1[i[cells]] + best[cells, 1:2] * v2[j[cells]] + best[cells, 2:3] - L) @ (w * L)
-    chosen = []
+    i, j, chosen = i[cells], j[cells], []
+    misfit = np.abs(best[cells, 0:1] * v1[i] + best[cells, 1:2] * v2[j] + best[cells, 2:3] - L) @ (w * L)
     for cell in np.argsort(misfit, kind="stable"):
-        if all(max(abs(i[cells[cell]] - i[cells[c]]), abs(j[cells[cell]] - j[cells[c]])) > 1 for c in chosen):
+        if all(max(abs(i[cell] - i[c]), abs(j[cell] - j[c])) > 1 for c in chosen):
             chosen.append(cell)
         if len(chosen) == count:
             break

@@ -37,7 +37,7 @@ def count_params(shape: Shape) -> Params:
     """Exact parameter counts. `total` is the sum of p.numel() over nanochin.model.GPT(shape)."""
     C, F, V, L = shape.width, shape.ffn, shape.vocab_size, shape.layers
     ups = _ups(shape)
-    norm = C * (2 if _norm_bias(shape) else 1)
+    norm = C * (2 if shape.norm == "layernorm" and shape.bias else 1)
     matrices = L * (3 * C * C + C * C + C * ups * F + F * C)  # QKV, output projection, feed-forward up and down
     biases = L * (3 * C + C + ups * F + C) if shape.bias else 0
     norms = (2 * L + 1) * norm  # two per layer and a final one; QK-norm has no weight
@@ -50,10 +50,6 @@ def count_params(shape: Shape) -> Params:
 def _ups(shape: Shape) -> int:
     """Up-projections: 2 for SwiGLU (gate and value, one matrix of 2F columns), else 1."""
     return 2 if shape.activation == "swiglu" else 1
-
-
-def _norm_bias(shape: Shape) -> bool:
-    return shape.norm == "layernorm" and shape.bias
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -83,10 +79,9 @@ class Row(NamedTuple):
         return 2 * self.forward
 
 
-def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
-    """Every operation of the forward pass on one sequence of `seq_len` tokens (default: the shape's)."""
-    T = _sequence(shape, seq_len)
-    C, F, V, H, L = shape.width, shape.ffn, shape.vocab_size, shape.heads, shape.layers
+def ledger(shape: Shape) -> list[Row]:
+    """Every operation of the forward pass on one sequence."""
+    T, C, F, V, H, L = shape.seq_len, shape.width, shape.ffn, shape.vocab_size, shape.heads, shape.layers
     ups, biased = _ups(shape), int(shape.bias)
     pairs, kept = T * T, T * (T + 1) // 2  # (query, key) pairs: all, and kept by the causal mask
 
@@ -97,7 +92,7 @@ def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
 
     learned = int(shape.positions == "learned")
     # FLOPs per element, with a transcendental function as 1.
-    per_norm = {"rmsnorm": 4, "layernorm": 6}[shape.norm] + int(_norm_bias(shape))
+    per_norm = {"rmsnorm": 4, "layernorm": 6 + shape.bias}[shape.norm]
     per_activation = {"gelu": 5, "gelu_tanh": 9, "relu2": 2, "swiglu": 5}[shape.activation]
     per_qk = 3 * (shape.positions == "rotary") + 3 * shape.qk_norm  # on queries and keys
     rows = [
@@ -126,38 +121,28 @@ def ledger(shape: Shape, seq_len: int | None = None) -> list[Row]:
     return [row for row in rows if row != Row(row.operation)]
 
 
-def flops_per_token(shape: Shape, convention: str = "physical", seq_len: int | None = None) -> float:
-    """Training FLOPs (3 x forward) per token in sequences of `seq_len` (default: the shape's)."""
+def flops_per_token(shape: Shape, convention: str = "physical") -> float:
+    """Training FLOPs (3 x forward) per token."""
     if convention not in FLOP_CONVENTIONS:
         raise UserError(f"`flops` {convention}: must be one of {', '.join(FLOP_CONVENTIONS)}")
-    T = _sequence(shape, seq_len)
-    return _sequence_flops(shape, T)[convention] / T
+    return _sequence_flops(shape)[convention] / shape.seq_len
 
 
-def count_flops(shape: Shape, tokens: float, seq_len: int | None = None) -> dict[str, float]:
+def count_flops(shape: Shape, tokens: float) -> dict[str, float]:
     """Training FLOPs of a run of `tokens` in each convention. Exact Python integers until the final division gives a
     float64: int64 would overflow at 2^63 = 9.2e18."""
-    T = _sequence(shape, seq_len)
     if not 0 < tokens < 1e30:
         raise UserError(f"`tokens` {tokens}: must be above 0 and below 1e30")
     exact = int(tokens) if tokens == int(tokens) else tokens
-    return {convention: flops * exact / T for convention, flops in _sequence_flops(shape, T).items()}
+    return {convention: flops * exact / shape.seq_len for convention, flops in _sequence_flops(shape).items()}
 
 
-def _sequence_flops(shape: Shape, T: int) -> dict[str, int]:
+def _sequence_flops(shape: Shape) -> dict[str, int]:
     """Training FLOPs of one sequence, by convention."""
-    rows, params = ledger(shape, T), count_params(shape)
+    rows, params = ledger(shape), count_params(shape)
     flops = {convention: 3 * sum(getattr(row, convention) for row in rows) for convention in OPERATION_CONVENTIONS}
-    return flops | {"6nd": 6 * params.total * T, "kaplan": 6 * params.non_embedding * T}
-
-
-def _sequence(shape: Shape, seq_len: int | None) -> int:
-    T = shape.seq_len if seq_len is None else seq_len
-    if T < 1 or T % 1:
-        raise UserError(f"`seq_len` {T}: must be a positive integer")
-    if shape.positions == "learned" and shape.seq_len < T:
-        raise UserError(f"`seq_len` {T}: the model has learned positions for only {shape.seq_len} tokens")
-    return int(T)
+    per_param = 6 * shape.seq_len
+    return flops | {"6nd": per_param * params.total, "kaplan": per_param * params.non_embedding}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,20 +214,16 @@ floor       minimum time of a step on {options.device}: each operation at the pe
 def _ledger_table(shape: Shape, sequences: int, device: Device, dtype: str) -> str:
     T, rows = shape.seq_len, ledger(shape)
     lines = [["operation", "forward", "backward", *OPERATION_CONVENTIONS, "step", "FLOPs/byte", "floor us"]]
-    for row in rows:
-        traffic = row_bytes(row, sequences, BYTES[dtype])
-        counted = [3 * getattr(row, column) / T for column in OPERATION_CONVENTIONS]
-        numbers = [row.forward / T, row.backward / T, *counted, 3 * sequences * row.forward]
-        intensity = f"{sequences * row.forward / traffic:.1f}" if traffic else "on chip"
-        floor = f"{1e6 * floor_seconds(row, sequences, device, dtype):.1f}"
-        lines.append([row.operation, *map(_flops, numbers), intensity, floor])
-    total = [sum(row.forward for row in rows) / T, sum(row.backward for row in rows) / T]
-    total += [flops_per_token(shape, column) for column in OPERATION_CONVENTIONS]
-    total += [3 * sequences * sum(row.forward for row in rows)]
-    traffic = sum(row_bytes(row, sequences, BYTES[dtype]) for row in rows)
-    intensity = sequences * sum(row.forward for row in rows) / traffic
-    floor = sum(floor_seconds(row, sequences, device, dtype) for row in rows)
-    lines.append(["sum", *map(_flops, total), f"{intensity:.1f}", f"{1e6 * floor:.1f}"])
+    for name, part in [*((row.operation, [row]) for row in rows), ("sum", rows)]:
+        forward, traffic = (
+            sum(row.forward for row in part),
+            sum(row_bytes(row, sequences, BYTES[dtype]) for row in part),
+        )
+        counted = [3 * sum(getattr(row, column) for row in part) / T for column in OPERATION_CONVENTIONS]
+        numbers = [forward / T, sum(row.backward for row in part) / T, *counted, 3 * sequences * forward]
+        intensity = f"{sequences * forward / traffic:.1f}" if traffic else "on chip"
+        floor = 1e6 * sum(floor_seconds(row, sequences, device, dtype) for row in part)
+        lines.append([name, *map(_flops, numbers), intensity, f"{floor:.1f}"])
     return format_columns(lines)
 
 

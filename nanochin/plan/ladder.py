@@ -14,12 +14,7 @@ from nanochin.base.cli import UserError, opt, parse
 from nanochin.base.console import count, format_columns
 from nanochin.config import FLOP_CONVENTIONS, Shape, ShapeOptions, shape_maker
 from nanochin.laws import BESIROGLU, Law, PowerLaw, load_law
-from nanochin.plan.flops import (
-    Params,
-    count_flops,
-    count_params,
-    flops_per_token,
-)
+from nanochin.plan.flops import Params, count_flops, count_params, flops_per_token
 from nanochin.plan.rules import rule_batch, rule_beta2, rule_lr, rule_warmup
 
 # (width, layers), from 2 thousand parameters (bytes) to 1 billion. Neighbours differ by less than 1.5x in `with_head`
@@ -51,7 +46,6 @@ class Plan:
     beta2: float
     params: Params
     flops: dict[str, float]  # by convention
-    budget: float | None
     predicted_loss: float | None  # by the law, if it predicts losses
     why: dict[str, str]
 
@@ -102,7 +96,7 @@ def plan(
 
     predicted = law.loss(_law_params(shape, law), tokens) if isinstance(law, Law) else None
     flops = count_flops(shape, tokens)
-    return Plan(shape, tokens, batch, steps, lr, int(warmup_tokens), beta2, params, flops, budget, predicted, why)
+    return Plan(shape, tokens, batch, steps, lr, int(warmup_tokens), beta2, params, flops, predicted, why)
 
 
 def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> tuple[Shape, float]:
@@ -114,17 +108,13 @@ def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> 
     def cost(shape: Shape) -> float:
         return flops_per_token(shape, convention)
 
-    def tokens_within_budget(shape: Shape) -> float:
-        why["tokens"] = f"budget / {cost(shape):.4g} FLOPs per token ({convention})"
-        return budget / cost(shape)
-
+    shape = None if model is None else make(*model)
     if model is not None:
-        shape = make(*model)
         why["model"] = "given"
     if tokens is not None:
         why["tokens"] = "given, rounded to whole steps"
 
-    match budget is not None, model is not None, tokens is not None:
+    match budget is not None, model is not None, tokens is not None:  # a model with one of the others: nothing to do
         case False, False, False:
             raise UserError("nothing to plan from: give `budget`, `model` or `tokens`")
 
@@ -135,13 +125,6 @@ def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> 
                     f"`budget` {budget:g}: `model` {shape} on `tokens` {tokens:g} costs {total:.4g} FLOPs "
                     f"({convention}); leave one of the three out"
                 )
-            return shape, tokens
-
-        case False, True, True:
-            return shape, tokens
-
-        case True, True, False:
-            return shape, tokens_within_budget(shape)
 
         case True, False, True:
             shape = min(_ladder(make), key=lambda s: abs(math.log(cost(s) * tokens / budget)))
@@ -151,16 +134,14 @@ def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> 
                     f"`budget` {budget:g}: no shape costs that on `tokens` {tokens:g}; the closest, "
                     f"`model` {shape}, needs `tokens` {budget / cost(shape):.3g}"
                 )
-            return shape, tokens
 
         case False, True, False:
-            why["tokens"] = f"optimal for this model by {law.name}"
-            return shape, law.tokens_for(_law_params(shape, law))
+            tokens, why["tokens"] = law.tokens_for(_law_params(shape, law)), f"optimal for this model by {law.name}"
 
         case False, False, True:
             optimum = law.params_for(tokens)
             why["model"] = f"ladder shape closest to {count(optimum)} parameters, the optimum by {law.name}"
-            return min(_ladder(make), key=lambda s: abs(math.log(_law_params(s, law) / optimum))), tokens
+            shape = min(_ladder(make), key=lambda s: abs(math.log(_law_params(s, law) / optimum)))
 
         case True, False, False:
             candidates = affordable(make, budget, convention, batch_tokens)
@@ -169,7 +150,10 @@ def _choose(make, budget, model, tokens, law, convention, batch_tokens, why) -> 
             by_size = sorted(candidates, key=lambda s: _law_params(s, law))
             if shape in (by_size[0], by_size[-1]):
                 why["model"] += f" (the {'smallest' if shape == by_size[0] else 'largest'})"
-            return shape, tokens_within_budget(shape)
+
+    if tokens is None:
+        tokens, why["tokens"] = budget / cost(shape), f"budget / {cost(shape):.4g} FLOPs per token ({convention})"
+    return shape, tokens
 
 
 def _by_law(law: Law | PowerLaw, tokens: dict[Shape, float]) -> tuple[Callable[[Shape], float], str]:
@@ -310,24 +294,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def _grid_table(grid: list[Plan], best: Plan, options: GridOptions) -> str:
     """One line per shape; * marks the law's choice."""
-    heading = ["shape", "params", "with_head", "tokens", "D/N", "batch", "steps", "lr", *FLOP_CONVENTIONS]
-    heading += ["epochs"] * bool(options.corpus_tokens) + ["hours"] * bool(options.throughput)
-    rows = [heading]
-    for p in grid:
-        row = [
-            f"{p.shape}{'*' if p.shape == best.shape else ''}",
-            count(p.params.total),
-            count(p.params.with_head),
-            count(p.tokens),
-            f"{p.tokens / p.params.total:.3g}",
-            str(p.batch_tokens),
-            str(p.steps),
-            f"{p.lr:.2g}",
-            *(f"{flops:.3e}" for flops in p.flops.values()),
-        ]
-        if options.corpus_tokens:
-            row.append(f"{p.tokens / options.corpus_tokens:.3g}")
-        if options.throughput:
-            row.append(f"{p.flops[options.flops] / options.throughput / 3600:.3g}")
-        rows.append(row)
-    return format_columns(rows)
+    columns: dict[str, Callable[[Plan], str]] = {
+        "shape": lambda p: f"{p.shape}{'*' if p.shape == best.shape else ''}",
+        "params": lambda p: count(p.params.total),
+        "with_head": lambda p: count(p.params.with_head),
+        "tokens": lambda p: count(p.tokens),
+        "D/N": lambda p: f"{p.tokens / p.params.total:.3g}",
+        "batch": lambda p: str(p.batch_tokens),
+        "steps": lambda p: str(p.steps),
+        "lr": lambda p: f"{p.lr:.2g}",
+        **{name: lambda p, name=name: f"{p.flops[name]:.3e}" for name in FLOP_CONVENTIONS},
+    }
+    if options.corpus_tokens:
+        columns["epochs"] = lambda p: f"{p.tokens / options.corpus_tokens:.3g}"
+    if options.throughput:
+        columns["hours"] = lambda p: f"{p.flops[options.flops] / options.throughput / 3600:.3g}"
+    return format_columns([[*columns], *([cell(p) for cell in columns.values()] for p in grid)])

@@ -3,11 +3,12 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from chinchilla import chinchilla, isoflop_grid
+from chinchilla import BUDGETS, chinchilla, isoflop_grid, noisy_grid
 
 from nanochin.laws import (
     BESIROGLU,
     HOFFMANN,
+    Law,
     NotIdentified,
     bootstrap,
     bootstrap_seed_noise,
@@ -16,20 +17,27 @@ from nanochin.laws import (
 )
 from nanochin.laws.bootstrap import resample
 from nanochin.laws.parametric import reference_objective
-from nanochin.laws.solver import Surface, projected_starts
+from nanochin.laws.solver import Surface
 
-BUDGETS, RATIOS = np.geomspace(1e17, 1e21, 6), np.geomspace(1 / 6, 6, 8)
+CONSTANTS = ("E", "A", "B", "alpha", "beta")
 
 
-def noisy_grid(noise: float, seed: int = 0):
-    N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, RATIOS)
-    return N, D, loss * np.exp(noise * np.random.default_rng(seed).standard_normal(len(loss)))
+def drawn(replicates: int) -> np.ndarray:
+    """(replicates, 48): how often each run of noisy_grid is drawn with seed 0."""
+    return np.random.default_rng(0).multinomial(48, np.full(48, 1 / 48), replicates)
+
+
+def peak_bytes(call) -> int:
+    tracemalloc.start()
+    call()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
 
 
 def test_intervals_on_chinchilla():
     """95% intervals of Besiroglu et al., from 4000 resamples of 240 rows: ends within 0.005, of E within 0.01."""
-    fit = fit_parametric(*chinchilla())
-    boot = bootstrap(fit)
+    boot = bootstrap(fit_parametric(*chinchilla()))
     for name, interval, within in (("alpha", (0.317, 0.372), 0.005), ("beta", (0.333, 0.414), 0.005),
                                    ("E", (1.770, 1.869), 0.01), ("a", (0.481, 0.557), 0.005)):  # fmt: skip
         assert boot.interval(name) == pytest.approx(interval, abs=within), name
@@ -42,41 +50,22 @@ def test_intervals_on_chinchilla():
     assert boot.gradient_norm < 1e-5
 
 
-def test_a_second_start_confirms_each_replicate():
-    """200 replicates minimised from three own starts each, by variable projection: none ends lower."""
-    N, D, loss = noisy_grid(0.01)
-    fit = fit_parametric(N, D, loss)
-    boot = bootstrap(fit, replicates=200, verify=0)
-    surface = Surface.of(N, D, loss, delta=1e-3, space="log", E=None, tied=False)
-    rng = np.random.default_rng(0)
-    weights = rng.multinomial(len(N), np.full(len(N), 1 / len(N)), 200).astype(float)
-    theta = np.stack([surface.z(type(fit.law)("", *row)) for row in zip(
-        *(getattr(boot.law, k) for k in ("E", "A", "B", "alpha", "beta")), strict=True)])  # fmt: skip
-    warm = surface(theta, np.zeros(200), weights, 1e-3)[0]
-    for k in range(200):
-        again = surface.minimise(projected_starts(surface, 3, weights[k]), weights[k], cold=True)
-        assert again.converged.any()
-        assert again.objective[again.converged].min() >= warm[k] * (1 - 1e-9)
-
-
 def test_every_replicate_is_verified():
     """At each replicate's law the gradient, by differences of a Huber sum written out here, is negligible against its
     terms, and the Hessian is positive definite; the surface uses both to tell a saddle from a minimum."""
     N, D, loss = noisy_grid(0.004)
     boot = bootstrap(fit_parametric(N, D, loss), replicates=40, verify=0)
     assert boot.verified == 40 - boot.failed == boot.to_json()["bootstrap"]["verified"] == 40
-    counts = np.random.default_rng(0).multinomial(48, np.full(48, 1 / 48), 40)
 
     def terms(theta, w):  # (48,) of the sum; theta: log A, alpha, log B, beta, E, as the surface has them at its centre
         x, y = np.log(N) - np.log(N).mean(), np.log(D) - np.log(D).mean()
         r = np.log(np.exp(theta[0] - theta[1] * x) + np.exp(theta[2] - theta[3] * y) + theta[4]) - np.log(loss)
         return w * np.where(np.abs(r) < 1e-3, r * r / 2, 1e-3 * (np.abs(r) - 5e-4))
 
-    surface = Surface.of(N, D, loss, delta=1e-3, space="log", E=None, tied=False)
-    names = ("E", "A", "B", "alpha", "beta")
-    laws = [type(boot.law)("", *row) for row in zip(*(getattr(boot.law, k) for k in names), strict=True)]
+    surface = Surface.of(N, D, loss)
+    laws = [Law("", *row) for row in zip(*(getattr(boot.law, k) for k in CONSTANTS), strict=True)]
     rng, h, saddles = np.random.default_rng(1), 1e-6, 0
-    for w, law in zip(counts, laws, strict=True):
+    for w, law in zip(drawn(40), laws, strict=True):
         at = surface.z(law)
         slopes = np.array([(terms(at + h * e, w) - terms(at - h * e, w)) / (2 * h) for e in np.eye(5)])
         assert (np.abs(slopes.sum(1)) < 1e-3 * np.abs(slopes).sum(1)).all()
@@ -86,17 +75,17 @@ def test_every_replicate_is_verified():
             lowest = np.linalg.eigvalsh(H / np.sqrt(np.outer(*[np.abs(np.diag(H))] * 2))).min()
             saddles += lowest < -1e-3
             if abs(lowest) > 1e-3:
-                said = surface.curves_up(z[None], w[None].astype(float), np.zeros((1, 5), bool))[0]
-                assert said == (lowest > 0)
+                positive = surface.curves_up(z[None], w[None].astype(float), np.zeros((1, 5), bool))[0]
+                assert positive == (lowest > 0)
     assert saddles > 5
 
 
 def test_progress_of_resampling():
     """Reported after each batch, at the end for all replicates."""
-    told = []
-    _, batches = resample(np.arange(9), 100, 0, lambda done, of: told.append((done, of)))
+    calls = []
+    _, batches = resample(np.arange(9), 100, 0, lambda done, of: calls.append((done, of)))
     assert sum(len(weights) for weights in batches(30)) == 100
-    assert told == [(30, 100), (60, 100), (90, 100), (100, 100)]
+    assert calls == [(30, 100), (60, 100), (90, 100), (100, 100)]
 
 
 def test_after_a_missed_optimum_all_replicates_are_checked():
@@ -105,20 +94,18 @@ def test_after_a_missed_optimum_all_replicates_are_checked():
     N, D, loss = isoflop_grid(BESIROGLU, np.geomspace(1e17, 1e19, 4), np.geomspace(1 / 4, 4, 6))
     loss = loss * np.exp(0.02 * np.random.default_rng(1).standard_normal(24))
     fit = fit_parametric(N, D, loss, allow_bound=True)
-    boot = bootstrap(fit, replicates=300, verify=60)
+    boot, whole = (bootstrap(fit, replicates=300, verify=verify) for verify in (60, 300))
     assert boot.worse > 0
     assert boot.checked + boot.unconfirmed + boot.failed == 300
-    whole = bootstrap(fit, replicates=300, verify=300)
     assert whole.law.alpha == pytest.approx(boot.law.alpha, rel=1e-5) and whole.worse == boot.worse
 
 
 def test_a_replicate_is_a_fit_of_the_drawn_rows():
-    """The first replicate equals the fit of its rows, repeated as often as drawn."""
+    """Replicates equal the fits, from twelve starts, of their rows repeated as often as drawn."""
     N, D, loss = noisy_grid(0.005)
-    law = bootstrap(fit_parametric(N, D, loss), replicates=3, verify=0).law
-    counts = np.random.default_rng(0).multinomial(len(N), np.full(len(N), 1 / len(N)), 3)
-    for k in range(3):
-        rows = np.repeat(np.arange(len(N)), counts[k])
+    law = bootstrap(fit_parametric(N, D, loss), replicates=20, verify=0).law
+    for k, counts in enumerate(drawn(20)):
+        rows = np.repeat(np.arange(48), counts)
         alone = fit_parametric(N[rows], D[rows], loss[rows]).law
         assert law.alpha[k] == pytest.approx(alone.alpha, rel=1e-6)
         assert law.B[k] == pytest.approx(alone.B, rel=1e-5)
@@ -126,14 +113,11 @@ def test_a_replicate_is_a_fit_of_the_drawn_rows():
 
 def test_whole_runs_are_resampled():
     """Checkpoints of a run are correlated: by rows the interval is far too narrow; by runs there is a warning."""
-    rng = np.random.default_rng(1)
-    N, D, run = [], [], []
-    for i, n in enumerate(np.tile(np.geomspace(1e7, 1e9, 10), 3)):
-        tokens = n * np.geomspace(4, 40, 12) * (1 + i // 10)
-        N, D, run = [*N, *[n] * 12], [*D, *tokens], [*run, *[f"run {i}"] * 12]
-    N, D, run = np.array(N), np.array(D), np.array(run)
-    luck = 0.02 * rng.standard_normal(30)[np.unique(run, return_inverse=True)[1]]
-    fit = fit_parametric(N, D, BESIROGLU.loss(N, D) * np.exp(luck), delta=math.inf)
+    n = np.repeat(np.tile(np.geomspace(1e7, 1e9, 10), 3), 12)
+    D = n * np.tile(np.geomspace(4, 40, 12), 30) * np.repeat([1, 2, 3], 120)
+    run = np.repeat(np.arange(30), 12)
+    luck = np.repeat(0.02 * np.random.default_rng(1).standard_normal(30), 12)
+    fit = fit_parametric(n, D, BESIROGLU.loss(n, D) * np.exp(luck), delta=math.inf)
     by_row, by_run = bootstrap(fit, replicates=400), bootstrap(fit, runs=run, replicates=400)
     width = [high - low for low, high in (by_row.interval("alpha"), by_run.interval("alpha"))]
     assert width[1] > 2 * width[0]
@@ -156,8 +140,7 @@ def test_any_quantity_has_an_interval():
     """Functions of the law, and the table of all quantities; a, b and the optimum follow from the same replicates."""
     boot = bootstrap(fit_parametric(*noisy_grid(0.005)), replicates=100)
     table = boot.intervals([1e22])
-    assert set(table) == {"E", "A", "B", "alpha", "beta", "a", "b", "G", "N_opt(1e+22)", "D_opt(1e+22)", "D/N(1e+22)",
-                          "loss_opt(1e+22)"}  # fmt: skip
+    assert set(table) == {*CONSTANTS, "a", "b", "G", "N_opt(1e+22)", "D_opt(1e+22)", "D/N(1e+22)", "loss_opt(1e+22)"}
     low, high = table["N_opt(1e+22)"][80]
     by_hand = sorted(boot.law.G[k] * (1e22 / 6) ** boot.law.a[k] for k in range(100))
     assert by_hand[9] <= low <= by_hand[11] and by_hand[88] <= high <= by_hand[90]
@@ -169,12 +152,11 @@ def test_any_quantity_has_an_interval():
 
 def test_options_of_the_fit_hold_in_every_replicate():
     """Tied exponents stay tied, a fixed E stays fixed, and least squares of the loss works."""
-    N, D, loss = noisy_grid(0.005)
-    tied = bootstrap(fit_parametric(N, D, loss, tied=True), replicates=50).law
-    assert (tied.alpha == tied.beta).all() and tied.alpha.std() > 0
-    fixed = bootstrap(fit_parametric(N, D, loss, E=1.7), replicates=50).law
-    assert (fixed.E == 1.7).all()
-    linear = bootstrap(fit_parametric(N, D, loss, space="linear", delta=math.inf), replicates=50)
+    rows = noisy_grid(0.005)
+    options = {"tied": True}, {"E": 1.7}, {"space": "linear", "delta": math.inf}
+    tied, fixed, linear = (bootstrap(fit_parametric(*rows, **changed), replicates=50) for changed in options)
+    assert (tied.law.alpha == tied.law.beta).all() and tied.law.alpha.std() > 0
+    assert (fixed.law.E == 1.7).all()
     assert linear.failed == 0 and linear.law.alpha.std() > 0
 
 
@@ -188,29 +170,24 @@ def test_few_runs_are_refused_or_warned_about():
 
 
 def test_memory_is_bounded():
-    """1e5 rows: replicates come in batches, so 40 do not need dozens of arrays of 40 x 1e5."""
+    """Replicates come in batches: 40 of 1e5 rows do not need dozens of arrays of 40 x 1e5, nor do 400 splines."""
     rng = np.random.default_rng(0)
     N, D = np.exp(rng.uniform(14, 22, 100_000)), np.exp(rng.uniform(18, 26, 100_000))
     fit = fit_parametric(N, D, BESIROGLU.loss(N, D) * np.exp(0.01 * rng.standard_normal(100_000)), delta=0.1)
-    tracemalloc.start()
-    boot = bootstrap(fit, replicates=40, verify=0)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 250e6
-    assert boot.law.alpha.std() < 0.01
+    assert peak_bytes(lambda: bootstrap(fit, replicates=40, verify=0)) < 250e6
+    spline = fit_isoflop(*isoflop_grid(BESIROGLU, [1e18, 1e20], np.geomspace(1 / 6, 6, 750)), method="akima")
+    assert peak_bytes(lambda: bootstrap_seed_noise(spline, noise=1e-4, replicates=400)) < 250e6
 
 
 def test_runs_of_approach_2():
     """Vertices of resampled runs: the interval contains the true exponent, and one replicate is checked."""
     N, D, loss = noisy_grid(0.003, seed=2)
-    fit = fit_isoflop(N, D, loss)
-    boot = bootstrap(fit, replicates=300)
+    boot = bootstrap(fit_isoflop(N, D, loss), replicates=300)
     low, high = boot.interval("a")
     assert low < BESIROGLU.a < high and 0.005 < high - low < 0.2
-    drawn = np.random.default_rng(0).multinomial(48, np.full(48, 1 / 48), 300)[0]
-    vertices = []
+    counts, vertices = drawn(300)[0], []
     for i in range(6):
-        rows = np.repeat(np.arange(8 * i, 8 * i + 8), drawn[8 * i : 8 * i + 8])
+        rows = np.repeat(np.arange(8 * i, 8 * i + 8), counts[8 * i : 8 * i + 8])
         p, q, _ = np.polyfit(np.log(N[rows]), loss[rows], 2)
         vertices.append(-q / (2 * p))
     assert boot.law.a[0] == pytest.approx(np.polyfit(np.log(BUDGETS), vertices, 1)[0], rel=1e-6)
@@ -218,41 +195,26 @@ def test_runs_of_approach_2():
 
 @pytest.mark.parametrize("method", ["parabola", "akima"])
 def test_seed_noise(method):
-    """No noise: no width; more noise: a wider interval with the truth in it; splines are noisier than parabolas."""
-    N, D, loss = noisy_grid(0.0)
-    fit = fit_isoflop(N, D, loss, method=method)
+    """No noise: no width; more noise: a wider interval with the truth in it."""
+    fit = fit_isoflop(*noisy_grid(0.0), method=method)
     none = bootstrap_seed_noise(fit, noise=0.0, replicates=50)
-    assert none.law.a == pytest.approx(fit.law.a, abs=1e-9)
+    assert none.unit == "seed noise" and none.law.a == pytest.approx(fit.law.a, abs=1e-9)
     widths = []
     for noise in (0.0005, 0.002):
         low, high = bootstrap_seed_noise(fit, noise=noise).interval("a")
         assert low < BESIROGLU.a < high
         widths.append(high - low)
     assert widths[1] > 2 * widths[0]
-    assert bootstrap_seed_noise(fit, noise=0.0005).unit == "seed noise"
 
 
 def test_seed_noise_contains_its_estimate():
     """Unequal noise of the budgets on a bent frontier: the interval is that of the unweighted estimate."""
-    N, D, loss = [], [], []
-    for i, C in enumerate(BUDGETS):
-        best, width = 1e7 * 10 ** (0.5 * i + 0.03 * i * i), 16 if i < 3 else 3
-        n = best * np.geomspace(1 / width, width, 9)
-        N, D, loss = [*N, *n], [*D, *C / (6 * n)], [*loss, *(3 + 0.03 * np.log(n / best) ** 2)]
-    fit = fit_isoflop(*(np.array(v) for v in (N, D, loss)))
+    i, width = np.arange(6)[:, None], np.repeat([16, 3], 3)[:, None]
+    ratio = width ** np.linspace(-1, 1, 9)
+    N = 1e7 * 10 ** (0.5 * i + 0.03 * i * i) * ratio
+    fit = fit_isoflop(N.ravel(), (BUDGETS[:, None] / (6 * N)).ravel(), (3 + 0.03 * np.log(ratio) ** 2).ravel())
     low, high = bootstrap_seed_noise(fit, noise=0.0005).interval("a")
     assert low < fit.law.a < high
-
-
-def test_seed_noise_in_bounded_memory():
-    """400 draws of 1500 runs: splines come in batches."""
-    N, D, loss = isoflop_grid(BESIROGLU, [1e18, 1e20], np.geomspace(1 / 6, 6, 750))
-    fit = fit_isoflop(N, D, loss, method="akima")
-    tracemalloc.start()
-    bootstrap_seed_noise(fit, noise=1e-4, replicates=400)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 250e6
 
 
 def test_seed_noise_matches_repeated_sweeps():
@@ -260,8 +222,7 @@ def test_seed_noise_matches_repeated_sweeps():
     slopes = [fit_isoflop(*noisy_grid(0.001, seed)).law.a for seed in range(200)]
     fit = fit_isoflop(*noisy_grid(0.001, 1000))
     assert fit.noise == pytest.approx(0.001, rel=0.4)
-    boot = bootstrap_seed_noise(fit, noise=0.001)
-    assert boot.law.a.std() == pytest.approx(np.std(slopes), rel=0.2)
+    assert bootstrap_seed_noise(fit, noise=0.001).law.a.std() == pytest.approx(np.std(slopes), rel=0.2)
 
 
 def test_a_premature_stop_collapses_the_interval():

@@ -3,11 +3,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from chinchilla import chinchilla, isoflop_grid
+from chinchilla import BUDGETS, RATIOS, chinchilla, isoflop_grid, noisy_grid
 
 from nanochin.laws import (
     BESIROGLU,
-    Law,
     NotIdentified,
     bootstrap,
     checks,
@@ -23,13 +22,6 @@ from nanochin.laws import (
     profile_e,
     residuals_by_compute,
 )
-
-BUDGETS, RATIOS = np.geomspace(1e17, 1e21, 6), np.geomspace(1 / 6, 6, 8)
-
-
-def noisy_grid(noise: float, seed: int = 0, law: Law = BESIROGLU):
-    N, D, loss = isoflop_grid(law, BUDGETS, RATIOS)
-    return N, D, loss * np.exp(noise * np.random.default_rng(seed).standard_normal(len(loss)))
 
 
 def fits(found) -> dict:
@@ -49,13 +41,11 @@ def test_leaving_out_the_highest_losses_of_chinchilla():
 def test_leaving_out_too_many_rows():
     """The options of the fit are kept, and with too few rows left the reason is given."""
     N, D, loss = noisy_grid(0.004)
-    fit = fit_parametric(N, D, loss, tied=True, delta=0.01)
-    table = fits(leave_out_highest(fit, (0, 4, 44)))
-    assert table[0].law == fit.law
-    kept = np.argsort(loss)[:-4]
-    assert table[4].law.alpha == pytest.approx(
-        fit_parametric(N[kept], D[kept], loss[kept], tied=True, delta=0.01).law.alpha, rel=1e-9
-    )
+    options = {"tied": True, "delta": 0.01}
+    fit = fit_parametric(N, D, loss, **options)
+    table, kept = fits(leave_out_highest(fit, (0, 4, 44))), np.argsort(loss)[:-4]
+    alone = fit_parametric(N[kept], D[kept], loss[kept], **options)
+    assert table[0].law == fit.law and table[4].law.alpha == pytest.approx(alone.law.alpha, rel=1e-9)
     assert "at least 6 usable rows" in str(table[44])
 
 
@@ -80,7 +70,7 @@ def test_delta_sensitivity():
     table = fits(delta_sensitivity(fit_parametric(*noisy_grid(0.0))))
     assert list(table) == [1e-6, 1e-4, 1e-3, 1e-2, 1e-1, math.inf]
     for delta, fit in table.items():
-        assert fit.delta == delta and fit.law.beta == pytest.approx(BESIROGLU.beta, rel=1e-7)
+        assert fit.options["delta"] == delta and fit.law.beta == pytest.approx(BESIROGLU.beta, rel=1e-7)
     a = [other.fit.law.a for other in delta_sensitivity(fit_parametric(*chinchilla()))]
     assert a == pytest.approx([0.5126, 0.5126, 0.5139, 0.5184, 0.5298, 0.5298], abs=6e-5)
 
@@ -92,7 +82,7 @@ def test_delta_of_few_and_noisy_rows():
     D = [60800, 43520, 26304, 182592, 130048, 79104, 54400, 433920, 330304, 180864, 116480, 84096]
     loss = [2.826, 2.839, 2.881, 2.661, 2.671, 2.613, 2.650, 2.514, 2.408, 2.406, 2.389, 2.423]
     table = fits(delta_sensitivity(fit_parametric(N, D, loss), (1e-12, 1e-6, 1e-3)))
-    assert "starts converged" in str(table[1e-12]) and table[1e-3].delta == 1e-3
+    assert "starts converged" in str(table[1e-12]) and table[1e-3].options["delta"] == 1e-3
     sums = {delta: np.abs(table[delta].residuals).sum() for delta in (1e-6, 1e-3)}
     assert sums[1e-6] < sums[1e-3] and np.sort(np.abs(table[1e-6].residuals))[4] < 2e-6  # five constants fit five rows
 
@@ -102,16 +92,13 @@ def test_refits_have_intervals():
     is none."""
     N, D, loss = noisy_grid(0.004)
     fit, runs = fit_parametric(N, D, loss), np.arange(48) // 2
-    options = {"runs": runs, "replicates": 60, "seed": 3}
+    options = {"replicates": 60, "seed": 3}
     assert all(other.boot is None for other in leave_out_highest(fit, (0, 4)))
-    (other,) = leave_out_highest(fit, (5,), **options)
+    (other,) = leave_out_highest(fit, (5,), runs=runs, **options)
     kept = np.sort(np.argsort(loss)[:-5])
-    own = bootstrap(fit_parametric(N[kept], D[kept], loss[kept]), runs=runs[kept], replicates=60, seed=3)
+    own = bootstrap(fit_parametric(N[kept], D[kept], loss[kept]), runs=runs[kept], **options)
     assert other.boot.units == len(set(runs[kept])) < 43
     assert other.boot.interval("a") == pytest.approx(own.interval("a"), rel=1e-6)
-    (wide,) = delta_sensitivity(fit, (0.1,), **options)
-    again = bootstrap(fit_parametric(N, D, loss, delta=0.1), runs=runs, replicates=60, seed=3)
-    assert wide.boot.interval("alpha") == pytest.approx(again.interval("alpha"), rel=1e-6)
 
 
 def test_profile_of_e():
@@ -147,10 +134,8 @@ def test_hold_out_on_chinchilla():
     over-prediction, as published."""
     N, D, loss = chinchilla()
     held = hold_out(N, D, loss, above=(6 * N * D).max() / 10, replicates=100)
-    assert held.error == pytest.approx(0.0090, abs=2e-4)
-    assert held.in_sample_error == pytest.approx(0.0032, abs=2e-4)
-    assert held.bias > 0
-    assert held.reach > 9
+    assert (held.error, held.in_sample_error) == pytest.approx((0.0090, 0.0032), abs=2e-4)
+    assert held.bias > 0 and held.reach > 9
 
 
 def test_hold_out_of_the_largest_budget():
@@ -190,10 +175,10 @@ def test_a_failed_bootstrap_does_not_discard_the_hold_out(monkeypatch):
     """The predictions are kept, and the reason for missing intervals is given."""
     plain = hold_out(*noisy_grid(0.003), replicates=0)
 
-    def refused(*_, **__):
+    def refuse(*_, **__):
         raise NotIdentified("bootstrap: as the test says")
 
-    monkeypatch.setattr(checks, "bootstrap", refused)
+    monkeypatch.setattr(checks, "bootstrap", refuse)
     held = hold_out(*noisy_grid(0.003), replicates=50)
     assert held.why == "bootstrap: as the test says" and held.bootstrap is None and plain.why == ""
     np.testing.assert_array_equal(held.predicted, plain.predicted)
@@ -201,16 +186,10 @@ def test_a_failed_bootstrap_does_not_discard_the_hold_out(monkeypatch):
 
 
 def test_hold_out_by_a_column_in_another_unit():
-    """Budgets numbered downwards: still the largest by C are held out, with the C of the runs."""
-    N, D, loss = noisy_grid(0.003)
-    held = hold_out(N, D, loss, budget=-np.repeat(np.arange(6), 8), replicates=0)
+    """Budgets numbered downwards: still the largest by C are held out. Without noise the law predicts them exactly."""
+    held = hold_out(*noisy_grid(0.0), budget=-np.repeat(np.arange(6), 8), replicates=0)
     assert held.rows.tolist() == list(range(40, 48))
     assert held.optima[0][0] == pytest.approx(1e21, rel=1e-9)
-
-
-def test_hold_out_without_noise_predicts_exactly():
-    """The law extrapolates to data that obeys it."""
-    held = hold_out(*noisy_grid(0.0), budgets=3, replicates=0)
     assert held.predicted == pytest.approx(held.observed, rel=1e-9)
     assert math.isnan(held.low[0]) and held.bootstrap is None
 
@@ -238,50 +217,40 @@ def test_hold_out_of_too_much_is_refused(options, says):
         hold_out(*noisy_grid(0.003), **options)
 
 
-def test_a_straight_frontier_has_no_curvature():
-    """Without noise the quadratic term is 0; with noise its interval contains 0: not significant."""
+def test_curvature_of_the_frontier():
+    """Without noise a straight frontier has a quadratic term of 0; with noise its interval contains 0. The term of
+    N_opt = exp(a x - 0.02 x^2), planted in parabolas, is recovered."""
     exact = frontier_curvature(fit_isoflop(*noisy_grid(0.0)), replicates=100)
     assert exact.quadratic == pytest.approx(0, abs=1e-9)
     noisy = frontier_curvature(fit_isoflop(*noisy_grid(0.002)))
-    assert noisy.intervals[95][0] < 0 < noisy.intervals[95][1]
-    assert not noisy.significant
-
-
-def test_a_bent_frontier_is_found():
-    """N_opt = exp(a x - 0.02 x^2) planted in parabolas: the term and its sign are recovered."""
+    assert noisy.intervals[95][0] < 0 < noisy.intervals[95][1] and not noisy.significant
     x = np.log(BUDGETS / 1e19)
-    log_opt = 20 + 0.5 * x - 0.02 * x**2
-    N = np.exp(log_opt[:, None] + np.log(RATIOS)).ravel()
-    C = np.repeat(BUDGETS, 8)
+    N = np.outer(np.exp(20 + 0.5 * x - 0.02 * x**2), RATIOS).ravel()
     loss = 2 + 0.05 * np.tile(np.log(RATIOS), 6) ** 2 + 0.001 * np.random.default_rng(0).standard_normal(48)
-    bent = frontier_curvature(fit_isoflop(N, C / (6 * N), loss))
+    bent = frontier_curvature(fit_isoflop(N, np.repeat(BUDGETS, 8) / (6 * N), loss))
     assert bent.quadratic == pytest.approx(-0.02, abs=0.003)
     assert bent.intervals[95][1] < 0 and bent.significant
 
 
-def test_curvature_needs_four_budgets():
+@pytest.mark.parametrize("E", [0.0, 1.0])
+def test_lowest_losses_on_a_line_and_off_it(E):
+    """Losses 30 C^-0.06 at the minima are recovered and predicted; with an E of 1 added the line falls too far."""
+    lowest = E + 30 * BUDGETS**-0.06
+    N = np.outer(20e6 * np.sqrt(BUDGETS / 1e19), RATIOS).ravel()
+    loss = (lowest[:, None] + 0.05 * np.log(RATIOS) ** 2).ravel()
+    found = loss_line(fit_isoflop(N, np.repeat(BUDGETS, len(RATIOS)) / (6 * N), loss))
+    assert found.flops == pytest.approx(BUDGETS[-1]) and found.measured == pytest.approx(lowest[-1], rel=1e-6)
+    if E:
+        assert found.predicted < 0.999 * found.measured
+    else:
+        assert (found.exponent, found.predicted) == pytest.approx((0.06, found.measured), rel=1e-6)
+
+
+@pytest.mark.parametrize("check", [frontier_curvature, loss_line])
+def test_a_curve_of_the_frontier_needs_four_budgets(check):
     """A parabola fits any three points."""
-    N, D, loss = isoflop_grid(BESIROGLU, BUDGETS[:3], RATIOS)
     with pytest.raises(NotIdentified, match="4 budgets"):
-        frontier_curvature(fit_isoflop(N, D, loss))
-
-
-def test_lowest_losses_on_a_line_and_off_it():
-    """Losses 30 C^-0.06 at the minima are recovered and predicted; with an E of 1 added the line falls too far; three
-    budgets are refused."""
-    for E in (0.0, 1.0):
-        least = E + 30 * BUDGETS**-0.06
-        N = (20 * np.sqrt(BUDGETS / 1e19)[:, None] * RATIOS * 1e6).ravel()
-        loss = (least[:, None] + 0.05 * np.log(RATIOS) ** 2).ravel()
-        found = loss_line(fit_isoflop(N, np.repeat(BUDGETS, len(RATIOS)) / (6 * N), loss))
-        assert found.flops == pytest.approx(BUDGETS[-1]) and found.measured == pytest.approx(least[-1], rel=1e-6)
-        if not E:
-            assert found.exponent == pytest.approx(0.06, rel=1e-6)
-            assert found.predicted == pytest.approx(found.measured, rel=1e-6)
-        else:
-            assert found.predicted < 0.999 * found.measured
-    with pytest.raises(NotIdentified, match="4 budgets"):
-        loss_line(fit_isoflop(*isoflop_grid(BESIROGLU, BUDGETS[:3], RATIOS)))
+        check(fit_isoflop(*isoflop_grid(BESIROGLU, BUDGETS[:3], RATIOS)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,12 +260,11 @@ def test_lowest_losses_on_a_line_and_off_it():
 def counted_grid(vocab: int, budgets):
     """Runs of shapes with 12 d^3 / 40 non-embedding and `vocab` d embedding parameters, the same shapes at every
     budget -> non-embedding N, D, loss, nominal budget."""
-    widths = np.geomspace(40, 4000, 60)
-    small, total = 12 * widths**3 / 40, 12 * widths**3 / 40 + vocab * widths
-    N = np.tile(small, len(budgets))
-    all_n, C = np.tile(total, len(budgets)), np.repeat(budgets, 60)
-    D = C / (6 * all_n)
-    return N, D, BESIROGLU.loss(all_n, D), C
+    widths = np.tile(np.geomspace(40, 4000, 60), len(budgets))
+    small, C = 12 * widths**3 / 40, np.repeat(budgets, 60)
+    total = small + vocab * widths
+    D = C / (6 * total)
+    return small, D, BESIROGLU.loss(total, D), C
 
 
 @pytest.mark.parametrize("vocab, a", [(256, 0.52), (2048, 0.59), (8192, 0.80)])
@@ -317,8 +285,8 @@ def test_kaplan_procedure_is_compared_at_the_same_points():
     noisy = kaplan_procedure(N, D, loss * np.exp(0.0005 * rng.standard_normal(len(N))), loss, budget=budget)
     clean = kaplan_procedure(N, D, loss, loss, budget=budget)
     assert noisy.simulated == pytest.approx(clean.simulated, abs=0.02)
-    assert noisy.a != noisy.simulated
-    assert noisy.a == pytest.approx(noisy.simulated, abs=0.1)
+    assert 0 < abs(noisy.a - noisy.simulated) < 0.1
+    assert not clean.between and not clean.intervals
 
 
 def test_levels_between_budgets_are_used_if_needed():
@@ -332,9 +300,6 @@ def test_levels_between_budgets_are_used_if_needed():
     tables = [kaplan_procedure(N, D, draw, loss, budget=budget).a for draw in draws]
     low, high = found.intervals[95]
     assert low < found.a < high and (high - low) / (3.92 * np.std(tables)) == pytest.approx(1, abs=0.5)
-    assert not kaplan_procedure(N, D, loss, loss, budget=budget).intervals
-    many = counted_grid(2048, np.geomspace(1e15, 1e17, 9))
-    assert not kaplan_procedure(*many[:3], many[2], budget=many[3]).between
 
 
 def test_sizes_seen_once_cannot_be_interpolated():

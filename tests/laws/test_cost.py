@@ -17,7 +17,7 @@ from nanochin.plan.flops import count_params, flops_per_token
 from nanochin.plan.ladder import LADDER
 
 SIZES = np.exp(np.linspace(np.log(1e2), np.log(1e13), 400_001))  # neighbours 6e-5 apart
-# Logits that weigh at small sizes; a great table that is only looked up; a constant factor.
+# Logits that matter at small sizes; a large table that is only looked up; a constant factor.
 COSTS = pytest.mark.parametrize("cost", [Cost(18.6, 0.35), Cost(60.0, 0.5, -1), Cost(0.3, 0.0), SIX_ND], ids=str)
 
 
@@ -48,10 +48,9 @@ def test_the_optimum_is_the_lowest_loss_at_its_cost(cost, C):
 
 def test_eq_4_is_the_optimum_of_6nd():
     """Without a cost the law uses the closed form of the paper."""
+    a, b, G = BESIROGLU.a, BESIROGLU.b, BESIROGLU.G
     for C in (1e11, 5.76e23):
-        N, D = BESIROGLU.optimal(C)
-        a, b, G = BESIROGLU.a, BESIROGLU.b, BESIROGLU.G
-        assert (N, D) == pytest.approx((G * (C / 6) ** a, (C / 6) ** b / G), rel=1e-13)
+        assert BESIROGLU.optimal(C) == pytest.approx((G * (C / 6) ** a, (C / 6) ** b / G), rel=1e-13)
     assert laws.exponents(BESIROGLU, 1e11, 1e14) == pytest.approx((a, b), rel=1e-12)
 
 
@@ -85,7 +84,8 @@ def test_serving_costs_a_third_of_training(cost, served):
     N = SIZES[left > 0]
     D = (law.B / left[left > 0]) ** (1 / law.beta)
     spent = 6 * N * (D + served / 3) * (1 + cost.c * N**-cost.q) ** cost.s
-    assert inference_optimal(law, loss, served)[0] == pytest.approx(N[np.argmin(spent)], rel=5e-4)
+    found, tokens = inference_optimal(law, loss, served)
+    assert found == pytest.approx(N[np.argmin(spent)], rel=5e-4) and law.loss(found, tokens) == pytest.approx(loss)
 
 
 @COSTS
@@ -105,15 +105,14 @@ def test_the_cost_curve_is_recovered(physical):
     """From runs that cost 6 N (1 + physical (1e5/N)^0.3) per token, in 7 sizes per budget and in any order."""
     rows = np.random.default_rng(0).permutation(sweep(noise=0, physical=physical))
     N, D, C = (np.array([row[name] for row in rows], float) for name in ("params", "tokens", "flops"))
-    cost = Cost.of(N, D, C)
-    assert (cost.c, cost.q, cost.s) == pytest.approx((physical * 1e5**0.3, 0.3, 1), rel=1e-9)
-    assert cost.misfit < 1e-9
+    factor = 1 + physical * (1e5 / N) ** 0.3
+    more, less = Cost.of(N, D, C), Cost.of(N, D, 6 * N * D / factor)
+    for cost, s in ((more, 1), (less, -1)):
+        assert (cost.c, cost.q, cost.s) == pytest.approx((physical * 1e5**0.3, 0.3, s), rel=1e-9)
+        assert cost.misfit < 1e-9
     assert Cost.of(N, D, 6 * N * D * (1 + 1e-4)).is_6nd
-    less = Cost.of(N, D, 6 * N * D / (1 + physical * (1e5 / N) ** 0.3))
-    assert (less.c, less.q, less.s) == pytest.approx((physical * 1e5**0.3, 0.3, -1), rel=1e-9)
     for budget in BUDGETS:
-        exact = best_by_scan(made_up(cost), budget)
-        assert made_up(Cost.of(N, D, C)).optimal(budget)[0] == pytest.approx(exact, rel=2e-4)
+        assert made_up(more).optimal(budget)[0] == pytest.approx(best_by_scan(made_up(more), budget), rel=2e-4)
 
 
 def test_costs_that_do_not_follow_the_curve():
@@ -123,10 +122,9 @@ def test_costs_that_do_not_follow_the_curve():
     assert Cost.of(one, one, 9 * one * one).at(1e6)[0] == pytest.approx(1.5)
     N = np.geomspace(1e4, 1e7, 9)
     assert Cost.of(N, N, 9 * N * N).at(1e12) == pytest.approx((1.5, 1))
-    jumping = Cost.of(N, N, 6 * N * N * np.where(np.arange(9) % 2, 2, 0.7))
-    assert jumping.misfit > 0.2 and best_by_scan(made_up(jumping), 1e13) == pytest.approx(
-        made_up(jumping).optimal(1e13)[0], rel=2e-4
-    )
+    jumping = made_up(Cost.of(N, N, 6 * N * N * np.where(np.arange(9) % 2, 2, 0.7)))
+    assert jumping.cost.misfit > 0.2
+    assert best_by_scan(jumping, 1e13) == pytest.approx(jumping.optimal(1e13)[0], rel=2e-4)
 
 
 def test_ratio_of_a_size_is_the_median_of_its_runs():
@@ -159,15 +157,13 @@ def test_the_cost_is_stored_with_the_law(tmp_path):
 def test_real_shapes_agree_with_the_optimum():
     """Of real shapes with exact FLOPs, the one of lowest loss is next to the smooth optimum, also at a thousand times
     the compute of the runs to which the cost was fitted; their losses agree within 0.01."""
-    make = partial(make_shape, vocab_size=256, seq_len=128)
-    shapes = [make(*rung) for rung in LADDER]
+    shapes = [partial(make_shape, vocab_size=256, seq_len=128)(*rung) for rung in LADDER]
     N = np.array([count_params(shape).total for shape in shapes], float)
     price = np.array([flops_per_token(shape, "physical") for shape in shapes])
     seen = (N > 5e3) & (N < 1e6)
     law = made_up(Cost.of(N[seen], N[seen], price[seen] * N[seen]))
     assert 0 < law.cost.misfit < 0.06
     for C in (1e11, 1e12, 1e13, 1e14, 1e16):
-        losses = law.loss(N, C / price)
-        n, d = law.optimal(C)
-        assert abs(np.log(N[np.argmin(losses)] / n)) < np.log(1.5)
-        assert law.loss(n, d) == pytest.approx(losses.min(), abs=0.01)
+        losses, optimum = law.loss(N, C / price), law.optimal(C)
+        assert abs(np.log(N[np.argmin(losses)] / optimum[0])) < np.log(1.5)
+        assert law.loss(*optimum) == pytest.approx(losses.min(), abs=0.01)

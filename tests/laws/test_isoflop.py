@@ -6,7 +6,6 @@ import pytest
 from chinchilla import chinchilla, isoflop_grid
 
 from nanochin.laws import BESIROGLU, Law, NotIdentified, bootstrap, fit_isoflop, group_budgets
-from nanochin.laws.isoflop import akima
 
 TIED = Law("tied", E=1.8, A=480.0, B=1500.0, alpha=0.35, beta=0.35)
 ROUNDED = Law("as printed", E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
@@ -18,29 +17,20 @@ def window(width: float, sizes: int = 15) -> np.ndarray:
     return np.geomspace(1 / width, width, sizes)
 
 
-def test_equal_exponents_make_the_parabola_exact():
-    """With alpha = beta and centred grids the curve is symmetric: exponents and constants up to rounding."""
-    for width in (2, 8, 100):
-        law = fit_isoflop(*isoflop_grid(TIED, BUDGETS, window(width))).law
-        assert law.a == pytest.approx(0.5, abs=1e-9)
-        assert law.b == pytest.approx(0.5, abs=1e-9)
-        assert law.optimal(1e24) == pytest.approx(TIED.optimal(1e24), rel=1e-9)
-
-
 @pytest.mark.parametrize(
-    "law, errors",
+    "law, errors, within",
     [  # published error of D extrapolated to 1e24 (Czech et al. 2026), for windows of +-2x, 4x, 8x, 16x
-        (ROUNDED, (-0.003, -0.013, -0.029, -0.051)),
-        (SKEWED, (-0.017, -0.065, -0.139, -0.231)),
+        (ROUNDED, (-0.003, -0.013, -0.029, -0.051), 0.004),
+        (SKEWED, (-0.017, -0.065, -0.139, -0.231), 0.004),
+        (TIED, (0, 0, 0, 0), 1e-9),  # with alpha = beta the curve is symmetric
     ],
 )
-def test_bias_of_the_parabola(law, errors):
+def test_bias_of_the_parabola(law, errors, within):
     """Unequal exponents shift the vertex by a constant factor: correct slopes, constants off as published."""
     for width, error in zip((2, 4, 8, 16), errors, strict=True):
         found = fit_isoflop(*isoflop_grid(law, BUDGETS, window(width))).law
-        assert found.a == pytest.approx(law.a, abs=1e-9)
-        assert found.b == pytest.approx(law.b, abs=1e-9)
-        assert found.optimal(1e24)[1] / law.optimal(1e24)[1] - 1 == pytest.approx(error, abs=0.004)
+        assert (found.a, found.b) == pytest.approx((law.a, law.b), abs=1e-9)
+        assert found.optimal(1e24)[1] / law.optimal(1e24)[1] - 1 == pytest.approx(error, abs=within)
 
 
 def test_a_drifting_grid_biases_the_parabola_but_not_the_spline():
@@ -54,9 +44,8 @@ def test_a_drifting_grid_biases_the_parabola_but_not_the_spline():
 
 def test_vertices_by_hand():
     """Against numpy's polynomial fit of one noisy budget, D by C / 6N; the window and its centre are reported."""
-    rng = np.random.default_rng(0)
     N, D, loss = isoflop_grid(BESIROGLU, [1e18, 1e20], window(5, 7), drift=1.5)
-    loss = loss + 0.01 * rng.standard_normal(14)
+    loss = loss + 0.01 * np.random.default_rng(0).standard_normal(14)
     for budget, rows in zip(fit_isoflop(N, D, loss).budgets, (slice(0, 7), slice(7, 14)), strict=True):
         p, q, r = np.polyfit(np.log(N[rows]), loss[rows], 2)
         assert budget.bracketed and budget.reason == "" and budget.n_runs == 7
@@ -69,16 +58,15 @@ def test_vertices_by_hand():
 
 
 def test_exponents_need_not_sum_to_one():
-    """FLOPs that are not 6 N D (attention, logits): a and b are fitted separately and need not sum to 1."""
+    """FLOPs that are not 6 N D: a and b are fitted separately."""
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(4))
-    C = (6 * N * D) ** 1.1
-    law = fit_isoflop(N, D, loss, C, budget=np.repeat(BUDGETS**1.1, 15)).law
+    law = fit_isoflop(N, D, loss, (6 * N * D) ** 1.1, budget=np.repeat(BUDGETS**1.1, 15)).law
     assert law.a + law.b == pytest.approx(1 / 1.1, rel=1e-9)
 
 
 def test_thousands_of_budgets_are_fast():
-    """A column of 50,000 labels, two rows each and in any order: each row gets the geometric mean C of its pair. One by
-    one this would be 5e9 comparisons."""
+    """50,000 budgets of two rows each, in any order: each row gets the geometric mean C of its pair, without the 5e9
+    comparisons of a loop."""
     rng, start = np.random.default_rng(0), time.process_time()
     order, C = rng.permutation(100_000), rng.uniform(1e18, 1e20, (50_000, 2))
     found = group_budgets(C.ravel()[order], budget=np.repeat(rng.permutation(np.arange(50_000.0)), 2)[order])
@@ -92,53 +80,19 @@ def test_a_column_of_budgets_only_groups(unit):
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(4))
     alone, grouped = fit_isoflop(N, D, loss), fit_isoflop(N, D, loss, budget=np.repeat(BUDGETS * unit, 15))
     assert grouped.law.optimal(1e22) == pytest.approx(alone.law.optimal(1e22), rel=1e-9)
-    for budget, C in zip(grouped.budgets, BUDGETS, strict=True):
-        assert budget.flops == pytest.approx(C, rel=1e-9)
-        assert 6 * budget.params_opt * budget.tokens_opt == pytest.approx(C, rel=1e-6)
+    assert [b.flops for b in grouped.budgets] == pytest.approx(list(BUDGETS), rel=1e-9)
 
 
-def test_budgets_in_a_different_convention_than_c():
-    """Runs at equal physical FLOPs, 2 to 3 times 6 N D, and a law in 6 N D: at its optimum 6 N D is C, as closely as
-    the mean C of a group is that at its vertex."""
-    N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(4))
-    physical = 1.3 * (1 + (1e8 / N) ** 0.1)
-    D = D / physical
-    law = fit_isoflop(N, D, BESIROGLU.loss(N, D), budget=np.repeat(BUDGETS, 15)).law
-    for C in (1e17, 1e19, 1e21):
-        n, d = law.optimal(C)
-        assert 6 * n * d == pytest.approx(C, rel=0.03)
-
-
-def test_minima_at_the_edge_are_refused():
+@pytest.mark.parametrize("method", ["parabola", "akima"])
+def test_minima_at_the_edge_are_refused(method):
     """A budget that stops before its minimum has none; the others still give a law, and the reason is given."""
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(8, 9))
     kept = ~((BESIROGLU.optimal(1e21)[0] > N) & (6 * N * D > 9e20))
-    for method in ("parabola", "akima"):
-        fit = fit_isoflop(N[kept], D[kept], loss[kept], method=method)
-        last = fit.budgets[-1]
-        assert not last.bracketed
-        assert "beyond the smallest or largest size" in last.reason
-        assert math.isnan(last.params_opt) and math.isnan(last.tokens_opt)
-        assert [b.bracketed for b in fit.budgets[:4]] == [True] * 4
-        assert fit.law.a == pytest.approx(BESIROGLU.a, abs=1e-3)
-        assert fit.to_json()["budgets"][-1]["params_opt"] is None
-
-
-def test_no_bracketed_minimum_raises():
-    """All runs too large: no optimum is invented, budgets are named with the reason."""
-    N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, np.geomspace(4, 60, 7))
-    with pytest.raises(NotIdentified) as error:
-        fit_isoflop(N, D, loss)
-    assert "0 of 5" in str(error.value) and "(1e+17, 1e+18, 1e+19 and 2 more FLOPs: its minimum" in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_concave_curves_are_refused():
-    """Noise may make a curve concave: its vertex would be a maximum."""
-    N, D, loss = isoflop_grid(TIED, BUDGETS, window(4))
-    last = N * D * 6 > 9e20
-    fit = fit_isoflop(N, D, np.where(last, 6 - loss, loss))
-    assert fit.budgets[-1].reason == "its curve is concave"
+    fit = fit_isoflop(N[kept], D[kept], loss[kept], method=method)
+    assert [b.bracketed for b in fit.budgets] == [True] * 4 + [False]
+    assert "beyond the smallest or largest size" in fit.budgets[-1].reason and math.isnan(fit.budgets[-1].params_opt)
+    assert fit.law.a == pytest.approx(BESIROGLU.a, abs=1e-3)
+    assert fit.to_json()["budgets"][-1]["params_opt"] is None
 
 
 @pytest.mark.parametrize(
@@ -146,7 +100,7 @@ def test_concave_curves_are_refused():
     [(5, "at least 6 usable rows, but has 5"), (15, "at least 2 budgets with a bracketed minimum, but has 1 of 1")],
 )
 def test_too_little_is_refused(rows, says):
-    """Five rows; one budget."""
+    """Five rows; one budget; two sizes."""
     N, D, loss = isoflop_grid(TIED, BUDGETS, window(4))
     with pytest.raises(NotIdentified, match=says):
         fit_isoflop(N[:rows], D[:rows], loss[:rows])
@@ -155,18 +109,20 @@ def test_too_little_is_refused(rows, says):
 
 
 def test_an_error_about_many_budgets_is_one_short_line():
-    """Of forty budgets without a minimum, three are named per reason and the others counted."""
+    """Of forty budgets without a minimum (all sizes too large, or concave curves) three are named per reason and the
+    others counted."""
     N, D, loss = isoflop_grid(TIED, np.geomspace(1e15, 1e25, 40), [3.0, 5.0, 8.0, 13.0])
     concave = np.arange(160) // 4 >= 38
     with pytest.raises(NotIdentified) as error:
         fit_isoflop(N, D, np.where(concave, 9 - loss, loss))
     said = str(error.value)
-    assert len(said) < 300 and "and 35 more FLOPs: its minimum is at" in said and said.count("FLOPs") == 2
-    assert "1e+25 FLOPs: its curve is concave" in said
+    assert len(said) < 300 and "\n" not in said and "0 of 40" in said
+    assert "and 35 more FLOPs: its minimum is at" in said and "1e+25 FLOPs: its curve is concave" in said
 
 
 def test_budgets_are_found_by_clustering_c():
-    """Clusters of nearly equal C, jittered by 3% as by whole batches; runs in between belong to none."""
+    """Clusters of nearly equal C, jittered by 3% as by whole batches; runs in between belong to none and are not
+    fitted."""
     rng = np.random.default_rng(0)
     budgets = np.repeat([1e15, 1.3e15, 1e16], 7)
     C = np.append(budgets * np.exp(rng.uniform(-0.03, 0.03, 21)), [3e15, 5e15, 7e17])
@@ -178,33 +134,18 @@ def test_budgets_are_found_by_clustering_c():
         rows = slice(7 * i, 7 * i + 7)
         assert nominal[rows] == pytest.approx(np.exp(np.log(C[rows]).mean()), rel=1e-12)
     assert len(np.unique(group_budgets(C[:21], tolerance=0.5))) == 2
-
-
-def test_rows_without_a_budget_are_listed():
-    """They are not fitted."""
     N, D, loss = isoflop_grid(TIED, BUDGETS, window(4))
     fit = fit_isoflop(np.append(N, 1e8), np.append(D, 7e11), np.append(loss, 2.5))
-    assert fit.left_out.tolist() == [75]
-    assert len(fit.budgets) == 5
-
-
-def test_spline_passes_through_lines_and_points():
-    """A line stays a line; values at the knots are exact; two points suffice."""
-    x, at = np.array([0.0, 1.0, 3.0, 3.5, 7.0]), np.linspace(0, 7, 29)
-    assert akima(x, 2 * x[None] - 1, at)[0] == pytest.approx(2 * at - 1, abs=1e-12)
-    y = np.array([[3.0, 1.0, 4.0, 1.0, 5.0]])
-    assert akima(x, y, x)[0] == pytest.approx(y[0], abs=1e-12)
-    assert akima(x[:2], y[:, :2], np.array([0.25]))[0] == pytest.approx(2.5)
+    assert [b.n_runs for b in fit.budgets] == [15] * 5
 
 
 def test_chinchilla_by_parabolas():
     """The digitised runs cluster at the paper's budgets and give its a = 0.49, inside its interval (0.462, 0.534)."""
     fit = fit_isoflop(*chinchilla())
     assert 0.462 < fit.law.a < 0.534
-    near = [
-        min(abs(math.log(b.flops / c)) for b in fit.budgets) for c in (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21)
-    ]
-    assert max(near) < 0.12
+    found = np.log([b.flops for b in fit.budgets])
+    for budget in (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21):
+        assert np.abs(found - math.log(budget)).min() < 0.12
 
 
 def test_minima_have_intervals():

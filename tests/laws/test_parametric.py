@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +13,10 @@ from nanochin.laws.solver import Surface, projected_starts
 CONSTANTS = ("E", "A", "B", "alpha", "beta")
 
 
+def constants(law: Law) -> list[float]:
+    return [getattr(law, name) for name in CONSTANTS]
+
+
 def objective(law: Law, N, D, loss, delta: float) -> float:
     """Sum of Huber over log-loss residuals, written out."""
     total = 0.0
@@ -21,7 +26,7 @@ def objective(law: Law, N, D, loss, delta: float) -> float:
     return total
 
 
-def random_runs(law: Law, n: int, seed: int, noise: float = 0.0):
+def random_runs(n: int, seed: int, noise: float = 0.0, law: Law = BESIROGLU):
     rng = np.random.default_rng(seed)
     N, D = np.exp(rng.uniform(math.log(1e6), math.log(1e10), n)), np.exp(rng.uniform(math.log(1e8), math.log(1e12), n))
     return N, D, law.loss(N, D) * np.exp(noise * rng.standard_normal(n))
@@ -32,58 +37,44 @@ def random_runs(law: Law, n: int, seed: int, noise: float = 0.0):
 
 
 def test_the_optimum_on_chinchilla():
-    """The published procedure run to convergence: objective to 1e-9 relative, exponents and E to 1e-5."""
+    """The published procedure run to convergence: objective to 1e-9 relative, exponents and E to 1e-5. Besiroglu's
+    printed law has a higher objective: rounding alone costs half a percent."""
     N, D, loss = chinchilla()
     fit = fit_parametric(N, D, loss)
     assert fit.objective == pytest.approx(0.00101827401780, rel=1e-9)
     assert fit.objective == pytest.approx(objective(fit.law, N, D, loss, 1e-3), rel=1e-9)
-    assert (fit.law.alpha, fit.law.beta, fit.law.E) == pytest.approx((0.347310, 0.367172, 1.817218), abs=1e-5)
-    assert pytest.approx(477.826, abs=2e-3) == fit.law.A
-    assert pytest.approx(2143.417, abs=2e-2) == fit.law.B
-    assert fit.law.a == pytest.approx(0.51390, abs=1e-5)
-    assert fit.n == 240
-    assert fit.starts_agreeing == fit.starts == 12
-    assert fit.gradient_norm < 1e-6
+    assert objective(BESIROGLU, N, D, loss, 1e-3) > fit.objective * 1.004
+    assert (fit.law.alpha, fit.law.beta, fit.law.E, fit.law.a) == pytest.approx(
+        (0.347310, 0.367172, 1.817218, 0.51390), abs=1e-5
+    )
+    assert (fit.law.A, fit.law.B) == pytest.approx((477.826, 2143.417), rel=1e-5)
+    assert fit.n == 240 and fit.starts_agreeing == fit.starts == 12 and fit.gradient_norm < 1e-6
+
+
+LEAST_SQUARES = {"delta": math.inf, "space": "linear"}  # of the loss itself: objective of Czech et al. 2026
 
 
 @pytest.mark.parametrize(
-    "delta, expected",
-    [  # A, B, E, alpha, beta
-        (1e-6, (481.93, 2085.00, 1.81683, 0.34780, 0.36584)),  # in effect as printed by Besiroglu et al.
-        (1e-4, (478.7, 2065, 1.8158, 0.3474, 0.3654)),
-        (1e-2, (538.8, 2906, 1.8381, 0.3544, 0.3815)),
-        (1e-1, (593.3, 4876, 1.8646, 0.3603, 0.4059)),
-        (math.inf, (593.3, 4876, 1.8646, 0.3603, 0.4059)),
+    "rows, options, objective, expected",
+    [  # expected: E, alpha, beta
+        (240, {"delta": 1e-6}, None, (1.81683, 0.34780, 0.36584)),  # in effect as printed by Besiroglu et al.
+        (240, {"delta": 1e-4}, None, (1.8158, 0.3474, 0.3654)),
+        (240, {"delta": 1e-2}, None, (1.8381, 0.3544, 0.3815)),
+        (240, {"delta": 1e-1}, None, (1.8646, 0.3603, 0.4059)),
+        (240, {"delta": math.inf}, None, (1.8646, 0.3603, 0.4059)),
+        (240, LEAST_SQUARES, 0.08320 / 2, (None, None, 0.4276)),
+        (245, LEAST_SQUARES, 0.8438 / 2, (None, None, 0.6614)),
+        (245, {}, 0.00182601, (1.8913, 0.3493, 0.4530)),  # five points move beta from .37 to .45
     ],
 )
-def test_other_deltas_on_chinchilla(delta, expected):
-    """Known optima over five orders of magnitude of delta; every start finds them."""
-    fit = fit_parametric(*chinchilla(), delta=delta)
-    law = fit.law
-    assert pytest.approx(expected[:2], rel=3e-4) == (law.A, law.B)
-    assert (law.E, law.alpha, law.beta) == pytest.approx(expected[2:], abs=6e-5)
+def test_other_objectives_on_chinchilla(rows, options, objective, expected):
+    """Known optima over five orders of magnitude of delta, of other residuals, and with outliers; every start finds
+    them."""
+    fit = fit_parametric(*chinchilla(rows), **options)
+    for found, known in zip((fit.law.E, fit.law.alpha, fit.law.beta), expected, strict=True):
+        assert known is None or found == pytest.approx(known, abs=6e-5)
+    assert objective is None or fit.objective == pytest.approx(objective, rel=1e-4)
     assert fit.starts_agreeing == fit.starts
-
-
-def test_chinchilla_with_outliers():
-    """All 245 rows: five points move beta from .37 to .45."""
-    fit = fit_parametric(*chinchilla(245))
-    assert fit.objective == pytest.approx(0.00182601, rel=3e-6)
-    assert (fit.law.alpha, fit.law.beta, fit.law.E) == pytest.approx((0.3493, 0.4530, 1.8913), abs=6e-5)
-
-
-@pytest.mark.parametrize("rows, rss, beta, a", [(240, 0.08320, 0.4276, 0.5446), (245, 0.8438, 0.6614, 0.6422)])
-def test_least_squares_of_the_loss_itself(rows, rss, beta, a):
-    """Linear residuals, squared: the objective of the variable-projection fits of Czech et al. 2026."""
-    fit = fit_parametric(*chinchilla(rows), delta=math.inf, space="linear")
-    assert 2 * fit.objective == pytest.approx(rss, rel=1e-4)
-    assert (fit.law.beta, fit.law.a) == pytest.approx((beta, a), abs=6e-5)
-
-
-def test_published_constants_are_not_an_optimum():
-    """Besiroglu's printed law has a higher objective than ours on its rows; rounding alone costs half a percent."""
-    N, D, loss = chinchilla()
-    assert objective(BESIROGLU, N, D, loss, 1e-3) > fit_parametric(N, D, loss).objective * 1.004
 
 
 @pytest.mark.parametrize("name", ["chinchilla", "made up", "few and noisy"])
@@ -98,8 +89,8 @@ def test_same_optimum_as_the_reference(name):
         N, D = np.exp(rng.uniform(12, 18, n)), np.exp(rng.uniform(16, 21, n))
         loss = (1.7 + 300 / N**0.4 + 400 / D**0.3) * np.exp(noise * rng.standard_normal(n))
     ours = fit_parametric(N, D, loss)
-    law, objective = reference_fit(N, D, loss, starts=GRID[::90])
-    assert ours.objective * (1 - 1e-9) <= objective <= ours.objective * (1 + 1e-5)
+    law, lowest = reference_fit(N, D, loss, starts=GRID[::90])
+    assert ours.objective * (1 - 1e-9) <= lowest <= ours.objective * (1 + 1e-5)
     for constant in ("E", "alpha", "beta"):
         assert getattr(law, constant) == pytest.approx(getattr(ours.law, constant), rel=2e-2)
     theta, step = np.array([5.0, 6.0, 0.4, 0.3, 0.35]), 1e-6
@@ -110,22 +101,15 @@ def test_same_optimum_as_the_reference(name):
 
 
 def test_scipy_finds_no_better_optimum():
-    """L-BFGS-B and Nelder-Mead from a perturbed optimum: neither gets below ours."""
+    """Nelder-Mead from a perturbed optimum does not get below ours."""
     N, D, loss = chinchilla()
     law = fit_parametric(N, D, loss).law
-    ours = objective(law, N, D, loss, 1e-3)
-
-    def huber(t):
-        log_loss = np.logaddexp(np.logaddexp(t[0] - t[1] * np.log(N), t[2] - t[3] * np.log(D)), t[4])
-        r = np.abs(log_loss - np.log(loss))
-        return 1e3 * np.where(r <= 1e-3, r * r / 2, 1e-3 * (r - 5e-4)).sum()
-
-    rng = np.random.default_rng(0)
-    at = np.array([math.log(law.A), law.alpha, math.log(law.B), law.beta, math.log(law.E)])
-    for method in ("L-BFGS-B", "Nelder-Mead"):
-        for _ in range(3):
-            found = minimize(huber, at * (1 + 0.03 * rng.standard_normal(5)), method=method)
-            assert found.fun / 1e3 >= ours * (1 - 1e-12)
+    at = np.array([math.log(law.A), math.log(law.B), math.log(law.E), law.alpha, law.beta])
+    rng, rows = np.random.default_rng(0), np.log([N, D, loss])
+    for _ in range(3):
+        start = at * (1 + 0.03 * rng.standard_normal(5))
+        found = minimize(lambda theta: 1e3 * reference_objective(theta, *rows)[0], start, method="Nelder-Mead")
+        assert found.fun / 1e3 >= objective(law, N, D, loss, 1e-3) * (1 - 1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,10 +125,10 @@ def test_a_long_valley_is_followed_to_its_end(seed, delta):
     D = np.tile(1.6e5 * 16.0 ** (np.arange(4) / 3), 7) * np.sqrt(N / 20e3)
     noise = 0.006 * np.random.default_rng(seed).standard_normal(28)
     loss = (0.45 + 0.75 * (N / 48e3) ** -0.12 + 0.53 * (D / 9e5) ** -0.244) * np.exp(noise)
-    surface = Surface.of(N, D, loss, delta=delta, space="log", E=None, tied=False)
+    surface = Surface.of(N, D, loss, delta=delta)
     found = surface.minimise(projected_starts(surface, 12), cold=True)
     assert found.converged.all() and np.ptp(found.objective) < 1e-9 * found.objective.min()
-    profile = surface.profile(found.theta[0], np.linspace(0, 1.2, 25))
+    profile = surface.minimise(np.tile(found.theta[0], (25, 1)), E=np.linspace(0, 1.2, 25), cold=True)
     assert (profile.objective >= found.objective.min() * (1 - 1e-9)).all()
 
 
@@ -164,63 +148,50 @@ def test_noise_free_laws_are_recovered(options):
     for seed in range(20):
         alpha, beta, E = rng.uniform(0.2, 0.6), rng.uniform(0.2, 0.6), rng.uniform(0.5, 3)
         law = Law("random", E, 2e7**alpha * rng.uniform(0.3, 3), 5e9**beta * rng.uniform(0.3, 3), alpha, beta)
-        found = fit_parametric(*random_runs(law, 60, seed), **options).law
-        for name in CONSTANTS:
-            assert getattr(found, name) == pytest.approx(getattr(law, name), rel=1e-8), name
+        found = fit_parametric(*random_runs(60, seed, law=law), **options).law
+        assert constants(found) == pytest.approx(constants(law), rel=1e-8)
 
 
-def test_scaling_and_order_do_not_matter():
-    """N times c changes only A (A c^alpha), D times c only B; the order of runs changes nothing."""
-    N, D, loss = random_runs(BESIROGLU, 80, 3, noise=0.01)
+def test_scaling_order_and_repeats():
+    """N times c changes only A (A c^alpha), D times c only B, the order of runs nothing. The objective is a sum: twice
+    the rows double it. Integer columns, whose 6 N D overflows int64, are converted."""
+    N, D, loss = random_runs(80, 3, noise=0.01)
     fit = fit_parametric(N, D, loss)
-    base = fit.law
-    n7, d3 = fit_parametric(7.3 * N, D, loss).law, fit_parametric(N, D / 31, loss).law
+    E, A, B, alpha, beta = constants(fit.law)
     mixed = np.random.default_rng(0).permutation(80)
-    shuffled = fit_parametric(N[mixed], D[mixed], loss[mixed]).law
-    for law, factors in ((n7, {"A": 7.3**base.alpha}), (d3, {"B": 31**-base.beta}), (shuffled, {})):
-        for name in CONSTANTS:
-            expected = getattr(base, name) * factors.get(name, 1)
-            assert getattr(law, name) == pytest.approx(expected, rel=1e-7), name
-
-
-def test_weights_are_repeats():
-    """A weight of 3 is the row three times; the objective is a sum, so twice the rows double it."""
-    N, D, loss = random_runs(BESIROGLU, 30, 4, noise=0.01)
-    weights = np.where(np.arange(30) < 10, 3.0, 1.0)
-    repeated = np.repeat(np.arange(30), weights.astype(int))
-    weighted, plain = fit_parametric(N, D, loss, weights=weights), fit_parametric(N[repeated], D[repeated],
-                                                                               loss[repeated])  # fmt: skip
-    assert weighted.objective == pytest.approx(plain.objective, rel=1e-10)
-    assert weighted.law.beta == pytest.approx(plain.law.beta, rel=1e-7)
-    doubled = fit_parametric(np.tile(N, 2), np.tile(D, 2), np.tile(loss, 2))
-    once = fit_parametric(N, D, loss)
-    assert doubled.objective == pytest.approx(2 * once.objective, rel=1e-10)
-    assert doubled.law.alpha == pytest.approx(once.law.alpha, rel=1e-7)
+    doubled = fit_parametric(*(np.tile(v, 2) for v in (N, D, loss)))
+    assert doubled.objective == pytest.approx(2 * fit.objective, rel=1e-10)
+    for other, a, b in (
+        (fit_parametric(7.3 * N, D, loss), A * 7.3**alpha, B),
+        (fit_parametric(N, D / 31, loss), A, B * 31**-beta),
+        (fit_parametric(N[mixed], D[mixed], loss[mixed]), A, B),
+        (doubled, A, B),
+    ):
+        assert constants(other.law) == pytest.approx((E, a, b, alpha, beta), rel=1e-7)
+    N, D = (1000 * N).astype(np.int64), D.astype(np.int64)
+    assert fit_parametric(N, D, loss).law == fit_parametric(N.astype(float), D.astype(float), loss).law
 
 
 def test_fixed_e_and_tied_exponents():
     """Fixing the true E recovers the law; tied exponents are equal and give a = 1/2; both raise the objective."""
-    tied = Law("tied", 1.9, 500, 1500, 0.35, 0.35)
-    N, D, loss = random_runs(tied, 50, 5)
-    assert pytest.approx(1500, rel=1e-7) == fit_parametric(N, D, loss, tied=True).law.B
-    fixed = fit_parametric(N, D, loss, E=1.9)
+    rows = random_runs(50, 5, law=Law("tied", 1.9, 500, 1500, 0.35, 0.35))
+    assert fit_parametric(*rows, tied=True).law.B == pytest.approx(1500, rel=1e-7)
+    fixed = fit_parametric(*rows, E=1.9)
     assert fixed.law.alpha == pytest.approx(0.35, rel=1e-8)
-    assert fixed.law.E == fixed.fixed_e == 1.9
-    N, D, loss = random_runs(BESIROGLU, 50, 5, noise=0.01)
-    free = fit_parametric(N, D, loss)
-    held, equal = fit_parametric(N, D, loss, E=1.6), fit_parametric(N, D, loss, tied=True)
+    assert fixed.law.E == fixed.to_json()["fixed_E"] == 1.9
+    rows = random_runs(50, 5, noise=0.01)
+    free, held, equal = (fit_parametric(*rows, **options) for options in ({}, {"E": 1.6}, {"tied": True}))
     assert equal.law.alpha == equal.law.beta and equal.law.a == 0.5
     assert free.objective < min(held.objective, equal.objective)
     for fit in (held, equal):
-        assert fit.objective == pytest.approx(objective(fit.law, N, D, loss, 1e-3), rel=1e-9)
+        assert fit.objective == pytest.approx(objective(fit.law, *rows, 1e-3), rel=1e-9)
 
 
 @pytest.mark.parametrize("space", ["log", "linear"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_gradient_and_hessian_are_derivatives(space, tied):
     """Against central differences of the objective and the gradient, away from the kinks."""
-    N, D, loss = random_runs(BESIROGLU, 25, 6, noise=0.02)
-    surface = Surface.of(N, D, loss, delta=0.02, space=space, E=None, tied=tied)
+    surface = Surface.of(*random_runs(25, 6, noise=0.02), delta=0.02, space=space, tied=tied)
     z = projected_starts(surface, 2)
     weights = np.random.default_rng(0).integers(0, 4, (len(z), 25)).astype(float)
 
@@ -237,8 +208,7 @@ def test_gradient_and_hessian_are_derivatives(space, tied):
 
 def test_starts_are_different():
     """No two starts are neighbours on the grid, and all converge to the same optimum."""
-    N, D, loss = random_runs(BESIROGLU, 60, 7, noise=0.01)
-    surface = Surface.of(N, D, loss, delta=1e-3, space="log", E=None, tied=False)
+    surface = Surface.of(*random_runs(60, 7, noise=0.01))
     z = projected_starts(surface, 12)
     assert len(z) == 12
     apart = np.abs(np.log(z[:, None, [1, 3]] / z[None, :, [1, 3]])).max(2) + np.eye(12)
@@ -249,34 +219,34 @@ def test_starts_are_different():
 
 
 def test_a_failed_step_is_not_convergence():
-    """From a hopeless start a replicate reaches an optimum or reports that it did not converge; it never reports a
-    point with a gradient as converged."""
-    N, D, loss = random_runs(BESIROGLU, 60, 8, noise=0.01)
-    surface = Surface.of(N, D, loss, delta=1e-3, space="log", E=None, tied=False)
-    rng = np.random.default_rng(0)
+    """From a random start a problem reaches an optimum or reports that it did not converge; it never reports a point
+    with a gradient as converged."""
+    surface = Surface.of(*random_runs(60, 8, noise=0.01))
     low, high = np.array([-8, 0.01, -8, 0.01, 0.0]), np.array([8, 3.5, 8, 3.5, 3.0])
-    found = surface.minimise(rng.uniform(low, high, (300, 5)))
+    found = surface.minimise(np.random.default_rng(0).uniform(low, high, (300, 5)))
     assert found.converged.sum() > 100
     assert found.gradient_norm[found.converged].max() < 1e-4
 
 
+SPREAD = np.geomspace(1e6, 1e8, 9)
+
+
 @pytest.mark.parametrize(
-    "rows, says",
+    "N, D, says",
     [
-        ((np.full(9, 1e6), np.geomspace(1e7, 1e9, 9)), "at least 3 different model sizes, but has 1"),
-        ((np.geomspace(1e6, 1e8, 9), np.full(9, 1e9)), "at least 3 different token counts, but has 1"),
-        ((np.geomspace(1e6, 1e8, 9), 1e15 / np.geomspace(1e6, 1e8, 9)), "all runs are at one budget"),
-        ((np.geomspace(1e6, 1e8, 9), 21 * np.geomspace(1e6, 1e8, 9)), "all runs are at one ratio D/N"),
-        ((np.geomspace(1e6, 1e8, 9), np.geomspace(1e6, 1e8, 9) ** 2 / 1e4), "one line in log N and log D"),
-        ((np.geomspace(1e6, 1e8, 5), np.geomspace(1e8, 1e9, 5)), "at least 6 usable rows, but has 5"),
+        (np.full(9, 1e6), 10 * SPREAD, "at least 3 different model sizes, but has 1"),
+        (SPREAD, np.full(9, 1e9), "at least 3 different token counts, but has 1"),
+        (SPREAD, 1e15 / SPREAD, "all runs are at one budget"),
+        (SPREAD, 21 * SPREAD, "all runs are at one ratio D/N"),
+        (SPREAD, SPREAD**2 / 1e4, "one line in log N and log D"),
+        (SPREAD[:5], 1e15 / SPREAD[:5], "at least 6 usable rows, but has 5"),
     ],
 )
-def test_rows_that_cannot_identify_the_law_are_refused(rows, says):
+def test_rows_that_cannot_identify_the_law_are_refused(N, D, says):
     """One line says what is missing."""
     with pytest.raises(NotIdentified) as error:
-        fit_parametric(*rows, BESIROGLU.loss(*rows))
-    assert says in str(error.value)
-    assert "\n" not in str(error.value)
+        fit_parametric(N, D, BESIROGLU.loss(N, D))
+    assert says in str(error.value) and "\n" not in str(error.value)
 
 
 def test_e_at_its_bound_is_refused():
@@ -287,27 +257,23 @@ def test_e_at_its_bound_is_refused():
     with pytest.raises(NotIdentified, match="E is not identified"):
         fit_parametric(N, D, loss)
     fit = fit_parametric(N, D, loss, allow_bound=True)
-    assert fit.law.E == 0
-    assert fit.at_bound == ("E",)
+    assert fit.law.E == 0 and fit.at_bound == ("E",)
 
 
-@pytest.mark.parametrize("factor", [0.999, 1.0, 2.0])
-def test_a_fixed_e_is_below_the_lowest_loss(factor):
+def test_a_fixed_e_is_below_the_lowest_loss():
     """A law cannot reach a loss below its E: the error names both."""
-    N, D, loss = random_runs(BESIROGLU, 30, 5, noise=0.01)
-    if factor < 1:
-        assert fit_parametric(N, D, loss, E=0.9 * loss.min()).law.E == 0.9 * loss.min()
-        return
-    with pytest.raises(NotIdentified, match="E is fixed at .* below the lowest loss") as error:
-        fit_parametric(N, D, loss, E=factor * loss.min())
-    assert "\n" not in str(error.value)
+    N, D, loss = random_runs(30, 5, noise=0.01)
+    assert fit_parametric(N, D, loss, E=0.9 * loss.min()).law.E == 0.9 * loss.min()
+    for E in (loss.min(), 2 * loss.min()):
+        with pytest.raises(NotIdentified, match="E is fixed at .* below the lowest loss"):
+            fit_parametric(N, D, loss, E=E)
 
 
 @pytest.mark.parametrize("scale", [1e200, 1e-200])
 @pytest.mark.parametrize("space", ["log", "linear"])
 def test_extreme_losses_are_refused(scale, space):
     """Their squares overflow floats: one line of error, for one row or all."""
-    N, D, loss = random_runs(BESIROGLU, 30, 5, noise=0.01)
+    N, D, loss = random_runs(30, 5, noise=0.01)
     for rows in (slice(None), slice(3, 4)):
         huge = loss.copy()
         huge[rows] *= scale
@@ -316,36 +282,26 @@ def test_extreme_losses_are_refused(scale, space):
 
 
 def test_an_optimum_reached_by_only_one_start_is_refused(monkeypatch):
-    """If eleven of twelve starts end higher, the optimum is not confirmed; a single start needs no confirmation."""
-    N, D, loss = random_runs(BESIROGLU, 30, 5, noise=0.01)
+    """If eleven of twelve starts end higher, the optimum is not confirmed."""
     true = Surface.minimise
 
-    def torn(self, z, weights=None, *, cold=False):
-        found = true(self, z, weights, cold=cold)
+    def scattered(self, z, **options):
+        found = true(self, z, **options)
         found.objective[1:] *= 1 + 1e-6
         return found
 
-    monkeypatch.setattr(Surface, "minimise", torn)
+    monkeypatch.setattr(Surface, "minimise", scattered)
     with pytest.raises(NotIdentified, match="only 1 of 12 starts"):
-        fit_parametric(N, D, loss)
-    assert fit_parametric(N, D, loss, starts=1).starts_agreeing == 1
+        fit_parametric(*random_runs(30, 5, noise=0.01))
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
 def test_invalid_numbers_are_refused(bad):
     """The caller must drop them."""
-    N, D, loss = random_runs(BESIROGLU, 10, 0)
+    N, D, loss = random_runs(10, 0)
     loss[3] = bad
     with pytest.raises(ValueError, match="loss"):
         fit_parametric(N, D, loss)
-
-
-def test_integers_do_not_overflow():
-    """6 N D of int64 columns exceeds 9.2e18; they are converted to floats."""
-    N, D, loss = random_runs(BESIROGLU, 30, 9)
-    N, D = N.astype(np.int64) * 1000, D.astype(np.int64)
-    floats = fit_parametric(N.astype(float), D.astype(float), loss).law
-    assert fit_parametric(N, D, loss).law == floats
 
 
 def test_kaplan_form_is_recovered():
@@ -355,18 +311,15 @@ def test_kaplan_form_is_recovered():
     loss = ((6.4e13 / N) ** (0.076 / 0.103) + 1.8e13 / D) ** 0.103
     fit = fit_kaplan_form(N, D, loss)
     assert (fit.N_c, fit.D_c, fit.alpha_N, fit.alpha_D) == pytest.approx((6.4e13, 1.8e13, 0.076, 0.103), rel=1e-5)
-    assert fit.loss(N, D) == pytest.approx(loss, rel=1e-9)
     grid = isoflop_grid(BESIROGLU, np.geomspace(1e17, 1e21, 5), np.geomspace(0.1, 10, 7))
     assert fit_kaplan_form(*grid).objective > 1e-3 > fit_parametric(*grid).objective
 
 
 def test_a_hundred_thousand_rows():
     """Memory is bounded: no array of size rows x starts x grid."""
-    import tracemalloc
-
-    N, D, loss = random_runs(BESIROGLU, 100_000, 10, noise=0.01)
+    rows = random_runs(100_000, 10, noise=0.01)
     tracemalloc.start()
-    law = fit_parametric(N, D, loss).law
+    law = fit_parametric(*rows).law
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert law.alpha == pytest.approx(BESIROGLU.alpha, rel=0.02)

@@ -11,21 +11,8 @@ from nanochin.plan import flops
 from nanochin.plan.devices import DEVICES, find_device, peak_flops
 from nanochin.plan.flops import count_flops, count_params, flops_per_token, ledger
 
-# Hoffmann et al. 2022, Table A9 as printed: millions of parameters, width, head size, heads, layers (ffn = 4 width).
-TABLE_A9 = """
-44 512 64 8 8, 57 576 64 9 9, 74 640 64 10 10, 90 640 64 10 13, 106 640 64 10 16, 117 768 64 12 12, 140 768 64 12 15,
-163 768 64 12 18, 175 896 64 14 14, 196 896 64 14 16, 217 896 64 14 18, 251 1024 64 16 16, 278 1024 64 16 18,
-306 1024 64 16 20, 425 1280 128 10 18, 489 1280 128 10 21, 509 1408 128 11 18, 552 1280 128 10 24, 587 1408 128 11 21,
-632 1536 128 12 19, 664 1408 128 11 24, 724 1536 128 12 22, 816 1536 128 12 25, 893 1792 128 14 20,
-1018 1792 128 14 23, 1143 1792 128 14 26, 1266 2048 128 16 22, 1424 2176 128 17 22, 1429 2048 128 16 25,
-1593 2048 128 16 28, 1609 2176 128 17 25, 1731 2304 128 18 24, 1794 2176 128 17 28, 2007 2304 128 18 28,
-2283 2304 128 18 32, 2298 2560 128 20 26, 2639 2560 128 20 30, 2980 2560 128 20 34, 3530 2688 128 22 36,
-3802 2816 128 22 36, 4084 2944 128 22 36, 4516 3072 128 24 36, 6796 3584 128 28 40, 9293 4096 128 32 42,
-11452 4352 128 32 47, 12295 4608 128 36 44, 12569 4608 128 32 47, 13735 4864 128 32 47, 14940 4992 128 32 49,
-16183 5120 128 40 47"""
-
-# Its Table A4: layers, width, ffn, heads, head size, and training FLOPs over 6ND: as printed (layers only), then
-# computed from Appendix F by hand, to four decimals: layers only, with logits, with logits and lookup.
+# Hoffmann et al. 2022, Table A4: layers, width, ffn, heads, head size, and training FLOPs over 6ND: as printed (layers
+# only), then computed from Appendix F by hand, to four decimals: layers only, with logits, with logits and lookup.
 TABLE_A4 = [
     (10, 640, 2560, 10, 64, 1.03, 1.0250, 1.3024, 1.5799),
     (20, 1024, 4096, 16, 64, 1.10, 1.1008, 1.2080, 1.3152),
@@ -80,22 +67,11 @@ def test_gpt2_small():
 
 
 def chinchilla_params(width: int, ffn: int, head_size: int, heads: int, layers: int, vocab_size: int = 32_000) -> int:
-    """Parameters of the paper's models (Table A9): layernorm, biases, tied head, and Transformer-XL's relative
-    positions, with a fifth attention matrix for their keys. Heads need not fill the width."""
+    """Parameters of the paper's models, within 0.7% of the 50 of its Table A9: layernorm, biases, tied head, and
+    Transformer-XL's relative positions, with a fifth attention matrix for their keys. Heads need not fill the width."""
     d, f, q = width, ffn, heads * head_size
     layer = 3 * (d * q + q) + (d * q + 2 * q) + (q * d + d) + (d * f + f) + (f * d + d) + 4 * d
     return vocab_size * d + 2 * d + layers * layer
-
-
-def test_table_a9():
-    """The paper's parameter formula gives all 50 printed counts within 0.7%, the median within 0.05%."""
-    errors = []
-    for row in TABLE_A9.replace("\n", " ").split(","):
-        millions, width, head_size, heads, layers = map(int, row.split())
-        errors.append(abs(chinchilla_params(width, 4 * width, head_size, heads, layers) / (1e6 * millions) - 1))
-    assert len(errors) == 50
-    assert max(errors) < 0.007
-    assert sorted(errors)[25] < 0.0005
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,18 +143,16 @@ def test_physical_equals_torchs_count(shape):
     import kernels
     from nanochin.model import GPT
 
-    T = max(1, shape.seq_len - 2)  # differs from the shape's
-    tokens = torch.randint(shape.vocab_size, (2, T), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(shape.vocab_size, (2, shape.seq_len), generator=torch.Generator().manual_seed(0))
     model = GPT(shape)
     with kernels.use("reference"):
         with FlopCounterMode(display=False) as forward:
             loss = model(tokens, tokens)
         with FlopCounterMode(display=False) as backward:
             loss.backward()
-    ours = sum(row.physical for row in ledger(shape, T))
-    assert forward.get_total_flops() == 2 * ours
-    assert backward.get_total_flops() == 2 * 2 * ours
-    assert count_flops(shape, 2 * T, T)["physical"] == 2 * 3 * ours
+    ours = sum(row.physical for row in ledger(shape))
+    assert (forward.get_total_flops(), backward.get_total_flops()) == (2 * ours, 2 * 2 * ours)
+    assert count_flops(shape, 2 * shape.seq_len)["physical"] == 2 * 3 * ours
 
 
 def test_nanochats_and_palms_formulas():
@@ -194,37 +168,22 @@ def test_nanochats_and_palms_formulas():
     assert flops_per_token(palm) == by_hand == 61_052_289_024
 
 
-def test_causal_counts_the_pairs_that_are_kept():
-    """Enumerating the pairs (query, key <= query) gives the causal count, at an odd length."""
-    shape = make_shape(6, 2, vocab_size=3, seq_len=7)
-    pairs = sum(1 for query in range(7) for key in range(7) if key <= query)
-    masked = 49 - pairs
-    per_token = 3 * 2 * (2 * 2 * 6) * masked / 7  # 2 layers, scores and values, 2 x 6 FLOPs per pair
-    assert flops_per_token(shape) - flops_per_token(shape, "causal") == pytest.approx(per_token, rel=1e-15)
-
-
 def test_float64_beyond_int64():
     """A budget above 2^63 FLOPs is exact to float64."""
-    shape = make_shape(512, 8, vocab_size=256, seq_len=256)
-    tokens = 10**13
+    shape, tokens = make_shape(512, 8, vocab_size=256, seq_len=256), 10**13
     want = 6 * count_params(shape).total * tokens
     assert want > 2**63
-    assert count_flops(shape, tokens)["6nd"] == float(want)
-    assert isinstance(count_flops(shape, tokens)["physical"], float)
+    assert count_flops(shape, tokens)["6nd"] == float(want) and isinstance(count_flops(shape, tokens)["6nd"], float)
 
 
 def test_bad_input():
-    """Unknown conventions, lengths and token counts are named."""
-    learned = make_shape(4, 1, vocab_size=5, seq_len=8, positions="learned")
+    """Unknown conventions and impossible token counts are named."""
+    shape = make_shape(4, 1, vocab_size=5, seq_len=8)
     with pytest.raises(UserError, match="`flops` tflops"):
-        flops_per_token(learned, "tflops")
-    with pytest.raises(UserError, match="`seq_len` 9: the model has learned positions for only 8"):
-        ledger(learned, 9)
-    with pytest.raises(UserError, match="`seq_len` 0"):
-        ledger(learned, 0)
+        flops_per_token(shape, "tflops")
     for tokens in (0, -1, float("nan"), float("inf")):
         with pytest.raises(UserError, match="`tokens`"):
-            count_flops(learned, tokens)
+            count_flops(shape, tokens)
 
 
 def test_documented_error_of_6nd():
@@ -252,19 +211,15 @@ def test_documented_error_of_6nd():
         ("NVIDIA H200", "bfloat16", 989.4),
         ("NVIDIA A100-SXM4-80GB", "tf32", 156),
         ("NVIDIA A100 80GB PCIe", "bfloat16", 312),
-        ("NVIDIA A10", "bfloat16", 125),
         ("NVIDIA A10G", "bfloat16", 70),
         ("NVIDIA L4", "float32", 30.3),
-        ("NVIDIA L40S", "bfloat16", 362),
         ("Tesla V100-SXM2-16GB", "float16", 125),
         ("Tesla V100-SXM2-16GB", "bfloat16", None),
-        ("Tesla T4", "float16", 65),
         ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
         ("AMD Instinct MI300X", "bfloat16", 1307.4),
         # Slower variants of known devices, and devices without a published peak.
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
         ("NVIDIA GeForce RTX 4090 D", "bfloat16", None),
-        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "bfloat16", None),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "bfloat16", None),
         ("Intel(R) Xeon(R) Platinum 8481C", "float32", None),
         ("", "float32", None),
@@ -272,8 +227,7 @@ def test_documented_error_of_6nd():
 )
 def test_peaks_by_torchs_names(name, dtype, teraflops):
     """Published dense peaks for full device names; None for similar names."""
-    want = None if teraflops is None else teraflops * 1e12
-    assert peak_flops(name, dtype) == want
+    assert peak_flops(name, dtype) == (None if teraflops is None else teraflops * 1e12)
 
 
 def test_table_of_devices_is_consistent():
@@ -306,16 +260,11 @@ def test_floor_and_intensity_by_hand():
 # Command
 
 
-def run(*argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "nanochin", "flops", *argv], capture_output=True, text=True)
-
-
-def test_command_prints_the_ledger():
+def test_command_prints_the_ledger(cli):
     """Ledger, ratios and floor for the size of GPT-2 small."""
-    done = run("--model", "768x12", "--vocab-size", "50304", "--seq-len", "1024")
-    assert done.returncode == 0
-    assert done.stderr == ""
-    ratios = {line.split()[0]: line.split()[3] for line in done.stdout.splitlines() if len(line.split()) > 4}
+    code, out, err = cli("flops", "--model", "768x12", "--vocab-size", "50304", "--seq-len", "1024")
+    assert (code, err) == (0, "")
+    ratios = {line.split()[0]: line.split()[3] for line in out.splitlines() if len(line.split()) > 4}
     # 854,654,976 / (6 x 123,587,328); the parameters are the matrices and 25 norms of 768
     assert ratios["physical"] == f"{854_654_976 / (6 * (84_934_656 + 38_633_472 + 25 * 768)):.4f}"
     assert ratios["6nd"] == "1.0000"
@@ -335,13 +284,10 @@ def test_command_prints_the_ledger():
         (["--batch-tokens", "257"], "--batch-tokens 257"),
     ],
 )
-def test_bad_options_are_one_line(argv, names):
+def test_bad_options_are_one_line(cli, argv, names):
     """Exit code 2 and one line that names the option and its value."""
-    done = run(*argv)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1
-    assert names in done.stderr
+    code, out, err = cli("flops", *argv)
+    assert (code, out, err.count("\n")) == (2, "", 1) and names in err
 
 
 @pytest.mark.parametrize("module, heavy, limit", [("flops", {"torch", "numpy"}, 0.3), ("ladder", {"torch"}, 0.6)])
