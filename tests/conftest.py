@@ -26,11 +26,8 @@ def pytest_xdist_auto_num_workers(config) -> int:
     few = config.option.keyword or any(".py" in arg for arg in config.args)
     cores = min(os.cpu_count() or 1, 10)
     if config.option.markexpr == "gpu":
-        few, cores = False, min(cores, int(gpu_gib() // GPU_TEST_GIB) or 1)
+        few, cores = False, min(cores, int(gpu_gib() // 17) or 1)  # the largest kernel tests take up to 16 GiB
     return 0 if few or cores == 1 else cores
-
-
-GPU_TEST_GIB = 17  # up to 16 for the largest kernel tests, half a GiB for the context of a process
 
 
 def gpu_gib() -> float:
@@ -207,7 +204,6 @@ def run(monkeypatch, capsys):
     """`run(path, "--drop=5", code=0)`: fit.py in this process -> its output, or its error if `code`. Checks run once
     for the same rows and settings; with `checks=False` those that refit, some fifty fits, do not run."""
     import fit
-    from nanochin.base.cli import run_command
     from nanochin.report import checks as of_checks
 
     def once(analysis, progress=None):
@@ -222,12 +218,10 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(fit, "run_checks", once if checks else unchecked)
         monkeypatch.setattr(sys, "argv", ["fit.py", *map(str, argv)])
         capsys.readouterr()
-        try:
+        with pytest.raises(SystemExit) as end:
             run_command(fit.main, "fit.py")
-        except SystemExit as exit:
-            ended = exit.code
         out, err = capsys.readouterr()
-        assert ended == code, err
+        assert end.value.code == code, err
         assert code in (0, 130) or (err.count("\n") == 1 and err.startswith("fit.py: ")), err  # 130: Ctrl-C
         return err if code else out
 
@@ -263,15 +257,3 @@ def checked(tmp_path_factory):
     rows.labels["run"] = Labels(names.codes, (MARKUP, *names.values[1:]))
     analysis = analyse(rows, curves, Settings(bootstrap=200))
     return analysis, run_checks(analysis)
-
-
-def contrast(colour: str, paper: str) -> float:
-    """WCAG contrast of two colours such as #57606a: 1 for equal ones, 21 for black on white."""
-
-    def luminance(colour: str) -> float:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    a, b = sorted((luminance(colour), luminance(paper)))
-    return (b + 0.05) / (a + 0.05)

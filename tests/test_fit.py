@@ -3,15 +3,13 @@
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from chinchilla import chinchilla_csv
-from conftest import QUICK, unchecked
+from conftest import QUICK
 from conftest import read_laws as read
 from made_up_sweep import BUDGETS, LAW, loss, optimal, sweep, write_sweep
 
@@ -22,12 +20,10 @@ from nanochin.base.console import count
 from nanochin.report import analysis as analysis_module
 from nanochin.report import checks as checks_module
 from nanochin.report.allocate import Questions, answer, optimum
-from nanochin.report.analysis import Analysis, Approach, Settings, analyse, silent
+from nanochin.report.analysis import Analysis, Settings, analyse
 from nanochin.report.checks import run_checks
 from nanochin.report.table import best_tuning, read_rows
 from nanochin.run.curves import CURVES, log_points, to_csv_gz
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -36,11 +32,11 @@ def few_resamples_of_refits(monkeypatch):
     monkeypatch.setattr(checks_module, "SENSITIVITY", 20)
 
 
-def analysis_of(rows: list[dict], progress=silent, **settings) -> Analysis:
+def analysis_of(rows: list[dict], **settings) -> Analysis:
     """Of a made-up sweep, without curves; `bootstrap` is 0 by default."""
     with tempfile.TemporaryDirectory() as folder:
         table = best_tuning(read_rows(write_sweep(Path(folder), rows, curves=False)))
-    return analyse(table, settings=Settings(**{"bootstrap": 0} | settings), progress=progress)
+    return analyse(table, settings=Settings(**{"bootstrap": 0} | settings))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -133,9 +129,14 @@ def test_answers_on_the_terminal_and_in_the_file(run, made_up, tmp_path):
 
 
 def test_checks_stand_in_the_file(run, made_up, tmp_path):
-    """All of them, with intervals; those that could not be run have a reason."""
+    """All of them, with intervals, as have all approaches; checks that could not be run have a reason."""
     run(made_up, *QUICK, "--out", tmp_path)
-    found, second = read(tmp_path)["checks"], read(tmp_path)["approach2"]
+    laws_json = read(tmp_path)
+    found, second = laws_json["checks"], laws_json["approach2"]
+    for number in (1, 2, 3):
+        one = laws_json[f"approach{number}"]
+        assert {"a", "b"} < set(one["ci"]) == set(one["ci80"]) and one["bootstrap"]["units"] == 28
+        assert all(one["ci"][k][0] <= one["ci80"][k][0] < one["ci80"][k][1] <= one["ci"][k][1] for k in one["ci"])
     assert found["runs"] == 28 and set(found["counts"]) == {"total", "non_embedding", "with_head"}
     held = found["hold_out"]
     below, above = (np.less(held["observed"], held["low"]), np.greater(held["observed"], held["high"]))
@@ -163,79 +164,39 @@ def test_narrow_clusters_are_no_budgets():
     assert found.status == "doubt" and f"of {len(narrow)} runs); without these a is {without:.3f}." in found.sentence
 
 
-def test_every_approach_has_both_intervals(run, made_up, tmp_path):
-    """80% and 95% of every constant of all three, and how they were resampled."""
-    run(made_up, *QUICK, "--out", tmp_path)
-    found = read(tmp_path)
-    names = {1: {"a", "b", "k_N", "k_D"}, 2: {"a", "b", "k_N", "k_D"}, 3: {*LAW, "a", "b", "G"}}
-    for number, constants in names.items():
-        one = found[f"approach{number}"]
-        assert set(one["ci"]) == set(one["ci80"]) == constants
-        assert all(one["ci"][k][0] <= one["ci80"][k][0] < one["ci80"][k][1] <= one["ci"][k][1] for k in constants)
-        assert one["bootstrap"]["replicates"] == 100 and one["bootstrap"]["units"] == 28
-    assert found["approach3"]["bootstrap"]["verified"] == 100 - found["approach3"]["bootstrap"]["failed"]
-    assert found["approach2"]["ci"]["a"] == found["approach2"]["a_ci"]
-
-
 def test_many_rows_have_fewer_resamples(run, made_up, tmp_path, monkeypatch):
-    """Beyond WORK, unless --bootstrap is given; a note says so first and among the findings. Progress is called."""
+    """Beyond WORK, unless --bootstrap is given; a note says so first and among the findings."""
     monkeypatch.setattr(analysis_module, "WORK", 28 * 300)
     monkeypatch.setattr(fit, "QUICK", 0)
     out = run(made_up, "--figures=none", "--out", tmp_path, checks=False)
     assert out.startswith("28 rows: 300 resamples instead of 4000")
     assert out.count("300 resamples instead of 4000") == 2 and read(tmp_path)["meta"]["bootstrap"] == 300
     assert "instead of" not in run(made_up, "--bootstrap=310", "--figures=none", "--out", tmp_path, checks=False)
-    stages = []
-    analysis_of(sweep(), lambda *stage: stages.append(stage), bootstrap=50)
-    assert ("resampling for approach 3", 50, 50) in stages and ("resampling for approach 2", 50, 50) in stages
 
 
 def test_name_of_the_flops(run, tmp_path):
-    """A column flops without our other counts may have any convention: titles say so. In our own sweeps, or with
-    --flops=physical, it is physical; `load_law` reads either."""
-    ours, theirs = sweep(physical=0.5), sweep(physical=0.5)
-    for row in theirs:
-        del row["flops_6nd"]
-    unnamed, given = "as in the column flops", ("--flops=physical",)
-    for rows, name, option in ((ours, "physical", ()), (theirs, unnamed, ()), (theirs, "physical", given)):
-        folder = write_sweep(tmp_path / f"{len(rows[0])}", rows, curves=False)
-        out = run(folder, *QUICK, *option, checks=False)
-        assert f"(N total, C {name})" in out and f"C {name}" in (folder / "fit" / "report.html").read_text()
-        assert laws.load_law(folder / "fit" / "laws.json", 2).flops_convention == "physical"
-        assert read(folder / "fit")["meta"]["flops_name"] == name
-
-
-def test_a_blank_among_flops(run, tmp_path):
-    """One blank is an error that names its line; --skip-bad leaves the row out, --flops=6nd ignores the column."""
+    """A column flops without our other counts may have any convention: titles say so, unless --flops=physical."""
     rows = sweep(physical=0.5)
-    rows[4]["flops"] = ""
+    for row in rows:
+        del row["flops_6nd"]
     write_sweep(tmp_path, rows, curves=False)
-    assert "line 6: flops is blank" in run(tmp_path, *QUICK, code=2)
-    assert not (tmp_path / "fit").exists()
-    assert "Left out: 1 without flops" in run(tmp_path, *QUICK, "--skip-bad", checks=False)
-    assert read(tmp_path / "fit")["meta"]["flops_convention"] == "physical"
-    assert "28 runs" in run(tmp_path, *QUICK, "--flops=6nd", checks=False)
+    for name, option in (("as in the column flops", ()), ("physical", ("--flops=physical",))):
+        assert f"(N total, C {name})" in run(tmp_path, *QUICK, *option, checks=False)
+        assert f"C {name}" in (tmp_path / "fit" / "report.html").read_text()
+        assert laws.load_law(tmp_path / "fit" / "laws.json", 2).flops_convention == "physical"
+        assert read(tmp_path / "fit")["meta"]["flops_name"] == name
 
 
-@pytest.mark.parametrize(
-    "change, cluster, words",
-    [
-        (lambda rows: rows, "row", ""),
-        (
-            lambda rows: [row | {"run": f"run {i // 2}"} for i, row in enumerate(rows)],
-            "row",
-            "28 rows belong to 14 runs",
-        ),
-        (lambda rows: [*rows, *rows[:5]], "auto", ""),
-        (lambda rows: [row | {"run": ""} for row in [*rows, *rows[:5]]], "auto", "5 rows are identical"),
-    ],
-    ids=["one row a run", "two rows a run", "named copies", "unnamed copies"],
-)
-def test_rows_that_are_not_independent(change, cluster, words):
+def test_rows_that_are_not_independent():
     """A doubt if rows of one run are resampled separately; a column run resamples copies together."""
-    found = checks_module.independence(analysis_of(change(sweep(noise=0.002)), cluster=cluster))
-    assert found.status == ("doubt" if words else "ok")
-    assert found.sentence.startswith(words) and bool(found.sentence) is bool(words)
+    rows = sweep(noise=0.002)
+    copies = [*rows, *rows[:5]]
+    in_pairs = [row | {"run": f"run {i // 2}"} for i, row in enumerate(rows)]
+    found = checks_module.independence(analysis_of(in_pairs, cluster="row"))
+    assert found.status == "doubt" and "28 rows belong to 14 runs" in found.sentence
+    assert checks_module.independence(analysis_of(copies)).status == "ok"
+    found = checks_module.independence(analysis_of([row | {"run": ""} for row in copies]))
+    assert found.status == "doubt" and "5 rows are identical" in found.sentence
 
 
 def test_approach_2_can_answer_alone(tmp_path, run):
@@ -257,39 +218,32 @@ def test_approach_2_can_answer_alone(tmp_path, run):
 def test_without_bootstrap(run, made_up, tmp_path):
     """--bootstrap=0 gives no interval anywhere."""
     out = run(made_up, "--bootstrap=0", "--figures=none", "--out", tmp_path)
-    assert "[" not in out.split("starts end")[0] and "interval" not in out
-    assert "ci" not in read(tmp_path)["approach3"] or not read(tmp_path)["approach3"]["ci"]
+    assert "interval" not in out and not read(tmp_path)["approach3"].get("ci")
     assert 'class="ci"' not in (tmp_path / "report.html").read_text().split("<script")[0]
 
 
 def test_curves_come_from_logs_or_from_a_table(run, made_up, tmp_path):
-    """Logs, a CSV, and a curves.csv.gz, named or beside the runs, give the same Approach 1. laws.json and the report
-    have the SHA-256 of the curves. Without curves there is no Approach 1."""
+    """Logs, a CSV, and a curves.csv.gz beside the runs give the same Approach 1. laws.json has the SHA-256 of the
+    curves. Without curves there is no Approach 1."""
     lines, points = ["run,params,tokens,loss"], {}
     for row in sweep(physical=0.5):
         for line in (made_up / "runs" / row["run"] / "log.jsonl").read_text().splitlines()[:-1]:
             moment = json.loads(line)
             lines.append(f"{row['run']},{row['params']},{moment['tokens']},{moment['loss']!r}")
         points[row["run"]] = log_points(made_up / "runs" / row["run"])
-    names = [line.split(",")[0] for line in (made_up / "runs.csv").read_text().splitlines()[1:]]
-    logs = b"".join((made_up / "runs" / name / "log.jsonl").read_bytes() for name in names)
     (tmp_path / "curves.csv").write_text("\n".join(lines))
     shutil.copy(made_up / "runs.csv", tmp_path / "alone.csv")
     run(made_up, *QUICK, "--out", tmp_path / "logs", checks=False)
     run(tmp_path / "alone.csv", *QUICK, "--curves", tmp_path / "curves.csv", "--out", tmp_path / "table", checks=False)
     (tmp_path / CURVES).write_bytes(to_csv_gz(points))
-    run(tmp_path / "alone.csv", *QUICK, "--curves", tmp_path / CURVES, "--out", tmp_path / "file", checks=False)
     run(tmp_path / "alone.csv", *QUICK, "--out", tmp_path / "beside", checks=False)
     (tmp_path / CURVES).unlink()
     run(tmp_path / "alone.csv", *QUICK, checks=False)
     from_logs, from_table = (read(tmp_path / name) for name in ("logs", "table"))
-    sha256 = from_logs["meta"]["curves_sha256"]
-    assert sha256 == hashlib.sha256(logs).hexdigest() and sha256 in (tmp_path / "logs" / "report.html").read_text()
     assert from_logs["approach1"]["a"] == pytest.approx(from_table["approach1"]["a"], rel=1e-9)
-    for name in ("file", "beside"):
-        found = read(tmp_path / name)
-        assert {**found, "meta": None} == {**from_logs, "meta": None}
-        assert found["meta"]["curves_sha256"] == hashlib.sha256(to_csv_gz(points)).hexdigest()
+    found = read(tmp_path / "beside")
+    assert {**found, "meta": None} == {**from_logs, "meta": None}
+    assert found["meta"]["curves_sha256"] == hashlib.sha256(to_csv_gz(points)).hexdigest()
     alone = read(tmp_path / "fit-alone")
     assert alone["approach1"] is alone["meta"]["curves_sha256"] is None
     assert "curves" in alone["meta"]["reasons"]["approach1"]
@@ -308,23 +262,6 @@ def test_curves_are_of_runs_and_of_numbers(run, made_up, tmp_path):
     assert other["n_curves"] == one["n_curves"] and other["a_ci"] == one["a_ci"]
 
 
-def test_6nd_counts_all_parameters():
-    """C by `flops` 6nd is 6 x total parameters x tokens, whatever N counts."""
-    analysis = analysis_of(sweep(), params="non_embedding", flops="6nd")
-    np.testing.assert_allclose(analysis.C, [row["flops_6nd"] for row in sweep()], rtol=1e-12)
-
-
-def test_no_interval_without_its_reason(monkeypatch):
-    """An approach whose bootstrap fails says why."""
-
-    def refused(fit, **_):
-        raise laws.NotIdentified("bootstrap: as the test says")
-
-    monkeypatch.setattr(laws, "bootstrap", refused)
-    found = unchecked(analysis_of(sweep(), bootstrap=50))["intervals_3"]
-    assert (found.status, found.sentence) == ("doubt", "Approach 3 has no intervals: bootstrap: as the test says.")
-
-
 def test_figures_of_very_large_runs(run, tmp_path):
     """Beyond 1e25 FLOPs, and counts beyond int64."""
     scale = {"params": 10**13, "tokens": 10**13, "flops": 1e26, "flops_6nd": 10**26, "budget": 1e26}
@@ -333,13 +270,11 @@ def test_figures_of_very_large_runs(run, tmp_path):
     assert "5 figures in SVG" in run(tmp_path, "--bootstrap=0", "--figures=svg", checks=False)
 
 
-def test_every_count_of_parameters(run, made_up, tmp_path):
-    """--params chooses the column; a missing one is an error."""
-    run(made_up, *QUICK, "--params=non_embedding", "--out", tmp_path / "a", checks=False)
-    run(made_up, *QUICK, "--out", tmp_path / "b", checks=False)
-    few, all_ = (read(tmp_path / name)["approach3"] for name in "ab")
-    assert read(tmp_path / "a")["meta"]["params_convention"] == "non_embedding"
-    assert few["A"] != pytest.approx(all_["A"], rel=1e-3)
+def test_every_count_of_parameters(run, tmp_path):
+    """N is the column of `params`, and C by `flops` 6nd counts all parameters; a missing column is an error."""
+    analysis = analysis_of(sweep(), params="non_embedding", flops="6nd")
+    np.testing.assert_array_equal(analysis.N, [row["params_non_embedding"] for row in sweep()])
+    np.testing.assert_allclose(analysis.C, [row["flops_6nd"] for row in sweep()], rtol=1e-12)
     (tmp_path / "c.csv").write_text("params,tokens,loss\n" + "".join(f"{i},{i * i},{9 / i}\n" for i in range(1, 9)))
     assert "params_with_head" in run(tmp_path / "c.csv", *QUICK, "--params=with_head", code=2)
 
@@ -376,7 +311,6 @@ def test_checks_of_a_clean_sweep():
     assert len(held.rows) == 7 and held.error < 1e-7
     np.testing.assert_allclose(held.predicted, analysis.L[held.rows], rtol=1e-6)
     assert held.reach == pytest.approx(BUDGETS[-1] / BUDGETS[-2], rel=1e-3)
-    assert all(isinstance(found, Approach) for found in (analysis.results[2], analysis.results[3]))
     assert optimum(analysis.best, 1e13).found["loss"].value == pytest.approx(loss(*optimal(1e13)), rel=1e-6)
 
 
@@ -385,42 +319,32 @@ def test_checks_of_a_clean_sweep():
 
 
 @pytest.mark.parametrize(
-    "argv, says",
-    [((), "required"), (("missing.csv",), "No such file"), (("missing.csv", "--delta=0"), "--delta"),
-     (("missing.csv", "--figure=png"), "did you mean --figures"), (("missing.csv", "--columns=N=params"), "--columns"),
-     (("missing.csv", "--bootstrap=-1"), "--bootstrap"),
-     (("missing.csv", "--budget", "1e22", "1e300"), "--budget 1e+300: must be at most 1e+40"),
-     (("missing.csv", "--unique-tokens=1e-300"), "--unique-tokens 1e-300: must be at least 1"),
-     (("missing.csv", "--budget=abc"), "--budget"), (("missing.csv", "--params=all"), "--params")],
-)  # fmt: skip
-def test_bad_options(run, tmp_path, monkeypatch, argv, says):
-    """One line that names the option or file, exit code 2, nothing written."""
-    monkeypatch.chdir(tmp_path)
-    assert says in run(*argv, code=2)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("option, says", [("--fixed-e=9", "must be below every loss"), ("--bootstrap=3", "too few")])
-def test_options_that_the_runs_contradict(run, made_up, tmp_path, option, says):
-    """E above the lowest loss and a bootstrap of three; nothing is written."""
+    "option, says",
+    [
+        ("--fixed-e=9", "--fixed-e 9: must be below every loss"),
+        ("--bootstrap=3", "--bootstrap 3"),
+        ("--columns=N=params", "--columns"),
+        ("--unique-tokens=1e300", "--unique-tokens 1e+300"),
+    ],
+)
+def test_bad_options(run, made_up, tmp_path, option, says):
+    """One line that names the option, exit code 2, nothing written."""
     assert says in run(made_up, "--figures=none", option, "--out", tmp_path / "out", code=2)
     assert not (tmp_path / "out").exists()
 
 
 def test_bad_curves(run, made_up, tmp_path):
-    """Curves without a column run, a damaged curves.csv.gz and one of other runs: an error that names the file."""
-    (tmp_path / "curves.csv").write_text("params,tokens,loss\n1,2,3\n")
+    """A damaged curves.csv.gz and one of other runs: an error that names the file."""
     (tmp_path / "others.gz").write_bytes(to_csv_gz({"other": [{"step": 1, "tokens": 5, "loss": 3.0}]}))
     (tmp_path / CURVES).write_bytes((tmp_path / "others.gz").read_bytes()[:-9])
-    for name, words in (("curves.csv", "'run'"), ("others.gz", "no curve of a run"), (CURVES, "restore it")):
-        said = run(made_up, *QUICK, "--curves", tmp_path / name, code=2)
-        assert str(tmp_path / name) in said and words in said
+    for name in ("others.gz", CURVES):
+        assert str(tmp_path / name) in run(made_up, *QUICK, "--curves", tmp_path / name, code=2)
     shutil.copy(made_up / "runs.csv", tmp_path)
     assert str(tmp_path / CURVES) in run(tmp_path, *QUICK, code=2)
 
 
 def test_runs_without_any_law(run, tmp_path):
-    """Losses that rise with size and data: one line with the reason of every approach, nothing written."""
+    """Losses that rise with size and data: the reason of every approach, nothing written."""
     grid = [(10 ** (3 + i % 5), 10 ** (6 + i // 5)) for i in range(20)]
     lines = [f"{N},{D},{2 + 0.5 * np.log10(N) - 0.02 * np.log10(N) ** 2 + 0.1 * np.log10(D)}" for N, D in grid]
     (tmp_path / "runs.csv").write_text("params,tokens,loss\n" + "\n".join(lines))
@@ -429,47 +353,24 @@ def test_runs_without_any_law(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
 
 
-def test_losses_that_depend_on_data_only():
-    """That the loss does not depend on size is the first finding."""
-    N, D = (grid.ravel() for grid in np.meshgrid([1e6, 3e6, 1e7, 3e7, 1e8], [1e9, 3e9, 1e10, 3e10], indexing="ij"))
-    L = (2 + 100 / D**0.2 + 0.03 * (N / 1e6) ** -0.5) * np.exp(0.01 * np.random.default_rng(3).normal(size=20))
-    rows = [dict(zip(("params", "tokens", "loss"), row, strict=True)) for row in np.stack([N, D, L], 1).tolist()]
-    first = next(iter(unchecked(analysis_of(rows)).values()))
-    assert first.status == "doubt" and "does not depend significantly on params" in first.sentence
-
-
-@pytest.mark.parametrize("bent", [False, True])
-def test_an_e_driven_by_the_ends_is_a_doubt(bent):
+def test_an_e_driven_by_the_ends_is_a_doubt():
     """If the losses at the ends of the isoFLOP curves are above the law, they drive E."""
+    assert checks_module.near_minimum(analysis_of(sweep(noise=0.001), bootstrap=100)).status == "ok"
     rows = sweep(noise=0.001)
     for row in rows:
         off = abs(np.log(row["params"] / optimal(row["budget"])[0]))
-        row["loss"] *= 1 + 0.04 * bent * max(0, off - np.log(2))
-    analysis = analysis_of(rows, bootstrap=100)
-    found = checks_module.near_minimum(analysis)
-    assert (found.status == "doubt") is bent and ("is driven by models far" in found.sentence) is bent
+        row["loss"] *= 1 + 0.04 * max(0, off - np.log(2))
+    found = checks_module.near_minimum(analysis_of(rows, bootstrap=100))
+    assert found.status == "doubt" and "is driven by models far" in found.sentence
     assert [one["change"] for one in found.json] == ["within 4 times", "within 2.7 times", "within 2 times"]
 
 
-def test_help_loads_no_heavy_library():
+def test_help_loads_no_heavy_library(command):
     """`fit.py --help` loads neither torch nor scipy, matplotlib or jinja2."""
-    code = (
-        "import atexit, sys, fit; sys.argv = ['fit.py', '--help']; atexit.register(lambda: print("
-        "sorted({'torch', 'scipy', 'matplotlib', 'jinja2', 'pandas'} & sys.modules.keys()))); fit.main()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    heavy = "{'torch', 'scipy', 'matplotlib', 'jinja2', 'pandas'} & sys.modules.keys()"
+    code = f"import atexit, sys, fit; atexit.register(lambda: print(sorted({heavy}))); fit.main()"
+    done = command("-c", code, "--help")
     assert done.returncode == 0 and done.stdout.startswith("usage:") and done.stdout.splitlines()[-1] == "[]"
-
-
-def test_torch_is_not_imported(made_up, tmp_path):
-    """The whole command, with figures and report, does not load torch, pandas or pyplot."""
-    code = (
-        "import sys, fit; from nanochin.report import checks; checks.SENSITIVITY = 20; fit.main(); "
-        "sys.exit(any(name in sys.modules for name in ('torch', 'pandas', 'matplotlib.pyplot')))"
-    )
-    argv = [sys.executable, "-c", code, str(made_up), "--bootstrap=20", f"--out={tmp_path}"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_besiroglu_data(run, tmp_path):
@@ -505,9 +406,7 @@ def test_predictions(made_up, run, tmp_path):
     (made / "config.json").write_text(json.dumps({"predicted": predicted}))
     run(made_up, "--out", tmp_path / "without", *QUICK)
     said = run(made_up, "--out", tmp_path / "with", "--trials", made, *QUICK)
-    assert "big, 1.2e+12 FLOPs: predicted 2.4800 (95%: 2.4000 to 2.6000), actual 2.5000, +0.81%, inside" in said
-    assert "+0.81%" in (tmp_path / "with" / "report.html").read_text()
+    assert "+0.81%" in said and "+0.81%" in (tmp_path / "with" / "report.html").read_text()
     without, found = (json.loads((tmp_path / name / "laws.json").read_text()) for name in ("without", "with"))
     assert found.pop("trials")[0]["inside"] is True
     assert {**found, "meta": None} == {**without, "meta": None}
-    assert "no finished run" in run(made_up, "--trials", tmp_path / "nothing", code=2)

@@ -12,18 +12,6 @@ from conftest import read_laws as read
 import fit
 
 
-def test_other_files_stay(run, made_up, tmp_path):
-    """A second fit replaces only its own files."""
-    (tmp_path / "notes.txt").write_text("mine")
-    (tmp_path / "sub").mkdir()
-    run(made_up, *QUICK, "--out", tmp_path, checks=False)
-    first = (tmp_path / "laws.json").read_bytes()
-    run(made_up, *QUICK, "--out", tmp_path, "--drop=3", checks=False)
-    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / "sub").is_dir()
-    assert (tmp_path / "laws.json").read_bytes() != first
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["laws.json", "notes.txt", "report.html", "sub"]
-
-
 def test_stale_figures_are_deleted(run, made_up, tmp_path):
     """A second fit without curves deletes the figure of the first, which laws.json lists. Files not listed stay, and so
     do listed ones that are outside the folder or not ours."""
@@ -42,7 +30,7 @@ def test_stale_figures_are_deleted(run, made_up, tmp_path):
     assert (out / "mine.svg").exists() and (out / "notes.txt").exists() and (tmp_path / "outside.svg").exists()
 
 
-@pytest.mark.parametrize("list_of_files", [None, "{", "[]", '{"meta": {"files": 3}}', '{"law": "mine"}'])
+@pytest.mark.parametrize("list_of_files", [None, "{", '{"meta": {"files": 3}}'])
 def test_other_files_are_not_overwritten(run, made_up, tmp_path, monkeypatch, list_of_files):
     """A report, figure or laws.json that no fit has written is an error before anything is computed, unless --figures
     would not write it."""
@@ -63,26 +51,18 @@ def test_other_files_are_not_overwritten(run, made_up, tmp_path, monkeypatch, li
     assert "optimum.svg" in run(made_up, "--figures=svg", "--out", out, code=2)  # laws.json is ours, this is not
 
 
-@pytest.mark.parametrize("out", ["file", "file/below", "file/below/it"])
-def test_the_output_may_not_be_a_file(run, made_up, tmp_path, monkeypatch, out):
-    """--out is a file or a folder below one: an error before anything is computed."""
+def test_the_output_must_be_a_writable_folder(run, made_up, tmp_path, monkeypatch):
+    """--out in a file, or in a folder without write permission: an error before anything is computed."""
     (tmp_path / "file").write_text("mine")
     monkeypatch.setattr(fit, "analyse", lambda *_: pytest.fail("computed first"))
-    assert f"{tmp_path / 'file'} is a file" in run(made_up, *QUICK, "--out", tmp_path / out, code=2)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_the_output_must_be_writable(run, made_up, tmp_path, monkeypatch):
-    """A folder without write permission, or below one, is an error before anything is computed."""
+    for out in ("file", "file/below/it"):
+        assert f"{tmp_path / 'file'} is a file" in run(made_up, *QUICK, "--out", tmp_path / out, code=2)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    monkeypatch.setattr(fit, "analyse", lambda *_: pytest.fail("computed first"))
-    for out in (tmp_path, tmp_path / "a" / "b"):
-        assert f"cannot write in {tmp_path}" in run(made_up, *QUICK, "--out", out, code=2)
-    assert not list(tmp_path.iterdir())
+    assert f"cannot write in {tmp_path}" in run(made_up, *QUICK, "--out", tmp_path / "a" / "b", code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("fault", ["fsync", "replace"])
-def test_a_kill_while_writing_leaves_the_old_law(run, made_up, tmp_path, monkeypatch, fault):
+def test_a_kill_while_writing_leaves_the_old_law(run, made_up, tmp_path, monkeypatch):
     """Killed before the rename, laws.json is still the old one."""
     run(made_up, *QUICK, "--out", tmp_path, checks=False)
     before = (tmp_path / "laws.json").read_bytes()
@@ -90,7 +70,7 @@ def test_a_kill_while_writing_leaves_the_old_law(run, made_up, tmp_path, monkeyp
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, fault, killed)
+    monkeypatch.setattr(os, "replace", killed)
     run(made_up, *QUICK, "--out", tmp_path, "--drop=3", code=130, checks=False)
     assert (tmp_path / "laws.json").read_bytes() == before
 
@@ -109,10 +89,10 @@ def test_a_full_disk_is_one_line(run, made_up, tmp_path, monkeypatch):
 
 def test_the_same_command_gives_the_same_bytes(run, made_up, tmp_path):
     """All output is a function of the command and the data; all names are known before."""
-    for _ in range(2):
-        run(made_up, "--bootstrap=100", "--figures=svg", "--out", tmp_path / "out")
-        (tmp_path / "out").rename(tmp_path / f"out{len(list(tmp_path.iterdir()))}")
-    one, two = sorted(tmp_path.iterdir())
+    one, two, out = tmp_path / "one", tmp_path / "two", tmp_path / "out"
+    for kept in (one, two):
+        run(made_up, "--bootstrap=100", "--figures=svg", "--out", out)
+        out.rename(kept)
     assert len(list(one.iterdir())) == 9 and {path.name for path in one.iterdir()} <= set(fit.OUTPUTS)
     for path in one.iterdir():
         assert path.read_bytes() == (two / path.name).read_bytes(), path.name

@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -100,30 +99,3 @@ def test_imports_point_one_way():
             where = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
             ours = {room_of(name) for name in imports(path) if name.split(".")[0] in ("nanochin", "kernels")}
             assert ours <= BELOW[room_of(where)] | {room_of(where), "nanochin"}, (path, ours)
-
-
-@pytest.mark.parametrize(
-    "code, known",
-    [
-        ("def f():\n    import train\n    from bench.common import Worker", {"train", "bench"}),
-        ('run([python, ROOT / "sweep.py", "../fit.py", f"{ROOT}/train.py"])', {"sweep", "fit", "train"}),
-        ('run([python, "-m", "bench.gpu"])', {"bench"}),
-        ('"""As the option of train.py."""\nfrom nanochin import retrain\nraise UserError("see train.py")', set()),
-    ],
-)
-def test_imports_are_found(tmp_path, code, known):
-    """In functions, in blocks, and as paths to run; not as words in a sentence."""
-    path = tmp_path / "some.py"
-    path.write_text(code)
-    assert known_of_top(path) == known
-
-
-@pytest.mark.parametrize("gib, marked, processes", [(79.6, "gpu", 4), (24.0, "gpu", 0), (79.6, "not gpu", 8)])
-def test_gpu_tests_fit_the_memory(monkeypatch, gib, marked, processes):
-    """As many processes as fit with 17 GiB each; other tests take one per core."""
-    import conftest
-
-    monkeypatch.setattr(conftest, "gpu_gib", lambda: gib)
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    config = SimpleNamespace(option=SimpleNamespace(keyword="", markexpr=marked), args=["tests"])
-    assert conftest.pytest_xdist_auto_num_workers(config) == processes

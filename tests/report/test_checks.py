@@ -1,17 +1,11 @@
 """Checks as one list: terminal, laws.json and report show each of them."""
 
-import json
-from dataclasses import replace
-
-from conftest import QUICK, unchecked
+from conftest import QUICK
 from conftest import read_laws as read
 
-import fit
 from nanochin.laws import NotIdentified
 from nanochin.report import checks
-from nanochin.report.analysis import Settings, analyse
 from nanochin.report.checks import CHECKS, Check, CheckResult, Table
-from nanochin.report.table import read_rows
 
 
 def doubtful(analysis) -> CheckResult:
@@ -43,15 +37,3 @@ def test_a_check_is_one_function_and_one_line(run, made_up, tmp_path, monkeypatc
     assert "raise 1 doubt. 1 could not be run." in page
     assert "Sizes &lt;made up&gt;" in page and "<td>10<sup>3</sup></td>" in page
     assert '<td>largest <span class="ci">1 – 2</span></td><td><em>as the test says</em></td>' in page
-
-
-def test_names_and_statuses(made_up):
-    """Names are unique and statuses known, also without Approach 3."""
-    assert len({check.name for check in CHECKS}) == len(CHECKS)
-    analysis = analyse(read_rows(made_up), settings=Settings(bootstrap=0))
-    without = replace(analysis, results=analysis.results | {3: NotIdentified("as the test says")})
-    for some in (analysis, without):
-        results = unchecked(some).values()
-        assert {one.status for one in results} <= set(fit.MARKS)
-        assert json.dumps([one.json for one in results])
-        assert all(one.sentence.endswith(".") for one in results if one.sentence)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MARKUP, contrast
+from conftest import MARKUP
 
 from nanochin import laws
 from nanochin.base.console import count
@@ -22,7 +22,7 @@ from nanochin.report.checks import four, run_checks, three
 from nanochin.report.panels import svg
 
 VOID = {"meta", "input", "br"}  # never closed
-CSS, SCRIPT = (Path(report.__file__).with_name(f"report.{kind}").read_text() for kind in ("css", "js"))
+SCRIPT = Path(report.__file__).with_name("report.js").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -134,15 +134,8 @@ def test_the_embedded_table_is_the_law(made):
             assert np.exp(low) < value < np.exp(high)
 
 
-def test_doubts_come_first(made):
-    """Then what could not be checked, then the rest."""
-    items = re.findall(r'<li class="(ok|doubt|not-checked)">', made[3])
-    order = ["doubt", "not-checked", "ok"]
-    assert items == sorted(items, key=order.index) and len(items) >= 5
-
-
 def test_a_report_of_approach_2_alone(made):
-    """Without Approach 3 the report has the other figures, and the checks that need it say why they are missing."""
+    """Without Approach 3 the report has the other figures, and the checks that need it say so."""
     analysis = made[0]
     refused = laws.NotIdentified("E is at its bound: <not> identified")
     without = replace(analysis, results={**analysis.results, 3: refused})
@@ -152,38 +145,31 @@ def test_a_report_of_approach_2_alone(made):
     assert [results[name].json for name in ("delta", "near_minimum", "residuals_by_compute")] == [[], [], []]
     assert results["kaplan_procedure"].status == results["profile_E"].status == "not checked"
     assert re.search('<li class="not-checked">Kaplan.s procedure could not', html.unescape(page))
+    items = re.findall(r'<li class="(ok|doubt|not-checked)">', page)
+    assert items == sorted(items, key=["doubt", "not-checked", "ok"].index)
     assert Page(page).open == [] and "E is at its bound: &lt;not&gt; identified" in page
     assert drawn.keys() == {"curves", "isoflop", "optimum", "surface", "hold-out", "certainty"}
 
 
-def test_the_table_of_budgets_is_the_optimum(made):
-    """N, D, D / N and loss of every budget, with their 95% intervals."""
-    analysis, text = made[0], words(made[3])
-    for C in (1e12, 1e13, 1e15):
-        found = optimum(analysis.best, C).found
-        shown = []
-        for name, show in (("params", count), ("tokens", count), ("tokens_per_param", three)):
-            low, high = found[name].ends
-            shown.append(f"{show(found[name].value)} {show(low)} – {show(high)}")
-        assert " ".join(shown) + f" {found['loss'].value:.4f}" in text
-
-
 def test_answers_are_those_that_were_asked(made):
-    """Other questions: the numbers of `answer`, or examples if not asked; for a loss below E the reason."""
+    """N, D, D / N and loss of every budget with their 95% intervals, the numbers of the other questions, and for a loss
+    below E the reason."""
     analysis, results, drawn, page = made
     asked = Questions((2e12, 3e13), target_loss=1.0, inference_tokens=7e9)
     answers = answer(analysis.best, asked)
     text = words(render(analysis, results, drawn, asked))
+    for one in answers.optima:
+        shown = []
+        for name, show in (("params", count), ("tokens", count), ("tokens_per_param", three)):
+            low, high = one.found[name].ends
+            shown.append(f"{show(one.found[name].value)} {show(low)} – {show(high)}")
+        assert " ".join(shown) + f" {one.found['loss'].value:.4f}" in text
+    assert all(count(one.found[name].value) in text for one in answers.to_serve for name in ("params", "tokens"))
     assert "irreducible loss E" in text and "irreducible loss E" not in words(page)
-    for one in answers.to_serve:
-        for name in ("params", "tokens"):
-            assert count(one.found[name].value) in text
-    assert text.count("7B") >= 2 and "tokens served" in words(page)
 
 
 def test_the_hold_out_in_a_table(made):
-    """Predicted and observed loss of each held-out run, predicted and measured minimum of its budget, with intervals;
-    a sentence counts the runs outside."""
+    """Predicted and observed loss of each held-out run, predicted and measured minimum of its budget."""
     text, held = words(made[3]), made[1]["hold_out"].found
     for said, low, high, seen in zip(held.predicted, held.low, held.high, held.observed, strict=True):
         assert f"{four(said)} {four(low)} – {four(high)} {four(seen)}" in text
@@ -191,8 +177,6 @@ def test_the_hold_out_in_a_table(made):
     assert held.optima
     for _, seen, told, (low, high) in held.optima:
         assert f"{count(told)} {count(low)} – {count(high)} {count(seen)} {100 * (told / seen - 1):+.0f}%" in text
-    outside = int(np.sum((held.observed < held.low) | (held.observed > held.high)))
-    assert f"{outside} of {len(held.rows)} runs fall outside" in text
 
 
 def test_laws_of_others_stand_beside_ours(made):
@@ -211,39 +195,10 @@ def test_laws_of_others_stand_beside_ours(made):
     assert pytest.approx(laws.HOFFMANN_1.optimal(6 * N * D)[0], rel=1e-2) == N
 
 
-def test_refits_have_their_intervals(made):
-    """The sensitivity tables have the 95% intervals of alpha and a of each refit."""
-    text, names = words(made[3]), ("leave_out_highest", "delta", "other", "near_minimum")
-    refits = [one for name in names for one in made[1][name].found]
-    fitted = [other for other in refits if isinstance(other.fit, laws.ParametricFit)]
-    assert len(fitted) >= 12
-    for other in fitted:
-        for name in ("alpha", "a"):
-            low, high = other.boot.interval(name)
-            assert _is_shown(low, 4, text) and _is_shown(high, 4, text), (other.change, name)
-
-
-def test_other_sizes_waste_compute(made):
-    """At the optimum no compute is wasted: no -0.0% by rounding at 40 budgets. At the irreducible loss there is a
-    reason instead of numbers."""
-    best = replace(made[0].best, boot=None)
-    for C in np.geomspace(1e10, 1e16, 40):
-        rows = report._other_sizes(best, C, best.law.optimal(C)[0]).rows
-        cells = [text for row in rows for text, _ in row[-2:]]
-        assert not any(text.startswith("-") for text in cells) and "0.0%" in cells
-    assert "no compute reaches it" in str(report._other_sizes(best, 1e150, best.law.optimal(1e150)[0]).rows)
-
-
-def test_examples_are_for_the_largest_budget_inside(made):
-    """In any order of the budgets."""
-    page = render(*made[:3], Questions((1e13, 3e12, 1e15)))
-    assert "unless stated otherwise for 10<sup>13</sup> FLOPs" in page
-
-
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")
 @pytest.mark.parametrize(
     "typed, flops",
-    [("1e13", 1e13), ("10^13", 1e13), ("3×10^13", 3e13), ("3 * 10^13", 3e13), ("2x1e13", None), ("1,5e13", 1.5e13)],
+    [("3×10^13", 3e13), ("3 * 10^13", 3e13), ("1,5e13", 1.5e13), ("2x1e13", None)],
 )
 def test_my_budget_understands_what_people_type(made, typed, flops):
     """The box takes the forms that the page prints."""
@@ -260,16 +215,3 @@ def test_my_budget_understands_what_people_type(made, typed, flops):
     else:
         shown = float(re.search(r"<b>([\d.]+)k</b>", said)[1]) * 1e3
         assert shown == pytest.approx(optimum(analysis.best, flops).found["params"].value, rel=0.006)
-
-
-@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_words_and_marks_can_be_seen(scheme):
-    """WCAG contrast of words to the page is at least 4.5, of marks 2."""
-    both = [dict(re.findall(r"--(\w+): (#\w{6})", block)) for block in re.findall(r":root {([^}]*)}", CSS)]
-    assert len(both) == 2 and both[0].keys() == both[1].keys()
-    colours = both[scheme]
-    contrasts = {name: contrast(colour, colours["paper"]) for name, colour in colours.items()}
-    rules = [rule for what, rule in re.findall(r"([^{}]+){([^{}]*)}", CSS) if ":before" not in what]  # that are words
-    used = {name for rule in rules for name in re.findall(r"(?<![-\w])color:\s*var\(--(\w+)\)", rule)}
-    assert {"ink", "soft"} <= used and all(contrasts[name] >= 4.5 for name in used)
-    assert all(contrasts[name] >= 2 for name in ("blue", "green", "red", "grey")) and contrasts["ink"] > 10

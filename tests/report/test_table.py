@@ -14,7 +14,6 @@ from nanochin.report.table import (
     all_or_no_flops,
     best_tuning,
     by_chance,
-    identical,
     parse_columns,
     read_curves,
     read_rows,
@@ -43,10 +42,14 @@ def refused(path, **options) -> str:
 
 @pytest.mark.parametrize(
     "form",
-    [{}, {"delimiter": ";"}, {"delimiter": "\t"}, {"delimiter": "|"}, {"before": "\ufeff"}, {"end": "\r\n"},
-     {"quote": csv.QUOTE_ALL}, {"before": "\n\n"}, {"before": "\ufeff", "delimiter": ";", "quote": csv.QUOTE_ALL}],
-    ids=["plain", "semicolons", "tabs", "bars", "BOM", "CRLF", "quoted", "blank lines", "Excel"],
-)  # fmt: skip
+    [
+        {"delimiter": "\t"},
+        {"delimiter": "|", "end": "\r\n"},
+        {"before": "\n\n"},
+        {"before": "\ufeff", "delimiter": ";", "quote": csv.QUOTE_ALL},
+    ],
+    ids=["tabs", "bars and CRLF", "blank lines", "Excel"],
+)
 def test_csv_dialects(tmp_path, form):
     """Every dialect gives the same float64 columns."""
     rows = read_rows(write(tmp_path / "runs.csv", **form))
@@ -56,28 +59,46 @@ def test_csv_dialects(tmp_path, form):
 
 
 def test_jsonl(tmp_path):
-    """An optional column may be null or missing from some lines."""
-    path = tmp_path / "runs.jsonl"
-    lines = [dict(zip(HEADER, row, strict=True)) for row in ROWS]
-    lines[3]["flops"], lines[4]["flops"], lines[5]["note"] = 5e15, None, {"any": ["thing"]}
-    path.write_text("\n\n".join(map(json.dumps, lines)))
-    rows = read_rows(path)
-    assert rows["loss"].tolist() == [row[2] for row in ROWS]
-    assert np.isnan(rows["flops"]).tolist() == [i != 3 for i in range(8)] and rows["flops"][3] == 5e15
-    assert rows.complete("flops") is None
-
-
-def test_jsonl_that_begins_with_failures(tmp_path):
-    """Failed runs without a loss may come first; a finished run needs one."""
+    """Failed runs without a loss may come first; a finished run needs one. An optional column may be null or missing
+    from some lines."""
     lines = [{"run": f"r{i}", "params": 5, "tokens": 5, "status": "failed"} for i in range(3)]
     lines += [{"run": "x", "status": "finished", **dict(zip(HEADER, row, strict=True))} for row in ROWS]
+    lines[6]["flops"], lines[7]["flops"], lines[8]["note"] = 5e15, None, {"any": ["thing"]}
     path = tmp_path / "runs.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)))
+    path.write_text("\n\n".join(map(json.dumps, lines)))
     rows = read_rows(path)
     assert rows["loss"].tolist() == [row[2] for row in ROWS] and rows.dropped == {"failed": 3}
+    assert np.isnan(rows["flops"]).tolist() == [i != 3 for i in range(8)] and rows["flops"][3] == 5e15
+    assert rows.complete("flops") is None
     del lines[5]["loss"]
     path.write_text("\n".join(map(json.dumps, lines)))
     assert "line 6: loss is blank" in refused(path)
+
+
+def test_mapped_columns(tmp_path):
+    """--columns params=N,tokens=D reads the file's names; one column may serve as N and as another count."""
+    path = write(tmp_path / "runs.csv", header=["params_non_embedding", "D", "loss"])
+    rows = read_rows(path, parse_columns("params=params_non_embedding, tokens=D"))
+    assert rows["params"].tolist() == rows["params_non_embedding"].tolist() == [row[0] for row in ROWS]
+    for text in ("params=", "parms=N", "params=N,params=M", "params=N,tokens=N"):
+        with pytest.raises(UserError, match="`columns`"):
+            parse_columns(text)
+
+
+@pytest.mark.parametrize(
+    "header, columns, says",
+    [
+        (["params", "Tokens", "loss"], {}, "did you mean `columns` tokens=Tokens"),
+        (["params", "tokens", "val_loss"], {}, "did you mean `columns` loss=val_loss"),
+        (["params", "tokens", "loss"], {"tokens": "E"}, "'E'"),
+        (["params", "tokens", "loss"], {"params": "tokens"}, "params and tokens"),
+        (["params", "tokens", "loss", "loss"], {}, "2 times"),
+    ],
+)
+def test_columns_that_cannot_be_used(tmp_path, header, columns, says):
+    """A missing column suggests the nearest one of the file. One column is not two of ours, nor twice in a file."""
+    path = write(tmp_path / "runs.csv", [[*row, 1.0][: len(header)] for row in ROWS], header)
+    assert says in refused(path, columns=columns)
 
 
 def test_flops_of_some_rows_only(tmp_path):
@@ -94,61 +115,8 @@ def test_flops_of_some_rows_only(tmp_path):
     assert all_or_no_flops(none) is none and none.get("flops") is None
 
 
-def test_integers_beyond_int64(tmp_path):
-    """Counts above 2^63 are read as floats, from CSV and JSON."""
-    big = 2**63 + 12_345
-    rows = [[big * (i + 1), big * (i + 2), 3.5] for i in range(8)]
-    found = read_rows(write(tmp_path / "runs.csv", rows))
-    (tmp_path / "runs.jsonl").write_text("\n".join(json.dumps(dict(zip(HEADER, r, strict=True))) for r in rows))
-    for table in (found, read_rows(tmp_path / "runs.jsonl")):
-        assert table["params"].tolist() == [float(big * (i + 1)) for i in range(8)]
-        assert (6 * table["params"] * table["tokens"] > 1e38).all()
-
-
-def test_mapped_columns(tmp_path):
-    """--columns params=N,tokens=D reads the file's names; a missing one is an error that lists them."""
-    path = write(tmp_path / "runs.csv", header=["N", "D", "loss"])
-    rows = read_rows(path, parse_columns("params=N, tokens=D"))
-    assert rows["params"].tolist() == [row[0] for row in ROWS]
-    text = refused(path, columns={"params": "N", "tokens": "E"})
-    assert "'E'" in text and "N, D, loss" in text
-
-
-@pytest.mark.parametrize("text", ["params", "params=", "=N", "parms=N", "params=N,params=M", "params=N,tokens=N"])
-def test_columns_that_cannot_be_mapped(text):
-    """Incomplete pairs, an unknown column, and names used twice are refused."""
-    with pytest.raises(UserError, match="`columns`"):
-        parse_columns(text)
-
-
-def test_one_column_is_not_both_params_and_tokens(tmp_path):
-    """Also not by a default name; but another count of parameters may serve as N and as itself."""
-    path = write(tmp_path / "runs.csv", [[*row, row[0]] for row in ROWS], [*HEADER, "params_non_embedding"])
-    assert "params and tokens cannot both be 'tokens'" in refused(path, columns={"params": "tokens"})
-    rows = read_rows(path, {"params": "params_non_embedding"})
-    assert rows["params"].tolist() == rows["params_non_embedding"].tolist()
-
-
-@pytest.mark.parametrize(
-    "header, hint",
-    [(["N", "tokens", "loss"], "`columns` params=N"), (["params", "Tokens", "loss"], "`columns` tokens=Tokens"),
-     (["params", "n_tokens", "loss"], "`columns` tokens=n_tokens"), (["params", "tokens", "val_loss"], "loss=val_loss"),
-     (["params", "tokens", "xyz"], "`columns` loss=...")],
-)  # fmt: skip
-def test_missing_column_names_the_nearest(tmp_path, header, hint):
-    """A missing column is an error that suggests the nearest one of the file."""
-    assert hint in refused(write(tmp_path / "runs.csv", header=header))
-
-
-def test_duplicate_columns(tmp_path):
-    """A column of ours may not occur twice; others may."""
-    rows = [[*row, 1.0, 2.0] for row in ROWS]
-    assert "2 times" in refused(write(tmp_path / "a.csv", rows, ["params", "tokens", "loss", "loss", "x"]))
-    assert len(read_rows(write(tmp_path / "b.csv", rows, [*HEADER, "x", "x"]))) == 8
-
-
-@pytest.mark.parametrize("value", ["abc", "", "nan", "inf", "-inf", "0", "-3", "1e400", "1,5", "12 345", "True"])
-@pytest.mark.parametrize("column", HEADER)
+@pytest.mark.parametrize("value", ["abc", "", "nan", "inf", "0", "-3", "1,5"])
+@pytest.mark.parametrize("column", ["params", "loss"])
 def test_a_bad_value_is_named_by_line_and_column(tmp_path, value, column):
     """The error names line, column and value; with `skip_bad` the line is counted instead."""
     rows = [list(row) for row in ROWS]
@@ -161,28 +129,35 @@ def test_a_bad_value_is_named_by_line_and_column(tmp_path, value, column):
     assert left["loss"].tolist() == [row[2] for i, row in enumerate(ROWS) if i != 4]
 
 
-@pytest.mark.parametrize("cells", [["1", "2"], ["1", "2", "3", "4"]])
-def test_a_line_of_another_length(tmp_path, cells):
-    """A line with a cell too few or too many is a bad line."""
-    path = write(tmp_path / "runs.csv", [*ROWS, cells])
-    assert f"line 10: {len(cells)} cells" in refused(path)
-    assert read_rows(path, skip_bad=True).dropped == {"not usable": 1}
-
-
 @pytest.mark.parametrize(
     "content, says",
-    [(b"", "empty"), (b"\xef\xbb\xbf\n \n", "empty"), (bytes(range(256)) * 9, "not text"),
-     (b"\x1f\x8b\x08\x00abc", "not text"), ("params,tokens,loss\n1,2,3\n".encode("utf-16"), "not text"),
-     (b"params,tokens,loss,note\n1,2,3,caf\xe9\n", "UTF-8"), (b"params,tokens,loss\n", "0 usable"),
-     (b"1e6,2e7,3.5\n2e6,2e7,3.4\n", "header"), (b'params,tokens,loss\n1,2,"3\n4,5,6\n', "not CSV"),
-     (b"just a sentence\nand another\n", "no column"), (b'{"params": 1, "tokens": 2, "loss": 3}\n{oops\n', "line 2"),
-     (b"params" * 50_000, "not CSV"), (b'{"params": ' + b"[" * 100_000, "not JSON"),
-     (b' [\n {"params": 1, "tokens": 2, "loss": 3}]', "JSON list"), (b'[{"params": 1}]', "JSON list"),
-     (b'{"params": 1, "tokens": 2}\n', "'loss'"), (b'{"params": 1, "tokens": 2, "loss": [3]}\n', "line 1")],
-    ids=["nothing", "white space", "bytes", "gzip", "UTF-16", "latin-1", "no rows", "no header", "open quote",
-         "prose", "broken JSON", "one long line", "deep JSON", "list of JSON", "list in a line",
-         "JSON without loss", "JSON with a list"],
-)  # fmt: skip
+    [
+        (b"\xef\xbb\xbf\n \n", "empty"),
+        ("params,tokens,loss\n1,2,3\n".encode("utf-16"), "not text"),
+        (b"params,tokens,loss,note\n1,2,3,caf\xe9\n", "UTF-8"),
+        (b"params,tokens,loss\n", "0 usable"),
+        (b"1e6,2e7,3.5\n2e6,2e7,3.4\n", "header"),
+        (b"params,tokens,loss\n1,2,3,4\n", "line 2: 4 cells"),
+        (b'params,tokens,loss\n1,2,"3\n4,5,6\n', "not CSV"),
+        (b'{"params": 1, "tokens": 2, "loss": 3}\n{oops\n', "line 2"),
+        (b' [\n {"params": 1, "tokens": 2, "loss": 3}]', "JSON list"),
+        (b'{"params": ' + b"[" * 100_000, "not JSON"),
+        (b'{"params": 1, "tokens": 2, "loss": [3]}\n', "line 1"),
+    ],
+    ids=[
+        "blank",
+        "UTF-16",
+        "Latin-1",
+        "no rows",
+        "no header",
+        "4 cells",
+        "quote",
+        "broken JSON",
+        "JSON list",
+        "deep",
+        "list",
+    ],
+)
 def test_files_that_are_no_table(tmp_path, content, says):
     """One line that names the file and the reason."""
     path = tmp_path / "runs.csv"
@@ -191,21 +166,16 @@ def test_files_that_are_no_table(tmp_path, content, says):
     assert says in text and str(path) in text
 
 
-def test_missing_file_and_empty_folder(tmp_path):
-    """No file, and a folder without runs."""
-    assert "No such file" in refused(tmp_path / "runs.csv")
-    assert "summary.json" in refused(tmp_path)
-
-
 @pytest.mark.parametrize(
     "change, says",
-    [(lambda rows: rows[:5], "5 usable runs"), (lambda rows: [[1e6, *r[1:]] for r in rows], "of params, not 1"),
-     (lambda rows: [[1e6 * (1 + i % 2), *r[1:]] for i, r in enumerate(rows)], "of params, not 2"),
-     (lambda rows: [[r[0], 1e14 / r[0], r[2]] for r in rows], "one budget"),
-     (lambda rows: [[r[0], 1e9, r[2]] for r in rows], "of tokens, not 1"),
-     (lambda rows: [[r[0] * 1e200, r[1] * 1e200, r[2]] for r in rows], "overflows")],
-    ids=["few", "one size", "two sizes", "one budget", "one number of tokens", "overflow"],
-)  # fmt: skip
+    [
+        (lambda rows: rows[:5], "5 usable runs"),
+        (lambda rows: [[1e6 * (1 + i % 2), *r[1:]] for i, r in enumerate(rows)], "of params, not 2"),
+        (lambda rows: [[r[0], 1e14 / r[0], r[2]] for r in rows], "one budget"),
+        (lambda rows: [[r[0] * 1e200, r[1] * 1e200, r[2]] for r in rows], "overflows"),
+    ],
+    ids=["few", "two sizes", "one budget", "overflow"],
+)
 def test_runs_that_identify_no_law(tmp_path, change, says):
     """Too few runs, sizes or token counts, or a single budget."""
     assert says in refused(write(tmp_path / "runs.csv", change(ROWS)))
@@ -220,14 +190,13 @@ def test_losses_that_cannot_be_compared(tmp_path):
 
 
 def test_only_finished_runs_are_fitted(tmp_path):
-    """Rows whose status is neither finished nor blank are left out and counted, with or without a loss."""
+    """Rows whose status is neither finished nor blank are left out and counted."""
     status = ["finished", "", " Finished ", "running", "crashed", "failed", "finished", ""]
     rows = [[*row, word] for row, word in zip(ROWS, status, strict=True)] + [[5, 5, "", "failed"]]
     path = write(tmp_path / "a.csv", rows, [*HEADER, "status"])
     found = read_rows(path)
     assert found["loss"].tolist() == [ROWS[i][2] for i in (0, 1, 2, 6, 7)]
     assert found.dropped == {"failed": 2, "whose status is not finished": 2}
-    assert "2 failed" in refused(path)
 
 
 def test_losses_that_are_chance_alone(tmp_path):
@@ -249,37 +218,33 @@ def test_losses_that_are_chance_alone(tmp_path):
     assert "does not depend significantly" in refused(tmp_path / "a.csv")
 
 
-def test_identical_rows():
-    """Counts rows equal to an earlier one in all columns."""
-    N, D, loss = np.array([[1, 2, 3], [1, 2, 3], [1, 2, 4], [2, 1, 3], [1, 2, 3], [2, 1, 3]], float).T
-    assert identical(N, D, loss) == 3
-
-
 def test_best_of_several_tunings(tmp_path):
     """Rows that differ only in learning rate or batch (hence in tokens by a step) count once, at the lowest loss;
     another seed, or the same tuning again, is a separate run."""
     header = [*HEADER, "lr", "batch_tokens", "seed"]
-    rows = [[1000, 50_000, 3.0, 0.01, 500, 0], [1000, 50_000, 2.9, 0.02, 500, 0], [1000, 50_250, 2.8, 0.02, 750, 0],
-            [1000, 50_000, 3.1, 0.01, 500, 1], [1000, 99_000, 2.7, 0.01, 500, 0], [2000, 50_000, 2.6, 0.01, 500, 0],
-            [2000, 50_000, 2.5, 0.01, 500, 0]]  # fmt: skip
-    order = list(range(7))
-    random.Random(0).shuffle(order)
-    found = best_tuning(read_rows(write(tmp_path / "runs.csv", [rows[i] for i in order], header)))
+    rows = [
+        [1000, 50_000, 3.0, 0.01, 500, 0],
+        [1000, 50_000, 2.9, 0.02, 500, 0],
+        [1000, 50_250, 2.8, 0.02, 750, 0],
+        [1000, 50_000, 3.1, 0.01, 500, 1],
+        [1000, 99_000, 2.7, 0.01, 500, 0],
+        [2000, 50_000, 2.6, 0.01, 500, 0],
+        [2000, 50_000, 2.5, 0.01, 500, 0],
+    ]
+    random.Random(0).shuffle(rows)
+    found = best_tuning(read_rows(write(tmp_path / "runs.csv", rows, header)))
     assert sorted(found["loss"], reverse=True) == [3.1, 2.8, 2.7, 2.6, 2.5]
     assert found.dropped == {"worse tunings of a run": 2}
 
 
 def test_tunings_do_not_chain(tmp_path):
-    """1000, 1009 and 1018 tokens: the last is 1.8% longer than the first, hence a separate run, in any order."""
+    """1000, 1009 and 1018 tokens: the last is 1.8% longer than the first, hence a separate run, in any order. So are
+    cosines of different length over the same tokens."""
     header = [*HEADER, "lr"]
     rows = [[10, 1000, 3.0, 0.01], [10, 1009, 2.9, 0.02], [10, 1018, 2.8, 0.03], [20, 1018, 2.7, 0.01]]
     for order in ((0, 1, 2, 3), (2, 3, 0, 1)):
         found = best_tuning(read_rows(write(tmp_path / "runs.csv", [rows[i] for i in order], header)))
         assert sorted(found["loss"]) == [2.7, 2.8, 2.9]
-
-
-def test_overshooting_schedules_are_no_tuning(tmp_path):
-    """Cosines of different length over the same tokens are separate runs."""
     rows = [[1000, 50_000, 3.0, 0.01, 50_000], [1000, 50_000, 2.9, 0.02, 100_000]]
     assert len(best_tuning(read_rows(write(tmp_path / "a.csv", rows, [*HEADER, "lr", "horizon"])))) == 2
 
