@@ -30,7 +30,6 @@ from nanochin.report.table import RunTable
 from nanochin.run.curves import is_csv_gz
 
 MOST = 1e40  # FLOPs or tokens in a question; beyond, losses equal E in all digits
-LARGE_FILE = 10_000_000  # bytes that take some seconds to read
 FIGURES = ("curves", "isoflop", "optimum", "surface", "residuals", "hold-out", "certainty")
 OUTPUTS = ("laws.json", "report.html", *(f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")))
 NOT_WRITTEN = {"all": (), "svg": (".png",), "none": (".svg", ".png")}  # by --figures
@@ -81,7 +80,7 @@ def main() -> None:
         analysis = analyse(rows, curves, settings, progress)
     budgets = options.budget or default_budgets(analysis)
     questions = Questions(budgets, options.target_loss, options.inference_tokens, options.unique_tokens)
-    answers = answer(analysis.best, questions)
+    answers = answer(analysis.best, questions, predictions)
     print(summary(analysis, answers), flush=True)
 
     with Progress(quiet) as progress:
@@ -90,7 +89,7 @@ def main() -> None:
     print("\n" + "\n".join(findings), flush=True)
     if predictions:
         print("\nPre-registered predictions:\n" + "\n".join(f"  {one}" for one in predictions))
-    print("\n" + write(analysis, results, answers, predictions, options, out))
+    print("\n" + write(analysis, results, answers, options, out))
 
 
 def require_output(options: FitOptions) -> Path:
@@ -114,8 +113,6 @@ def require_output(options: FitOptions) -> Path:
 def read(options: FitOptions) -> tuple[RunTable, RunTable | None]:
     """The runs, and their training curves if there are any. Raises UserError for what cannot be used."""
     path, columns = Path(options.path), table.parse_columns(options.columns)
-    if path.is_file() and (size := path.stat().st_size) > LARGE_FILE:
-        print(f"reading {path}, {size / 1e6:.0f} MB", flush=True)
     rows = table.read_rows(path, columns, options.skip_bad)
     if options.flops in (None, "physical"):
         rows = table.all_or_no_flops(rows, options.skip_bad)
@@ -210,25 +207,18 @@ def interval(ends: tuple[float, float], show="{:.3g}".format) -> str:
 # In files
 
 
-def write(
-    analysis: Analysis,
-    results: Results,
-    answers: Answers,
-    predictions: list[Prediction],
-    options: FitOptions,
-    out: Path,
-) -> str:
+def write(analysis: Analysis, results: Results, answers: Answers, options: FitOptions, out: Path) -> str:
     """Write laws.json, figures and report.html, each atomically. Figures of an earlier fit that this one lacks are
     deleted; nothing else in the folder is touched."""
     from nanochin.report import html  # imports jinja2, as `draw` does matplotlib: --help needs neither
 
     command, built = shlex.join(["python", "fit.py", *sys.argv[1:]]), versions()
     packages = f"python {built['python']}, numpy {built['numpy']}"
-    provenance = html.Provenance(command, built["git"] or "not in git", packages)
+    provenance = {"command": command, "commit": built["git"] or "not in git", "versions": packages}
     files, panels = draw(analysis, results, options.figures)
-    files["report.html"] = html.render(analysis, results, panels, answers, predictions, provenance).encode()
+    files["report.html"] = html.render(analysis, results, panels, answers, provenance).encode()
     meta = describe(analysis, options) | {"command": command, "git": built["git"], "files": sorted(files)}
-    files["laws.json"] = laws.laws_text(contents(analysis, results, answers, predictions, meta)).encode()
+    files["laws.json"] = laws.laws_text(contents(analysis, results, answers, meta)).encode()
 
     stale, new = set(files_of_earlier_fit(out)) - set(files), []
     with writing(out):
@@ -237,9 +227,7 @@ def write(
         for name, content in files.items():  # laws.json, which lists them, last
             new += [] if (out / name).exists() else [out / name]
             write_file(out / name, content)
-    except (
-        BaseException
-    ):  # a full disk, Ctrl-C: delete new files that no laws.json lists; the next fit would refuse them
+    except BaseException:  # a full disk, Ctrl-C: the next fit would refuse to overwrite files that no laws.json lists
         for path in new:
             path.unlink(missing_ok=True)
         raise
@@ -274,14 +262,14 @@ def files_of_earlier_fit(out: Path) -> list[str]:
         return []
 
 
-def contents(analysis: Analysis, results: Results, answers: Answers, predictions: list[Prediction], meta: dict) -> dict:
+def contents(analysis: Analysis, results: Results, answers: Answers, meta: dict) -> dict:
     """laws.json: each approach with its intervals and its optimum of each budget, the answers, and the JSON and the
     sentence of every check."""
 
     def as_json(found: Approach | NotIdentified) -> dict | NotIdentified:
         if isinstance(found, NotIdentified):
             return found
-        optima = [optimum(found, C).to_json() for C in answers.questions.budgets]
+        optima = [optimum(found, C).to_json() for C in answers.budgets]
         out = found.fit.to_json(found.boot) | {"optima": optima}
         if isinstance(found.law, Law) and not analysis.cost.is_6nd:
             span = {"flops": analysis.flops_name, "from": found.flops_range[0], "to": found.flops_range[1]}
@@ -294,7 +282,7 @@ def contents(analysis: Analysis, results: Results, answers: Answers, predictions
     everything["answers"] = {"approach": analysis.best.number} | answers.to_json()
     stored = {name: one.json for name, one in results.items() if one.json is not None}
     everything["checks"] = stored | {"outcomes": [[name, one.status, one.sentence] for name, one in results.items()]}
-    return everything | ({"trials": [one.to_json() for one in predictions]} if predictions else {})
+    return everything | ({"trials": [one.to_json() for one in answers.trials]} if answers.trials else {})
 
 
 def describe(analysis: Analysis, options: FitOptions) -> dict:

@@ -5,7 +5,7 @@ answers.optima[1].found["params"].value, answers.optima[1].found["params"].inter
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -75,13 +75,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers to all questions; a list is empty if its question was not asked."""
+    """The answers to all questions; a list is empty if its question was not asked. `trials`: finished runs whose loss a
+    law predicted."""
 
-    questions: Questions
+    budgets: tuple[float, ...]
     optima: list[Answer]
     to_reach: list[Answer]
     to_serve: list[Answer]
     with_text: list[Answer]
+    trials: "Sequence[Prediction]" = ()
 
     def to_json(self) -> dict:
         """`answers` of laws.json; the optima are stored with each approach."""
@@ -93,16 +95,17 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def answer(best: Approach, questions: Questions) -> Answers:
+def answer(best: Approach, questions: Questions, trials: "Sequence[Prediction]" = ()) -> Answers:
     """The optimum of each budget, and the answers to the other questions, for each budget if they need one."""
     budgets, target = questions.budgets, questions.target_loss
     served, unique = questions.inference_tokens, questions.unique_tokens
     return Answers(
-        questions,
+        budgets,
         optima=[optimum(best, C) for C in budgets],
         to_reach=[] if target is None else [to_reach(best, target)],
         to_serve=[] if served is None else [to_serve(best, C, served) for C in budgets],
         with_text=[] if unique is None else [with_text(best, C, unique) for C in budgets],
+        trials=trials,
     )
 
 

@@ -132,15 +132,11 @@ def resamples(n: int, asked: int | None) -> tuple[int, str]:
     return chosen, f"{n:,} rows: {chosen} resamples instead of {USUAL}, {time}; set `bootstrap` {USUAL} for all"
 
 
-def silent(stage: str, done: float, total: float) -> None:
-    """Show no progress."""
-
-
 def analyse(
     rows: RunTable,
     curves: RunTable | None = None,
     settings: Settings | None = None,
-    progress: Callable[[str, float, float], None] = silent,
+    progress: Callable[[str, float, float], None] = lambda *_: None,
 ) -> Analysis:
     """Fit all approaches. Calls progress(stage, done, total). Raises UserError if none has a law."""
     settings = settings or Settings()

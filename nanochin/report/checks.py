@@ -16,8 +16,8 @@ from nanochin import laws
 from nanochin.base.console import count, digits, powers
 from nanochin.config import PARAM_CONVENTIONS
 from nanochin.laws import Cost, NotIdentified, ParametricFit, PowerLaw, Refit
-from nanochin.report.analysis import Analysis, Approach, approach, attempt, resampled_unit, sample_runs, silent
-from nanochin.report.table import CHANCE, by_chance, identical
+from nanochin.report.analysis import Analysis, Approach, approach, attempt, resampled_unit, sample_runs
+from nanochin.report.table import CHANCE, by_chance
 from nanochin.runrow import params_column
 
 MOST_CHECKED = 2000  # runs; of more, a random sample is refitted
@@ -72,7 +72,7 @@ class Check:
             return CheckResult("not checked", f"{self.title} could not be checked: {why}.", {"reason": str(error)})
 
 
-def run_checks(analysis: Analysis, progress: Callable[[str, float, float], None] = silent) -> Results:
+def run_checks(analysis: Analysis, progress: Callable[[str, float, float], None] = lambda *_: None) -> Results:
     """The result of every check. Calls progress(stage, done, total)."""
     some, results = sample_runs(analysis, MOST_CHECKED, SENSITIVITY), {}
     for done, check in enumerate(CHECKS, 1):
@@ -221,7 +221,7 @@ def independence(analysis: Analysis) -> CheckResult:
     """Are rows of one run resampled as if they were independent?"""
     n, settings = len(analysis.N), analysis.settings
     if "run" not in analysis.rows.labels:
-        same = identical(analysis.N, analysis.D, analysis.L)
+        same = n - np.unique(np.stack([analysis.N, analysis.D, analysis.L]), axis=1).shape[1]
         said = f"{same} rows are identical to others and there is no column run: if they are copies"
         return doubt_if(same > 0, f"{said}, the intervals are too narrow.")
     runs = len(np.unique(resampled_unit(analysis.rows, "run"))) if settings.cluster == "row" else n

@@ -22,25 +22,8 @@ from matplotlib.figure import Figure
 from nanochin.base.console import count, digits, powers
 from nanochin.laws import BESIROGLU, HOFFMANN, HOFFMANN_1, HOFFMANN_2, KAPLAN, Law, NotIdentified, advice
 from nanochin.report.analysis import Analysis, Approach
-from nanochin.report.panels import (
-    BLUE,
-    GREEN,
-    GREY,
-    INK,
-    ORANGE,
-    PURPLE,
-    RED,
-    SCALE,
-    SKY,
-    axis,
-    band,
-    drawn,
-    line,
-    note,
-    panels,
-    points,
-    whiskers,
-)
+from nanochin.report.colours import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, SCALE, SKY
+from nanochin.report.panels import axis, band, drawn, line, note, panels, points, whiskers
 
 LINES = {1: (GREEN, "--"), 2: (ORANGE, ":"), 3: (BLUE, "-")}  # by approach
 LEFT, RIGHT, BELOW = ("right", (-7, -3)), ("left", (7, -4)), ("left", (5, -13))  # alignment of a label, its shift in px

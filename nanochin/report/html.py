@@ -1,14 +1,13 @@
 """The report: one self-contained HTML file, answers first, then the evidence.
 
-    render(analysis, results, figures, answers, predictions, provenance) -> str
+    render(analysis, results, figures, answers, provenance) -> str
 
 Here are its numbers and tables; report.html is the page, report.css its look, and report.js answers "my budget" from an
 embedded table of optima. Numbers have their 95% interval if there is one.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,27 +30,12 @@ SHOW |= {"target_loss": "{:.4f}".format, "tokens_per_param": three, "epochs": th
 NAMES = {1: "1, envelope of curves", 2: "2, isoFLOP parabolas", 3: "3, parametric loss"}
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """What it takes to reproduce the numbers."""
-
-    command: str
-    commit: str
-    versions: str
-
-
 def render(
-    analysis: Analysis,
-    results: Results,
-    figures: dict[str, list[str]],
-    answers: Answers,
-    predictions: list[Prediction],
-    provenance: Provenance,
+    analysis: Analysis, results: Results, figures: dict[str, list[str]], answers: Answers, provenance: dict[str, str]
 ) -> str:
-    """The report as HTML. `figures`: the panels of each as SVG elements, see nanochin.report.panels.svg."""
-    best, findings = analysis.best, [one for one in results.values() if one.sentence]
-    statuses = [one.status for one in findings]
-    budgets = answers.questions.budgets
+    """The report as HTML. `figures`: the panels of each as SVG elements, see nanochin.report.panels.svg; `provenance`:
+    the command, commit and versions that reproduce it."""
+    best, budgets = analysis.best, answers.budgets
     budget = max((C for C in budgets if C / analysis.C.max() <= 1.01), default=min(budgets))  # inside the runs
     files = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=files, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -60,18 +44,13 @@ def render(
     return page.get_template("report.html").render(
         name="/".join(Path(analysis.rows.source).parts[-2:]),
         analysis=analysis,
-        best=best,
-        law=best.law,
-        held=results["hold_out"].found,
-        doubts=statuses.count("doubt"),
-        missing=statuses.count("not checked"),
-        cost=results["cost"].sentence,
+        results=results,
         budget=budget,
         optima=_optima(analysis, answers.optima),
-        findings=sorted(findings, key=lambda one: ORDER.index(one.status)),
+        findings=[one for status in ORDER for one in results.values() if one.sentence and one.status == status],
         approaches=_approaches(analysis),
         published=_published(analysis),
-        predictions=_predictions(predictions) if predictions else None,
+        predictions=_predictions(answers.trials) if answers.trials else None,
         figures=figures,
         tables=[table for one in results.values() for table in one.tables if table.rows],
         asked=_other_questions(best, answers, budget) if isinstance(best.law, Law) else None,
@@ -133,7 +112,7 @@ def _published(analysis: Analysis) -> Table:
     return Table("", ["", *(f"{what} at {powers(C)}" for C in budgets for what in ("N", "D / N"))], rows)
 
 
-def _predictions(predictions: list[Prediction]) -> Table:
+def _predictions(predictions: Sequence[Prediction]) -> Table:
     rows = []
     for one in predictions:
         run = one.run, powers(one.flops), count(one.params), count(one.tokens)

@@ -162,10 +162,11 @@ def best_tuning(rows: RunTable) -> RunTable:
     varied = [rows.labels[name].codes for name in TUNING if name in rows.labels]
     if not varied or not len(rows):
         return rows
-    same = [rows.labels[name].codes for name in SAME if name in rows.labels]
+    same = [rows["params"], *(rows.labels[name].codes for name in SAME if name in rows.labels)]
     if "horizon" in rows.numbers:  # length of the cosine / length of the run: above 1 it overshoots
         same.append(np.round(np.nan_to_num(rows["horizon"] / rows["tokens"]), 2))
-    tuning, alike = _number_rows(varied), _number_rows([*same, rows["params"]])
+    # A number for each row, equal for rows that are equal in all columns.
+    tuning, alike = (np.unique(columns, axis=1, return_inverse=True)[1].ravel() for columns in (varied, same))
 
     order = np.lexsort((rows["tokens"], alike))
     new, fewest, group = np.empty(len(rows), bool), 0.0, None
@@ -179,21 +180,6 @@ def best_tuning(rows: RunTable) -> RunTable:
     by_loss = np.lexsort((rows["loss"], run))
     best = by_loss[np.unique(run[by_loss], return_index=True)[1]]  # the row with the lowest loss of each run
     return rows.keep(tuning == tuning[best][run], "worse tunings of a run")
-
-
-def _number_rows(columns: list[np.ndarray]) -> np.ndarray:
-    """(n,) equal for rows that are equal in all columns."""
-    number = np.zeros(len(columns[0]), int)
-    for column in columns:
-        codes = np.unique(column, return_inverse=True)[1]
-        number = np.unique(number * (codes.max() + 1) + codes, return_inverse=True)[1]
-    return number
-
-
-def identical(*columns: np.ndarray) -> int:
-    """How many rows repeat an earlier one in all `columns`."""
-    table = np.stack(columns)
-    return int((np.diff(table[:, np.lexsort(table)]) == 0).all(0).sum())
 
 
 def require_usable(rows: RunTable) -> None:
@@ -261,7 +247,11 @@ def _read_file(path: Path, needed: Names, columns: dict[str, str], skip_bad: boo
         if start.startswith(b"[") and start.lstrip(b"[ \t\r\n").startswith(b"{"):
             raise UserError(f"{path}: a JSON list; expected JSON lines, one object per line")
         with open(path, encoding="utf-8-sig", newline="") as file:
-            table = _jsonl(path, file) if start.startswith(b"{") else _csv(path, file, needed, columns)
+            if start.startswith(b"{"):
+                lines = ((f"line {i}", line) for i, line in enumerate(file, 1) if line.strip())
+                table = _table_of_objects((place, _json_object(path, place, line)) for place, line in lines)
+            else:
+                table = _csv(path, file, needed, columns)
             return _collect(str(path), sha256, table, needed, columns, skip_bad)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not text in UTF-8 (byte {error.object[error.start]:#x}); convert it") from None
@@ -292,11 +282,6 @@ def _csv(path: Path, file: TextIO, needed: Names, columns: dict[str, str]) -> Ta
                 yield f"line {reader.line_num}", cells
     except csv.Error as error:
         raise UserError(f"{path}: line {reader.line_num if reader else 1}: not CSV: {error}") from None
-
-
-def _jsonl(path: Path, file: TextIO) -> Table:
-    lines = ((f"line {number}", line) for number, line in enumerate(file, 1) if line.strip())
-    return _table_of_objects((place, _json_object(path, place, line)) for place, line in lines)
 
 
 def _table_of_objects(objects: Iterator[tuple[str, dict]]) -> Table:

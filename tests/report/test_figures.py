@@ -9,7 +9,7 @@ import pytest
 from conftest import MARKUP
 
 from nanochin import laws
-from nanochin.report import figures, panels
+from nanochin.report import colours, figures, panels
 from nanochin.report.figures import isoflop, optimum, surface
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -164,12 +164,12 @@ def test_odd_marks_are_drawn():
     @panels.drawn
     def odd():
         figure, (axes,) = panels.panels(1)
-        panels.points(axes, [], [], panels.RED, "none")
-        panels.line(axes, [1, nan, 3, 4], [1, 2, nan, 4], panels.BLUE)
-        panels.band(axes, [1, 2, 3], [0.5, nan, 1], [2, np.inf, 2], panels.BLUE)
-        panels.whiskers(axes, [1, 2, 3], [(0.5, 2), None, (nan, nan)], panels.INK)
-        panels.points(axes, [1, 2], [1, 2], [panels.RED, panels.BLUE], "two", ["<p>", "q"], shape="ring")
-        panels.points(axes, [1], [1.5], panels.INK, "a < b & c", ["r"], shape="x")
+        panels.points(axes, [], [], colours.RED, "none")
+        panels.line(axes, [1, nan, 3, 4], [1, 2, nan, 4], colours.BLUE)
+        panels.band(axes, [1, 2, 3], [0.5, nan, 1], [2, np.inf, 2], colours.BLUE)
+        panels.whiskers(axes, [1, 2, 3], [(0.5, 2), None, (nan, nan)], colours.INK)
+        panels.points(axes, [1, 2], [1, 2], [colours.RED, colours.BLUE], "two", ["<p>", "q"], shape="ring")
+        panels.points(axes, [1], [1.5], colours.INK, "a < b & c", ["r"], shape="x")
         panels.axis(axes, "x", "C^a <x>")
         panels.axis(axes, "y", "y & z", log=True)
         return figure

@@ -40,8 +40,8 @@ def draw(analysis, results) -> dict[str, list[str]]:
 
 
 def render(analysis, results, drawn, asked) -> str:
-    provenance = report.Provenance("a < b", "c0ffee", "1")
-    return report.render(analysis, results, drawn, answer(analysis.best, asked), [], provenance)
+    provenance = {"command": "a < b", "commit": "c0ffee", "versions": "1"}
+    return report.render(analysis, results, drawn, answer(analysis.best, asked), provenance)
 
 
 def words(page: str) -> str:
