@@ -39,10 +39,6 @@ def analysis_of(rows: list[dict], **settings) -> Analysis:
     return analyse(table, settings=Settings(**{"bootstrap": 0} | settings))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The answer
-
-
 def test_the_law_of_a_noise_free_sweep_comes_back(run, tmp_path):
     """Approach 3 finds the constants that made the losses, and the optimum by `load_law`, which train.py --law uses, is
     the best of 20,001 sizes."""
@@ -312,10 +308,6 @@ def test_checks_of_a_clean_sweep():
     np.testing.assert_allclose(held.predicted, analysis.L[held.rows], rtol=1e-6)
     assert held.reach == pytest.approx(BUDGETS[-1] / BUDGETS[-2], rel=1e-3)
     assert optimum(analysis.best, 1e13).found["loss"].value == pytest.approx(loss(*optimal(1e13)), rel=1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Refusals and faults
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,8 @@ def independence(analysis: Analysis) -> CheckResult:
     """Are rows of one run resampled as if they were independent?"""
     n, settings = len(analysis.N), analysis.settings
     if "run" not in analysis.rows.labels:
-        same = n - np.unique(np.stack([analysis.N, analysis.D, analysis.L]), axis=1).shape[1]
+        table = np.stack([analysis.N, analysis.D, analysis.L])
+        same = int((np.diff(table[:, np.lexsort(table)]) == 0).all(0).sum())
         said = f"{same} rows are identical to others and there is no column run: if they are copies"
         return doubt_if(same > 0, f"{said}, the intervals are too narrow.")
     runs = len(np.unique(resampled_unit(analysis.rows, "run"))) if settings.cluster == "row" else n

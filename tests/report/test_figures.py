@@ -110,13 +110,6 @@ def test_labels_of_contours(made, alpha, beta):
     assert len(contours.levels) == 9 and len(axes.texts) >= 5
 
 
-def test_budgets_have_distinct_names():
-    """Budgets equal in two digits get as many as make them distinct."""
-    names = figures.distinct_powers(np.array([1e18, 3e18, 1.74e20, 2.21e20]))
-    assert names == ["10^18", "3×10^18", "1.7×10^20", "2.2×10^20"]
-    assert figures.distinct_powers(np.array([1.741e20, 1.744e20])) == ["1.741×10^20", "1.744×10^20"]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Panels and files
 
