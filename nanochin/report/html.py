@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from nanochin import laws
 from nanochin.base.cli import with_flags
 from nanochin.base.console import count, digits, powers
-from nanochin.laws import PUBLISHED, Law, NotIdentified, advice
+from nanochin.laws import PUBLISHED, TABLE_3, Law, NotIdentified, advice
 from nanochin.report import allocate
 from nanochin.report.allocate import SHOWN, Answer, Answers, Estimate, Prediction, estimates, optimum
 from nanochin.report.analysis import Analysis, Approach, attempt
@@ -135,6 +135,7 @@ def _other_questions(best: Approach, answers: Answers, C: float) -> dict:
         "to_reach": _answers(answers.to_reach or reach),
         "to_serve": _answers(answers.to_serve or serve),
         "with_text": _answers(answers.with_text or text),
+        "paper": _table_3(law),
     }
 
 
@@ -160,6 +161,15 @@ def _other_sizes(best: Approach, C: float, N: float) -> Table:
         cells = [found] if isinstance(found, NotIdentified) else map(with_ends, found.values(), shows)
         rows.append([f"{factor:g}", count(factor * N), count(best.law.cost.tokens(factor * N, C)), *cells])
     return Table("", ("N / optimal N", "N", "D", "loss above the optimum", "compute wasted"), rows, mark=3)
+
+
+def _table_3(law: Law) -> Table:
+    rows = []
+    for n, *cells in TABLE_3:
+        own = law.tokens_for(n)
+        pairs = [*zip(cells[::2], cells[1::2], strict=True), (law.cost.flops(n, own), own)]
+        rows.append([count(n), *(f"{powers(C)} · {count(D)}" for C, D in pairs)])
+    return Table("", ("N", "Approach 1", "Approach 2", "Approach 3", "here, Approach 3"), rows)
 
 
 def _table_of_optima(analysis: Analysis) -> dict:
