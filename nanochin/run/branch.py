@@ -1,5 +1,6 @@
 """Cooldowns: a run that starts from a checkpoint of another run."""
 
+import dataclasses
 from pathlib import Path
 
 from nanochin.base.cli import UserError
@@ -32,10 +33,7 @@ def find_branch(config: Config, record: dict) -> Path:
     seen = int(step) * config.batch_tokens
     if seen >= config.tokens:
         raise UserError(f"{what}: it has seen {seen} tokens already, `tokens` {config.tokens:g} must be more")
-    try:
-        trunk_config = Config(**theirs["options"])
-    except TypeError as error:
-        raise UserError(f"{what}: {folder / 'config.json'} is of another version of nanochin ({error})") from None
+    trunk_config = dataclasses.replace(config, **{k: v for k, v in theirs["options"].items() if k in free})
     for i in range(int(step)):
         if learning_rate(trunk_config, i) != learning_rate(config, i):
             raise UserError(

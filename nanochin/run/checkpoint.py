@@ -67,10 +67,9 @@ def load(folder: Path, model: nn.Module, optimizer: Adam | None = None) -> dict:
     if optimizer is not None:
         tensors = load_file(folder / "optimizer.safetensors")
         torch.set_rng_state(tensors.pop("rng"))
-        if "rng.cuda" in tensors:
-            rng, device = tensors.pop("rng.cuda"), next(model.parameters()).device
-            if device.type == "cuda":
-                torch.cuda.set_rng_state(rng, device)
+        device = next(model.parameters()).device
+        if device.type == "cuda" and "rng.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["rng.cuda"], device)
         for name, parameter in model.named_parameters():
             for field, value in optimizer.state[parameter].items():
                 value.copy_(tensors[f"{name}/{field}"])

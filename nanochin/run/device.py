@@ -43,32 +43,18 @@ def keep_freed_memory() -> None:
 def pick_dtype(name: str, device: torch.device, shape: Shape) -> tuple[torch.dtype, str]:
     """(compute dtype, why)."""
     if name != "auto":
-        return getattr(torch, name), "as asked"
+        return getattr(torch, name), "as requested"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "bf16 tensor cores; weights and sums stay float32"
         return torch.float32, "this GPU has no bf16"
-    if device.type == "cpu" and has_fast_bf16():
+    # Without AMX or AVX512-bf16 a CPU emulates bf16, about 200x slower than float32 (LOG.md).
+    if device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         # From width 384 bf16 was 2.1x as fast as float32 with AMX, at 128 between 1.0x and 1.3x (LOG.md).
         if shape.width >= 384:
             return torch.bfloat16, "the CPU has AMX or AVX512-bf16 and the model is at least 384 wide"
         return torch.float32, "bf16 is faster on this CPU only from width 384"
     return torch.float32, f"no fast bf16 on this {device.type.upper()}"
-
-
-def precision(dtype: torch.dtype) -> dict:
-    """Precision settings for the record, in torch's terms: `highest` is float32 without TF32."""
-    return {
-        "activations": str(dtype).split(".")[1],
-        "weights": "float32",
-        "float32_matmul": torch.get_float32_matmul_precision(),
-        "bf16_reduced_precision_reduction": bool(torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction),
-    }
-
-
-def has_fast_bf16() -> bool:
-    """AMX or AVX512-bf16: without them a CPU emulates bf16, about 200x slower than float32 (LOG.md)."""
-    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 def device_name(device: torch.device) -> str:

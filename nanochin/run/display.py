@@ -18,7 +18,7 @@ from nanochin.run.step import TrainingStep
 def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str) -> None:
     """Print the resolved options with their reasons, and warnings about the text."""
     config, plan, corpus = setup.config, setup.plan, setup.corpus
-    why = defaultdict(lambda: "as asked", plan.why)
+    why = defaultdict(lambda: "as requested", plan.why)
     text = f"{count(corpus.train_bytes)}B in {corpus.documents} documents, {count(corpus.val_bytes)}B held out"
     if corpus.format != "text":
         text = f"token files ({corpus.format}), {count(len(corpus.val))} tokens for validation"

@@ -12,7 +12,7 @@ from nanochin.config import PARAM_CONVENTIONS, Config
 from nanochin.data.corpus import Corpus
 from nanochin.data.windows import Windows
 from nanochin.plan import ladder
-from nanochin.run.device import device_name, precision
+from nanochin.run.device import device_name
 from nanochin.run.folder import run_identity
 from nanochin.runrow import RunRow, flops_column, params_column
 
@@ -42,6 +42,10 @@ def describe(setup: Setup) -> dict:
     text = _pick(corpus, "name", "format", "documents", "skipped_bytes", "skipped_records")
     text |= _pick(corpus, "data_sha", "val_sha", "train_bytes", "val_bytes")
     text |= {"tokenizer": corpus.tokenizer.name, "train_tokens": len(corpus.train), "val_tokens": len(corpus.val)}
+    matmul = torch.backends.cuda.matmul
+    precision = {"activations": setup.config.dtype, "weights": "float32"}
+    precision |= {"float32_matmul": torch.get_float32_matmul_precision()}  # `highest`: without TF32
+    precision |= {"bf16_reduced_precision_reduction": bool(matmul.allow_bf16_reduced_precision_reduction)}
     return {
         "identity": run_identity(setup.config, **facts),
         "options": dataclasses.asdict(setup.config),
@@ -51,7 +55,7 @@ def describe(setup: Setup) -> dict:
         "threads": torch.get_num_threads(),
         "kernels": kernels.backend(device, setup.config.kernels),
         "step": [setup.step, setup.why_step],
-        "precision": precision(setup.dtype),
+        "precision": precision,
         "predicted": predicted(setup),  # pre-registered: written before the first step
         "versions": files.versions(),
     }

@@ -36,17 +36,16 @@ class SequenceTooLarge(RunError):
     """Not even one sequence fits in the memory of the device."""
 
 
-def pick_step(asked: str, device: torch.device) -> tuple[str, str]:
+def pick_step(requested: str, device: torch.device) -> tuple[str, str]:
     """(kind, why). Raises UserError for a kind that this device cannot run."""
-    if asked == "graph" and device.type != "cuda":
+    if requested == "graph" and device.type != "cuda":
         raise UserError(f"`step` graph: CUDA graphs need a CUDA device, this is {device.type}; use eager or compile")
-    if asked == "compile" and device.type == "cuda" and not kernels.has_triton():
+    if requested == "compile" and device.type == "cuda" and not kernels.has_triton():
         raise UserError("`step` compile: on a GPU torch.compile needs triton, which is not installed; use graph")
-    return AUTO[device.type] if asked == "auto" else (asked, "as asked")
+    return AUTO[device.type] if requested == "auto" else (requested, "as requested")
 
 
 def compiled(model: nn.Module) -> Callable[..., Tensor]:
-    """torch.compile of the model."""
     if torch.__version__ < (2, 13):
         # Older versions log an unknown operation with its expression tree: 45 s for five layers, 5x per further layer.
         from torch._inductor.lowering import FALLBACK_ALLOW_LIST
@@ -138,7 +137,7 @@ class CudaGraph:
         self.calls, self.graph, self.output = 0, None, None
 
     def __call__(self) -> Tensor:
-        if self.graph is None and self.calls < WARM_UP:
+        if self.calls < WARM_UP:
             self.calls += 1
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
@@ -225,13 +224,22 @@ class TrainingStep:
                 why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             # Outside of the handler, where the error's frames no longer hold the failed step's memory.
             self.optimizer.zero_grad()
-            if full:
-                self.set_micro_batch(self._half())
-            else:
+            if not full:
                 self.say(f"step {self.kind} failed, falling back to eager: {why}")
                 self._begin("eager", self.micro_batch)
+            elif self.micro_batch > 1:
+                self.set_micro_batch(self.micro_batch // 2)
+            else:
+                raise SequenceTooLarge(
+                    f"one sequence of {self.model.shape.seq_len} tokens through {self.model.shape} does not fit "
+                    f"{self.device}: choose a smaller `model` or `seq_len`"
+                )
         self.done += 1
-        self._limit_steps_in_flight()
+        if self.device.type == "cuda":
+            self.events.append(torch.cuda.Event(blocking=True))
+            self.events[-1].record()
+            if len(self.events) > self.AHEAD:
+                self.events.popleft().synchronize()
         return pair
 
     def _run(self, batch: Tensor, lr: float | Tensor) -> Tensor:
@@ -241,7 +249,7 @@ class TrainingStep:
             return self.function(self.shards, self.optimizer, batch, self.micro_batch, self.clip)
 
     def _replay(self, batch: Tensor, lr: float) -> Tensor:
-        if self.graph is None or self.batch.shape != batch.shape:
+        if self.graph is None:
             self.batch = torch.empty_like(batch, device=self.device)
             self.lr = torch.zeros((), device=self.device)
             reserve = self.RESERVE if self.micro_batch > 1 else 0
@@ -249,22 +257,6 @@ class TrainingStep:
         self.batch.copy_(batch, non_blocking=True)
         self.lr.fill_(lr)
         return self.graph().clone()  # the next step overwrites it
-
-    def _half(self) -> int:
-        if self.micro_batch == 1:
-            shape = self.model.shape
-            raise SequenceTooLarge(
-                f"one sequence of {shape.seq_len} tokens through {shape} does not fit {self.device}: "
-                "choose a smaller `model` or `seq_len`"
-            )
-        return self.micro_batch // 2
-
-    def _limit_steps_in_flight(self) -> None:
-        if self.device.type == "cuda":
-            self.events.append(torch.cuda.Event(blocking=True))
-            self.events[-1].record()
-            if len(self.events) > self.AHEAD:
-                self.events.popleft().synchronize()
 
 
 def out_of_memory(error: BaseException | None) -> bool:
