@@ -79,7 +79,10 @@ class Shards:
     def __init__(self, model: nn.Module, count: int = 1, threads: int | None = None):
         """threads: inside the operations of each shard, and of the caller in `with shards:`. None: unchanged."""
         self.threads = threads
-        self.models = [model, *(replica(model) for _ in range(count - 1))]
+        self.models = [model]
+        for _ in range(count - 1):
+            shared = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
+            self.models.append(copy.deepcopy(model, memo=shared))
         if count > 1:
             before, started = torch.get_num_threads(), threading.Barrier(count)
             self.pool = ThreadPoolExecutor(count, "shard", _set_own_threads, (threads or before,))
@@ -106,11 +109,6 @@ class Shards:
 
     def __exit__(self, *_) -> None:
         torch.set_num_threads(self.before)
-
-
-def replica(model: nn.Module) -> nn.Module:
-    """A copy of the model that shares its weights and has its own gradients."""
-    return copy.deepcopy(model, memo={id(p): nn.Parameter(p.detach()) for p in model.parameters()})
 
 
 def _set_own_threads(count: int) -> None:
@@ -145,19 +143,16 @@ class CudaGraph:
             torch.cuda.current_stream().wait_stream(self.stream)
             return output
         if self.graph is None:
-            self._capture()
+            gc.collect()  # freeing an older graph during the capture would invalidate it
+            graph = torch.cuda.CUDAGraph()
+            # The outer block restores the usual stream even if the capture fails and cannot be ended.
+            with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
+                output = self.function()
+            if torch.cuda.mem_get_info()[0] < self.reserve:
+                raise torch.OutOfMemoryError(f"less than {self.reserve} bytes left after capturing the step")
+            self.graph, self.output = graph, output
         self.graph.replay()
         return self.output
-
-    def _capture(self) -> None:
-        gc.collect()  # freeing an older graph during the capture would invalidate it
-        graph = torch.cuda.CUDAGraph()
-        # The outer block restores the usual stream even if the capture fails and cannot be ended.
-        with torch.cuda.stream(self.stream), torch.cuda.graph(graph, stream=self.stream):
-            output = self.function()
-        if torch.cuda.mem_get_info()[0] < self.reserve:
-            raise torch.OutOfMemoryError(f"less than {self.reserve} bytes left after capturing the step")
-        self.graph, self.output = graph, output
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-import errno
 import itertools
 import os
 import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from nanochin.base.cli import RunError, UserError
 from nanochin.config import make_shape
@@ -39,16 +39,18 @@ def save(run, steps=(2,), **rest):
     return model, optimizer
 
 
+DAMAGE = {
+    "truncated": lambda content: content[:-2],
+    "changed": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+    "another step": lambda content: content.replace(b'"step": 2', b'"step": 3'),  # of state.json
+}
+
+
 def damage(path, how):
-    """Truncate a file by two bytes, flip a bit in its middle, or delete it."""
-    content = bytearray(path.read_bytes())
     if how == "missing":
         path.unlink()
-    elif how == "truncated":
-        path.write_bytes(content[:-2])
     else:
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
+        path.write_bytes(DAMAGE[how](path.read_bytes()))
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adam"])
@@ -72,38 +74,19 @@ def test_round_trip(tmp_path, kind, options):
             assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
-def test_files_of_a_checkpoint(tmp_path):
-    """Three files and no leftovers; a tied matrix is written once."""
-    model, _ = save(tmp_path)
-    folder = tmp_path / "checkpoints" / "step-2"
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-2"]
-    assert sorted(p.name for p in folder.iterdir()) == ["model.safetensors", "optimizer.safetensors", "state.json"]
-    numbers = sum(p.numel() for p in model.parameters())
-    assert 4 * numbers < (folder / "model.safetensors").stat().st_size < 4 * numbers + 4096
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+CASES = [*itertools.product(FILES, ("truncated", "changed", "missing")), ("state.json", "another step")]
 
 
-@pytest.mark.parametrize("how", ["truncated", "changed", "missing"])
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("name, how", CASES)
 def test_damage_is_named(tmp_path, name, how):
-    """A changed bit, or a truncated or missing file, raises UserError, which names the file."""
+    """Raises UserError, which names the file."""
     model, optimizer = save(tmp_path)
     path = tmp_path / "checkpoints" / "step-2" / name
     damage(path, how)
     with pytest.raises(UserError) as error:
         checkpoint.load(path.parent, model, optimizer)
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
-
-
-def test_any_change_of_the_state_is_detected(tmp_path):
-    """A changed digit anywhere in state.json is detected."""
-    save(tmp_path)
-    path = tmp_path / "checkpoints" / "step-2" / "state.json"
-    content = path.read_text()
-    digits = [i for i, character in enumerate(content) if character.isdigit()]
-    for i in digits[:: len(digits) // 20]:
-        path.write_text(content[:i] + ("8" if content[i] == "9" else "9") + content[i + 1 :])
-        with pytest.raises(UserError, match="corrupted"):
-            checkpoint.verify(path.parent)
 
 
 def test_newest_valid_skips_broken_checkpoints(tmp_path):
@@ -116,7 +99,7 @@ def test_newest_valid_skips_broken_checkpoints(tmp_path):
     damage(folder / "step-9" / "state.json", "missing")
     warnings = []
     assert checkpoint.newest_valid(tmp_path, warnings.append) == folder / "step-5"
-    assert [f"step-{n}" in line for n, line in zip((10, 9), warnings, strict=True)] == [True, True]
+    assert len(warnings) == 2 and "step-10" in warnings[0] and "step-9" in warnings[1]
     assert {p.name for p in folder.iterdir()} == {"step-5", "step-9.broken", "step-10.broken"}
     save(tmp_path, steps=(9,))
     checkpoint.prune(tmp_path, keep=1)
@@ -165,26 +148,27 @@ def test_order_of_a_save(tmp_path, monkeypatch):
     assert after == [folder.stat().st_ino]
 
 
-@pytest.mark.parametrize("call, nth", [("rename", 1), ("fsync", 1), ("fsync", 2), ("fsync", 3), ("fsync", 4)])
+FAILURES = [("save_file", 1), ("save_file", 2), *(("fsync", n) for n in range(1, 5)), ("rename", 1)]
+
+
+@pytest.mark.parametrize("call, nth", FAILURES)
 def test_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch, call, nth):
     """If writing fails at any point, the partial checkpoint is deleted and the error names the last good one."""
     model, optimizer = save(tmp_path, steps=(1,))
-    original, calls = getattr(os, call), itertools.count(1)
+    owner, kind = (checkpoint, SafetensorError) if call == "save_file" else (os, OSError)
+    original, calls, folder = getattr(owner, call), itertools.count(1), tmp_path / "checkpoints"
 
     def refuse(*args):
         if next(calls) == nth:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise kind("No space left on device")
         return original(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, call, refuse)
-        with pytest.raises(RunError) as error:
-            checkpoint.save(tmp_path, 2, model, optimizer, STATE)
-    folder = tmp_path / "checkpoints"
-    last = folder / "step-1"
-    message = str(error.value)
-    assert message.startswith(f"{folder / 'step-2'}: cannot write: No space left") and message.endswith(str(last))
-    assert error.value.code == 1
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="cannot write: No space") as raised:
+        patch.setattr(owner, call, refuse)
+        checkpoint.save(tmp_path, 2, model, optimizer, STATE)
+    message = str(raised.value)
+    assert message.startswith(f"{folder / 'step-2'}: ") and message.endswith(str(folder / "step-1"))
+    assert raised.value.code == 1
     assert [p.name for p in folder.iterdir()] == ["step-1"]
     checkpoint.save(tmp_path, 2, model, optimizer, STATE)
     assert checkpoint.steps(tmp_path) == [1, 2]

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 import train
-from nanochin.base.cli import RunError, UserError, opt
+from nanochin.base.cli import UserError, opt
 from nanochin.base.console import Progress
 from nanochin.config import Config
 from nanochin.run.folder import BusyError, Run, find_run, first_difference, open_run, read_log, run_identity, run_name
@@ -27,7 +27,7 @@ def identity_of(config: Config) -> tuple[str, dict]:
 # Identity
 
 
-@pytest.mark.parametrize("tokens, words", [(12_800, "0.0128M"), (4.84e6, "4.84M"), (999.6e6, "1000M"), (5e9, "5000M")])
+@pytest.mark.parametrize("tokens, words", [(12_800, "0.0128M"), (999.6e6, "1000M"), (5e9, "5000M")])
 def test_run_names_have_no_exponents(tokens, words):
     """Tokens are in millions with three significant digits, never with an exponent."""
     assert re.fullmatch(rf"text-64x2-{words}-[0-9a-f]{{8}}", run_name("text", {"model": "64x2", "tokens": tokens}))
@@ -96,9 +96,8 @@ def test_different_text_is_a_different_run(tiny, text, tmp_path):
     longer, val = tmp_path / "made-up.txt", tmp_path / "other.txt"
     longer.write_text(text.read_text() + "x")
     val.write_text("another text to validate on " * 100)
-    names = [identity_of(config)[0] for config in (
-        tiny(), tiny(data=(str(longer),)), tiny(val=(str(val),)), tiny(val_bytes=2048))]  # fmt: skip
-    assert len(set(names)) == 4
+    changes = ({}, {"data": (str(longer),)}, {"val": (str(val),)}, {"val_bytes": 2048})
+    assert len({identity_of(tiny(**change))[0] for change in changes}) == 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -107,40 +106,26 @@ def test_different_text_is_a_different_run(tiny, text, tmp_path):
 
 def test_folder_is_locked_while_open(tmp_path):
     """Another process cannot open a run inside the block; afterwards, even after an error, it is unlocked."""
-    with open_run(tmp_path, "a", RECORD) as run:
+    with pytest.raises(ZeroDivisionError), open_run(tmp_path, "a", RECORD) as run:
         assert json.loads((run.folder / "config.json").read_text()) == RECORD
-        with pytest.raises(BusyError, match="another process"), open_run(tmp_path, "a", RECORD):
+        with pytest.raises(BusyError), open_run(tmp_path, "a", RECORD):
             pass
         with open_run(tmp_path, "b", RECORD):  # other runs are not locked
-            pass
-    with pytest.raises(ZeroDivisionError), open_run(tmp_path, "a", RECORD):
-        raise ZeroDivisionError
+            raise ZeroDivisionError
     with open_run(tmp_path, "a", RECORD) as run:
         assert run.summary is None
 
 
 def test_folder_of_a_different_run_is_rejected(tmp_path):
-    """If the name is used by a run with other options, the error names folder, option and both values."""
+    """A name used by a run with other options is refused, and its folder unchanged; the device may differ."""
     with open_run(tmp_path, "a", RECORD):
         pass
     other = {"identity": RECORD["identity"] | {"seed": 5, "model": "24x1"}}
-    with pytest.raises(UserError) as error, open_run(tmp_path, "a", other):
+    with pytest.raises(UserError, match="model = 16x1, this one has 24x1"), open_run(tmp_path, "a", other):
         pass
-    assert f"{tmp_path / 'a'} holds a run with model = 16x1, this one has 24x1" in str(error.value)
     assert json.loads((tmp_path / "a" / "config.json").read_text()) == RECORD
-    with open_run(tmp_path, "a", RECORD | {"device": "another"}) as run:  # the device may differ
+    with open_run(tmp_path, "a", RECORD | {"device": "another"}) as run:
         assert run.folder == tmp_path / "a"
-
-
-def test_unusable_folder_is_named(tmp_path):
-    """A config.json that is not JSON, or a file in place of the folder of runs: the error names it."""
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "config.json").write_text('{"identity": ')
-    with pytest.raises(UserError, match="config.json: not readable as JSON"), open_run(tmp_path, "a", RECORD):
-        pass
-    (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="file/a: cannot write: "), open_run(tmp_path / "file", "a", RECORD):
-        pass
 
 
 def test_find_run(tmp_path):
@@ -148,13 +133,8 @@ def test_find_run(tmp_path):
     with open_run(tmp_path, "a", RECORD) as run:
         pass
     assert find_run("a", tmp_path) == run.folder == find_run(str(tmp_path / "a"), "nowhere")
-    for name in ("b", str(tmp_path)):
-        with pytest.raises(UserError, match=f"{name}: no run folder"):
-            find_run(name, tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The log
+    with pytest.raises(UserError, match="b: no run folder"):
+        find_run("b", tmp_path)
 
 
 ROWS = [{"step": 10, "loss": 0.1 + 0.2}, {"step": 10, "val_loss": 3.0}, {"step": 20, "loss": 1e-17},

@@ -1,8 +1,4 @@
-import copy
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,25 +16,10 @@ def rate(step, steps=100, warmup=0.0, schedule="cosine", final=None, **options):
     return learning_rate(Config(schedule=schedule, final_lr=final, **options), step)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The optimizer
-
-
-class Tiny(nn.Module):
-    """One matrix used twice, like a tied head, and one vector."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.matrix = nn.Parameter(torch.randn(3, 5, dtype=torch.float64, generator=generator))
-        self.vector = nn.Parameter(torch.randn(5, dtype=torch.float64, generator=generator))
-        self.tied = self.matrix
-
-
-def adam_by_hand(w, gradients, lr, beta1, beta2, decoupled, l2):
+def adam_by_hand(w, gradients, lrs, beta1, beta2, decoupled, l2):
     """Kingma & Ba 2015, Algorithm 1, with decay in the weight (decoupled) or in the gradient (l2)."""
     m = v = torch.zeros_like(w)
-    for t, g in enumerate(gradients, start=1):
+    for t, (g, lr) in enumerate(zip(gradients, lrs, strict=True), start=1):
         g = g + l2 * w
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
@@ -48,50 +29,30 @@ def adam_by_hand(w, gradients, lr, beta1, beta2, decoupled, l2):
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adam"])
-def test_steps_follow_the_formula(kind):
-    """Five steps equal Adam written out by hand, with decay only on the matrix; the tied matrix is updated once."""
-    model = Tiny()
-    matrix, vector = model.matrix.detach().clone(), model.vector.detach().clone()
-    optimizer = Adam(model, kind, lr=0.02, betas=(0.8, 0.95), weight_decay=0.3)
-    assert [tuple(p.shape) for p in optimizer.parameters] == [(3, 5), (5,)]
-    torch.manual_seed(1)
-    gradients = [(torch.randn(3, 5, dtype=torch.float64), torch.randn(5, dtype=torch.float64)) for _ in range(5)]
-    for gradient in gradients:
-        model.matrix.grad, model.vector.grad = (g.clone() for g in gradient)
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_steps_follow_the_formula(kind, as_tensor):
+    """Six steps equal Adam written out by hand, with decay only on the matrix; the tied matrix is updated once. The
+    learning rate is a number, or a tensor that is overwritten."""
+    torch.manual_seed(0)
+    model, lrs = nn.Linear(5, 3).double(), 2 * (0.01, 0.003, 0.07)
+    model.tied = model.weight
+    matrix, vector = model.weight.detach().clone(), model.bias.detach().clone()
+    optimizer = Adam(model, kind, lr=0.0, betas=(0.8, 0.95), weight_decay=0.3)
+    assert [tuple(p.shape) for p in optimizer.parameters] == [(3, 5), (3,)]
+    tensor = torch.zeros((), dtype=torch.float64)
+    gradients = [(torch.randn(3, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)) for _ in lrs]
+    for lr, gradient in zip(lrs, gradients, strict=True):
+        optimizer.lr = tensor.fill_(lr) if as_tensor else lr
+        model.weight.grad, model.bias.grad = (g.clone() for g in gradient)
         optimizer.step()
     decay = {"decoupled": 0.3 if kind == "adamw" else 0.0, "l2": 0.3 if kind == "adam" else 0.0}
-    want_matrix = adam_by_hand(matrix, [g for g, _ in gradients], 0.02, 0.8, 0.95, **decay)
-    want_vector = adam_by_hand(vector, [g for _, g in gradients], 0.02, 0.8, 0.95, decoupled=0.0, l2=0.0)
-    torch.testing.assert_close(model.matrix.detach(), want_matrix, rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(model.vector.detach(), want_vector, rtol=1e-12, atol=1e-14)
+    want_matrix = adam_by_hand(matrix, [g for g, _ in gradients], lrs, 0.8, 0.95, **decay)
+    want_vector = adam_by_hand(vector, [g for _, g in gradients], lrs, 0.8, 0.95, decoupled=0.0, l2=0.0)
+    torch.testing.assert_close(model.weight.detach(), want_matrix, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(model.bias.detach(), want_vector, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adam"])
-def test_steps_equal_those_of_torch(kind):
-    """Nine float32 steps of a small network are bit-identical to torch.optim's, with the learning rate as a number or
-    as a tensor that is overwritten."""
-    torch.manual_seed(0)
-    ours = nn.Sequential(nn.Linear(7, 9), nn.GELU(), nn.Linear(9, 3))
-    captured, theirs = copy.deepcopy(ours), copy.deepcopy(ours)
-    optimizer, with_tensor = (Adam(model, kind, 0.0, (0.9, 0.95), 0.1) for model in (ours, captured))
-    with_tensor.lr = torch.zeros((), dtype=torch.float64)
-    groups = [{"params": [p for p in theirs.parameters() if (p.ndim >= 2) == matrices], "weight_decay": decay}
-              for matrices, decay in ((True, 0.1), (False, 0.0))]  # fmt: skip
-    reference = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[kind](groups, 0.0, (0.9, 0.95), fused=True)
-    for lr in 3 * (0.01, 0.003, 0.07):
-        x, optimizer.lr = torch.randn(5, 7), lr
-        with_tensor.lr.fill_(lr)
-        for group in reference.param_groups:
-            group["lr"] = lr
-        for model, optim in ((ours, optimizer), (captured, with_tensor), (theirs, reference)):
-            model(x).square().mean().backward()
-            optim.step()
-            optim.zero_grad()
-    for p, q, r in zip(ours.parameters(), captured.parameters(), theirs.parameters(), strict=True):
-        assert torch.equal(p, q) and torch.equal(p, r)
-
-
-def test_the_compiler_is_not_imported():
+def test_the_compiler_is_not_imported(command):
     """Making and stepping an optimizer does not import torch._dynamo, which takes seconds."""
     code = """
 import sys, torch
@@ -100,11 +61,9 @@ layer = torch.nn.Linear(2, 2)
 optimizer = Adam(layer, "adamw", 1e-3, (0.9, 0.95), 0.1)
 layer(torch.ones(1, 2)).sum().backward()
 optimizer.step()
-optimizer.zero_grad()
-assert layer.weight.grad is None
 sys.exit("torch._dynamo" in sys.modules)
 """
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+    assert command("-c", code).returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,14 +76,11 @@ sys.exit("torch._dynamo" in sys.modules)
         ("cosine", 0, 1.0, {}),
         ("cosine", 50, 0.55, {}),  # half way between 1 and 0.1
         ("cosine", 25, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2, {}),
-        ("cosine", 100, 0.1, {}),
         ("cosine", 100, 0.25, {"final": 0.25}),
         ("cosine", 50, 0.1, {"cycle": 0.5}),
-        ("cosine", 99, 0.1, {"cycle": 0.5}),
+        ("cosine", 50, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2, {"cycle": 2.0}),
         ("cosine", 55, 0.55, {"warmup": 10.0}),  # half way from the end of the warm-up
         ("linear", 55, 0.5, {"warmup": 10.0}),
-        ("linear", 25, 0.75, {}),
-        ("linear", 99, 0.01, {}),
         ("linear", 100, 0.25, {"final": 0.25}),
         ("wsd", 80, 1.0, {"warmup": 10.0}),
         ("wsd", 85, 0.5, {}),  # 1 - sqrt(1/4)
@@ -158,13 +114,7 @@ def test_rates_rise_then_fall(schedule, steps, warmup):
     assert rate(steps, steps, warmup, schedule) == pytest.approx(FINAL_LR[schedule], abs=1e-12)
 
 
-def test_longer_cycle():
-    """With cycle 2, a run of 50 steps is the first half of a run of 100."""
-    for step in range(50):
-        assert rate(step, steps=50, warmup=5, cycle=2.0) == pytest.approx(rate(step, steps=100, warmup=5))
-
-
-@pytest.mark.parametrize("schedule, cycle", [*((schedule, 1.0) for schedule in FINAL_LR), ("cosine", 0.5)])
+@pytest.mark.parametrize("schedule, cycle", [("wsd", 1.0), ("constant", 1.0), ("cosine", 0.5)])
 def test_warmup_longer_than_the_schedule(schedule, cycle):
     """Raises UserError, which names the option."""
     with pytest.raises(UserError, match="`warmup_tokens`"):
