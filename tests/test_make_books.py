@@ -44,7 +44,6 @@ def sentences(count: int, seed: int) -> list[str]:
     [
         (f"A TALE\n\n\n\n{PROSE}\n\nTHE END", ["A TALE", JOINED, "THE END"]),  # any number of blank lines
         ("  " + PROSE, [JOINED]),  # one indented line: the source has a space after some closing quotation marks
-        ("ONE\n\n[Illustration]\n\nTWO", ["ONE", "TWO"]),
         ("ONE\n\n[Illustration: The miller\nand his son]\n\nTWO", ["ONE", "TWO"]),
         ("ONE\n\nILLUSTRATIONS\n\nTWO", ["ONE", "TWO"]),
         ("ONE\n\nThis text is also at www.gutenberg.org in HTML.\n\nTWO", ["ONE", "TWO"]),
@@ -61,7 +60,6 @@ def test_paragraphs(text, paragraphs):
 @pytest.mark.parametrize(
     ("start", "end"),
     [
-        ("*** START OF THIS PROJECT GUTENBERG EBOOK A TALE ***", "*** END OF THIS PROJECT GUTENBERG EBOOK A TALE ***"),
         (
             "***START OF THE PROJECT GUTENBERG EBOOK A VERY\nLONG TALE***",
             "***END OF THE PROJECT GUTENBERG EBOOK A VERY",
@@ -82,9 +80,7 @@ def test_markers(start, end):
         "  The wind it blew, the wind it blew,\n    And all the leaves came down",
         "Shall I compare thee to a day\nThat is as short as this, and grey?",
         "CHAPTER I.  The Mill                                             1\n"
-        "CHAPTER II.  In which very many people come to the mill at once   17\n"
-        "  CHAPTER III.  The Flood                                        203\n  CHAPTER IV.  Home        250",
-        "                         A TALE\n                      OF THE MILL",
+        "  CHAPTER II.  In which very many people come to the mill at once 17\n  CHAPTER III.  Home         250",
     ],
 )
 def test_verse_and_tables_are_unchanged(text):
@@ -141,15 +137,9 @@ def test_split(monkeypatch):
 def test_lines():
     """A line of JSON as nanochin reads it; a carriage return in the name becomes a space, as in the shards."""
     path = "Zola, Émile/Truth\rA Novel.txt"
-    line = make_books.line(path, "Où?\n")
-    assert line.endswith("\n") and "É" in line and "\r" not in line
     digest = hashlib.sha256(path.encode()).hexdigest()
-    assert list(json.loads(line).items()) == [
-        ("id", digest[:12]),
-        ("author", "Zola, Émile"),
-        ("title", "Truth A Novel"),
-        ("text", "Où?\n"),
-    ]
+    author_and_title = '"author": "Zola, Émile", "title": "Truth A Novel"'
+    assert make_books.line(path, "Où?\n") == f'{{"id": "{digest[:12]}", {author_and_title}, "text": "Où?\\n"}}\n'
 
 
 def test_files_depend_only_on_the_source(monkeypatch):
@@ -167,7 +157,7 @@ def test_files_depend_only_on_the_source(monkeypatch):
 
 def test_command(tmp_path):
     """Help and a wrong folder, from any working directory; errors are one line."""
-    for argv, code, words in ((["--help"], 0, "CHECKOUT"), (["nowhere", "out"], 1, "no clone of"), ([], 2, "required")):
+    for argv, code, words in ((["--help"], 0, "CHECKOUT"), (["nowhere", "out"], 1, "nowhere"), ([], 2, "required")):
         done = subprocess.run([sys.executable, SCRIPT, *argv], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == code and words in done.stdout + done.stderr
         assert code == 0 or len(done.stderr.splitlines()) == 1
