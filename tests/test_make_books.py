@@ -50,6 +50,9 @@ def sentences(count: int, seed: int) -> list[str]:
         ("ONE\n\nProduced by the miller.\n\nAn etext.", ["ONE", "Produced by the miller.", "An etext."]),  # no credits
         ("[Illustration] as he said.", ["[Illustration] as he said."]),
         ("Cafe\u0301", ["Caf\u00e9"]),  # Unicode NFC
+        ("x" * 50 + "\ny", ["x" * 50 + "\ny"]),  # verse: the lines are short
+        ("x" * 51 + "\n y", ["x" * 51 + " y"]),
+        ("x" * 60 + "\n  y" * 2, ["x" * 60 + "\n  y" * 2]),  # a table: two lines are indented
     ],
 )
 def test_paragraphs(text, paragraphs):
@@ -72,25 +75,6 @@ def test_markers(start, end):
     assert make_books.paragraphs(f"Header\n{start}\n\nONE\n\nTWO\n\n{end}\n\nLicence") == ["ONE", "TWO"]
     assert not make_books.paragraphs(f"{start}\n\nONE\n\nTWO")
     assert not make_books.paragraphs(f"ONE\n\nTWO\n\n{end}")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "  The wind it blew, the wind it blew,\n    And all the leaves came down",
-        "Shall I compare thee to a day\nThat is as short as this, and grey?",
-        "CHAPTER I.  The Mill                                             1\n"
-        "  CHAPTER II.  In which very many people come to the mill at once 17\n  CHAPTER III.  Home         250",
-    ],
-)
-def test_verse_and_tables_are_unchanged(text):
-    """Two indented lines, or lines that are short on average, are not a wrapped paragraph."""
-    assert make_books.paragraphs(ebook(f"{PROSE}\n\n{text}")) == [JOINED, text]
-
-
-def test_joined_lines_are_over_50_characters_long():
-    assert make_books.unwrap(["x" * 50, "y"]) == "x" * 50 + "\ny"
-    assert make_books.unwrap(["x" * 51, " y"]) == "x" * 51 + " y"
 
 
 def test_which_books_are_wanted():
@@ -119,8 +103,7 @@ def test_a_book_that_mostly_repeats_is_dropped():
 
 
 def test_split(monkeypatch):
-    """Files are filled in the order of the hash, each with whole books; one hash digit selects the validation books;
-    books after the last full file are left out."""
+    """In the order of the hash, until all training files are full; a hash digit selects the validation books."""
     monkeypatch.setattr(make_books, "SHARD_BYTES", 1000)
     texts = {f"Author/{i}.txt": "é" * (20 + i % 7) for i in range(400)}
     files = make_books.split(texts)
@@ -144,12 +127,11 @@ def test_lines():
 
 def test_files_depend_only_on_the_source(monkeypatch):
     """The same books in another order give the same bytes: xz of JSON lines."""
-    monkeypatch.setattr(make_books, "SHARD_BYTES", 50_000)
-    monkeypatch.setattr(make_books, "MIN_LENGTH", 1000)
-    monkeypatch.setattr(make_books, "ENGLISH_SHARE", 0)
+    for name, value in {"SHARD_BYTES": 50_000, "MIN_LENGTH": 1000, "ENGLISH_SHARE": 0}.items():
+        monkeypatch.setattr(make_books, name, value)
     books = [(f"A/{i}.txt", ebook("\n\n".join(sentences(40, seed=i)))) for i in range(60)]
-    once, again = dict(make_books.make(books)), dict(make_books.make(reversed(books)))
-    assert once == again and list(once) == list(make_books.SHA256)
+    once = dict(make_books.make(books))
+    assert once == dict(make_books.make(reversed(books))) and list(once) == list(make_books.SHA256)
     records = [json.loads(line) for data in once.values() for line in lzma.decompress(data).decode().splitlines()]
     assert len({record["id"] for record in records}) == len(records) > 40
     assert all(record["text"].count("\n\n") == 39 for record in records)

@@ -20,6 +20,7 @@ from nanochin.base.cli import UserError
 from nanochin.data import cache as module
 from nanochin.data.cache import UNFINISHED
 from nanochin.data.corpus import read_tokens
+from nanochin.data.text import BLOCK
 from nanochin.data.tokenizer import END_OF_TEXT, PATTERN, RANKS_FILE, Tokenizer
 
 
@@ -56,8 +57,7 @@ def unfinished(folder: Path, *files: str) -> Path:
 
 
 def test_shards_are_documents_between_ends_of_text(tmp_path, cache):
-    """With bytes, the files worked out by hand: 0, document, 0, document, 0 in little-endian uint16. The record counts
-    bytes and documents and has the SHA-256 of the validation text."""
+    """With bytes, shards worked out by hand: 0, document, 0, document, 0 in little-endian uint16."""
     for name, text in {"b.txt": "second é", "a.txt": "first\r\n", "val.txt": "held out"}.items():
         (tmp_path / name).write_bytes(text.encode())
     c = prepare(tmp_path, cache=cache)
@@ -81,8 +81,7 @@ def test_many_shards_are_one_array(corpus, tmp_path, monkeypatch):
 
 
 def test_the_cache_is_reused(corpus, tmp_path, cache):
-    """The same data and tokenizer are tokenised once, wherever the data is; another tokenizer, validation size or a
-    changed byte gives another folder."""
+    """Wherever the data is; another tokenizer, validation size or a changed byte gives another folder."""
     first = prepare(corpus, cache=cache)
     times = {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir()}
     shutil.copytree(corpus, tmp_path / "elsewhere/books")
@@ -116,23 +115,14 @@ def test_named_validation_and_val_option(corpus, tmp_path, cache):
     given = prepare(corpus, val=tmp_path / "other.txt", cache=cache)
     assert given.val_sha == sha(words(2000, 2000)) and given.documents == 101
     assert prepare(corpus, val=corpus / "validation.txt", cache=cache).folder == named.folder
+    long = prepare(corpus, val=corpus / "part-0.jsonl", cache=cache, val_bytes=200_000)
+    assert 200_000 - BLOCK < long.val_bytes < 200_000 + 100
     with pytest.raises(UserError, match="nothing left to train on"):
         prepare(corpus / "part-0.jsonl", val=corpus, cache=cache)
 
 
-def test_long_validation_text_is_thinned(tmp_path, cache):
-    """A validation file of 1 MB is reduced to blocks of 64 KB from its start to its end, about val_bytes in total."""
-    (tmp_path / "train.txt").write_text(words(5000, 0))
-    (tmp_path / "val.txt").write_text(text := words(1_000_000, 1))
-    c = prepare(tmp_path, cache=cache, val_bytes=200_000)
-    kept = bytes(c.val[1:-1].astype(np.uint8))
-    assert len(kept) == c.val_bytes and abs(len(kept) - 3 * 65_536) <= 18
-    assert text.encode().startswith(kept[:65_000]) and text.encode().endswith(kept[-65_000:])
-
-
 def test_own_bpe_is_trained_on_the_training_text(corpus, cache):
-    """tiktoken reads the ranks in the cache folder; its ids of each training document, with end-of-text between, equal
-    the shards; decoding gives the text. Each stage reports its progress to completion."""
+    """tiktoken, with the saved ranks, decodes the shards to the documents, and encodes these to the same ids."""
     calls: list = []
     c = prepare(corpus, cache=cache, tokenizer="bpe", vocab_size=400, progress=lambda *call: calls.append(call))
     stages = {stage: done == total > 0 for stage, done, total in calls}
@@ -202,8 +192,7 @@ print(prepare(Config(data=({data!r},), cache={cache!r}), progress).folder)
 
 
 def child(data: Path, cache: Path, pause: float = 0) -> subprocess.Popen:
-    """A process that prepares `data`. With `pause` it sleeps for so many seconds at each report of the stage
-    "tokenising", and is there on return."""
+    """A process that prepares `data`. With `pause`, returns when it sleeps for so many seconds while tokenising."""
     code = PREPARE.format(data=str(data), cache=str(cache), pause=pause)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "bufsize": 1}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
@@ -265,8 +254,7 @@ def test_interrupted_cleanup(corpus, tmp_path, cache, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
 def test_our_temporary_name_is_taken(corpus, tmp_path, cache, kind):
-    """Something foreign with the name of our temporary folder is named in the error and kept. An empty folder, left by
-    an early kill, is reused."""
+    """What is not ours is named and kept. An empty folder, left by an early kill, is reused."""
     folder = prepare(corpus, cache=tmp_path / "first").folder
     place = cache / (folder.name + ".tmp")
     precious = {"folder": place / "chapter.txt", "file": place, "link": tmp_path / "elsewhere"}[kind]
@@ -296,8 +284,7 @@ def test_two_runs_at_once_tokenise_once(corpus, tmp_path, cache):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(corpus, cache):
-    """If the system fails to write (a limit of 200 KB per file), the error names the path and the temporary folder is
-    deleted."""
+    """With 200 KB per file, the error names the path and the temporary folder is deleted."""
     resource = pytest.importorskip("resource")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
@@ -311,8 +298,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(corpus, cache):
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_damaged_shards_are_named(corpus, cache, monkeypatch, whole):
-    """A file that is truncated, changed or missing is named, with the folder to delete; large corpora are checked at
-    both ends of each file."""
+    """A file that is truncated, changed or missing; large corpora are checked at both ends of each file."""
     if not whole:
         monkeypatch.setattr("nanochin.data.corpus.CHECK_WHOLE", 0)
     options = {"cache": cache, "tokenizer": "bpe", "vocab_size": 300}
@@ -332,8 +318,7 @@ def test_damaged_shards_are_named(corpus, cache, monkeypatch, whole):
 
 
 def test_skipped_lines_are_in_the_record(corpus, cache):
-    """`skip_bad` reads the rest and counts the lines that it skips, also from the cache; without it, cached tokens are
-    rejected just like the file."""
+    """Skipped lines are counted, also from the cache; without `skip_bad`, cached tokens are rejected too."""
     with open(corpus / "part-1.jsonl", "a") as file:
         file.write("\n{broken\n" + json.dumps({"text": words(5000, 200)}) + "\nnull\n")
     for _ in range(2):

@@ -19,8 +19,7 @@ def starts(w: Windows, start: int, count: int) -> list[int]:
 
 @pytest.mark.parametrize(("tokens", "T"), [(1001, 10), (1000, 10), (1009, 10), (500, 1), (11, 10), (777, 64)])
 def test_each_window_of_an_epoch_is_drawn_once(tokens, T):
-    """In each of four epochs the windows do not overlap: no token is a target twice, and all but fewer than T+1 are
-    targets. The first epoch starts at 0, later ones at an offset."""
+    """No token is a target twice, fewer than T+1 are none. Epochs after the first start at an offset."""
     w = Windows(np.arange(tokens), T, seed=3)
     assert w.per_epoch == (tokens - 1) // T
     shifts = set()
@@ -45,8 +44,7 @@ def test_order_depends_only_on_seed_and_epoch():
 
 
 def test_order_is_stable_across_numpy_versions():
-    """A resumed run needs the same order under any NumPy version: Philox, SeedSequence with seed and epoch as entropy,
-    a permutation of uint32."""
+    """Philox, SeedSequence with seed and epoch as entropy, a permutation of uint32: resuming needs the same."""
     w = Windows(np.arange(101), 10, seed=1234)
     philox = np.random.Generator(np.random.Philox(np.random.SeedSequence([1234, 0])))
     assert [a // 10 for a in starts(w, 0, 10)] == philox.permutation(np.arange(10, dtype=np.uint32)).tolist()

@@ -66,8 +66,7 @@ def test_logits_equal_transformers(tmp_path):
 
 
 def test_checkpoint_formats(tmp_path):
-    """The same weights from several files, in half precision, without the prefix and with the causal masks of older
-    versions, and from a .safetensors file without its config.json (head size 64 by default)."""
+    """Several files, half precision, causal masks and no prefix as in older versions, no config.json."""
     hf = theirs(n_embd=128, n_head=2)
     hf.save_pretrained(tmp_path / "many", max_shard_size="100KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3 and agree(ours(tmp_path / "many"), hf)
@@ -94,8 +93,7 @@ def test_a_shorter_context_takes_the_first_positions(folder):
 
 
 def test_training_starts_from_the_weights(tiny, folder):
-    """The first loss equals that of the `transformers` model on the first batch; the shape is the checkpoint's;
-    resuming works, and other weights are another run."""
+    """The first loss is that of the `transformers` model; resuming works, and other weights are another run."""
     options = {"model": None, "seq_len": None, "tokenizer": "bytes", "batch_tokens": 96, "tokens": 960.0}
     config = tiny(**options, log_every=1, init_from=str(folder), name="run")
     job = train.resolve(config, train.Progress(quiet=True))

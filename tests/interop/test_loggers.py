@@ -28,8 +28,7 @@ def events(folder: Path) -> dict[tuple[str, int], list[float]]:
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_tensorboard_has_the_rows_of_the_log(tiny, monkeypatch, interrupted):
-    """Every number in log.jsonl is in the event files once, with its name and step. After an interruption, steps that
-    are trained again replace those already there."""
+    """Every number once, with its name and step, also if steps are trained again after an interruption."""
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
     config = tiny(name="run", loggers=("tensorboard",), eval_every=30, save_steps=(40,), keep=9)
     if interrupted:
@@ -58,14 +57,6 @@ def test_wandb_offline(tiny, monkeypatch):
     assert remote.return_value.mock_calls == [*rows, call.finish()]
 
 
-def test_wandb_errors_are_one_line(tiny, monkeypatch, refusal):
-    """wandb's message about a missing account, several lines long, becomes one line, exit code 1."""
-    wandb = pytest.importorskip("wandb", reason="pip install wandb")
-    monkeypatch.setattr(wandb, "init", Mock(side_effect=wandb.errors.UsageError("No API key\n  configured")))
-    line = refusal(*arguments(tiny(name="run", loggers=("wandb",))), code=1)
-    assert "--loggers wandb: No API key configured; " in line
-
-
 @pytest.mark.slow
 def test_real_wandb(tiny, command, monkeypatch):
     """The real library in offline mode writes its files into the run's folder."""
@@ -74,15 +65,6 @@ def test_real_wandb(tiny, command, monkeypatch):
     done = command("train.py", *arguments(tiny(name="run", loggers=("wandb",))))
     assert done.returncode == 0, done.stderr
     assert list((Path(tiny().out) / "run" / "wandb").glob("offline-run-*/*.wandb"))
-
-
-def test_no_loggers(tiny, command):
-    """A plain run imports neither library and writes only its usual files."""
-    code = "import sys, train; train.main(); print([name for name in ('wandb', 'tensorboard') if name in sys.modules])"
-    done = command("-c", code, *arguments(tiny(name="run")))
-    assert done.stdout.endswith("\n[]\n"), done.stderr
-    files = {path.name for path in (Path(tiny().out) / "run").iterdir()}
-    assert files == {".lock", "checkpoints", "config.json", "log.jsonl", "summary.json"}
 
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
