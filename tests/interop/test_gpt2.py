@@ -117,8 +117,6 @@ def test_training_starts_from_the_weights(tiny, folder):
     [
         ({"model": "64x3"}, {}, "`model` 64x3: .* 32x3"),
         ({"activation": "swiglu"}, {}, "`activation` swiglu: .* gelu_tanh"),
-        ({"tied": False}, {}, "`tied` False: "),
-        ({"vocab_size": 300}, {}, "`vocab_size` 300: "),
         ({"seq_len": 49}, {}, "`seq_len` 49: .* 48"),
         ({"tokenizer": "bpe"}, {}, "`tokenizer` bpe: "),
         ({"lr": None, "budget": 1e15}, {}, "needs `tokens` and `lr`"),
