@@ -10,6 +10,7 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nanochin.base.cli import run_command
@@ -51,6 +52,12 @@ def pseudo_english(size: int, seed: int = 0) -> str:
         text.append(sentence + ("\n\n" if draw() < 0.1 else " "))
         length += len(text[-1])
     return "".join(text)
+
+
+def words(size: int, seed: int = 0) -> str:
+    """About `size` bytes of text that does not repeat, with characters of 1 to 4 bytes."""
+    draw = np.random.default_rng(seed).integers(0, 1000, size // 5).tolist()
+    return " ".join("é中🙂"[n % 3] * (n < 20) + f"w{n:03d}" for n in draw)
 
 
 def tiny_config(text: Path, cache: Path, out: Path, /, **options) -> Config:

@@ -44,13 +44,15 @@ def sentences(count: int, seed: int) -> list[str]:
     [
         (f"A TALE\n\n\n\n{PROSE}\n\nTHE END", ["A TALE", JOINED, "THE END"]),  # any number of blank lines
         ("  " + PROSE, [JOINED]),  # one indented line: the source has a space after some closing quotation marks
-        ("ONE\n\n[Illustration]\n\nTWO", ["ONE", "TWO"]),
         ("ONE\n\n[Illustration: The miller\nand his son]\n\nTWO", ["ONE", "TWO"]),
         ("ONE\n\nILLUSTRATIONS\n\nTWO", ["ONE", "TWO"]),
         ("ONE\n\nThis text is also at www.gutenberg.org in HTML.\n\nTWO", ["ONE", "TWO"]),
         ("ONE\n\nProduced by the miller.\n\nAn etext.", ["ONE", "Produced by the miller.", "An etext."]),  # no credits
         ("[Illustration] as he said.", ["[Illustration] as he said."]),
         ("Cafe\u0301", ["Caf\u00e9"]),  # Unicode NFC
+        ("x" * 50 + "\ny", ["x" * 50 + "\ny"]),  # verse: the lines are short
+        ("x" * 51 + "\n y", ["x" * 51 + " y"]),
+        ("x" * 60 + "\n  y" * 2, ["x" * 60 + "\n  y" * 2]),  # a table: two lines are indented
     ],
 )
 def test_paragraphs(text, paragraphs):
@@ -61,7 +63,6 @@ def test_paragraphs(text, paragraphs):
 @pytest.mark.parametrize(
     ("start", "end"),
     [
-        ("*** START OF THIS PROJECT GUTENBERG EBOOK A TALE ***", "*** END OF THIS PROJECT GUTENBERG EBOOK A TALE ***"),
         (
             "***START OF THE PROJECT GUTENBERG EBOOK A VERY\nLONG TALE***",
             "***END OF THE PROJECT GUTENBERG EBOOK A VERY",
@@ -74,27 +75,6 @@ def test_markers(start, end):
     assert make_books.paragraphs(f"Header\n{start}\n\nONE\n\nTWO\n\n{end}\n\nLicence") == ["ONE", "TWO"]
     assert not make_books.paragraphs(f"{start}\n\nONE\n\nTWO")
     assert not make_books.paragraphs(f"ONE\n\nTWO\n\n{end}")
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "  The wind it blew, the wind it blew,\n    And all the leaves came down",
-        "Shall I compare thee to a day\nThat is as short as this, and grey?",
-        "CHAPTER I.  The Mill                                             1\n"
-        "CHAPTER II.  In which very many people come to the mill at once   17\n"
-        "  CHAPTER III.  The Flood                                        203\n  CHAPTER IV.  Home        250",
-        "                         A TALE\n                      OF THE MILL",
-    ],
-)
-def test_verse_and_tables_are_unchanged(text):
-    """Two indented lines, or lines that are short on average, are not a wrapped paragraph."""
-    assert make_books.paragraphs(ebook(f"{PROSE}\n\n{text}")) == [JOINED, text]
-
-
-def test_joined_lines_are_over_50_characters_long():
-    assert make_books.unwrap(["x" * 50, "y"]) == "x" * 50 + "\ny"
-    assert make_books.unwrap(["x" * 51, " y"]) == "x" * 51 + " y"
 
 
 def test_which_books_are_wanted():
@@ -123,8 +103,7 @@ def test_a_book_that_mostly_repeats_is_dropped():
 
 
 def test_split(monkeypatch):
-    """Files are filled in the order of the hash, each with whole books; one hash digit selects the validation books;
-    books after the last full file are left out."""
+    """In the order of the hash, until all training files are full; a hash digit selects the validation books."""
     monkeypatch.setattr(make_books, "SHARD_BYTES", 1000)
     texts = {f"Author/{i}.txt": "é" * (20 + i % 7) for i in range(400)}
     files = make_books.split(texts)
@@ -141,25 +120,18 @@ def test_split(monkeypatch):
 def test_lines():
     """A line of JSON as nanochin reads it; a carriage return in the name becomes a space, as in the shards."""
     path = "Zola, Émile/Truth\rA Novel.txt"
-    line = make_books.line(path, "Où?\n")
-    assert line.endswith("\n") and "É" in line and "\r" not in line
     digest = hashlib.sha256(path.encode()).hexdigest()
-    assert list(json.loads(line).items()) == [
-        ("id", digest[:12]),
-        ("author", "Zola, Émile"),
-        ("title", "Truth A Novel"),
-        ("text", "Où?\n"),
-    ]
+    author_and_title = '"author": "Zola, Émile", "title": "Truth A Novel"'
+    assert make_books.line(path, "Où?\n") == f'{{"id": "{digest[:12]}", {author_and_title}, "text": "Où?\\n"}}\n'
 
 
 def test_files_depend_only_on_the_source(monkeypatch):
     """The same books in another order give the same bytes: xz of JSON lines."""
-    monkeypatch.setattr(make_books, "SHARD_BYTES", 50_000)
-    monkeypatch.setattr(make_books, "MIN_LENGTH", 1000)
-    monkeypatch.setattr(make_books, "ENGLISH_SHARE", 0)
+    for name, value in {"SHARD_BYTES": 50_000, "MIN_LENGTH": 1000, "ENGLISH_SHARE": 0}.items():
+        monkeypatch.setattr(make_books, name, value)
     books = [(f"A/{i}.txt", ebook("\n\n".join(sentences(40, seed=i)))) for i in range(60)]
-    once, again = dict(make_books.make(books)), dict(make_books.make(reversed(books)))
-    assert once == again and list(once) == list(make_books.SHA256)
+    once = dict(make_books.make(books))
+    assert once == dict(make_books.make(reversed(books))) and list(once) == list(make_books.SHA256)
     records = [json.loads(line) for data in once.values() for line in lzma.decompress(data).decode().splitlines()]
     assert len({record["id"] for record in records}) == len(records) > 40
     assert all(record["text"].count("\n\n") == 39 for record in records)
@@ -167,7 +139,7 @@ def test_files_depend_only_on_the_source(monkeypatch):
 
 def test_command(tmp_path):
     """Help and a wrong folder, from any working directory; errors are one line."""
-    for argv, code, words in ((["--help"], 0, "CHECKOUT"), (["nowhere", "out"], 1, "no clone of"), ([], 2, "required")):
+    for argv, code, words in ((["--help"], 0, "CHECKOUT"), (["nowhere", "out"], 1, "nowhere"), ([], 2, "required")):
         done = subprocess.run([sys.executable, SCRIPT, *argv], cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == code and words in done.stdout + done.stderr
         assert code == 0 or len(done.stderr.splitlines()) == 1

@@ -52,8 +52,9 @@ def build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
     """Build `folder` under a temporary name, then rename it. Raises UserError if that name is taken."""
     temp = folder.with_name(folder.name + ".tmp")
     for leftover in folder.parent.glob("*.tmp"):
+        ours = re.fullmatch(r".+-[0-9a-f]{12}\.tmp", leftover.name) and not leftover.is_symlink()
         with suppress(OSError):  # no permission; or Timeout, an OSError: another run is still writing it
-            if _is_unfinished(leftover):
+            if ours and (leftover / UNFINISHED).is_file():  # the name alone does not prove it
                 with nullcontext() if leftover == temp else FileLock(leftover.with_suffix(".lock"), timeout=0):
                     _discard(leftover)
     if temp.is_symlink() or temp.exists() and not (temp.is_dir() and not any(temp.iterdir())):
@@ -75,12 +76,6 @@ def build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
         (folder / UNFINISHED).unlink()
     finally:
         _discard(temp)
-
-
-def _is_unfinished(path: Path) -> bool:
-    """Whether `path` is an unfinished cache folder of nanochin. The name alone does not prove it."""
-    named = re.fullmatch(r".+-[0-9a-f]{12}\.tmp", path.name)
-    return bool(named) and not path.is_symlink() and (path / UNFINISHED).is_file()
 
 
 def _discard(temp: Path) -> None:
@@ -179,10 +174,9 @@ def _cut(text: Text, start: int) -> int:
 
 def _count_documents(text: Text, ranges: np.ndarray) -> int:
     """Number of documents with text in `ranges`."""
-    inside = np.zeros(len(text.ends) + 1, np.int64)
-    np.add.at(inside, np.searchsorted(text.ends, ranges[:, 0], "right"), 1)
-    np.add.at(inside, np.searchsorted(text.ends, ranges[:, 1] - 1, "right") + 1, -1)
-    return int((np.cumsum(inside) > 0).sum())
+    first = np.searchsorted(text.ends, ranges[:, 0], "right")
+    last = np.searchsorted(text.ends, ranges[:, 1] - 1, "right")
+    return int((last - first + 1).sum() - (first[1:] == last[:-1]).sum())
 
 
 def _strings(text: Text, ranges: np.ndarray, stage: Stage) -> Iterator[str]:

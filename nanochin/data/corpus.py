@@ -26,7 +26,7 @@ from nanochin.config import Config
 from nanochin.data import sources
 from nanochin.data.cache import CHECKSUMS, Recipe, build, encode
 from nanochin.data.text import MAX_HELD_OUT, File, Stage, Tokens, corpus_name, find_files, fingerprint, read_text
-from nanochin.data.token_files import are_token_files, check_ids, hold_out, open_tokens, pickle_note, sibling_val_files
+from nanochin.data.token_files import are_token_files, check_ids, hold_out, open_tokens, sibling_val_files
 from nanochin.data.tokenizer import BPE_VOCAB, Tokenizer, check
 
 CHECK_WHOLE = 1 << 28  # shards up to 256 MB in total are hashed in full when opened, larger ones at both ends
@@ -60,10 +60,8 @@ def prepare(config: Config, progress: Progress | None = None) -> Corpus:
     The validation text is `val`; else the files in `data` (or next to token files) with val, valid or validation as a
     word in their name; else what `text.split` selects. At most about `val_bytes` of it are kept, in evenly spaced
     blocks, so it depends only on the text and `val_bytes`. Files in `val` are not trained on. `progress` is called a
-    few times a second, possibly from another thread.
-
-    Raises UserError for data that is missing, empty, unreadable or corrupted, an unknown tokenizer, a full disk, a
-    corrupted cache.
+    few times a second, possibly from another thread. Raises UserError for data that is missing, empty, unreadable or
+    corrupted, an unknown tokenizer, a full disk, a corrupted cache.
     """
     tokenizer, vocab_size, val_bytes = config.tokenizer or "bytes", config.vocab_size, config.val_bytes
     check(tokenizer, vocab_size)
@@ -111,10 +109,8 @@ def read_tokens(data: tuple[str, ...], tokenizer: Tokenizer) -> tuple[np.ndarray
 
 
 def _load(folder: Path) -> Corpus:
-    """Open a finished cache folder. Raises UserError, naming the file, if one is missing, truncated or changed.
-
-    Checks sizes and SHA-256 of all files; above 256 MB in total, SHA-256 of the first and last MB of each.
-    """
+    """Open a finished cache folder. Raises UserError, naming the file, if one is missing, truncated or changed: checks
+    size and SHA-256 of each; above 256 MB in total, SHA-256 of the first and last MB."""
     remedy = f"delete {folder} to rebuild it"
     try:
         meta = json.loads((folder / "meta.json").read_text())
@@ -161,8 +157,7 @@ def _os_errors(place: str | Path) -> Iterator[None]:
 
 
 def _make_once(path: Path, make: Callable[[], None], progress: Progress | None) -> None:
-    """Calls `make` unless `path` exists, under a lock; other runs wait. The lock of a killed process is released at
-    once."""
+    """Calls `make` unless `path` exists, under a lock that ends with the process; other runs wait."""
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +185,8 @@ def _open_token_files(
     if config.tokenizer == "bpe":
         raise UserError("`tokenizer` bpe: these are token files, not text; give the tokenizer that wrote them")
     if config.tokenizer is None and config.vocab_size is None:
-        note = pickle_note(path)
+        meta = Path(path).with_name("meta.pkl")  # nanoGPT's
+        note = f" ({meta} may, but is not read: pickles can run code)" if meta.exists() else ""
         raise UserError(f"{path}: does not name its tokenizer{note}; give `tokenizer`, such as gpt2, or `vocab_size`")
     tokenizer = Tokenizer.load(config.tokenizer or f"ids-{config.vocab_size}")
     stage = Stage("checking", sum(file.size for file in train + val), progress)

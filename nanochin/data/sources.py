@@ -55,10 +55,8 @@ def parse(item: str, option: str, max_tokens: float | None, tokenizer: str, voca
 
 def stream(source: Source, path: Path, progress: Progress | None) -> None:
     """Write the documents of `source` to `path` atomically, one {"text": ...} per line; null for a row without a
-    string, which the .jsonl reader rejects or skips.
-
-    Raises UserError if the library is missing, or the data set cannot be loaded or has no column `text`.
-    """
+    string, which the .jsonl reader rejects or skips. Raises UserError if the library is missing, or the data set cannot
+    be loaded or has no column `text`."""
     tokenizer, texts = _counter(source, _texts(source))
     stage = Stage("streaming", int(source.max_tokens), progress)
     total = 1  # end-of-text at the start

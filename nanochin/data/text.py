@@ -6,7 +6,6 @@ Later steps work on byte ranges of the flat text on disk and need little memory 
 threads: hashing and decompression release the GIL.
 """
 
-import array
 import codecs
 import glob
 import gzip
@@ -19,6 +18,7 @@ import re
 import sysconfig
 import threading
 import time
+from array import array
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -142,18 +142,15 @@ class File:
 
 
 def find_files(data: Iterable[str], option: str = "data", progress: Progress | None = None) -> list[File]:
-    """The files that `data` names, each once, in an order that does not depend on how they were named.
-
-    An item is `python` (the standard library, without tests), `python-all` (plus all installed packages), a file, a
-    folder (known formats, recursively) or a glob. Raises UserError if an item does not exist.
-    """
+    """The files that `data` names, each once, in an order that does not depend on how they were named. An item is
+    `python` (the standard library, without tests), `python-all` (plus all installed packages), a file, a folder (known
+    formats, recursively) or a glob. Raises UserError if it does not exist."""
     found: dict[str, tuple[str, str]] = {}  # path -> (key, format)
     for item in data:
         for path, key, format in _expand(item, option):
             found[path] = min((key, format), found.get(path, (key, format)))
     sizes = {path: os.path.getsize(path) for path in found}
     stage = Stage("hashing", sum(sizes.values()), progress)
-
     hashed = stage.map(lambda paths: [sha256_of(path, stage.add) for path in paths], batches(found, sizes.get, PART))
     shas = dict(zip(found, chain.from_iterable(hashed), strict=True))
     return sorted(File(key, shas[path], path, format, sizes[path]) for path, (key, format) in found.items())
@@ -320,25 +317,23 @@ def read_text(files: list[File], folder: Path, stage: Stage, skip_bad: bool = Fa
     """Write the flat text of `files` into `folder`, several files at a time, and open it. A line or row without a text
     raises UserError, or is counted if `skip_bad`."""
     folder.mkdir(parents=True)
-    parts = list(batches(files, lambda file: file.size, PART))
-    paths = [folder / f"text-{i:05d}" for i in range(len(parts))]
-
-    ends, hashes, skipped, bad, length = [], [], 0, 0, 0
-    read = stage.map(lambda part: _read_part(*part, stage, skip_bad), zip(parts, paths, strict=True))
-    for path, (part_ends, part_hashes, part_skipped, part_bad) in zip(paths, read, strict=True):
-        ends.append(np.frombuffer(part_ends, np.int64) + length)
-        hashes.append(np.frombuffer(part_hashes, np.uint64))
-        skipped += part_skipped
-        bad += part_bad
-        length += path.stat().st_size
-    if not length:
+    jobs = enumerate(batches(files, lambda file: file.size, PART))
+    parts = list(stage.map(lambda job: _read_part(job[1], folder / f"text-{job[0]:05d}", stage, skip_bad), jobs))
+    starts = np.cumsum([0] + [len(part.bytes) for part in parts])
+    if not starts[-1]:
         raise UserError(f"{files[0].path}{' and others' * (len(files) > 1)}: no text in it")
-    return Text(Tokens.map(paths, np.uint8), np.concatenate(ends), np.concatenate(hashes), skipped, bad)
+    return Text(
+        Tokens([piece for part in parts for piece in part.bytes.parts]),
+        np.concatenate([part.ends + start for part, start in zip(parts, starts, strict=False)]),
+        np.concatenate([part.hashes for part in parts]),
+        sum(part.skipped for part in parts),
+        sum(part.bad for part in parts),
+    )
 
 
-def _read_part(files: list[File], path: Path, stage: Stage, skip_bad: bool) -> tuple:
-    """Write the text of `files` to `path`. Returns (document ends, hashes, bytes skipped, lines and rows skipped)."""
-    ends, hashes, position, skipped, bad = array.array("q"), array.array("Q"), 0, 0, 0
+def _read_part(files: list[File], path: Path, stage: Stage, skip_bad: bool) -> Text:
+    """Write the text of `files` to `path`, and open it."""
+    ends, hashes, position, skipped, bad = array("q"), array("Q"), 0, 0, 0
 
     def on_bad(where: str, what: str) -> None:
         nonlocal bad
@@ -361,7 +356,7 @@ def _read_part(files: list[File], path: Path, stage: Stage, skip_bad: bool) -> t
                     ends.append(position)
                     hashes.append(int.from_bytes(sha.digest()[:8], "big"))
                     start, sha = position, hashlib.sha256()
-    return ends, hashes, skipped, bad
+    return Text(Tokens.map([path], np.uint8), np.array(ends), np.array(hashes), skipped, bad)
 
 
 def _pieces(file: File, bad: Callable) -> Iterator[tuple[bytes, bool, int]]:

@@ -14,7 +14,6 @@ import re
 import struct
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
@@ -99,7 +98,6 @@ def _megatron(path: str, idx: str) -> np.ndarray:
         disagree(f"{len(content)} bytes, but {sequences} sequences and {documents} document bounds take {size}")
     lengths = content[34 : 34 + 4 * sequences].view("<i4")
     offsets = content[34 + 4 * sequences : 34 + 12 * sequences].view("<i8")
-    bounds = content[34 + 12 * sequences : size].view("<i8")  # of documents, counted in sequences
     kind = np.dtype(MEGATRON_TYPES[code])
     sizes = lengths.astype(np.int64) * kind.itemsize
     if sizes.sum() != os.path.getsize(path):
@@ -109,8 +107,6 @@ def _megatron(path: str, idx: str) -> np.ndarray:
     wrong = np.flatnonzero(offsets != np.cumsum(sizes) - sizes)
     if len(wrong):
         disagree(f"sequence {wrong[0]} starts at byte {offsets[wrong[0]]}, not where the previous one ends")
-    if documents and (bounds[0] != 0 or bounds[-1] != sequences or (np.diff(bounds) < 0).any()):
-        disagree(f"its document bounds ({bounds[0]} to {bounds[-1]}) do not rise from 0 to {sequences}")
     return np.memmap(path, kind, mode="r").view(np.ndarray)
 
 
@@ -161,9 +157,3 @@ def hold_out(tokens: Tokens, keep: int) -> tuple[Tokens, Tokens]:
     edges = [0, *(edge for start in spaced(total, block, keep) for edge in (start, start + block)), total]
     pieces = [tokens.views(a, b) for a, b in pairwise(edges)]
     return Tokens(sum(pieces[::2], [])), Tokens(sum(pieces[1::2], []))
-
-
-def pickle_note(path: str) -> str:
-    """A remark on nanoGPT's meta.pkl if it exists, else ""."""
-    meta = Path(path).with_name("meta.pkl")
-    return f" ({meta} may, but is not read: pickles can run code)" if meta.exists() else ""

@@ -46,11 +46,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, name: str, folder: str | Path | None = None) -> "Tokenizer":
-        """`bytes`, `ids-N`, a tiktoken name, or `bpe` from the ranks in `folder`.
-
-        Raises UserError for an unknown name, missing or corrupted ranks, or an encoding that is not in tiktoken's cache
-        and cannot be downloaded.
-        """
+        """`bytes`, `ids-N`, a tiktoken name, or `bpe` from the ranks in `folder`. Raises UserError for an unknown name,
+        missing or corrupted ranks, or an encoding that is not in tiktoken's cache and cannot be downloaded."""
         if name == "bytes" or NUMBERS.fullmatch(name):
             return cls(name)
         if name == "bpe":
@@ -101,10 +98,8 @@ class Tokenizer:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of exactly `vocab_size` ids: 256 bytes, merges learned from `texts`, end-of-text last.
-
-    Raises UserError if `vocab_size` is below 257 or the text has too few distinct pairs for it.
-    """
+    """Byte-level BPE of exactly `vocab_size` ids: 256 bytes, merges learned from `texts`, end-of-text last. Raises
+    UserError if `vocab_size` is below 257 or the text has too few distinct pairs for it."""
     check("bpe", vocab_size)
     import rustbpe  # only needed for training
 
@@ -117,10 +112,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def model_vocab(tokenizer: Tokenizer, vocab_size: int | None) -> int:
-    """Rows V of the model's token matrix: the tokenizer's vocabulary, or `vocab_size` to pad it.
-
-    Raises UserError if `vocab_size` is smaller than the tokenizer's vocabulary.
-    """
+    """Rows V of the model's token matrix: the tokenizer's vocabulary, or `vocab_size` to pad it. Raises UserError if
+    that is smaller."""
     if vocab_size is None:
         return tokenizer.vocab_size
     if vocab_size < tokenizer.vocab_size:

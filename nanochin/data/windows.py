@@ -47,10 +47,8 @@ def _order(seed: int, epoch: int, windows: int, seq_len: int) -> tuple[int, np.n
 
 
 def eval_windows(tokens: Tokens | np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and targets, (n, T) int64 each: every token but the first is a target exactly once, in order.
-
-    The last row is padded with input 0 and target -1, which the loss ignores.
-    """
+    """Inputs and targets, (n, T) int64 each: every token but the first is a target exactly once, in order. The last row
+    is padded with input 0 and target -1, which the loss ignores."""
     n = -(-(len(tokens) - 1) // seq_len)
     x, y = np.zeros(n * seq_len, np.int64), np.full(n * seq_len, -1, np.int64)
     x[: len(tokens) - 1] = tokens[: len(tokens) - 1]

@@ -25,8 +25,8 @@ from nanochin.base.cli import UserError, opt, parse
 from nanochin.base.files import writing
 from nanochin.config import Shape
 from nanochin.data.tokenizer import END_OF_TEXT, Tokenizer
-from nanochin.interop import gpt2
-from nanochin.interop.gpt2 import rename
+from nanochin.interop.gpt2 import transpose_matrix
+from nanochin.interop.names import GPT2, LLAMA, NEOX, rename
 from nanochin.model import GPT, ROTARY_THETA
 from nanochin.run.checkpoint import load_run
 from nanochin.run.folder import find_run
@@ -44,10 +44,8 @@ class ExportOptions:
 
 
 def export(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
-    """Write `model` and `tokenizer` into `folder`; returns the architecture's name.
-
-    Raises UserError if no architecture supports the run's options, or if the folder is not empty.
-    """
+    """Write `model` and `tokenizer` into `folder`; returns the architecture's name. Raises UserError if no architecture
+    supports the run's options, or if the folder is not empty."""
     folder = Path(folder).resolve()
     convert = architecture(model.shape)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -91,35 +89,9 @@ def architecture(shape: Shape):
 # Architectures: (tensors, config.json)
 
 
-NEOX = {
-    "embed": "gpt_neox.embed_in",
-    "head": "embed_out",
-    "final": "gpt_neox.final_layer_norm",
-    "blocks": "gpt_neox.layers",
-    "norm1": "post_attention_layernorm",
-    "norm2": "input_layernorm",
-    "attention.qkv": "attention.query_key_value",
-    "attention.out": "attention.dense",
-    "feed_forward.up": "mlp.dense_h_to_4h",
-    "feed_forward.down": "mlp.dense_4h_to_h",
-}
-LLAMA = {
-    "embed": "model.embed_tokens",
-    "head": "lm_head",
-    "final": "model.norm",
-    "blocks": "model.layers",
-    "norm1": "post_attention_layernorm",
-    "norm2": "input_layernorm",
-    "attention.qkv": "self_attn.{}_proj",
-    "attention.out": "self_attn.o_proj",
-    "feed_forward.up": "mlp.{}_proj",
-    "feed_forward.down": "mlp.down_proj",
-}
-
-
 def to_gpt2(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
-    renamed = {rename(name, shape.layers, gpt2.NAMES): tensor for name, tensor in with_biases(ours).items()}
-    return {name: gpt2.transpose_matrix(name, tensor) for name, tensor in renamed.items()}, {
+    renamed = {rename(name, shape.layers, GPT2): tensor for name, tensor in with_biases(ours).items()}
+    return {name: transpose_matrix(name, tensor) for name, tensor in renamed.items()}, {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
         "n_embd": shape.width,
@@ -129,9 +101,7 @@ def to_gpt2(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
         "n_positions": shape.seq_len,
         "activation_function": ACTIVATIONS[shape.activation],
         "layer_norm_epsilon": 1e-5,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     }
 
 
@@ -208,10 +178,8 @@ def with_biases(ours: Weights, within: str = "") -> Weights:
 
 
 def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, dict]:
-    """tokenizer.json for the `tokenizers` library, and tokenizer_config.json for `transformers`.
-
-    One difference from our tokenizer: as everywhere in `transformers`, <|endoftext|> in a text becomes end-of-text.
-    """
+    """tokenizer.json for the `tokenizers` library, and tokenizer_config.json for `transformers`. Unlike with our
+    tokenizer, <|endoftext|> in a text becomes end-of-text, as everywhere in `transformers`."""
     letter = _byte_letters()
     if tokenizer.encoding is None:  # bytes: id 0, which text never contains, is end-of-text
         vocab = {letter[byte]: byte for byte in range(256) if byte != tokenizer.eot} | {END_OF_TEXT: tokenizer.eot}
@@ -231,12 +199,9 @@ def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, dict]:
     return {
         "tokenizer.json": {
             "version": "1.0",
-            "truncation": None,
-            "padding": None,
+            **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
             "added_tokens": [special],
-            "normalizer": None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*split, byte_level]},
-            "post_processor": None,
             "decoder": byte_level,
             "model": model | {"ignore_merges": True, "vocab": vocab, "merges": merges},
         },
@@ -250,8 +215,7 @@ def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, dict]:
 
 
 def _byte_letters() -> list[str]:
-    """GPT-2's printable character for each byte: the byte itself if printable in Latin-1, else the next one from U+0100
-    on."""
+    """GPT-2's character for each byte: the byte itself if printable in Latin-1, else the next one from U+0100."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte) if byte in visible else chr(0x100 + hidden.index(byte)) for byte in range(256)]

@@ -17,49 +17,21 @@ from torch import Tensor
 from nanochin.base.cli import UserError
 from nanochin.base.files import sha256_of
 from nanochin.config import Config
+from nanochin.interop.names import GPT2, rename
 from nanochin.model import GPT
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}
 GPT2_VOCAB = 50257
-NAMES = {
-    "embed": "transformer.wte",
-    "positions": "transformer.wpe",
-    "head": "lm_head",
-    "final": "transformer.ln_f",
-    "blocks": "transformer.h",
-    "norm1": "ln_2",
-    "norm2": "ln_1",
-    "attention.qkv": "attn.c_attn",
-    "attention.out": "attn.c_proj",
-    "feed_forward.up": "mlp.c_fc",
-    "feed_forward.down": "mlp.c_proj",
-}
-
-
-def rename(name: str, layers: int, names: dict[str, str]) -> str:
-    """Our parameter `name` in the architecture with these `names`.
-
-    Our norms belong to the block before them: norm2 is the first norm of the next block elsewhere, or the final norm.
-    """
-    module, _, kind = name.rpartition(".")  # kind: weight or bias
-    if module in ("embed", "positions", "head"):
-        return f"{names[module]}.{kind}"
-    _, block, part = module.split(".", 2) if module != "norm" else ("", -1, "norm2")
-    block = int(block) + (part == "norm2")
-    return f"{names['final']}.{kind}" if block == layers else f"{names['blocks']}.{block}.{names[part]}.{kind}"
 
 
 def transpose_matrix(name: str, tensor: Tensor) -> Tensor:
     """GPT-2 stores the matrices of its blocks transposed."""
-    return tensor.T if name.startswith(NAMES["blocks"]) and tensor.ndim == 2 else tensor
+    return tensor.T if name.startswith(GPT2["blocks"]) and tensor.ndim == 2 else tensor
 
 
 def initial_options(config: Config) -> Config:
-    """`config` with the shape of the weights in `init_from`.
-
-    Raises UserError if the weights are not GPT-2's, if an option contradicts their shape, or if length or learning rate
-    are not given: the rules and laws that derive them are for training from scratch.
-    """
+    """`config` with the shape of the weights in `init_from`. Raises UserError if they are not GPT-2's, if an option
+    contradicts their shape, or without length or learning rate: the rules that derive them are for new models."""
     what, sizes = f"`init_from` {config.init_from}", {name: t.get_shape() for name, t in _tensors(config.init_from)}
     try:
         (V, C), (T, _) = sizes["transformer.wte.weight"], sizes["transformer.wpe.weight"]
@@ -88,7 +60,7 @@ def initial_options(config: Config) -> Config:
 @torch.no_grad()
 def load_initial(path: str, model: GPT) -> None:
     """Load the weights into `model`. Raises UserError for a missing, unexpected or misshapen tensor."""
-    ours = {rename(name, model.shape.layers, NAMES): parameter for name, parameter in model.named_parameters()}
+    ours = {rename(name, model.shape.layers, GPT2): parameter for name, parameter in model.named_parameters()}
     for name, theirs in _tensors(path):
         if name == "lm_head.weight" and model.shape.tied:
             continue

@@ -14,9 +14,7 @@ def check(names: tuple[str, ...]) -> None:
 
 def open_logger(name: str, folder: Path, options: dict, step: int) -> tuple[Callable[[dict], None], Callable[[], None]]:
     """(function that logs a row, function that closes the logger) for the run in `folder`, which starts from `step`.
-
-    Raises RunError if wandb fails (no account, no network).
-    """
+    Raises RunError if wandb fails (no account, no network)."""
     if name == "wandb":
         import wandb
 

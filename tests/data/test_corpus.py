@@ -1,34 +1,27 @@
 """From files to shards in the cache: their contents, and behaviour on faults."""
 
-import errno
 import hashlib
-import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
 import tiktoken
-from conftest import ROOT, prepare
+from conftest import ROOT, prepare, words
 from filelock import FileLock
 
 from nanochin.base.cli import UserError
 from nanochin.data import cache as module
 from nanochin.data.cache import UNFINISHED
 from nanochin.data.corpus import read_tokens
+from nanochin.data.text import BLOCK
 from nanochin.data.tokenizer import END_OF_TEXT, PATTERN, RANKS_FILE, Tokenizer
-
-
-def words(count: int, seed: int) -> str:
-    """Text that does not repeat, with a few characters of 2 to 4 bytes."""
-    draw = np.random.default_rng(seed).integers(0, 1000, count).tolist()
-    return " ".join("é中🙂"[n % 3] * (n < 20) + f"w{n:03d}" for n in draw) + "\n"
 
 
 def sha(text: str) -> str:
@@ -41,7 +34,7 @@ def corpus(tmp_path) -> Path:
     folder = tmp_path / "books"
     folder.mkdir()
     for part in range(2):
-        lines = [json.dumps({"text": words(1000, 50 * part + i)}) for i in range(50)]
+        lines = [json.dumps({"text": words(5000, 50 * part + i)}) for i in range(50)]
         (folder / f"part-{part}.jsonl").write_text("\n".join(lines))
     return folder
 
@@ -55,9 +48,16 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def unfinished(folder: Path, *files: str) -> Path:
+    """A folder with our marker file and others."""
+    for name in (UNFINISHED, *files):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("precious")
+    return folder
+
+
 def test_shards_are_documents_between_ends_of_text(tmp_path, cache):
-    """With bytes, the files worked out by hand: 0, document, 0, document, 0 in little-endian uint16. The record counts
-    bytes and documents and has the SHA-256 of the validation text."""
+    """With bytes, shards worked out by hand: 0, document, 0, document, 0 in little-endian uint16."""
     for name, text in {"b.txt": "second é", "a.txt": "first\r\n", "val.txt": "held out"}.items():
         (tmp_path / name).write_bytes(text.encode())
     c = prepare(tmp_path, cache=cache)
@@ -81,8 +81,7 @@ def test_many_shards_are_one_array(corpus, tmp_path, monkeypatch):
 
 
 def test_the_cache_is_reused(corpus, tmp_path, cache):
-    """The same data and tokenizer are tokenised once, wherever the data is; another tokenizer, validation size or a
-    changed byte gives another folder."""
+    """Wherever the data is; another tokenizer, validation size or a changed byte gives another folder."""
     first = prepare(corpus, cache=cache)
     times = {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir()}
     shutil.copytree(corpus, tmp_path / "elsewhere/books")
@@ -109,44 +108,30 @@ def test_validation_depends_only_on_the_text(corpus, tmp_path):
 
 def test_named_validation_and_val_option(corpus, tmp_path, cache):
     """A file named validation is held out, `val` overrides it, and files in both options are not trained on."""
-    (corpus / "validation.txt").write_text(words(500, 1000))
-    (tmp_path / "other.txt").write_text(words(400, 2000))
+    (corpus / "validation.txt").write_text(words(2500, 1000))
+    (tmp_path / "other.txt").write_text(words(2000, 2000))
     named = prepare(corpus, cache=cache)
-    assert named.val_sha == sha(words(500, 1000)) and named.documents == 100
+    assert named.val_sha == sha(words(2500, 1000)) and named.documents == 100
     given = prepare(corpus, val=tmp_path / "other.txt", cache=cache)
-    assert given.val_sha == sha(words(400, 2000)) and given.documents == 101
-    both = prepare(corpus, val=corpus / "validation.txt", cache=cache)
-    assert (both.data_sha, both.val_sha, both.folder) == (named.data_sha, named.val_sha, named.folder)
+    assert given.val_sha == sha(words(2000, 2000)) and given.documents == 101
+    assert prepare(corpus, val=corpus / "validation.txt", cache=cache).folder == named.folder
+    long = prepare(corpus, val=corpus / "part-0.jsonl", cache=cache, val_bytes=200_000)
+    assert 200_000 - BLOCK < long.val_bytes < 200_000 + 100
     with pytest.raises(UserError, match="nothing left to train on"):
         prepare(corpus / "part-0.jsonl", val=corpus, cache=cache)
 
 
-def test_long_validation_text_is_thinned(tmp_path, cache):
-    """A validation file of 1 MB is reduced to blocks of 64 KB from its start to its end, about val_bytes in total."""
-    (tmp_path / "train.txt").write_text(words(1000, 0))
-    (tmp_path / "val.txt").write_text(text := words(200_000, 1))
-    c = prepare(tmp_path, cache=cache, val_bytes=200_000)
-    kept = bytes(c.val[1:-1].astype(np.uint8))
-    assert len(kept) == c.val_bytes and abs(len(kept) - 3 * 65_536) <= 18
-    assert text.encode().startswith(kept[:65_000]) and text.encode().endswith(kept[-65_000:])
-
-
 def test_own_bpe_is_trained_on_the_training_text(corpus, cache):
-    """tiktoken reads the ranks in the cache folder; its ids of each training document, with end-of-text between, equal
-    the shards; decoding gives the text. Each stage reports its progress to completion."""
-    stages = {}
-
-    def progress(stage, done, total):
-        stages[stage] = done, total
-
-    c = prepare(corpus, cache=cache, tokenizer="bpe", vocab_size=400, progress=progress)
-    assert list(stages) == ["hashing", "reading", "training the tokenizer", "tokenising"]
-    assert all(done == total > 0 for done, total in stages.values())
+    """tiktoken, with the saved ranks, decodes the shards to the documents, and encodes these to the same ids."""
+    calls: list = []
+    c = prepare(corpus, cache=cache, tokenizer="bpe", vocab_size=400, progress=lambda *call: calls.append(call))
+    stages = {stage: done == total > 0 for stage, done, total in calls}
+    assert stages == dict.fromkeys(["hashing", "reading", "training the tokenizer", "tokenising"], True)
     ranks = tiktoken.load.load_tiktoken_bpe(str(c.folder / RANKS_FILE))
     theirs = tiktoken.Encoding("theirs", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END_OF_TEXT: 399})
     texts = theirs.decode(c.train[:].tolist()).split(END_OF_TEXT)
     assert texts[0] == texts[-1] == "" and len(texts) == c.documents + 2
-    assert set(texts[1:-1]) < {words(1000, i) for i in range(100)}
+    assert set(texts[1:-1]) < {words(5000, i) for i in range(100)}
     assert theirs.encode(END_OF_TEXT.join(texts), allowed_special="all") == c.train[:].tolist()
     assert c.train_bytes == sum(len(text.encode()) for text in texts) > 1.5 * len(c.train)
 
@@ -156,7 +141,7 @@ def test_own_bpe_does_not_see_the_validation_text(tmp_path, cache, held_out):
     """A word repeated in one held-out document is not a token; the same document in training makes it one."""
     documents = ("zebra " * 1000 + str(n) for n in range(1000))
     zebra = next(text for text in documents if (int(sha(text), 16) / 2**256 < 0.05) == held_out)
-    texts = [*(words(1000, i) for i in range(50)), zebra]
+    texts = [*(words(5000, i) for i in range(50)), zebra]
     (tmp_path / "books.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     c = prepare(tmp_path / "books.jsonl", cache=cache, tokenizer="bpe", vocab_size=300)
     assert ("zebra" in c.tokenizer.decode(c.val[:])) == held_out
@@ -166,7 +151,9 @@ def test_own_bpe_does_not_see_the_validation_text(tmp_path, cache, held_out):
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "bpe"])
 def test_long_documents_are_cut_where_no_token_changes(tmp_path, cache, monkeypatch, request, name):
     """A document encoded in pieces of 300 bytes on all cores has the same ids as when encoded at once."""
-    code = Path(json.__file__).with_name("decoder.py").read_text() + words(3000, 1) + "  \n\t x = 1;  \r\n\r\n//\n" * 50
+    code = (
+        Path(json.__file__).with_name("decoder.py").read_text() + words(15_000, 1) + "  \n\t x = 1;  \r\n\r\n//\n" * 50
+    )
     (tmp_path / "code.txt").write_text(code)
     if name == "bpe":
         tokenizer = prepare(tmp_path, cache=cache, tokenizer=name, vocab_size=500).tokenizer
@@ -179,20 +166,18 @@ def test_long_documents_are_cut_where_no_token_changes(tmp_path, cache, monkeypa
     assert tokens.tolist() == [tokenizer.eot, *whole, tokenizer.eot] and size == len(code.encode())
 
 
-def test_bad_options_are_one_line(corpus, cache):
+def test_bad_options(corpus, cache):
     """Each error names the option and its value, and leaves no folder in the cache."""
     for options, message in [
-        ({"tokenizer": "bpe", "vocab_size": 256}, "`vocab_size` 256: bpe needs at least 257.*"),
-        ({"tokenizer": "gtp2"}, "`tokenizer` gtp2: unknown; did you mean gpt2.*"),
-        ({"val": "nowhere.txt"}, "`val` nowhere.txt: no such file or folder"),
-        ({"val_bytes": 10}, "`val_bytes` 10: .*"),
+        ({"tokenizer": "bpe", "vocab_size": 256}, "`vocab_size` 256: "),
+        ({"tokenizer": "gtp2"}, "`tokenizer` gtp2: .*gpt2"),
+        ({"val": "nowhere.txt"}, "`val` nowhere.txt: "),
+        ({"val_bytes": 10}, "`val_bytes` 10: "),
     ]:
-        with pytest.raises(UserError, match=f"^{message}$"):
+        with pytest.raises(UserError, match=f"^{message}"):
             prepare(corpus, cache=cache, **options)
-    assert not [path for path in cache.glob("*") if path.is_dir()]
+    assert not cache.exists()
 
-
-# Faults
 
 PREPARE = """
 import time
@@ -200,19 +185,18 @@ from nanochin.config import Config
 from nanochin.data.corpus import prepare
 def progress(stage, done, total):
     print(stage, flush=True)
-    if stage == {pause_at!r}:
+    if stage == "tokenising":
         time.sleep({pause})
 print(prepare(Config(data=({data!r},), cache={cache!r}), progress).folder)
 """
 
 
-def child(data: Path, cache: Path, pause_at: str = "", pause: float = 0) -> subprocess.Popen:
-    """A process that prepares `data` and sleeps for `pause` seconds at each report of the stage `pause_at`; waits until
-    it is there."""
-    code = PREPARE.format(data=str(data), cache=str(cache), pause_at=pause_at, pause=pause)
+def child(data: Path, cache: Path, pause: float = 0) -> subprocess.Popen:
+    """A process that prepares `data`. With `pause`, returns when it sleeps for so many seconds while tokenising."""
+    code = PREPARE.format(data=str(data), cache=str(cache), pause=pause)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "bufsize": 1}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes)
-    while pause and (line := process.stdout.readline()).strip() != pause_at:
+    while pause and (line := process.stdout.readline()).strip() != "tokenising":
         assert line, process.stderr.read()
     return process
 
@@ -220,19 +204,15 @@ def child(data: Path, cache: Path, pause_at: str = "", pause: float = 0) -> subp
 def test_rerun_after_a_kill(corpus, tmp_path, cache):
     """kill -9 while writing shards: the next run starts at once, gives the same bytes as an uninterrupted run, and
     deletes what the killed one left, also for other corpora."""
-    other = cache / "other-0123456789ab.tmp"
-    (other / "text").mkdir(parents=True)
-    (other / UNFINISHED).touch()
-    process = child(corpus, cache, "tokenising", 60)
+    unfinished(cache / "other-0123456789ab.tmp", "text/part")
+    process = child(corpus, cache, pause=60)
     temp = next(cache.glob("books-*.tmp"))
     deadline = time.time() + 20
     while not list(temp.glob("train-*.bin")) and time.time() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
-    assert process.returncode == -signal.SIGKILL
     assert list(temp.glob("train-*.bin")) and not temp.with_suffix("").exists()
-
     after = prepare(corpus, cache=cache)
     assert after.folder == temp.with_suffix("") and not list(cache.glob("*.tmp"))
     assert contents(after.folder) == contents(prepare(corpus, cache=tmp_path / "untouched").folder)
@@ -241,17 +221,14 @@ def test_rerun_after_a_kill(corpus, tmp_path, cache):
 def test_foreign_files_in_the_cache_are_kept(corpus, tmp_path, cache):
     """Files and folders named .tmp that are not ours keep their content, get no lock file and do not block a run. A
     link to one of our folders does not delete its target."""
-    for name in ("thesis.tmp", "books-0123456789ab.tmp", "thesis-unfinished.tmp"):
+    for name in ("thesis.tmp", "books-0123456789ab.tmp"):
         (cache / name).mkdir(parents=True)
         (cache / name / "chapter.txt").write_text("precious")
-    (cache / "thesis-unfinished.tmp" / UNFINISHED).touch()  # not a name of ours
     (cache / "notes.tmp").write_text("precious")
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "elsewhere" / UNFINISHED).touch()
-    (cache / "link-0123456789ab.tmp").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
-    alive = cache / "other-0123456789ab.tmp"  # another corpus, which a live run is writing
-    alive.mkdir()
-    (alive / UNFINISHED).touch()
+    unfinished(cache / "thesis-unfinished.tmp", "chapter.txt")  # not a name of ours
+    elsewhere = unfinished(tmp_path / "elsewhere")
+    (cache / "link-0123456789ab.tmp").symlink_to(elsewhere, target_is_directory=True)
+    alive = unfinished(cache / "other-0123456789ab.tmp")  # another corpus, which a live run is writing
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
 
     with FileLock(alive.with_suffix(".lock")):
@@ -266,16 +243,8 @@ def test_interrupted_cleanup(corpus, tmp_path, cache, monkeypatch):
     folder = prepare(corpus, cache=tmp_path / "first").folder
     temp = cache / (folder.name + ".tmp")
     for after in range(4):
-        (temp / "text").mkdir(parents=True, exist_ok=True)
-        for name in (UNFINISHED, "train-00000.bin", "text/part", "zzz"):
-            (temp / name).touch()
-        count = itertools.count()
-
-        def unlink(path, *args, after=after, count=count, plain=os.unlink, **kwargs):
-            if next(count) >= after:
-                raise KeyboardInterrupt
-            plain(path, *args, **kwargs)
-
+        unfinished(temp, "train-00000.bin", "text/part", "zzz")
+        unlink = Mock(side_effect=[DEFAULT] * after + [KeyboardInterrupt], wraps=os.unlink)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(os, "unlink", unlink)
             prepare(corpus, cache=cache)
@@ -285,13 +254,12 @@ def test_interrupted_cleanup(corpus, tmp_path, cache, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
 def test_our_temporary_name_is_taken(corpus, tmp_path, cache, kind):
-    """Something foreign with the name of our temporary folder gives a one-line error that names it, and is kept. An
-    empty folder, left by an early kill, is reused."""
+    """What is not ours is named and kept. An empty folder, left by an early kill, is reused."""
     folder = prepare(corpus, cache=tmp_path / "first").folder
     place = cache / (folder.name + ".tmp")
-    cache.mkdir()
     precious = {"folder": place / "chapter.txt", "file": place, "link": tmp_path / "elsewhere"}[kind]
-    precious.parent.mkdir(exist_ok=True)
+    for parent in (cache, precious.parent):
+        parent.mkdir(exist_ok=True)
     precious.write_text("precious")
     if kind == "link":
         place.symlink_to(precious)
@@ -305,7 +273,7 @@ def test_our_temporary_name_is_taken(corpus, tmp_path, cache, kind):
 
 def test_two_runs_at_once_tokenise_once(corpus, tmp_path, cache):
     """The second waits, reports it, and opens what the first built."""
-    first = child(corpus, cache, "tokenising", 1.0)
+    first = child(corpus, cache, pause=1)
     second = child(corpus, cache)
     out, errors = second.communicate(timeout=60)
     first_out, first_errors = first.communicate(timeout=60)
@@ -316,32 +284,21 @@ def test_two_runs_at_once_tokenise_once(corpus, tmp_path, cache):
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(corpus, cache):
-    """If the system fails to write (a limit of 200 KB per file), the error names the path and the temporary folder is
-    deleted."""
+    """With 200 KB per file, the error names the path and the temporary folder is deleted."""
     resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
         with pytest.raises(UserError, match=f"^{cache}.*: File too large$"):
             prepare(corpus, cache=cache)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not [path for path in cache.iterdir() if path.suffix != ".lock"]
-
-
-def test_no_space_left_gives_advice(corpus, cache, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(module, "encode", full)
-    with pytest.raises(UserError, match=f"{cache}: No space left on device; make room or choose another `cache`"):
-        prepare(corpus, cache=cache)
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_damaged_shards_are_named(corpus, cache, monkeypatch, whole):
-    """A file that is truncated, changed or missing is named, with the folder to delete; large corpora are checked at
-    both ends of each file."""
+    """A file that is truncated, changed or missing; large corpora are checked at both ends of each file."""
     if not whole:
         monkeypatch.setattr("nanochin.data.corpus.CHECK_WHOLE", 0)
     options = {"cache": cache, "tokenizer": "bpe", "vocab_size": 300}
@@ -350,7 +307,7 @@ def test_damaged_shards_are_named(corpus, cache, monkeypatch, whole):
         good = (folder / name).read_bytes()
         changed = bytearray(good)
         changed[-1 if whole else 0] ^= 1
-        for bad in (good[:-1], good[:100], b"", bytes(changed), None):
+        for bad in (good[:-1], b"", bytes(changed), None):
             (folder / name).unlink()
             if bad is not None:
                 (folder / name).write_bytes(bad)
@@ -361,12 +318,11 @@ def test_damaged_shards_are_named(corpus, cache, monkeypatch, whole):
 
 
 def test_skipped_lines_are_in_the_record(corpus, cache):
-    """`skip_bad` reads the rest and counts the lines that it skips, also from the cache; without it, cached tokens are
-    rejected just like the file."""
+    """Skipped lines are counted, also from the cache; without `skip_bad`, cached tokens are rejected too."""
     with open(corpus / "part-1.jsonl", "a") as file:
-        file.write("\n{broken\n" + json.dumps({"text": words(1000, 200)}) + "\nnull\n")
+        file.write("\n{broken\n" + json.dumps({"text": words(5000, 200)}) + "\nnull\n")
     for _ in range(2):
-        with pytest.raises(UserError, match="`skip_bad` skips"):
+        with pytest.raises(UserError, match="`skip_bad`"):
             prepare(corpus, cache=cache)
         found = prepare(corpus, cache=cache, skip_bad=True)
         assert found.skipped_records == 2 and found.documents + found.val_documents == 101

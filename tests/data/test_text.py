@@ -5,16 +5,18 @@ import hashlib
 import json
 import lzma
 import os
+import re
 import sys
-import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import words
 
 from nanochin.base.cli import UserError
 from nanochin.data import text as module
-from nanochin.data.text import BLOCK, Stage, Text, Tokens, corpus_name, find_files, fingerprint, read_text, split, thin
+from nanochin.data.text import BLOCK, Stage, Text, Tokens, find_files, fingerprint, read_text, split, thin
 
 
 def pack(suffix: str, content: bytes) -> bytes:
@@ -53,29 +55,19 @@ def jsonl(texts) -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-def words(size: int, seed: int = 0) -> str:
-    """About `size` bytes of text that does not repeat, with characters of 1 to 4 bytes."""
-    draw = np.random.default_rng(seed).integers(0, 1000, size // 5)
-    return " ".join("é中🙂"[n % 3] * (n < 20) + f"w{n:03d}" for n in draw.tolist())
-
-
 def fraction(content: bytes | str) -> float:
     """SHA-256 as a fraction of 2^256."""
     return int(hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest(), 16) / 2**256
 
 
-# Files
-
-
 def test_file_order_does_not_depend_on_how_files_are_named(tmp_path):
-    """A folder, its files one by one in any order, a glob, and a copy elsewhere give the same files in the same order,
-    so the same fingerprint; changing a byte changes it."""
+    """A folder, its files in any order, a glob, and a copy elsewhere give the same files in the same order, so the same
+    fingerprint; changing a byte changes it."""
     for name in ("b.txt", "a.jsonl", "deep/c.txt", "a.txt.gz", "z.md", ".hidden.txt", "deep/.git/x.txt"):
-        content = jsonl([name]).encode() if "jsonl" in name else name.encode()
-        write(tmp_path / "one" / name, gzip.compress(content) if name.endswith(".gz") else content)
+        write(tmp_path / "one" / name, name)
     one = find_files([str(tmp_path / "one")])
     assert [file.key for file in one] == ["a.jsonl", "a.txt.gz", "b.txt", "deep/c.txt"]
-    assert one[0].sha == hashlib.sha256((tmp_path / "one/a.jsonl").read_bytes()).hexdigest()
+    assert one[0].sha == hashlib.sha256(b"a.jsonl").hexdigest()
 
     os.rename(tmp_path / "one", tmp_path / "two")
     two = find_files([str(tmp_path / "two"), str(tmp_path / "two/b.txt"), str(tmp_path / "two/../two")])
@@ -99,23 +91,12 @@ def test_python_is_the_standard_library_without_tests():
     assert set(keys) < everything and "numpy/__init__.py" in everything
 
 
-def test_a_corpus_has_a_short_name():
-    """The stem of a file, the folder of a glob or of train.bin, or the common prefix of several names."""
-    names = {"python": "python", "a/tiny shakespeare.txt.xz": "tiny-shakespeare", "books/*.txt": "books"}
-    names |= {"g-train-00.jsonl.xz x/g-train-01.jsonl.xz": "g-train", "a.txt b.txt": "text", "owt/train.bin": "owt"}
-    for data, name in names.items():
-        assert corpus_name([data] if "tiny" in data else data.split()) == name
-
-
 def test_which_names_mean_validation(tmp_path):
     """val, valid and validation count only as whole words of a name."""
     expected = {"gutenberg-val.jsonl.xz", "val_00.txt", "validation-00000-of-1.jsonl", "val/1.txt", "Valid.txt"}
     for name in expected | {"interval.txt", "value.txt", "carnival/1.txt"}:
         write(tmp_path / name, "text")
     assert {file.key for file in find_files([str(tmp_path)]) if file.is_validation} == expected
-
-
-# Reading
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])
@@ -154,19 +135,9 @@ def test_compressed_files(tmp_path, suffix, read):
             read(path)
 
 
-@pytest.mark.parametrize(("suffix", "library"), [(".txt.zst", "backports.zstd"), (".parquet", "pyarrow")])
-def test_a_missing_library_names_the_command(tmp_path, monkeypatch, suffix, library, read):
-    """Without the optional library of a format the error has the install command."""
-    for name in ("compression", library):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=rf"a\{suffix}: .* needs an optional library: pip install {library}"):
-        read(write(tmp_path / f"a{suffix}", "never read"))
-
-
 @pytest.mark.parametrize("piece", [1, 2, 3, 1 << 20])
 def test_invalid_bytes_are_skipped_and_counted(tmp_path, monkeypatch, piece, read):
-    """Invalid UTF-8 and NUL are removed and counted, a byte-order mark is removed, and CRLF and characters that span
-    two reads are kept."""
+    """Also NUL and a byte-order mark; CRLF and characters that span two reads are kept."""
     monkeypatch.setattr(module, "PIECE", piece)
     text = read(write(tmp_path / "a.txt", b"\xef\xbb\xbfa\xff\r\nb\x00\xe4\xb8\xad\xf0\x9f\x99\x82\xe4\xb8"))
     assert documents(text) == ["a\r\nb中🙂".encode()]
@@ -181,56 +152,37 @@ def test_bad_lines_are_rejected_or_counted(tmp_path, read):
     """A line that is not JSON, or has no text or a text of another type, is named by file and number. With skip_bad all
     of them are counted and the rest is read, across files and parts."""
     good = '{"text": "good"}\n'
-    bad = ["{'text': 'a'}", '{"text": "a"', "{not json", "[1]", '["text"]', '{"content": "x"}', '{"text": 3}', '"text"']
+    bad = ['{"text": "a"', "{not json", "[1]", '["text"]', '{"content": "x"}', '{"text": 3}', '"text"']
     for i, line in enumerate(bad):
         path = write(tmp_path / f"bad/{i}.jsonl", good * 2 + "\n" + line + "\n" + good)
-        reason = "not JSON" if i < 3 else 'no string "text"'
-        with pytest.raises(UserError, match=rf"{i}\.jsonl, line 4: {reason}.*; `skip_bad` skips bad records$"):
+        with pytest.raises(UserError, match=rf"{i}\.jsonl, line 4: .*`skip_bad`"):
             read(path)
     text = read(tmp_path / "bad", skip_bad=True)
     assert documents(text) == [b"good"] * 3 * len(bad) and text.bad == len(bad)
 
 
 def test_sources_without_text_are_named(tmp_path, read):
-    """A missing path, a folder without known formats, an empty file and a binary file give one line each."""
+    """A missing path, a folder without known formats, an empty file and a binary file are named."""
     readme = write(tmp_path / "folder/readme.md", "text")
     write(tmp_path / "empty.txt", "\ufeff")
     write(tmp_path / "model.gguf", bytes(100))
-    for item, reason in [
-        ("nothing.txt", "no such file or folder"),
-        ("*.rst", "no such file"),
-        ("folder", "no text in"),
-        ("empty.txt", "no text in it"),
-        ("model.gguf", "neither text nor a known format"),
-    ]:
-        with pytest.raises(UserError, match=reason) as error:
+    for item in ("nothing.txt", "*.rst", "folder", "empty.txt", "model.gguf"):
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / item))):
             read(tmp_path / item)
-        assert str(tmp_path / item) in str(error.value)
     assert documents(read(readme)) == [b"text"]
 
 
-# Splitting
-
-
 def test_documents_are_held_out_by_content_hash(tmp_path, read):
-    """Documents are held out if their SHA-256, as a fraction of 2^256, is below min(5%, 2 val_bytes / all bytes)."""
+    """If the SHA-256, as a fraction of 2^256, is below min(5%, 2 val_bytes / all bytes): all copies or none."""
     texts = [words(400, seed) for seed in range(300)]
+    texts += texts[::-1]
     text = read(write(tmp_path / "a.jsonl", jsonl(texts)))
     for val_bytes, share in ((10**6, 0.05), (1500, 3000 / len("".join(texts).encode()))):
         train, val = split(text, val_bytes)
         held = [t for t in texts if fraction(t) < share]
-        assert 3 <= len(held) <= 25
+        assert 2 <= len(held) <= 50
         assert pick(text, val) == "".join(held).encode()
         assert pick(text, train) == "".join(t for t in texts if t not in held).encode()
-
-
-def test_equal_documents_are_on_the_same_side(tmp_path, read):
-    """Three copies of each document, each time in another order: none is on both sides."""
-    texts = [words(300, seed) for seed in range(100)]
-    text = read(write(tmp_path / "a.jsonl", jsonl(texts + texts[::-1] + texts)))
-    train, val = (pick(text, ranges).decode() for ranges in split(text, 10**6))
-    assert val and not [t for t in texts if t in train and t in val]
-    assert sum(val.count(t) for t in texts) == 3 * len({t for t in texts if t in val})
 
 
 def test_a_single_document_is_split_into_blocks(tmp_path, read):
@@ -243,8 +195,6 @@ def test_a_single_document_is_split_into_blocks(tmp_path, read):
         sides[a:b] += 1
         text.bytes[a:b].tobytes().decode()
     assert (sides == 1).all()
-    starts = [a for a, _ in np.concatenate([train, val])]
-    assert all(a % BLOCK == 0 or a % BLOCK >= BLOCK - 3 for a in starts)
     held = {a // BLOCK for a, b in val for a in range(a + 8, b, BLOCK)}
     for block in range(len(content) // BLOCK):  # the reference: hash each block by hand
         a, b = block * BLOCK, (block + 1) * BLOCK
@@ -258,36 +208,28 @@ def test_a_single_document_is_split_into_blocks(tmp_path, read):
 def test_a_large_document_is_split_into_blocks(tmp_path, read):
     """A document of half the text is not held out, even if selected by its hash: blocks of both documents are."""
     texts = [words(50_000, seed) for seed in range(100)]
-    below, above = (next(t for t in texts if (fraction(t) < 0.05) == side) for side in (True, False))
-    text = read(write(tmp_path / "a.jsonl", jsonl([below, above])))
-    _, val = split(text, 1 << 20)
-    assert 0 < len(pick(text, val)) <= len(text.bytes) / 4
+    two = [next(t for t in texts if (fraction(t) < 0.05) == selected) for selected in (True, False)]
+    text = read(write(tmp_path / "a.jsonl", jsonl(two)))
+    assert 0 < len(pick(text, split(text, 1 << 20)[1])) <= len(text.bytes) / 4
 
 
 @pytest.mark.parametrize("size", [40, 1000, 60_000])
 def test_small_texts_have_both_sides(tmp_path, size, read):
-    """However small the text, a part of at most a quarter (at least one block) is held out."""
+    """At most a quarter, or one block, is held out. If all blocks are equal, none can be: the error asks for `val`."""
     text = read(write(tmp_path / "a.txt", words(size)))
-    train, val = split(text, 1 << 20)
-    assert 0 < len(pick(text, val)) <= len(text.bytes) / 4 + 4
-    assert len(pick(text, val)) + len(pick(text, train)) == len(text.bytes)
-
-
-def test_a_constant_text_cannot_be_split(tmp_path, read):
-    """If all blocks are equal none can be held out: the error asks for `val`."""
+    train, val = (pick(text, ranges) for ranges in split(text, 1 << 20))
+    assert 0 < len(val) <= len(text.bytes) / 4 + 4 and len(val) + len(train) == len(text.bytes)
     with pytest.raises(UserError, match="give `val`"):
         split(read(write(tmp_path / "a.txt", "a" * 20 * BLOCK)), 1 << 20)
 
 
 def test_thinning_keeps_evenly_spaced_blocks(tmp_path, read):
-    """5 blocks of 2 MB of ranges with gaps: first and last block at the ends, equal spacing, never in the gaps, at most
-    three bytes per cut away from the requested size."""
+    """5 blocks of ranges with gaps, from start to end, at equal distances, cut at characters."""
     text = read(write(tmp_path / "a.txt", words(3_000_000)))
     ranges = np.array([[0, 300_000], [400_000, 1_000_000], [1_200_000, 2_300_001]])
     ranges = np.array([[module.char_start(text, a), module.char_start(text, b)] for a, b in ranges])
     kept = thin(text, ranges, 5 * BLOCK)
-    assert abs(len(pick(text, kept)) - 5 * BLOCK) <= 3 * 2 * 7
-    pick(text, kept).decode()
+    assert abs(len(pick(text, kept).decode().encode()) - 5 * BLOCK) <= 3 * 2 * 7
     positions = np.concatenate([np.arange(a, b) for a, b in ranges])  # of the bytes of `ranges`, end to end
     inside = np.isin(positions, np.concatenate([np.arange(a, b) for a, b in kept]))
     assert inside.sum() == len(pick(text, kept))
@@ -295,9 +237,6 @@ def test_thinning_keeps_evenly_spaced_blocks(tmp_path, read):
     assert len(starts) == 5 and starts[0] == 0 and inside[-1]
     assert np.ptp(np.diff(starts)) <= 8
     assert (thin(text, ranges, 10**9) == ranges).all()
-
-
-# Tools
 
 
 def test_tokens_are_one_array_over_many_files(tmp_path):
@@ -323,24 +262,21 @@ def test_a_stage_keeps_order_and_few_items_in_flight():
 
 def test_a_stage_that_fails_stops_its_threads():
     """The first error is raised, and the other threads stop at their next report."""
-    stage, calls = Stage("s"), []
+    stage, reports = Stage("s"), []
 
     def work(i):
         if i == 0:
             raise UserError("first")
         while True:
-            calls.append(i)
-            threading.Event().wait(0.01)
+            reports.append(i)
+            time.sleep(0.01)
             stage.add(1)
 
     with pytest.raises(UserError, match="first"):
         list(stage.map(work, range(5)))
-    count = len(calls)
-    threading.Event().wait(0.05)
-    assert len(calls) == count
-
-
-# Parquet
+    count = len(reports)
+    time.sleep(0.05)
+    assert len(reports) == count
 
 
 def parquet(path: Path, rows: int = 1024, **columns) -> Path:
@@ -353,35 +289,26 @@ def parquet(path: Path, rows: int = 1024, **columns) -> Path:
     return path
 
 
-@pytest.mark.parametrize("rows", [1, 7, 5000])
-def test_parquet(tmp_path, rows, read):
-    """The column `text` of a FineWeb-like file gives the same documents as .jsonl lines, whatever its row groups and
-    other columns, also in a folder."""
+@pytest.mark.parametrize(("rows", "kind"), [(1, "string"), (7, "large_string"), (5000, "dictionary")])
+def test_parquet(tmp_path, rows, kind, read):
+    """The same documents as .jsonl lines, whatever the row groups, type of strings and other columns."""
+    arrow = pytest.importorskip("pyarrow", reason="pip install pyarrow")
     texts = [words(200, seed=i) + "\r\n中 🙂\0" for i in range(1500)]
-    parquet(tmp_path / "p/00.parquet", rows, text=texts[:1100], id=list(range(1100)), score=[0.5] * 1100)
-    parquet(tmp_path / "p/01.parquet", rows, dump=["x"] * 400, text=texts[1100:])
+    column = arrow.array(texts).dictionary_encode() if kind == "dictionary" else arrow.array(texts, kind)
+    parquet(tmp_path / "p/00.parquet", rows, text=column[:1100], id=list(range(1100)), score=[0.5] * 1100)
+    parquet(tmp_path / "p/01.parquet", rows, dump=["x"] * 400, text=column[1100:])
     a, b = read(tmp_path / "p"), read(write(tmp_path / "all.jsonl", jsonl(texts)))
     assert documents(a) == documents(b) and (a.hashes == b.hashes).all() and a.skipped == b.skipped == 1500
 
 
-def test_string_types_of_parquet(tmp_path):
-    """large_string columns and dictionary-encoded strings work too; progress ends at the file's size."""
-    column = pytest.importorskip("pyarrow").array(["one", "two", "one"])
-    for i, text in enumerate((column.cast("large_string"), column.dictionary_encode())):
-        path, calls = parquet(tmp_path / f"{i}.parquet", text=text), []
-        stage = Stage("reading", path.stat().st_size, lambda *args, calls=calls: calls.append(args))
-        assert documents(read_text(find_files([str(path)]), tmp_path / f"{i}", stage)) == [b"one", b"two", b"one"]
-        assert calls[-1] == ("reading", stage.total, stage.total)
-
-
-def test_parquet_without_text_lists_its_columns(tmp_path, read):
-    """No column `text`, a numeric one, or a file that is not parquet: a one-line error with the columns that exist."""
-    with pytest.raises(UserError, match=r"a\.parquet: no column 'text'; it has content, url"):
+def test_unreadable_parquet(tmp_path, read):
+    """No column `text`, one of numbers, or a file that is not parquet: one line, with the columns that exist."""
+    with pytest.raises(UserError, match=r"a\.parquet: .* has content, url"):
         read(parquet(tmp_path / "a.parquet", content=["x"], url=["y"]))
-    with pytest.raises(UserError, match=r"b\.parquet: column 'text' is int64, not string"):
+    with pytest.raises(UserError, match=r"b\.parquet: .* int64"):
         read(parquet(tmp_path / "b.parquet", text=[1, 2]))
     whole = parquet(tmp_path / "c.parquet", text=["x" * 1000] * 100).read_bytes()
-    for damaged in (b"", b"PAR1", whole[:-10], whole[100:]):
+    for damaged in (b"", whole[:-10], whole[100:]):
         with pytest.raises(UserError, match=r"c\.parquet: corrupted") as error:
             read(write(tmp_path / "c.parquet", damaged))
         assert "\n" not in str(error.value)

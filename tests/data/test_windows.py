@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from nanochin.base.cli import UserError
-from nanochin.data.text import Tokens
 from nanochin.data.windows import Windows, eval_windows
 
 
@@ -20,8 +19,7 @@ def starts(w: Windows, start: int, count: int) -> list[int]:
 
 @pytest.mark.parametrize(("tokens", "T"), [(1001, 10), (1000, 10), (1009, 10), (500, 1), (11, 10), (777, 64)])
 def test_each_window_of_an_epoch_is_drawn_once(tokens, T):
-    """In each of four epochs the windows do not overlap: no token is a target twice, and all but fewer than T+1 are
-    targets. The first epoch starts at 0, later ones at an offset."""
+    """No token is a target twice, fewer than T+1 are none. Epochs after the first start at an offset."""
     w = Windows(np.arange(tokens), T, seed=3)
     assert w.per_epoch == (tokens - 1) // T
     shifts = set()
@@ -46,20 +44,11 @@ def test_order_depends_only_on_seed_and_epoch():
 
 
 def test_order_is_stable_across_numpy_versions():
-    """A resumed run needs the same order under any NumPy version: Philox, SeedSequence with seed and epoch as entropy,
-    a permutation of uint32."""
+    """Philox, SeedSequence with seed and epoch as entropy, a permutation of uint32: resuming needs the same."""
     w = Windows(np.arange(101), 10, seed=1234)
     philox = np.random.Generator(np.random.Philox(np.random.SeedSequence([1234, 0])))
     assert [a // 10 for a in starts(w, 0, 10)] == philox.permutation(np.arange(10, dtype=np.uint32)).tolist()
     assert starts(w, 0, 20) == [50, 40, 70, 60, 90, 30, 80, 20, 0, 10, 58, 8, 88, 68, 38, 18, 28, 48, 98, 78]
-
-
-def test_windows_span_shards():
-    """Windows that span two shards, or the end of the ring, equal those of the tokens as one array."""
-    tokens = np.random.default_rng(0).integers(0, 256, 100_123).astype(np.uint16)
-    shards = Tokens(np.split(tokens, range(1000, len(tokens), 1000)))
-    a, b = Windows(shards, 300, seed=5), Windows(tokens, 300, seed=5)
-    assert (a.batch(0, 3 * a.per_epoch) == b.batch(0, 3 * a.per_epoch)).all()
 
 
 def test_too_few_tokens_for_one_window():
