@@ -133,10 +133,8 @@ def fit_isoflop(N, D, loss, C=None, *, budget=None, method: str = "parabola", **
     budgets = tuple(_budget(rows, N, D, loss, float(nominal[rows[0]]), method) for rows in groups)
     good = [b for b in budgets if b.bracketed]
     if len(good) < MIN_BUDGETS:
-        raise NotIdentified(
-            f"Approach 2 needs at least {MIN_BUDGETS} budgets with a bracketed minimum, but has "
-            f"{len(good)} of {len(budgets)}{_reasons(budgets)}"
-        )
+        has = f"{len(good)} of {len(budgets)}{_reasons(budgets)}"
+        raise NotIdentified(f"Approach 2 needs at least {MIN_BUDGETS} budgets with a bracketed minimum, but has {has}")
     return IsoflopFit(_law(good, **conventions), method, budgets, _noise(budgets, N, loss), N, D, loss, C)
 
 

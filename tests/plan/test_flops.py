@@ -217,7 +217,7 @@ def test_floor_and_intensity_by_hand():
         tokens = 128 * sequences
         moved = 2 * (512 * 1536 + tokens * 512 + tokens * 1536)  # weights, input, output in 2 bytes
         seconds = 3 * max(2 * tokens * 512 * 1536 / 312e12, moved / 2039e9)
-        assert flops.row_bytes(qkv, sequences) == moved
+        assert flops.row_bytes(qkv, sequences, 2) == moved
         assert flops.floor_seconds(qkv, sequences, a100, "bfloat16") == pytest.approx(seconds, rel=1e-12)
 
 
