@@ -22,7 +22,7 @@ def _reachable(law: Law, loss):
     """`loss`, nan where it is E or less."""
     above = loss > law.E
     if not np.any(above):
-        raise NotIdentified(f"loss {loss:g}: no compute reaches it, since this law's E is {np.max(law.E):.6g}")
+        raise NotIdentified(f"loss {loss:g}: no compute reaches it; the irreducible loss E is {np.max(law.E):.6g}")
     return loss if np.all(above) else np.where(above, loss, np.nan)
 
 
