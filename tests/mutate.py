@@ -51,6 +51,7 @@ MUTATIONS = {
         ("vertex = -q / (2 * p)", "vertex = -q / p"),
         ("r - p * vertex * vertex", "r + p * vertex * vertex"),
         ("np.interp(u + self.mean,", "np.interp(u,"),
+        ("np.where(used, v, np.nan) for v in _optima", "v for v in _optima"),
     ],
     ("nanochin/laws/cost.py", "tests/laws/test_cost.py"): [
         ("1 - self.s * self.q * extra / (1 + extra)", "1 + self.s * self.q * extra / (1 + extra)"),

@@ -13,12 +13,8 @@
     checks.py      hold_out, leave_out_highest ...    what changes the answer, and how well it extrapolates
     allocation.py  target loss, inference, few data   optima beyond Eq. 4
 
-    >>> fit = fit_parametric(N, D, loss)
-    >>> fit.law.optimal(1e21)                          # (N, D)
-    >>> boot = bootstrap(fit, runs=run)                # resamples whole runs
-    >>> boot.interval("alpha"), boot.interval(lambda law: law.optimal(1e21)[0], level=80)
-
-If the data cannot identify a parameter, a fit raises NotIdentified, which says why in one line.
+If the data cannot identify a parameter, a fit raises NotIdentified, which says why in one line. docs/fitting.md has an
+example.
 """
 
 # ruff: noqa: F401

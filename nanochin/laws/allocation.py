@@ -22,9 +22,7 @@ def _reachable(law: Law, loss):
     """`loss`, nan where it is E or less."""
     above = loss > law.E
     if not np.any(above):
-        raise NotIdentified(
-            f"loss {loss:g}: no compute reaches it, since this law's irreducible loss E is {np.max(law.E):.6g}"
-        )
+        raise NotIdentified(f"loss {loss:g}: no compute reaches it; the irreducible loss E is {np.max(law.E):.6g}")
     return loss if np.all(above) else np.where(above, loss, np.nan)
 
 
@@ -59,7 +57,7 @@ def inference_optimal(law: Law, loss: float, inference_tokens: float) -> tuple[f
         """D that reaches the loss with N parameters."""
         left = loss - law.E - law.A * N**-law.alpha
         with np.errstate(divide="ignore", invalid="ignore"):
-            return np.where(left > 0, np.where(left > 0, left, 1) / law.B, 0) ** (-1 / law.beta)
+            return (np.fmax(left, 0) / law.B) ** (-1 / law.beta)
 
     high = np.log(law.params_reaching(loss))  # inference never favours a larger model
     low = np.log(law.A / (loss - law.E)) / law.alpha  # here D would be infinite
@@ -106,10 +104,7 @@ class DataConstrained:
         N = math.exp(minimize_scalar(loss, bounds=bounds, options={"xatol": 1e-9}).x)
         D = self.law.cost.tokens(N, C)
         if D / unique_tokens - 1 > 20 * self.R_D:  # one more token is worth exp(-20)
-            raise NotIdentified(
-                f"{C:g} FLOPs are more than {unique_tokens:g} unique tokens can use: neither more "
-                "epochs nor more parameters lower the loss"
-            )
+            raise NotIdentified(f"{C:g} FLOPs are more than {unique_tokens:g} unique tokens can use")
         return N, D
 
 

@@ -139,26 +139,21 @@ class HoldOut:
         return out | ({"outside": self.outside} if self.bootstrap else {})
 
 
-def hold_out(N, D, loss, C=None, *, budgets: int = 1, least: int = 1, budget=None, above: float | None = None,
-             runs=None, replicates: int = 1000, seed: int = 0, **options) -> HoldOut:  # fmt: skip
-    """Hold out the `budgets` largest budgets (groups of the column `budget`, or of clustered C), more if they have
-    fewer than `least` runs, and rows of no budget that are as large; or every row with C > `above`. `options` go to
-    fit_parametric. replicates=0: no intervals.
+def hold_out(
+    N, D, loss, C=None, *, least: int = 1, budget=None, runs=None, replicates: int = 1000, seed: int = 0, **options
+) -> HoldOut:
+    """Hold out the largest budget (groups of the column `budget`, or of clustered C), more if it has fewer than `least`
+    runs, and rows of no budget that are as large. `options` go to fit_parametric. replicates=0: no intervals.
     Raises NotIdentified if the rest cannot be fitted; if it cannot be resampled, `why` gives the reason."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
     nominal = group_budgets(C, budget=budget)
-    if above is None:
-        known, sizes = np.unique(nominal[np.isfinite(nominal)], return_counts=True)
-        budgets = max(budgets, 1 + int(np.searchsorted(np.cumsum(sizes[::-1]), least)))
-        if len(known) <= budgets:
-            raise NotIdentified(f"hold-out: {len(known)} budgets, too few to hold out {budgets}")
-        held = nominal >= known[-budgets]
-        held |= np.isnan(nominal) & (C[held].min() <= C)
-    else:
-        held = above < C
-    if not held.any():
-        raise NotIdentified("hold-out: no run is above the limit")
+    known, sizes = np.unique(nominal[np.isfinite(nominal)], return_counts=True)
+    budgets = 1 + int(np.searchsorted(np.cumsum(sizes[::-1]), least))
+    if len(known) <= budgets:
+        raise NotIdentified(f"hold-out: {len(known)} budgets, too few to hold out {budgets}")
+    held = nominal >= known[-budgets]
+    held |= np.isnan(nominal) & (C[held].min() <= C)
     rows, rest = np.flatnonzero(held), np.flatnonzero(~held)
     try:
         cost = Cost.of(N[rest], D[rest], C[rest])

@@ -13,7 +13,7 @@ import numpy as np
 from nanochin.laws.law import NotIdentified, PowerLaw, constants, distinct, fit_power_laws
 
 MIN_ROWS, MIN_SIZES, MIN_BUDGETS = 6, 3, 2
-MAX_BUDGETS = 100  # found by clustering C
+MAX_BUDGETS, TOLERANCE = 100, 0.1  # of budgets found by clustering: at most, and their width in log C
 FINE = 25  # points of the spline in each gap between two sizes
 
 
@@ -87,11 +87,11 @@ def equal_rows(values) -> list[np.ndarray]:
     return np.split(order, np.flatnonzero(np.diff(values[order])) + 1) if len(order) else []
 
 
-def group_budgets(C, tolerance: float = 0.1, *, budget=None) -> np.ndarray:
+def group_budgets(C, *, budget=None) -> np.ndarray:
     """(n,) nominal budget of each row, the geometric mean of its group's C, or nan for rows of no group.
 
     Rows with equal numbers in the column `budget` (n,), in any unit, are a group (nan: none). Without it, a group is a
-    window in log C of width `tolerance`. The fullest is taken first; windows with fewer than 3 rows, or less than a
+    window in log C of width TOLERANCE. The fullest is taken first; windows with fewer than 3 rows, or less than a
     third of the fullest, are between budgets and no group."""
     log_c = np.log(np.asarray(C, np.float64))
     nominal = np.full(len(log_c), np.nan)
@@ -103,11 +103,11 @@ def group_budgets(C, tolerance: float = 0.1, *, budget=None) -> np.ndarray:
     fewest = 3.0
     for _ in range(MAX_BUDGETS):
         x = log_c[left]
-        start, end = np.arange(len(x)), np.searchsorted(x, x + tolerance, side="right")
+        start, end = np.arange(len(x)), np.searchsorted(x, x + TOLERANCE, side="right")
         if not len(x) or (end - start).max() < fewest:
             break
         fewest = max(fewest, (end - start).max() / 3)
-        best = int(np.argmax(end - start - (x[end - 1] - x) / (2 * tolerance)))  # the tightest of equally full ones
+        best = int(np.argmax(end - start - (x[end - 1] - x) / (2 * TOLERANCE)))  # the tightest of equally full ones
         rows = left[best : end[best]]
         nominal[rows] = math.exp(log_c[rows].mean())
         left = np.delete(left, slice(best, end[best]))
@@ -133,10 +133,8 @@ def fit_isoflop(N, D, loss, C=None, *, budget=None, method: str = "parabola", **
     budgets = tuple(_budget(rows, N, D, loss, float(nominal[rows[0]]), method) for rows in groups)
     good = [b for b in budgets if b.bracketed]
     if len(good) < MIN_BUDGETS:
-        raise NotIdentified(
-            f"Approach 2 needs at least {MIN_BUDGETS} budgets with a bracketed minimum, but has "
-            f"{len(good)} of {len(budgets)}{_reasons(budgets)}"
-        )
+        has = f"{len(good)} of {len(budgets)}{_reasons(budgets)}"
+        raise NotIdentified(f"Approach 2 needs at least {MIN_BUDGETS} budgets with a bracketed minimum, but has {has}")
     return IsoflopFit(_law(good, **conventions), method, budgets, _noise(budgets, N, loss), N, D, loss, C)
 
 

@@ -106,15 +106,11 @@ def fit_parametric(
     found = surface.minimise(z, cold=True)
     best, agreeing = best_of(found, len(surface.N), "Approach 3")
     if agreeing < 2 <= len(z):
-        raise NotIdentified(
-            f"Approach 3: only 1 of {len(z)} starts reaches the lowest optimum: not confirmed; add runs"
-        )
+        raise NotIdentified(f"Approach 3: only 1 of {len(z)} starts reaches the lowest optimum; add runs")
     optimum = found.theta[best]
     bounds = tuple(n for n, at in zip(NAMES, surface.at_bound(optimum[None])[0], strict=True) if at)
     if bounds == ("E",) and not allow_bound:
-        raise NotIdentified(
-            "Approach 3: E is not identified: the best E is at its bound, 0; add larger or longer runs, or fix E"
-        )
+        raise NotIdentified("Approach 3: E is not identified: the best E is 0; add larger or longer runs, or fix E")
     if bounds and not allow_bound:
         raise NotIdentified(f"Approach 3: {', '.join(bounds)} not identified: the best values are at their bounds")
     law = replace(surface.law(optimum), cost=cost, params_convention=params_convention)

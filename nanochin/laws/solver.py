@@ -158,9 +158,7 @@ class Surface:
         if loss.size and not np.exp(-SCALE) < loss.min() <= loss.max() < np.exp(SCALE):
             raise NotIdentified(f"Approach 3: losses from {loss.min():.3g} to {loss.max():.3g} are not nats per token")
         if E is not None and not 0 <= E < (lowest := loss.min(initial=np.inf)):
-            raise NotIdentified(
-                f"Approach 3: E is fixed at {E:g}, but must be at least 0 and below the lowest loss, {lowest:.6g}"
-            )
+            raise NotIdentified(f"Approach 3: E is fixed at {E:g}, but must be below the lowest loss, {lowest:.6g}")
         if len(N) < MIN_ROWS:
             raise NotIdentified(f"Approach 3 needs at least {MIN_ROWS} usable rows, but has {len(N)}")
         for what, v in (("model sizes", N), ("token counts", D)):

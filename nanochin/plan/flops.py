@@ -149,23 +149,17 @@ def _sequence_flops(shape: Shape) -> dict[str, int]:
 # The shortest time of an operation
 
 
-def row_bytes(row: Row, sequences: int, number: int = 2) -> int:
+def row_bytes(row: Row, sequences: int, number: int) -> int:
     """Minimum bytes of memory traffic of an operation's forward pass over `sequences`, at `number` bytes per number."""
     return number * (row.weights + sequences * row.activations)
 
 
-def floor_seconds(row: Row, sequences: int, device: Device, dtype: str) -> float | None:
+def floor_seconds(row: Row, sequences: int, device: Device, dtype: str) -> float:
     """Minimum seconds of an operation, forward and backward, over `sequences`, without masked scores: the longest of
-    matrix units, other arithmetic and memory traffic, each at its peak. None if the device lacks the dtype."""
-    peak = getattr(device, dtype)
-    if peak is None:
-        return None
-    traffic = row_bytes(row, sequences, BYTES[dtype])
-    return 3 * max(
-        sequences * row.causal / (peak * 1e12),
-        sequences * row.elementwise / (device.float32 * 1e12),
-        traffic / (device.bandwidth * 1e9),
-    )
+    matrix units, other arithmetic and memory traffic, each at its peak. The device has the dtype."""
+    matrices = sequences * row.causal / (getattr(device, dtype) * 1e12)
+    other = sequences * row.elementwise / (device.float32 * 1e12)
+    return 3 * max(matrices, other, row_bytes(row, sequences, BYTES[dtype]) / (device.bandwidth * 1e9))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,10 +209,8 @@ def _ledger_table(shape: Shape, sequences: int, device: Device, dtype: str) -> s
     T, rows = shape.seq_len, ledger(shape)
     lines = [["operation", "forward", "backward", *OPERATION_CONVENTIONS, "step", "FLOPs/byte", "floor us"]]
     for name, part in [*((row.operation, [row]) for row in rows), ("sum", rows)]:
-        forward, traffic = (
-            sum(row.forward for row in part),
-            sum(row_bytes(row, sequences, BYTES[dtype]) for row in part),
-        )
+        forward = sum(row.forward for row in part)
+        traffic = sum(row_bytes(row, sequences, BYTES[dtype]) for row in part)
         counted = [3 * sum(getattr(row, column) for row in part) / T for column in OPERATION_CONVENTIONS]
         numbers = [forward / T, sum(row.backward for row in part) / T, *counted, 3 * sequences * forward]
         intensity = f"{sequences * forward / traffic:.1f}" if traffic else "on chip"

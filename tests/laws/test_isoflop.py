@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from chinchilla import chinchilla, isoflop_grid
 
-from nanochin.laws import BESIROGLU, Law, NotIdentified, bootstrap, fit_isoflop, group_budgets
+from nanochin.laws import BESIROGLU, Law, NotIdentified, bootstrap, bootstrap_seed_noise, fit_isoflop, group_budgets
 
 TIED = Law("tied", E=1.8, A=480.0, B=1500.0, alpha=0.35, beta=0.35)
 ROUNDED = Law("as printed", E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28)
@@ -74,7 +74,7 @@ def test_thousands_of_budgets_are_fast():
     assert time.process_time() - start < 3
 
 
-@pytest.mark.parametrize("unit", [1e-18, -3.7, 1.0])
+@pytest.mark.parametrize("unit", [1e-18, -3.7])
 def test_a_column_of_budgets_only_groups(unit):
     """Budgets in units of 1e18 FLOPs, or numbered downwards: the law is in units of C, as without the column."""
     N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(4))
@@ -93,31 +93,27 @@ def test_minima_at_the_edge_are_refused(method):
     assert "beyond the smallest or largest size" in fit.budgets[-1].reason and math.isnan(fit.budgets[-1].params_opt)
     assert fit.law.a == pytest.approx(BESIROGLU.a, abs=1e-3)
     assert fit.to_json()["budgets"][-1]["params_opt"] is None
+    found, _ = bootstrap_seed_noise(fit, noise=0.01, replicates=100).optima  # some draws bracket the last budget
+    assert np.isnan(found[:, -1]).all() and np.isfinite(found[:, 0]).any()
 
 
-@pytest.mark.parametrize(
-    "rows, says",
-    [(5, "at least 6 usable rows, but has 5"), (15, "at least 2 budgets with a bracketed minimum, but has 1 of 1")],
-)
-def test_too_little_is_refused(rows, says):
+def test_too_little_is_refused():
     """Five rows; one budget; two sizes."""
     N, D, loss = isoflop_grid(TIED, BUDGETS, window(4))
-    with pytest.raises(NotIdentified, match=says):
-        fit_isoflop(N[:rows], D[:rows], loss[:rows])
+    for rows, says in ((5, "6 usable rows, but has 5"), (15, "2 budgets with a bracketed minimum, but has 1 of 1")):
+        with pytest.raises(NotIdentified, match=says):
+            fit_isoflop(N[:rows], D[:rows], loss[:rows])
     with pytest.raises(NotIdentified, match="3 different model sizes, but has 2"):
         fit_isoflop(np.where(np.arange(75) % 2, 1e7, 1e8), D, loss)
 
 
 def test_an_error_about_many_budgets_is_one_short_line():
-    """Of forty budgets without a minimum (all sizes too large, or concave curves) three are named per reason and the
-    others counted."""
+    """Of forty budgets without a minimum three are named per reason and the others counted."""
     N, D, loss = isoflop_grid(TIED, np.geomspace(1e15, 1e25, 40), [3.0, 5.0, 8.0, 13.0])
     concave = np.arange(160) // 4 >= 38
-    with pytest.raises(NotIdentified) as error:
+    with pytest.raises(NotIdentified, match="^.*0 of 40.*and 35 more FLOPs.*concave.*$") as error:
         fit_isoflop(N, D, np.where(concave, 9 - loss, loss))
-    said = str(error.value)
-    assert len(said) < 300 and "\n" not in said and "0 of 40" in said
-    assert "and 35 more FLOPs: its minimum is at" in said and "1e+25 FLOPs: its curve is concave" in said
+    assert len(str(error.value)) < 300
 
 
 def test_budgets_are_found_by_clustering_c():
@@ -133,7 +129,6 @@ def test_budgets_are_found_by_clustering_c():
     for i in range(3):
         rows = slice(7 * i, 7 * i + 7)
         assert nominal[rows] == pytest.approx(np.exp(np.log(C[rows]).mean()), rel=1e-12)
-    assert len(np.unique(group_budgets(C[:21], tolerance=0.5))) == 2
     N, D, loss = isoflop_grid(TIED, BUDGETS, window(4))
     fit = fit_isoflop(np.append(N, 1e8), np.append(D, 7e11), np.append(loss, 2.5))
     assert [b.n_runs for b in fit.budgets] == [15] * 5
@@ -142,10 +137,9 @@ def test_budgets_are_found_by_clustering_c():
 def test_chinchilla_by_parabolas():
     """The digitised runs cluster at the paper's budgets and give its a = 0.49, inside its interval (0.462, 0.534)."""
     fit = fit_isoflop(*chinchilla())
+    found, budgets = np.log([b.flops for b in fit.budgets]), np.log([6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21])
     assert 0.462 < fit.law.a < 0.534
-    found = np.log([b.flops for b in fit.budgets])
-    for budget in (6e18, 1e19, 3e19, 6e19, 1e20, 3e20, 6e20, 1e21):
-        assert np.abs(found - math.log(budget)).min() < 0.12
+    assert np.abs(found - budgets[:, None]).min(1).max() < 0.12
 
 
 def test_minima_have_intervals():

@@ -7,46 +7,11 @@ import pytest
 from chinchilla import isoflop_grid
 
 from nanochin.base.cli import UserError
-from nanochin.laws import (
-    BESIROGLU,
-    HOFFMANN,
-    Law,
-    NotIdentified,
-    PowerLaw,
-    bootstrap,
-    fit_envelope,
-    fit_isoflop,
-    fit_parametric,
-    laws_json,
-    laws_text,
-    load_law,
-)
+from nanochin.laws import BESIROGLU, HOFFMANN, bootstrap, fit_envelope, fit_isoflop, fit_parametric
+from nanochin.laws.law import Law, NotIdentified, PowerLaw, laws_json, laws_text, load_law
 
-ODD = Law("odd", E=0.7, A=33.0, B=910.0, alpha=0.21, beta=0.44)
 META = {"params_convention": "total", "flops_convention": "6nd", "tokenizer": "bytes"}
-POWER = PowerLaw("power", k_N=0.09, a=0.49, k_D=1.9, b=0.51)
 GRID = [1e18, 1e19, 1e20, 1e21], [0.2, 0.4, 0.7, 1, 1.5, 2.5, 5]  # budgets, sizes over the optimum
-
-
-def brute_optimum(law: Law, C: float) -> float:
-    """N of lowest loss under C = 6 N D, by golden-section search in log N."""
-    ratio = (math.sqrt(5) - 1) / 2
-    low, high = 0.0, math.log(C)
-    for _ in range(120):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        a, b = (law.loss(math.exp(x), C / 6 / math.exp(x)) for x in (left, right))
-        low, high = (low, right) if a < b else (left, high)
-    return math.exp((low + high) / 2)
-
-
-@pytest.mark.parametrize("law", [BESIROGLU, HOFFMANN, ODD], ids=lambda law: law.name)
-@pytest.mark.parametrize("C", [1e12, 3.7e17, 5.76e23])
-def test_optimal_minimises_the_loss(law, C):
-    """Eq. 4 agrees with a numerical minimum and spends the whole budget."""
-    N, D = law.optimal(C)
-    assert pytest.approx(C, rel=1e-12) == 6 * N * D
-    assert pytest.approx(brute_optimum(law, C), rel=1e-4) == N
-    assert law.a + law.b == pytest.approx(1, rel=1e-15)
 
 
 def test_known_tokens_per_parameter():
@@ -66,23 +31,12 @@ def test_known_losses():
         assert round(law.a, 4) == a
 
 
-@pytest.mark.parametrize("law", [BESIROGLU, ODD, POWER], ids=lambda law: law.name)
-def test_inverses(law):
-    """tokens_for and params_for invert optimal."""
-    for C in (2e10, 3e19):
-        N, D = law.optimal(C)
-        assert law.tokens_for(N) == pytest.approx(D, rel=1e-9)
-        assert law.params_for(D) == pytest.approx(N, rel=1e-9)
-
-
 def test_power_law_by_hand():
-    """k C^a with round numbers."""
+    """k C^a with round numbers, and its inverses."""
     law = PowerLaw("by hand", k_N=2.0, a=0.5, k_D=3.0, b=0.25)
     assert law.optimal(1e8) == pytest.approx((2e4, 3e2), rel=1e-12)
+    assert (law.params_for(3e2), law.tokens_for(2e4)) == pytest.approx((2e4, 3e2), rel=1e-12)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# laws.json
 
 LAWS = {
     "approach1": None,
@@ -123,37 +77,24 @@ def test_load_law(write):
 @pytest.mark.parametrize(
     "laws, approach, says",
     [
+        (None, 3, "No such file"),
         ("not json", 3, "not JSON"),
-        ("[1, 2]", 3, "not a laws.json"),
-        ({"meta": {}}, 3, "approach3"),
-        (LAWS, 1, "no training curves were given"),
-        (LAWS | {"meta": {}}, 1, "has no approach 1"),
-        (changed("approach3", A=math.nan), 3, "needs A, a finite number above 0, but has nan"),
-        (changed("approach3", beta=math.inf), 3, "needs beta"),
+        ("[1, 2]", 3, "approach3"),
+        (LAWS | {"meta": {}}, 1, "no approach 1"),
+        (changed("approach3", A=math.nan), 3, "needs A"),
         (changed("approach3", alpha=0), 3, "needs alpha"),
-        (changed("approach3", B=-1), 3, "needs B"),
-        (changed("approach3", E="1.7"), 3, "needs E, a finite number above 0, but has '1.7'"),
-        (changed("approach3", E=True), 3, "needs E"),
+        (changed("approach3", E="1.7"), 3, "needs E"),
         (changed("approach3", alpha=1e-4), 3, "too extreme"),
         (changed("approach2", k_D=None), 2, "needs k_D"),
-        (changed("approach2", a=1e-3), 2, "too extreme"),
         (changed("meta", params_convention="active"), 3, "needs params_convention"),
         (changed("meta", flops_convention=None), 2, "needs flops_convention"),
     ],
 )
 def test_bad_laws_are_named(write, laws, approach, says):
     """One line names the file and the error."""
-    path = write(laws)
-    with pytest.raises(UserError) as error:
+    path = write(laws) if laws else "none.json"
+    with pytest.raises(UserError, match=f"^`law` {path}: .*{says}.*$"):
         load_law(path, approach)
-    assert f"`law` {path}: " in str(error.value) and says in str(error.value) and "\n" not in str(error.value)
-
-
-def test_unreadable_laws_are_named(tmp_path):
-    """A missing file and a folder."""
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(UserError, match=f"`law` {path}: "):
-            load_law(path)
 
 
 def test_laws_json_round_trip(write):
@@ -165,7 +106,9 @@ def test_laws_json_round_trip(write):
     fits = fit_envelope(*curves), fit_isoflop(*rows), fit_parametric(*rows)
     text = laws_text(laws_json(*(fit.to_json(bootstrap(fit, replicates=50)) for fit in fits), META))
     for approach, fit in enumerate(fits, 1):
-        assert load_law(write(text), approach).optimal(3e19) == fit.law.optimal(3e19)
+        law = load_law(write(text), approach)
+        assert law.optimal(3e19) == fit.law.optimal(3e19)
+    assert law.noise == fit.noise and law.replicates.E == pytest.approx(np.full(50, BESIROGLU.E))
     laws = json.loads(text)
     assert set(laws) == {"approach1", "approach2", "approach3", "meta"} and laws["meta"] == META | {"reasons": {}}
     for key in ("approach1", "approach2"):
@@ -189,23 +132,6 @@ def test_forecast():
     spread = replace(law, replicates=replace(law, E=np.linspace(0, 2, 1001)), noise=0.0)
     assert spread.forecast(1e6, 2e7) == pytest.approx((loss - 0.95, loss + 0.95), rel=1e-3)
     assert law.forecast(1e6, 2e7) is None
-
-
-def test_forecast_has_its_nominal_coverage(write):
-    """In 60 noisy sweeps, fitted and written to laws.json, 95% intervals at five times the largest budget contain the
-    run about 57 times, and 80% intervals about 48 times."""
-    rng, inside = np.random.default_rng(0), {80: 0, 95: 0}
-    N, D, exact = isoflop_grid(BESIROGLU, *GRID)
-    n, d = BESIROGLU.optimal(5e21)
-    for _ in range(60):
-        fit = fit_parametric(N, D, exact * np.exp(0.003 * rng.standard_normal(len(exact))), delta=math.inf)
-        law = load_law(write(laws_json(None, None, fit.to_json(bootstrap(fit, replicates=100, verify=0)), META)))
-        assert law.noise == pytest.approx(0.003, rel=0.5)
-        reached = BESIROGLU.loss(n, d) * np.exp(0.003 * rng.standard_normal())
-        for level in inside:
-            low, high = law.forecast(n, d, level)
-            inside[level] += low < reached < high
-    assert 50 <= inside[95] and 38 <= inside[80] <= 56
 
 
 def test_what_is_not_identified_is_null_with_its_reason(write):

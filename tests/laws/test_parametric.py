@@ -1,16 +1,13 @@
 import math
-import tracemalloc
 
 import numpy as np
 import pytest
 from chinchilla import chinchilla, isoflop_grid
-from scipy.optimize import minimize
 
 from nanochin.laws import BESIROGLU, Law, NotIdentified, fit_kaplan_form, fit_parametric
+from nanochin.laws.law import CONSTANTS
 from nanochin.laws.parametric import GRID, reference_fit, reference_objective
 from nanochin.laws.solver import Surface, projected_starts
-
-CONSTANTS = ("E", "A", "B", "alpha", "beta")
 
 
 def constants(law: Law) -> list[float]:
@@ -30,10 +27,6 @@ def random_runs(n: int, seed: int, noise: float = 0.0, law: Law = BESIROGLU):
     rng = np.random.default_rng(seed)
     N, D = np.exp(rng.uniform(math.log(1e6), math.log(1e10), n)), np.exp(rng.uniform(math.log(1e8), math.log(1e12), n))
     return N, D, law.loss(N, D) * np.exp(noise * rng.standard_normal(n))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Chinchilla's own runs
 
 
 def test_the_optimum_on_chinchilla():
@@ -58,9 +51,7 @@ LEAST_SQUARES = {"delta": math.inf, "space": "linear"}  # of the loss itself: ob
     "rows, options, objective, expected",
     [  # expected: E, alpha, beta
         (240, {"delta": 1e-6}, None, (1.81683, 0.34780, 0.36584)),  # in effect as printed by Besiroglu et al.
-        (240, {"delta": 1e-4}, None, (1.8158, 0.3474, 0.3654)),
         (240, {"delta": 1e-2}, None, (1.8381, 0.3544, 0.3815)),
-        (240, {"delta": 1e-1}, None, (1.8646, 0.3603, 0.4059)),
         (240, {"delta": math.inf}, None, (1.8646, 0.3603, 0.4059)),
         (240, LEAST_SQUARES, 0.08320 / 2, (None, None, 0.4276)),
         (245, LEAST_SQUARES, 0.8438 / 2, (None, None, 0.6614)),
@@ -68,8 +59,7 @@ LEAST_SQUARES = {"delta": math.inf, "space": "linear"}  # of the loss itself: ob
     ],
 )
 def test_other_objectives_on_chinchilla(rows, options, objective, expected):
-    """Known optima over five orders of magnitude of delta, of other residuals, and with outliers; every start finds
-    them."""
+    """Known optima for other deltas, for other residuals, and with outliers; every start finds them."""
     fit = fit_parametric(*chinchilla(rows), **options)
     for found, known in zip((fit.law.E, fit.law.alpha, fit.law.beta), expected, strict=True):
         assert known is None or found == pytest.approx(known, abs=6e-5)
@@ -100,30 +90,13 @@ def test_same_optimum_as_the_reference(name):
     assert reference_objective(theta, *rows)[1] == pytest.approx(slopes, rel=1e-5, abs=1e-9)
 
 
-def test_scipy_finds_no_better_optimum():
-    """Nelder-Mead from a perturbed optimum does not get below ours."""
-    N, D, loss = chinchilla()
-    law = fit_parametric(N, D, loss).law
-    at = np.array([math.log(law.A), math.log(law.B), math.log(law.E), law.alpha, law.beta])
-    rng, rows = np.random.default_rng(0), np.log([N, D, loss])
-    for _ in range(3):
-        start = at * (1 + 0.03 * rng.standard_normal(5))
-        found = minimize(lambda theta: 1e3 * reference_objective(theta, *rows)[0], start, method="Nelder-Mead")
-        assert found.fun / 1e3 >= objective(law, N, D, loss, 1e-3) * (1 - 1e-12)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Made-up runs
-
-
 @pytest.mark.parametrize("delta", [1e-3, math.inf])
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_long_valley_is_followed_to_its_end(seed, delta):
+def test_a_long_valley_is_followed_to_its_end(delta):
     """Seven sizes at four lengths each hardly identify E: the optimum is in a flat, curved valley. All starts converge
     to it, and no E on either side is better."""
     N = np.repeat([20e3, 26e3, 33e3, 49e3, 68e3, 90e3, 115e3], 4)
     D = np.tile(1.6e5 * 16.0 ** (np.arange(4) / 3), 7) * np.sqrt(N / 20e3)
-    noise = 0.006 * np.random.default_rng(seed).standard_normal(28)
+    noise = 0.006 * np.random.default_rng(1).standard_normal(28)
     loss = (0.45 + 0.75 * (N / 48e3) ** -0.12 + 0.53 * (D / 9e5) ** -0.244) * np.exp(noise)
     surface = Surface.of(N, D, loss, delta=delta)
     found = surface.minimise(projected_starts(surface, 12), cold=True)
@@ -134,11 +107,11 @@ def test_a_long_valley_is_followed_to_its_end(seed, delta):
 
 def test_residuals_and_noise():
     """Residuals are log predicted - log observed; the noise is their standard deviation with n - 5 in the divisor."""
-    N, D, loss = chinchilla()
+    N, D, loss = random_runs(40, 5, noise=0.01)
     fit = fit_parametric(N, D, loss)
     residuals = np.log(fit.law.E + fit.law.A / N**fit.law.alpha + fit.law.B / D**fit.law.beta) - np.log(loss)
     np.testing.assert_allclose(fit.residuals, residuals, rtol=0, atol=1e-12)
-    assert fit.noise == pytest.approx(math.sqrt(sum(residuals**2) / (240 - 5)), rel=1e-9)
+    assert fit.noise == pytest.approx(math.sqrt(sum(residuals**2) / (40 - 5)), rel=1e-9)
 
 
 @pytest.mark.parametrize("options", [{}, {"delta": math.inf}, {"space": "linear"}, {"delta": 1e-6}], ids=str)
@@ -173,7 +146,8 @@ def test_scaling_order_and_repeats():
 
 
 def test_fixed_e_and_tied_exponents():
-    """Fixing the true E recovers the law; tied exponents are equal and give a = 1/2; both raise the objective."""
+    """Fixing the true E recovers the law; tied exponents are equal; both raise the objective. A law cannot reach a loss
+    below its E."""
     rows = random_runs(50, 5, law=Law("tied", 1.9, 500, 1500, 0.35, 0.35))
     assert fit_parametric(*rows, tied=True).law.B == pytest.approx(1500, rel=1e-7)
     fixed = fit_parametric(*rows, E=1.9)
@@ -181,10 +155,12 @@ def test_fixed_e_and_tied_exponents():
     assert fixed.law.E == fixed.to_json()["fixed_E"] == 1.9
     rows = random_runs(50, 5, noise=0.01)
     free, held, equal = (fit_parametric(*rows, **options) for options in ({}, {"E": 1.6}, {"tied": True}))
-    assert equal.law.alpha == equal.law.beta and equal.law.a == 0.5
+    assert equal.law.alpha == equal.law.beta
     assert free.objective < min(held.objective, equal.objective)
     for fit in (held, equal):
         assert fit.objective == pytest.approx(objective(fit.law, *rows, 1e-3), rel=1e-9)
+    with pytest.raises(NotIdentified, match="E is fixed at .* below the lowest loss"):
+        fit_parametric(*rows, E=rows[2].min())
 
 
 @pytest.mark.parametrize("space", ["log", "linear"])
@@ -207,15 +183,10 @@ def test_gradient_and_hessian_are_derivatives(space, tied):
 
 
 def test_starts_are_different():
-    """No two starts are neighbours on the grid, and all converge to the same optimum."""
-    surface = Surface.of(*random_runs(60, 7, noise=0.01))
-    z = projected_starts(surface, 12)
-    assert len(z) == 12
-    apart = np.abs(np.log(z[:, None, [1, 3]] / z[None, :, [1, 3]])).max(2) + np.eye(12)
-    assert apart.min() > 0.3
-    found = surface.minimise(z, cold=True)
-    assert found.converged.all()
-    assert found.objective == pytest.approx(found.objective.min(), rel=1e-9)
+    """No two starts are neighbours on the grid."""
+    z = projected_starts(Surface.of(*random_runs(60, 7, noise=0.01)), 12)
+    apart = np.abs(np.log(z[:, None, [1, 3]] / z[None, :, [1, 3]])).max(2)
+    assert len(z) == 12 and (apart + np.eye(12)).min() > 0.3
 
 
 def test_a_failed_step_is_not_convergence():
@@ -260,47 +231,22 @@ def test_e_at_its_bound_is_refused():
     assert fit.law.E == 0 and fit.at_bound == ("E",)
 
 
-def test_a_fixed_e_is_below_the_lowest_loss():
-    """A law cannot reach a loss below its E: the error names both."""
-    N, D, loss = random_runs(30, 5, noise=0.01)
-    assert fit_parametric(N, D, loss, E=0.9 * loss.min()).law.E == 0.9 * loss.min()
-    for E in (loss.min(), 2 * loss.min()):
-        with pytest.raises(NotIdentified, match="E is fixed at .* below the lowest loss"):
-            fit_parametric(N, D, loss, E=E)
-
-
-@pytest.mark.parametrize("scale", [1e200, 1e-200])
-@pytest.mark.parametrize("space", ["log", "linear"])
-def test_extreme_losses_are_refused(scale, space):
-    """Their squares overflow floats: one line of error, for one row or all."""
-    N, D, loss = random_runs(30, 5, noise=0.01)
-    for rows in (slice(None), slice(3, 4)):
-        huge = loss.copy()
-        huge[rows] *= scale
-        with pytest.raises(NotIdentified, match="not nats per token"):
-            fit_parametric(N, D, huge, space=space)
-
-
 def test_an_optimum_reached_by_only_one_start_is_refused(monkeypatch):
     """If eleven of twelve starts end higher, the optimum is not confirmed."""
-    true = Surface.minimise
-
-    def scattered(self, z, **options):
-        found = true(self, z, **options)
-        found.objective[1:] *= 1 + 1e-6
-        return found
-
-    monkeypatch.setattr(Surface, "minimise", scattered)
+    surface = Surface.of(*random_runs(30, 5, noise=0.01))
+    found = surface.minimise(projected_starts(surface, 12), cold=True)
+    found.objective[1:] *= 1 + 1e-6
+    monkeypatch.setattr(Surface, "minimise", lambda *_, **__: found)
     with pytest.raises(NotIdentified, match="only 1 of 12 starts"):
-        fit_parametric(*random_runs(30, 5, noise=0.01))
+        fit_parametric(surface.N, surface.D, surface.loss)
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
-def test_invalid_numbers_are_refused(bad):
-    """The caller must drop them."""
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf, 1e200, 1e-200])
+def test_invalid_losses_are_refused(bad):
+    """The squares of the last two overflow floats."""
     N, D, loss = random_runs(10, 0)
     loss[3] = bad
-    with pytest.raises(ValueError, match="loss"):
+    with pytest.raises((ValueError, NotIdentified), match="loss"):
         fit_parametric(N, D, loss)
 
 
@@ -313,14 +259,3 @@ def test_kaplan_form_is_recovered():
     assert (fit.N_c, fit.D_c, fit.alpha_N, fit.alpha_D) == pytest.approx((6.4e13, 1.8e13, 0.076, 0.103), rel=1e-5)
     grid = isoflop_grid(BESIROGLU, np.geomspace(1e17, 1e21, 5), np.geomspace(0.1, 10, 7))
     assert fit_kaplan_form(*grid).objective > 1e-3 > fit_parametric(*grid).objective
-
-
-def test_a_hundred_thousand_rows():
-    """Memory is bounded: no array of size rows x starts x grid."""
-    rows = random_runs(100_000, 10, noise=0.01)
-    tracemalloc.start()
-    law = fit_parametric(*rows).law
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert law.alpha == pytest.approx(BESIROGLU.alpha, rel=0.02)
-    assert peak < 400e6

