@@ -134,6 +134,26 @@ def test_forecast():
     assert law.forecast(1e6, 2e7) is None
 
 
+def test_forecast_has_its_nominal_coverage(tmp_path):
+    """In 60 noisy sweeps, fitted and written to laws.json, 95% intervals at five times the largest budget contain the
+    run about 57 times, and 80% intervals about 48 times."""
+    rng, inside = np.random.default_rng(0), {80: 0, 95: 0}
+    N, D, exact = isoflop_grid(BESIROGLU, *GRID)
+    n, d = BESIROGLU.optimal(5e21)
+    for _ in range(60):
+        noisy = np.array(exact) * np.exp(0.003 * rng.standard_normal(len(exact)))
+        fit = fit_parametric(N, D, noisy, delta=math.inf)
+        laws = laws_json(None, None, fit.to_json(bootstrap(fit, replicates=100, verify=0)), META)
+        (tmp_path / "laws.json").write_text(laws_text(laws))
+        law = load_law(tmp_path / "laws.json")
+        assert law.noise == pytest.approx(0.003, rel=0.5)
+        reached = BESIROGLU.loss(n, d) * np.exp(0.003 * rng.standard_normal())
+        for level in inside:
+            low, high = law.forecast(n, d, level)
+            inside[level] += low < reached < high
+    assert 50 <= inside[95] and 38 <= inside[80] <= 56
+
+
 def test_what_is_not_identified_is_null_with_its_reason(write):
     """One budget: approaches 2 and 3 raise, and load_law repeats their reasons."""
     refused = [NotIdentified("no training curves")]
