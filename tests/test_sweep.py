@@ -294,8 +294,8 @@ def test_kept_results(whole, table, tmp_path):
 
 
 def test_trunk(table, sweeps):
-    """Cooldowns from a trunk, all processes killed twice: rows name their trunk, spend their own part only, and are bit-identical to
-    the run from scratch."""
+    """Cooldowns from a trunk, all processes killed twice: rows name their trunk, spend their own part only, and are
+    bit-identical to the run from scratch."""
     sweeps.write(table | {"kind": "trunk", "centre": [5e3, 7e3], "models": ["12x1"], "horizons": 3, "span": 4})
     for lines in (5, 100):
         sweeps.start_and_kill(lines)

@@ -21,7 +21,7 @@ KIND_HELP = (
 
 @dataclass(frozen=True)
 class Spec:
-    """The keys of a sweep file that train.py lacks. A help text starts with the kinds that use the key, if not all do."""
+    """The keys of a sweep file that train.py lacks. A help text starts with the kinds that use the key, if not all."""
 
     kind: str | None = opt(None, KIND_HELP, choices=KINDS)
     budgets: tuple[float, ...] = opt((), "training FLOPs, in the convention of --flops", above=0)
