@@ -26,7 +26,7 @@ from nanochin.base.cli import UserError, did_you_mean, opt, parse, run_command
 from nanochin.base.console import Progress, clock, count, format_columns
 from nanochin.base.files import write_file, writing
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, Config
-from nanochin.data.corpus import BPE_VOCAB, Corpus, prepare
+from nanochin.data.corpus import BPE_VOCAB, prepare
 from nanochin.data.tokenizer import Tokenizer, model_vocab
 from nanochin.report.kept import keep
 from nanochin.run.curves import CURVES, to_csv_gz
@@ -60,9 +60,12 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sweep = read_sweep(options.sweep, data=options.data, val=options.val)
     if options.dry_run and sweep.spec.corpus_tokens:  # without reading the text
-        corpus, vocab, tokens = None, expected_vocab(sweep), sweep.spec.corpus_tokens
+        vocab, tokens = expected_vocab(sweep), sweep.spec.corpus_tokens
     else:
-        corpus = read_corpus(sweep)
+        if sweep.base.data is None:
+            raise UserError(f"{sweep.path}: names no text; give --data, as to train.py")
+        with Progress() as progress:  # tokenise once, before the workers start
+            corpus = prepare(sweep.base, progress)
         vocab, tokens = model_vocab(corpus.tokenizer, sweep.base.vocab_size), len(corpus.train)
     cells = plan_cells(sweep, vocab, tokens)
     if options.dry_run:
@@ -87,15 +90,6 @@ def main() -> int:
     return code
 
 
-def read_corpus(sweep: Sweep) -> Corpus:
-    """The text, tokenised once before the workers start."""
-    base = sweep.base
-    if base.data is None:
-        raise UserError(f"{sweep.path}: names no text; give --data, as to train.py")
-    with Progress() as progress:
-        return prepare(base, progress)
-
-
 def expected_vocab(sweep: Sweep) -> int:
     """The vocabulary size that can be expected without reading the text."""
     if sweep.base.tokenizer == "bpe":
@@ -117,11 +111,10 @@ def only(cells: list[Cell], options: SweepOptions) -> list[Cell]:
     def value_of(cell: Cell, key: str):
         return cell.budget if key == "budget" else getattr(cell.config, key)
 
-    chosen = [
-        cell
-        for cell in cells
-        if all(any(_matches(value_of(cell, key), text) for text in texts) for key, texts in wanted.items())
-    ]
+    def matches(cell: Cell) -> bool:
+        return all(any(_equal(value_of(cell, key), text) for text in texts) for key, texts in wanted.items())
+
+    chosen = [cell for cell in cells if matches(cell)]
     if not chosen:
         found = {key: list(dict.fromkeys(value_of(cell, key) for cell in cells))[:9] for key in wanted}
         texts = {key: (f"{v:g}" if isinstance(v, float) else str(v) for v in values) for key, values in found.items()}
@@ -131,7 +124,7 @@ def only(cells: list[Cell], options: SweepOptions) -> list[Cell]:
     return [cell for cell in cells if cell.name in needed]
 
 
-def _matches(value, text: str) -> bool:
+def _equal(value, text: str) -> bool:
     try:
         return float(value) == float(text)
     except (TypeError, ValueError):
@@ -189,14 +182,13 @@ def plan_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: S
         ratio = f"{alone:.3g}, {alone / spent:.2f} times as many"
         said.append(f"in {trunks} trunks with their cooldowns; each run from scratch would be {ratio}")
     if sweep.spec.throughput:
-        hours = sum(seconds(sweep, cell, []) for cell in chosen) / 3600
+        hours = sum(row["hours"] for row in rows)
         shared = f", {hours / options.workers:.3g} with {options.workers}" if options.workers else ""
         said.append(
             f"{hours:.3g} hours of one worker{shared}, at {sweep.spec.throughput:g} FLOP/s and "
             f"{sweep.spec.step_seconds:g} s a step ({sweep.spec.assumes or 'assumed'})"
         )
-    most = max(row["epochs"] for row in rows)
-    said.append(f"text of {count(corpus_tokens)} tokens, seen at most {most:.2g} times")
+    said.append(f"text of {count(corpus_tokens)} tokens, seen at most {max(row['epochs'] for row in rows):.2g} times")
     if sweep.spec.extend:
         said.append(f"up to {sweep.spec.extend_limit} more sizes for a budget whose minimum is at an edge")
     return format_columns(lines) + "\n\n" + "\n".join(said)
@@ -217,8 +209,7 @@ def train_all(
     sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore, options: SweepOptions, corpus_tokens: float
 ) -> None:
     """Train the runs without an outcome, and the sizes that `extend` adds. Raises UserError if the sweep must stop."""
-    folder, queue = store.folder, Queue(store, options.retry_failed)
-    queue.add(cells)
+    folder, queue = store.folder, Queue(store, cells, options.retry_failed)
     view, pool = View(queue), None
     duration = functools.partial(seconds, sweep, cells=queue.cells)
     try:
@@ -328,8 +319,7 @@ def extend(sweep: Sweep, queue: Queue, vocab: int) -> list[Cell]:
 
 def stored(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> Queue:
     """All cells, with those that `extend` added, and their outcomes on disk."""
-    queue = Queue(store)
-    queue.add(cells)
+    queue = Queue(store, cells)
     extend(sweep, queue, vocab)
     return queue
 
@@ -393,7 +383,9 @@ def finish(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> int:
         if sweep.spec.kind == "grid":
             print(best_of_grid(ordered, outcomes))
         elif len(rows) == len(ordered) and not fitted(folder, table):
-            return fit(folder, sweep.spec.bootstrap)
+            argv = [str(ROOT / "fit.py"), str(folder), "--out", str(folder), f"--bootstrap={sweep.spec.bootstrap}"]
+            code = subprocess.run([sys.executable, *argv]).returncode
+            return 0 if code == UserError.code else code  # fit.py has said why these runs give no law
         elif (folder / "report.html").exists():
             print(f"{folder}/report.html")
     return 0
@@ -441,13 +433,6 @@ def fitted(folder: Path, table: bytes) -> bool:
         return json.loads((folder / "laws.json").read_text())["meta"]["sha256"] == hashlib.sha256(table).hexdigest()
     except (OSError, ValueError, KeyError, TypeError):  # missing, or not ours
         return False
-
-
-def fit(folder: Path, bootstrap: int) -> int:
-    """Run fit.py on the sweep's folder -> exit code."""
-    command = [sys.executable, str(ROOT / "fit.py"), str(folder), "--out", str(folder), f"--bootstrap={bootstrap}"]
-    code = subprocess.run(command).returncode
-    return 0 if code == UserError.code else code  # fit.py has said why these runs give no law; the rows are written
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """sweep.py with real processes: killed, two at once, with failing runs; the rows must not change."""
 
 import csv
-import hashlib
 import json
 import os
 import resource
@@ -38,29 +37,18 @@ def table(text, cache) -> dict:
 def test_view(monkeypatch):
     """A run in progress counts by its share, also before it is resumed; a failed run does not count. The time left is
     by the FLOPs since the sweep started, the ETA of a run by its progress since it was resumed."""
-    cells = [SimpleNamespace(name=name, spent=100.0, is_trunk=False, trunk=None) for name in "abcd"]
-    progress, now = {"a": 0.4, "b": 0.0, "c": 0.0, "d": 0.7}, [0.0]
-    found = SimpleNamespace(cells=cells, outcomes={"c": Outcome({"loss": 1.0}), "d": Outcome(reason="it diverged")},
-                            running={},
-                            store=SimpleNamespace(progress=lambda cell: (progress[cell.name], 2.5)),
-                            is_open=lambda cell: cell.name in "ab")  # fmt: skip
+    cells = [SimpleNamespace(name=name, spent=100.0, is_trunk=False) for name in "abcd"]
+    progress, now = {"a": 0.4, "b": 0.0, "d": 0.7}, [0.0]
+    found = SimpleNamespace(cells=cells, running={}, is_open=lambda cell: cell.name in "ab")
+    found.store = SimpleNamespace(progress=lambda cell: (progress[cell.name], 2.5))
+    found.outcomes = {"c": Outcome({"loss": 1.0}), "d": Outcome(reason="it diverged")}
     monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
     view = sweep.View(found)
-    assert view.spent() == (140.0, 300.0) and "time left not known yet" in view.text()
+    assert view.spent() == (140.0, 300.0)
     found.running["a"], now[0] = 10.0, 10.0
     view.text()
     progress["a"], now[0] = 0.5, 20.0
-    assert view.text() == ("2 of 4 runs done (1 failed), 150 of 300 FLOPs, 0:20, 5:00 left\n"
-                           "  a  50% loss 2.500 ETA 0:50")  # fmt: skip
-
-
-def test_fitted(tmp_path):
-    """laws.json counts only if it was fitted to exactly these rows: a sweep killed before its fit fits when rerun."""
-    assert not sweep.fitted(tmp_path, b"rows")
-    (tmp_path / "laws.json").write_text("{}")
-    assert not sweep.fitted(tmp_path, b"rows")
-    (tmp_path / "laws.json").write_text(json.dumps({"meta": {"sha256": hashlib.sha256(b"rows").hexdigest()}}))
-    assert sweep.fitted(tmp_path, b"rows") and not sweep.fitted(tmp_path, b"more rows")
+    assert all(words in view.text() for words in ("2 of 4", "1 failed", "150 of 300", "5:00 left", "ETA 0:50"))
 
 
 class Sweeps:
@@ -68,31 +56,30 @@ class Sweeps:
 
     def __init__(self, folder: Path, table: dict, name: str = "some"):
         folder.mkdir(exist_ok=True)
-        self.folder, self.name, self.file = folder, name, folder / f"{name}.toml"
+        self.folder, self.file, self.out = folder, folder / f"{name}.toml", folder / "out" / name
         self.write(table)
 
     def write(self, table: dict) -> None:
         self.file.write_text(toml(table))
 
-    @property
-    def out(self) -> Path:
-        return self.folder / "out" / self.name
-
     def start(self, *argv: str, **options) -> subprocess.Popen:
-        command = [sys.executable, str(ROOT / "sweep.py"), str(self.file), "--out", str(self.folder / "out"),
-                   "--results", str(self.folder / "results"), *argv]  # fmt: skip
-        return subprocess.Popen(command, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                **options)  # fmt: skip
+        command = [sys.executable, ROOT / "sweep.py", self.file, "--out=out", "--results=results", *argv]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=self.folder, **pipes, **options)
 
     def run(self, *argv: str, code: int = 0, workers: int = 1, **options) -> str:
         """Run the command to its end -> stdout; stderr if it fails. A second worker loads longer than it trains."""
-        process = self.start(f"--workers={workers}", *argv, **options)
+        out, err = self.end(self.start(f"--workers={workers}", *argv, **options), code)
+        return err if code else out
+
+    def end(self, process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
+        """(stdout, stderr) of a command that must end with `code`."""
         try:
             out, err = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()
         assert process.returncode == code, (out, err, self.log())
-        return err if code else out
+        return out, err
 
     def log(self) -> str:
         path = self.out / "workers.log"
@@ -103,32 +90,22 @@ class Sweeps:
         words = [line.split() for line in self.log().splitlines() if line.startswith("worker ")]
         return [word[2] for word in words if word[3] == "finished," and float(word[4]) > 0.1]
 
-    def rows(self) -> list[dict]:
-        with open(self.out / "runs.csv", newline="") as file:
+    def rows(self, table: str = "runs.csv") -> list[dict]:
+        with open(self.out / table, newline="") as file:
             return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
-    def curves(self) -> dict[str, list[dict]]:
-        """The logs of all runs, without times."""
-        timed = ("tokens_per_s", "mfu")
-        return {path.parent.name: [{k: v for k, v in json.loads(line).items() if k not in timed}
-                                   for line in path.read_text().splitlines()]
-                for path in sorted(self.out.glob("runs/*/log.jsonl"))}  # fmt: skip
-
-    def wait_for(self, process: subprocess.Popen, moment) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not moment():
+    def started(self, lines: int, process: subprocess.Popen | None = None) -> subprocess.Popen:
+        """A sweep of two workers, when the logs of its runs have so many lines."""
+        process, deadline = process or self.start("--workers=2"), time.monotonic() + PATIENCE
+        while sum(path.read_text().count("\n") for path in self.out.glob("runs/*/log.jsonl")) <= lines:
             assert process.poll() is None, (process.communicate(), self.log())
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        return process
 
-    def lines(self) -> int:
-        """Lines in all logs."""
-        return sum(len(path.read_text().splitlines()) for path in self.out.glob("runs/*/log.jsonl"))
-
-    def start_and_kill(self, moment) -> None:
-        """kill -9 of a sweep and its workers at once, at `moment`."""
-        process = self.start("--workers", "2")
-        self.wait_for(process, moment)
+    def start_and_kill(self, lines: int) -> None:
+        """kill -9 of a sweep and its workers at once."""
+        process = self.started(lines)
         victims = [process.pid, *children(process.pid)]
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
@@ -172,39 +149,32 @@ def wait_until_gone(pids: list[int], patience: float) -> None:
         time.sleep(0.02)
 
 
-def same(sweeps: Sweeps, whole: Sweeps) -> None:
+def same(sweeps: Sweeps, whole: Sweeps, rerun: bool = True) -> None:
+    """The same command completes a sweep, with the same rows."""
+    if rerun:
+        sweeps.run()
     assert sweeps.rows() == whole.rows()
-    assert sweeps.curves() == whole.curves()
     assert (sweeps.out / CURVES).read_bytes() == (whole.out / CURVES).read_bytes()
     assert not list(sweeps.out.rglob("*.tmp"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Undisturbed
-
-
-def test_rows(whole, table):
-    """One row per run, in the order of the plan, with its budget spent and the numbers of its summary."""
+def test_rows(whole):
+    """One row per run, in the order of the plan, with its budget spent and the numbers of its summary. On a finished
+    sweep the command starts no worker and leaves the rows as they are."""
     rows = whole.rows()
     assert [row["run"] for row in rows] == ["4e8-12x1-s0", "4e8-16x1-s0", "8e8-12x1-s0", "8e8-16x1-s0"]
     for row in rows:
         summary = json.loads((whole.out / "runs" / row["run"] / "summary.json").read_text())
-        assert row["status"] == "finished" and row["kind"] == "isoflop" and row["trunk"] == ""
+        assert (row["status"], row["kind"], row["trunk"]) == ("finished", "isoflop", "")
         assert float(row["loss"]) == summary["loss"] and float(row["flops"]) == summary["flops"]
         assert float(row["flops"]) / float(row["budget"]) == pytest.approx(1, abs=0.01)
         assert float(row["flops_spent"]) == float(row["flops"])
-    with open(whole.out / "plan.csv", newline="") as file:
-        plan = list(csv.DictReader(file))
-    assert [(row["run"], row["params"], row["tokens"]) for row in plan] == [
-        (row["run"], row["params"], row["tokens"]) for row in rows]  # fmt: skip
-
-
-def test_again(whole):
-    """On a finished sweep the command starts no worker and leaves the rows as they are."""
+    for planned, row in zip(whole.rows("plan.csv"), rows, strict=True):
+        assert all(planned[key] == row[key] for key in ("run", "params", "tokens", "lr", "seed"))
     before, log = (whole.out / "runs.csv").read_bytes(), whole.log()
-    assert sorted(whole.trained()) == sorted(row["run"] for row in whole.rows())
-    said = whole.run()
-    assert "starting workers" not in said and (whole.out / "runs.csv").read_bytes() == before and whole.log() == log
+    assert sorted(whole.trained()) == sorted(row["run"] for row in rows)
+    assert "starting workers" not in whole.run()
+    assert (whole.out / "runs.csv").read_bytes() == before and whole.log() == log
 
 
 def test_same_as_train(whole, table, command, tmp_path):
@@ -216,22 +186,19 @@ def test_same_as_train(whole, table, command, tmp_path):
                    "--name=alone", "--sample-tokens=0")  # fmt: skip
     assert done.returncode == 0, done.stderr
     alone = json.loads((tmp_path / "alone" / "summary.json").read_text())
-    assert {key: str(alone[key]) for key in ("loss", "val_bpb", "lr", "flops", "beta2")} == {
-        key: row[key] for key in ("loss", "val_bpb", "lr", "flops", "beta2")}  # fmt: skip
+    assert all(str(alone[key]) == row[key] for key in ("loss", "val_bpb", "lr", "flops", "beta2"))
 
 
-def test_dry_run_without_torch(sweeps, table):
+def test_dry_run_without_torch(sweeps, command):
     """--dry-run prints the plan without importing torch, and writes nothing."""
-    code = ("import sys, sweep; sys.argv[1:] = [sys.argv[1], '--dry-run']; code = sweep.main(); "
-            "sys.exit(code or 'torch' in sys.modules)")  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code, str(sweeps.file)], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    code = "import sys, sweep; sys.argv.append('--dry-run'); sys.exit(sweep.main() or 'torch' in sys.modules)"
+    done = command("-c", code, sweeps.file)
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in ("4e8-12x1-s0", "epochs", "physical", "kaplan", "D/N"))
     assert not sweeps.out.exists()
 
 
-def test_only(whole, sweeps, table):
+def test_only(whole, sweeps):
     """--only trains the selected runs; without it the rest follows, and the rows are the same."""
     said = sweeps.run("--only", "budget=8e8", "model=16x1")
     assert [row["run"] for row in sweeps.rows()] == ["8e8-16x1-s0"] and f"1 of {RUNS} runs done" in said
@@ -239,49 +206,30 @@ def test_only(whole, sweeps, table):
     assert status[0] == f"1 of {RUNS} runs done" and status[-1].split()[:2] == ["8e8-16x1-s0", "finished"]
     either = sweeps.run("--only", "budget=8e8", "model=16x1", "model=12x1", "--dry-run")
     assert "8e8-16x1-s0" in either and "8e8-12x1-s0" in either and either.count("\n8e8-") == 2
-    rejected = {"budget=7": "budget is 4e+08, 8e+08", "modle=16x1": "did you mean model=?", "8e8": "--only 8e8: "}
-    for text, words in rejected.items():
-        assert words in sweeps.run("--only", text, code=2)
-    sweeps.run()
+    for text, words in {"budget=7": "4e+08, 8e+08", "modle=16x1": "model=?", "8e8": "--only 8e8: "}.items():
+        assert words in sweeps.run("--only", text, "--dry-run", code=2)
     same(sweeps, whole)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Killed
 
 
 def test_sweep_killed(whole, sweeps):
     """kill -9 of the sweep alone: its workers save and exit within seconds; the same command completes it."""
-    process = sweeps.start("--workers", "2")
-    sweeps.wait_for(process, lambda: sweeps.lines() > 20)
+    process = sweeps.started(20)
     workers = children(process.pid)
     assert len(workers) == 2
     process.kill()
     process.communicate()
     wait_until_gone(workers, 15)
     assert not (sweeps.out / "runs.csv").exists()
-    sweeps.run()
     same(sweeps, whole)
 
 
 def test_worker_killed(whole, sweeps):
     """kill -9 of both workers, one after the other: the sweep replaces them and ends with the same rows."""
-    process = sweeps.start("--workers", "2")
+    process = sweeps.start("--workers=2")
     for lines in (20, 150):
-        sweeps.wait_for(process, lambda lines=lines: sweeps.lines() > lines and children(process.pid))
-        os.kill(children(process.pid)[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, (out, err)
-    same(sweeps, whole)
-
-
-@pytest.mark.slow
-def test_all_killed_again_and_again(whole, sweeps):
-    """kill -9 of sweep and workers at once, three times: the same rows."""
-    for lines in (5, 100, 300):
-        sweeps.start_and_kill(lambda lines=lines: sweeps.lines() > lines)
-    sweeps.run()
-    same(sweeps, whole)
+        os.kill(children(sweeps.started(lines, process).pid)[0], signal.SIGKILL)
+    sweeps.end(process)
+    same(sweeps, whole, rerun=False)
 
 
 @pytest.mark.parametrize("number, code", [
@@ -289,14 +237,12 @@ def test_all_killed_again_and_again(whole, sweeps):
 ])  # fmt: skip
 def test_signalled(whole, sweeps, number, code):
     """SIGTERM and SIGINT save the runs in progress and end all processes; the same command resumes them."""
-    process = sweeps.start("--workers", "2")
-    sweeps.wait_for(process, lambda: sweeps.lines() > 20)
+    process = sweeps.started(20)
     workers = children(process.pid)
     process.send_signal(number)
-    out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == code and "Traceback" not in err and "rerun the same command to resume" in out
+    out, err = sweeps.end(process, code)
+    assert "Traceback" not in err and "rerun the same command to resume" in out
     assert all(map(gone, workers))
-    sweeps.run()
     same(sweeps, whole)
 
 
@@ -304,14 +250,9 @@ def test_two_sweeps(whole, sweeps):
     """Two sweeps on one folder share the runs: both succeed, and each run is trained once."""
     processes = [sweeps.start("--workers", "1") for _ in range(2)]
     for process in processes:
-        out, err = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, (out, err, sweeps.log())
+        sweeps.end(process)
     assert sorted(sweeps.trained()) == sorted(row["run"] for row in whole.rows())
-    same(sweeps, whole)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Failed and rejected
+    same(sweeps, whole, rerun=False)
 
 
 def test_failed_runs(sweeps, table):
@@ -329,75 +270,38 @@ def test_failed_runs(sweeps, table):
     assert sweeps.log().count(" failed, ") == log.count(" failed, ") + 1 and sweeps.rows() == rows
 
 
-def test_changed_sweep_file(whole, table, tmp_path):
-    """Another option for runs that exist is rejected by name and value, or another text; fewer budgets are fine."""
-    sweeps = Sweeps(tmp_path / "sweep", table | {"beta1": 0.8})
-    shutil.copytree(whole.out, sweeps.out)
-    line = sweeps.run(code=2)
-    assert "beta1 = 0.9, the sweep now asks for 0.8" in line and line.count("\n") == 1 and "4e8-12x1-s0" in line
-    sweeps.write(table | {"budgets": [4e8]})
-    sweeps.run()
-    assert [row["run"] for row in sweeps.rows()] == [row["run"] for row in whole.rows()[:2]]
-    text = tmp_path / "other.txt"
-    text.write_text(Path(table["data"][0]).read_text() + "One more sentence.")
-    sweeps.write(table | {"data": [str(text)]})
-    line = sweeps.run(code=2)
-    assert "data_sha = " in line and line.count("\n") == 1
-
-
 def test_full_disk(whole, sweeps):
     """A full disk stops the sweep in one line with exit code 1; no run counts as failed, and with free space the same
     command completes it."""
     line = sweeps.run(code=1, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384)))
     assert "cannot write" in line and line.count("\n") == 1
     assert not list(sweeps.out.rglob("failed.json"))
-    sweeps.run()
     same(sweeps, whole)
 
 
 def test_kept_results(whole, table, tmp_path):
-    """Rows in results/ count as done: no worker is started, and rows and curves are the same to the byte, also if an
-    older version kept the logs. Rows of other options are rejected, of another text ignored."""
+    """Rows in results/ count as done: no worker is started, and rows and curves are the same to the byte."""
     sweeps = Sweeps(tmp_path / "sweep", table)
     kept = tmp_path / "sweep" / "results" / "some"
     whole.run("--keep")
     shutil.move(whole.folder / "results", sweeps.folder / "results")
     assert sorted(path.name for path in kept.rglob("*")) == ["README.md", CURVES, "plan.csv", "runs.csv"]
-    command = f"python sweep.py {whole.file}\npython fit.py"
-    assert command in (kept / "README.md").read_text() and f"- {RUNS} runs" in (kept / "README.md").read_text()
-    said = sweeps.run("--status")
-    assert f"{RUNS} of {RUNS} runs done" in said and said.count("finished") == RUNS and not sweeps.out.exists()
+    assert f"python sweep.py {whole.file}\npython fit.py" in (kept / "README.md").read_text()
+    assert sweeps.run("--status").count("finished") == RUNS and not sweeps.out.exists()
     assert "starting workers" not in sweeps.run()
-    for old in (False, True):
-        if old:
-            (kept / CURVES).unlink()
-            for log in whole.out.glob("runs/*/log.jsonl"):
-                (kept / "runs" / log.parent.name).mkdir(parents=True)
-                shutil.copy(log, kept / "runs" / log.parent.name)
-            assert "starting workers" not in sweeps.run()
-        for name in ("runs.csv", CURVES):
-            assert (sweeps.out / name).read_bytes() == (whole.out / name).read_bytes()
-        shutil.rmtree(sweeps.folder / "out")
-    sweeps.write(table | {"beta1": 0.8})
-    assert "was run with other options" in sweeps.run(code=2)
-    sweeps.write(table | {"val_bytes": 8192})
-    assert sweeps.run("--status").count("waiting") == RUNS
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Trunks
+    for name in ("runs.csv", CURVES):
+        assert (sweeps.out / name).read_bytes() == (whole.out / name).read_bytes()
 
 
 def test_trunk(table, sweeps):
-    """Cooldowns from a trunk, killed once: rows name their trunk, spend their own part only, and are bit-identical to
-    the run from scratch."""
-    keys = {"kind": "trunk", "centre": [5e3, 7e3], "models": ["12x1"], "horizons": 3, "span": 4}
-    sweeps.write(table | keys)
-    sweeps.start_and_kill(lambda: sweeps.lines() > 100)
+    """Cooldowns from a trunk, all processes killed twice: rows name their trunk, spend their own part only, and are
+    bit-identical to the run from scratch."""
+    sweeps.write(table | {"kind": "trunk", "centre": [5e3, 7e3], "models": ["12x1"], "horizons": 3, "span": 4})
+    for lines in (5, 100):
+        sweeps.start_and_kill(lines)
     sweeps.run()
     rows = sweeps.rows()
-    assert len(rows) == 3 and {row["trunk"] for row in rows} == {"trunk-12x1-s0"}
-    assert {row["kind"] for row in rows} == {"trunk"} and {row["schedule"] for row in rows} == {"wsd"}
+    assert [(row["trunk"], row["kind"], row["schedule"]) for row in rows] == [("trunk-12x1-s0", "trunk", "wsd")] * 3
     assert all(0.15 < float(row["flops_spent"]) / float(row["flops"]) < 0.25 for row in rows)
     assert sweeps.trained().count("trunk-12x1-s0") == 1
     assert list(read_csv_gz(sweeps.out / CURVES)) == [*(row["run"] for row in rows), "trunk-12x1-s0"]
@@ -409,15 +313,11 @@ def test_trunk(table, sweeps):
     assert scratch.rows()[0]["loss"] == rows[0]["loss"] and scratch.rows()[0]["tokens"] == rows[0]["tokens"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From text to law
-
-
 def test_smoke(tmp_path):
     """sweeps/smoke.toml, killed and rerun: every budget, perhaps with sizes added, and then the fit."""
     sweeps = Sweeps(tmp_path / "sweep", {}, "smoke")
     shutil.copyfile(ROOT / "sweeps" / "smoke.toml", sweeps.file)
-    sweeps.start_and_kill(lambda: len(list(sweeps.out.glob("runs/*/summary.json"))) > 2)
+    sweeps.start_and_kill(700)  # when some have finished
     said = sweeps.run(workers=2)
     rows = sweeps.rows()
     assert len(rows) >= 12 and {row["status"] for row in rows} == {"finished"}
@@ -428,4 +328,3 @@ def test_smoke(tmp_path):
     assert "laws.json, report.html" not in again and "adding" not in again
     (sweeps.out / "laws.json").write_text((sweeps.out / "laws.json").read_text().replace(laws["meta"]["sha256"], "0"))
     assert "laws.json, report.html" in sweeps.run()
-    assert "</html>" in (sweeps.out / "report.html").read_text()

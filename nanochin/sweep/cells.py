@@ -38,11 +38,8 @@ class Cell:
 
     def digest(self, data_sha: str, val_sha: str) -> str:
         """Hash of the options that the sweep sets for the run, and of its text: equal hash, equal run."""
-        decided = {
-            f.name: value
-            for f in fields(Config)
-            if f.metadata["result"] and (value := getattr(self.config, f.name)) != f.default
-        }
+        options = [f for f in fields(Config) if f.metadata["result"]]
+        decided = {f.name: value for f in options if (value := getattr(self.config, f.name)) != f.default}
         known = json.dumps([decided, data_sha, val_sha], sort_keys=True)
         return hashlib.sha256(known.encode()).hexdigest()[:16]
 
@@ -60,9 +57,8 @@ def plan_cells(sweep: Sweep, vocab_size: int, corpus_tokens: float | None = None
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{sweep.path}: two cells would be named {min(twice)}; make their options differ")
     most = sweep.spec.max_epochs
-    for cell in cells:
-        if most and corpus_tokens and cell.plan.tokens > most * corpus_tokens:
-            epochs = cell.plan.tokens / corpus_tokens
+    for cell in cells if most and corpus_tokens else ():
+        if (epochs := cell.plan.tokens / corpus_tokens) > most:
             raise UserError(
                 f"{sweep.path}: {cell.name} would train for {epochs:.2g} epochs, max_epochs is {most:g}; "
                 "use more text, fewer small sizes or a smaller budget"
@@ -86,8 +82,10 @@ def extend_budgets(sweep: Sweep, cells: list[Cell], losses: dict[str, float | No
                 continue
             if side := open_side(group, losses):
                 edge = side * max(side * math.log(N) for N in tried.values())
-                sizes = {shape: math.log(count_params(shape).total) for shape in build.affordable(budget)}
-                target = edge + side * build.spacing()
+                shapes = ladder.affordable(build.make, budget, build.base.flops, build.base.batch_tokens)
+                sizes = {shape: math.log(count_params(shape).total) for shape in shapes}
+                intervals = sweep.spec.sizes - 1
+                target = edge + side * (2 * math.log(sweep.spec.spread) / intervals if intervals else math.log(1.5))
                 beyond = {shape: abs(size - target) for shape, size in sizes.items() if side * (size - edge) > 0}
                 if beyond:
                     shape = min(beyond, key=beyond.get)
@@ -134,17 +132,12 @@ class _Builder:
         self.law = load_law(base.law, base.law_approach) if base.law else BESIROGLU
         self.make = shape_maker(base, vocab_size, base.seq_len)
 
-    # Sizes
-
-    def affordable(self, budget: float) -> dict[Shape, float]:
-        return ladder.affordable(self.make, budget, self.base.flops, self.base.batch_tokens)
-
     def centres(self) -> list[float]:
         """The expected optimal N of each budget."""
+        if self.spec.centre:
+            return list(self.spec.centre)
         options = {"law": self.law, "convention": self.base.flops, "batch_tokens": self.base.batch_tokens}
-        budgets = () if self.spec.centre else self.spec.budgets
-        best = [ladder.plan(self.make, budget=budget, **options) for budget in budgets]
-        return list(self.spec.centre) or [plan.params.total for plan in best]
+        return [ladder.plan(self.make, budget=budget, **options).params.total for budget in self.spec.budgets]
 
     def isoflop_shapes(self, budget: float, centre: float) -> list[Shape]:
         batch = self.base.batch_tokens
@@ -157,15 +150,9 @@ class _Builder:
         options = {"sizes": self.spec.sizes, "convention": self.base.flops, "batch_tokens": batch}
         return [plan.shape for plan in ladder.isoflop(self.make, budget, centre=centre, spread=spread, **options)]
 
-    def spacing(self) -> float:
-        """The distance in log N between planned sizes."""
-        return 2 * math.log(self.spec.spread) / (self.spec.sizes - 1) if self.spec.sizes > 1 else math.log(1.5)
-
     def named_shapes(self) -> list[Shape]:
         """The sizes that the sweep file names in `models`."""
         return [self.make(*parse_model(model)) for model in self.spec.models]
-
-    # Plans and cells
 
     def plan(self, shape: Shape, budget: float | None = None, tokens: float | None = None, **fixed) -> ladder.Plan:
         """The plan of this shape by the rules, times this variant's multiples."""
@@ -181,15 +168,16 @@ class _Builder:
             given["warmup_tokens"] = plan.warmup_tokens * self.times["warmup_times"]
         return ladder.plan(self.make, model=model, **cost, **given)
 
-    def cell(self, stem: str, plan: ladder.Plan, seed: int, budget: float | None = None, **more) -> Cell:
-        """`more`: trunk, step, is_trunk of the cell, and options of its Config."""
-        place = {key: more.pop(key) for key in ("trunk", "step", "is_trunk") if key in more}
-        config = dataclasses.replace(
-            self.base, model=str(plan.shape), tokens=float(plan.tokens), batch_tokens=plan.batch_tokens, lr=plan.lr,
-            warmup_tokens=float(plan.warmup_tokens), beta2=plan.beta2, seed=seed, name=f"{stem}{self.label}-s{seed}",
-            keep=1, sample_tokens=0, **more)  # fmt: skip
-        spent = plan.flops["physical"] * (1 - place.get("step", 0) / plan.steps)
-        return Cell(config.name, self.spec.kind, config, plan, budget, spent, varied=self.label, **place)
+    def cell(
+        self, stem: str, plan: ladder.Plan, seed: int, budget=None, trunk=None, step=0, is_trunk=False, **options
+    ) -> Cell:
+        """`options`: more options of the run."""
+        options |= {key: getattr(plan, key) for key in ("batch_tokens", "lr", "beta2")}
+        options |= {"tokens": float(plan.tokens), "warmup_tokens": float(plan.warmup_tokens)}
+        name = f"{stem}{self.label}-s{seed}"
+        options |= {"model": str(plan.shape), "seed": seed, "name": name, "keep": 1, "sample_tokens": 0}
+        config, spent = dataclasses.replace(self.base, **options), plan.flops["physical"] * (1 - step / plan.steps)
+        return Cell(name, self.spec.kind, config, plan, budget, spent, trunk, step, is_trunk, self.label)
 
     def isoflop_cell(self, budget: float, shape: Shape, seed: int) -> Cell:
         return self.cell(f"{_short(budget)}-{shape}", self.plan(shape, budget), seed, budget)

@@ -4,13 +4,12 @@ A sweep file is TOML: keys of `Spec`, and options of train.py. An option that ta
 sweep takes the product of all lists (or, with `vary = "one"`, one list at a time).
 """
 
-import dataclasses
 import tomllib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import get_origin, get_type_hints
 
-from nanochin.base.cli import UserError, did_you_mean, opt, parse
+from nanochin.base.cli import UserError, did_you_mean, opt, parse, value_type
 from nanochin.config import Config
 
 KINDS = ("isoflop", "horizons", "trunk", "grid")
@@ -22,7 +21,7 @@ KIND_HELP = (
 
 @dataclass(frozen=True)
 class Spec:
-    """The keys of a sweep file that are not options of train.py. A help text starts with the kinds that use the key."""
+    """The keys of a sweep file that train.py lacks. A help text starts with the kinds that use the key, if not all."""
 
     kind: str | None = opt(None, KIND_HELP, choices=KINDS)
     budgets: tuple[float, ...] = opt((), "training FLOPs, in the convention of --flops", above=0)
@@ -44,9 +43,7 @@ class Spec:
     batch_times: tuple[float, ...] = opt((1.0,), "multiples of the batch by rule", above=0)
     warmup_times: tuple[float, ...] = opt((1.0,), "multiples of the warm-up by rule", low=0)
     vary: str = opt(
-        "product",
-        "lists: their product, or one at a time with the first value of the others",
-        choices=("product", "one"),
+        "product", "lists: their product, or one at a time with the first of the others", choices=("product", "one")
     )
     bootstrap: int = opt(4000, "bootstrap replicates of the fit at the end", low=0)
     max_epochs: float | None = opt(None, "reject cells that repeat the text more often", above=0)
@@ -72,7 +69,7 @@ class Sweep:
     name: str
     spec: Spec
     base: Config
-    lists: dict[str, tuple] = field(default_factory=dict)
+    lists: dict[str, tuple]
 
 
 def read_sweep(path: str | Path, **overrides) -> Sweep:
@@ -103,31 +100,25 @@ def read_sweep(path: str | Path, **overrides) -> Sweep:
         if isinstance(value, list) and (key in SINGLE or (key in own and key not in many)):
             raise UserError(f"{path}: {key}: expected one value, not a list")
 
-    lists = {key: value for key, value in table.items() if key not in own | many and isinstance(value, list)}
-    scalars = {key: value for key, value in table.items() if key not in own and key not in lists}
     spec = _parse(Spec, {key: value for key, value in table.items() if key in own}, path)
-    base = _parse(Config, scalars, path)
-    lists = {
-        key: tuple(getattr(_parse(Config, {key: value}, path), key) for value in values)
-        for key, values in lists.items()
-    }
+    options, lists = {}, {}
+    for key, value in table.items():
+        if isinstance(value, list) and key not in own | many:
+            lists[key] = tuple(getattr(_parse(Config, {key: each}, path), key) for each in value)
+        elif key not in own:
+            options[key] = value
+    base = _parse(Config, options, path)
     _validate(spec, base, path)
     for f in fields(Spec):
-        if f.name in table and spec.kind not in (kinds := _kinds(f)):
+        kinds = f.metadata["help"].partition(": ")[0].split(", ")
+        if f.name in table and f.name != "kind" and set(kinds) <= set(KINDS) and spec.kind not in kinds:
             raise UserError(f"{path}: {f.name}: only for kind {' or '.join(kinds)}, but this sweep is {spec.kind}")
     return Sweep(str(path), Path(path).stem, spec, base, lists)
 
 
-def _kinds(f: dataclasses.Field) -> tuple[str, ...]:
-    """The kinds that use a key of Spec: those at the start of its help text, else all."""
-    named = tuple(f.metadata["help"].partition(": ")[0].split(", "))
-    return named if f.name != "kind" and set(named) <= set(KINDS) else KINDS
-
-
 def _tuples(cls) -> set[str]:
     """Options that take several values."""
-    hints = get_type_hints(cls)
-    return {name for name, hint in hints.items() if any(get_origin(arm) is tuple for arm in (hint, *get_args(hint)))}
+    return {name for name, hint in get_type_hints(cls).items() if get_origin(value_type(hint)) is tuple}
 
 
 def _parse(cls, table: dict, path):
@@ -145,9 +136,7 @@ def _validate(spec: Spec, base: Config, path) -> None:
             raise UserError(f"{path}: {message}")
 
     need(spec.kind is not None, f"kind: missing; one of {', '.join(KINDS)}")
-    need(
-        base.seq_len is not None, "seq_len: missing; it has no default in a sweep, which must not depend on the device"
-    )
+    need(base.seq_len is not None, "seq_len: missing; its default depends on the device")
     need(bool(spec.budgets), "budgets: missing; training FLOPs, such as [1e11, 1e12]")
     need(not spec.centre or len(spec.centre) == len(spec.budgets), "centre: one number for each of budgets")
     for key in ("budgets", "seeds", "models"):

@@ -107,13 +107,15 @@ class RunStore:
         trained here, else as kept with the rows (older results have logs)."""
         finished = [row for row in rows if row.status == "finished"]
         runs = dict.fromkeys([*(row.run for row in finished), *(row.trunk for row in finished if row.trunk)])
-        ours = {run: log_points(folder) for run in runs if ((folder := self.run_folder(run)) / "log.jsonl").exists()}
-        kept = {}
-        if len(ours) < len(runs) and (self.results / CURVES).exists():
-            kept = read_csv_gz(self.results / CURVES)
-        elif len(ours) < len(runs):
-            kept = {log.parent.name: log_points(log.parent) for log in self.results.glob("runs/*/log.jsonl")}
-        return {run: ours[run] if run in ours else kept.get(run, []) for run in runs}
+
+        def logged(folder: Path) -> Curves:
+            folders = {run: folder / "runs" / run for run in runs}
+            return {run: log_points(path) for run, path in folders.items() if (path / "log.jsonl").exists()}
+
+        curves, kept = logged(self.folder), self.results / CURVES
+        if len(curves) < len(runs):
+            curves = (read_csv_gz(kept) if kept.exists() else logged(self.results)) | curves
+        return {run: curves.get(run, []) for run in runs}
 
     def progress(self, cell: Cell) -> tuple[float, float | None]:
         """(share of the run that is done, last training loss), from its log."""
@@ -130,13 +132,15 @@ class RunStore:
 class Queue:
     """The runs of a sweep: to be trained, in training, and those that have an outcome."""
 
-    def __init__(self, store: RunStore, retry_failed: bool = False):
+    def __init__(self, store: RunStore, cells: list[Cell], retry_failed: bool = False):
+        """Raises UserError as `add` does."""
         self.store, self.retry = store, retry_failed
         self.cells: list[Cell] = []
         self.outcomes: dict[str, Outcome] = {}
         self.running: dict[str, float] = {}  # time of the start
         self.busy: dict[str, float] = {}  # in another process: time of the next look
         self.deaths: Counter[str] = Counter()  # of workers, by run
+        self.add(cells)
 
     def add(self, cells: list[Cell]) -> None:
         """Add runs, with the outcomes that the disk has. Raises UserError as `RunStore.outcome` does."""
