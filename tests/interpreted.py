@@ -23,10 +23,6 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 MARKS = [pytest.mark.gpu] if CUDA else []  # where kernels are compiled, `-m gpu` selects their tests
 
 
-def needs_cuda(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not CUDA, reason="needs a CUDA device")(test))
-
-
 def load(name: str) -> ModuleType:
     """kernels.<name>, its kernels ready to run here. Skips the calling test if Triton is missing."""
     pytest.importorskip("triton", reason="triton is not installed (it has no build for this platform)")

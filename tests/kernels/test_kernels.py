@@ -54,20 +54,6 @@ def test_fallback(operation, theirs, inputs, options, dtype):
     compare(partial(getattr(fallback, operation), **options), theirs or exact, exact, inputs, dtype)
 
 
-def test_reference_attention_is_the_formula():
-    """The reference itself, against loops over batch, head and position."""
-    B, T, H, D = 2, 5, 3, 4
-    qkv = randn(B, T, 3 * H * D)
-    q, k, v = (part.reshape(B, T, H, D) for part in qkv.chunk(3, dim=-1))
-    want = torch.zeros(B, T, H, D, dtype=torch.float64)
-    for b in range(B):
-        for h in range(H):
-            for t in range(T):
-                weights = torch.stack([(q[b, t, h] * k[b, s, h]).sum() / D**0.5 for s in range(t + 1)]).exp()
-                want[b, t, h] = sum(w * v[b, s, h] for s, w in enumerate(weights / weights.sum()))
-    torch.testing.assert_close(reference.attention(qkv, H), want.flatten(2))
-
-
 @every_implementation
 def test_eps_of_norms(name):
     """eps is added to the mean square or the variance: here both are 1, and 1 / sqrt(1 + 3) is a half."""

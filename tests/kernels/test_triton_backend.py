@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from interpreted import DEVICE, MARKS, load_all, needs_cuda, skip_if_it_cannot_interpret
+from interpreted import DEVICE, MARKS, load_all, skip_if_it_cannot_interpret
 
 import kernels
 from kernels import ops
@@ -70,31 +70,6 @@ def test_repeated_passes_are_bit_identical(implementation):
             passes.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for other in passes[1:]:
         assert all(map(torch.equal, passes[0], other))
-
-
-@needs_cuda
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_cuda_graph(qk_norm):
-    """A captured forward and backward pass, replayed on new tokens, gives the loss and gradients of an eager one."""
-    shape = make_shape(256, 2, vocab_size=1000, seq_len=100, qk_norm=qk_norm)
-    model, tokens = GPT(shape, dtype=torch.bfloat16).to(DEVICE), batch(shape, 4)
-    parameters = list(model.parameters())
-
-    def step():
-        loss = model(tokens[:, :-1], tokens[:, 1:])
-        return loss.detach(), *torch.autograd.grad(loss, parameters)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and fills caches
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    tokens.copy_(batch(shape, 4, seed=1))
-    graph.replay()
-    torch.testing.assert_close(captured, step())
 
 
 def test_backend_and_its_reason(monkeypatch):
