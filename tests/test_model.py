@@ -12,9 +12,7 @@ V, T = 61, 12
 VARIANTS = {
     "chinchilla": {},
     "layernorm": {"norm": "layernorm"},
-    "learned": {"positions": "learned"},
     "bias": {"bias": True},
-    "gelu_tanh": {"activation": "gelu_tanh"},
     "relu2": {"activation": "relu2"},
     "swiglu": {"activation": "swiglu"},
     "untied": {"tied": False},

@@ -111,10 +111,8 @@ def test_a_cpu_does_not_import_triton():
 def test_without_triton():
     """If triton cannot be imported, everything works on PyTorch operations, also with TRITON_INTERPRET=1."""
     code = """
-import importlib.util, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
-sys.modules["triton"] = None  # importing it fails
+import sys
+sys.modules["triton"] = None  # it is not found, and importing it fails
 import kernels, torch
 x = torch.ones(4)
 print(kernels.backend(x.device)[0], kernels.ops.rms_norm(x, x, x)[0].sum().item())
