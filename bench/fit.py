@@ -42,8 +42,7 @@ class Options:
 def load_runs(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(N, D, loss) without the 5 highest losses."""
     try:
-        table = np.genfromtxt(path, delimiter=",", names=True)
-        N, C, loss = table["params"], table["flops"], table["loss"]
+        N, C, loss = np.genfromtxt(path, delimiter=",", names=True, usecols=("params", "flops", "loss"), unpack=True)
     except (OSError, ValueError) as error:
         raise UserError(f"`runs` {path}: needs the columns params, flops, loss ({error})") from None
     kept = np.sort(np.argsort(loss)[:-5])

@@ -8,14 +8,15 @@ all. A step is forward, backward, clip, AdamW, loss read, in the dtype that trai
 nanoGPT's fastest variant, which are of medians within one run.
 """
 
-import json
+import multiprocessing
 import resource
 import statistics
 import time
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
-from bench.common import Worker, messages, save
-from nanochin.base.cli import opt, parse, run_command
+from bench.common import save
+from nanochin.base.cli import UserError, opt, parse, run_command
 from nanochin.base.console import count, format_columns
 from nanochin.config import make_shape
 
@@ -37,39 +38,56 @@ class Options:
     rounds: int = opt(6, "alternations", low=1)
     steps: int = opt(3, "steps per round", low=1)
     save: str | None = opt(None, "write the table to this Markdown file")
-    worker: str | None = opt(None, "internal: run this variant (JSON) and time steps on demand")
 
 
-def work(spec: dict) -> None:
-    """Build the model and optimizer of a variant, then time as many steps as each message asks for."""
-    if not spec["nanogpt"]:
+def work(pipe: Connection, name: str, nanogpt: str | None, compiled: bool, threads: int) -> None:
+    """Build the model and optimizer of a variant, then time as many steps as each message asks for; 0 ends."""
+    if not nanogpt:
         import train  # noqa: F401  first, since it sets how torch's threads wait
     import torch
 
     from bench.steps import NanoGPT, our_step
     from nanochin.run.device import keep_freed_memory, pick_dtype
 
-    torch.set_num_threads(spec["threads"])
+    torch.set_num_threads(threads)
     torch.manual_seed(0)
-    shape, sequences = SHAPES[spec["shape"]]
+    shape, sequences = SHAPES[name]
     batch = torch.randint(shape.vocab_size, (sequences, shape.seq_len + 1))
     cpu = torch.device("cpu")
-    dtype, _ = pick_dtype(spec["dtype"], cpu, shape)
-    if spec["nanogpt"]:
-        step = NanoGPT(spec["nanogpt"], shape, sequences, cpu, dtype)
-        if spec["compile"]:
+    dtype, _ = pick_dtype("auto", cpu, shape)
+    if nanogpt:
+        step = NanoGPT(nanogpt, shape, sequences, cpu, dtype)
+        if compiled:
             step.forward = torch.compile(step.model)
     else:
         keep_freed_memory()
-        step = our_step("compile" if spec["compile"] else "eager", shape, sequences, cpu, dtype)
-    for steps, answer in messages():
+        step = our_step("compile" if compiled else "eager", shape, sequences, cpu, dtype)
+    while steps := pipe.recv():
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
-            loss = step(batch, 1e-3)[0].item()
+            step(batch, 1e-3)[0].item()
             seconds.append(time.perf_counter() - start)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        answer({"seconds": seconds, "peak_bytes": peak, "loss": loss, "dtype": str(dtype).split(".")[1]})
+        pipe.send((seconds, peak, str(dtype).split(".")[1]))
+
+
+def start(*variant) -> Connection:
+    """A pipe to a process that runs `work` on the variant."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    context.Process(target=work, args=(there, *variant), daemon=True).start()
+    there.close()
+    return here
+
+
+def ask(pipe: Connection, steps: int) -> tuple[list[float], int, str]:
+    """Seconds of each step, peak memory in bytes and dtype. Raises UserError if the process has ended."""
+    try:
+        pipe.send(steps)
+        return pipe.recv()
+    except (EOFError, OSError):
+        raise UserError("the process of a variant ended early (see above)") from None
 
 
 def measure(name: str, options: Options) -> list[list[str]]:
@@ -77,34 +95,28 @@ def measure(name: str, options: Options) -> list[list[str]]:
     variants = {"nanochin eager": (None, False)} | ({"nanochin compiled": (None, True)} if options.compile else {})
     if options.nanogpt:
         variants |= {"nanoGPT eager": (options.nanogpt, False), "nanoGPT compiled": (options.nanogpt, True)}
-    fixed = {"shape": name, "dtype": "auto", "threads": options.threads}
-    workers = {
-        who: Worker("bench.train_throughput", fixed | {"nanogpt": checkout, "compile": compiled})
-        for who, (checkout, compiled) in variants.items()
-    }
-    for worker in workers.values():
-        worker.ask(3)  # warm up, compile
-    rounds = [{who: worker.ask(options.steps) for who, worker in workers.items()} for _ in range(options.rounds)]
-    for worker in workers.values():
-        worker.close()
-    seconds = {who: [s for answers in rounds for s in answers[who]["seconds"]] for who in workers}
+    pipes = {who: start(name, *variant, options.threads) for who, variant in variants.items()}
+    for pipe in pipes.values():
+        ask(pipe, 3)  # warm up, compile
+    rounds = [{who: ask(pipe, options.steps) for who, pipe in pipes.items()} for _ in range(options.rounds)]
+    for pipe in pipes.values():
+        pipe.send(0)
+    seconds = {who: [s for answers in rounds for s in answers[who][0]] for who in pipes}
     medians = {who: statistics.median(times) for who, times in seconds.items()}
-    peaks = {who: answer["peak_bytes"] for who, answer in rounds[-1].items()}
-    best = min((who for who in workers if who.startswith("nanoGPT")), key=medians.get, default=None)
+    peaks, dtypes = ({who: answer[i] for who, answer in rounds[-1].items()} for i in (1, 2))
+    best = min((who for who in pipes if who.startswith("nanoGPT")), key=medians.get, default=None)
     shape, sequences = SHAPES[name]
     rows = []
     for who, median in medians.items():
         speed = count(sequences * shape.seq_len / median)
         numbers = [f"{1e3 * median:.0f}", f"{1e3 * min(seconds[who]):.0f}", speed, f"{peaks[who] / 1e6:.0f}"]
         ratios = [f"{medians[best] / median:.2f}x", f"{peaks[who] / peaks[best]:.2f}x"] if best else ["-", "-"]
-        rows.append([f"{name} {who} {rounds[-1][who]['dtype']}", *numbers, *ratios])
+        rows.append([f"{name} {who} {dtypes[who]}", *numbers, *ratios])
     return rows
 
 
 def main() -> None:
     options = parse(Options, prog="python -m bench.train_throughput", description=__doc__)
-    if options.worker:
-        return work(json.loads(options.worker))
     text = format_columns([HEADING, *(row for name in options.shapes for row in measure(name, options))])
     print(text)
     if options.save:

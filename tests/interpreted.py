@@ -23,10 +23,6 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 MARKS = [pytest.mark.gpu] if CUDA else []  # where kernels are compiled, `-m gpu` selects their tests
 
 
-def needs_cuda(test):
-    return pytest.mark.gpu(pytest.mark.skipif(not CUDA, reason="needs a CUDA device")(test))
-
-
 def load(name: str) -> ModuleType:
     """kernels.<name>, its kernels ready to run here. Skips the calling test if Triton is missing."""
     pytest.importorskip("triton", reason="triton is not installed (it has no build for this platform)")
@@ -90,33 +86,3 @@ def _let_launches_interpret() -> None:
                         setattr(place, name, value)
 
     GridExecutor.__call__ = call
-
-
-def flop_formulas() -> dict:
-    """For FlopCounterMode(custom_mapping=...): operations that torch does not count, or counts with what their backward
-    recomputes. Attention in full T x T, backward twice the forward; the forward of the loss computes its gradients."""
-
-    def sdpa(q, *_, **__) -> int:  # (B, H, T, D): two products, scores and values
-        B, H, T, D = q
-        return 4 * B * H * T * T * D
-
-    def attention(qkv, *_, **__) -> int:  # (B, T, 3C)
-        B, T, C3 = qkv
-        return 4 * B * T * T * (C3 // 3)
-
-    def loss(h, weight, targets, ignore_index, z_loss, train, **_) -> int:
-        return 2 * h[0] * h[1] * weight[0] * (3 if train else 1)
-
-    def twice(formula):
-        return lambda grad, x, *_, **__: 2 * formula(x)
-
-    aten, ours = torch.ops.aten, torch.ops.nanochin
-    formulas = {
-        aten._scaled_dot_product_flash_attention_for_cpu: sdpa,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: twice(sdpa),
-    }
-    if "kernels.attention" in sys.modules:  # else torch does not have our operators
-        formulas |= {ours.attention: attention, ours.attention_backward: twice(attention)}
-    if "kernels.cross_entropy" in sys.modules:
-        formulas |= {ours.linear_cross_entropy: loss}
-    return formulas

@@ -14,23 +14,22 @@ from nanochin.config import make_shape
 from nanochin.model import GPT
 
 pytestmark = MARKS
+load_all()
 
 
-def of_a_real_step(shape, sequences: int) -> int:
-    """Bytes that a step in float16 saves, on Triton operations that run."""
-    load_all()
-    model, tokens = GPT(shape, dtype=torch.float16).to(DEVICE), torch.zeros(sequences, shape.seq_len, dtype=torch.long)
-    tokens = tokens.to(DEVICE)
-    with kernels.use("triton"):
-        return total(saved(lambda: model(tokens, tokens), list(model.parameters())))
+def bytes_per_layer(shape, sequences: int) -> int:
+    one, two = (total(of_ours(replace(shape, layers=layers), sequences)) for layers in (1, 2))
+    return two - one
 
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True, "norm": "layernorm"}, {"activation": "swiglu"}])
 def test_shapes_alone_give_what_a_step_saves(options):
-    """Fake tensors and tensors with numbers in them are saved alike."""
-    load_all()
+    """A step in float16 saves as many bytes with fake tensors as with real ones."""
     shape = make_shape(32, 2, vocab_size=77, seq_len=40, head_size=16, **options)
-    assert total(of_ours(shape, 2, torch.float16)) == of_a_real_step(shape, 2)
+    model, tokens = GPT(shape, dtype=torch.float16).to(DEVICE), torch.zeros(2, 40, dtype=torch.long, device=DEVICE)
+    with kernels.use("triton"):
+        real = saved(lambda: model(tokens, tokens), list(model.parameters()))
+    assert total(of_ours(shape, 2, torch.float16)) == total(real)
 
 
 @pytest.mark.parametrize("activation, ups", [("gelu", 1), ("relu2", 1), ("swiglu", 2)])
@@ -40,13 +39,9 @@ def test_bytes_a_token_and_layer(activation, ups):
     for softmax and one for each norm. Not the activation, which is as large as what it is made from. Beside them the
     matrices in half precision."""
     C, H, T = 64, 4, 128
-    load_all()
-    sizes = [total(of_ours(make_shape(C, layers, vocab_size=77, seq_len=T, head_size=16, activation=activation), 3))
-             for layers in (1, 2)]  # fmt: skip
     shape = make_shape(C, 1, vocab_size=77, seq_len=T, head_size=16, activation=activation)
-    F = shape.ffn
-    weights = 2 * (4 * C * C + C * F * (ups + 1))
-    assert sizes[1] - sizes[0] == weights + 3 * T * (2 * (10 * C + ups * F) + 4 * (H + 2))
+    weights = 2 * (4 * C * C + C * shape.ffn * (ups + 1))
+    assert bytes_per_layer(shape, 3) == weights + 3 * T * (2 * (10 * C + ups * shape.ffn) + 4 * (H + 2))
 
 
 def test_it_sees_what_pytorch_saves():
@@ -68,22 +63,9 @@ def test_the_page_says_what_is_saved():
     page = (ROOT / "docs" / "memory.md").read_text()
     rows = [line.split("|")[1:-1] for line in page[: page.index("## Moved")].splitlines() if line.startswith("|")]
     *parts, (_, _, _, together) = [row for row in rows if len(row) == 4][2:]
-    load_all()
-    sizes = [total(of_ours(replace(SHAPE, layers=layers), 1)) for layers in (1, 2)]
-    weights = 2 * 12 * SHAPE.width**2
-    per_token = (sizes[1] - sizes[0] - weights) / SHAPE.seq_len
+    per_token = (bytes_per_layer(SHAPE, 1) - 2 * 12 * SHAPE.width**2) / SHAPE.seq_len  # without the weights
     assert sum(numbers(row[3])[0] for row in parts) == numbers(together)[0] == per_token
     (ours,) = [row for row in rows if row[0].strip() == "ours"]
     assert numbers(ours[1])[0] == round(total(of_ours(SHAPE, SEQUENCES)) / 2**30, 2)
     (eager,) = [row for row in rows if row[0].strip() == "nanoGPT, eager"]
     assert numbers(eager[2])[0] == pytest.approx(numbers(ours[1])[0] / numbers(eager[1])[0], abs=1e-3)
-
-
-def test_the_command(command):
-    """The table for 124M, whose total its rows add up to."""
-    done = command("-m", "bench.saved_memory")
-    assert done.returncode == 0, done.stderr
-    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if line.startswith("|")][2:]
-    sizes = [float(row[3]) for row in rows]
-    assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.02)
-    assert rows[-1][0].strip() == "all"

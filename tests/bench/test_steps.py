@@ -1,17 +1,15 @@
-"""Training steps that are timed, on tiny shapes with a stand-in for nanoGPT, and the processes that time them."""
+"""Training steps that are timed, on tiny shapes with a stand-in for nanoGPT."""
 
 import math
 
 import pytest
 import torch
-from conftest import ROOT
 
 from bench import gpu_jobs
-from bench.common import Worker
-from bench.gpu_check import job, run
 from bench.gpu_jobs import training_step
 from bench.kernels import Bench
-from bench.steps import NanoGPT, our_step, profile, time_blocks
+from bench.steps import NanoGPT, our_step
+from bench.train_throughput import Options, measure
 from nanochin.base.cli import UserError
 from nanochin.config import make_shape
 
@@ -99,27 +97,6 @@ def test_the_micro_batch_is_halved_until_it_fits(step, batch, monkeypatch, fits,
         step.compile(batch)
 
 
-def test_no_checkout():
-    """A folder without model.py."""
-    with pytest.raises(UserError, match="/nowhere: has no model.py"):
-        NanoGPT("/nowhere", SHAPE, 8, CPU, torch.float32)
-
-
-def test_time_of_blocks():
-    """Three blocks, each of as many steps as fill a third of the budget; at least one."""
-    calls = []
-    blocks = time_blocks(lambda: calls.append(0), CPU, 0.0)
-    assert len(calls) == 4 and len(blocks) == 3 and all(seconds > 0 for seconds in blocks)
-
-
-def test_time_is_split():
-    """By operation, the longest first, the rest in "other"."""
-    x = torch.randn(200, 200)
-    split = profile(lambda: (x @ x).sin(), CPU)
-    assert set(list(split)[:2]) == {"aten::mm", "aten::sin"} and split["other"] >= 0
-    assert list(split.values())[:-1] == sorted(list(split.values())[:-1], reverse=True)
-
-
 def test_every_kind_is_measured(checkout, monkeypatch):
     """Our three kinds have equal losses, eager also memory by micro-batch and time by operation; nanoGPT runs with both
     kernels for attention."""
@@ -142,28 +119,9 @@ def test_a_step_that_falls_back_is_an_error(monkeypatch):
         list(training_step(Bench(CPU, torch.float32, dry=True), "10M", "graph", None))
 
 
-def test_a_job_that_raises_is_an_error():
-    """With its text."""
-    assert "KeyError" in run(job("x", 60, True, "check", name="none"), 60)["error"]
-
-
-def test_a_worker_that_ends_early(tmp_path, monkeypatch):
-    """Whoever asks gets an error."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "dies.py").write_text("import sys; sys.exit(3)")
-    worker = Worker("dies", {})
-    for _ in range(2):
-        with pytest.raises(UserError, match="ended early with exit code 3"):
-            worker.ask(1)
-
-
-def test_a_worker_answers_until_it_is_closed(tmp_path, monkeypatch):
-    """Each message has an answer; other prints do not disturb it."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    (tmp_path / "works.py").write_text(
-        "from bench.common import messages\nfor n, answer in messages(): print('some'); answer(n + 1)"
-    )
-    worker = Worker("works", {}, tmp_path)
-    assert [worker.ask(1), worker.ask(5)] == [2, 6]
-    worker.close()
-    assert worker.process.returncode == 0
+def test_throughput():
+    """Each variant is timed in its own process, whose failure is an error."""
+    (row,) = measure("t96", Options(rounds=1, steps=1))
+    assert row[0].startswith("t96 nanochin eager") and float(row[1]) > 0
+    with pytest.raises(UserError, match="ended early"):
+        measure("t96", Options(nanogpt="/nowhere"))

@@ -57,16 +57,6 @@ def test_activation_linear_saves_only_its_input():
     repeats(lambda x, w: activation.activation_linear(x, w, None, "gelu"), x, weight)
 
 
-def test_values_by_hand():
-    """GELU of 1 is the normal distribution's 0.8413, its tanh form 0.8412; ReLU squared of 3 is 9; silu(1) x 2."""
-    x = torch.tensor([[1.0, -40.0, 3.0, 2.0]], device=DEVICE)
-    values = {kind: activation.activate(x, kind)[0].tolist() for kind in TORCH}
-    assert values["gelu"][:2] == pytest.approx([0.8413447460685429, 0.0], abs=1e-7)
-    assert values["gelu_tanh"][:2] == pytest.approx([0.8411919906082768, 0.0], abs=1e-7)
-    assert values["relu2"] == [1.0, 0.0, 9.0, 4.0]
-    assert values["swiglu"] == pytest.approx([3 * 0.7310585786300049, 0.0], abs=1e-6)
-
-
 @pytest.mark.parametrize("kind", TORCH)
 def test_extremes(kind):
     """Large numbers of either sign give finite values and gradients; NaN stays NaN."""

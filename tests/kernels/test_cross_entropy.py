@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from interpreted import CUDA, DEVICE, DTYPES, MARKS, load, needs_cuda
+from interpreted import CUDA, DEVICE, DTYPES, MARKS, load
 from numerics import compare, draw_targets, parameters, randn, repeats, torch_loss
 
 from kernels import reference
@@ -45,9 +45,7 @@ def test_a_float32_weight_with_half_precision_h(size):
     assert not torch.equal(grad, grad.half().float())
 
 
-@pytest.mark.parametrize("M, rows, chunks", [
-    (33, 1, [1] * 33), (33, 5, [5] * 6 + [3]), (33, 16, [11] * 3), (400, 150, [256, 144]),
-])  # fmt: skip
+@pytest.mark.parametrize("M, rows, chunks", [(33, 5, [5] * 6 + [3]), (33, 16, [11] * 3), (400, 150, [256, 144])])
 def test_chunks(M, rows, chunks, monkeypatch):
     """Over chunks of `rows` at most, large ones rounded up to a multiple of 128, loss and gradients are correct."""
     targets, sizes, add = draw_targets(M, 100), [], cross_entropy._add_product
@@ -68,17 +66,13 @@ def test_large_logits(scale):
     check(draw_targets(9, 500), [randn(9, 16, scale=scale), randn(500, 16, seed=1)])
 
 
-def test_targets_outside_the_vocabulary():
-    """They make the loss NaN instead of reading out of bounds."""
+def test_bad_targets():
+    """Outside the vocabulary they make the loss NaN instead of reading out of bounds; too few raise."""
     h, weight = parameters((4, 8), (10, 8))
     for wrong in (10, -2, 2**40):
         assert linear_cross_entropy(h, weight, torch.tensor([1, 2, 3, wrong], device=DEVICE)).isnan()
-
-
-def test_too_few_targets_are_refused():
-    """Each row needs a target."""
-    with pytest.raises(ValueError, match="3 rows"):
-        linear_cross_entropy(torch.ones(3, 8, device=DEVICE), torch.ones(5, 8, device=DEVICE), torch.zeros(2))
+    with pytest.raises(ValueError, match="4 rows"):
+        linear_cross_entropy(h, weight, torch.zeros(3, device=DEVICE))
 
 
 def test_repeats_and_compiles(monkeypatch):
@@ -94,18 +88,3 @@ def test_opcheck(train):
     """torch.library's checks of schema, fake tensors and autograd registration."""
     h, weight = (x.requires_grad_(train) for x in parameters((6, 8), (20, 8)))
     torch.library.opcheck(cross_entropy.head, (h, weight, draw_targets(6, 20), -1, 1e-3, train))
-
-
-@needs_cuda
-def test_memory():
-    """At V = 50,257 the peak, with gradients, is below a quarter of the peak with materialised float32 logits."""
-    M, C, V = 16384, 768, 50257
-    h, weight = (randn(*s).to(DEVICE, torch.bfloat16).requires_grad_() for s in ((M, C), (V, C)))
-    targets, peaks = draw_targets(M, V), []
-    for loss in (linear_cross_entropy, torch_loss):
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        torch.autograd.grad(loss(h, weight, targets), (h, weight))
-        peaks.append(torch.cuda.max_memory_allocated() - before)
-    assert peaks[0] < peaks[1] / 4

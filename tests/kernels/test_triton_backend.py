@@ -6,14 +6,12 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from interpreted import DEVICE, MARKS, flop_formulas, load_all, needs_cuda, skip_if_it_cannot_interpret
-from torch.utils.flop_counter import FlopCounterMode
+from interpreted import DEVICE, MARKS, load_all, skip_if_it_cannot_interpret
 
 import kernels
 from kernels import ops
 from nanochin.config import make_shape
 from nanochin.model import GPT
-from nanochin.plan.flops import count_flops
 
 pytestmark = MARKS
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -47,11 +45,10 @@ def train(implementation, shape, steps):
     return losses
 
 
-@pytest.mark.parametrize("options", [
-    {},
-    {"qk_norm": True},
-    {"norm": "layernorm", "positions": "learned", "activation": "swiglu", "bias": True, "tied": False},
-])  # fmt: skip
+GPT2_SWIGLU = {"norm": "layernorm", "positions": "learned", "activation": "swiglu", "bias": True, "tied": False}
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, GPT2_SWIGLU], ids=["default", "qk_norm", "gpt2 swiglu"])
 def test_training_gives_the_same_losses(options):
     """20 steps on Triton kernels and on PyTorch operations: relative differences of the losses are at most 1e-5, from
     the order of float32 sums, and far below the drop in loss."""
@@ -61,67 +58,18 @@ def test_training_gives_the_same_losses(options):
     assert ours != theirs and theirs[-1] < theirs[0] - 0.5
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "swiglu", "tied": False, "qk_norm": True, "norm": "layernorm"}])
-@every_implementation
-def test_flops(implementation, options):
-    """FlopCounterMode counts exactly the `physical` FLOPs: forward and backward in training, only forward in
-    evaluation. The losses are bit-identical."""
-    shape = make_shape(24, 2, vocab_size=77, seq_len=20, head_size=12, **options)
-    model, tokens = GPT(shape).to(DEVICE), batch(shape, 2)
-
-    def count():
-        with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
-            loss = model(tokens[:, :-1], tokens[:, 1:])
-            if loss.requires_grad:
-                loss.backward()
-        return counter.get_total_flops(), loss.item()
-
-    with use(implementation):
-        training, loss = count()
-        with torch.no_grad():
-            assert count() == (training / 3, loss)
-    assert training == count_flops(shape, 2 * 20)["physical"]
-
-
 @every_implementation
 def test_repeated_passes_are_bit_identical(implementation):
     """Loss and gradients; on Triton kernels also under torch.compile, without a graph break in the whole model."""
     shape = make_shape(24, 1, vocab_size=77, seq_len=20, head_size=12, qk_norm=True)
     model, tokens = GPT(shape).to(DEVICE), batch(shape, 1)
-    passes, runs = [], [model, model]
-    if implementation == "triton":
-        runs.append(torch.compile(model, backend="aot_eager", fullgraph=True))
+    passes, compiled = [], torch.compile(model, backend="aot_eager", fullgraph=True)
     with use(implementation):
-        for run in runs:
+        for run in (model, model, *[compiled] * (implementation == "triton")):
             loss = run(tokens[:, :-1], tokens[:, 1:])
             passes.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for other in passes[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(passes[0], other, strict=True))
-
-
-@needs_cuda
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_cuda_graph(qk_norm):
-    """A captured forward and backward pass, replayed on new tokens, gives the loss and gradients of an eager one."""
-    shape = make_shape(256, 2, vocab_size=1000, seq_len=100, qk_norm=qk_norm)
-    model, tokens = GPT(shape, dtype=torch.bfloat16).to(DEVICE), batch(shape, 4)
-    parameters = list(model.parameters())
-
-    def step():
-        loss = model(tokens[:, :-1], tokens[:, 1:])
-        return loss.detach(), *torch.autograd.grad(loss, parameters)
-
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # compiles, and fills caches
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    tokens.copy_(batch(shape, 4, seed=1))
-    graph.replay()
-    torch.testing.assert_close(captured, step())
+        assert all(map(torch.equal, passes[0], other))
 
 
 def test_backend_and_its_reason(monkeypatch):
@@ -140,8 +88,7 @@ def test_backend_and_its_reason(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     check(GPU, "fallback", "AMD")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for device in (CPU, GPU):
-        check(device, "interpreter", "TRITON_INTERPRET")
+    check(GPU, "interpreter", "TRITON_INTERPRET")
     monkeypatch.setattr(ops, "has_triton", lambda: False)
     check(GPU, "fallback", "triton is not installed")
 
@@ -155,22 +102,23 @@ def python(code, **environment):
 
 def test_a_cpu_does_not_import_triton():
     """Without a GPU, neither the choice nor the computation imports triton."""
-    code = "import sys, torch, kernels; x = torch.ones(4); kernels.ops.rms_norm(x, x); print('triton' in sys.modules)"
+    code = (
+        "import sys, torch, kernels; x = torch.ones(4); kernels.ops.rms_norm(x, x, x); print('triton' in sys.modules)"
+    )
     assert python(code) == ["False"]
 
 
 def test_without_triton():
     """If triton cannot be imported, everything works on PyTorch operations, also with TRITON_INTERPRET=1."""
     code = """
-import importlib.util, sys
-find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
-sys.modules["triton"] = None  # importing it fails
+import sys
+sys.modules["triton"] = None  # it is not found, and importing it fails
 import kernels, torch
-print(kernels.backend(torch.device("cpu"))[0], kernels.ops.rms_norm(torch.ones(2, 4), torch.ones(4)).sum().item())
+x = torch.ones(4)
+print(kernels.backend(x.device)[0], kernels.ops.rms_norm(x, x, x)[0].sum().item())
 """
     name, total = python(code, TRITON_INTERPRET="1")
-    assert name == "fallback" and float(total) == pytest.approx(8.0, rel=1e-5)
+    assert name == "fallback" and float(total) == pytest.approx(4.0, rel=1e-5)
 
 
 def test_interpreting_on_request():
@@ -181,20 +129,11 @@ def test_interpreting_on_request():
     code = """
 import torch
 from kernels import ops
-ran = []
-from torch.utils._python_dispatch import TorchDispatchMode
-class Watch(TorchDispatchMode):
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        ran.append(str(op).split(".")[0] == "nanochin")
-        return op(*args, **(kwargs or {}))
-def computed_by_triton(function, *args):
-    ran.clear()
-    with Watch():
-        function(*args)
-    print(any(ran))
+def by_triton(y):
+    print("nanochin" in type(y.grad_fn).__name__)
 for dtype in (torch.float32, torch.float64, torch.bfloat16):
-    computed_by_triton(ops.rms_norm, torch.ones(2, 4, dtype=dtype), torch.ones(4))
+    by_triton(ops.rms_norm(torch.ones(2, 4, dtype=dtype, requires_grad=True), None, torch.ones(4))[0])
 for head_size in (128, 130):
-    computed_by_triton(ops.attention, torch.ones(1, 2, 3 * head_size), 1, 100.0)
+    by_triton(ops.attention(torch.ones(1, 2, 3 * head_size, requires_grad=True), 1, 100.0))
 """
     assert python(code, TRITON_INTERPRET="1") == ["True", "False", "False", "True", "False"]
