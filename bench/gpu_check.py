@@ -38,9 +38,10 @@ SIZES = {
 }
 KINDS, PEERS = ("graph", "eager", "compile"), ("nanoGPT flash", "nanoGPT cudnn")
 # Operations in bench.kernels: to be checked, and to be timed with their shapes.
-CHECKS = ("attention", "linear_cross_entropy", "activation_linear", "rms_norm", "layer_norm")
+NORMS = ("add_rms_norm", "rms_norm", "add_layer_norm", "layer_norm")
+CHECKS = ("attention", "linear_cross_entropy", "activation_linear", *NORMS)
 ATTENTION = tuple(f"attention D{D} T{T}" for T in (1024, 2048) for D in (64, 128))
-NORM, LOSS = "rms_norm C768", "linear_cross_entropy C768 V50257 M16384"
+NORM, LOSS = "add_rms_norm C768", "linear_cross_entropy C768 V50257 M16384"
 TESTS = "(dtype2 or bfloat16 or graph or kinds_agree or losses) and not sm_80"
 KERNEL_TESTS = ("triton_backend", "norms", "cross_entropy", "activation", "rotary", "attention")  # the longest last
 TESTED = ("tests/run/test_step.py", *(f"tests/kernels/test_{name}.py" for name in KERNEL_TESTS))

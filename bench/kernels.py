@@ -69,7 +69,7 @@ def attention(bench: Bench, D: int, T: int) -> Case:
     return Case(contenders, {"forward": 2 * scores, "backward": 5 * scores}, "flops")
 
 
-def rms_norm(bench: Bench, C: int) -> Case:
+def add_rms_norm(bench: Bench, C: int) -> Case:
     """Limited by memory: four tensors of (M, C) are read or written in each direction."""
     M = TINY["M"] if bench.dry else TOKENS
 
@@ -78,7 +78,7 @@ def rms_norm(bench: Bench, C: int) -> Case:
         return F.rms_norm(total, (C,), weight.to(x.dtype), eps=1e-6), total
 
     inputs = [bench.randn(M, C), bench.randn(M, C), bench.randn(C, dtype=torch.float32)]
-    contenders = {"ours": (ops.rms_norm, inputs), "eager": (eager, inputs)}
+    contenders = {"ours": (ops.add_rms_norm, inputs), "eager": (eager, inputs)}
     return Case(contenders, dict.fromkeys(("forward", "backward"), 4 * inputs[0].nbytes), "bytes")
 
 
@@ -103,7 +103,7 @@ def linear_cross_entropy(bench: Bench, C: int, V: int, M: int) -> Case:
     return Case(contenders, {"both": 6 * M * C * V}, "flops")
 
 
-OPERATIONS = {case.__name__: case for case in (attention, rms_norm, linear_cross_entropy)}
+OPERATIONS = {case.__name__: case for case in (attention, add_rms_norm, linear_cross_entropy)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,8 +199,10 @@ def checks(bench: Bench) -> dict[str, tuple[list[Tensor], tuple]]:
     targets = torch.randint(-1, V, (B * T,), device=bench.device)
     return {
         "attention": ([bench.randn(B, T, 3 * C)], (H, 10_000.0)),
-        "rms_norm": ([x, residual, weight], ()),
-        "layer_norm": ([x, residual, weight, bias], ()),
+        "rms_norm": ([x, weight], ()),
+        "layer_norm": ([x, weight, bias], ()),
+        "add_rms_norm": ([x, residual, weight], ()),
+        "add_layer_norm": ([x, residual, weight, bias], ()),
         "activation_linear": ([x, head[:C].detach().requires_grad_(), bench.randn(C)], ("gelu",)),
         "linear_cross_entropy": ([x.detach().flatten(0, 1).requires_grad_(), head, targets], ()),
     }

@@ -22,10 +22,14 @@ def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bo
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
-def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    x = x if residual is None else x + residual
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     # On a CPU PyTorch's RMSNorm is a chain of elementwise operations, and so is its derivative.
-    return _RMSNorm.apply(x, weight, eps), x
+    return _RMSNorm.apply(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight, eps), total
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -50,11 +54,15 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(x.dtype), dweight, None
 
 
-def layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    x = x if residual is None else x + residual
-    return F.layer_norm(x, weight.shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps), x
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
 
 
 def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False) -> Tensor:

@@ -191,13 +191,19 @@ def _contiguous(*tensors):
 # The functions that `kernels.ops` documents
 
 
-def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    normed, total, _ = norm(x, residual, weight, None, eps, False)
-    return normed, x if residual is None else total
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    return norm(x, None, weight, None, eps, False)[0]
 
 
-def layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    return norm(x, None, weight, bias, eps, True)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    return norm(x, residual, weight, None, eps, False)[:2]
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    normed, total, _ = norm(x, residual, weight, bias, eps, True)
-    return normed, x if residual is None else total
+    return norm(x, residual, weight, bias, eps, True)[:2]

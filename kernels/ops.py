@@ -26,17 +26,26 @@ def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bo
     return _implementation("attention", qkv, fits)(qkv, n_heads, theta, qk_norm)
 
 
-def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(t / rms(t) * weight, t) with t = x + residual (x if None) and the root mean square over the last dimension:
-    x and residual (..., C), weight (C,) -> both (..., C)."""
-    return _implementation("rms_norm", x)(x, residual, weight, eps)
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / rms(x) * weight over the last dimension: x (..., C), weight (C,) -> (..., C)."""
+    return _implementation("rms_norm", x)(x, weight, eps)
 
 
-def layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / std * weight + bias over the last dimension: x (..., C), weight and bias (C,) -> (..., C)."""
+    return _implementation("layer_norm", x)(x, weight, bias, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), both (..., C)."""
+    return _implementation("add_rms_norm", x)(x, residual, weight, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
-    """((t - mean) / std * weight + bias, t), as in `rms_norm`; bias (C,)."""
-    return _implementation("layer_norm", x)(x, residual, weight, bias, eps)
+    """(layer_norm(x + residual), x + residual), both (..., C)."""
+    return _implementation("add_layer_norm", x)(x, residual, weight, bias, eps)
 
 
 def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
@@ -57,7 +66,7 @@ def linear_cross_entropy(
 # The implementation
 
 TRITON_FILES = {"attention": "attention", "activation_linear": "activation", "linear_cross_entropy": "cross_entropy"}
-TRITON_FILES |= {"rms_norm": "norms", "layer_norm": "norms"}
+TRITON_FILES |= dict.fromkeys(("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"), "norms")
 
 
 def has_triton() -> bool:

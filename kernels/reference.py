@@ -45,18 +45,26 @@ def rotary_table(T: int, D: int, theta: float, device: torch.device) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=1).float().to(device)
 
 
-def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    x = x if residual is None else x + residual
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype), x
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)
 
 
-def layer_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
-    x = x if residual is None else x + residual
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)
-    return y if bias is None else y + bias.to(x.dtype), x
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
 
 
 def activation(x: Tensor, kind: str) -> Tensor:

@@ -29,14 +29,17 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
-    """(x + residual normalised, x + residual)."""
+    """`forward(x)` normalises; `add(x, residual)` normalises x + residual and returns that sum too."""
 
     def __init__(self, shape: Shape):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(shape.width))
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.rms_norm(x, residual, self.weight)
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.add_rms_norm(x, residual, self.weight)
 
 
 class LayerNorm(nn.Module):
@@ -47,8 +50,11 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(shape.width))
         self.bias = nn.Parameter(torch.zeros(shape.width)) if shape.bias else None
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return ops.layer_norm(x, residual, self.weight, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.add_layer_norm(x, residual, self.weight, self.bias)
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
@@ -95,8 +101,8 @@ class Block(nn.Module):
         self.norm2 = norm(shape)
 
     def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        h, x = self.norm1(self.attention(h), x)
-        return self.norm2(self.feed_forward(h), x)
+        h, x = self.norm1.add(self.attention(h), x)
+        return self.norm2.add(self.feed_forward(h), x)
 
 
 class GPT(nn.Module):
@@ -135,7 +141,7 @@ class GPT(nn.Module):
         x = self.embed(tokens).to(self.dtype)  # (B, T, C)
         if self.positions is not None:
             x = x + self.positions.weight[: tokens.shape[1]].to(self.dtype)
-        h, x = self.norm(x)
+        h = self.norm(x)
         for block in self.blocks:
             h, x = block(h, x)
         weight = self.head.weight  # (V, C)

@@ -16,13 +16,15 @@ def sdpa(qkv: torch.Tensor, n_heads: int) -> torch.Tensor:
 
 def torch_norm(name: str):
     """F.rms_norm or F.layer_norm with the signature of our operation `name`."""
-    norm, eps = (F.rms_norm, 1e-6) if name == "rms_norm" else (F.layer_norm, 1e-5)
+    norm, eps = (F.rms_norm, 1e-6) if name.endswith("rms_norm") else (F.layer_norm, 1e-5)
+
+    def alone(x, *parameters):
+        return norm(x, x.shape[-1:], *(p.to(x.dtype) for p in parameters), eps=eps)
 
     def added(x, residual, *parameters):
-        x = x if residual is None else x + residual
-        return norm(x, x.shape[-1:], *(p.to(x.dtype) for p in parameters), eps=eps), x
+        return alone(x + residual, *parameters), x + residual
 
-    return added
+    return added if name.startswith("add") else alone
 
 
 def torch_loss(h, weight, targets, ignore_index=-1, z_loss=0.0):

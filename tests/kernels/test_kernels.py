@@ -34,8 +34,9 @@ def cases():
                 yield operation, None, [qkv], {"n_heads": H, "theta": theta, "qk_norm": qk_norm}
     for size in [(1, 8), (7, 96), (3, 129, 64), (2, 5, 33)]:
         xs, ws = [randn(*size, scale=3.0), randn(*size, seed=1)], [randn(size[-1], seed=2), randn(size[-1], seed=3)]
-        yield "rms_norm", torch_norm("rms_norm"), [*xs, ws[0]], {}
-        yield "layer_norm", torch_norm("layer_norm"), [*xs, *ws], {}
+        for name, inputs in (("rms_norm", [xs[0], ws[0]]), ("layer_norm", [xs[0], *ws])):
+            yield name, torch_norm(name), inputs, {}
+            yield f"add_{name}", torch_norm(f"add_{name}"), [*xs, *inputs[1:]], {}
     for kind in ("gelu", "gelu_tanh", "relu2", "swiglu"):
         yield "activation", None, [randn(7, 66, scale=3.0)], {"kind": kind}
     for M, C, V in [(1, 8, 5), (7, 16, 257), (700, 24, 9000), (64, 32, 256)]:
@@ -58,8 +59,8 @@ def test_eps_of_norms(name):
     """eps is added to the mean square or the variance: here both are 1, and 1 / sqrt(1 + 3) is a half."""
     norms, x = implementation(name), torch.tensor([[1.0, -1.0]], device=DEVICE)
     for norm, weights in (("rms_norm", [x[0] ** 2]), ("layer_norm", [x[0] ** 2, None])):
-        for residual in (None, 0 * x):
-            assert norms[norm](x, residual, *weights, 3.0)[0].tolist() == [[0.5, -0.5]]
+        assert norms[norm](x, *weights, 3.0).tolist() == [[0.5, -0.5]]
+        assert norms[f"add_{norm}"](x, 0 * x, *weights, 3.0)[0].tolist() == [[0.5, -0.5]]
 
 
 @every_implementation
@@ -113,7 +114,7 @@ def test_use_swaps_and_restores():
     x, weight = randn(5, 33, scale=3.0).float(), randn(33, seed=1).float()
 
     def by(module) -> bool:
-        return torch.equal(ops.rms_norm(x, None, weight)[0], module.rms_norm(x, None, weight)[0])
+        return torch.equal(ops.rms_norm(x, weight), module.rms_norm(x, weight))
 
     assert by(fallback) and not by(reference)
     with pytest.raises(ZeroDivisionError), kernels.use("reference"):
@@ -121,7 +122,7 @@ def test_use_swaps_and_restores():
         with kernels.use("auto"):
             assert by(reference)
         with kernels.use("fallback", rms_norm=lambda x, *_: x):
-            assert torch.equal(ops.rms_norm(x, None, weight), x)
+            assert torch.equal(ops.rms_norm(x, weight), x)
         assert by(reference)
         1 / 0  # noqa: B018
     assert by(fallback)
