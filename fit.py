@@ -289,22 +289,13 @@ def describe(analysis: Analysis, options: FitOptions) -> dict:
     """`meta` of laws.json: what was counted, in which way, on what."""
     labels, boot, curves = analysis.rows.labels, analysis.best.boot, analysis.curves
     same = ("tokenizer", "seq_len", "data_sha", "val_sha")
-    return {
-        "source": analysis.rows.source,
-        "sha256": analysis.rows.sha256,
-        "curves": curves.source if curves else None,
-        "curves_sha256": curves.sha256 if curves else None,
-        "params_convention": options.params,
-        "flops_convention": analysis.flops_convention,
+    return {"source": analysis.rows.source, "sha256": analysis.rows.sha256,
+        "curves": curves.source if curves else None, "curves_sha256": curves.sha256 if curves else None,
+        "params_convention": options.params, "flops_convention": analysis.flops_convention,
         "flops_name": analysis.flops_name,
         **{name: ", ".join(labels[name].used()) or None if name in labels else None for name in same},
-        "n_runs": len(analysis.N),
-        "dropped": analysis.rows.dropped,
-        "bootstrap": analysis.settings.bootstrap,
-        "cluster": boot.unit if boot else None,
-        "level": 95,
-        "seed": options.seed,
-    }
+        "n_runs": len(analysis.N), "dropped": analysis.rows.dropped, "bootstrap": analysis.settings.bootstrap,
+        "cluster": boot.unit if boot else None, "level": 95, "seed": options.seed}  # fmt: skip
 
 
 if __name__ == "__main__":

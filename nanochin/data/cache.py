@@ -118,17 +118,10 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     for start, stop in val:
         val_sha.update(val_text.bytes[start:stop])
     shutil.rmtree(temp / "text")
-    corpus = {
-        "name": recipe.name,
-        "data_sha": fingerprint(recipe.train),
-        "val_sha": val_sha.hexdigest(),
-        "train_bytes": total_bytes(train),
-        "val_bytes": total_bytes(val),
-        "documents": _count_documents(text, train),
-        "val_documents": _count_documents(val_text, val),
-        "skipped_bytes": sum(t.skipped for t in texts),
-        "skipped_records": sum(t.bad for t in texts),
-    }
+    corpus = {"name": recipe.name, "data_sha": fingerprint(recipe.train), "val_sha": val_sha.hexdigest(),
+        "train_bytes": total_bytes(train), "val_bytes": total_bytes(val), "documents": _count_documents(text, train),
+        "val_documents": _count_documents(val_text, val), "skipped_bytes": sum(t.skipped for t in texts),
+        "skipped_records": sum(t.bad for t in texts)}  # fmt: skip
     return {"version": VERSION, "tokenizer": tokenizer.name, "corpus": corpus}
 
 

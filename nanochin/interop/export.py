@@ -112,17 +112,9 @@ def to_neox(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
         if ".qkv." in name:
             tensor = tensor.unflatten(0, (3, shape.heads, shape.head_size)).transpose(0, 1).flatten(0, 2)
         tensors[rename(name, shape.layers, NEOX)] = tensor
-    return tensors, {
-        "architectures": ["GPTNeoXForCausalLM"],
-        "model_type": "gpt_neox",
-        **sizes(shape),
-        "layer_norm_eps": 1e-5,
-        "attention_bias": True,
-        "use_parallel_residual": False,
-        "rotary_pct": 1.0,
-        "rotary_emb_base": ROTARY_THETA,
-        "rope_parameters": ROPE | {"partial_rotary_factor": 1.0},
-    }
+    return tensors, {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", **sizes(shape),
+        "layer_norm_eps": 1e-5, "attention_bias": True, "use_parallel_residual": False, "rotary_pct": 1.0,
+        "rotary_emb_base": ROTARY_THETA, "rope_parameters": ROPE | {"partial_rotary_factor": 1.0}}  # fmt: skip
 
 
 def to_llama(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
@@ -137,30 +129,17 @@ def to_llama(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
             tensors |= {theirs.format("gate"): gate, theirs.format("up"): up}
         else:
             tensors[theirs] = tensor
-    return tensors, {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **sizes(shape),
-        "num_key_value_heads": shape.heads,
-        "head_dim": shape.head_size,
-        "rms_norm_eps": 1e-6,
-        "attention_bias": shape.bias,
-        "mlp_bias": shape.bias or not gated,
-        "rope_theta": ROTARY_THETA,
-        "rope_parameters": ROPE,
-    }
+    return tensors, {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes(shape),
+        "num_key_value_heads": shape.heads, "head_dim": shape.head_size, "rms_norm_eps": 1e-6,
+        "attention_bias": shape.bias, "mlp_bias": shape.bias or not gated, "rope_theta": ROTARY_THETA,
+        "rope_parameters": ROPE}  # fmt: skip
 
 
 def sizes(shape: Shape) -> dict:
     """Config entries with the same name in NeoX and Llama."""
-    return {
-        "hidden_size": shape.width,
-        "intermediate_size": shape.ffn,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "hidden_act": ACTIVATIONS[shape.activation],
-        "max_position_embeddings": shape.seq_len,
-    }
+    return {"hidden_size": shape.width, "intermediate_size": shape.ffn, "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads, "hidden_act": ACTIVATIONS[shape.activation],
+        "max_position_embeddings": shape.seq_len}  # fmt: skip
 
 
 def with_biases(ours: Weights, within: str = "") -> Weights:

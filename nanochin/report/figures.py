@@ -41,15 +41,9 @@ LOSS = "loss, nats per token"
 
 def draw(analysis: Analysis, found: dict[str, object]) -> dict[str, Figure]:
     """`found`: the result of each check by its name, None or missing if there is none."""
-    every = {
-        "curves": curves(analysis),
-        "isoflop": isoflop(analysis),
-        "optimum": optimum(analysis),
-        "surface": surface(analysis),
-        "residuals": residuals(analysis, found.get("residuals_by_compute")),
-        "hold-out": hold_out(analysis, found.get("hold_out")),
-        "certainty": certainty(analysis, found),
-    }
+    every = {"curves": curves(analysis), "isoflop": isoflop(analysis), "optimum": optimum(analysis),
+        "surface": surface(analysis), "residuals": residuals(analysis, found.get("residuals_by_compute")),
+        "hold-out": hold_out(analysis, found.get("hold_out")), "certainty": certainty(analysis, found)}  # fmt: skip
     return {name: figure for name, figure in every.items() if figure}
 
 

@@ -9,13 +9,8 @@ from nanochin.runrow import RunRow, flops_column, params_column, read_csv
 
 KEPT = (".csv", ".gz", ".json", ".html", ".svg")  # of the sweep's own files, without the folders of its runs
 PICTURES = ("isoflop.png", "optimum.png", "isoflop.svg", "optimum.svg")  # the README shows the first that exists
-FILES = {
-    "runs.csv": "a row a run",
-    "curves.csv.gz": "their training curves",
-    "laws.json": "the fit",
-    "report.html": "its report",
-    "plan.csv": "the plan",
-}
+FILES = {"runs.csv": "a row a run", "curves.csv.gz": "their training curves", "laws.json": "the fit",
+    "report.html": "its report", "plan.csv": "the plan"}  # fmt: skip
 
 
 def keep(folder: Path, results: Path, command: str) -> None:
