@@ -91,18 +91,11 @@ def architecture(shape: Shape):
 
 def to_gpt2(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
     renamed = {rename(name, shape.layers, GPT2): tensor for name, tensor in with_biases(ours).items()}
-    return {name: transpose_matrix(name, tensor) for name, tensor in renamed.items()}, {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_embd": shape.width,
-        "n_layer": shape.layers,
-        "n_head": shape.heads,
-        "n_inner": shape.ffn,
-        "n_positions": shape.seq_len,
-        "activation_function": ACTIVATIONS[shape.activation],
-        "layer_norm_epsilon": 1e-5,
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-    }
+    config = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": shape.width,
+              "n_layer": shape.layers, "n_head": shape.heads, "n_inner": shape.ffn, "n_positions": shape.seq_len,
+              "activation_function": ACTIVATIONS[shape.activation], "layer_norm_epsilon": 1e-5,
+              **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)}  # fmt: skip
+    return {name: transpose_matrix(name, tensor) for name, tensor in renamed.items()}, config
 
 
 def to_neox(ours: Weights, shape: Shape) -> tuple[Weights, dict]:
