@@ -52,15 +52,16 @@ def inference_optimal(law: Law, loss: float, inference_tokens: float) -> tuple[f
     At the optimum alpha A N^-alpha / (beta B D^-beta) = p (1 + D_inf / 3D). Along the curve of equal loss the left
     side and D grow as N shrinks, so there is one root, found by bisection in log N."""
     loss = _reachable(law, loss)
+    terms = law.bracket(loss)
 
     def tokens(N):
         """D that reaches the loss with N parameters."""
-        left = loss - law.E - law.A * N**-law.alpha
+        left = terms - law.A * N**-law.alpha
         with np.errstate(divide="ignore", invalid="ignore"):
             return (np.fmax(left, 0) / law.B) ** (-1 / law.beta)
 
     high = np.log(law.params_reaching(loss))  # inference never favours a larger model
-    low = np.log(law.A / (loss - law.E)) / law.alpha  # here D would be infinite
+    low = np.log(law.A / terms) / law.alpha  # here D would be infinite
     for _ in range(60):
         middle = (low + high) / 2
         N = np.exp(middle)

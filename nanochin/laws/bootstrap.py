@@ -11,10 +11,11 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from nanochin.laws.envelope import EnvelopeFit, refit_envelope
+from nanochin.laws.gamma import cold_starts, make_surface
 from nanochin.laws.isoflop import IsoflopFit, refit_isoflop, seed_noise
-from nanochin.laws.law import CONSTANTS, Law, NotIdentified, PowerLaw, interval
+from nanochin.laws.law import Law, NotIdentified, PowerLaw, interval
 from nanochin.laws.parametric import ParametricFit, agree
-from nanochin.laws.solver import BATCH, Solution, Surface, projected_starts
+from nanochin.laws.solver import BATCH, Solution, Surface
 
 LEVELS = (80, 95)  # percent
 FEW = 10  # independent runs; fewer give a warning
@@ -58,7 +59,7 @@ class Bootstrap:
         """{constant: values} of up to `count` replicates of a Law, evenly spaced, to eight digits."""
         every = len(self.law.a)
         chosen = np.unique(np.linspace(0, every - 1, count).astype(int))
-        values = {name: np.broadcast_to(getattr(self.law, name), every)[chosen] for name in CONSTANTS}
+        values = {name: np.broadcast_to(getattr(self.law, name), every)[chosen] for name in self.law.constants}
         return {name: [float(f"{x:.8g}") for x in v] for name, v in values.items()}
 
     def intervals(self, budgets=()) -> dict[str, dict[int, tuple[float, float]]]:
@@ -141,8 +142,8 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
     """Minimise each replicate by Newton steps from the fit's optimum. Minimise the first `verify` (replicates are
     exchangeable), and those that fail, also from four starts far from it and from each other; all of them if that
     finds a lower optimum for any."""
-    surface = Surface.of(fit.N, fit.D, fit.loss, **fit.options)
-    starts = projected_starts(surface, 12)
+    surface = make_surface(fit.N, fit.D, fit.loss, **fit.options)
+    starts = cold_starts(surface, 12)
     warm, others = surface.z(fit.law), [starts[-1], *starts[::4]]
     size = max(1, BATCH // fit.n)
     counts = {"at_bound": 0, "verified": 0, "gradient_norm": 0.0, "checked": 0, "worse": 0, "unconfirmed": 0}
@@ -171,7 +172,7 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
         counts["gradient_norm"] = max(counts["gradient_norm"], float(found.gradient_norm[good].max(initial=0)))
     theta = np.concatenate([np.where(found.converged[:, None], found.theta, np.nan) for found in optima])
     law = surface.law(theta)
-    return {name: getattr(law, name) for name in CONSTANTS}, counts
+    return {name: getattr(law, name) for name in fit.law.constants}, counts
 
 
 def _minimise_also(surface: Surface, found: Solution, weights, rows, starts) -> tuple[np.ndarray, np.ndarray]:

@@ -9,10 +9,11 @@ import numpy as np
 
 from nanochin.laws.bootstrap import LEVELS, Bootstrap, bootstrap, resample
 from nanochin.laws.cost import Cost
+from nanochin.laws.gamma import cold_starts, make_surface
 from nanochin.laws.isoflop import Budget, Curve, IsoflopFit, akima_minimum, group_budgets, replicate_optima
-from nanochin.laws.law import CONSTANTS, NotIdentified, interval, line
+from nanochin.laws.law import NotIdentified, interval, line
 from nanochin.laws.parametric import ParametricFit, fit_parametric
-from nanochin.laws.solver import BATCH, Surface, projected_starts
+from nanochin.laws.solver import BATCH
 
 MIN_CURVATURE = 4  # a parabola fits any three budgets
 BETWEEN = 33  # levels of C_kaplan if the budgets have too few optima
@@ -84,9 +85,9 @@ def profile_e(fit: ParametricFit, points: int = 41) -> tuple[np.ndarray, np.ndar
     """Profile of E: (E (points,), objective (points,)), everything else optimised at fixed E from 0 to the lowest loss;
     nan where no optimum was found. The flatter it is, the less the data say about E."""
     grid = np.linspace(0, fit.loss.min() * (1 - 1e-3), points)
-    surface = Surface.of(fit.N, fit.D, fit.loss, **fit.options | {"E": None})
+    surface = make_surface(fit.N, fit.D, fit.loss, **fit.options | {"E": None})
     best = np.full(points, np.inf)
-    for start in (surface.z(fit.law), *projected_starts(surface, 12)[3::4]):
+    for start in (surface.z(fit.law), *cold_starts(surface, 12)[3::4]):
         found = surface.minimise(np.tile(start, (points, 1)), E=grid, cold=True)
         best = np.where(found.converged, np.minimum(best, found.objective), best)
     return grid, np.where(np.isfinite(best), best, np.nan)
@@ -178,7 +179,9 @@ def hold_out(
 
 def _prediction_interval(fit: ParametricFit, boot: Bootstrap, N, D, rng) -> tuple[np.ndarray, np.ndarray]:
     """Low and high (m,): predictions of each replicate times the scatter of a random fitted row."""
-    law = replace(boot.law, **{name: getattr(boot.law, name)[:, None] for name in CONSTANTS})  # (K, 1), for many rows
+    law = replace(
+        boot.law, **{name: getattr(boot.law, name)[:, None] for name in boot.law.constants}
+    )  # (K, 1), for many rows
     K, parts = len(boot.law.E), []
     for at in np.array_split(np.arange(len(N)), -(-len(N) * K // BATCH)):
         scatter = np.exp(-rng.choice(fit.residuals, (K, len(at))))

@@ -1,6 +1,6 @@
 """Fitted laws, the optima that they predict, and laws.json.
 
-    L(N, D) = E + A / N^alpha + B / D^beta          Approach 3 of Hoffmann et al. 2022 (Eq. 2): `Law`
+    L(N, D) = E + (A / N^alpha + B / D^beta)^gamma  gamma = 1: Approach 3 of Hoffmann et al. 2022 (Eq. 2): `Law`
     N_opt = k_N C^a,  D_opt = k_D C^b               Approaches 1 and 2: `PowerLaw`
 
 N parameters, D training tokens, C training FLOPs, L validation loss in nats per token. The constants are specific to
@@ -31,11 +31,9 @@ CONSTANTS = ("E", "A", "B", "alpha", "beta")  # of Approach 3
 
 @dataclass(frozen=True)
 class Law:
-    """L(N, D) = E + A / N^alpha + B / D^beta, with N counted by `params_convention`.
+    """L(N, D) = E + (A / N^alpha + B / D^beta)^gamma, with N counted by `params_convention`.
 
     Constants may be arrays (bootstrap replicates); methods then return arrays."""
-
-    quantities = (*CONSTANTS, "a", "b", "G")  # all that get an interval
 
     name: str
     E: float
@@ -43,6 +41,7 @@ class Law:
     B: float
     alpha: float
     beta: float
+    gamma: float = 1.0  # changes the loss of an optimum, not where it is
     params_convention: str = "total"
     cost: Cost = SIX_ND  # FLOPs per token: affects the optimum, not the loss
     meta: dict = field(default_factory=dict, compare=False)
@@ -51,7 +50,29 @@ class Law:
 
     def loss(self, N: float, D: float) -> float:
         """Predicted loss in nats per token."""
-        return self.E + self.A * N**-self.alpha + self.B * D**-self.beta
+        if self.is_sum:
+            return self.E + self.A * N**-self.alpha + self.B * D**-self.beta
+        of_n, of_d = np.log(self.A) - self.alpha * np.log(N), np.log(self.B) - self.beta * np.log(D)
+        return self.E + np.exp(self.gamma * np.logaddexp(of_n, of_d))
+
+    def bracket(self, loss: float) -> float:
+        """A / N^alpha + B / D^beta where the law has this loss, above E."""
+        return loss - self.E if self.is_sum else (loss - self.E) ** (1 / self.gamma)
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether gamma is 1."""
+        return np.ndim(self.gamma) == 0 and self.gamma == 1
+
+    @property
+    def constants(self) -> tuple[str, ...]:
+        """Names of the constants; gamma only where it is not 1."""
+        return CONSTANTS if self.is_sum else (*CONSTANTS, "gamma")
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """Names of all that get an interval."""
+        return (*self.constants, "a", "b", "G")
 
     def forecast(self, N: float, D: float, level: float = 95) -> tuple[float, float] | None:
         """Prediction interval for the loss of a new run: percentiles over the replicates (uncertainty of the law), each
@@ -95,8 +116,8 @@ class Law:
 
     def params_reaching(self, loss: float) -> float:
         """The N whose optimum has this loss, above E."""
-        above = loss - self.E
-        return self._fixed_point(lambda R, p: (self.A * (1 + self.alpha / (p * self.beta)) / above) ** (1 / self.alpha))
+        terms = self.bracket(loss)
+        return self._fixed_point(lambda R, p: (self.A * (1 + self.alpha / (p * self.beta)) / terms) ** (1 / self.alpha))
 
     def _fixed_point(self, size: Callable) -> float:
         """N = size(R(N), p(N)), by iteration; each round reduces the error about tenfold."""

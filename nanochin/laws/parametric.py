@@ -1,4 +1,4 @@
-"""Approach 3: the parametric loss, L(N, D) = E + A / N^alpha + B / D^beta.
+"""Approach 3: the parametric loss, L(N, D) = E + (A / N^alpha + B / D^beta)^gamma, by default with gamma = 1.
 
 `reference_fit` is the procedure of the paper. `fit_parametric` finds the same optimum from nearly every start, in
 milliseconds instead of minutes (solver.py): starts by variable projection, which solves for the other three constants
@@ -13,8 +13,9 @@ from functools import partial
 import numpy as np
 
 from nanochin.laws.cost import SIX_ND, Cost
+from nanochin.laws.gamma import cold_starts, make_surface
 from nanochin.laws.law import Law, NotIdentified, constants
-from nanochin.laws.solver import NAMES, Solution, Surface, minimise, projected_starts
+from nanochin.laws.solver import NAMES, Solution, Surface, minimise
 
 STARTS = 12
 AGREE = 1e-9  # relative difference of objectives up to which starts agree
@@ -24,14 +25,19 @@ GRID = list(itertools.product(range(0, 30, 5), range(0, 30, 5), (-1, -0.5, 0, 0.
 
 def reference_objective(theta, log_n, log_d, log_loss, delta: float = 1e-3, weights=1.0) -> tuple[float, np.ndarray]:
     """The sum of Huber_delta(LSE(a - alpha log N, b - beta log D, e) - log L) over rows (n,), and its gradient (5,) in
-    theta = (a, b, e, alpha, beta) with a = log A, b = log B, e = log E (Hoffmann et al. 2022, Eq. 3)."""
-    a, b, e, alpha, beta = theta
-    terms = np.stack(np.broadcast_arrays(a - alpha * log_n, b - beta * log_d, e))  # (3, n)
-    log_sum = np.logaddexp.reduce(terms)
+    theta = (a, b, e, alpha, beta) with a = log A, b = log B, e = log E (Hoffmann et al. 2022, Eq. 3). With a sixth
+    unknown, log gamma, the first two terms are raised to gamma."""
+    a, b, e, alpha, beta, *log_gamma = theta
+    gamma = np.exp(log_gamma[0]) if log_gamma else 1.0
+    of_n, of_d = a - alpha * log_n, b - beta * log_d
+    bracket = np.logaddexp(of_n, of_d)
+    log_sum = np.logaddexp(gamma * bracket, e)
     residual = log_sum - log_loss
     psi = np.clip(residual, -delta, delta)  # the derivative of Huber_delta, which is psi (r - psi / 2)
-    of_a, of_b, of_e = weights * psi * np.exp(terms - log_sum)
-    gradient = of_a.sum(), of_b.sum(), of_e.sum(), -of_a @ log_n, -of_b @ log_d
+    powered = weights * psi * np.exp(gamma * bracket - log_sum)  # by gamma log(A / N^alpha + B / D^beta)
+    of_a, of_b = gamma * powered * np.exp(of_n - bracket), gamma * powered * np.exp(of_d - bracket)
+    gradient = [of_a.sum(), of_b.sum(), np.sum(weights * psi * np.exp(e - log_sum)), -of_a @ log_n, -of_b @ log_d]
+    gradient += [gamma * powered @ bracket] if log_gamma else []
     return float(np.sum(weights * psi * (residual - psi / 2))), np.array(gradient)
 
 
@@ -57,7 +63,7 @@ class ParametricFit:
 
     law: Law
     objective: float  # the SUM over rows, at the optimum
-    options: dict  # delta, space, E and tied, as in Surface.of
+    options: dict  # delta, space, E, tied and gamma, as in make_surface
     starts: int  # number of starts, all minimised
     starts_agreeing: int  # how many of them reached the optimum (1e-9 relative)
     gradient_norm: float  # largest gradient component over the sum of its absolute terms: 0 at an exact optimum
@@ -75,7 +81,7 @@ class ParametricFit:
         """The object `approach3` of laws.json; `bootstrap` (a Bootstrap of this fit) adds its to_json()."""
         names = ("objective", "n", "starts", "starts_agreeing", "gradient_norm")
         out = constants(self.law) | {name: getattr(self, name) for name in names}
-        delta, space, E, tied = self.options.values()
+        delta, space, E, tied = (self.options[name] for name in ("delta", "space", "E", "tied"))
         out |= {"delta": None if math.isinf(delta) else delta, "space": space, "fixed_E": E, "tied": tied}
         out |= {"cost": vars(self.law.cost), "at_bound": list(self.at_bound)}
         if bootstrap is not None:
@@ -85,7 +91,8 @@ class ParametricFit:
     @property
     def noise(self) -> float | None:
         """Standard deviation of a run's log loss about the law; None without more runs than constants."""
-        free = self.n - 5 + self.options["tied"] + (self.options["E"] is not None)
+        fixed = self.options["tied"] + (self.options["E"] is not None) + (self.options["gamma"] is not None)
+        free = self.n - 6 + fixed
         return math.sqrt(np.sum(self.residuals**2) / free) if free > 0 else None
 
 
@@ -93,14 +100,14 @@ def fit_parametric(
     N, D, loss, *, allow_bound: bool = False, cost: Cost = SIX_ND, params_convention: str = "total", **options
 ) -> ParametricFit:
     """Minimise the sum of Huber_delta(r) over rows, r the residual of log loss, by default with delta = 1e-3. `options`
-    (delta, space, E, tied) change the objective as in Surface.of: least squares, residuals of the loss, a fixed E,
-    alpha = beta. `cost` counts the FLOPs of the law's optima; the fit does not use it.
+    (delta, space, E, tied, gamma) change the objective as in make_surface: least squares, residuals of the loss, a
+    fixed E, alpha = beta, a free gamma (None). `cost` counts the FLOPs of the law's optima; the fit does not use it.
 
     Raises NotIdentified: fewer than 6 rows, fewer than 3 sizes or token counts, E or an exponent at its bound (with
     `allow_bound` only reported in `at_bound`), a fixed E not below the lowest loss, no start converges, no two starts
     agree on the lowest optimum."""
-    surface = Surface.of(N, D, loss, **options)
-    z = projected_starts(surface, STARTS)
+    surface = make_surface(N, D, loss, **options)
+    z = cold_starts(surface, STARTS)
     if not len(z):
         raise NotIdentified("Approach 3: the loss does not fall with N and D")
     found = surface.minimise(z, cold=True)
@@ -108,7 +115,9 @@ def fit_parametric(
     if agreeing < 2 <= len(z):
         raise NotIdentified(f"Approach 3: only 1 of {len(z)} starts reaches the lowest optimum; add runs")
     optimum = found.theta[best]
-    bounds = tuple(n for n, at in zip(NAMES, surface.at_bound(optimum[None])[0], strict=True) if at)
+    names = (*NAMES, "gamma")[: len(surface.free)]
+    bounds = tuple(n for n, at in zip(names, surface.at_bound(optimum[None])[0], strict=True) if at)
+    allow_bound |= bounds == ("E",) and surface.options["gamma"] is None  # E = 0 contains Kaplan's law
     if bounds == ("E",) and not allow_bound:
         raise NotIdentified("Approach 3: E is not identified: the best E is 0; add larger or longer runs, or fix E")
     if bounds and not allow_bound:

@@ -134,7 +134,7 @@ class Surface:
     N: np.ndarray  # (n,)
     D: np.ndarray
     loss: np.ndarray
-    options: dict  # delta, space, E and tied, as given
+    options: dict  # delta, space, E, tied and gamma, as given
     target: np.ndarray  # (n,) log loss or loss
     centre: tuple[float, float]  # means of log N and log D
     bases: tuple[np.ndarray, ...]  # columns of x = log N - mean and y = log D - mean, see `_block`
@@ -185,7 +185,7 @@ class Surface:
             free = np.delete(free, 3, 1)
             free[3, 1] = 1
         unknowns = [0, 1, 2, 4] if tied else slice(None)
-        options = {"delta": delta, "space": space, "E": E, "tied": tied}
+        options = {"delta": delta, "space": space, "E": E, "tied": tied, "gamma": 1.0}
         target = np.log(loss) if space == "log" else loss
         return cls(N, D, loss, options, target, centre, bases, free, lower[unknowns], upper[unknowns])
 
@@ -247,7 +247,8 @@ class Surface:
         """Objective (K,), gradient (K, p) and Hessian (K, p, p) of K problems z (K, p) with weights (n,) or
         weights[rows]. The Hessian is blended by mu (K,) with that of reweighted least squares (see `minimise`)."""
         rows = np.arange(len(z)) if rows is None else rows
-        F, g, H = np.empty(len(z)), np.empty((len(z), 5)), np.empty((len(z), 5, 5))
+        K, m = len(z), len(self.free)
+        F, g, H = np.empty(K), np.empty((K, m)), np.empty((K, m, m))
         theta = z @ self.free.T
         for k in self._blocks(len(z)):
             F[k] = self._block(theta[k], mu[k], weights if weights.ndim == 1 else weights[rows[k]], delta, g[k], H[k])
@@ -310,14 +311,16 @@ class Surface:
         linear_n, linear_d, delta = *self.bases[3:], self.options["delta"]
         # With noise-free rows the residuals are only rounding errors.
         rounding = 1e8 * EPS * np.abs(self.target).max()
-        g, size = np.empty((2, len(z), 5))
+        g, size = np.empty((2, len(z), len(self.free)))
         for k in self._blocks(len(z)):
-            r, p1, p2, f = self._residuals(z[k] @ self.free.T)
+            r, p1, p2, *others = self._residuals(z[k] @ self.free.T)
             w = weights if weights.ndim == 1 else weights[k]
             s = w * np.clip(r, -delta, delta)
             terms = (g, s, linear_n, linear_d), (size, np.abs(s) + rounding * w, np.abs(linear_n), np.abs(linear_d))
             for out, v, n, d in terms:
-                out[k, 0:2], out[k, 2:4], out[k, 4] = (v * p1) @ n, (v * p2) @ d, np.einsum("kn,kn->k", v, f)
+                out[k, 0:2], out[k, 2:4] = (v * p1) @ n, (v * p2) @ d
+                for i, other in enumerate(others, start=4):
+                    out[k, i] = np.einsum("kn,kn->k", v, other)
         return np.where(held, 0, np.abs(g @ self.free) / (size @ self.free)).max(1)
 
     def curves_up(self, z, weights, held) -> np.ndarray:

@@ -83,11 +83,12 @@ def test_same_optimum_as_the_reference(name):
     assert ours.objective * (1 - 1e-9) <= lowest <= ours.objective * (1 + 1e-5)
     for constant in ("E", "alpha", "beta"):
         assert getattr(law, constant) == pytest.approx(getattr(ours.law, constant), rel=2e-2)
-    theta, step = np.array([5.0, 6.0, 0.4, 0.3, 0.35]), 1e-6
-    rows = *np.log([N, D, loss]), 1e-3, rng.uniform(0, 2, len(N))
-    sides = [[reference_objective(theta + sign * step * unit, *rows)[0] for sign in (1, -1)] for unit in np.eye(5)]
-    slopes = [(up - down) / (2 * step) for up, down in sides]
-    assert reference_objective(theta, *rows)[1] == pytest.approx(slopes, rel=1e-5, abs=1e-9)
+    rows, step = (*np.log([N, D, loss]), 1e-3, rng.uniform(0, 2, len(N))), 1e-6
+    for theta in np.array([5.0, 6.0, 0.4, 0.3, 0.35]), np.array([5.0, 6.0, 0.4, 0.3, 0.35, -0.5]):  # and log gamma
+        units = step * np.eye(len(theta))
+        sides = [[reference_objective(theta + sign * unit, *rows)[0] for sign in (1, -1)] for unit in units]
+        slopes = [(up - down) / (2 * step) for up, down in sides]
+        assert reference_objective(theta, *rows)[1] == pytest.approx(slopes, rel=1e-5, abs=1e-9)
 
 
 @pytest.mark.parametrize("delta", [1e-3, math.inf])
