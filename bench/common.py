@@ -16,7 +16,7 @@ RESULTS = ROOT / "bench" / "results"
 def save(path: str, module: str, note: str, text: str) -> None:
     """Write a table as Markdown with its command, processor, versions and date."""
     arguments = (Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])
-    known = ", ".join(f"{name} {version}" for name, version in versions().items())
+    known = ", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "triton", "numpy"))
     head = f"`{shlex.join(['python', '-m', module, *arguments])}`\n\n{cpu_name()}, {time.strftime('%Y-%m-%d')}; {note}"
     Path(path).write_text(f"{head}; {known}\n\n```\n{text}\n```\n")
 
