@@ -26,7 +26,7 @@ from nanochin.data.tokenizer import Tokenizer, train_bpe
 VERSION = 1  # of the cache folder's content; part of its name
 SHARD = 100_000_000  # tokens per shard
 UNFINISHED = "nanochin-unfinished"  # empty file that marks our folder while it is being built
-JOB = 1 << 20  # bytes of text that a thread encodes at a time
+BATCH = 1 << 20  # bytes of text that a thread encodes at a time
 BPE_SAMPLE = 1 << 25  # maximum bytes of text to train a BPE on
 
 
@@ -129,26 +129,26 @@ def encode(text: Text, ranges: np.ndarray, tokenizer: Tokenizer, stage: Stage) -
     """Tokens of `ranges` in order: end-of-text, then each document followed by end-of-text."""
     eot = np.array([tokenizer.eot], tokenizer.dtype)
 
-    def encode_job(job: list[tuple[int, int, bool]]) -> np.ndarray:
+    def encode_batch(batch: list[tuple[int, int, bool]]) -> np.ndarray:
         tokens = []
-        for start, stop, is_end in job:
+        for start, stop, is_end in batch:
             tokens.append(tokenizer.encode(text.bytes[start:stop].tobytes()))
             if is_end:
                 tokens.append(eot)
-        stage.add(sum(stop - start for start, stop, _ in job))
+        stage.add(sum(stop - start for start, stop, _ in batch))
         return np.concatenate(tokens)
 
     yield eot
-    yield from stage.map(encode_job, batches(_pieces(text, ranges), lambda piece: piece[1] - piece[0], JOB))
+    yield from stage.map(encode_batch, batches(_pieces(text, ranges), lambda piece: piece[1] - piece[0], BATCH))
 
 
 def _pieces(text: Text, ranges: np.ndarray) -> Iterator[tuple[int, int, bool]]:
-    """`ranges` as pieces (start, stop, whether a document ends there) of at most JOB bytes of one document."""
+    """`ranges` as pieces (start, stop, whether a document ends there) of at most BATCH bytes of one document."""
     for start, stop in ranges.tolist():
         first, last = np.searchsorted(text.ends, [start + 1, stop + 1])
         ends = zip(map(int, text.ends[first:last]), repeat(True), strict=False)
         for end, is_end in chain(ends, [(stop, False)]):
-            while end - start > JOB:
+            while end - start > BATCH:
                 cut = _cut(text, start)
                 yield start, cut, False
                 start = cut
@@ -158,11 +158,11 @@ def _pieces(text: Text, ranges: np.ndarray) -> Iterator[tuple[int, int, bool]]:
 
 
 def _cut(text: Text, start: int) -> int:
-    """Where to cut within JOB bytes of `start` without changing a token: before a space that follows a visible ASCII
+    """Where to cut within BATCH bytes of `start` without changing a token: before a space that follows a visible ASCII
     character, where every tiktoken pattern splits. If there is none (rare), at a character boundary."""
-    window = text.bytes[start : start + JOB].tobytes()
-    last = re.match(rb".*[!-~](?= )", window, re.DOTALL)
-    return start + last.end() if last else char_start(text, start + JOB)
+    part = text.bytes[start : start + BATCH].tobytes()
+    last = re.match(rb".*[!-~](?= )", part, re.DOTALL)
+    return start + last.end() if last else char_start(text, start + BATCH)
 
 
 def _count_documents(text: Text, ranges: np.ndarray) -> int:

@@ -317,8 +317,8 @@ def read_text(files: list[File], folder: Path, stage: Stage, skip_bad: bool = Fa
     """Write the flat text of `files` into `folder`, several files at a time, and open it. A line or row without a text
     raises UserError, or is counted if `skip_bad`."""
     folder.mkdir(parents=True)
-    jobs = enumerate(batches(files, lambda file: file.size, PART))
-    parts = list(stage.map(lambda job: _read_part(job[1], folder / f"text-{job[0]:05d}", stage, skip_bad), jobs))
+    numbered = enumerate(batches(files, lambda file: file.size, PART))
+    parts = list(stage.map(lambda one: _read_part(one[1], folder / f"text-{one[0]:05d}", stage, skip_bad), numbered))
     starts = np.cumsum([0] + [len(part.bytes) for part in parts])
     if not starts[-1]:
         raise UserError(f"{files[0].path}{' and others' * (len(files) > 1)}: no text in it")

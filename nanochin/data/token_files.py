@@ -127,8 +127,8 @@ def check_ids(files: list[TokenFile], tokenizer: Tokenizer, stage: Stage) -> Non
     V = tokenizer.vocab_size
     limit = f"`vocab_size` {V}" if tokenizer.numbers else f"`tokenizer` {tokenizer.name} has {V}"
 
-    def check(job: tuple[TokenFile, int]) -> None:
-        file, start = job
+    def check_block(block: tuple[TokenFile, int]) -> None:
+        file, start = block
         ids = file.ids[start : start + SCAN]
         stage.add(ids.nbytes)
         if ids.max() >= V or ids.min() < 0:
@@ -136,7 +136,7 @@ def check_ids(files: list[TokenFile], tokenizer: Tokenizer, stage: Stage) -> Non
             where = f"{file.path}: token id {ids[i]} at position {start + i}"
             raise UserError(f"{where} is outside the vocabulary ({limit}); read as {file.format} format")
 
-    for _ in stage.map(check, [(file, start) for file in files for start in range(0, len(file.ids), SCAN)]):
+    for _ in stage.map(check_block, [(file, start) for file in files for start in range(0, len(file.ids), SCAN)]):
         pass
 
 

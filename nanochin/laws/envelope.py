@@ -89,14 +89,14 @@ def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 1
     )
 
 
-def gaussian_smooth(values, window: int) -> np.ndarray:
-    """Gaussian smoothing of evenly logged values; `window` points span 4 standard deviations. It fits a line in each
-    window, so that a falling curve is not bent at its ends, where part of the window is missing."""
-    if window < 2 or len(values) < 3:
+def gaussian_smooth(values, span: int) -> np.ndarray:
+    """Gaussian smoothing of evenly logged values; `span` points are 4 standard deviations. It fits a line in each
+    span, so that a falling curve is not bent at its ends, where part of the span is missing."""
+    if span < 2 or len(values) < 3:
         return values
-    half = window // 2
+    half = span // 2
     offset = np.arange(-half, half + 1)
-    kernel = np.exp(-0.5 * (offset / (window / 4)) ** 2)
+    kernel = np.exp(-0.5 * (offset / (span / 4)) ** 2)
     index = np.arange(len(values))[:, None] + offset
     inside = (index >= 0) & (index < len(values))
     return line(offset.astype(float), values[np.clip(index, 0, len(values) - 1)], kernel * inside)[0]

@@ -160,7 +160,7 @@ def test_long_documents_are_cut_where_no_token_changes(tmp_path, cache, monkeypa
     else:
         request.getfixturevalue("tiktoken_ranks")
         tokenizer = Tokenizer.load(name)
-    monkeypatch.setattr(module, "JOB", 300)
+    monkeypatch.setattr(module, "BATCH", 300)
     tokens, size = read_tokens((str(tmp_path / "code.txt"),), tokenizer)
     whole = tokenizer.encoding.encode_ordinary(code)
     assert tokens.tolist() == [tokenizer.eot, *whole, tokenizer.eot] and size == len(code.encode())
