@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -251,7 +252,8 @@ class InterruptedRun(RunError):
 def catch_signals():
     """In the block, SIGTERM and SIGINT only append to the yielded list, so that the loop can finish its step."""
     caught: list[int] = []
-    signals = (signal.SIGTERM, signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()  # handlers can be set only there
+    signals = (signal.SIGTERM, signal.SIGINT) if main else ()
     before = [signal.signal(number, lambda n, _: caught.append(n)) for number in signals]
     try:
         yield caught

@@ -3,6 +3,7 @@ PYTHONPATH=. python tests/test_train.py    (one thread, float32)"""
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,12 @@ def test_same_seed_same_bits(tiny):
     assert list(map(untimed, rows)) == list(map(untimed, other_rows)) and untimed(first) == untimed(again)
     _, _, seed_rows = run(tiny(seed=1))
     assert all(a != b for a, b in zip(losses(rows), losses(seed_rows), strict=True))
+
+
+def test_outside_the_main_thread(tiny):
+    """Where signal handlers cannot be set, a run is trained all the same."""
+    with ThreadPoolExecutor(1) as pool:
+        assert math.isfinite(pool.submit(train.train, tiny(), quiet=True).result()["loss"])
 
 
 def test_model_learns(tiny):
