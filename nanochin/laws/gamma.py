@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from nanochin.laws.law import Law
-from nanochin.laws.solver import Surface, projected_starts
+from nanochin.laws.solver import Surface, apart, blend_hessian, projected_starts
 
 GAMMA = (0.05, 5.0)  # bounds
 GRID, SLOPES = (0.15, 0.3, 0.6, 1.0, 2.0), 12  # of the starts
@@ -72,12 +72,8 @@ class GammaSurface(Surface):
         g[:, 0:2], g[:, 2:4] = (s * p1) @ linear_n, (s * p2) @ linear_d
         g[:, 4], g[:, 5] = np.einsum("kn,kn->k", s, f), np.einsum("kn,kn->k", s, p3)
         q = weights * (psi == r)
-        blend = mu > 0
-        if blend.any():
-            t = (mu / (1 + mu))[blend, None]
-            w = weights[blend] if weights.ndim == 2 else weights
-            q[blend] = (1 - t) * q[blend] + t * w * np.minimum(1, delta / np.maximum(np.abs(r[blend]), 1e-300))
-            s[blend] *= 1 - t
+        blend, kept = blend_hessian(q, r, mu, weights, delta)
+        s[blend] *= kept
         q -= s
         q1, q2, q3 = q * p1, q * p2, q * p3
         s1, s2, s3 = s * p1, s * p2, s * p3
@@ -123,7 +119,7 @@ def gamma_starts(surface: GammaSurface, count: int) -> np.ndarray:
     slopes = np.geomspace(0.03, 1.0, SLOPES)  # of log v: alpha gamma, beta gamma
     fixed = surface.lower[4] == surface.upper[4]
     levels = surface.lower[4:5] if fixed else L.min() * np.array([0.0, 0.4, 0.7, 0.9])
-    cells, misfits = [], []
+    cells, starts, misfits = [], [], []
     i, j = (v.ravel() for v in np.indices((SLOPES, SLOPES)))
     fixed_gamma = surface.lower[5] == surface.upper[5]
     for g, gamma in enumerate(np.exp(surface.lower[5:6]) if fixed_gamma else GRID):
@@ -141,27 +137,12 @@ def gamma_starts(surface: GammaSurface, count: int) -> np.ndarray:
                 continue
             predicted = E + (A[ok, None] * v1[i[ok]] + B[ok, None] * v2[j[ok]]) ** gamma
             misfit = np.abs(np.log(predicted) - surface.target[pick]).sum(1)
-            best = ok[np.argsort(misfit, kind="stable")[:count]]
-            misfits.append(np.sort(misfit, kind="stable")[:count])
-            z = np.stack(
-                [
-                    gamma * np.log(A[best]),
-                    slopes[i[best]],
-                    gamma * np.log(B[best]),
-                    slopes[j[best]],
-                    np.full(len(best), E),
-                    np.full(len(best), np.log(gamma)),
-                ],
-                1,
-            )
-            cells.append(np.column_stack([i[best], j[best], np.full(len(best), e), np.full(len(best), g), z]))
+            lowest = np.argsort(misfit, kind="stable")[:count]
+            best = ok[lowest]
+            misfits.append(misfit[lowest])
+            cells.append(np.column_stack(np.broadcast_arrays(i[best], j[best], e, g)))
+            v = gamma * np.log(A[best]), slopes[i[best]], gamma * np.log(B[best]), slopes[j[best]]
+            starts.append(np.column_stack(np.broadcast_arrays(*v, E, np.log(gamma))))
     if not cells:
         return np.empty((0, 6))
-    table, order = np.concatenate(cells), np.argsort(np.concatenate(misfits), kind="stable")
-    chosen: list[int] = []
-    for k in order:
-        if all(np.abs(table[k, :4] - table[c, :4]).max() > 1 for c in chosen):
-            chosen.append(k)
-        if len(chosen) == count:
-            break
-    return table[chosen, 4:]
+    return np.concatenate(starts)[apart(np.concatenate(cells), np.concatenate(misfits), count)]

@@ -268,13 +268,9 @@ class Surface:
         s1, s2 = s * p1, s * p2
         g[:, 0:2], g[:, 2:4], g[:, 4] = s1 @ linear_n, s2 @ linear_d, np.einsum("kn,kn->k", s, f)
         q = weights * (psi == r)  # weights times Huber''
-        blend = mu > 0
-        if blend.any():
-            t = (mu / (1 + mu))[blend, None]
-            w = weights[blend] if weights.ndim == 2 else weights
-            q[blend] = (1 - t) * q[blend] + t * w * np.minimum(1, delta / np.maximum(np.abs(r[blend]), 1e-300))
-            for v in (s, s1, s2):  # only the second derivatives of the law still use these
-                v[blend] *= 1 - t
+        blend, kept = blend_hessian(q, r, mu, weights, delta)
+        for v in (s, s1, s2):  # only the second derivatives of the law still use these
+            v[blend] *= kept
         if self.options["space"] == "log":
             q -= s
         q1, q2 = q * p1, q * p2
@@ -334,6 +330,17 @@ class Surface:
         return finite & (np.linalg.eigvalsh(np.where(finite[:, None, None], H, 0)).min(1) > ROUNDING)
 
 
+def blend_hessian(q, r, mu, weights, delta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Blend q (K, n), weights times Huber'', by mu (K,) with the weights of reweighted least squares, in place. Returns
+    the problems with mu > 0 and what the second derivatives of the law keep there, (problems, 1)."""
+    blend = mu > 0
+    t = (mu / (1 + mu))[blend, None]
+    if len(t):
+        w = weights[blend] if weights.ndim == 2 else weights
+        q[blend] = (1 - t) * q[blend] + t * w * np.minimum(1, delta / np.maximum(np.abs(r[blend]), 1e-300))
+    return blend, 1 - t
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Starts
 
@@ -372,11 +379,17 @@ def projected_starts(surface: Surface, count: int) -> np.ndarray:
     if surface.options["tied"]:
         tied = alpha[cells] == beta[cells]
         theta, cells = theta[tied][:, [0, 1, 2, 4]], cells[tied]
-    i, j, chosen = i[cells], j[cells], []
+    i, j = i[cells], j[cells]
     misfit = np.abs(best[cells, 0:1] * v1[i] + best[cells, 1:2] * v2[j] + best[cells, 2:3] - L) @ (w * L)
-    for cell in np.argsort(misfit, kind="stable"):
-        if all(max(abs(i[cell] - i[c]), abs(j[cell] - j[c])) > 1 for c in chosen):
-            chosen.append(cell)
+    return theta[apart(np.stack([i, j], 1), misfit, count)]
+
+
+def apart(cells, misfit, count: int) -> list[int]:
+    """Indices of up to `count` cells (m, axes) of a grid with the lowest misfit (m,), no two of them neighbours."""
+    chosen: list[int] = []
+    for k in np.argsort(misfit, kind="stable"):
+        if all(np.abs(cells[k] - cells[c]).max() > 1 for c in chosen):
+            chosen.append(k)
         if len(chosen) == count:
             break
-    return theta[chosen]
+    return chosen
