@@ -1,6 +1,6 @@
 """Mutation check: whether the tests catch wrong formulas, wrong data order and unsafe checkpoints.
 
-    python tests/mutate.py              all mutations: a quarter of an hour
+    python tests/mutate.py              all mutations: some minutes
     python tests/mutate.py plan laws    those of files whose path contains plan or laws
 
 A mutation replaces one piece of text in a temporary git worktree of HEAD and runs the tests that should then fail. Exit
