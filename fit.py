@@ -156,13 +156,17 @@ def summary(analysis: Analysis, answers: Answers) -> str:
                 rows.append(["  by Akima, seed noise", *exponents(analysis.akima)])
         else:
             rows.append([f"approach {number}", "-", "", "-", "", ""])
+    if isinstance(analysis.law, Approach) and analysis.law.form != "gamma = 1":
+        rows.append([f"  {analysis.law.form}", *exponents(analysis.law)])
     lines += [format_columns(rows), ""]
     best = analysis.best
     if isinstance(best.law, Law):
         law = best.law
-        lines.append(f"L(N, D) = {law.E:.6g} + {law.A:.6g} / N^{law.alpha:.6g} + {law.B:.6g} / D^{law.beta:.6g}")
+        lines += [format_columns(forms(analysis.choice)), "", f"law: {best.form}; {analysis.choice.why}"]
+        terms = f"{law.A:.6g} / N^{law.alpha:.6g} + {law.B:.6g} / D^{law.beta:.6g}"
+        lines.append(f"L(N, D) = {law.E:.6g} + " + (terms if law.is_sum else f"({terms})^{law.gamma:.6g}"))
         if best.boot is not None:
-            ends = {name: best.interval(name) for name in ("E", "A", "B", "alpha", "beta")}
+            ends = {name: best.interval(name) for name in law.constants}
             lines.append("95%: " + ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in ends.items()))
     else:
         lines.append(f"N = {best.law.k_N:.6g} C^{best.law.a:.6g}, D = {best.law.k_D:.6g} C^{best.law.b:.6g}")
@@ -174,6 +178,20 @@ def summary(analysis: Analysis, answers: Answers) -> str:
     ):
         lines += ["", *answer_table(title, found)] if found else []
     return "\n".join(lines)
+
+
+def forms(choice: laws.Choice) -> list[list[str]]:
+    """The forms of the law and their errors; * marks the one used."""
+    rows = [["form", "  in-sample", "  next budget", "  largest budget", "  gamma", "  E"]]
+    for form in choice.forms:
+        mark = "*" if form is choice.chosen else ""
+        if isinstance(form.fit, NotIdentified):
+            rows.append([form.name, "  -", "  -", "  -", "  -", "  -"])
+            continue
+        errors = (form.in_sample, choice.scores.get(form.name, np.nan), form.last)
+        shown = [f"  {error:.2%}" if np.isfinite(error) else "  -" for error in errors]
+        rows.append([form.name + mark, *shown, f"  {form.fit.law.gamma:.3g}", f"  {form.fit.law.E:.4g}"])
+    return rows
 
 
 def answer_table(title: str, answers: list[Answer]) -> list[str]:
@@ -276,7 +294,10 @@ def contents(analysis: Analysis, results: Results, answers: Answers, meta: dict)
             out["frontier"] = span | Answer({}, frontier(found)).to_json()
         return out
 
-    everything = laws.laws_json(*(as_json(analysis.results[number]) for number in (1, 2, 3)), meta)
+    law = as_json(analysis.law)
+    law = law | {"form": analysis.law.form} if isinstance(law, dict) else law
+    everything = laws.laws_json(*(as_json(analysis.results[number]) for number in (1, 2, 3)), meta, law=law)
+    everything["forms"] = analysis.choice.to_json()
     if isinstance(analysis.akima, Approach):
         everything["approach2_akima"] = as_json(analysis.akima)
     everything["answers"] = {"approach": analysis.best.number} | answers.to_json()

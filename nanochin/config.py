@@ -47,7 +47,7 @@ class Config(ShapeOptions):
     tokens: float | None = opt(None, "training tokens D", above=0)
     flops: str = opt("physical", "FLOP convention of the budget", choices=tuple(FLOP_CONVENTIONS), result=False)
     law: str | None = opt(None, "laws.json of a fit; default: the constants of Besiroglu et al. 2024", result=False)
-    law_approach: int = opt(3, "which approach of laws.json chooses the model", choices=(1, 2, 3), result=False)
+    law_approach: int | None = opt(None, "approach of laws.json to use, not its law", choices=(1, 2, 3), result=False)
 
     # Data.
     data: tuple[str, ...] | None = opt(

@@ -8,6 +8,8 @@
     envelope.py    fit_envelope(run, N, D, loss)      Approach 1: lower envelope of the training curves
     isoflop.py     fit_isoflop(N, D, loss)            Approach 2: the minimum of each budget's curve
     parametric.py  fit_parametric(N, D, loss)         Approach 3: L = E + A / N^alpha + B / D^beta
+    gamma.py       GammaSurface                       its objective with (A / N^alpha + B / D^beta)^gamma
+    forms.py       choose_form(N, D, loss, C)         the form that predicts larger budgets best
     solver.py      Surface, minimise                  its objective and Newton's method, thousands of problems at once
     bootstrap.py   bootstrap(fit, runs=...)           intervals for all three, by resampling runs
     checks.py      hold_out, leave_out_highest ...    what changes the answer, and how well it extrapolates
@@ -37,7 +39,18 @@ from nanochin.laws.checks import (
 )
 from nanochin.laws.cost import Cost, ratios
 from nanochin.laws.envelope import EnvelopeFit, fit_envelope
-from nanochin.laws.isoflop import IsoflopFit, fit_isoflop, group_budgets
-from nanochin.laws.law import Law, NotIdentified, PowerLaw, exponents, laws_json, laws_text, load_law
+from nanochin.laws.forms import FORMS, Choice, Form, choose_form, fit_form
+from nanochin.laws.isoflop import IsoflopFit, compute_groups, fit_isoflop, group_budgets
+from nanochin.laws.law import (
+    FormError,
+    Law,
+    NotIdentified,
+    PowerLaw,
+    exponents,
+    laws_json,
+    laws_text,
+    load_law,
+    normal_quantiles,
+)
 from nanochin.laws.parametric import ParametricFit, fit_kaplan_form, fit_parametric
 from nanochin.laws.published import BESIROGLU, HOFFMANN, HOFFMANN_1, HOFFMANN_2, KAPLAN, PUBLISHED, TABLE_3, advice

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from nanochin.laws.envelope import EnvelopeFit, refit_envelope
-from nanochin.laws.gamma import cold_starts, make_surface
+from nanochin.laws.gamma import GammaSurface, cold_starts, make_surface
 from nanochin.laws.isoflop import IsoflopFit, refit_isoflop, seed_noise
 from nanochin.laws.law import Law, NotIdentified, PowerLaw, interval
 from nanochin.laws.parametric import ParametricFit, agree
@@ -95,7 +95,7 @@ def bootstrap(
     """Resample runs with replacement and fit each replicate to convergence. `fit` is a ParametricFit, IsoflopFit or
     EnvelopeFit; `runs` (n,) are the run ids of the rows (default: each row is its own run; an envelope has its runs).
     For Approach 3 each optimum is verified by gradient and Hessian, and `verify` replicates (0: none) are also
-    minimised from other starts, all replicates if that finds a lower optimum for any.
+    minimised from other starts. If that finds a lower optimum for any, all are, from the starts that found it.
     Raises NotIdentified with fewer than 3 units or if most replicates fail."""
     if isinstance(fit, EnvelopeFit):
         runs = fit.runs
@@ -140,17 +140,21 @@ def resample(runs, replicates: int, seed: int, progress: Progress = None) -> tup
 
 def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, dict]:
     """Minimise each replicate by Newton steps from the fit's optimum. Minimise the first `verify` (replicates are
-    exchangeable), and those that fail, also from four starts far from it and from each other; all of them if that
-    finds a lower optimum for any."""
+    exchangeable), and those that fail, also from starts far from it and from each other. If that finds a lower optimum
+    for any, minimise all of them from the starts that found it."""
     surface = make_surface(fit.N, fit.D, fit.loss, **fit.options)
     starts = cold_starts(surface, 12)
     warm, others = surface.z(fit.law), [starts[-1], *starts[::4]]
+    if isinstance(surface, GammaSurface):
+        others = starts[:2]  # far ones take ten times as long and find no more (LOG.md, 2026-11-28)
     size = max(1, BATCH // fit.n)
     counts = {"at_bound": 0, "verified": 0, "gradient_norm": 0.0, "checked": 0, "worse": 0, "unconfirmed": 0}
     optima, sampled = [], []  # per batch: its optima, and how many are in the sample
+    better = set()  # starts that found a lower optimum
 
-    def check(found: Solution, weights, rows) -> None:
-        worse, confirmed = _minimise_also(surface, found, weights, rows, others)
+    def check(found: Solution, weights, rows, starts) -> None:
+        worse, confirmed, best = _minimise_also(surface, found, weights, rows, starts)
+        better.update(best[worse].tolist())
         counts["worse"] += int(worse.sum())
         counts["checked"] += int(confirmed.sum())
         counts["unconfirmed"] += int((found.converged[rows] & ~confirmed).sum())
@@ -158,13 +162,14 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
     for weights in batches(size):
         found = surface.minimise(np.tile(warm, (len(weights), 1)), weights)
         sampled.append(min(len(weights), verify - sum(sampled)))
-        check(found, weights, np.arange(sampled[-1]))
+        check(found, weights, np.arange(sampled[-1]), others)
         if verify:
             _minimise_also(surface, found, weights, np.flatnonzero(~found.converged), others)
         optima.append(found)
-    if counts["worse"]:
+    if better:
+        others = [others[k] for k in sorted(better)]
         for weights, found, first in zip(batches(size), optima, sampled, strict=True):
-            check(found, weights, np.arange(first, len(weights)))
+            check(found, weights, np.arange(first, len(weights)), others)
     for found in optima:
         good = found.converged  # which includes the check of gradient and Hessian
         counts["verified"] += int(good.sum())
@@ -175,24 +180,26 @@ def _refit_parametric(fit: ParametricFit, batches, verify: int) -> tuple[dict, d
     return {name: getattr(law, name) for name in fit.law.constants}, counts
 
 
-def _minimise_also(surface: Surface, found: Solution, weights, rows, starts) -> tuple[np.ndarray, np.ndarray]:
+def _minimise_also(surface: Surface, found: Solution, weights, rows, starts) -> tuple[np.ndarray, ...]:
     """Minimise the problems `rows` also from each of `starts` and put the lowest optima into `found`. Returns for each
-    whether it had converged to a higher one (worse), and whether one of `starts` reached the lowest (confirmed)."""
+    whether it had converged to a higher one (worse), whether one of `starts` reached the lowest (confirmed), and the
+    index of the start that found it."""
+    winner = np.zeros(len(rows), int)
     if not len(rows):
-        return np.zeros(0, bool), np.zeros(0, bool)
+        return winner > 0, winner > 0, winner
     total = weights[rows].sum(1)
     first = np.where(found.converged[rows], found.objective[rows], np.inf)
     best, lowest = first.copy(), np.full(len(rows), np.inf)  # of all, and of `starts`
-    for start in starts:
+    for i, start in enumerate(starts):
         other = surface.minimise(np.tile(start, (len(rows), 1)), weights[rows], cold=True)
         objective = np.where(other.converged, other.objective, np.inf)
         lowest = np.minimum(lowest, objective)
         for k in np.flatnonzero(~agree(best, objective, total)):
             for name in ("theta", "objective", "converged", "gradient_norm"):
                 getattr(found, name)[rows[k]] = getattr(other, name)[k]
-            best[k] = objective[k]
+            best[k], winner[k] = objective[k], i
     there = np.isfinite(best)
-    return np.isfinite(first) & ~agree(first, best, total), there & agree(lowest, best, total)
+    return np.isfinite(first) & ~agree(first, best, total), there & agree(lowest, best, total), winner
 
 
 def bootstrap_seed_noise(

@@ -10,10 +10,19 @@ import numpy as np
 from nanochin.laws.bootstrap import LEVELS, Bootstrap, bootstrap, resample
 from nanochin.laws.cost import Cost
 from nanochin.laws.gamma import cold_starts, make_surface
-from nanochin.laws.isoflop import Budget, Curve, IsoflopFit, akima_minimum, group_budgets, replicate_optima
-from nanochin.laws.law import NotIdentified, interval, line
+from nanochin.laws.isoflop import (
+    LEAST,
+    Budget,
+    Curve,
+    IsoflopFit,
+    akima_minimum,
+    compute_groups,
+    group_budgets,
+    replicate_optima,
+)
+from nanochin.laws.law import FormError, NotIdentified, interval, line
 from nanochin.laws.parametric import ParametricFit, fit_parametric
-from nanochin.laws.solver import BATCH
+from nanochin.laws.solver import BATCH, NAMES
 
 MIN_CURVATURE = 4  # a parabola fits any three budgets
 BETWEEN = 33  # levels of C_kaplan if the budgets have too few optima
@@ -72,13 +81,13 @@ def near_minimum(fit: ParametricFit, isoflop: IsoflopFit, factors=(4.0, 2.7, 2.0
         if budget.bracketed:
             distance[budget.rows] = np.abs(np.log(fit.N[budget.rows] / budget.params_opt))
     near = [(factor, np.flatnonzero(distance <= math.log(factor))) for factor in factors]
-    return [refit((factor, len(rows)), fit, rows, allow_bound=True, **resampling) for factor, rows in near]
+    return [refit((factor, len(rows)), fit, rows, allow_bound=NAMES, **resampling) for factor, rows in near]
 
 
 def delta_sensitivity(fit: ParametricFit, deltas=(1e-6, 1e-4, 1e-3, 1e-2, 1e-1, np.inf), **resampling) -> list[Refit]:
     """The same fit with each of `deltas`. As delta goes to 0, the objective gets a corner at every row, and with few
     noisy rows possibly no start converges."""
-    return [refit(delta, fit, delta=delta, allow_bound=True, **resampling) for delta in deltas]
+    return [refit(delta, fit, delta=delta, allow_bound=NAMES, **resampling) for delta in deltas]
 
 
 def profile_e(fit: ParametricFit, points: int = 41) -> tuple[np.ndarray, np.ndarray]:
@@ -141,24 +150,32 @@ class HoldOut:
 
 
 def hold_out(
-    N, D, loss, C=None, *, least: int = 1, budget=None, runs=None, replicates: int = 1000, seed: int = 0, **options
+    N,
+    D,
+    loss,
+    C=None,
+    *,
+    least: int = LEAST,
+    budget=None,
+    runs=None,
+    replicates: int = 1000,
+    seed: int = 0,
+    form_error: FormError | None = None,
+    **options,
 ) -> HoldOut:
-    """Hold out the largest budget (groups of the column `budget`, or of clustered C), more if it has fewer than `least`
-    runs, and rows of no budget that are as large. `options` go to fit_parametric. replicates=0: no intervals.
+    """Hold out the largest group of compute_groups, of at least `least` runs. `options` go to fit_parametric; E = 0 is
+    an answer. `form_error` widens the intervals. replicates=0: no intervals.
     Raises NotIdentified if the rest cannot be fitted; if it cannot be resampled, `why` gives the reason."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
-    nominal = group_budgets(C, budget=budget)
-    known, sizes = np.unique(nominal[np.isfinite(nominal)], return_counts=True)
-    budgets = 1 + int(np.searchsorted(np.cumsum(sizes[::-1]), least))
-    if len(known) <= budgets:
-        raise NotIdentified(f"hold-out: {len(known)} budgets, too few to hold out {budgets}")
-    held = nominal >= known[-budgets]
-    held |= np.isnan(nominal) & (C[held].min() <= C)
+    group = compute_groups(C, budget=budget, least=least)
+    held = group == group.max()
+    if held.all():
+        raise NotIdentified(f"hold-out: without the {least} largest runs there is no smaller budget")
     rows, rest = np.flatnonzero(held), np.flatnonzero(~held)
     try:
         cost = Cost.of(N[rest], D[rest], C[rest])
-        fit = fit_parametric(N[rest], D[rest], loss[rest], cost=cost, **options)
+        fit = fit_parametric(N[rest], D[rest], loss[rest], cost=cost, allow_bound=("E",), **options)
     except NotIdentified as error:
         raise NotIdentified(f"hold-out: without {len(rows)} runs, {error}") from None
     predicted = fit.law.loss(N[rows], D[rows])
@@ -168,23 +185,26 @@ def hold_out(
         runs = None if runs is None else np.asarray(runs)[rest]
         try:
             boot = bootstrap(fit, runs=runs, replicates=replicates, seed=seed, verify=50)
-            low, high = _prediction_interval(fit, boot, N[rows], D[rows], np.random.default_rng(seed))
+            sd = form_error.at(C[rows]) if form_error else np.zeros(len(rows))
+            low, high = _prediction_interval(fit, boot, N[rows], D[rows], sd, np.random.default_rng(seed))
         except NotIdentified as error:
             why = str(error)
     miss = np.log(predicted / loss[rows])
     bias, *errors = (float(np.median(v)) for v in (miss, np.abs(miss), np.abs(fit.residuals)))
+    nominal = group_budgets(C, budget=budget)
     reach, optima = float(C[rows].max() / C[rest].max()), _held_optima(fit, boot, N, D, loss, nominal, rows)
     return HoldOut(fit, boot, rows, predicted, low, high, loss[rows], bias, *errors, reach, optima, why)
 
 
-def _prediction_interval(fit: ParametricFit, boot: Bootstrap, N, D, rng) -> tuple[np.ndarray, np.ndarray]:
-    """Low and high (m,): predictions of each replicate times the scatter of a random fitted row."""
+def _prediction_interval(fit: ParametricFit, boot: Bootstrap, N, D, sd, rng) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high (m,): predictions of each replicate times the scatter of a random fitted row and normal scatter of
+    `sd` (m,) of the log loss."""
     law = replace(
         boot.law, **{name: getattr(boot.law, name)[:, None] for name in boot.law.constants}
     )  # (K, 1), for many rows
     K, parts = len(boot.law.E), []
     for at in np.array_split(np.arange(len(N)), -(-len(N) * K // BATCH)):
-        scatter = np.exp(-rng.choice(fit.residuals, (K, len(at))))
+        scatter = np.exp(sd[at] * rng.standard_normal((K, len(at))) - rng.choice(fit.residuals, (K, len(at))))
         parts.append(np.percentile(law.loss(N[at], D[at]) * scatter, (2.5, 97.5), axis=0))
     low, high = np.concatenate(parts, 1)
     return low, high

@@ -14,6 +14,7 @@ from nanochin.laws.law import NotIdentified, PowerLaw, constants, distinct, fit_
 
 MIN_ROWS, MIN_SIZES, MIN_BUDGETS = 6, 3, 2
 MAX_BUDGETS, TOLERANCE = 100, 0.1  # of budgets found by clustering: at most, and their width in log C
+BINS, LEAST = 6, 4  # of log C, for runs without budgets; fewest runs of the largest group
 FINE = 25  # points of the spline in each gap between two sizes
 
 
@@ -112,6 +113,24 @@ def group_budgets(C, *, budget=None) -> np.ndarray:
         nominal[rows] = math.exp(log_c[rows].mean())
         left = np.delete(left, slice(best, end[best]))
     return nominal
+
+
+def compute_groups(C, *, budget=None, least: int = LEAST) -> np.ndarray:
+    """(n,) index of each run's group by compute, 0 the lowest: its budget by the column `budget` (nan: the next larger
+    one) or by clusters of C if these hold all runs, else one of BINS equal bins of log C. The largest groups are merged
+    until they have `least` runs."""
+    C = np.asarray(C, np.float64)
+    nominal = group_budgets(C, budget=budget)
+    if budget is None and np.isnan(nominal).any():
+        log_c = np.log(C)
+        nominal = np.floor(BINS * (log_c - log_c.min()) / (np.ptp(log_c) * (1 + 1e-9) + 1e-300))
+    else:
+        known = np.unique(nominal[np.isfinite(nominal)])
+        next_one = known[np.minimum(np.searchsorted(known, C), len(known) - 1)]
+        nominal = np.where(np.isnan(nominal), next_one, nominal)
+    _, group, sizes = np.unique(nominal, return_inverse=True, return_counts=True)
+    largest = len(sizes) - 1 - int(np.searchsorted(np.cumsum(sizes[::-1]), least))
+    return np.minimum(group, max(largest, 0))
 
 
 def fit_isoflop(N, D, loss, C=None, *, budget=None, method: str = "parabola", **conventions) -> IsoflopFit:

@@ -30,6 +30,22 @@ CONSTANTS = ("E", "A", "B", "alpha", "beta")  # of Approach 3
 
 
 @dataclass(frozen=True)
+class FormError:
+    """What the form of a law may get wrong beyond its runs, by rolling hold-out (nanochin/laws/forms.py)."""
+
+    sd: float  # of the log loss, `tested` times beyond the runs
+    tested: float  # ratio of compute
+    largest: float  # FLOPs of the largest run
+
+    def at(self, C):
+        """Its standard deviation at C FLOPs: 0 up to the largest run, then linear in log C."""
+        return self.sd * np.maximum(np.log(C / self.largest), 0) / math.log(self.tested)
+
+    def is_tested(self, C: float) -> bool:
+        return C <= 1.01 * self.tested * self.largest
+
+
+@dataclass(frozen=True)
 class Law:
     """L(N, D) = E + (A / N^alpha + B / D^beta)^gamma, with N counted by `params_convention`.
 
@@ -47,6 +63,10 @@ class Law:
     meta: dict = field(default_factory=dict, compare=False)
     replicates: "Law | None" = field(default=None, compare=False, repr=False)  # bootstrap replicates, constants (k,)
     noise: float | None = field(default=None, compare=False)  # standard deviation of a run's log loss about the law
+    form_error: FormError | None = field(default=None, compare=False)
+    draw: float = field(
+        default=0.0, compare=False, repr=False
+    )  # of replicates (k,): standard normal draws of that error
 
     def loss(self, N: float, D: float) -> float:
         """Predicted loss in nats per token."""
@@ -58,6 +78,10 @@ class Law:
     def bracket(self, loss: float) -> float:
         """A / N^alpha + B / D^beta where the law has this loss, above E."""
         return loss - self.E if self.is_sum else (loss - self.E) ** (1 / self.gamma)
+
+    def off(self, C: float) -> float:
+        """Factor of the loss at C FLOPs by which the form may be off: 1, or for each of replicates its draw."""
+        return 1.0 if self.form_error is None else np.exp(self.draw * self.form_error.at(C))
 
     @property
     def is_sum(self) -> bool:
@@ -76,11 +100,13 @@ class Law:
 
     def forecast(self, N: float, D: float, level: float = 95) -> tuple[float, float] | None:
         """Prediction interval for the loss of a new run: percentiles over the replicates (uncertainty of the law), each
-        with a normal scatter of the log loss (noise of a single run). None for a law without replicates or noise."""
+        with a normal scatter of the log loss (noise of a single run, and what the form may get wrong there). None for a
+        law without replicates or noise."""
         if self.replicates is None or self.noise is None:
             return None
-        scatter = np.array([NormalDist().inv_cdf((i + 0.5) / 200) for i in range(200)])
-        low, high = interval(np.log(self.replicates.loss(N, D))[:, None] + self.noise * scatter, level)
+        form = self.form_error.at(self.cost.flops(N, D)) if self.form_error else 0.0
+        scatter = math.hypot(self.noise, form) * normal_quantiles(200)
+        low, high = interval(np.log(self.replicates.loss(N, D))[:, None] + scatter, level)
         return math.exp(low), math.exp(high)
 
     # Minimising L under C = 6 N R(N) D gives alpha A N^-alpha = p beta B D^-beta with p = d log(N R) / d log N. For
@@ -182,6 +208,11 @@ def fit_power_laws(log_c, log_n, log_d, weights=None) -> dict[str, np.ndarray]:
     return {"k_N": np.exp(k_N), "a": a, "k_D": np.exp(k_D), "b": b}
 
 
+def normal_quantiles(count: int) -> np.ndarray:
+    """(count,) evenly spaced in probability, increasing."""
+    return np.array([NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)])
+
+
 def constants(law: Law | PowerLaw) -> dict[str, float]:
     return {name: float(getattr(law, name)) for name in law.quantities}
 
@@ -207,9 +238,10 @@ def exponents(law: Law | PowerLaw, low: float, high: float) -> tuple[float, floa
 # laws.json
 
 
-def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
-    """The law of approach 1, 2 or 3 in a laws.json. Raises UserError if the file cannot be read or is not a laws.json,
-    if the approach is missing or null, or if a constant is not a finite number > 0."""
+def load_law(path: str | Path, approach: int | None = None) -> Law | PowerLaw:
+    """The law in a laws.json, Approach 3 in files without one; or that of approach 1, 2 or 3. Raises UserError if the
+    file cannot be read or is not a laws.json, if the law is missing or null, or if a constant is not a finite number
+    above 0."""
 
     def bad(problem: str) -> UserError:
         return UserError(f"`law` {path}: {problem}")
@@ -220,14 +252,16 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
         raise bad(error.strerror) from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise bad(f"not JSON: {error}") from None
-    key = f"approach{approach}"
+    key = f"approach{approach or 3}"
+    if approach is None and isinstance(laws, dict) and "law" in laws:
+        key = "law"
     meta = laws.get("meta") if isinstance(laws, dict) else None
     if not isinstance(meta, dict) or key not in laws:
         raise bad(f"not a laws.json of fit.py: needs the keys {key} and meta")
     fit = laws[key]
     if not isinstance(fit, dict):
         reason = (meta.get("reasons") or {}).get(key, "no reason given")
-        raise bad(f"has no approach {approach} ({reason})")
+        raise bad(f"has no {key} ({reason})".replace("approach", "approach "))
 
     def constant(name: str) -> float:
         value = fit.get(name)
@@ -241,10 +275,10 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
             raise bad(f"meta needs {name}, one of {', '.join(known)}, but has {meta.get(name)!r}")
         return {name: meta[name]}
 
-    name = f"{Path(path).name}, approach {approach}"
+    name = f"{Path(path).name}, {fit.get('form') or f'approach {key[-1]}'}"
     options = convention("params_convention", PARAM_CONVENTIONS) | {"meta": meta}
-    if approach == 3:
-        constants = {c: constant(c) for c in CONSTANTS}
+    if key in ("law", "approach3"):
+        constants = {c: constant(c) for c in (*CONSTANTS, *(["gamma"] if "gamma" in fit else []))}
         try:
             cost = Cost(**fit.get("cost", {}))
             usable = 0 <= cost.c < math.inf and 0 <= cost.q <= 1 and cost.s in (1, -1)
@@ -252,7 +286,7 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
             usable = False
         if not usable:
             raise bad(f"{key} needs a cost of c >= 0, q from 0 to 1 and s of 1 or -1, but has {fit['cost']!r}")
-        law = Law(name, **constants, **options, cost=cost, **_scatter(fit))
+        law = Law(name, **constants, **options, cost=cost, **_scatter(fit, tuple(constants)))
     else:
         constants = {c: constant(c) for c in PowerLaw.quantities}
         law = PowerLaw(name, **constants, **options, **convention("flops_convention", FLOP_CONVENTIONS))
@@ -265,20 +299,23 @@ def load_law(path: str | Path, approach: int = 3) -> Law | PowerLaw:
     return law
 
 
-def _scatter(fit: dict) -> dict:
-    """`replicates` and `noise` of an approach in laws.json; {} if they are missing or malformed."""
+def _scatter(fit: dict, names: tuple[str, ...]) -> dict:
+    """`replicates`, `noise` and `form_error` of a law in laws.json; {} if they are missing or malformed."""
     try:
-        constants = {name: np.array(fit["replicates"][name], float) for name in CONSTANTS}
+        constants = {name: np.array(fit["replicates"][name], float) for name in names}
+        error = FormError(**fit["form_error"]) if fit.get("form_error") else None
         usable = np.isfinite(np.stack([*constants.values()])).all() and 0 <= fit["noise"] < math.inf
+        usable &= error is None or (0 <= error.sd < math.inf and 1 < error.tested < math.inf and error.largest > 0)
     except (KeyError, TypeError, ValueError):
         return {}
-    return {"replicates": Law("replicates", **constants), "noise": float(fit["noise"])} if usable else {}
+    known = {"replicates": Law("replicates", **constants), "noise": float(fit["noise"]), "form_error": error}
+    return known if usable else {}
 
 
-def laws_json(approach1, approach2, approach3, meta: dict) -> dict:
-    """The contents of laws.json. Each approach is the dict of a fit's `to_json(bootstrap)`, or the NotIdentified that
-    it raised, which becomes null with the reason under meta.reasons."""
-    laws = {"approach1": approach1, "approach2": approach2, "approach3": approach3}
+def laws_json(approach1, approach2, approach3, meta: dict, **more) -> dict:
+    """The contents of laws.json. Each approach, and each law of `more`, is the dict of a fit's `to_json(bootstrap)`, or
+    the NotIdentified that it raised, which becomes null with the reason under meta.reasons."""
+    laws = {**more, "approach1": approach1, "approach2": approach2, "approach3": approach3}
     reasons = {key: str(found) for key, found in laws.items() if isinstance(found, Exception)}
     return laws | dict.fromkeys(reasons) | {"meta": meta | {"reasons": reasons}}
 

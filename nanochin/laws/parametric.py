@@ -78,12 +78,13 @@ class ParametricFit:
         return len(self.N)
 
     def to_json(self, bootstrap=None) -> dict:
-        """The object `approach3` of laws.json; `bootstrap` (a Bootstrap of this fit) adds its to_json()."""
+        """The object `approach3` or `law` of laws.json; `bootstrap` (a Bootstrap of this fit) adds its to_json()."""
         names = ("objective", "n", "starts", "starts_agreeing", "gradient_norm")
         out = constants(self.law) | {name: getattr(self, name) for name in names}
         delta, space, E, tied = (self.options[name] for name in ("delta", "space", "E", "tied"))
         out |= {"delta": None if math.isinf(delta) else delta, "space": space, "fixed_E": E, "tied": tied}
         out |= {"cost": vars(self.law.cost), "at_bound": list(self.at_bound)}
+        out |= {"form_error": vars(self.law.form_error)} if self.law.form_error else {}
         if bootstrap is not None:
             out |= bootstrap.to_json() | {"noise": self.noise, "replicates": bootstrap.sample(200)}  # for Law.forecast
         return out
@@ -97,15 +98,15 @@ class ParametricFit:
 
 
 def fit_parametric(
-    N, D, loss, *, allow_bound: bool = False, cost: Cost = SIX_ND, params_convention: str = "total", **options
+    N, D, loss, *, allow_bound: tuple[str, ...] = (), cost: Cost = SIX_ND, params_convention: str = "total", **options
 ) -> ParametricFit:
     """Minimise the sum of Huber_delta(r) over rows, r the residual of log loss, by default with delta = 1e-3. `options`
     (delta, space, E, tied, gamma) change the objective as in make_surface: least squares, residuals of the loss, a
     fixed E, alpha = beta, a free gamma (None). `cost` counts the FLOPs of the law's optima; the fit does not use it.
 
-    Raises NotIdentified: fewer than 6 rows, fewer than 3 sizes or token counts, E or an exponent at its bound (with
-    `allow_bound` only reported in `at_bound`), a fixed E not below the lowest loss, no start converges, no two starts
-    agree on the lowest optimum."""
+    Raises NotIdentified: fewer than 6 rows, fewer than 3 sizes or token counts, a constant at its bound (those named by
+    `allow_bound` are only reported in `at_bound`), a fixed E not below the lowest loss, no start converges, no two
+    starts agree on the lowest optimum."""
     surface = make_surface(N, D, loss, **options)
     z = cold_starts(surface, STARTS)
     if not len(z):
@@ -117,10 +118,10 @@ def fit_parametric(
     optimum = found.theta[best]
     names = (*NAMES, "gamma")[: len(surface.free)]
     bounds = tuple(n for n, at in zip(names, surface.at_bound(optimum[None])[0], strict=True) if at)
-    allow_bound |= bounds == ("E",) and surface.options["gamma"] is None  # E = 0 contains Kaplan's law
-    if bounds == ("E",) and not allow_bound:
+    allowed = (*allow_bound, "E") if surface.options["gamma"] is None else allow_bound  # E = 0 contains Kaplan's law
+    if bounds == ("E",) and "E" not in allowed:
         raise NotIdentified("Approach 3: E is not identified: the best E is 0; add larger or longer runs, or fix E")
-    if bounds and not allow_bound:
+    if not set(bounds) <= set(allowed):
         raise NotIdentified(f"Approach 3: {', '.join(bounds)} not identified: the best values are at their bounds")
     law = replace(surface.law(optimum), cost=cost, params_convention=params_convention)
     residuals = np.log(law.loss(surface.N, surface.D)) - np.log(surface.loss)

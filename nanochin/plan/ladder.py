@@ -268,7 +268,7 @@ class GridOptions(ShapeOptions):
     budget: tuple[float, ...] = opt((), "one or more budgets in training FLOPs", above=0)
     flops: str = opt("physical", "FLOP convention of the budgets", choices=tuple(FLOP_CONVENTIONS))
     law: str | None = opt(None, "laws.json of a fit; default: the constants of Besiroglu et al. 2024")
-    law_approach: int = opt(3, "which approach of laws.json chooses the model", choices=(1, 2, 3))
+    law_approach: int | None = opt(None, "approach of laws.json to use, not its law", choices=(1, 2, 3))
     sizes: int = opt(7, "shapes per budget", low=1)
     spread: float = opt(4.0, "N ranges from 1/spread to spread times the optimum", low=1)
     corpus_tokens: float | None = opt(None, "tokens in the corpus: adds a column of epochs", above=0)

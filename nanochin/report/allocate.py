@@ -118,7 +118,7 @@ def optimum(approach: Approach, C: float) -> Answer:
 
     def run(law: Law | PowerLaw) -> dict:
         N, D = law.optimal(C)
-        return _run(N, D) | ({"loss": law.loss(N, D)} if isinstance(law, Law) else {})
+        return _run(N, D) | ({"loss": law.loss(N, D) * law.off(C)} if isinstance(law, Law) else {})
 
     return Answer({"flops": C}, estimates(approach, run))
 
@@ -128,6 +128,8 @@ def to_reach(approach: Approach, loss: float) -> Answer:
 
     def run(law: Law) -> dict:
         C = laws.compute_for_loss(law, loss)
+        if law.form_error:  # a law that is off there by a factor reaches the loss where it predicts loss / factor
+            C = laws.compute_for_loss(law, loss / law.off(C))
         N, D = law.optimal(C)
         return {"least_flops": C, "params": N, "tokens": D}
 

@@ -16,11 +16,12 @@ import numpy as np
 
 from nanochin import laws
 from nanochin.base.cli import UserError
-from nanochin.laws import Bootstrap, Cost, Law, NotIdentified, PowerLaw
+from nanochin.laws import Bootstrap, Choice, Cost, FormError, Law, NotIdentified, PowerLaw
 from nanochin.report.table import RunTable
 from nanochin.runrow import flops_column, params_column
 
 MOST_INTERPOLATED = 2000  # runs; a spline through more would follow the noise
+MOST_CHOSEN = 2000  # runs by which the form of the law is chosen; of more, a random sample
 USUAL, LEAST, FEWEST = 4000, 200, 20  # replicates: default, default for very many rows, smallest allowed
 WORK = 2e7  # rows x replicates by default, about 20 seconds
 
@@ -41,13 +42,18 @@ class Settings:
 
 @dataclass(frozen=True)
 class Approach:
-    """One of the three approaches: its fit and intervals."""
+    """One of the three approaches, or the law that answers: its fit and intervals."""
 
     number: int
     fit: object  # EnvelopeFit, IsoflopFit or ParametricFit
     boot: Bootstrap | None
     flops_range: tuple[float, float]  # FLOPs of the smallest and the largest run
     why: str = ""  # why there are no intervals, if requested
+    form: str = ""  # of the law that answers, one of laws.FORMS
+
+    @property
+    def name(self) -> str:
+        return f"Approach {self.number}" if self.form in ("", "gamma = 1") else f"Approach 3, {self.form}"
 
     @property
     def law(self) -> Law | PowerLaw:
@@ -79,6 +85,8 @@ class Analysis:
     flops_name: str  # its name in titles
     results: dict[int, Approach | NotIdentified]
     akima: Approach | NotIdentified  # Approach 2 by interpolation, with its seed-noise interval
+    choice: Choice  # of the form of the law
+    law: Approach | NotIdentified  # Approach 3 with the chosen form
     cost: Cost
     note: str = ""  # if there are fewer replicates than usual
     whole: "Analysis | None" = None  # the analysis that this one samples
@@ -91,17 +99,17 @@ class Analysis:
 
     @property
     def best(self) -> Approach:
-        """The one used for answers: 3, else 2, else 1."""
-        return self.approaches[-1]
+        """The one used for answers: the law of the chosen form, else 2, else 1."""
+        return self.law if isinstance(self.law, Approach) else self.approaches[-1]
 
     @property
     def convention(self) -> str:
         """For titles and footers."""
         return f"N {self.settings.params}, C {self.flops_name}"
 
-    def need(self, number: int) -> Approach:
-        """The approach. Raises NotIdentified if there is none."""
-        if isinstance(found := self.results[number], NotIdentified):
+    def need(self, number: int | None = None) -> Approach:
+        """The approach, or the law that answers. Raises NotIdentified if there is none."""
+        if isinstance(found := self.law if number is None else self.results[number], NotIdentified):
             raise NotIdentified(str(found))
         return found
 
@@ -144,6 +152,7 @@ def analyse(
     settings = replace(settings, bootstrap=replicates)
     if 0 < settings.bootstrap < FEWEST:
         raise UserError(f"`bootstrap` {settings.bootstrap}: too few for an interval; use 0 or at least {FEWEST}")
+    rows = rows.in_order()
     if settings.drop:
         rows = rows.keep(np.argsort(np.argsort(-rows["loss"], kind="stable")) >= settings.drop, "of highest loss")
     N, D, L = _params(rows, settings.params), rows["tokens"], rows["loss"]
@@ -166,20 +175,46 @@ def analyse(
     akima = NotIdentified(f"more than {MOST_INTERPOLATED} runs: a spline would follow the noise")
     if len(N) <= MOST_INTERPOLATED:
         akima = attempt(laws.fit_isoflop, N, D, L, C, budget=budget, method="akima", **labels)
-    options = {"delta": settings.delta, "E": settings.fixed_e, "params_convention": settings.params, "cost": cost}
-    fits = {1: envelope, 2: parabola, 3: attempt(laws.fit_parametric, N, D, L, **options)}
+    options = {"delta": settings.delta, "params_convention": settings.params}
+    third = attempt(laws.fit_parametric, N, D, L, E=settings.fixed_e, cost=cost, **options)
+    fits = {1: envelope, 2: parabola, 3: third}
+    some = np.arange(len(N))
+    if len(N) > MOST_CHOSEN:
+        some = np.sort(np.random.default_rng(settings.seed).choice(len(N), MOST_CHOSEN, replace=False))
+    column = rows.get("budget")
+    how = options | {"budget": None if column is None else column[some], "E": settings.fixed_e}
+    choice = laws.choose_form(N[some], D[some], L[some], C[some], **how)
     how = {"runs": unit, "replicates": settings.bootstrap, "seed": settings.seed}
     how["verify"] = int(np.clip(WORK / 10 / len(N), 4, 200))  # each costs as much as about fifteen replicates
     results = {}
     for number, fit in fits.items():
         shown = partial(progress, f"resampling for approach {number}")
         results[number] = approach(number, fit, flops_range, progress=shown, **how)
-    if not any(isinstance(found, Approach) for found in results.values()):
+    law = NotIdentified(choice.why)
+    if form := choice.chosen:
+        law = results[3]
+        if form.name != "gamma = 1" or isinstance(law, NotIdentified):
+            fit = attempt(laws.fit_form, form.name, N, D, L, E=settings.fixed_e, cost=cost, **options)
+            law = approach(3, fit, flops_range, progress=partial(progress, "resampling for the law"), **how)
+        law = with_form(law, form.name, choice.error(form))
+    if not any(isinstance(found, Approach) for found in (*results.values(), law)):
         reasons = (f"Approach {k}: {str(why).removeprefix(f'Approach {k}').lstrip(': ')}" for k, why in fits.items())
         raise UserError(f"{rows.source}: no approach can be fitted to these runs: {'; '.join(reasons)}")
     how = {"replicates": min(1000, settings.bootstrap), "seed": settings.seed}
     akima = approach(2, akima, flops_range, laws.bootstrap_seed_noise, **how)
-    return Analysis(rows, curves, settings, N, D, L, C, unit, flops_convention, flops_name, results, akima, cost, note)
+    found = results, akima, choice, law
+    return Analysis(rows, curves, settings, N, D, L, C, unit, flops_convention, flops_name, *found, cost, note)
+
+
+def with_form(law: Approach | NotIdentified, form: str, error: FormError | None) -> Approach | NotIdentified:
+    """The law that answers: it knows what its form may get wrong, and each replicate has a draw of that."""
+    if isinstance(law, NotIdentified):
+        return law
+    fit, boot = replace(law.fit, law=replace(law.law, form_error=error)), law.boot
+    if boot:
+        draws = np.random.default_rng(0).permutation(laws.normal_quantiles(len(boot.law.a)))
+        boot = replace(boot, law=replace(boot.law, form_error=error, draw=draws))
+    return replace(law, fit=fit, boot=boot, form=form)
 
 
 def approach(number: int, fit, flops_range: tuple, resample: Callable | None = None, **how) -> Approach | NotIdentified:
@@ -194,18 +229,21 @@ def approach(number: int, fit, flops_range: tuple, resample: Callable | None = N
 
 
 def sample_runs(analysis: Analysis, most: int, replicates: int) -> Analysis:
-    """The analysis, or that of `most` random runs if it has more, with intervals of Approach 3 only, by at most
-    `replicates` replicates."""
+    """The analysis, or that of `most` random runs if it has more, with intervals of Approach 3 and the law only, by at
+    most `replicates` replicates."""
     if (n := len(analysis.N)) <= most:
         return analysis
     index = np.sort(np.random.default_rng(analysis.settings.seed).choice(n, most, replace=False))
     rows = analysis.rows.keep(np.isin(np.arange(n), index), "not checked")
     some = analyse(rows, settings=replace(analysis.settings, bootstrap=0, drop=0))
     some = replace(some, settings=analysis.settings, whole=analysis, index=index)
-    third = some.results[3]
+    third, law = some.results[3], some.law
     if isinstance(third, Approach):
         third = approach(3, third.fit, third.flops_range, verify=0, **some.resampling(replicates))
-    return replace(some, results=some.results | {3: third})
+    if isinstance(law, Approach):
+        again = approach(3, law.fit, law.flops_range, verify=0, **some.resampling(replicates))
+        law = with_form(again, law.form, law.law.form_error)
+    return replace(some, results=some.results | {3: third}, law=law)
 
 
 def _params(rows: RunTable, convention: str) -> np.ndarray:

@@ -25,7 +25,7 @@ SENSITIVITY = 200  # replicates of each refit
 FEW_FAIL = 0.02  # share of replicates without an optimum that raises no doubt
 BAD_COST = 0.1  # misfit of log C by the curve of cost that raises a doubt
 NARROW = 4  # clusters of C whose sizes span a smaller factor may not be isoFLOP curves
-LEAST_HELD, MOST_ROWS = 5, 40  # fewest runs held out, and most rows of their table
+MOST_ROWS = 40  # of the table of held-out runs
 WITHOUT = "it takes Approach 2 and a bootstrap"
 
 
@@ -128,7 +128,7 @@ def no_law(analysis: Analysis) -> CheckResult:
 
 def cost(analysis: Analysis) -> CheckResult:
     """What does a token cost if not 6N, and what is the exponent then instead of that of Eq. 4?"""
-    cost, third = analysis.cost, analysis.results[3]
+    cost, third = analysis.cost, analysis.law
     if cost.is_6nd:
         return CheckResult()
     curve = f"6ND {'times' if cost.s > 0 else 'over'} 1 + {cost.c:.3g} / N^{cost.q:.3g}"
@@ -140,15 +140,15 @@ def cost(analysis: Analysis) -> CheckResult:
 
 
 def starts(analysis: Analysis) -> CheckResult:
-    """Is the optimum of Approach 3 the global one?"""
-    fit = analysis.need(3).fit
+    """Is the optimum of the law's fit the global one?"""
+    fit = analysis.need().fit
     said = f"{fit.starts_agreeing} of {fit.starts} starts converge to the same optimum"
     return judged(2 * fit.starts_agreeing >= fit.starts, f"{said} (relative gradient {fit.gradient_norm:.0e}).")
 
 
 def resamples(analysis: Analysis) -> CheckResult:
     """Are the optima of its replicates?"""
-    if not (boot := analysis.need(3).boot):
+    if not (boot := analysis.need().boot):
         return CheckResult("not checked")
     return judged(
         boot.worse == 0 and boot.failed < FEW_FAIL * boot.replicates,
@@ -160,7 +160,7 @@ def resamples(analysis: Analysis) -> CheckResult:
 
 def irreducible_loss(analysis: Analysis) -> CheckResult:
     """Is E known within a quarter of itself?"""
-    third = analysis.need(3)
+    third = analysis.need()
     if not third.boot:
         return CheckResult("not checked")
     low, high = third.interval("E")
@@ -253,11 +253,32 @@ def left_out(analysis: Analysis) -> CheckResult:
     return judged("not usable" not in dropped, f"Left out: {said}." if said else "")
 
 
+def forms(analysis: Analysis) -> CheckResult:
+    """Which form of the law answers, and how well does each predict larger budgets?"""
+    choice, rows, mark = analysis.choice, [], None
+    for i, form in enumerate(choice.forms):
+        mark = i if form is choice.chosen else mark
+        if isinstance(form.fit, NotIdentified):
+            rows.append([form.name, form.fit])
+            continue
+        errors = (form.in_sample, choice.scores.get(form.name, np.nan), form.last)
+        law = form.fit.law
+        shown = [f"{error:.2%}" if np.isfinite(error) else "–" for error in errors]
+        rows.append([form.name, *shown, f"{law.gamma:.3g}", four(law.E), f"{law.a:.3f}"])
+    head = ("form", "error in-sample", "predicting the next budget", "largest budget", "γ", "E", "a (Eq. 4)")
+    note = "Medians of |log predicted - log observed loss|. The largest budget takes no part in the choice."
+    said = f"Of the forms of the law, {choice.chosen.name} is used: {choice.why}." if choice.chosen else ""
+    table = Table("Forms of the law", head, rows, note, "forms", mark)
+    return CheckResult("ok" if choice.scores else "not checked", said, tables=(table,), found=choice)
+
+
 def hold_out(analysis: Analysis) -> CheckResult:
     """How well does the law of the smaller runs predict the largest?"""
-    options = {"delta": analysis.settings.delta, "E": analysis.settings.fixed_e, **analysis.resampling(1000)}
+    form, choice = analysis.need().form, analysis.choice
+    options = {"delta": analysis.settings.delta, "E": analysis.settings.fixed_e, **laws.FORMS[form]}
+    options |= {"form_error": choice.error(choice.chosen, last=False), **analysis.resampling(1000)}
     budget = analysis.rows.get("budget")
-    held = laws.hold_out(analysis.N, analysis.D, analysis.L, analysis.C, budget=budget, least=LEAST_HELD, **options)
+    held = laws.hold_out(analysis.N, analysis.D, analysis.L, analysis.C, budget=budget, **options)
     m, good = len(held.rows), held.error < 3 * max(held.in_sample_error, 1e-3)
     error = f"{100 * held.error:.2f}% (median; {100 * held.bias:+.2f}% signed)"
     said = f"Hold-out error on the {m} largest runs {error}, in-sample {100 * held.in_sample_error:.2f}%"
@@ -318,7 +339,7 @@ def loss_line(analysis: Analysis) -> CheckResult:
 
 def kaplan_procedure(analysis: Analysis) -> CheckResult:
     """Which exponent does the procedure of Kaplan et al. give for these runs?"""
-    third, N = analysis.need(3), analysis.rows.complete("params_non_embedding")
+    third, N = analysis.need(), analysis.rows.complete("params_non_embedding")
     if N is None:
         raise NotIdentified("the rows have no params_non_embedding")
     noise = analysis.resampling(1000) | {"noise": third.fit.noise, "budget": analysis.rows.get("budget")}
@@ -400,7 +421,7 @@ def kaplan_form(analysis: Analysis) -> CheckResult:
 
 
 def residuals_by_compute(analysis: Analysis) -> CheckResult:
-    found = laws.residuals_by_compute(analysis.need(3).fit)
+    found = laws.residuals_by_compute(analysis.need().fit)
     rows = []
     for part in found:
         low, high = powers(part["flops_low"]), powers(part["flops_high"])
@@ -439,6 +460,7 @@ def profile_e(analysis: Analysis) -> CheckResult:
 
 
 CHECKS = (
+    Check("forms", forms),
     Check("chance", chance),
     Check("no_law", no_law),
     Check("cost", cost),

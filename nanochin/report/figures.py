@@ -154,7 +154,7 @@ def optimum(analysis: Analysis) -> Figure:
 
 @drawn
 def surface(analysis: Analysis) -> Figure:
-    third, x = analysis.results[3], _flops_range(analysis)
+    third, x = analysis.law, _flops_range(analysis)
     figure, both = panels(1 if isinstance(third, NotIdentified) else 2)
     if isinstance(third, Approach):
         _contours(both[0], analysis, third.law)
@@ -204,7 +204,7 @@ def _free(axes: Axes, contours, x: np.ndarray, y: np.ndarray) -> list[np.ndarray
 
 @drawn
 def residuals(analysis: Analysis, by_compute: list[dict] | None) -> Figure | None:
-    third = analysis.results[3]
+    third = analysis.law
     if isinstance(third, NotIdentified):
         return None
     figure, (left, right) = panels(2)

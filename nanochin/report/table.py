@@ -95,6 +95,12 @@ class RunTable:
         labels = {name: Labels(column.codes[index], column.values) for name, column in self.labels.items()}
         return replace(self, numbers=numbers, labels=labels)
 
+    def in_order(self) -> "RunTable":
+        """By the numbers in the rows: nothing may depend on the order in the file."""
+        names = [self.labels[name].codes for name in sorted(self.labels, reverse=True)]
+        numbers = [self.numbers[name] for name in sorted(self.numbers)]
+        return self.take(np.lexsort((*names, *numbers, self["loss"], self["tokens"], self["params"])))
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a path to rows

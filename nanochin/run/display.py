@@ -30,14 +30,14 @@ def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str) 
     counts = f"total; {count(params.non_embedding)} without embedding and head, {count(params.with_head)} with head"
     forecast = predicted(setup)
     loss = forecast["predicted_loss"]
-    prediction = [("loss", f"{loss:.4f}", f"predicted by {setup.law.name}{_interval(forecast)}")] if loss else []
+    prediction = [("loss", f"{loss or 0:.4f}", f"predicted by {setup.law.name}{_interval(forecast)}{_untested(setup)}")]
     rows = [
         ("text", f"{corpus.name}", f"{text}; sha {corpus.data_sha[:12]}"),
         ("tokenizer", corpus.tokenizer.name, f"{plan.shape.vocab_size} tokens; {count(len(corpus.train))} to train on"),
         ("model", f"{plan.shape}", why["model"]),
         ("N parameters", count(params.total), counts),
         ("D tokens", count(plan.tokens), why["tokens"]),
-        *prediction,
+        *(prediction if loss else []),
         ("D / N", f"{plan.tokens / params.total:.1f}", f"tokens per parameter; {epochs(setup):.2f} epochs of the text"),
         ("C FLOPs", f"{plan.flops['physical']:.3e}", f"physical; 6ND is {plan.flops['6nd']:.3e}"),
         ("steps", f"{plan.steps}", f"{config.schedule}, to {config.final_lr:g} of the peak rate"),
@@ -80,6 +80,14 @@ def show_result(setup: Setup, run: Run, model: GPT) -> None:
 def progress_note(row: dict) -> str:
     mfu = f"  MFU {row['mfu']:.0%}" if row["mfu"] else ""
     return f"loss {row['loss']:.3f}  {count(row['tokens_per_s'])} tok/s{mfu}"
+
+
+def _untested(setup: Setup) -> str:
+    """A warning if the run is farther beyond the law's runs than its form was tested."""
+    error, N = getattr(setup.law, "form_error", None), getattr(setup.plan.params, setup.law.params_convention)
+    if error is None or error.is_tested(C := setup.law.cost.flops(N, setup.plan.tokens)):
+        return ""
+    return f"; {C / error.largest:.2g} times the compute of the law's runs, tested at {error.tested:.2g}"
 
 
 def _interval(forecast: dict) -> str:

@@ -76,7 +76,7 @@ def test_after_a_missed_optimum_all_replicates_are_checked():
     minimised from other starts, and each is counted."""
     N, D, loss = isoflop_grid(BESIROGLU, np.geomspace(1e17, 1e19, 4), np.geomspace(1 / 4, 4, 6))
     loss = loss * np.exp(0.02 * np.random.default_rng(1).standard_normal(24))
-    fit = fit_parametric(N, D, loss, allow_bound=True)
+    fit = fit_parametric(N, D, loss, allow_bound=("E",))
     boot, whole = (bootstrap(fit, replicates=300, verify=verify) for verify in (60, 300))
     assert boot.worse > 0
     assert boot.checked + boot.unconfirmed + boot.failed == 300
@@ -113,7 +113,7 @@ def test_intervals_cover_the_truth():
     """In 60 made-up sweeps the 80% interval of a contains the true a about 80% of the time."""
     hits = 0
     for seed in range(60):
-        fit = fit_parametric(*noisy_grid(0.004, seed), allow_bound=True)
+        fit = fit_parametric(*noisy_grid(0.004, seed), allow_bound=("E",))
         low, high = bootstrap(fit, replicates=200, seed=seed, verify=0).interval("a", 80)
         hits += low <= BESIROGLU.a <= high
     assert 36 <= hits <= 57  # 48 expected; half or twice the width would be outside this range

@@ -228,7 +228,7 @@ def test_e_at_its_bound_is_refused():
     loss = (30 * N**-0.1 + 40 * D**-0.1 - 4) * np.exp(0.01 * rng.standard_normal(40))
     with pytest.raises(NotIdentified, match="E is not identified"):
         fit_parametric(N, D, loss)
-    fit = fit_parametric(N, D, loss, allow_bound=True)
+    fit = fit_parametric(N, D, loss, allow_bound=("E",))
     assert fit.law.E == 0 and fit.at_bound == ("E",)
 
 

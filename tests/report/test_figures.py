@@ -78,10 +78,10 @@ def test_the_band_is_the_interval(made):
 
 
 def test_figures_without_some_approaches(made):
-    """Without Approach 3 the surface is only D / N; without Approach 2 there are no isoFLOP curves."""
+    """Without a law the surface is only D / N; without Approach 2 there are no isoFLOP curves."""
     analysis, _ = made
     refused = laws.NotIdentified("as the test says")
-    without = replace(analysis, results={**analysis.results, 2: refused, 3: refused})
+    without = replace(analysis, results={**analysis.results, 2: refused, 3: refused}, law=refused)
     assert isoflop(without) is None and figures.residuals(without, None) is None
     assert len(surface(without).axes) == 1
     assert not [mark for mark in optimum(without).axes[0].get_children() if mark.get_label() == "Approach 3"]
