@@ -33,7 +33,7 @@ MOST = 1e40  # FLOPs or tokens in a question; beyond, losses equal E in all digi
 FIGURES = ("curves", "isoflop", "optimum", "surface", "residuals", "hold-out", "certainty")
 OUTPUTS = ("laws.json", "report.html", *(f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")))
 NOT_WRITTEN = {"all": (), "svg": (".png",), "none": (".svg", ".png")}  # by --figures
-MARKS = {"ok": "  ", "doubt": "! ", "not checked": "? "}
+MARKS = {"ok": "  ", "doubt": "! ", "not checked": "? ", "note": "  "}
 QUICK = 3e6  # rows x resamples below which no progress is shown
 
 
@@ -177,6 +177,11 @@ def summary(analysis: Analysis, answers: Answers) -> str:
         ("with limited unique text, repeated", answers.with_text),
     ):
         lines += ["", *answer_table(title, found)] if found else []
+        if found is answers.optima and (error := getattr(best.law, "form_error", None)):
+            tested = f"intervals of the loss include {error.sd:.2%} at {error.tested:.2g} times the largest C"
+            lines.append(f"{tested}, where the form was tested, and grow with log C")
+            far = [f"{C:g}" for C in answers.budgets if not error.is_tested(C)]
+            lines += [f"not tested at this distance: C = {', '.join(far)}"] if far else []
     return "\n".join(lines)
 
 

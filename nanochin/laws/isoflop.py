@@ -2,7 +2,8 @@
 
 As in the paper, the minimum is the vertex of a parabola, the second-order expansion of the true curve. If alpha and
 beta differ, the vertex is biased by a factor that grows with the width of the window but not with C: the constant is
-biased, the exponent is not. The interpolating spline has no such bias, but more noise.
+biased, the exponent is not. Hence only sizes near the minimum are fitted. The interpolating spline has no such bias,
+but more noise.
 """
 
 import math
@@ -15,6 +16,7 @@ from nanochin.laws.law import NotIdentified, PowerLaw, constants, distinct, fit_
 MIN_ROWS, MIN_SIZES, MIN_BUDGETS = 6, 3, 2
 MAX_BUDGETS, TOLERANCE = 100, 0.1  # of budgets found by clustering: at most, and their width in log C
 BINS, LEAST = 6, 4  # of log C, for runs without budgets; fewest runs of the largest group
+WINDOW = 8.0  # times the size of the minimum, either way: the sizes that the parabola is fitted to
 FINE = 25  # points of the spline in each gap between two sizes
 
 
@@ -23,7 +25,8 @@ class Budget:
     """One isoFLOP curve."""
 
     flops: float  # geometric mean of its runs' C
-    rows: np.ndarray  # indices of the fitted rows, sorted by N
+    rows: np.ndarray  # indices of its rows, sorted by N
+    fitted: np.ndarray  # those of the rows within the window
     width: float  # N_max / N_min of its sizes
     parabola: tuple[float, float, float] = 3 * (math.nan,)  # p x^2 + q x + r, x = ln N; nan with fewer than 3 sizes
     reason: str = ""  # why it is not bracketed
@@ -59,6 +62,7 @@ class IsoflopFit:
     D: np.ndarray
     loss: np.ndarray
     C: np.ndarray
+    window: float  # rows of sizes up to this factor from the minimum are fitted
 
     def to_json(self, bootstrap=None) -> dict:
         """The object `approach2` of laws.json; `bootstrap` adds its to_json(), and `ci` to its budgets."""
@@ -66,7 +70,7 @@ class IsoflopFit:
         for i, budget in enumerate(budgets if bootstrap else ()):
             if ci := bootstrap.at_budget(i):
                 budget["ci"] = ci
-        own = {"method": self.method, "noise": _null(self.noise), "budgets": budgets}
+        own = {"method": self.method, "noise": _null(self.noise), "window": _null(self.window), "budgets": budgets}
         return constants(self.law) | own | (bootstrap.to_json() if bootstrap else {})
 
     def without(self, left_out) -> PowerLaw:
@@ -133,13 +137,15 @@ def compute_groups(C, *, budget=None, least: int = LEAST) -> np.ndarray:
     return np.minimum(group, max(largest, 0))
 
 
-def fit_isoflop(N, D, loss, C=None, *, budget=None, method: str = "parabola", **conventions) -> IsoflopFit:
+def fit_isoflop(
+    N, D, loss, C=None, *, budget=None, method: str = "parabola", window: float = WINDOW, **conventions
+) -> IsoflopFit:
     """Minimum of each budget's curve, then log N and log D against log C by least squares.
 
     C defaults to 6 N D; the laws are in units of C. The column `budget` (n,) only groups the rows (nan: none);
-    without it C is clustered. method "parabola": vertex of a quadratic in log N (the paper); "akima": minimum of the
-    interpolating spline (Porian et al. 2024), which takes the mean loss of rows of one size. `conventions` are those
-    of PowerLaw.
+    without it C is clustered. method "parabola": vertex of a quadratic in log N (the paper) through the sizes up to
+    `window` times larger or smaller (math.inf: all); "akima": minimum of the interpolating spline through all sizes
+    (Porian et al. 2024), which takes the mean loss of rows of one size. `conventions` are those of PowerLaw.
     Raises NotIdentified with fewer than 6 rows, fewer than 3 sizes, or fewer than 2 budgets with bracketed minimum."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
@@ -149,12 +155,13 @@ def fit_isoflop(N, D, loss, C=None, *, budget=None, method: str = "parabola", **
         raise NotIdentified(f"Approach 2 needs at least {MIN_SIZES} different model sizes, but has {distinct(N)}")
     nominal = group_budgets(C, budget=budget)
     groups = [rows[np.argsort(N[rows], kind="stable")] for rows in equal_rows(nominal) if len(rows) >= 3]
-    budgets = tuple(_budget(rows, N, D, loss, float(nominal[rows[0]]), method) for rows in groups)
+    window = math.inf if method == "akima" else window
+    budgets = tuple(_budget(rows, N, D, loss, float(nominal[rows[0]]), method, window) for rows in groups)
     good = [b for b in budgets if b.bracketed]
     if len(good) < MIN_BUDGETS:
         has = f"{len(good)} of {len(budgets)}{_reasons(budgets)}"
         raise NotIdentified(f"Approach 2 needs at least {MIN_BUDGETS} budgets with a bracketed minimum, but has {has}")
-    return IsoflopFit(_law(good, **conventions), method, budgets, _noise(budgets, N, loss), N, D, loss, C)
+    return IsoflopFit(_law(good, **conventions), method, budgets, _noise(budgets, N, loss), N, D, loss, C, window)
 
 
 def _reasons(budgets) -> str:
@@ -176,19 +183,28 @@ def _law(budgets, **conventions) -> PowerLaw:
 # One budget
 
 
-def _budget(rows, N, D, loss, flops: float, method: str) -> Budget:
-    curve = Curve.of(N[rows], D[rows])
-    width = math.exp(curve.x[-1] - curve.x[0])
-    if len(curve.sizes) < MIN_SIZES:
-        return Budget(flops, rows, width, reason=f"{len(curve.sizes)} different sizes, but it needs {MIN_SIZES}")
-    (p,), (q,), (r,) = curve.parabola(loss[rows][None])
-    (u,), (lowest,), (reason,) = curve.minimum(loss[rows][None], method=method)
+def _budget(rows, N, D, loss, flops: float, method: str, window: float) -> Budget:
+    x = np.log(N[rows])
+    width = math.exp(x[-1] - x[0])
+    if (sizes := distinct(N[rows])) < MIN_SIZES:
+        return Budget(flops, rows, rows, width, reason=f"{sizes} different sizes, but it needs {MIN_SIZES}")
+    fitted, centre = rows, x[loss[rows] == loss[rows].min()].mean()
+    for _ in range(2):  # around the lowest run, then around the vertex
+        near = rows[np.abs(x - centre) <= math.log(window) + 1e-9]
+        fitted = near if distinct(N[near]) > MIN_SIZES else fitted
+        curve = Curve.of(N[fitted], D[fitted])
+        (u,), (lowest,), (reason,) = curve.minimum(loss[fitted][None], method=method)
+        if reason:
+            break
+        centre = u + curve.mean
+    (p,), (q,), (r,) = curve.parabola(loss[fitted][None])
     m = curve.mean
     parabola = (float(p), float(q - 2 * p * m), float(r - q * m + p * m * m))  # from u = x - mean back to x = ln N
     if reason:
-        return Budget(flops, rows, width, parabola, REASONS[reason])
-    params, middle = math.exp(u + m), math.exp((curve.x[0] + curve.x[-1]) / 2)
-    return Budget(flops, rows, width, parabola, "", params, float(curve.tokens(u)), float(lowest), params / middle)
+        return Budget(flops, rows, fitted, width, parabola, REASONS[reason])
+    params, middle = math.exp(u + m), math.exp((x[0] + x[-1]) / 2)
+    tokens = float(curve.tokens(u))
+    return Budget(flops, rows, fitted, width, parabola, "", params, tokens, float(lowest), params / middle)
 
 
 REASONS = ("", "its curve is concave", "its minimum is at or beyond the smallest or largest size")
@@ -243,7 +259,9 @@ class Curve:
         u = self.x - self.mean
         there = np.ones(loss.shape, bool) if weights is None else weights > 0
         low, high = np.where(there, u, np.inf).min(1), np.where(there, u, -np.inf).max(1)
-        lowest = u[np.where(there, loss, np.inf).argmin(1)]
+        lowest = np.where(there, loss, np.inf)
+        ties = lowest == lowest.min(1)[:, None]  # of rounded losses: the middle of them counts
+        lowest = (ties * u).sum(1) / ties.sum(1)
         with np.errstate(divide="ignore", invalid="ignore"):
             vertex = -q / (2 * p)
         # If all runs are too large, the vertex may still be just inside: the lowest run decides.
@@ -266,10 +284,10 @@ def _noise(budgets, N, loss) -> float:
     """Standard deviation of log loss about the parabolas: their residuals, pooled over budgets."""
     square, freedom = 0.0, 0
     for b in budgets:
-        if len(b.rows) > 3 and math.isfinite(b.parabola[0]):
-            fitted = np.polyval(b.parabola, np.log(N[b.rows]))
-            square += float((((loss[b.rows] - fitted) / loss[b.rows]) ** 2).sum())
-            freedom += len(b.rows) - 3
+        if len(b.fitted) > 3 and math.isfinite(b.parabola[0]):
+            fitted = np.polyval(b.parabola, np.log(N[b.fitted]))
+            square += float((((loss[b.fitted] - fitted) / loss[b.fitted]) ** 2).sum())
+            freedom += len(b.fitted) - 3
     return math.sqrt(square / freedom) if freedom else math.nan
 
 
@@ -309,7 +327,7 @@ def _optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
     N, D = [], []
     for loss, weights, method in batches:
         found = np.full((2, len(loss if weights is None else weights), len(fit.budgets)), np.nan)
-        for i, rows in enumerate(b.rows for b in fit.budgets):
+        for i, rows in enumerate(b.fitted for b in fit.budgets):
             curve = Curve.of(fit.N[rows], fit.D[rows])
             if len(curve.sizes) >= MIN_SIZES:
                 u, _, reason = curve.minimum(loss[:, rows], None if weights is None else weights[:, rows], method)

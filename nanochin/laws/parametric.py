@@ -183,8 +183,6 @@ def fit_kaplan_form(N, D, loss, *, delta: float = 1e-3) -> KaplanForm:
         return (psi * (r - psi / 2)).sum(1), np.einsum("kn,kni->ki", psi, dm), H
 
     level = float(np.median(surface.target))
-    if level <= 0.05:
-        raise NotIdentified("Kaplan's form: needs losses above 1 nat")
     starts = np.array(
         [(c, level / c - t, k, level / c + t) for c in (0.05, 0.1, 0.3) for k in (0.5, 1.0, 2.0) for t in (-0.7, 0.7)]
     )

@@ -98,9 +98,20 @@ class Analysis:
         return [found for found in self.results.values() if isinstance(found, Approach)]
 
     @property
+    def everything(self) -> list[Approach]:
+        """The approaches, and the law if it has another form than Approach 3."""
+        other = isinstance(self.law, Approach) and self.law.form != "gamma = 1"
+        return [*self.approaches, *([self.law] if other else [])]
+
+    @property
     def best(self) -> Approach:
         """The one used for answers: the law of the chosen form, else 2, else 1."""
         return self.law if isinstance(self.law, Approach) else self.approaches[-1]
+
+    def is_tested(self, C: float) -> bool:
+        """Whether rolling hold-out has tested the law that answers this far beyond the runs."""
+        error = getattr(self.best.law, "form_error", None)
+        return error is None or error.is_tested(C)
 
     @property
     def convention(self) -> str:

@@ -44,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class CheckResult:
-    status: str = "ok"  # or "doubt", or "not checked"
+    status: str = "ok"  # or "doubt", "not checked", or "note", which has no verdict
     sentence: str = ""  # "" where there is nothing to say
     json: object = None  # stored in laws.json under the check's name; None: nothing
     tables: tuple[Table, ...] = ()
@@ -237,20 +237,20 @@ def repeated_text(analysis: Analysis) -> CheckResult:
 
 
 def fewer_resamples(analysis: Analysis) -> CheckResult:
-    return CheckResult(sentence=f"{analysis.note}." if analysis.note else "")
+    return CheckResult("note", f"{analysis.note}." if analysis.note else "")
 
 
 def runs(analysis: Analysis) -> CheckResult:
     """How many runs do the checks that refit use?"""
     n, some = len(analysis.N), min(len(analysis.N), MOST_CHECKED)
     said = f"Checks that refit use a random sample of {some} of the {n} runs."
-    return CheckResult(sentence=said if some < n else "", json=some)
+    return CheckResult("note", said if some < n else "", some)
 
 
 def left_out(analysis: Analysis) -> CheckResult:
     dropped = analysis.rows.dropped
     said = ", ".join(f"{lost} {reason}" for reason, lost in dropped.items())
-    return judged("not usable" not in dropped, f"Left out: {said}." if said else "")
+    return CheckResult("doubt" if "not usable" in dropped else "note", f"Left out: {said}." if said else "")
 
 
 def forms(analysis: Analysis) -> CheckResult:
@@ -266,10 +266,10 @@ def forms(analysis: Analysis) -> CheckResult:
         shown = [f"{error:.2%}" if np.isfinite(error) else "–" for error in errors]
         rows.append([form.name, *shown, f"{law.gamma:.3g}", four(law.E), f"{law.a:.3f}"])
     head = ("form", "error in-sample", "predicting the next budget", "largest budget", "γ", "E", "a (Eq. 4)")
-    note = "Medians of |log predicted - log observed loss|. The largest budget takes no part in the choice."
+    note = "Median errors of the loss. The largest budget, predicted from the others, takes no part in the choice."
     said = f"Of the forms of the law, {choice.chosen.name} is used: {choice.why}." if choice.chosen else ""
     table = Table("Forms of the law", head, rows, note, "forms", mark)
-    return CheckResult("ok" if choice.scores else "not checked", said, tables=(table,), found=choice)
+    return CheckResult("note" if choice.scores else "not checked", said, tables=(table,), found=choice)
 
 
 def hold_out(analysis: Analysis) -> CheckResult:
@@ -334,7 +334,7 @@ def loss_line(analysis: Analysis) -> CheckResult:
         return CheckResult("not checked", json={"reason": str(found)})
     off = f"{100 * (found.predicted / found.measured - 1):+.2f}%"
     said = f"The lowest losses of the budgets follow C^-{found.exponent:.4f}; a power law through the smaller budgets"
-    return CheckResult("ok", f"{said} is {off} off at the largest.", asdict(found))
+    return CheckResult("note", f"{said} is {off} off at the largest.", asdict(found))
 
 
 def kaplan_procedure(analysis: Analysis) -> CheckResult:
@@ -349,7 +349,7 @@ def kaplan_procedure(analysis: Analysis) -> CheckResult:
     ends = bracketed(found.intervals.get(95, (np.nan, np.nan)))
     said = f"Kaplan's procedure (non-embedding N and C, losses interpolated, {where}) gives a = {found.a:.3f}{ends}"
     json = asdict(found) | {"flops": found.flops.tolist(), "params": found.params.tolist()}
-    return CheckResult("ok", f"{said}; with the law's losses instead, {found.simulated:.3f}.", json, found=found)
+    return CheckResult("note", f"{said}; with the law's losses instead, {found.simulated:.3f}.", json, found=found)
 
 
 def refitted(title: str, refits: list[Refit], first: str = "", words: Callable = str, note: str = "") -> CheckResult:
@@ -410,6 +410,28 @@ def near_minimum(analysis: Analysis) -> CheckResult:
     result = refitted(title, refits, words=lambda near: f"N within {near[0]:g}x: {near[1]} runs")
     json = [one.to_json() | {"change": f"within {one.change[0]:g} times", "runs": one.change[1]} for one in refits]
     return replace(result, status="doubt" if said else "ok", sentence=said[0] if said else "", json=json)
+
+
+def windows(analysis: Analysis) -> CheckResult:
+    """What does Approach 2 give if it fits more or fewer sizes around each minimum?"""
+    second, rows, json = analysis.need(2), [], {}
+    fit = second.fit
+    for window in (4.0, 8.0, 16.0, np.inf):
+        name = "all" if np.isinf(window) else f"{window:g}x"
+        how = {"budget": analysis.rows.get("budget"), "window": window}
+        other = attempt(laws.fit_isoflop, fit.N, fit.D, fit.loss, fit.C, **how)
+        found = approach(2, other, second.flops_range, **analysis.resampling(SENSITIVITY))
+        if isinstance(found, NotIdentified):
+            rows.append([name, found])
+            json[name] = {"reason": str(found)}
+            continue
+        bracketed = sum(budget.bracketed for budget in other.budgets)
+        ends = (with_interval(f"{getattr(found.law, one):.4f}", found.interval(one), three) for one in "ab")
+        rows.append([name, f"{bracketed} of {len(other.budgets)}", *ends])
+        json[name] = found.exponent_json()
+    title = "Approach 2 with other sizes around each minimum"
+    table = Table(title, ("within", "budgets used", "a", "b"), rows, "Approach 2 above uses 8x; Akima's spline all.")
+    return CheckResult(json=json, tables=(table,))
 
 
 def kaplan_form(analysis: Analysis) -> CheckResult:
@@ -478,6 +500,7 @@ CHECKS = (
     Check("delta", delta, refits=True, missing=[]),
     Check("other", other_objectives, refits=True, missing=[]),
     Check("near_minimum", near_minimum, refits=True, missing=[]),
+    Check("windows", windows, refits=True, missing={}),
     Check("kaplan_form", kaplan_form, "Kaplan's form", refits=True),
     Check("residuals_by_compute", residuals_by_compute, refits=True, missing=[]),
     Check("counts", counts, refits=True),

@@ -25,7 +25,7 @@ from nanochin.report.analysis import Analysis, Approach
 from nanochin.report.colours import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, SCALE, SKY
 from nanochin.report.panels import axis, band, drawn, line, note, panels, points, whiskers
 
-LINES = {1: (GREEN, "--"), 2: (ORANGE, ":"), 3: (BLUE, "-")}  # by approach
+LINES = {"Approach 1": (GREEN, "--"), "Approach 2": (ORANGE, ":"), "Approach 3": (BLUE, "-")}  # the law: INK
 LEFT, RIGHT, BELOW = ("right", (-7, -3)), ("left", (7, -4)), ("left", (5, -13))  # alignment of a label, its shift in px
 ABOVE, ABOVE_LEFT = ("left", (3, 6)), ("right", (-3, 6))
 MODELS = (  # Hoffmann et al. 2022, Table 1: parameters, tokens; place of the label in a plot of N and in others
@@ -101,7 +101,7 @@ def isoflop(analysis: Analysis) -> Figure | None:
         points(left, fit.N[rows], fit.loss[rows], colour, name if budget.flops in named else "", hover, 2.8)
         if not np.isfinite(budget.parabola[0]):
             continue
-        x = np.linspace(np.log(fit.N[rows].min()), np.log(fit.N[rows].max()), 60)
+        x = np.linspace(np.log(fit.N[budget.fitted].min()), np.log(fit.N[budget.fitted].max()), 60)
         y = np.polyval(budget.parabola, x)
         line(left, np.exp(x), y, colour, dash="-" if budget.bracketed else ":", width=1.3)
         if budget.bracketed:
@@ -118,12 +118,25 @@ def isoflop(analysis: Analysis) -> Figure | None:
     whiskers(left, L, [at.get("params_opt") for _, at in minima], INK, horizontal=True)
     points(left, N, L, INK, "minimum, with its 95%", hover, 3.2, "D")
     left.set_title(f"IsoFLOP curves ({analysis.convention})")
+    read = np.concatenate([fit.loss[budget.fitted] for budget in fit.budgets])
     _params_axis(left, "x", analysis)
-    axis(left, "y", LOSS)
+    axis(left, "y", LOSS, limits=_clip(left, read))
     right.set_title(f"The same, laid over one another ({analysis.convention})")
     axis(right, "x", "parameters over the minimum's", log=True)
-    axis(right, "y", "loss above the minimum, nats")
+    read = [fit.loss[b.fitted] - b.loss_opt for b in fit.budgets if b.bracketed]
+    axis(right, "y", "loss above the minimum, nats", limits=_clip(right, np.concatenate(read)))
     return figure
+
+
+def _clip(axes: Axes, read: np.ndarray) -> tuple[float, float]:
+    """Limits of y that show all values `read`; points above the frame get a mark at its edge."""
+    margin = 0.06 * np.ptp(read)
+    top = read.max() + margin
+    places = [mark.get_offsets() for mark in axes.collections if len(mark.get_offsets())]
+    above = [x for x, y in np.concatenate(places) if y > top]
+    if above:
+        points(axes, above, [top - 0.3 * margin] * len(above), GREY, "above the frame", radius=3.4, shape="^")
+    return read.min() - margin, top
 
 
 @drawn
@@ -287,8 +300,8 @@ def _forest(analysis: Analysis, found: dict[str, object]) -> list[tuple]:
     """(name, exponent a, its 95% interval, colour), ours before the published ones."""
     none, third = (np.nan, np.nan), analysis.results[3]
     rows = [
-        (f"Approach {one.number}", one.exponent(one.law), one.interval(one.exponent), LINES[one.number][0])
-        for one in analysis.approaches
+        (one.name, one.exponent(one.law), one.interval(one.exponent), LINES.get(one.name, (INK,))[0])
+        for one in analysis.everything
     ]
     if isinstance(third, Approach) and not analysis.cost.is_6nd:
         rows.append(("3, for 6ND (Eq. 4)", third.law.a, third.interval("a"), BLUE))
@@ -362,7 +375,7 @@ def _advice(axes: Axes, analysis: Analysis, x: np.ndarray, which: int) -> None:
     ):
         N, D = advice(law, analysis.cost, x)
         line(axes, x, (N, D, D / N)[which], colour, label, dash)
-    for approach in analysis.approaches:
+    for approach in analysis.everything:
         _with_band(axes, approach, x, which)
 
 
@@ -373,10 +386,10 @@ def _with_band(axes: Axes, approach: Approach, x: np.ndarray, which: int) -> Non
         N, D = law.optimal(C)
         return (N, D, D / N)[which]
 
-    colour, dash = LINES[approach.number]
+    colour, dash = LINES.get(approach.name, (INK, "-"))
     if approach.boot:
         band(axes, x, *np.array([approach.interval(partial(quantity, C=C)) for C in x]).T, colour)
-    line(axes, x, quantity(approach.law), colour, f"Approach {approach.number}", dash, 2.2)
+    line(axes, x, quantity(approach.law), colour, approach.name, dash, 2.2)
 
 
 def _models(axes: Axes, x: np.ndarray, which: int) -> None:

@@ -24,10 +24,14 @@ from nanochin.report.allocate import SHOWN, Answer, Answers, Estimate, Predictio
 from nanochin.report.analysis import Analysis, Approach, attempt
 from nanochin.report.checks import Results, Table, four, three, with_interval
 
-ORDER = ("doubt", "not checked", "ok")  # of the findings
+ORDER = ("doubt", "not checked", "ok", "note")  # of the findings
 SHOW = {name: show for name, (_, show) in SHOWN.items()} | {"flops": powers, "least_flops": powers}
 SHOW |= {"target_loss": "{:.4f}".format, "tokens_per_param": three, "epochs": three}
-NAMES = {1: "1, envelope of curves", 2: "2, isoFLOP parabolas", 3: "3, parametric loss"}
+NAMES = {
+    "Approach 1": "1, envelope of curves",
+    "Approach 2": "2, isoFLOP parabolas",
+    "Approach 3": "3, parametric loss",
+}
 
 
 def render(
@@ -41,11 +45,13 @@ def render(
     page = jinja2.Environment(loader=files, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page.policies["json.dumps_kwargs"] = {"allow_nan": False}
     page.filters |= {one.__name__: one for one in (count, digits, powers, raised, with_flags)} | {"four": four}
+    page.globals["ends"] = lambda estimate: with_ends(estimate, SHOW["loss"])[1]
     return page.get_template("report.html").render(
         name="/".join(Path(analysis.rows.source).parts[-2:]),
         analysis=analysis,
         results=results,
         budget=budget,
+        train=optimum(best, budget).found,
         optima=_optima(analysis, answers.optima),
         findings=[one for status in ORDER for one in results.values() if one.sentence and one.status == status],
         approaches=_approaches(analysis),
@@ -78,15 +84,17 @@ def _optima(analysis: Analysis, answers: list[Answer]) -> Table:
     for answer in answers:
         C = answer.asked["flops"]
         inside = 0.99 * analysis.C.min() <= C <= 1.01 * analysis.C.max()
+        where = "" if inside else "beyond the runs"
+        where = where if analysis.is_tested(C) else "not tested at this distance"
         found = (with_ends(estimate, SHOW[name]) for name, estimate in answer.found.items())
-        rows.append([(powers(C), "" if inside else "beyond the runs", "beyond"), *found])
+        rows.append([(powers(C), where, "beyond"), *found])
     head = ("C, FLOPs", "parameters N", "tokens D", "D / N", "loss, nats")
     return Table("", head[: len(rows[0])], rows)
 
 
 def _approaches(analysis: Analysis) -> Table:
     C = float(analysis.C.max())
-    found = [(NAMES[approach.number], approach) for approach in analysis.approaches]
+    found = [(NAMES.get(one.name, f"3, {one.form}"), one) for one in analysis.everything]
     if isinstance(analysis.akima, Approach):
         found.append(("2, by Akima and seed noise", analysis.akima))
     rows = []
@@ -102,10 +110,10 @@ def _approaches(analysis: Analysis) -> Table:
 def _published(analysis: Analysis) -> Table:
     """Ours and published laws, at the largest run and at 1000 times its compute."""
     budgets, rows = (float(analysis.C.max()), 1e3 * float(analysis.C.max())), []
-    for approach in analysis.approaches:
+    for approach in analysis.everything:
         at = [optimum(approach, C).found for C in budgets]
         cells = (with_ends(one[name], SHOW[name]) for one in at for name in ("params", "tokens_per_param"))
-        rows.append([f"ours, Approach {approach.number}", *cells])
+        rows.append([f"ours, {approach.name}", *cells])
     for law in PUBLISHED:
         pairs = [advice(law, analysis.cost, C) for C in budgets]
         rows.append([law.name, *(cell for N, D in pairs for cell in (count(N), three(D / N)))])
