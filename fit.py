@@ -177,7 +177,7 @@ def summary(analysis: Analysis, answers: Answers) -> str:
         ("with limited unique text, repeated", answers.with_text),
     ):
         lines += ["", *answer_table(title, found)] if found else []
-        if found is answers.optima and (error := getattr(best.law, "form_error", None)):
+        if found is answers.optima and best.boot and (error := getattr(best.law, "form_error", None)):
             tested = f"intervals of the loss include {error.sd:.2%} at {error.tested:.2g} times the largest C"
             lines.append(f"{tested}, where the form was tested, and grow with log C")
             far = [f"{C:g}" for C in answers.budgets if not error.is_tested(C)]

@@ -2,12 +2,13 @@
 
     L(N, D) = E + (A / N^alpha + B / D^beta)^gamma     with gamma = 1, gamma free, or gamma free and E = 0
 
-Rolling hold-out over budgets: each form is fitted to all smaller budgets and predicts the next one. The form of lowest
-error is used. The largest budget takes no part in the choice: its error tests the chosen form.
+Rolling hold-out over budgets: each form is fitted to all smaller budgets and predicts the next one. Free gamma, which
+contains the other two, is used unless one of them has a clearly lower error. The largest budget takes no part in the
+choice: its error tests the chosen form.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,7 +19,7 @@ from nanochin.laws.parametric import ParametricFit, fit_parametric
 
 FORMS = {"free gamma": {"gamma": None}, "gamma = 1": {"gamma": 1.0}, "E = 0": {"gamma": None, "E": 0.0}}
 SCORED = 3  # the budgets before the largest whose errors choose the form
-TIE = 1.01  # ratio of errors up to which the earlier form in FORMS is used
+MARGIN = 1.5  # an error lower by this factor is clearly lower: two or three budgets tell no finer (docs/fitting.md)
 FAR = 10.0  # times the largest C: there E = 0 must agree with free gamma
 
 
@@ -47,14 +48,17 @@ class Choice:
     forms: tuple[Form, ...]
     flops: tuple[float, ...]  # largest C of each held-out budget
     steps: tuple[float, ...]  # the same over the largest C of the runs below it
-    scores: dict[str, float]  # by form: root mean square of its errors before the largest budget; {}: none comparable
-    chosen: Form | None  # None: no form can be fitted
-    why: str
+    apart: tuple[float, ...]  # median |log| ratio of the losses there by gamma = 1 and by free gamma
+    scores: dict[str, float] = field(default_factory=dict)  # root mean square of a form's errors before the largest
+    chosen: Form | None = None  # None: no form can be fitted
+    why: str = "no form can be fitted to these runs"
 
     def error(self, form: Form, last: bool = True) -> FormError | None:
-        """What the form may get wrong beyond the runs, by its held-out budgets, with or without the largest; None if it
-        predicted none."""
-        errors, steps = np.array([form.errors, self.steps])[:, : None if last else -1]
+        """What the form may get wrong beyond the runs, by the budgets that it predicted, with or without the largest.
+        If there is none before the largest, what gamma = 1 and free gamma differ by there. None: unknown."""
+        errors, steps = np.array([form.errors, self.steps])
+        if not last:
+            errors[-1:] = np.nan if np.isfinite(errors[:-1]).any() else self.apart[-1:]
         known = np.isfinite(errors) & (steps > 1)
         if not known.any():
             return None
@@ -93,16 +97,20 @@ def choose_form(N, D, loss, C=None, *, budget=None, E: float | None = None, **op
         except NotIdentified as error:
             return error
 
-    def error(fit: ParametricFit | NotIdentified, rows) -> float:
-        if isinstance(fit, NotIdentified):
-            return math.nan
-        return float(np.median(np.abs(np.log(fit.law.loss(N[rows], D[rows]) / loss[rows]))))
+    def predicted(fit: ParametricFit | NotIdentified, rows) -> np.ndarray:
+        return np.full(rows.sum(), np.nan) if isinstance(fit, NotIdentified) else fit.law.loss(N[rows], D[rows])
 
-    forms = []
-    for name in FORMS if E is None else ("free gamma", "gamma = 1"):
-        errors = tuple(error(fitted(name, rows), group == k) for k, rows in zip(held, below, strict=True))
-        forms.append(Form(name, fitted(name, slice(None)), errors))
-    return _choose(tuple(forms), flops, steps)
+    def off(one, other) -> float:
+        return float(np.median(np.abs(np.log(one / other))))
+
+    forms, held_out = [], [group == k for k in held]
+    losses = {name: [] for name in FORMS if E is None or "E" not in FORMS[name]}
+    for name, found in losses.items():
+        found += [predicted(fitted(name, rows), at) for rows, at in zip(below, held_out, strict=True)]
+        errors = (off(one, loss[at]) for one, at in zip(found, held_out, strict=True))
+        forms.append(Form(name, fitted(name, slice(None)), tuple(errors)))
+    apart = tuple(map(off, losses["gamma = 1"], losses["free gamma"]))
+    return _choose(Choice(tuple(forms), flops, steps, apart))
 
 
 def fit_form(name: str, N, D, loss, *, E: float | None = None, **options) -> ParametricFit:
@@ -110,24 +118,27 @@ def fit_form(name: str, N, D, loss, *, E: float | None = None, **options) -> Par
     return fit_parametric(N, D, loss, allow_bound=("E",), **options | {"E": E} | FORMS[name])
 
 
-def _choose(forms: tuple[Form, ...], flops, steps) -> Choice:
-    known = {form.name: form for form in forms if isinstance(form.fit, ParametricFit)}
+def _choose(choice: Choice) -> Choice:
+    """With scores, the chosen form and the reason."""
+    known = {form.name: form for form in choice.forms if isinstance(form.fit, ParametricFit)}
     if not known:
-        return Choice(forms, flops, steps, {}, None, "no form can be fitted to these runs")
+        return choice
     errors = np.array([form.errors[:-1] for form in known.values()])
     errors = errors[:, np.isfinite(errors).all(0)]
     first = next(iter(known.values()))
     if not errors.size:
-        few = "there are too few budgets to choose a form"
-        return Choice(forms, flops, steps, {}, first, f"{few}: {first.name} is used")
+        return replace(choice, chosen=first, why="there are too few budgets to choose a form")
     scores = dict(zip(known, map(_rms, errors), strict=True))
-    lowest = min(scores.values())
-    name = next(name for name, score in scores.items() if score <= TIE * lowest)
+    name = min(scores, key=scores.get)
     many = f"{errors.shape[1]} budget{'s' * (errors.shape[1] > 1)}, each predicted from the smaller ones"
-    choice = Choice(forms, flops, steps, scores, known[name], f"its error is lowest on {many}: {scores[name]:.2%}")
-    if name == "E = 0" and (free := known.get("free gamma")) and not _agree(choice, free):
-        why = f"E = 0 has a lower error on {many}, but free gamma disagrees with it at {FAR:g} times the largest C"
-        return Choice(forms, flops, steps, scores, free, why)
+    why = f"its error is {scores[name]:.2%} on {many}"
+    if scores[first.name] < MARGIN * scores[name]:
+        name = first.name
+        why = f"no other form has a clearly lower error than its {scores[name]:.2%} on {many}"
+    choice = replace(choice, scores=scores, chosen=known[name], why=why)
+    if name == "E = 0" and not _agree(choice, first):
+        why = f"E = 0 has a lower error on {many}, but {first.name} disagrees with it at {FAR:g} times the largest C"
+        return replace(choice, chosen=first, why=why)
     return choice
 
 

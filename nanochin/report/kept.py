@@ -67,15 +67,16 @@ def of_runs(rows: list[RunRow], found: dict | None) -> str:
 
 
 def of_law(found: dict | None) -> str:
-    """The exponents of the approach used for answers."""
+    """The exponents of the law or approach used for answers."""
     if found is None:
         return "These runs gave no law."
     number = found["answers"]["approach"]
-    law = found[f"approach{number}"]
+    law = found.get("law") or found[f"approach{number}"]
+    name = f"Approach {number}" + (f", {law['form']}" if law.get("form") else "")
     law = law.get("frontier", law)  # the exponents in C if that is not 6ND
     ends = law.get("ci") or {}
     a, b = (f"C^{law[k]:.3f}" + (f" [{ends[k][0]:.3f}, {ends[k][1]:.3f}]" if k in ends else "") for k in "ab")
-    return f"N grows as {a} and D as {b} by Approach {number}, {'with 95%' if ends else 'without'} intervals."
+    return f"N grows as {a} and D as {b} by {name}, {'with 95%' if ends else 'without'} intervals."
 
 
 def of_hold_out(found: dict | None) -> str:
@@ -88,7 +89,8 @@ def of_hold_out(found: dict | None) -> str:
     n = len(held["rows"])
     outside = f"; {held['outside']} of {n} fall outside the predicted 95% interval" if "outside" in held else ""
     error = f"{held['error']:.2%} (median; {held['bias']:+.2%} signed)"
-    return f"Hold-out error of Approach 3 on the {n} largest runs: {error}{outside}."
+    form = (found.get("law") or {}).get("form")
+    return f"Hold-out error of Approach 3{f', {form},' if form else ''} on the {n} largest runs: {error}{outside}."
 
 
 def power(value: float) -> str:

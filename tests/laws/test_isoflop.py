@@ -28,18 +28,49 @@ def window(width: float, sizes: int = 15) -> np.ndarray:
 def test_bias_of_the_parabola(law, errors, within):
     """Unequal exponents shift the vertex by a constant factor: correct slopes, constants off as published."""
     for width, error in zip((2, 4, 8, 16), errors, strict=True):
-        found = fit_isoflop(*isoflop_grid(law, BUDGETS, window(width))).law
+        found = fit_isoflop(*isoflop_grid(law, BUDGETS, window(width)), window=math.inf).law
         assert (found.a, found.b) == pytest.approx((law.a, law.b), abs=1e-9)
         assert found.optimal(1e24)[1] / law.optimal(1e24)[1] - 1 == pytest.approx(error, abs=within)
 
 
 def test_a_drifting_grid_biases_the_parabola_but_not_the_spline():
-    """Centres that drift by 3x over the budgets: a is biased by parabolas, not by splines."""
+    """Centres that drift by 3x over the budgets: a is biased by parabolas through all sizes, three times less by
+    those through the sizes within 8x of the minimum, and not by splines."""
     grid = isoflop_grid(SKEWED, BUDGETS, window(16, 41), drift=3)
-    parabola, spline = fit_isoflop(*grid).law, fit_isoflop(*grid, method="akima").law
+    parabola, spline = fit_isoflop(*grid, window=math.inf).law, fit_isoflop(*grid, method="akima").law
     assert abs(parabola.a - SKEWED.a) > 0.005
+    assert abs(fit_isoflop(*grid).law.a - SKEWED.a) < 2e-3
     assert spline.a == pytest.approx(SKEWED.a, abs=1e-3)
     assert spline.optimal(1e24)[0] == pytest.approx(SKEWED.optimal(1e24)[0], rel=0.02)
+
+
+def test_sizes_far_from_the_minimum_are_not_fitted():
+    """Losses more than 8x from the minimum change nothing, those within it do; with fewer sizes all are fitted."""
+    N, D, loss = isoflop_grid(BESIROGLU, BUDGETS, window(20, 31))
+    distance = np.abs(np.log(N / np.repeat(BESIROGLU.optimal(BUDGETS)[0], 31)))
+    plain = fit_isoflop(N, D, loss)
+    far, near = distance > math.log(8.5), distance > math.log(6)
+    assert fit_isoflop(N, D, np.where(far, loss + 1, loss)).law == plain.law
+    assert fit_isoflop(N, D, np.where(near, loss + 0.01, loss)).law.k_N != plain.law.k_N
+    assert all(len(b.fitted) < len(b.rows) == 31 for b in plain.budgets)
+    wide = fit_isoflop(*isoflop_grid(BESIROGLU, BUDGETS, window(300, 5)))
+    assert all(len(b.fitted) == 5 for b in wide.budgets)
+
+
+def test_equal_losses_drop_no_budget():
+    """Rounded losses tie: if the lowest run is one of several, a minimum between them is inside, in any order of rows,
+    with weights too. Lowest at the edge alone it is not."""
+    N = np.tile([1e6, 2e6, 4e6, 8e6], 2)
+    D, loss = np.repeat([1e18, 1e19], 4) / (6 * N), np.array([2.31, 2.31, 2.35, 2.45, 2.2, 2.1, 2.1, 2.2])
+    budget = np.repeat([1.0, 2.0], 4)
+    first = fit_isoflop(N, D, loss, budget=budget)
+    assert [b.bracketed for b in first.budgets] == [True, True]
+    for seed in range(5):
+        order = np.random.default_rng(seed).permutation(8)
+        again = fit_isoflop(N[order], D[order], loss[order], budget=budget[order])
+        assert [b.params_opt for b in again.budgets] == pytest.approx([b.params_opt for b in first.budgets], rel=1e-12)
+    with pytest.raises(NotIdentified, match="minimum is at or beyond"):
+        fit_isoflop(N, D, np.where(N == 1e6, loss.min() - 0.01, loss), budget=budget)
 
 
 def test_vertices_by_hand():
