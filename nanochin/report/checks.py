@@ -25,6 +25,7 @@ SENSITIVITY = 200  # replicates of each refit
 FEW_FAIL = 0.02  # share of replicates without an optimum that raises no doubt
 BAD_COST = 0.1  # misfit of log C by the curve of cost that raises a doubt
 NARROW = 4  # clusters of C whose sizes span a smaller factor may not be isoFLOP curves
+GOOD = 0.01  # hold-out error that raises no doubt, however small that in-sample is
 MOST_ROWS = 40  # of the table of held-out runs
 WITHOUT = "it takes Approach 2 and a bootstrap"
 
@@ -279,7 +280,7 @@ def hold_out(analysis: Analysis) -> CheckResult:
     options |= {"form_error": choice.error(choice.chosen, last=False), **analysis.resampling(1000)}
     budget = analysis.rows.get("budget")
     held = laws.hold_out(analysis.N, analysis.D, analysis.L, analysis.C, budget=budget, **options)
-    m, good = len(held.rows), held.error < 3 * max(held.in_sample_error, 1e-3)
+    m, good = len(held.rows), held.error < max(3 * held.in_sample_error, GOOD)
     error = f"{100 * held.error:.2f}% (median; {100 * held.bias:+.2f}% signed)"
     said = f"Hold-out error on the {m} largest runs {error}, in-sample {100 * held.in_sample_error:.2f}%"
     said += f", at {held.reach:.2g}x the compute"

@@ -333,7 +333,7 @@ def _profile(axes: Axes, analysis: Analysis, E: np.ndarray, rise: np.ndarray) ->
     line(axes, E, rise, BLUE, "best objective", width=2)
     points(axes, [third.law.E], [1.0], BLUE, f"E = {third.law.E:.4g}", [f"E = {third.law.E:.6g}"], 4)
     near = E[rise < 1.6]
-    axes.set_title(f"Profile of E (N {analysis.settings.params})")
+    axes.set_title(f"Profile of E in Approach 3 (N {analysis.settings.params})")
     axis(axes, "x", "E held fixed, nats", limits=(near.min(), np.nanmax([near.max(), high])))
     axis(axes, "y", "objective over its minimum", limits=(0.97, 1.6))
 

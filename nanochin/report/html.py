@@ -85,7 +85,7 @@ def _optima(analysis: Analysis, answers: list[Answer]) -> Table:
         C = answer.asked["flops"]
         inside = 0.99 * analysis.C.min() <= C <= 1.01 * analysis.C.max()
         where = "" if inside else "beyond the runs"
-        where = where if analysis.is_tested(C) else "not tested at this distance"
+        where = where if analysis.is_tested(C) else "beyond, not tested"
         found = (with_ends(estimate, SHOW[name]) for name, estimate in answer.found.items())
         rows.append([(powers(C), where, "beyond"), *found])
     head = ("C, FLOPs", "parameters N", "tokens D", "D / N", "loss, nats")
