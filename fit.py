@@ -24,7 +24,7 @@ from nanochin.laws import Law, NotIdentified
 from nanochin.report import table
 from nanochin.report.allocate import SHOWN, Answer, Answers, Prediction, Questions, answer, frontier, optimum
 from nanochin.report.analysis import Analysis, Approach, Settings, analyse, resamples
-from nanochin.report.checks import Results, run_checks
+from nanochin.report.checks import Results, forms, run_checks
 from nanochin.report.curves import curves_of_runs
 from nanochin.report.table import RunTable
 from nanochin.run.curves import is_csv_gz
@@ -162,7 +162,7 @@ def summary(analysis: Analysis, answers: Answers) -> str:
     best = analysis.best
     if isinstance(best.law, Law):
         law = best.law
-        lines += [format_columns(forms(analysis.choice)), "", f"law: {best.form}; {analysis.choice.why}"]
+        lines += [*form_table(analysis), f"law: {best.form}; {analysis.choice.why}"]
         terms = f"{law.A:.6g} / N^{law.alpha:.6g} + {law.B:.6g} / D^{law.beta:.6g}"
         lines.append(f"L(N, D) = {law.E:.6g} + " + (terms if law.is_sum else f"({terms})^{law.gamma:.6g}"))
         if best.boot is not None:
@@ -185,18 +185,14 @@ def summary(analysis: Analysis, answers: Answers) -> str:
     return "\n".join(lines)
 
 
-def forms(choice: laws.Choice) -> list[list[str]]:
-    """The forms of the law and their errors; * marks the one used."""
-    rows = [["form", "  in-sample", "  next budget", "  largest budget", "  gamma", "  E"]]
-    for form in choice.forms:
-        mark = "*" if form is choice.chosen else ""
-        if isinstance(form.fit, NotIdentified):
-            rows.append([form.name, "  -", "  -", "  -", "  -", "  -"])
-            continue
-        errors = (form.in_sample, choice.scores.get(form.name, np.nan), form.last)
-        shown = [f"  {error:.2%}" if np.isfinite(error) else "  -" for error in errors]
-        rows.append([form.name + mark, *shown, f"  {form.fit.law.gamma:.3g}", f"  {form.fit.law.E:.4g}"])
-    return rows
+def form_table(analysis: Analysis) -> list[str]:
+    """The forms of the law with their errors; * marks the one used, - what is not known."""
+    (table,) = forms(analysis).tables
+    rows = [[table.head[0], *(f"  {name}" for name in table.head[1:])]]
+    for i, (name, *cells) in enumerate(table.rows):
+        shown = [f"  {cell}" for cell in cells] if len(cells) > 1 else ["  -"] * (len(table.head) - 1)
+        rows.append([name + "*" * (i == table.mark), *shown])
+    return [format_columns(rows), ""]
 
 
 def answer_table(title: str, answers: list[Answer]) -> list[str]:

@@ -266,6 +266,18 @@ def test_figures_of_very_large_runs(run, tmp_path):
     assert "5 figures in SVG" in run(tmp_path, "--bootstrap=0", "--figures=svg", checks=False)
 
 
+def test_the_order_of_rows_changes_nothing(run, tmp_path):
+    """Fits, intervals and checks of shuffled rows are equal to the bit."""
+    found = []
+    for name, seed in (("a", 0), ("b", 1)):
+        rows = [sweep(noise=0.003)[i] for i in np.random.default_rng(seed).permutation(28)]
+        write_sweep(tmp_path / name, rows, curves=False)
+        run(tmp_path / name, *QUICK, "--bootstrap=50")
+        found.append(read(tmp_path / name / "fit"))
+        del found[-1]["meta"]
+    assert found[0] == found[1]
+
+
 def test_every_count_of_parameters(run, tmp_path):
     """N is the column of `params`, and C by `flops` 6nd counts all parameters; a missing column is an error."""
     analysis = analysis_of(sweep(), params="non_embedding", flops="6nd")

@@ -31,7 +31,6 @@ from nanochin.laws.checks import (
     hold_out,
     kaplan_procedure,
     leave_out_highest,
-    loss_line,
     near_minimum,
     profile_e,
     refit,

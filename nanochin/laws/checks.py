@@ -12,7 +12,6 @@ from nanochin.laws.cost import Cost
 from nanochin.laws.gamma import cold_starts, make_surface
 from nanochin.laws.isoflop import (
     LEAST,
-    Budget,
     Curve,
     IsoflopFit,
     akima_minimum,
@@ -237,7 +236,9 @@ class Curvature:
 def frontier_curvature(fit: IsoflopFit, *, runs=None, replicates: int = 1000, seed: int = 0) -> Curvature:
     """Quadratic term of the frontier, with intervals from resampled runs (ids `runs` (n,) if rows share them). Raises
     NotIdentified with fewer than 4 bracketed budgets."""
-    good = _bracketed(fit, "curvature")
+    good = [b for b in fit.budgets if b.bracketed]
+    if len(good) < MIN_CURVATURE:
+        raise NotIdentified(f"curvature needs {MIN_CURVATURE} budgets with a bracketed minimum, but has {len(good)}")
     log_c, log_n = np.log([b.flops for b in good]), np.log([b.params_opt for b in good])
     quadratic = float(_quadratic(log_c, log_n[None], np.ones((1, len(good))))[0])
     _, batches = resample(np.arange(len(fit.N)) if runs is None else runs, replicates, seed)
@@ -251,38 +252,12 @@ def frontier_curvature(fit: IsoflopFit, *, runs=None, replicates: int = 1000, se
     return Curvature(quadratic, intervals, not low <= 0 <= high)
 
 
-def _bracketed(fit: IsoflopFit, what: str) -> list[Budget]:
-    good = [b for b in fit.budgets if b.bracketed]
-    if len(good) < MIN_CURVATURE:
-        raise NotIdentified(f"{what} needs {MIN_CURVATURE} budgets with a bracketed minimum, but has {len(good)}")
-    return good
-
-
 def _quadratic(x, y, weights) -> np.ndarray:
     """(K,) quadratic coefficient of y (K, m) on x (m,) with weights (K, m)."""
     u = x - x.mean()
     basis = np.stack([np.ones_like(u), u, u * u], 1)
     normal = np.einsum("km,mi,mj->kij", weights, basis, basis) + 1e-12 * np.eye(3)
     return np.linalg.solve(normal, ((weights * y) @ basis)[:, :, None])[:, 2, 0]
-
-
-@dataclass(frozen=True)
-class LossLine:
-    """The lowest losses of the budgets as a straight line in log-log, L = K C^-c, as of a law whose E is too small to
-    be seen."""
-
-    exponent: float  # c, of all budgets
-    flops: float  # the largest budget
-    measured: float  # its lowest loss
-    predicted: float  # the same by the line through the other budgets
-
-
-def loss_line(fit: IsoflopFit) -> LossLine:
-    """Raises NotIdentified with fewer than 4 bracketed budgets, since the largest is predicted from the others."""
-    good = sorted((b.flops, b.loss_opt) for b in _bracketed(fit, "the line of lowest losses"))
-    log_c, log_l = np.log(good).T
-    start, slope = line(log_c[:-1], log_l[:-1])
-    return LossLine(float(-line(log_c, log_l)[1]), *map(float, good[-1]), float(np.exp(start + slope * log_c[-1])))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ BAD_COST = 0.1  # misfit of log C by the curve of cost that raises a doubt
 NARROW = 4  # clusters of C whose sizes span a smaller factor may not be isoFLOP curves
 GOOD = 0.01  # hold-out error that raises no doubt, however small that in-sample is
 MOST_ROWS = 40  # of the table of held-out runs
-WITHOUT = "it takes Approach 2 and a bootstrap"
 
 
 @dataclass(frozen=True)
@@ -259,14 +258,13 @@ def forms(analysis: Analysis) -> CheckResult:
     choice, rows, mark = analysis.choice, [], None
     for i, form in enumerate(choice.forms):
         mark = i if form is choice.chosen else mark
-        if isinstance(form.fit, NotIdentified):
-            rows.append([form.name, form.fit])
-            continue
-        errors = (form.in_sample, choice.scores.get(form.name, np.nan), form.last)
-        law = form.fit.law
-        shown = [f"{error:.2%}" if np.isfinite(error) else "–" for error in errors]
-        rows.append([form.name, *shown, f"{law.gamma:.3g}", four(law.E), f"{law.a:.3f}"])
-    head = ("form", "error in-sample", "predicting the next budget", "largest budget", "γ", "E", "a (Eq. 4)")
+        cells = [form.fit]
+        if isinstance(form.fit, ParametricFit):
+            errors, law = (form.in_sample, choice.scores.get(form.name, np.nan), form.last), form.fit.law
+            cells = [f"{error:.2%}" if np.isfinite(error) else "-" for error in errors]
+            cells += [f"{law.gamma:.3g}", four(law.E), f"{law.a:.3f}"]
+        rows.append([form.name, *cells])
+    head = ("form", "error in-sample", "next budget", "largest budget", "gamma", "E", "a (Eq. 4)")
     note = "Median errors of the loss. The largest budget, predicted from the others, takes no part in the choice."
     said = f"Of the forms of the law, {choice.chosen.name} is used: {choice.why}." if choice.chosen else ""
     table = Table("Forms of the law", head, rows, note, "forms", mark)
@@ -318,24 +316,13 @@ def curvature(analysis: Analysis) -> CheckResult:
     """Is the frontier a power law?"""
     second = analysis.results[2]
     if isinstance(second, NotIdentified) or not analysis.settings.bootstrap:
-        raise NotIdentified(WITHOUT)
+        raise NotIdentified("it takes Approach 2 and a bootstrap")
     found = laws.frontier_curvature(second.fit, **analysis.resampling(1000))
     low, high = found.intervals[95]
     bends = f"bends {'down' if found.quadratic < 0 else 'up'} significantly"
     said = f"In log-log the frontier {bends if found.significant else 'has no significant curvature'}"
     said += f": quadratic term {found.quadratic:+.3f} [{low:+.3f}, {high:+.3f}]."
     return judged(not found.significant, said, {"quadratic": found.quadratic, "intervals": found.intervals})
-
-
-def loss_line(analysis: Analysis) -> CheckResult:
-    """How well does a power law without E extrapolate the lowest losses of the budgets?"""
-    second = analysis.results[2]
-    found = attempt(laws.loss_line, second.fit) if isinstance(second, Approach) else NotIdentified(WITHOUT)
-    if isinstance(found, NotIdentified):
-        return CheckResult("not checked", json={"reason": str(found)})
-    off = f"{100 * (found.predicted / found.measured - 1):+.2f}%"
-    said = f"The lowest losses of the budgets follow C^-{found.exponent:.4f}; a power law through the smaller budgets"
-    return CheckResult("note", f"{said} is {off} off at the largest.", asdict(found))
 
 
 def kaplan_procedure(analysis: Analysis) -> CheckResult:
@@ -416,20 +403,16 @@ def near_minimum(analysis: Analysis) -> CheckResult:
 def windows(analysis: Analysis) -> CheckResult:
     """What does Approach 2 give if it fits more or fewer sizes around each minimum?"""
     second, rows, json = analysis.need(2), [], {}
-    fit = second.fit
-    for window in (4.0, 8.0, 16.0, np.inf):
-        name = "all" if np.isinf(window) else f"{window:g}x"
-        how = {"budget": analysis.rows.get("budget"), "window": window}
-        other = attempt(laws.fit_isoflop, fit.N, fit.D, fit.loss, fit.C, **how)
+    fit, budget = second.fit, analysis.rows.get("budget")
+    for name, window in (("4x", 4.0), ("8x", 8.0), ("16x", 16.0), ("all", np.inf)):
+        other = attempt(laws.fit_isoflop, fit.N, fit.D, fit.loss, fit.C, budget=budget, window=window)
         found = approach(2, other, second.flops_range, **analysis.resampling(SENSITIVITY))
-        if isinstance(found, NotIdentified):
-            rows.append([name, found])
-            json[name] = {"reason": str(found)}
-            continue
-        bracketed = sum(budget.bracketed for budget in other.budgets)
-        ends = (with_interval(f"{getattr(found.law, one):.4f}", found.interval(one), three) for one in "ab")
-        rows.append([name, f"{bracketed} of {len(other.budgets)}", *ends])
-        json[name] = found.exponent_json()
+        json[name], cells = {"reason": str(found)}, [found]
+        if isinstance(found, Approach):
+            used = f"{sum(one.bracketed for one in other.budgets)} of {len(other.budgets)}"
+            ends = (with_interval(f"{getattr(found.law, one):.4f}", found.interval(one), three) for one in "ab")
+            json[name], cells = found.exponent_json(), [used, *ends]
+        rows.append([name, *cells])
     title = "Approach 2 with other sizes around each minimum"
     table = Table(title, ("within", "budgets used", "a", "b"), rows, "Approach 2 above uses 8x; Akima's spline all.")
     return CheckResult(json=json, tables=(table,))
@@ -495,7 +478,6 @@ CHECKS = (
     Check("budgets", budgets),
     Check("hold_out", hold_out, "Hold-out", refits=True),
     Check("curvature", curvature, "Curvature", refits=True),
-    Check("loss_line", loss_line, refits=True),
     Check("kaplan_procedure", kaplan_procedure, "Kaplan's procedure", refits=True),
     Check("leave_out_highest", leave_out_highest, refits=True, missing=[]),
     Check("delta", delta, refits=True, missing=[]),

@@ -8,7 +8,7 @@ from chinchilla import isoflop_grid
 
 from nanochin.base.cli import UserError
 from nanochin.laws import BESIROGLU, HOFFMANN, bootstrap, fit_envelope, fit_isoflop, fit_parametric
-from nanochin.laws.law import Law, NotIdentified, PowerLaw, laws_json, laws_text, load_law
+from nanochin.laws.law import CONSTANTS, FormError, Law, NotIdentified, PowerLaw, laws_json, laws_text, load_law
 
 META = {"params_convention": "total", "flops_convention": "6nd", "tokenizer": "bytes"}
 GRID = [1e18, 1e19, 1e20, 1e21], [0.2, 0.4, 0.7, 1, 1.5, 2.5, 5]  # budgets, sizes over the optimum
@@ -74,6 +74,21 @@ def test_load_law(write):
     assert load_law(write(changed("approach3", E=0))).E == 0
 
 
+def test_the_chosen_law_is_loaded(write):
+    """Without a number the key law, with gamma, replicates and what the form may get wrong; a bad one is ignored; in
+    files without the key Approach 3; null with its reason."""
+    error, drawn = {"sd": 0.01, "tested": 3.0, "largest": 1e19}, {name: [1.0, 1.1] for name in (*CONSTANTS, "gamma")}
+    fit = LAWS["approach3"] | {"gamma": 0.3, "form": "free gamma", "replicates": drawn, "noise": 0.002}
+    law = load_law(write(LAWS | {"law": fit | {"form_error": error}}))
+    assert law.gamma == 0.3 and law.name.endswith("free gamma") and law.form_error == FormError(**error)
+    assert law.replicates.gamma.tolist() == [1.0, 1.1] and law.forecast(1e8, 1e9)
+    assert load_law(write(LAWS | {"law": fit}), 3).gamma == 1
+    assert load_law(write(LAWS | {"law": fit | {"form_error": error | {"tested": 1.0}}})).form_error is None
+    reasons = LAWS["meta"] | {"reasons": {"law": "no form fits"}}
+    with pytest.raises(UserError, match="has no law .no form fits"):
+        load_law(write(LAWS | {"law": None, "meta": reasons}))
+
+
 @pytest.mark.parametrize(
     "laws, approach, says",
     [
@@ -132,6 +147,12 @@ def test_forecast():
     spread = replace(law, replicates=replace(law, E=np.linspace(0, 2, 1001)), noise=0.0)
     assert spread.forecast(1e6, 2e7) == pytest.approx((loss - 0.95, loss + 0.95), rel=1e-3)
     assert law.forecast(1e6, 2e7) is None
+    C = law.cost.flops(1e6, 2e7)
+    wider = replace(boot, form_error=FormError(0.02, 10.0, C / 100))  # 4% at 100 times the largest C
+    both = 1.96 * math.hypot(0.01, 0.04)
+    assert wider.forecast(1e6, 2e7) == pytest.approx((loss * np.exp(-both), loss * np.exp(both)), rel=3e-3)
+    within = replace(boot, form_error=FormError(0.02, 10.0, C))
+    assert within.forecast(1e6, 2e7) == boot.forecast(1e6, 2e7)
 
 
 def test_forecast_has_its_nominal_coverage(tmp_path):

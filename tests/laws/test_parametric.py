@@ -251,12 +251,14 @@ def test_invalid_losses_are_refused(bad):
         fit_parametric(N, D, loss)
 
 
-def test_kaplan_form_is_recovered():
-    """Losses of Kaplan's form give its constants; the form does not fit losses of Chinchilla's law."""
+@pytest.mark.parametrize("unit", [1.0, 0.2])
+def test_kaplan_form_is_recovered(unit):
+    """Losses of Kaplan's form give its constants, below 1 nat too; the form does not fit losses of Chinchilla's law."""
     rng = np.random.default_rng(3)
     N, D = np.exp(rng.uniform(13, 21, 50)), np.exp(rng.uniform(17, 24, 50))
-    loss = ((6.4e13 / N) ** (0.076 / 0.103) + 1.8e13 / D) ** 0.103
+    loss = unit * ((6.4e13 / N) ** (0.076 / 0.103) + 1.8e13 / D) ** 0.103
     fit = fit_kaplan_form(N, D, loss)
-    assert (fit.N_c, fit.D_c, fit.alpha_N, fit.alpha_D) == pytest.approx((6.4e13, 1.8e13, 0.076, 0.103), rel=1e-5)
+    expected = (6.4e13 * unit ** (1 / 0.076), 1.8e13 * unit ** (1 / 0.103), 0.076, 0.103)
+    assert (fit.N_c, fit.D_c, fit.alpha_N, fit.alpha_D) == pytest.approx(expected, rel=1e-5)
     grid = isoflop_grid(BESIROGLU, np.geomspace(1e17, 1e21, 5), np.geomspace(0.1, 10, 7))
     assert fit_kaplan_form(*grid).objective > 1e-3 > fit_parametric(*grid).objective

@@ -1,12 +1,17 @@
-"""Pre-registered predictions: the law's forecast from before training against the loss."""
+"""Intervals that include what the form may get wrong; pre-registered predictions against the loss."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
+from chinchilla import noisy_grid
 
 from nanochin.base.cli import UserError
-from nanochin.report.allocate import Prediction
+from nanochin.laws import bootstrap, compute_for_loss, fit_parametric
+from nanochin.laws.law import FormError
+from nanochin.report.allocate import Prediction, optimum, to_reach
+from nanochin.report.analysis import approach, with_form
 
 INTERVAL = {"predicted_loss": 2.0, "predicted_low": 1.9, "predicted_high": 2.1}
 
@@ -38,3 +43,24 @@ def test_runs_without_a_prediction(tmp_path):
     for predicted in ({}, dict.fromkeys(INTERVAL) | {"predicted_loss": 2.0}):
         with pytest.raises(UserError, match="no law predicted its loss with an interval"):
             Prediction.read(write(tmp_path, 2.0, predicted))
+
+
+def test_intervals_include_what_the_form_may_get_wrong():
+    """Of noise-free runs all replicates are equal: within the runs there is no interval, ten times beyond the loss is
+    known to 1.96 times 2%, and the compute for a loss to that of the losses so much higher and lower."""
+    N, D, loss = noisy_grid(0.0)
+    C = float((6 * N * D).max())
+    law = with_form(
+        approach(3, fit_parametric(N, D, loss), (C / 1e4, C), bootstrap, replicates=400), "free gamma", None
+    )
+    assert law.form == "free gamma" and law.name.endswith("free gamma")
+    law = with_form(law, "gamma = 1", FormError(0.02, 10.0, C))
+    assert law.name == "Approach 3"
+    within, beyond = (optimum(law, at).found["loss"] for at in (C, 10 * C))
+    assert within.ends == pytest.approx((within.value, within.value), rel=1e-6)
+    factor = math.exp(1.96 * 0.02)
+    assert beyond.ends == pytest.approx((beyond.value / factor, beyond.value * factor), rel=1e-3)
+    needed = to_reach(law, beyond.value).found["least_flops"]
+    assert needed.value == pytest.approx(10 * C, rel=1e-6)
+    ends = [compute_for_loss(law.law, beyond.value * by) for by in (factor, 1 / factor)]
+    assert needed.ends == pytest.approx(ends, rel=0.05)
