@@ -25,6 +25,7 @@ MUTATIONS = {
         ("(self.alpha * self.A / (self.beta * self.B)) **", "(self.beta * self.B / (self.alpha * self.A)) **"),
         ("(C / (6 * R)) ** a", "(C / R) ** a"),
         ("(50 - level / 2, 50 + level / 2)", "(100 - level, level)"),
+        ("np.maximum(np.log(C / self.largest), 0)", "np.abs(np.log(C / self.largest))"),
         ("(p * self.beta * self.B", "(self.beta * self.B"),
     ],
     "nanochin/laws/parametric.py": [
@@ -41,6 +42,12 @@ MUTATIONS = {
         ("r - p * vertex * vertex", "r + p * vertex * vertex"),
         ("np.interp(u + self.mean,", "np.interp(u,"),
         ("np.where(used, v, np.nan) for v in _optima", "v for v in _optima"),
+        ("np.abs(x - centre) <= math.log(window)", "np.abs(x) <= math.log(window)"),
+    ],
+    "nanochin/laws/forms.py": [
+        ("below = [group < k for k in held]", "below = [group <= k for k in held]"),
+        ("form.errors[:-1] for form", "form.errors for form"),
+        ("< MARGIN * scores[name]", "< scores[name]"),
     ],
     "nanochin/laws/cost.py": [("1 - self.s * self.q * extra", "1 + self.s * self.q * extra")],
     "nanochin/laws/envelope.py": [("(params < np.nanmax(there, 0))", "(params <= np.nanmax(there, 0))")],
