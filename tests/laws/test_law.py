@@ -151,7 +151,7 @@ def test_forecast():
     wider = replace(boot, form_error=FormError(0.02, 10.0, C / 100))  # 4% at 100 times the largest C
     both = 1.96 * math.hypot(0.01, 0.04)
     assert wider.forecast(1e6, 2e7) == pytest.approx((loss * np.exp(-both), loss * np.exp(both)), rel=3e-3)
-    within = replace(boot, form_error=FormError(0.02, 10.0, C))
+    within = replace(boot, form_error=FormError(0.02, 10.0, 10 * C))
     assert within.forecast(1e6, 2e7) == boot.forecast(1e6, 2e7)
 
 
