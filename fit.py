@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,15 +18,17 @@ import numpy as np
 
 from nanochin import laws
 from nanochin.base.cli import UserError, opt, parse, run_command, with_flags
-from nanochin.base.console import Progress, count, format_columns
+from nanochin.base.console import Progress, count, format_columns, markdown
 from nanochin.base.files import versions, write_file, writing
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS
 from nanochin.laws import Law, NotIdentified
 from nanochin.report import table
 from nanochin.report.allocate import SHOWN, Answer, Answers, Prediction, Questions, answer, frontier, optimum
 from nanochin.report.analysis import Analysis, Approach, Settings, analyse, resamples
-from nanochin.report.checks import Results, forms, run_checks
+from nanochin.report.checks import forms, run_checks
 from nanochin.report.curves import curves_of_runs
+from nanochin.report.doubts import require_plausible
+from nanochin.report.findings import Results
 from nanochin.report.table import RunTable
 from nanochin.run.curves import is_csv_gz
 
@@ -62,12 +65,16 @@ class FitOptions:
     target_loss: float | None = opt(None, "loss to reach at the lowest compute", above=0)
     inference_tokens: float | None = opt(None, "tokens that the model will serve", low=1, high=MOST)
     unique_tokens: float | None = opt(None, "tokens of text available", low=1, high=MOST)
+    loss_at: tuple[float, ...] = opt((), "parameters and tokens of a model: its loss", low=1, high=MOST)
     trials: tuple[str, ...] = opt((), "held-out runs trained with --law: predicted vs actual loss, not fitted")
+    format: str = opt("text", "tables on the terminal; markdown: to paste", choices=("text", "markdown"))
     figures: str = opt("all", "figures as SVG and PNG files, SVG, or none", choices=("all", "svg", "none"))
 
 
 def main() -> None:
     options = parse(FitOptions, prog="fit.py", description=__doc__)
+    if len(options.loss_at) % 2:
+        raise UserError("`loss_at`: give parameters and tokens in turn, such as 70e9 1.4e12")
     out = require_output(options)
     predictions = [Prediction.read(folder) for folder in options.trials]
     rows, curves = read(options)
@@ -79,9 +86,10 @@ def main() -> None:
             progress.say(with_flags(note))
         analysis = analyse(rows, curves, settings, progress)
     budgets = options.budget or default_budgets(analysis)
-    questions = Questions(budgets, options.target_loss, options.inference_tokens, options.unique_tokens)
+    asked = options.target_loss, options.inference_tokens, options.unique_tokens, options.loss_at
+    questions = Questions(budgets, *asked)
     answers = answer(analysis.best, questions, predictions)
-    print(summary(analysis, answers), flush=True)
+    print(summary(analysis, answers, markdown if options.format == "markdown" else format_columns), flush=True)
 
     with Progress(quiet) as progress:
         results = run_checks(analysis, progress)
@@ -117,6 +125,7 @@ def read(options: FitOptions) -> tuple[RunTable, RunTable | None]:
     if options.flops in (None, "physical"):
         rows = table.all_or_no_flops(rows, options.skip_bad)
     rows = table.best_tuning(rows)
+    require_plausible(rows)
     table.require_usable(rows)
     if not options.curves:
         return rows, curves_of_runs(path if path.is_dir() else path.parent, rows)
@@ -139,7 +148,8 @@ def default_budgets(analysis: Analysis) -> tuple[float, ...]:
 # On the terminal
 
 
-def summary(analysis: Analysis, answers: Answers) -> str:
+def summary(analysis: Analysis, answers: Answers, show: Callable[[list[list[str]]], str]) -> str:
+    """The result; `show` makes text of a table, rows of cells with the heading first."""
     N, D, C = analysis.N, analysis.D, analysis.C
     lines = [
         f"{analysis.rows.source}: {len(N)} runs, N {count(N.min())} to {count(N.max())}, D {count(D.min())} to "
@@ -158,11 +168,11 @@ def summary(analysis: Analysis, answers: Answers) -> str:
             rows.append([f"approach {number}", "-", "", "-", "", ""])
     if isinstance(analysis.law, Approach) and analysis.law.form != "gamma = 1":
         rows.append([f"  {analysis.law.form}", *exponents(analysis.law)])
-    lines += [format_columns(rows), ""]
+    lines += [show(rows), ""]
     best = analysis.best
     if isinstance(best.law, Law):
         law = best.law
-        lines += [*form_table(analysis), f"law: {best.form}; {analysis.choice.why}"]
+        lines += [show(form_table(analysis)), "", f"law: {best.form}; {analysis.choice.why}"]
         terms = f"{law.A:.6g} / N^{law.alpha:.6g} + {law.B:.6g} / D^{law.beta:.6g}"
         lines.append(f"L(N, D) = {law.E:.6g} + " + (terms if law.is_sum else f"({terms})^{law.gamma:.6g}"))
         if best.boot is not None:
@@ -175,8 +185,9 @@ def summary(analysis: Analysis, answers: Answers) -> str:
         ("to reach a loss", answers.to_reach),
         ("the loss of the optimum of C, at the lowest compute of training and inference", answers.to_serve),
         ("with limited unique text, repeated", answers.with_text),
+        ("the loss of a model", answers.at),
     ):
-        lines += ["", *answer_table(title, found)] if found else []
+        lines += ["", *answer_table(title, found, show)] if found else []
         if found is answers.optima and best.boot and (error := getattr(best.law, "form_error", None)):
             tested = f"intervals of the loss include {error.sd:.2%} at {error.tested:.2g} times the largest C"
             lines.append(f"{tested}, where the form was tested, and grow with log C")
@@ -185,17 +196,17 @@ def summary(analysis: Analysis, answers: Answers) -> str:
     return "\n".join(lines)
 
 
-def form_table(analysis: Analysis) -> list[str]:
+def form_table(analysis: Analysis) -> list[list[str]]:
     """The forms of the law with their errors; * marks the one used, - what is not known."""
     (table,) = forms(analysis).tables
     rows = [[table.head[0], *(f"  {name}" for name in table.head[1:])]]
     for i, (name, *cells) in enumerate(table.rows):
         shown = [f"  {cell}" for cell in cells] if len(cells) > 1 else ["  -"] * (len(table.head) - 1)
         rows.append([name + "*" * (i == table.mark), *shown])
-    return [format_columns(rows), ""]
+    return rows
 
 
-def answer_table(title: str, answers: list[Answer]) -> list[str]:
+def answer_table(title: str, answers: list[Answer], text: Callable[[list[list[str]]], str]) -> list[str]:
     """The lines of a table: what was asked, what was found with its 95% interval, or why there is no answer."""
     reasons = dict.fromkeys(one.why for one in answers if one.why)
     found = next((one.found for one in answers if one.found), {})
@@ -209,7 +220,7 @@ def answer_table(title: str, answers: list[Answer]) -> list[str]:
             show = SHOWN[name][1]
             row += [show(estimate.value)] + [interval(estimate.ends, show)] * bool(estimate.intervals)
         rows.append(row + ["-"] * (len(head) - len(row)))
-    return [title, format_columns([[cell + " " for cell in row] for row in rows]), *(f"-: {why}" for why in reasons)]
+    return [title, text([[cell + " " for cell in row] for row in rows]), *(f"-: {why}" for why in reasons)]
 
 
 def exponents(approach: Approach, eq4: bool = False) -> list[str]:

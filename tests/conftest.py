@@ -201,7 +201,8 @@ MARKUP = '<script>"&evil</script>'  # the name of a run
 
 def unchecked(analysis, progress=None):
     """`nanochin.report.checks.run_checks` without those that refit."""
-    from nanochin.report.checks import CHECKS, CheckResult
+    from nanochin.report.checks import CHECKS
+    from nanochin.report.findings import CheckResult
 
     return {check.name: CheckResult("not checked") if check.refits else check(analysis) for check in CHECKS}
 
@@ -212,6 +213,7 @@ def run(monkeypatch, capsys):
     for the same rows and settings; with `checks=False` those that refit, some fifty fits, do not run."""
     import fit
     from nanochin.report import checks as of_checks
+    from nanochin.report import sensitivity
 
     def once(analysis, progress=None):
         key = (analysis.rows.sha256, len(analysis.N), analysis.settings, analysis.curves is None)
@@ -219,7 +221,8 @@ def run(monkeypatch, capsys):
             CHECKED[key] = of_checks.run_checks(analysis)
         return CHECKED[key]
 
-    monkeypatch.setattr(of_checks, "SENSITIVITY", 20)  # tested with the laws
+    for module in (of_checks, sensitivity):
+        monkeypatch.setattr(module, "SENSITIVITY", 20)  # tested with the laws
 
     def command(*argv, code: int = 0, checks: bool = True) -> str:
         monkeypatch.setattr(fit, "run_checks", once if checks else unchecked)

@@ -19,6 +19,7 @@ from nanochin.base.cli import UserError
 from nanochin.base.console import count
 from nanochin.report import analysis as analysis_module
 from nanochin.report import checks as checks_module
+from nanochin.report import sensitivity
 from nanochin.report.allocate import Questions, answer, optimum
 from nanochin.report.analysis import Analysis, Settings, analyse
 from nanochin.report.checks import run_checks
@@ -30,6 +31,7 @@ from nanochin.run.curves import CURVES, log_points, to_csv_gz
 def few_resamples_of_refits(monkeypatch):
     """Their values are tested with the laws."""
     monkeypatch.setattr(checks_module, "SENSITIVITY", 20)
+    monkeypatch.setattr(sensitivity, "SENSITIVITY", 20)
 
 
 def analysis_of(rows: list[dict], **settings) -> Analysis:
@@ -105,10 +107,11 @@ def test_answers_on_the_terminal_and_in_the_file(run, made_up, tmp_path):
     """The same numbers on the terminal and in laws.json; the 95% interval contains the 80% one and the value; a loss
     below E gets a reason."""
     asked = ("--budget", "1e13", "1e14", "--target-loss=1.4", "--inference-tokens=1e9", "--unique-tokens=1e6")
+    asked += ("--loss-at", "123e3", "45e6")
     out = run(made_up, *QUICK, *asked, "--out", tmp_path)
     found = read(tmp_path)
     assert found["answers"]["approach"] == 3
-    for name, rows in (("to_reach", 1), ("to_serve", 2), ("with_text", 2)):
+    for name, rows in (("to_reach", 1), ("to_serve", 2), ("with_text", 2), ("loss_at", 1)):
         assert len(found["answers"][name]) == rows
         for one in found["answers"][name]:
             assert count(one["params"]) in out and count(one["tokens"]) in out
@@ -120,6 +123,11 @@ def test_answers_on_the_terminal_and_in_the_file(run, made_up, tmp_path):
                 inner = one["ci80"][name]
                 assert low <= inner[0] <= inner[1] <= high and low <= one[name] * 1.001 and one[name] <= high * 1.001
     assert {"params", "tokens", "tokens_per_param", "loss"} == set(found["approach3"]["optima"][0]["ci"])
+    (at,), law = found["answers"]["loss_at"], laws.load_law(tmp_path / "laws.json")
+    assert at["loss"] == pytest.approx(law.loss(123e3, 45e6)) and at["ci"]["loss"][0] < at["loss"] < at["ci"]["loss"][1]
+    table = run(made_up, *QUICK, *asked, "--format=markdown", "--out", tmp_path, checks=False)
+    assert f"| 123k | 45M | {at['loss']:.4f} | [" in table and table.count("|---|") == 7
+    assert "parameters and tokens in turn" in run(made_up, "--loss-at", "1e6", code=2)
     out = run(made_up, *QUICK, "--target-loss=0.5", "--out", tmp_path)
     assert "no compute reaches it" in out and "no compute" in read(tmp_path)["answers"]["to_reach"][0]["reason"]
 
@@ -350,9 +358,9 @@ def test_bad_curves(run, made_up, tmp_path):
 
 
 def test_runs_without_any_law(run, tmp_path):
-    """Losses that rise with size and data: the reason of every approach, nothing written."""
+    """Losses that rise with size: the reason of every approach, nothing written."""
     grid = [(10 ** (3 + i % 5), 10 ** (6 + i // 5)) for i in range(20)]
-    lines = [f"{N},{D},{2 + 0.5 * np.log10(N) - 0.02 * np.log10(N) ** 2 + 0.1 * np.log10(D)}" for N, D in grid]
+    lines = [f"{N},{D},{4 + 0.5 * np.log10(N) - 0.02 * np.log10(N) ** 2 - 0.45 * np.log10(D)}" for N, D in grid]
     (tmp_path / "runs.csv").write_text("params,tokens,loss\n" + "\n".join(lines))
     said = run(tmp_path / "runs.csv", *QUICK, code=2)
     assert all(said.count(f"Approach {number}") == 1 for number in (1, 2, 3))
@@ -361,12 +369,12 @@ def test_runs_without_any_law(run, tmp_path):
 
 def test_an_e_driven_by_the_ends_is_a_doubt():
     """If the losses at the ends of the isoFLOP curves are above the law, they drive E."""
-    assert checks_module.near_minimum(analysis_of(sweep(noise=0.001), bootstrap=100)).status == "ok"
+    assert sensitivity.near_minimum(analysis_of(sweep(noise=0.001), bootstrap=100)).status == "ok"
     rows = sweep(noise=0.001)
     for row in rows:
         off = abs(np.log(row["params"] / optimal(row["budget"])[0]))
         row["loss"] *= 1 + 0.04 * max(0, off - np.log(2))
-    found = checks_module.near_minimum(analysis_of(rows, bootstrap=100))
+    found = sensitivity.near_minimum(analysis_of(rows, bootstrap=100))
     assert found.status == "doubt" and "is driven by models far" in found.sentence
     assert [one["change"] for one in found.json] == ["within 4 times", "within 2.7 times", "within 2 times"]
 

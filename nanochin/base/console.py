@@ -29,6 +29,12 @@ def format_columns(rows: list[list[str]]) -> str:
     return "\n".join(f"{row[0]:{widths[0]}} {line}" for row, line in zip(rows, lines, strict=True))
 
 
+def markdown(rows: list[list[str]]) -> str:
+    """Rows of text, heading first, as a table in Markdown with a blank line on either side."""
+    lines = [f"| {' | '.join(cell.strip() for cell in row)} |" for row in rows]
+    return "\n".join(["", lines[0], f"|{'---|' * len(rows[0])}", *lines[1:], ""])
+
+
 class Progress:
     """Progress display: call with (stage, done, total, note), from any thread. A new stage starts a new bar; `quiet`
     shows nothing (sweeps)."""

@@ -16,6 +16,7 @@ from nanochin.laws.law import NotIdentified, PowerLaw, constants, distinct, fit_
 MIN_ROWS, MIN_SIZES, MIN_BUDGETS = 6, 3, 2
 MAX_BUDGETS, TOLERANCE = 100, 0.1  # of budgets found by clustering: at most, and their width in log C
 BINS, LEAST = 6, 4  # of log C, for runs without budgets; fewest runs of the largest group
+MISTUNED = 0.06  # of the loss; shapes of one size differ by less (5.8% in Gemstones)
 WINDOW = 8.0  # times the size of the minimum, either way: the sizes that the parabola is fitted to
 FINE = 25  # points of the spline in each gap between two sizes
 
@@ -188,6 +189,10 @@ def _budget(rows, N, D, loss, flops: float, method: str, window: float) -> Budge
     width = math.exp(x[-1] - x[0])
     if (sizes := distinct(N[rows])) < MIN_SIZES:
         return Budget(flops, rows, rows, width, reason=f"{sizes} different sizes, but it needs {MIN_SIZES}")
+    if (cell := mistuned_cell(N[rows], loss[rows])) is not None:
+        return Budget(
+            flops, rows, rows[:0], width, reason=f"its run of N = {N[rows][cell]:.4g} is above its neighbours"
+        )
     fitted, centre = rows, x[loss[rows] == loss[rows].min()].mean()
     for _ in range(2):  # around the lowest run, then around the vertex
         near = rows[np.abs(x - centre) <= math.log(window) + 1e-9]
@@ -205,6 +210,21 @@ def _budget(rows, N, D, loss, flops: float, method: str, window: float) -> Budge
     params, middle = math.exp(u + m), math.exp((x[0] + x[-1]) / 2)
     tokens = float(curve.tokens(u))
     return Budget(flops, rows, fitted, width, parabola, "", params, tokens, float(lowest), params / middle)
+
+
+def mistuned_cell(N, loss) -> int | None:
+    """Index of the run of a size whose lowest loss is more than MISTUNED above the line between its neighbours, None
+    without one. A convex curve has none."""
+    sizes, first = np.unique(N, return_inverse=True)
+    x, y = np.log(sizes), np.log([loss[first == i].min() for i in range(len(sizes))])
+    if len(x) < 4:
+        return None
+    share = (x[1:-1] - x[:-2]) / (x[2:] - x[:-2])
+    above = y[1:-1] - ((1 - share) * y[:-2] + share * y[2:])
+    worst = int(np.argmax(above))
+    if above[worst] < MISTUNED:
+        return None
+    return int(np.flatnonzero(first == worst + 1)[0])
 
 
 REASONS = ("", "its curve is concave", "its minimum is at or beyond the smallest or largest size")
@@ -328,8 +348,8 @@ def _optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
     for loss, weights, method in batches:
         found = np.full((2, len(loss if weights is None else weights), len(fit.budgets)), np.nan)
         for i, rows in enumerate(b.fitted for b in fit.budgets):
-            curve = Curve.of(fit.N[rows], fit.D[rows])
-            if len(curve.sizes) >= MIN_SIZES:
+            if distinct(fit.N[rows]) >= MIN_SIZES:
+                curve = Curve.of(fit.N[rows], fit.D[rows])
                 u, _, reason = curve.minimum(loss[:, rows], None if weights is None else weights[:, rows], method)
                 good = reason == 0
                 found[:, good, i] = np.exp(u[good] + curve.mean), curve.tokens(u[good])

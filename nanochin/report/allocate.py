@@ -41,6 +41,7 @@ class Questions:
     target_loss: float | None = None
     inference_tokens: float | None = None
     unique_tokens: float | None = None
+    loss_at: tuple[float, ...] = ()  # parameters and tokens in turn
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,12 @@ class Answers:
     to_reach: list[Answer]
     to_serve: list[Answer]
     with_text: list[Answer]
+    at: list[Answer]
     trials: "Sequence[Prediction]" = ()
 
     def to_json(self) -> dict:
         """`answers` of laws.json; the optima are stored with each approach."""
-        lists = {"to_reach": self.to_reach, "to_serve": self.to_serve, "with_text": self.with_text}
+        lists = {"to_reach": self.to_reach, "to_serve": self.to_serve, "with_text": self.with_text, "loss_at": self.at}
         return {name: [one.to_json() for one in found] for name, found in lists.items() if found}
 
 
@@ -105,6 +107,7 @@ def answer(best: Approach, questions: Questions, trials: "Sequence[Prediction]" 
         to_reach=[] if target is None else [to_reach(best, target)],
         to_serve=[] if served is None else [to_serve(best, C, served) for C in budgets],
         with_text=[] if unique is None else [with_text(best, C, unique) for C in budgets],
+        at=[loss_at(best, N, D) for N, D in zip(questions.loss_at[::2], questions.loss_at[1::2], strict=True)],
         trials=trials,
     )
 
@@ -159,6 +162,15 @@ def with_text(approach: Approach, C: float, unique: float) -> Answer:
         return {"params": n, "tokens": d, "epochs": max(d / unique, 1.0), "loss": limited.loss(n, d, unique)}
 
     return _answer(replace(approach, boot=None), {"flops": C, "unique_tokens": unique}, run)
+
+
+def loss_at(approach: Approach, N: float, D: float) -> Answer:
+    """The loss of N parameters, counted as in the analysis, on D tokens."""
+
+    def predicted(law: Law) -> dict:
+        return {"loss": law.loss(N, D) * law.off(law.cost.flops(N, D))}
+
+    return _answer(approach, {"params": N, "tokens": D}, predicted)
 
 
 def _run(N, D) -> dict:

@@ -6,52 +6,28 @@
 Terminal and report show the sentences, the report the tables; laws.json stores sentences and JSON.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from nanochin import laws
-from nanochin.base.console import count, digits, powers
-from nanochin.config import PARAM_CONVENTIONS
-from nanochin.laws import Cost, NotIdentified, ParametricFit, PowerLaw, Refit
-from nanochin.report.analysis import Analysis, Approach, approach, attempt, resampled_unit, sample_runs
+from nanochin.base.console import count, powers
+from nanochin.laws import NotIdentified, ParametricFit, PowerLaw
+from nanochin.report import sensitivity
+from nanochin.report.analysis import Analysis, Approach, attempt, resampled_unit, sample_runs
+from nanochin.report.doubts import DOUBTS
+from nanochin.report.findings import CheckResult, Results, Table, bracketed, doubt_if, four, judged, with_interval
+from nanochin.report.sensitivity import SENSITIVITY
 from nanochin.report.table import CHANCE, by_chance
-from nanochin.runrow import params_column
 
 MOST_CHECKED = 2000  # runs; of more, a random sample is refitted
-SENSITIVITY = 200  # replicates of each refit
 FEW_FAIL = 0.02  # share of replicates without an optimum that raises no doubt
 BAD_COST = 0.1  # misfit of log C by the curve of cost that raises a doubt
 NARROW = 4  # clusters of C whose sizes span a smaller factor may not be isoFLOP curves
 GOOD = 0.01  # hold-out error that raises no doubt, however small that in-sample is
 MOST_ROWS = 40  # of the table of held-out runs
-
-
-@dataclass(frozen=True)
-class Table:
-    """For the report. A cell is a text, with exponents after ^; or a number and its interval; or a text, its small
-    print and the class of that in report.css; or the reason why the rest of the row is missing."""
-
-    title: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[str | tuple[str, ...] | NotIdentified]]
-    note: str = ""
-    figure: str = ""  # the figure that it belongs to; "": the sensitivity tables
-    mark: int | None = None  # the row to highlight
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    status: str = "ok"  # or "doubt", "not checked", or "note", which has no verdict
-    sentence: str = ""  # "" where there is nothing to say
-    json: object = None  # stored in laws.json under the check's name; None: nothing
-    tables: tuple[Table, ...] = ()
-    found: object = None  # the result of nanochin.laws, for the figures
-
-
-Results = dict[str, CheckResult]  # by the name of the check
 
 
 @dataclass(frozen=True)
@@ -81,31 +57,14 @@ def run_checks(analysis: Analysis, progress: Callable[[str, float, float], None]
     return results
 
 
-def judged(good: bool, sentence: str, *rest) -> CheckResult:
-    return CheckResult("ok" if good else "doubt", sentence, *rest)
-
-
-def doubt_if(bad: bool, sentence: str) -> CheckResult:
-    """Without a doubt there is no sentence."""
-    return judged(not bad, sentence if bad else "")
-
-
-three, four = partial(digits, figures=3), partial(digits, figures=4)
-
-
-def with_interval(text: str, ends: tuple[float, float], show: Callable[[float], str]) -> tuple[str, str]:
-    """A number and its interval; a fixed number has none."""
-    low, high = ends
-    return text, f"{show(low)} – {show(high)}" if low < high else ""
-
-
-def bracketed(ends: tuple[float, float]) -> str:
-    low, high = ends
-    return f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The checks, those that refit last
+
+
+def doubted(analysis: Analysis, doubt: Callable[[Analysis], str]) -> CheckResult:
+    """A doubt about the table itself."""
+    said = doubt(analysis)
+    return doubt_if(bool(said), f"{said[:1].upper()}{said[1:]}{'' if said.endswith('?') else '.'}")
 
 
 def chance(analysis: Analysis) -> CheckResult:
@@ -340,133 +299,9 @@ def kaplan_procedure(analysis: Analysis) -> CheckResult:
     return CheckResult("note", f"{said}; with the law's losses instead, {found.simulated:.3f}.", json, found=found)
 
 
-def refitted(title: str, refits: list[Refit], first: str = "", words: Callable = str, note: str = "") -> CheckResult:
-    """The constants of other fits of Approach 3. words(change) goes into the column `first`."""
-    names, rows = ("a", "alpha", "beta", "E", "A", "B"), []
-    for one in refits:
-        cells = [one.fit]
-        if isinstance(one.fit, ParametricFit):
-            cells = [with_interval(digits(getattr(one.fit.law, name), 5), one.interval(name), four) for name in names]
-            cells += [digits(one.fit.objective, 6)]
-        rows.append([words(one.change), *cells])
-    table = Table(title, (first, "a (Eq. 4)", "α", "β", "E", "A", "B", "objective"), rows, note)
-    return CheckResult(json=[one.to_json() for one in refits], tables=(table,), found=refits)
-
-
-def leave_out_highest(analysis: Analysis) -> CheckResult:
-    third = analysis.need(3)
-    refits = [Refit(0, third.fit, third.boot)]
-    refits += laws.leave_out_highest(third.fit, (1, 3, 5, 8, 15), **analysis.resampling(SENSITIVITY))
-    note = f"95% intervals, here and below, by {SENSITIVITY} resamples of each fit." if third.boot else ""
-    return refitted("Without the runs of highest loss", refits, "runs left out", note=note)
-
-
-def delta(analysis: Analysis) -> CheckResult:
-    third, own = analysis.need(3), analysis.settings.delta
-    others = [other for other in (1e-6, 1e-4, 1e-3, 1e-2, 1e-1) if other != own]
-    refits = [Refit(own, third.fit, third.boot)]
-    refits += laws.delta_sensitivity(third.fit, others, **analysis.resampling(SENSITIVITY))
-    refits.sort(key=lambda one: one.change)
-    return refitted("With another δ of the Huber loss", refits, "δ", powers)
-
-
-def other_objectives(analysis: Analysis) -> CheckResult:
-    third = analysis.need(3)
-    lower = min(0.98 * third.law.E, 0.99 * float(analysis.L.min()))
-    changes = {
-        "least squares": {"delta": np.inf},
-        "Huber on the loss itself": {"space": "linear"},
-        "alpha = beta": {"tied": True},
-        f"E fixed below, at {lower:.4g}": {"E": lower},
-    }
-    options = analysis.resampling(SENSITIVITY)
-    refits = [laws.refit(words, third.fit, **change, **options) for words, change in changes.items()]
-    return refitted("With another objective or form", refits)
-
-
-def near_minimum(analysis: Analysis) -> CheckResult:
-    """Do the runs near the minimum of their budget confirm E, or do the ends of the isoFLOP curves drive it?"""
-    E = (analysis.whole or analysis).need(3).law.E
-    refits = laws.near_minimum(analysis.need(3).fit, analysis.need(2).fit, **analysis.resampling(SENSITIVITY))
-    said = [
-        f"E ({E:.3g}) is driven by models far from compute-optimal: the {runs} runs within {factor:g}x of the optimum "
-        f"give {low:.3g} to {high:.3g}."
-        for factor, runs, (low, high) in ((*one.change, one.boot.interval("E")) for one in refits if one.boot)
-        if not low <= E <= high
-    ]
-    title = "Only runs near the minimum of their budget"
-    result = refitted(title, refits, words=lambda near: f"N within {near[0]:g}x: {near[1]} runs")
-    json = [one.to_json() | {"change": f"within {one.change[0]:g} times", "runs": one.change[1]} for one in refits]
-    return replace(result, status="doubt" if said else "ok", sentence=said[0] if said else "", json=json)
-
-
-def windows(analysis: Analysis) -> CheckResult:
-    """What does Approach 2 give if it fits more or fewer sizes around each minimum?"""
-    second, rows, json = analysis.need(2), [], {}
-    fit, budget = second.fit, analysis.rows.get("budget")
-    for name, window in (("4x", 4.0), ("8x", 8.0), ("16x", 16.0), ("all", np.inf)):
-        other = attempt(laws.fit_isoflop, fit.N, fit.D, fit.loss, fit.C, budget=budget, window=window)
-        found = approach(2, other, second.flops_range, **analysis.resampling(SENSITIVITY))
-        json[name], cells = {"reason": str(found)}, [found]
-        if isinstance(found, Approach):
-            used = f"{sum(one.bracketed for one in other.budgets)} of {len(other.budgets)}"
-            ends = (with_interval(f"{getattr(found.law, one):.4f}", found.interval(one), three) for one in "ab")
-            json[name], cells = found.exponent_json(), [used, *ends]
-        rows.append([name, *cells])
-    title = "Approach 2 with other sizes around each minimum"
-    table = Table(title, ("within", "budgets used", "a", "b"), rows, "Approach 2 above uses 8x; Akima's spline all.")
-    return CheckResult(json=json, tables=(table,))
-
-
-def kaplan_form(analysis: Analysis) -> CheckResult:
-    found = laws.fit_kaplan_form(analysis.N, analysis.D, analysis.L, delta=analysis.settings.delta)
-    json = {name: getattr(found, name) for name in ("N_c", "D_c", "alpha_N", "alpha_D", "objective")}
-    title = "With the form of Kaplan et al. 2020, ((Nc / N)^(αN / αD) + Dc / D)^αD, without E"
-    head = ("Nc", "Dc", "αN", "αD", "objective")
-    return CheckResult(json=json, tables=(Table(title, head, [[f"{value:.5g}" for value in json.values()]]),))
-
-
-def residuals_by_compute(analysis: Analysis) -> CheckResult:
-    found = laws.residuals_by_compute(analysis.need().fit)
-    rows = []
-    for part in found:
-        low, high = powers(part["flops_low"]), powers(part["flops_high"])
-        rows.append([f"{low} to {high}", str(part["n"]), f"{part['median']:+.2%}", f"{part['sd']:.2%}"])
-    head = ("6ND", "runs", "median", "robust sd")
-    return CheckResult(json=found, tables=(Table("Residuals by compute", head, rows),), found=found)
-
-
-def counts(analysis: Analysis) -> CheckResult:
-    """Approaches 3 and 2 with N counted in every convention that has a column; C is the same."""
-    D, L, C, settings, json, rows = analysis.D, analysis.L, analysis.C, analysis.settings, {}, []
-    again = partial(approach, flops_range=analysis.best.flops_range, verify=0, **analysis.resampling(SENSITIVITY))
-    for convention in PARAM_CONVENTIONS:
-        both, N = (analysis.results[3], analysis.results[2]), analysis.rows.complete(params_column(convention))
-        if convention != settings.params:
-            if N is None:
-                continue
-            of_n = {"delta": settings.delta, "E": settings.fixed_e, "cost": Cost.of(N, D, C)}
-            isoflop = attempt(laws.fit_isoflop, N, D, L, C, budget=analysis.rows.get("budget"))
-            both = again(3, attempt(laws.fit_parametric, N, D, L, **of_n)), again(2, isoflop)
-        found = [{"reason": str(one)} if isinstance(one, NotIdentified) else one.exponent_json() for one in both]
-        json[convention] = dict(zip(("approach3", "approach2"), found, strict=True))
-        cells = [with_interval(f"{a['a']:.4f}", a.get("a_ci", (0, 0)), three) if "a" in a else "–" for a in found]
-        rows.append([convention.replace("_", " "), *cells])
-    if len(rows) < 2:
-        return CheckResult("not checked", json={})
-    table = Table("With another parameter count", ("N counts", "a, approach 3", "a, approach 2"), rows)
-    return CheckResult(json=json, tables=(table,))
-
-
-def profile_e(analysis: Analysis) -> CheckResult:
-    fit = analysis.need(3).fit
-    E, objective = laws.profile_e(fit, 61)
-    rise = objective / fit.objective
-    return CheckResult(json=np.stack([E, rise], 1)[np.isfinite(rise)].tolist(), found=(E, rise))
-
-
 CHECKS = (
     Check("forms", forms),
+    *(Check(name, partial(doubted, doubt=doubt)) for name, doubt in DOUBTS.items()),
     Check("chance", chance),
     Check("no_law", no_law),
     Check("cost", cost),
@@ -479,15 +314,15 @@ CHECKS = (
     Check("hold_out", hold_out, "Hold-out", refits=True),
     Check("curvature", curvature, "Curvature", refits=True),
     Check("kaplan_procedure", kaplan_procedure, "Kaplan's procedure", refits=True),
-    Check("leave_out_highest", leave_out_highest, refits=True, missing=[]),
-    Check("delta", delta, refits=True, missing=[]),
-    Check("other", other_objectives, refits=True, missing=[]),
-    Check("near_minimum", near_minimum, refits=True, missing=[]),
-    Check("windows", windows, refits=True, missing={}),
-    Check("kaplan_form", kaplan_form, "Kaplan's form", refits=True),
-    Check("residuals_by_compute", residuals_by_compute, refits=True, missing=[]),
-    Check("counts", counts, refits=True),
-    Check("profile_E", profile_e, refits=True, missing=[]),
+    Check("leave_out_highest", sensitivity.leave_out_highest, refits=True, missing=[]),
+    Check("delta", sensitivity.delta, refits=True, missing=[]),
+    Check("other", sensitivity.other_objectives, refits=True, missing=[]),
+    Check("near_minimum", sensitivity.near_minimum, refits=True, missing=[]),
+    Check("windows", sensitivity.windows, refits=True, missing={}),
+    Check("kaplan_form", sensitivity.kaplan_form, "Kaplan's form", refits=True),
+    Check("residuals_by_compute", sensitivity.residuals_by_compute, refits=True, missing=[]),
+    Check("counts", sensitivity.counts, refits=True),
+    Check("profile_E", sensitivity.profile_e, refits=True, missing=[]),
     *(Check(f"intervals_{number}", partial(intervals, number=number)) for number in (1, 2, 3)),
     Check("independence", independence),
     Check("fewer_resamples", fewer_resamples),

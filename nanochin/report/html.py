@@ -22,7 +22,7 @@ from nanochin.laws import PUBLISHED, TABLE_3, Law, NotIdentified, advice
 from nanochin.report import allocate
 from nanochin.report.allocate import SHOWN, Answer, Answers, Estimate, Prediction, estimates, optimum
 from nanochin.report.analysis import Analysis, Approach, attempt
-from nanochin.report.checks import Results, Table, four, three, with_interval
+from nanochin.report.findings import Results, Table, four, three, with_interval
 
 ORDER = ("doubt", "not checked", "ok", "note")  # of the findings
 SHOW = {name: show for name, (_, show) in SHOWN.items()} | {"flops": powers, "least_flops": powers}
@@ -143,6 +143,7 @@ def _other_questions(best: Approach, answers: Answers, C: float) -> dict:
         "to_reach": _answers(answers.to_reach or reach),
         "to_serve": _answers(answers.to_serve or serve),
         "with_text": _answers(answers.with_text or text),
+        "at": _answers(answers.at) if answers.at else None,
         "paper": _table_3(law),
     }
 

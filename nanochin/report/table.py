@@ -40,6 +40,7 @@ ALIASES = {  # for "did you mean", never used silently
 }
 
 LOOK_AHEAD = 1000  # JSON objects whose keys are the columns: the first may be failed runs without a loss
+FAR = 5  # median deviations of the log loss from its median: beyond, losses count as that far in the F-test
 CHANCE = 0.05  # significance level, as for 95% intervals
 MIN_ROWS, MIN_SIZES = 6, 3  # one more than the law's constants; three points of a curve
 
@@ -217,6 +218,9 @@ def by_chance(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> tuple[float, fl
     as much if the loss does not depend on N; and vice versa. 0 if unknown: D is a power of N, or too few runs."""
     from scipy.special import fdtrc
 
+    middle = np.median(np.log(loss))
+    far = FAR * np.median(np.abs(np.log(loss) - middle))  # a run that diverged must not decide
+    loss = np.exp(np.clip(np.log(loss), middle - far, middle + far))
     n, d, y = (np.log(values) - np.log(values).mean() for values in (N, D, loss))
     n, d = (x / (np.abs(x).max() or 1) for x in (n, d))
 

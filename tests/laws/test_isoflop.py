@@ -50,7 +50,8 @@ def test_sizes_far_from_the_minimum_are_not_fitted():
     distance = np.abs(np.log(N / np.repeat(BESIROGLU.optimal(BUDGETS)[0], 31)))
     plain = fit_isoflop(N, D, loss)
     far, near = distance > math.log(8.5), distance > math.log(6)
-    assert fit_isoflop(N, D, np.where(far, loss + 1, loss)).law == plain.law
+    steeper = loss + np.maximum(distance - math.log(8.5), 0)
+    assert fit_isoflop(N, D, np.where(far, steeper, loss)).law == plain.law
     assert fit_isoflop(N, D, np.where(near, loss + 0.01, loss)).law.k_N != plain.law.k_N
     assert all(len(b.fitted) < len(b.rows) == 31 for b in plain.budgets)
     wide = fit_isoflop(*isoflop_grid(BESIROGLU, BUDGETS, window(300, 5)))

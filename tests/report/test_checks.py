@@ -5,7 +5,8 @@ from conftest import read_laws as read
 
 from nanochin.laws import NotIdentified
 from nanochin.report import checks
-from nanochin.report.checks import CHECKS, Check, CheckResult, Table
+from nanochin.report.checks import CHECKS, Check
+from nanochin.report.findings import CheckResult, Table
 
 
 def doubtful(analysis) -> CheckResult:

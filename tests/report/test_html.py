@@ -18,7 +18,8 @@ from nanochin.base.console import count
 from nanochin.report import figures
 from nanochin.report import html as report
 from nanochin.report.allocate import Questions, answer, optimum
-from nanochin.report.checks import four, run_checks, three
+from nanochin.report.checks import run_checks
+from nanochin.report.findings import four, three
 from nanochin.report.panels import svg
 
 VOID = {"meta", "input", "br"}  # never closed
