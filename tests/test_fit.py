@@ -126,7 +126,7 @@ def test_answers_on_the_terminal_and_in_the_file(run, made_up, tmp_path):
     (at,), law = found["answers"]["loss_at"], laws.load_law(tmp_path / "laws.json")
     assert at["loss"] == pytest.approx(law.loss(123e3, 45e6)) and at["ci"]["loss"][0] < at["loss"] < at["ci"]["loss"][1]
     table = run(made_up, *QUICK, *asked, "--format=markdown", "--out", tmp_path, checks=False)
-    assert f"| 123k | 45M | {at['loss']:.4f} | [" in table and table.count("|---|") == 7
+    assert f"| 123k | 45M | {at['loss']:.4f} | [" in table and table.count("\n|---|") == 7
     assert "parameters and tokens in turn" in run(made_up, "--loss-at", "1e6", code=2)
     out = run(made_up, *QUICK, "--target-loss=0.5", "--out", tmp_path)
     assert "no compute reaches it" in out and "no compute" in read(tmp_path)["answers"]["to_reach"][0]["reason"]
