@@ -22,6 +22,7 @@ import pytest
 import torch
 from conftest import ROOT, arguments, tiny_config
 from safetensors.torch import load_file
+from torn import stop_at_file_operation
 
 import nanochin.run.evaluate
 import train
@@ -111,7 +112,9 @@ def run_child(argv: list[str], stop_at: tuple[str, int] | None, folder: Path) ->
         os.dup2(file.fileno(), 2)
     sys.argv = ["train.py", *argv]
     train.peak_of = lambda *_: (1e11, "as the test says")
-    if stop_at:
+    if stop_at and stop_at[0] == "file operation":
+        stop_at_file_operation(stop_at[1], stop, folder.parent, folder)
+    elif stop_at:
         STOPS[stop_at[0]](stop_at[1], stop)
     run_command(train.main, "train.py")
 
@@ -119,12 +122,12 @@ def run_child(argv: list[str], stop_at: tuple[str, int] | None, folder: Path) ->
 class Child:
     """A process that trains `config`; the constructor waits until it has stopped at `stop_at`, if given."""
 
-    def __init__(self, config: Config, stop_at: tuple[str, int] | None = None):
+    def __init__(self, config: Config, stop_at: tuple[str, int] | None = None, wait: bool = True):
         self.folder = Path(config.out).parent / f"child-{time.monotonic_ns()}"
         self.folder.mkdir(parents=True)
         self.process = SERVER.Process(target=run_child, args=(arguments(config), stop_at, self.folder), daemon=True)
         self.process.start()
-        if stop_at:
+        if stop_at and wait:
             wait_for(self.folder / "there", self.process)
             assert self.process.is_alive(), self.said
 
@@ -232,6 +235,33 @@ def test_killed_while_tokenising(uninterrupted, usual, tmp_path, nth):
 def test_frequent_checkpoints_change_nothing(uninterrupted, usual):
     """A run that saves after every step has the same outcome."""
     assert finish(replace(usual, save_every=1e-6, keep=1)) == uninterrupted
+
+
+def operations(config: Config, stop_at: int) -> tuple[int, int]:
+    """(exit code, file operations) of a run that is killed at the operation `stop_at`, 0: never."""
+    child = Child(config, ("file operation", stop_at), wait=stop_at > 0)
+    code = child.end(signal.SIGKILL if stop_at else None)
+    return code, int((child.folder / "operations").read_text())
+
+
+def killed_everywhere(reference: tuple, usual: Config, tmp_path: Path, kills: int) -> None:
+    """Kill at file operations spread evenly over a run that also tokenises, each time from nothing; the same command
+    then reaches the reference."""
+    at = replace(usual, out=str(tmp_path / "0" / "runs"), cache=str(tmp_path / "0" / "cache"))
+    code, every = operations(at, 0)
+    assert code == 0 and every > 100
+    for i in range(kills):
+        number = 1 + (2 * i + 1) * every // (2 * kills)
+        config = replace(at, out=str(tmp_path / f"{number}" / "runs"), cache=str(tmp_path / f"{number}" / "cache"))
+        assert operations(config, number)[0] == -signal.SIGKILL
+        assert finish(config) == reference, number
+        shutil.rmtree(tmp_path / f"{number}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_killed_at_file_operations(uninterrupted, usual, tmp_path, kills):
+    killed_everywhere(uninterrupted, usual, tmp_path, kills)
 
 
 @pytest.mark.slow

@@ -62,8 +62,8 @@ class Sweeps:
     def write(self, table: dict) -> None:
         self.file.write_text(toml(table))
 
-    def start(self, *argv: str, **options) -> subprocess.Popen:
-        command = [sys.executable, ROOT / "sweep.py", self.file, "--out=out", "--results=results", *argv]
+    def start(self, *argv: str, before=(), **options) -> subprocess.Popen:
+        command = [sys.executable, *before, ROOT / "sweep.py", self.file, "--out=out", "--results=results", *argv]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=self.folder, **pipes, **options)
 
@@ -221,6 +221,25 @@ def test_sweep_killed(whole, sweeps):
     wait_until_gone(workers, 15)
     assert not (sweeps.out / "runs.csv").exists()
     same(sweeps, whole)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def test_sweep_killed_at_file_operations(whole, tmp_path, table, kills):
+    """kill -9 of the sweep at file operations of its own, spread evenly, each time from nothing; then the same rows."""
+    count = tmp_path / "count"
+    count.mkdir()
+
+    def operations(sweeps: Sweeps, nth: int, code: int) -> int:
+        before = (ROOT / "tests" / "torn.py", f"{nth}", sweeps.out, count)
+        sweeps.end(sweeps.start("--workers=2", before=before), code)
+        return int((count / "operations").read_text())
+
+    every = operations(Sweeps(tmp_path / "0", table), 0, 0)
+    for i in range(kills):
+        sweeps = Sweeps(tmp_path / f"{i + 1}", table)
+        operations(sweeps, 1 + (2 * i + 1) * every // (2 * kills), -signal.SIGKILL)
+        same(sweeps, whole)
 
 
 def test_worker_killed(whole, sweeps):
