@@ -145,9 +145,9 @@ def _choose(choice: Choice) -> Choice:
 def _agree(choice: Choice, other: Form) -> bool:
     """Whether the two forms' losses of the optimum at FAR times the largest C differ by less than what the chosen form
     may get wrong there, at 95%."""
-    law, C = choice.chosen.fit.law, FAR * choice.flops[-1]
+    law, error, C = choice.chosen.fit.law, choice.error(choice.chosen), FAR * choice.flops[-1]
     at = law.optimal(C)
-    return abs(math.log(other.fit.law.loss(*at) / law.loss(*at))) < 1.96 * choice.error(choice.chosen).at(C)
+    return error is not None and abs(math.log(other.fit.law.loss(*at) / law.loss(*at))) < 1.96 * error.at(C)
 
 
 def _rms(errors) -> float:
