@@ -114,8 +114,9 @@ def fit_single(x, loss, *, runs=None, replicates: int = 2000, seed: int = 0, **o
     law, drawn = _law(surface, z), None
     if replicates:
         _, batches = resample(np.arange(len(x)) if runs is None else runs, replicates, seed)
-        with np.errstate(invalid="ignore"):  # of the same row again and again: has not converged
-            found = [surface.minimise(np.tile(z, (len(w), 1)), w) for w in batches(max(1, BATCH // len(x)))]
+        known = (w[(w > 0).sum(1) >= 3] for w in batches(max(1, BATCH // len(x))))  # fewer rows identify no law
+        with np.errstate(invalid="ignore"):  # nor do rows of one x: such replicates do not converge
+            found = [surface.minimise(np.tile(z, (len(w), 1)), w) for w in known]
         drawn = _law(surface, np.concatenate([one.theta[one.converged] for one in found]))
     free = len(x) - 3 + (options.get("E") is not None)
     return SingleFit(law, objective, x, np.log(law.loss(x) / loss), free, hold_out(x, loss, **options), drawn)
@@ -160,7 +161,12 @@ def _optimum(x, loss, options: dict) -> tuple[Surface, np.ndarray, float]:
         raise NotIdentified(f"E is fixed at {fixed:g}, but must be below the lowest loss, {loss.min():g}")
     surface = Surface.of_one(x, loss, **options)
     E = loss.min() * np.array(STARTS) if fixed is None else np.array([fixed])
-    log_u, slope = line(surface.bases[3][:, 1], np.log(loss - E[:, None]))
+    t = surface.bases[3][:, 1]
+    log_u, slope = line(t, np.log(loss - E[:, None]))
+    misfit = np.abs(np.log(E[:, None] + np.exp(log_u[:, None] + np.outer(slope, t))) - np.log(loss)).sum(1)
+    E, log_u, slope = (
+        v[np.argsort(misfit, kind="stable")[:3]] for v in (E, log_u, slope)
+    )  # others take 5 times longer
     starts = np.stack([log_u, slope, np.full(len(E), -SCALE), np.zeros(len(E)), E], 1)
     found = surface.minimise(starts, cold=True)
     best, _ = best_of(found, len(x), "L(x) = E + K x^-c")
