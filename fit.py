@@ -23,12 +23,23 @@ from nanochin.base.files import versions, write_file, writing
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS
 from nanochin.laws import Law, NotIdentified
 from nanochin.report import table
-from nanochin.report.allocate import SHOWN, Answer, Answers, Prediction, Questions, answer, frontier, optimum
+from nanochin.report.allocate import (
+    SHOWN,
+    Answer,
+    Answers,
+    Prediction,
+    Questions,
+    answer,
+    frontier,
+    frontier_loss,
+    optimum,
+)
 from nanochin.report.analysis import Analysis, Approach, Settings, analyse, resamples
 from nanochin.report.checks import forms, run_checks
 from nanochin.report.curves import curves_of_runs
 from nanochin.report.doubts import require_plausible
 from nanochin.report.findings import Results
+from nanochin.report.single import Single, analyse_single
 from nanochin.report.table import RunTable
 from nanochin.run.curves import is_csv_gz
 
@@ -77,15 +88,20 @@ def main() -> None:
         raise UserError("`loss_at`: give parameters and tokens in turn, such as 70e9 1.4e12")
     out = require_output(options)
     predictions = [Prediction.read(folder) for folder in options.trials]
-    rows, curves = read(options)
+    rows = read(options)
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
+    if found := analyse_single(rows, settings):
+        return fit_single(found, options, out)
+    require_plausible(rows)
+    table.require_usable(rows)
+    curves = read_curves(options, rows)
     replicates, note = resamples(len(rows), options.bootstrap)
     quiet = len(rows) * replicates < QUICK
     with Progress(quiet) as progress:
         if note:
             progress.say(with_flags(note))
         analysis = analyse(rows, curves, settings, progress)
-    budgets = options.budget or default_budgets(analysis)
+    budgets = options.budget or default_budgets(analysis.C)
     asked = options.target_loss, options.inference_tokens, options.unique_tokens, options.loss_at
     questions = Questions(budgets, *asked)
     answers = answer(analysis.best, questions, predictions)
@@ -118,30 +134,47 @@ def require_output(options: FitOptions) -> Path:
     return out
 
 
-def read(options: FitOptions) -> tuple[RunTable, RunTable | None]:
-    """The runs, and their training curves if there are any. Raises UserError for what cannot be used."""
-    path, columns = Path(options.path), table.parse_columns(options.columns)
-    rows = table.read_rows(path, columns, options.skip_bad)
+def read(options: FitOptions) -> RunTable:
+    """The runs. Raises UserError for what cannot be used."""
+    rows = table.read_rows(options.path, table.parse_columns(options.columns), options.skip_bad)
     if options.flops in (None, "physical"):
         rows = table.all_or_no_flops(rows, options.skip_bad)
-    rows = table.best_tuning(rows)
-    require_plausible(rows)
-    table.require_usable(rows)
+    return table.best_tuning(rows) if "params" in rows.numbers else rows
+
+
+def read_curves(options: FitOptions, rows: RunTable) -> RunTable | None:
+    """Training curves of the runs, if there are any. Raises UserError for what cannot be used."""
+    path = Path(options.path)
     if not options.curves:
-        return rows, curves_of_runs(path if path.is_dir() else path.parent, rows)
+        return curves_of_runs(path if path.is_dir() else path.parent, rows)
     if not is_csv_gz(options.curves):
-        return rows, table.read_curves(options.curves, columns, options.skip_bad)
+        return table.read_curves(options.curves, table.parse_columns(options.columns), options.skip_bad)
     if curves := curves_of_runs(options.curves, rows):
-        return rows, curves
+        return curves
     raise UserError(f"{options.curves}: no curve of a run in {rows.source}")
 
 
-def default_budgets(analysis: Analysis) -> tuple[float, ...]:
+def default_budgets(C: np.ndarray) -> tuple[float, ...]:
     """At most seven powers of ten, from just above the smallest run to 100 to 1000 times the largest."""
-    first = int(np.ceil(np.log10(analysis.C.min())))
-    last = int(np.ceil(np.log10(analysis.C.max()))) + 2
+    first = int(np.ceil(np.log10(C.min())))
+    last = int(np.ceil(np.log10(C.max()))) + 2
     step = -(-(last - first + 1) // 7)
     return tuple(float(f"1e{power}") for power in range(last, first - 1, -step))[::-1]
+
+
+def fit_single(found: Single, options: FitOptions, out: Path) -> None:
+    """Answer and write laws.json by a law of one variable."""
+    names = ["curves", "inference_tokens", "unique_tokens", "trials"] + ["budget"] * (found.of != "C")
+    if unused := [f"`{name}`" for name in names if getattr(options, name)]:
+        print(with_flags(f"not used by a law of one variable: {', '.join(unused)}"))
+    answers = found.to_json((found.of == "C" and options.budget) or default_budgets(found.fit.x), options.target_loss)
+    print(found.text(answers), flush=True)
+    rows, (convention, name) = found.rows, found.counted
+    meta = {"source": rows.source, "sha256": rows.sha256, "params_convention": options.params,
+        "flops_convention": convention, "flops_name": name, "n_runs": len(rows), "dropped": rows.dropped, "level": 95,
+        "seed": options.seed, "command": command_line(), "git": versions()["git"], "files": []}  # fmt: skip
+    save({"laws.json": laws.laws_text({"single": answers, "meta": meta}).encode()}, out)
+    print(f"\n{out}: laws.json")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,6 +211,9 @@ def summary(analysis: Analysis, answers: Answers, show: Callable[[list[list[str]
         if best.boot is not None:
             ends = {name: best.interval(name) for name in law.constants}
             lines.append("95%: " + ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in ends.items()))
+        E, K, c = (one.value for one in frontier_loss(best).values())
+        span = "" if law.cost.is_6nd else " (over the runs)"
+        lines.append(f"at the optimum of C: L = {E:.6g} + {K:.6g} C^-{c:.6g}{span}")
     else:
         lines.append(f"N = {best.law.k_N:.6g} C^{best.law.a:.6g}, D = {best.law.k_D:.6g} C^{best.law.b:.6g}")
     for title, found in (
@@ -242,14 +278,25 @@ def write(analysis: Analysis, results: Results, answers: Answers, options: FitOp
     deleted; nothing else in the folder is touched."""
     from nanochin.report import html  # imports jinja2, as `draw` does matplotlib: --help needs neither
 
-    command, built = shlex.join(["python", "fit.py", *sys.argv[1:]]), versions()
+    command, built = command_line(), versions()
     packages = f"python {built['python']}, numpy {built['numpy']}"
     provenance = {"command": command, "commit": built["git"] or "not in git", "versions": packages}
     files, panels = draw(analysis, results, options.figures)
     files["report.html"] = html.render(analysis, results, panels, answers, provenance).encode()
     meta = describe(analysis, options) | {"command": command, "git": built["git"], "files": sorted(files)}
     files["laws.json"] = laws.laws_text(contents(analysis, results, answers, meta)).encode()
+    save(files, out)
+    figures = f", {len(panels)} figures in {'SVG and PNG' if options.figures == 'all' else 'SVG'}" if panels else ""
+    return f"{out}: laws.json, report.html{figures}"
 
+
+def command_line() -> str:
+    return shlex.join(["python", "fit.py", *sys.argv[1:]])
+
+
+def save(files: dict[str, bytes], out: Path) -> None:
+    """Write {name: content}, each atomically, laws.json last; delete files of an earlier fit that are not among
+    them."""
     stale, new = set(files_of_earlier_fit(out)) - set(files), []
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -263,8 +310,6 @@ def write(analysis: Analysis, results: Results, answers: Answers, options: FitOp
         raise
     for name in stale:
         (out / name).unlink(missing_ok=True)
-    figures = f", {len(panels)} figures in {'SVG and PNG' if options.figures == 'all' else 'SVG'}" if panels else ""
-    return f"{out}: laws.json, report.html{figures}"
 
 
 def draw(analysis: Analysis, results: Results, wanted: str) -> tuple[dict[str, bytes], dict[str, list[str]]]:
@@ -307,7 +352,8 @@ def contents(analysis: Analysis, results: Results, answers: Answers, meta: dict)
         return out
 
     law = as_json(analysis.law)
-    law = law | {"form": analysis.law.form} if isinstance(law, dict) else law
+    if isinstance(law, dict):
+        law |= {"form": analysis.law.form, "loss_of_C": Answer({}, frontier_loss(analysis.law)).to_json()}
     everything = laws.laws_json(*(as_json(analysis.results[number]) for number in (1, 2, 3)), meta, law=law)
     everything["forms"] = analysis.choice.to_json()
     if isinstance(analysis.akima, Approach):

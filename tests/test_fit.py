@@ -45,13 +45,17 @@ def test_the_law_of_a_noise_free_sweep_comes_back(run, tmp_path):
     """Approach 3 finds the constants that made the losses, and the optimum by `load_law`, which train.py --law uses, is
     the best of 20,001 sizes."""
     write_sweep(tmp_path, sweep(noise=0), curves=False)
-    run(tmp_path, *QUICK, checks=False)
+    out = run(tmp_path, *QUICK, checks=False)
     found = read(tmp_path / "fit")["approach3"]
     for name, value in LAW.items():
         assert found[name] == pytest.approx(value, rel=1e-6), name
     law = laws.load_law(tmp_path / "fit" / "laws.json")
+    frontier = read(tmp_path / "fit")["law"]["loss_of_C"]
+    assert f"at the optimum of C: L = {frontier['E']:.6g} + {frontier['K']:.6g} C^-{frontier['c']:.6g}\n" in out
     for C in (1e12, 3e14):
         assert law.optimal(C) == pytest.approx(optimal(C), rel=2e-3)
+        assert frontier["E"] + frontier["K"] * C ** -frontier["c"] == pytest.approx(loss(*optimal(C)), rel=1e-6)
+    assert set(frontier["ci"]) == {"E", "K", "c"}
 
 
 def test_every_approach_comes_near_the_law(run, made_up, tmp_path):

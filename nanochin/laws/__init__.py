@@ -10,6 +10,7 @@
     parametric.py  fit_parametric(N, D, loss)         Approach 3: L = E + A / N^alpha + B / D^beta
     gamma.py       GammaSurface                       its objective with (A / N^alpha + B / D^beta)^gamma
     forms.py       choose_form(N, D, loss, C)         the form that predicts larger budgets best
+    single.py      fit_single(x, loss)                L = E + K x^-c, for runs that identify no law of N and D
     solver.py      Surface, minimise                  its objective and Newton's method, thousands of problems at once
     bootstrap.py   bootstrap(fit, runs=...)           intervals for all three, by resampling runs
     checks.py      hold_out, leave_out_highest ...    what changes the answer, and how well it extrapolates
@@ -21,7 +22,7 @@ example.
 
 # ruff: noqa: F401
 
-from nanochin.laws.allocation import DataConstrained, compute_for_loss, inference_optimal, off_optimum
+from nanochin.laws.allocation import DataConstrained, compute_for_loss, inference_optimal, loss_of_compute, off_optimum
 from nanochin.laws.bootstrap import LEVELS, Bootstrap, bootstrap, bootstrap_seed_noise
 from nanochin.laws.checks import (
     HoldOut,

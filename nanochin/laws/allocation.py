@@ -3,7 +3,7 @@
 FLOPs are counted by the law's `cost`. All but the last also take a law of replicates and return arrays."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,18 @@ def compute_for_loss(law: Law, loss: float) -> float:
     all are."""
     N = law.params_reaching(_reachable(law, loss))
     return law.cost.flops(N, law.tokens_for(N))
+
+
+def loss_of_compute(law: Law, low: float, high: float) -> tuple[float, float, float]:
+    """(E, K, c) of the loss of the optimum, L(C) = E + K C^-c, through the optima of `low` and `high` FLOPs.
+
+    If C is 6ND this holds at every C: both terms fall as (C/6)^-(alpha beta / (alpha + beta)) along Eq. 4, so that
+    c = gamma alpha beta / (alpha + beta) and K = 6^c (A G^-alpha + B G^beta)^gamma. Otherwise it holds over the runs if
+    these are at `low` to `high`."""
+    without_e = replace(law, E=0.0)  # which has the same optima
+    first, last = (np.log(without_e.loss(*law.optimal(C))) for C in (low, high))
+    c = (first - last) / math.log(high / low)
+    return law.E, np.exp(first + c * math.log(low)), c
 
 
 def _reachable(law: Law, loss):

@@ -256,6 +256,8 @@ def load_law(path: str | Path, approach: int | None = None) -> Law | PowerLaw:
     if approach is None and isinstance(laws, dict) and "law" in laws:
         key = "law"
     meta = laws.get("meta") if isinstance(laws, dict) else None
+    if isinstance(laws, dict) and "single" in laws and key not in laws:
+        raise bad("a law of one variable, not of N and D; fit runs of several sizes and token counts")
     if not isinstance(meta, dict) or key not in laws:
         raise bad(f"not a laws.json of fit.py: needs the keys {key} and meta")
     fit = laws[key]

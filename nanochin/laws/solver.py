@@ -166,7 +166,7 @@ class Surface:
                 raise NotIdentified(f"Approach 3 needs at least {MIN_SIZES} different {what}, but has {distinct(v)}")
         x, y = np.log(N), np.log(D)
         centre = (float(x.mean()), float(y.mean()))
-        x, y, one = x - centre[0], y - centre[1], np.ones(len(N))
+        x, y = x - centre[0], y - centre[1]
         for what, v in (("one budget (6 N D)", x + y), ("one ratio D/N", y - x)):
             if np.ptp(v) < NARROW:
                 raise NotIdentified(
@@ -175,8 +175,6 @@ class Surface:
         spread = np.linalg.svd(np.stack([x, y]), compute_uv=False)
         if spread[1] < 1e-3 * spread[0]:
             raise NotIdentified("Approach 3 cannot separate N and D: all runs are on one line in log N and log D")
-        columns = ((one, -x, x * x), (one, -y, y * y), (one, -x, -y, x * y), (one, -x), (one, -y))
-        bases = tuple(np.stack(c, 1) for c in columns)
         low, high = EXPONENTS
         lower = np.array([-SCALE, low, -SCALE, low, 0 if E is None else E])
         upper = np.array([SCALE, high, SCALE, high, loss.max() if E is None else E])
@@ -187,7 +185,17 @@ class Surface:
         unknowns = [0, 1, 2, 4] if tied else slice(None)
         options = {"delta": delta, "space": space, "E": E, "tied": tied, "gamma": 1.0}
         target = np.log(loss) if space == "log" else loss
-        return cls(N, D, loss, options, target, centre, bases, free, lower[unknowns], upper[unknowns])
+        return cls(N, D, loss, options, target, centre, _bases(x, y), free, lower[unknowns], upper[unknowns])
+
+    @classmethod
+    def of_one(cls, x, loss, *, delta: float = 1e-3, E: float | None = None) -> "Surface":
+        """Of E + A / x^alpha, for a law of one variable: N = D = x, and the second term is fixed at nothing."""
+        centred, centre = np.log(x) - np.log(x).mean(), float(np.log(x).mean())
+        lower = np.array([-SCALE, EXPONENTS[0], -SCALE, 0, 0 if E is None else E])
+        upper = np.array([SCALE, EXPONENTS[1], -SCALE, 0, loss.max() if E is None else E])
+        options = {"delta": delta, "space": "log", "E": E, "tied": False, "gamma": 1.0}
+        bases = _bases(centred, centred)
+        return cls(x, x, loss, options, np.log(loss), (centre, centre), bases, np.eye(5), lower, upper)
 
     def law(self, z) -> Law:
         """The law at z (p,), or the law of K replicates at z (K, p)."""
@@ -328,6 +336,12 @@ class Surface:
         H = H / (scale[:, :, None] * scale[:, None, :])
         finite = np.isfinite(H).all((1, 2))
         return finite & (np.linalg.eigvalsh(np.where(finite[:, None, None], H, 0)).min(1) > ROUNDING)
+
+
+def _bases(x, y) -> tuple[np.ndarray, ...]:
+    one = np.ones(len(x))
+    columns = ((one, -x, x * x), (one, -y, y * y), (one, -x, -y, x * y), (one, -x), (one, -y))
+    return tuple(np.stack(c, 1) for c in columns)
 
 
 def blend_hessian(q, r, mu, weights, delta: float) -> tuple[np.ndarray, np.ndarray]:

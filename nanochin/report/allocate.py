@@ -193,6 +193,15 @@ def frontier(approach: Approach, eq4: bool = False) -> dict[str, Estimate]:
     return estimates(approach, both)
 
 
+def frontier_loss(approach: Approach) -> dict[str, Estimate]:
+    """E, K and c of the loss of the optimum, E + K C^-c: for 6ND exactly, otherwise over the runs."""
+
+    def constants(law: Law) -> dict:
+        return dict(zip(("E", "K", "c"), laws.loss_of_compute(law, *approach.flops_range), strict=True))
+
+    return estimates(approach, constants)
+
+
 def estimates(approach: Approach, quantities: Callable[[Law | PowerLaw], dict]) -> dict[str, Estimate]:
     """The numbers of quantities(law) by name, with intervals from those of the bootstrap replicates. Raises
     NotIdentified if `quantities` does for the law itself."""

@@ -142,7 +142,10 @@ def attempt(function: Callable, *args, **kwargs):
 
 
 def resamples(n: int, asked: int | None) -> tuple[int, str]:
-    """(replicates for n rows, note): `asked`, else USUAL, or fewer if WORK allows no more, with a note."""
+    """(replicates for n rows, note): `asked`, else USUAL, or fewer if WORK allows no more, with a note. Raises
+    UserError if `asked` is too few."""
+    if asked is not None and 0 < asked < FEWEST:
+        raise UserError(f"`bootstrap` {asked}: too few for an interval; use 0 or at least {FEWEST}")
     chosen = int(np.clip(WORK / n, LEAST, USUAL)) if asked is None else asked
     if asked is not None or chosen == USUAL:
         return chosen, ""
@@ -161,13 +164,11 @@ def analyse(
     settings = settings or Settings()
     replicates, note = resamples(len(rows), settings.bootstrap)
     settings = replace(settings, bootstrap=replicates)
-    if 0 < settings.bootstrap < FEWEST:
-        raise UserError(f"`bootstrap` {settings.bootstrap}: too few for an interval; use 0 or at least {FEWEST}")
     rows = rows.in_order()
     if settings.drop:
         rows = rows.keep(np.argsort(np.argsort(-rows["loss"], kind="stable")) >= settings.drop, "of highest loss")
-    N, D, L = _params(rows, settings.params), rows["tokens"], rows["loss"]
-    C, flops_convention, flops_name = _flops(rows, settings.flops)
+    N, D, L = params_of(rows, settings.params), rows["tokens"], rows["loss"]
+    C, flops_convention, flops_name = flops_of(rows, settings.flops)
     if settings.fixed_e is not None and settings.fixed_e >= L.min():
         raise UserError(f"`fixed_e` {settings.fixed_e:g}: must be below every loss; the lowest is {L.min():g}")
     unit = resampled_unit(rows, settings.cluster)
@@ -178,7 +179,7 @@ def analyse(
     if curves is None:
         envelope = NotIdentified("no training curves: give `curves`, or a folder of runs with log.jsonl files")
     else:
-        run, n = curves.labels["run"].codes, _params(curves, settings.params)
+        run, n = curves.labels["run"].codes, params_of(curves, settings.params)
         spent = 6 * n * curves["tokens"] * np.exp(np.interp(np.log(n), *laws.ratios(N, D, C)))  # counted as in C
         envelope = attempt(laws.fit_envelope, run, n, curves["tokens"], curves["loss"], spent, **labels)
     budget = laws.group_budgets(C, budget=rows.get("budget"))
@@ -257,17 +258,17 @@ def sample_runs(analysis: Analysis, most: int, replicates: int) -> Analysis:
     return replace(some, results=some.results | {3: third}, law=law)
 
 
-def _params(rows: RunTable, convention: str) -> np.ndarray:
-    return _column(rows, params_column(convention), f"`params` {convention}")
+def params_of(rows: RunTable, convention: str) -> np.ndarray:
+    return column_of(rows, params_column(convention), f"`params` {convention}")
 
 
-def _flops(rows: RunTable, convention: str | None) -> tuple[np.ndarray, str, str]:
+def flops_of(rows: RunTable, convention: str | None) -> tuple[np.ndarray, str, str]:
     """(C, its convention, its name): the given convention, else the column flops, else 6ND. In tables from elsewhere
     that column may have any convention; plans take it as physical."""
     six = 6 * rows["params"] * rows["tokens"]  # 6ND counts all parameters, however the law counts N
     if convention == "6nd" or (convention is None and "flops" not in rows.numbers):
         return six, "6nd", "6ND"
-    C = _column(rows, flops_column(convention or "physical"), f"`flops` {convention or 'physical'}")
+    C = column_of(rows, flops_column(convention or "physical"), f"`flops` {convention or 'physical'}")
     if convention:
         return C, convention, convention
     if np.allclose(C, six, rtol=1e-3):
@@ -276,7 +277,7 @@ def _flops(rows: RunTable, convention: str | None) -> tuple[np.ndarray, str, str
     return C, "physical", "physical" if ours else "as in the column flops"
 
 
-def _column(rows: RunTable, name: str, option: str) -> np.ndarray:
+def column_of(rows: RunTable, name: str, option: str) -> np.ndarray:
     if (column := rows.complete(name)) is None:
         where = f"is blank at {rows.blanks[name]}" if name in rows.blanks else "is missing"
         raise UserError(f"{option}: {rows.source}: column {name} {where}")

@@ -68,8 +68,8 @@ def of_runs(rows: list[RunRow], found: dict | None) -> str:
 
 def of_law(found: dict | None) -> str:
     """The exponents of the law or approach used for answers."""
-    if found is None:
-        return "These runs gave no law."
+    if found is None or "single" in found:
+        return "These runs gave no law" + (" of N and D." if found else ".")
     number = found["answers"]["approach"]
     law = found.get("law") or found[f"approach{number}"]
     name = f"Approach {number}" + (f", {law['form']}" if law.get("form") else "")
@@ -81,7 +81,7 @@ def of_law(found: dict | None) -> str:
 
 def of_hold_out(found: dict | None) -> str:
     """The hold-out error on the largest runs."""
-    held = found["checks"].get("hold_out") if found else None
+    held = found.get("checks", {}).get("hold_out") if found else None
     if not held:
         return ""
     if "reason" in held:

@@ -72,7 +72,7 @@ class RunTable:
     blanks: dict[str, str] = field(default_factory=dict)  # column with a blank cell -> the place of the first
 
     def __len__(self) -> int:
-        return len(self.numbers["params"])
+        return len(self.numbers["loss"])
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.numbers[name]
@@ -205,12 +205,17 @@ def require_usable(rows: RunTable) -> None:
         raise UserError(f"{who}: 6 x params x tokens overflows; are the columns named correctly?")
     if C.max() < 1.1 * C.min():
         raise UserError(f"{who}: all runs have one budget, 6ND = {C.mean():.3g}; a law needs at least two")
+    require_comparable(rows, who)
+    if min(by_chance(rows["params"], rows["tokens"], rows["loss"])) > CHANCE:
+        raise UserError(f"{who}: the loss does not depend significantly on params or tokens (F-test, p > {CHANCE})")
+
+
+def require_comparable(rows: RunTable, who: str) -> None:
+    """Raises UserError for losses of several tokenizers or validation sets."""
     for name in ("tokenizer", "vocab_size", "val_sha"):
         if name in rows.labels and len(used := rows.labels[name].used()) > 1:
             values = f"{len(used)} different {name} ({used[0][:12]}, {used[1][:12]})"
             raise UserError(f"{who}: {values}: losses cannot be compared; fit each separately")
-    if min(by_chance(rows["params"], rows["tokens"], rows["loss"])) > CHANCE:
-        raise UserError(f"{who}: the loss does not depend significantly on params or tokens (F-test, p > {CHANCE})")
 
 
 def by_chance(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> tuple[float, float]:
@@ -340,6 +345,8 @@ def _collect(source: str, sha256: str, table: Table, needed: Names, columns: dic
     header = next(table)
     if "run" in needed:  # curves
         columns = {ours: theirs for ours, theirs in columns.items() if theirs in header}
+    only_loss = needed == NEEDED and not _mentions(header, columns)  # then with flops or budget: checked at the end
+    needed = ("loss",) if only_loss else needed
     spots = _find_columns(source, header, needed, columns)
     numeric = {name: i for name, i in spots.items() if name not in LABELS}
     worded = {name: i for name, i in spots.items() if name in LABELS}
@@ -369,6 +376,8 @@ def _collect(source: str, sha256: str, table: Table, needed: Names, columns: dic
 
     filled = {name: np.array(column) for name, column in zip(numeric, numbers, strict=True)}
     filled = {name: column for name, column in filled.items() if name in needed or not np.isnan(column).all()}
+    if only_loss and filled.keys().isdisjoint(("flops", "budget")):
+        _find_columns(source, header, NEEDED, columns)  # says what is missing
     labels = {
         name: Labels(np.array(column), tuple(known))
         for name, column, known in zip(worded, codes, words, strict=True)
@@ -411,6 +420,15 @@ def _find_columns(source: str, header: list[str], needed: Names, columns: dict[s
             what_to_do = f"did you mean `columns` {name}={near[0]}?" if near else f"set `columns` {name}=..."
             raise UserError(f"{source}: no column {name!r} among {_listed(header)}; {what_to_do}")
     return spots
+
+
+def _mentions(header: list[str], columns: dict[str, str]) -> bool:
+    """Whether a table has params or tokens, under some name. If not, it may still give the loss by compute."""
+    lower = {name.lower() for name in header}.difference(OPTIONAL, LABELS)
+    return any(
+        name in columns or not lower.isdisjoint(ALIASES.get(name, ())) or difflib.get_close_matches(name, lower)
+        for name in ("params", "tokens")
+    )
 
 
 def _number(text: str) -> float:

@@ -1,8 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from nanochin.laws import BESIROGLU, NotIdentified
-from nanochin.laws.allocation import DataConstrained, compute_for_loss, inference_optimal, off_optimum
+from nanochin.laws import BESIROGLU, Cost, NotIdentified
+from nanochin.laws.allocation import (
+    DataConstrained,
+    compute_for_loss,
+    inference_optimal,
+    loss_of_compute,
+    off_optimum,
+)
 from nanochin.laws.published import HOFFMANN, HOFFMANN_1, HOFFMANN_2, KAPLAN, MUENNIGHOFF, TABLE_3
 
 
@@ -89,3 +97,21 @@ def test_kaplan():
     assert n1 == pytest.approx(1.3e9, rel=1e-9)
     assert (n10 / n1, d10 / d1) == pytest.approx((10**0.73, 10**0.27), rel=1e-9)
     assert 6 * n10 * d10 == pytest.approx(8.64e20, rel=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.3])
+def test_loss_of_the_optimum(gamma):
+    """6ND: K and c by the formula of the docstring, from any two budgets. Another cost: the losses at both ends, and
+    within 0.1% of the loss between them. Replicates give arrays."""
+    law = replace(BESIROGLU, gamma=gamma)
+    A, B, alpha, beta, G = law.A, law.B, law.alpha, law.beta, law.G
+    c = gamma * alpha * beta / (alpha + beta)
+    expected = law.E, 6**c * (A * G**-alpha + B * G**beta) ** gamma, c
+    assert loss_of_compute(law, 1e18, 1e21) == pytest.approx(expected, rel=1e-9)
+    assert loss_of_compute(law, 1e22, 2e22) == pytest.approx(expected, rel=1e-9)
+    costly = replace(law, cost=Cost(c=30.0, q=0.3))
+    E, K, c = loss_of_compute(costly, 1e18, 1e21)
+    for C, off in ((1e18, 1e-12), (3e19, 1e-3), (1e21, 1e-12)):
+        assert E + K * C**-c == pytest.approx(costly.loss(*costly.optimal(C)), rel=off)
+    E, K, c = loss_of_compute(replace(law, A=A * np.ones(3)), 1e18, 1e21)
+    assert K == pytest.approx(np.full(3, expected[1]), rel=1e-9)

@@ -67,6 +67,7 @@ def test_law():
     assert "N grows as C^0.500 [0.400, 0.550] and D as C^0.600 [0.500, 0.700] by Approach 2" in text_of(law())
     assert "C^0.200 [0.100, 0.300] and D as C^0.800 [0.700, 0.900]" in text_of(law(answers={"approach": 3}))
     assert "C^0.500 and D as C^0.600 by Approach 2, without" in text_of(law(approach2={"a": 0.5, "b": 0.6}))
+    assert "no law of N and D" in text_of({"single": {"of": "D"}, "meta": law()["meta"]})
 
 
 def test_runs():
