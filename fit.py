@@ -109,7 +109,8 @@ def main() -> None:
 
     with Progress(quiet) as progress:
         results = run_checks(analysis, progress)
-    findings = [MARKS[one.status] + with_flags(one.sentence) for one in results.values() if one.sentence]
+    said = [one for name, one in results.items() if one.sentence and name != "forms"]  # which `summary` has
+    findings = [MARKS[one.status] + with_flags(one.sentence) for one in said]
     print("\n" + "\n".join(findings), flush=True)
     if predictions:
         print("\nPre-registered predictions:\n" + "\n".join(f"  {one}" for one in predictions))
@@ -225,8 +226,10 @@ def summary(analysis: Analysis, answers: Answers, show: Callable[[list[list[str]
     ):
         lines += ["", *answer_table(title, found, show)] if found else []
         if found is answers.optima and best.boot and (error := getattr(best.law, "form_error", None)):
-            tested = f"intervals of the loss include {error.sd:.2%} at {error.tested:.2g} times the largest C"
-            lines.append(f"{tested}, where the form was tested, and grow with log C")
+            lines.append(
+                f"intervals of the loss include extrapolation error: {error.sd:.2%} at {error.tested:.2g} times the "
+                "largest C, as measured on held-out budgets, growing with log C"
+            )
             far = [f"{C:g}" for C in answers.budgets if not error.is_tested(C)]
             lines += [f"not tested at this distance: C = {', '.join(far)}"] if far else []
     return "\n".join(lines)

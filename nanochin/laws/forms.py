@@ -133,8 +133,9 @@ def _choose(choice: Choice) -> Choice:
     many = f"{errors.shape[1]} budget{'s' * (errors.shape[1] > 1)}, each predicted from the smaller ones"
     why = f"its error is {scores[name]:.2%} on {many}"
     if scores[first.name] < MARGIN * scores[name]:
+        why = f"no other form's error is lower by a factor of {MARGIN:g} (lowest: {name}, {scores[name]:.2%})"
         name = first.name
-        why = f"no other form has a clearly lower error than its {scores[name]:.2%} on {many}"
+        why = f"its error is {scores[name]:.2%} on {many}; {why}"
     choice = replace(choice, scores=scores, chosen=known[name], why=why)
     if name == "E = 0" and not _agree(choice, first):
         why = f"E = 0 has a lower error on {many}, but {first.name} disagrees with it at {FAR:g} times the largest C"

@@ -110,7 +110,7 @@ def resamples(analysis: Analysis) -> CheckResult:
     if not (boot := analysis.need().boot):
         return CheckResult("not checked")
     return judged(
-        boot.worse == 0 and boot.failed < FEW_FAIL * boot.replicates,
+        max(boot.worse, boot.failed) < FEW_FAIL * boot.replicates,  # the better optima are used
         f"{boot.replicates} bootstrap replicates over {boot.units} {boot.unit}s: {boot.verified} converged (relative "
         f"gradient at most {boot.gradient_norm:.0e}, Hessian positive definite); {boot.checked} refitted from other "
         f"starts, {boot.worse} of them to a better optimum.",
@@ -159,8 +159,8 @@ def budgets(analysis: Analysis) -> CheckResult:
     narrow = [budget for budget in good if budget.width < NARROW]
     without = attempt(second.without, narrow)
     if narrow and isinstance(without, PowerLaw):
-        which = ", ".join(f"{budget.flops:.3g} of {budget.n_runs}" for budget in narrow)
-        said += f"; sizes span less than {NARROW}x in {len(narrow)} of them ({which} runs)"
+        which = ", ".join(f"{budget.flops:.3g}: {budget.n_runs} runs" for budget in narrow)
+        said += f"; sizes span less than {NARROW}x in {len(narrow)} of them ({which})"
         said += f"; without these a is {without.a:.3f}"
     return judged(not narrow, said + ".")
 
@@ -279,7 +279,7 @@ def curvature(analysis: Analysis) -> CheckResult:
     found = laws.frontier_curvature(second.fit, **analysis.resampling(1000))
     low, high = found.intervals[95]
     bends = f"bends {'down' if found.quadratic < 0 else 'up'} significantly"
-    said = f"In log-log the frontier {bends if found.significant else 'has no significant curvature'}"
+    said = f"In log-log the optimal N against C {bends if found.significant else 'has no significant curvature'}"
     said += f": quadratic term {found.quadratic:+.3f} [{low:+.3f}, {high:+.3f}]."
     return judged(not found.significant, said, {"quadratic": found.quadratic, "intervals": found.intervals})
 

@@ -103,7 +103,7 @@ def outliers(analysis: Analysis) -> str:
         return ""
     named = "; ".join(f"{_row(analysis, i)} ({np.expm1(-off[i]):+.0%})" for i in far[:MOST_NAMED])
     more = f"; and {len(far) - MOST_NAMED} more" if len(far) > MOST_NAMED else ""
-    said = f"{len(far)} run{'s' * (len(far) > 1)} far from the law: {named}{more}"
+    said = f"{len(far)} run{'s' * (len(far) > 1)} far from the law, probably outliers: {named}{more}"
     highest = set(far) == set(np.argsort(-analysis.L, kind="stable")[: len(far)])
     return said + (f"; `drop` {len(far)} leaves out these" if highest else "")
 
@@ -116,7 +116,7 @@ def mistuned(analysis: Analysis) -> str:
     cells = [
         f"{budget.flops:.3g} FLOPs: {budget.reason}" for budget in second.fit.budgets if "neighbours" in budget.reason
     ]
-    return f"Approach 2 draws no minimum at {'; '.join(cells)}" if cells else ""
+    return f"Approach 2 gives no minimum at {'; '.join(cells)}" if cells else ""
 
 
 def _row(analysis: Analysis, i: int) -> str:

@@ -71,8 +71,8 @@ def near_minimum(analysis: Analysis) -> CheckResult:
     E = (analysis.whole or analysis).need(3).law.E
     refits = laws.near_minimum(analysis.need(3).fit, analysis.need(2).fit, **analysis.resampling(SENSITIVITY))
     said = [
-        f"E ({E:.3g}) is driven by models far from compute-optimal: the {runs} runs within {factor:g}x of the optimum "
-        f"give {low:.3g} to {high:.3g}."
+        f"In Approach 3, E ({E:.4g}) depends on models far from compute-optimal: the {runs} runs within {factor:g}x of "
+        f"the optimum give {low:.4g} to {high:.4g}."
         for factor, runs, (low, high) in ((*one.change, one.boot.interval("E")) for one in refits if one.boot)
         if not low <= E <= high
     ]
