@@ -1,6 +1,6 @@
 """Fit the scaling law of a set of runs: three approaches, their intervals, and what to train for a budget.
 
-    python fit.py runs.csv                       any table with params, tokens and loss; or .jsonl, or a sweep's folder
+    python fit.py runs.csv                       any table with params, tokens and loss; or JSON, or a sweep's folder
     python fit.py runs.csv --drop 5 --budget 1e18 1e21 5.76e23
 
 Prints the answer; writes laws.json (for `train.py --law`), the figures and report.html to --out.
@@ -24,6 +24,7 @@ from nanochin.laws import Law, NotIdentified
 from nanochin.report import table
 from nanochin.report.allocate import SHOWN, Answer, Answers, Prediction, Questions, answer, frontier, optimum
 from nanochin.report.analysis import Analysis, Approach, Settings, analyse, resamples
+from nanochin.report.cells import parse_columns
 from nanochin.report.checks import Results, forms, run_checks
 from nanochin.report.curves import curves_of_runs
 from nanochin.report.table import RunTable
@@ -39,7 +40,7 @@ QUICK = 3e6  # rows x resamples below which no progress is shown
 
 @dataclass(frozen=True)
 class FitOptions:
-    path: str = opt(None, "runs.csv, .jsonl, or the folder of a sweep or of runs", positional=True)
+    path: str = opt(None, "runs.csv, JSON, JSON lines, or the folder of a sweep or of runs", positional=True)
     out: str | None = opt(None, "folder of laws.json, figures and report; default: fit-NAME beside the runs")
 
     # What to read.
@@ -71,6 +72,8 @@ def main() -> None:
     out = require_output(options)
     predictions = [Prediction.read(folder) for folder in options.trials]
     rows, curves = read(options)
+    for note in rows.notes:
+        print(with_flags(note), flush=True)
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
     replicates, note = resamples(len(rows), options.bootstrap)
     quiet = len(rows) * replicates < QUICK
@@ -112,11 +115,11 @@ def require_output(options: FitOptions) -> Path:
 
 def read(options: FitOptions) -> tuple[RunTable, RunTable | None]:
     """The runs, and their training curves if there are any. Raises UserError for what cannot be used."""
-    path, columns = Path(options.path), table.parse_columns(options.columns)
-    rows = table.read_rows(path, columns, options.skip_bad)
+    path, columns = Path(options.path), parse_columns(options.columns)
+    rows = table.read_rows(path, columns, options.skip_bad).in_order()  # for runs of equal loss: which is left out
     if options.flops in (None, "physical"):
         rows = table.all_or_no_flops(rows, options.skip_bad)
-    rows = table.best_tuning(rows)
+    rows = table.without_highest(table.best_tuning(rows), options.drop)
     table.require_usable(rows)
     if not options.curves:
         return rows, curves_of_runs(path if path.is_dir() else path.parent, rows)
