@@ -67,6 +67,7 @@ class FitOptions:
     figures: str = opt("all", "figures as SVG and PNG files, SVG, or none", choices=("all", "svg", "none"))
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")  # laws of some replicates overflow: infinite, not wrong
 def main() -> None:
     options = parse(FitOptions, prog="fit.py", description=__doc__)
     out = require_output(options)

@@ -110,8 +110,8 @@ def test_counts():
     """As the project prints them, with thousands commas, or as Python reads them; nothing else."""
     for number in (12, 1000, 22.8e6, 0.456e9, 1.5e12, 999e12, 7_654_321):
         assert read_count(count(number)) == pytest.approx(number, rel=5e-3)
-    known = {"22.8M": 22.8e6, "0.456B": 456e6, "1.5 T": 1.5e12, "12k ": 12e3, "160m": 160e6, "1,024,000": 1_024_000,
-             " 1,024.5": 1024.5, "1_000": 1000, "1e3": 1000, ".5K": 500}  # fmt: skip
+    known = {"22.8M": 22.8e6, "0.456B": 456e6, "1.5 T": 1.5e12, "12k ": 12e3, "160m": 160e6, ".5K": 500}
+    known |= {"1,024,000": 1_024_000, " 1,024.5": 1024.5, "1_000": 1000, "1e3": 1000}
     assert {text: read_count(text) for text in known} == known
     for text in (
         "",
