@@ -1,6 +1,6 @@
 """Fit the scaling law of a set of runs: three approaches, their intervals, and what to train for a budget.
 
-    python fit.py runs.csv                       any table with params, tokens and loss; or .jsonl, or a sweep's folder
+    python fit.py runs.csv                       any table with params, tokens and loss; or JSON, or a sweep's folder
     python fit.py runs.csv --drop 5 --budget 1e18 1e21 5.76e23
 
 Prints the answer; writes laws.json (for `train.py --law`), the figures and report.html to --out.
@@ -35,6 +35,7 @@ from nanochin.report.allocate import (
     optimum,
 )
 from nanochin.report.analysis import Analysis, Approach, Settings, analyse, resamples
+from nanochin.report.cells import parse_columns
 from nanochin.report.checks import forms, run_checks
 from nanochin.report.curves import curves_of_runs
 from nanochin.report.doubts import require_plausible
@@ -53,7 +54,7 @@ QUICK = 3e6  # rows x resamples below which no progress is shown
 
 @dataclass(frozen=True)
 class FitOptions:
-    path: str = opt(None, "runs.csv, .jsonl, or the folder of a sweep or of runs", positional=True)
+    path: str = opt(None, "runs.csv, JSON, JSON lines, or the folder of a sweep or of runs", positional=True)
     out: str | None = opt(None, "folder of laws.json, figures and report; default: fit-NAME beside the runs")
 
     # What to read.
@@ -82,6 +83,7 @@ class FitOptions:
     figures: str = opt("all", "figures as SVG and PNG files, SVG, or none", choices=("all", "svg", "none"))
 
 
+@np.errstate(over="ignore", divide="ignore", invalid="ignore")  # laws of some replicates overflow: infinite, not wrong
 def main() -> None:
     options = parse(FitOptions, prog="fit.py", description=__doc__)
     if len(options.loss_at) % 2:
@@ -89,6 +91,8 @@ def main() -> None:
     out = require_output(options)
     predictions = [Prediction.read(folder) for folder in options.trials]
     rows = read(options)
+    for note in rows.notes:
+        print(with_flags(note), flush=True)
     settings = Settings(**{f.name: getattr(options, f.name) for f in fields(Settings)})
     if found := analyse_single(rows, settings):
         return fit_single(found, options, out)
@@ -137,10 +141,11 @@ def require_output(options: FitOptions) -> Path:
 
 def read(options: FitOptions) -> RunTable:
     """The runs. Raises UserError for what cannot be used."""
-    rows = table.read_rows(options.path, table.parse_columns(options.columns), options.skip_bad)
+    rows = table.read_rows(options.path, parse_columns(options.columns), options.skip_bad).in_order()
     if options.flops in (None, "physical"):
         rows = table.all_or_no_flops(rows, options.skip_bad)
-    return table.best_tuning(rows) if "params" in rows.numbers else rows
+    rows = table.best_tuning(rows) if "params" in rows.numbers else rows
+    return table.without_highest(rows, options.drop)
 
 
 def read_curves(options: FitOptions, rows: RunTable) -> RunTable | None:
@@ -149,7 +154,7 @@ def read_curves(options: FitOptions, rows: RunTable) -> RunTable | None:
     if not options.curves:
         return curves_of_runs(path if path.is_dir() else path.parent, rows)
     if not is_csv_gz(options.curves):
-        return table.read_curves(options.curves, table.parse_columns(options.columns), options.skip_bad)
+        return table.read_curves(options.curves, parse_columns(options.columns), options.skip_bad)
     if curves := curves_of_runs(options.curves, rows):
         return curves
     raise UserError(f"{options.curves}: no curve of a run in {rows.source}")

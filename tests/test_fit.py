@@ -315,6 +315,37 @@ def test_tunings_drops_and_bad_lines_are_counted(run, tmp_path):
     assert all(f" {number} {reason}" in line for reason, number in expected.items())
 
 
+def test_highest_losses_are_left_out_before_the_table_is_judged(run, tmp_path):
+    """Losses at random of half of the runs hide the dependence on N and D; without them a law is found. All left out:
+    one line."""
+    rows = sweep(noise=0.002)
+    for i in range(14):
+        rows[2 * i]["loss"] = 9 + (7 * i % 14)
+    write_sweep(tmp_path, rows, curves=False)
+    assert "does not depend" in run(tmp_path, *QUICK, code=2)
+    assert "approach 3" in run(tmp_path, *QUICK, "--drop=14", checks=False)
+    assert f"leaves none of the {len(rows)} runs" in run(tmp_path, *QUICK, "--drop=999", code=2)
+
+
+def test_a_json_list_without_tokens(run, tmp_path):
+    """The law comes back from N, C = 6ND and loss under other names, which the error proposes; that D = C / 6N is
+    said first."""
+    rows = [
+        {
+            "n_params": row["params"],
+            "compute": 6 * row["params"] * row["tokens"],
+            "bpb": loss(row["params"], row["tokens"]),
+        }
+        for row in sweep(noise=0)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    mapping = "params=n_params,loss=bpb,flops=compute"
+    assert f"--columns {mapping}?" in run(tmp_path / "a.json", *QUICK, code=2)
+    out = run(tmp_path / "a.json", *QUICK, "--columns", mapping, checks=False)
+    assert out.startswith("No column tokens: tokens = C / (6 params), with C from the column compute.")
+    assert read(tmp_path / "fit-a")["approach3"]["alpha"] == pytest.approx(LAW["alpha"], rel=1e-6)
+
+
 def test_resampling_units():
     """Cooldowns of one trunk together, other runs and rows without a name separately; --cluster=row: rows."""
     rows = sweep(noise=0.002)

@@ -323,6 +323,15 @@ def laws_json(approach1, approach2, approach3, meta: dict, **more) -> dict:
 
 
 def laws_text(laws: dict) -> str:
-    """laws.json at full precision, with each list of numbers on one line."""
-    text = json.dumps(laws, indent=1, allow_nan=False) + "\n"
+    """laws.json at full precision, with each list of numbers on one line. A number that is not finite, such as an end
+    of an interval without one, is null."""
+    text = json.dumps(_finite(laws), indent=1, allow_nan=False) + "\n"
     return re.sub(r"\[\s+([^][{}\"]+?)\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

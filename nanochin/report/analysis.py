@@ -34,7 +34,6 @@ class Settings:
     flops: str | None = None  # FLOP convention of C; None: that of the rows
     delta: float = 1e-3
     fixed_e: float | None = None
-    drop: int = 0  # rows of highest loss to leave out
     bootstrap: int | None = None  # replicates; None: by the number of rows, see `resamples`
     cluster: str = "auto"  # unit of resampling: run or row; auto: run if there is such a column
     seed: int = 0
@@ -165,8 +164,6 @@ def analyse(
     replicates, note = resamples(len(rows), settings.bootstrap)
     settings = replace(settings, bootstrap=replicates)
     rows = rows.in_order()
-    if settings.drop:
-        rows = rows.keep(np.argsort(np.argsort(-rows["loss"], kind="stable")) >= settings.drop, "of highest loss")
     N, D, L = params_of(rows, settings.params), rows["tokens"], rows["loss"]
     C, flops_convention, flops_name = flops_of(rows, settings.flops)
     if settings.fixed_e is not None and settings.fixed_e >= L.min():
@@ -247,7 +244,7 @@ def sample_runs(analysis: Analysis, most: int, replicates: int) -> Analysis:
         return analysis
     index = np.sort(np.random.default_rng(analysis.settings.seed).choice(n, most, replace=False))
     rows = analysis.rows.keep(np.isin(np.arange(n), index), "not checked")
-    some = analyse(rows, settings=replace(analysis.settings, bootstrap=0, drop=0))
+    some = analyse(rows, settings=replace(analysis.settings, bootstrap=0))
     some = replace(some, settings=analysis.settings, whole=analysis, index=index)
     third, law = some.results[3], some.law
     if isinstance(third, Approach):

@@ -175,7 +175,7 @@ def _other_sizes(best: Approach, C: float, N: float) -> Table:
 def _table_3(law: Law) -> Table:
     rows = []
     for n, *cells in TABLE_3:
-        own = law.tokens_for(n)
+        own = law.tokens_for(np.float64(n))  # infinite, where a Python float raises OverflowError
         pairs = [*zip(cells[::2], cells[1::2], strict=True), (law.cost.flops(n, own), own)]
         rows.append([count(n), *(f"{powers(C)} · {count(D)}" for C, D in pairs)])
     return Table("", ("N", "Approach 1", "Approach 2", "Approach 3", "here, Approach 3"), rows)
@@ -189,5 +189,6 @@ def _table_of_optima(analysis: Analysis) -> dict:
         columns[name] = [at[name].value for at in found]
         if found[0][name].intervals:
             columns[name + "_low"], columns[name + "_high"] = zip(*(at[name].ends for at in found), strict=True)
-    short = {name: [float(f"{value:.6g}") for value in values] for name, values in columns.items()}
+    finite = {name: np.nan_to_num(values) for name, values in columns.items()}  # JSON has no infinity
+    short = {name: [float(f"{value:.6g}") for value in values] for name, values in finite.items()}
     return {"columns": short, "low": float(analysis.C.min()), "high": float(analysis.C.max())}

@@ -82,10 +82,6 @@ class Single:
 def analyse_single(rows: RunTable, settings: Settings) -> Single | None:
     """The law of one variable of these rows; None if they may identify a law of N and D. Raises UserError with the
     reason if there is no such law either."""
-    if settings.drop:
-        rows = rows.keep(np.argsort(np.argsort(-rows["loss"], kind="stable")) >= settings.drop, "of highest loss")
-        if not len(rows):
-            raise UserError(f"`drop` {settings.drop}: leaves none of the runs in {rows.source}")
     if not len(rows) or (known := variable(rows, settings)) is None:
         return None
     of, x, why, *counted = known

@@ -1,6 +1,6 @@
-"""Tables of runs: any table with params, tokens and loss, read into numpy columns.
+"""Tables of runs: any table with loss and two of params, tokens and FLOPs, read into numpy columns.
 
-    rows = read_rows("runs.csv")            also .jsonl, a sweep's folder, a folder of runs
+    rows = read_rows("runs.csv")            also JSON, JSON lines, a sweep's folder, a folder of runs
     rows["params"], rows["tokens"]          float64 (n,); nan if an optional cell is blank
     rows.labels["run"]                      codes (n,) and their names
 
@@ -9,37 +9,35 @@ table would look no less certain. Files stream into arrays of doubles, so a mill
 """
 
 import csv
-import difflib
 import hashlib
 import json
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
 from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 
-from nanochin.base.cli import UserError, did_you_mean
-from nanochin.runrow import columns_of
+from nanochin.base.cli import UserError
+from nanochin.report.cells import (
+    COLUMNS,
+    LABELS,
+    NEEDED,
+    Names,
+    by_6nd,
+    find_columns,
+    mentioned,
+    other_of,
+    read_number,
+    read_numbers,
+    with_flops,
+)
 
-NEEDED = ("params", "tokens", "loss")
-OPTIONAL = tuple(name for name in columns_of("number") if name not in NEEDED)
-LABELS = columns_of("label")
-COLUMNS = NEEDED + OPTIONAL + LABELS
 TUNING = ("lr", "batch_tokens", "beta2")
 SAME = ("kind", "trunk", "tokenizer", "vocab_size", "seq_len", "data_sha", "val_sha", "seed", "schedule")
-ALIASES = {  # for "did you mean", never used silently
-    "params": ("n", "n_params", "num_params", "parameters", "model_size", "non_embedding_params"),
-    "tokens": ("d", "n_tokens", "num_tokens", "train_tokens", "training_tokens", "data"),
-    "loss": ("l", "val_loss", "final_loss", "eval_loss", "test_loss"),
-    "run": ("run_id", "run_name", "name", "id"),
-}
-
-LOOK_AHEAD = 1000  # JSON objects whose keys are the columns: the first may be failed runs without a loss
 FAR = 5  # median deviations of the log loss from its median: beyond, losses count as that far in the F-test
 CHANCE = 0.05  # significance level, as for 95% intervals
 MIN_ROWS, MIN_SIZES = 6, 3  # one more than the law's constants; three points of a curve
@@ -59,6 +57,11 @@ class Labels:
         """The values that occur, without blank."""
         return [self.values[code] for code in np.unique(self.codes) if self.values[code]]
 
+    def alphabetical(self) -> np.ndarray:
+        """Codes (n,) in alphabetical order of the values; `codes` are in the order of the file."""
+        rank = {value: i for i, value in enumerate(sorted(self.values))}
+        return np.array([rank[value] for value in self.values], int)[self.codes]
+
 
 @dataclass(frozen=True)
 class RunTable:
@@ -70,6 +73,7 @@ class RunTable:
     labels: dict[str, Labels]
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> rows
     blanks: dict[str, str] = field(default_factory=dict)  # column with a blank cell -> the place of the first
+    notes: tuple[str, ...] = ()  # sentences on how the file was read
 
     def __len__(self) -> int:
         return len(self.numbers["loss"])
@@ -98,24 +102,27 @@ class RunTable:
 
     def in_order(self) -> "RunTable":
         """By the numbers in the rows: nothing may depend on the order in the file."""
-        names = [self.labels[name].codes for name in sorted(self.labels, reverse=True)]
-        numbers = [self.numbers[name] for name in sorted(self.numbers)]
-        return self.take(np.lexsort((*names, *numbers, self["loss"], self["tokens"], self["params"])))
+        names = [self.labels[name].alphabetical() for name in sorted(self.labels, reverse=True)]
+        first = [self.numbers[name] for name in reversed(NEEDED) if name in self.numbers]
+        return self.take(np.lexsort((*names, *(self.numbers[name] for name in sorted(self.numbers)), *first)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From a path to rows
 
 
-def read_rows(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> RunTable:
-    """The runs of a CSV or JSONL file, or of a folder: its runs.csv, else the summary.json of every run in it.
+def read_rows(
+    path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False, needed: Names = NEEDED
+) -> RunTable:
+    """The runs of a CSV or JSON file, or of a folder: its runs.csv, else the summary.json of every run in it.
 
-    `columns` maps our names to the file's. Runs whose status is neither finished nor blank are left out and counted.
+    `columns` maps our names to the file's. If params or tokens are missing but FLOPs (or else budgets) are there,
+    C = 6ND gives them, and a note says so. Runs whose status is neither finished nor blank are left out and counted.
     Raises UserError with file, line, column and value for a bad line; with `skip_bad` it is left out and counted."""
     path, columns = Path(path), columns or {}
     if path.is_dir() and not (path / "runs.csv").exists():
-        return _read_summaries(path, columns, skip_bad)
-    return _read_file(path / "runs.csv" if path.is_dir() else path, NEEDED, columns, skip_bad)
+        return _read_summaries(path, needed, columns, skip_bad)
+    return _read_file(path / "runs.csv" if path.is_dir() else path, needed, columns, skip_bad)
 
 
 def read_curves(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> RunTable:
@@ -127,22 +134,6 @@ def read_curves(path: str | Path, columns: dict[str, str] | None = None, skip_ba
 def by_run(points: RunTable) -> RunTable:
     """Points of training curves, ordered by run and tokens."""
     return points.take(np.lexsort((points["tokens"], points.labels["run"].codes)))
-
-
-def parse_columns(text: str | None) -> dict[str, str]:
-    """'params=N,tokens=D' -> {'params': 'N', 'tokens': 'D'}. Raises UserError for names that are not ours."""
-    found = {}
-    for pair in text.split(",") if text else []:
-        ours, equals, theirs = (part.strip() for part in pair.partition("="))
-        if not (equals and ours and theirs):
-            raise UserError(f"`columns` {text}: expected pairs such as params=N,tokens=D, not {pair!r}")
-        if ours not in COLUMNS:
-            hint = did_you_mean(ours, COLUMNS) or f"; ours are {', '.join(COLUMNS)}"
-            raise UserError(f"`columns` {text}: unknown column {ours!r}{hint}")
-        if ours in found or theirs in found.values():
-            raise UserError(f"`columns` {text}: {ours if ours in found else theirs} is given twice")
-        found[ours] = theirs
-    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,6 +180,14 @@ def best_tuning(rows: RunTable) -> RunTable:
     return rows.keep(tuning == tuning[best][run], "worse tunings of a run")
 
 
+def without_highest(rows: RunTable, count: int) -> RunTable:
+    """Leaves out the `count` rows of highest loss; of equal ones, the first in the table. Raises UserError if none is
+    left."""
+    if count and count >= len(rows):
+        raise UserError(f"`drop` {count}: leaves none of the {len(rows)} runs in {rows.source}")
+    return rows.keep(np.argsort(np.argsort(-rows["loss"], kind="stable")) >= count, "of highest loss")
+
+
 def require_usable(rows: RunTable) -> None:
     """Raises UserError if the rows cannot identify a law: too few, too few sizes, a single budget, losses that cannot
     be compared or that depend on nothing."""
@@ -199,10 +198,7 @@ def require_usable(rows: RunTable) -> None:
     for name in ("params", "tokens"):
         if (different := len(np.unique(rows[name]))) < MIN_SIZES:
             raise UserError(f"{who}: a law needs at least {MIN_SIZES} different values of {name}, not {different}")
-    with np.errstate(over="ignore"):
-        C = 6 * rows["params"] * rows["tokens"]
-    if not np.isfinite(C).all():
-        raise UserError(f"{who}: 6 x params x tokens overflows; are the columns named correctly?")
+    C = 6 * rows["params"] * rows["tokens"]
     if C.max() < 1.1 * C.min():
         raise UserError(f"{who}: all runs have one budget, 6ND = {C.mean():.3g}; a law needs at least two")
     require_comparable(rows, who)
@@ -245,7 +241,6 @@ def by_chance(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> tuple[float, fl
 # Files
 
 Table = Iterator  # the header, then (place, cells) of each row
-Names = tuple[str, ...]
 
 
 def _read_file(path: Path, needed: Names, columns: dict[str, str], skip_bad: bool) -> RunTable:
@@ -258,13 +253,13 @@ def _read_file(path: Path, needed: Names, columns: dict[str, str], skip_bad: boo
         if not start:
             raise UserError(f"{path}: empty; expected a header with {','.join(needed)}, then one line per run")
         if b"\0" in start or start[:2] in (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b"):
-            raise UserError(f"{path}: not text in UTF-8; expected CSV or JSON lines with {', '.join(needed)}")
-        if start.startswith(b"[") and start.lstrip(b"[ \t\r\n").startswith(b"{"):
-            raise UserError(f"{path}: a JSON list; expected JSON lines, one object per line")
+            raise UserError(f"{path}: not text in UTF-8; expected CSV or JSON with {', '.join(needed)}")
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if start.startswith(b"{"):
-                lines = ((f"line {i}", line) for i, line in enumerate(file, 1) if line.strip())
-                table = _table_of_objects((place, _json_object(path, place, line)) for place, line in lines)
+            if start.startswith(b"["):
+                objects = _json_list(path, file)
+                table = _table_of_objects(lambda: objects)
+            elif start.startswith(b"{"):
+                table = _table_of_objects(lambda: _json_lines(path, file))
             else:
                 table = _csv(path, file, needed, columns)
             return _collect(str(path), sha256, table, needed, columns, skip_bad)
@@ -276,11 +271,11 @@ def _read_file(path: Path, needed: Names, columns: dict[str, str], skip_bad: boo
 
 def _csv(path: Path, file: TextIO, needed: Names, columns: dict[str, str]) -> Table:
     """The delimiter is the comma, semicolon, tab or bar that finds most columns in the header."""
-    first = next(line for line in file if line.strip())
+    first = next((line for line in file if line.strip()), "")
     wanted = {*COLUMNS, *columns.values()}
 
     def found(delimiter: str) -> tuple[int, int]:
-        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter))]
+        names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
         return len(wanted.intersection(names)), len(names)
 
     reader = None
@@ -288,8 +283,8 @@ def _csv(path: Path, file: TextIO, needed: Names, columns: dict[str, str]) -> Ta
         delimiter = max(",;\t|", key=found)
         file.seek(0)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header = [name.strip() for name in next(cells for cells in reader if cells)]
-        if not any(math.isnan(_number(name)) for name in header):
+        header = [name.strip() for name in next((cells for cells in reader if cells), [])]
+        if not any(math.isnan(read_number(name)) for name in header):
             raise UserError(f"{path}: the first line has only numbers; add a header, such as {','.join(needed)}")
         yield header
         for cells in reader:
@@ -299,27 +294,43 @@ def _csv(path: Path, file: TextIO, needed: Names, columns: dict[str, str]) -> Ta
         raise UserError(f"{path}: line {reader.line_num if reader else 1}: not CSV: {error}") from None
 
 
-def _table_of_objects(objects: Iterator[tuple[str, dict]]) -> Table:
-    """The first LOOK_AHEAD objects give the columns; optional ones may also appear later."""
-    first = list(islice(objects, LOOK_AHEAD))
-    header = list(dict.fromkeys(chain.from_iterable(item for _, item in first)))
-    header += [name for name in (*OPTIONAL, *LABELS) if name not in header]
+Objects = Iterable[tuple[str, dict]]  # (place, object)
+
+
+def _table_of_objects(read: Callable[[], Objects]) -> Table:
+    """A column for each key. The objects are read twice: any of them may be the first with a key."""
+    header = list(dict.fromkeys(key for _, item in read() for key in item))
     yield header
-    for place, item in chain(first, objects):
+    for place, item in read():
         yield place, ["" if item.get(name) is None else str(item[name]) for name in header]
 
 
-def _json_object(path: Path, place: str, text: str) -> dict:
+def _json_lines(path: Path, file: TextIO) -> Objects:
+    file.seek(0)
+    for i, line in enumerate(file, 1):
+        if line.strip():
+            yield _json_object(path, f"line {i}", _json(path, f"line {i}", line))
+
+
+def _json_list(path: Path, file: TextIO) -> Objects:
+    return [_json_object(path, f"item {i}", item) for i, item in enumerate(_json(path, "a list", file.read()), 1)]
+
+
+def _json(path: Path, place: str, text: str):
     try:
-        item = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {place}: not JSON: {error}") from None
+        what = "expected a list of objects, or an object per line"
+        raise UserError(f"{path}: {place}: not JSON ({error}); {what}") from None
+
+
+def _json_object(path: Path, place: str, item) -> tuple[str, dict]:
     if not isinstance(item, dict):
-        raise UserError(f'{path}: {place}: expected an object such as {{"params": 1e6, ...}}, not {text[:40]!r}')
-    return item
+        raise UserError(f'{path}: {place}: expected an object such as {{"params": 1e6, ...}}, not {repr(item)[:40]}')
+    return place, item
 
 
-def _read_summaries(folder: Path, columns: dict[str, str], skip_bad: bool) -> RunTable:
+def _read_summaries(folder: Path, needed: Names, columns: dict[str, str], skip_bad: bool) -> RunTable:
     """The finished runs in `folder` or `folder`/runs."""
     paths = [path for pattern in ("*/summary.json", "runs/*/summary.json") for path in sorted(folder.glob(pattern))]
     if not paths:
@@ -329,15 +340,11 @@ def _read_summaries(folder: Path, columns: dict[str, str], skip_bad: bool) -> Ru
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder}: a summary.json cannot be read: {error}") from None
     sha256 = hashlib.sha256("".join(texts).encode()).hexdigest()
-    objects = (
-        (str(path.relative_to(folder)), _json_object(path, "whole file", text))
-        for path, text in zip(paths, texts, strict=True)
-    )
-    return _collect(str(folder), sha256, _table_of_objects(objects), NEEDED, columns, skip_bad)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Cells
+    objects = []
+    for path, text in zip(paths, texts, strict=True):
+        _, item = _json_object(path, "whole file", _json(path, "whole file", text))
+        objects.append((str(path.relative_to(folder)), item))
+    return _collect(str(folder), sha256, _table_of_objects(lambda: objects), needed, columns, skip_bad)
 
 
 def _collect(source: str, sha256: str, table: Table, needed: Names, columns: dict, skip_bad: bool) -> RunTable:
@@ -345,13 +352,17 @@ def _collect(source: str, sha256: str, table: Table, needed: Names, columns: dic
     header = next(table)
     if "run" in needed:  # curves
         columns = {ours: theirs for ours, theirs in columns.items() if theirs in header}
-    only_loss = needed == NEEDED and not _mentions(header, columns)  # then with flops or budget: checked at the end
+    only_loss = (
+        bool(header) and needed == NEEDED and not mentioned(("params", "tokens"), header, columns)
+    )  # by compute alone
     needed = ("loss",) if only_loss else needed
-    spots = _find_columns(source, header, needed, columns)
+    spots = find_columns(source, header, needed, columns)
+    derived = [name for name in needed if name not in spots]  # params or tokens, by C = 6ND
+    needed = with_flops(needed, spots)
     numeric = {name: i for name, i in spots.items() if name not in LABELS}
     worded = {name: i for name, i in spots.items() if name in LABELS}
-    numbers = [array("d") for _ in numeric]
-    codes, words = [array("q") for _ in worded], [{} for _ in worded]
+    numbers = {name: array("d") for name in (*numeric, *derived)}
+    codes, words = {name: array("q") for name in worded}, {name: {} for name in worded}
     status, width, dropped, blanks = spots.get("status"), len(header), Counter(), {}
 
     for place, cells in table:
@@ -360,84 +371,37 @@ def _collect(source: str, sha256: str, table: Table, needed: Names, columns: dic
             dropped["failed" if word == "failed" else "whose status is not finished"] += 1
             continue
         try:
-            values = _numbers(cells, width, numeric, needed)
+            row = read_numbers(cells, width, numeric, needed)
+            for name in derived:
+                row[name] = by_6nd(name, row)
         except ValueError as problem:
             if not skip_bad:
-                error = f"{source}: {place}: {problem}; correct it, or pass `skip_bad` to leave it out"
-                raise UserError(error) from None
+                what, todo = (*problem.args, "correct it")[:2]
+                raise UserError(f"{source}: {place}: {what}; {todo}, or pass `skip_bad` to leave it out") from None
             dropped["not usable"] += 1
             continue
-        for column, name, value in zip(numbers, numeric, values, strict=True):
-            column.append(value)
+        for name, value in row.items():
+            numbers[name].append(value)
             if value != value:  # nan
                 blanks.setdefault(name, place)
-        for column, known, i in zip(codes, words, worded.values(), strict=True):
-            column.append(known.setdefault(cells[i].strip(), len(known)))
+        for name, i in worded.items():
+            known = words[name]
+            codes[name].append(known.setdefault(_encodable(cells[i].strip()), len(known)))
 
-    filled = {name: np.array(column) for name, column in zip(numeric, numbers, strict=True)}
-    filled = {name: column for name, column in filled.items() if name in needed or not np.isnan(column).all()}
-    if only_loss and filled.keys().isdisjoint(("flops", "budget")):
-        _find_columns(source, header, NEEDED, columns)  # says what is missing
-    labels = {
-        name: Labels(np.array(column), tuple(known))
-        for name, column, known in zip(worded, codes, words, strict=True)
-        if any(known)
+    filled = {name: np.array(column) for name, column in numbers.items()}
+    filled = {
+        name: column for name, column in filled.items() if name in {*needed, *derived} or not np.isnan(column).all()
     }
-    return RunTable(source, sha256, filled, labels, dict(dropped), blanks)
-
-
-def _numbers(cells: list[str], width: int, numeric: dict[str, int], needed: Names) -> list[float]:
-    """The numbers of a row, nan for a blank optional one. Raises ValueError for a bad row."""
-    if len(cells) != width:
-        raise ValueError(f"{len(cells)} cells where the header has {width}")
-    values = [_number(cells[i]) for i in numeric.values()]
-    for (name, i), value in zip(numeric.items(), values, strict=True):
-        if not 0 < value < math.inf:
-            text = cells[i].strip()
-            if name in needed or text.lower() not in ("", "nan", "none", "null"):
-                raise ValueError(f"{name} is {repr(text)[:40] if text else 'blank'}, expected a finite number above 0")
-    return values
-
-
-def _find_columns(source: str, header: list[str], needed: Names, columns: dict[str, str]) -> dict[str, int]:
-    """The position of each of our columns. Raises UserError for one that is missing, or there twice."""
-    spots = {}
-    for name in COLUMNS:
-        theirs = columns.get(name, name)
-        times = header.count(theirs)
-        if times > 1:
-            raise UserError(f"{source}: the header names {theirs!r} {times} times; keep one of these columns")
-        if times:
-            spots[name] = header.index(theirs)
-            if name in needed and (same := [other for other in needed if spots.get(other) == spots[name]])[1:]:
-                raise UserError(f"{source}: `columns`: {same[0]} and {same[1]} cannot both be {theirs!r}")
-        elif name in columns:
-            raise UserError(f"{source}: no column {theirs!r} for `columns` {name}={theirs}; it has {_listed(header)}")
-        elif name in needed:
-            lower = {there.lower(): there for there in header}
-            near = [lower[there] for there in lower if there in ALIASES[name]]
-            near += [lower[there] for there in difflib.get_close_matches(name, lower, n=1)]
-            what_to_do = f"did you mean `columns` {name}={near[0]}?" if near else f"set `columns` {name}=..."
-            raise UserError(f"{source}: no column {name!r} among {_listed(header)}; {what_to_do}")
-    return spots
-
-
-def _mentions(header: list[str], columns: dict[str, str]) -> bool:
-    """Whether a table has params or tokens, under some name. If not, it may still give the loss by compute."""
-    lower = {name.lower() for name in header}.difference(OPTIONAL, LABELS)
-    return any(
-        name in columns or not lower.isdisjoint(ALIASES.get(name, ())) or difflib.get_close_matches(name, lower)
-        for name in ("params", "tokens")
+    if only_loss and filled.keys().isdisjoint(("flops", "budget")):
+        find_columns(source, header, NEEDED, columns)  # says what is missing
+    labels = {name: Labels(np.array(codes[name]), tuple(words[name])) for name in worded if any(words[name])}
+    notes = tuple(
+        f"No column {name}: {name} = C / (6 {other_of(name)}), with C from the column {header[spots['flops']]}."
+        for name in derived
     )
+    return RunTable(source, sha256, filled, labels, dict(dropped), blanks, notes)
 
 
-def _number(text: str) -> float:
-    """nan for what is not a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _listed(header: list[str]) -> str:
-    return ", ".join(header[:12]) + (", ..." if len(header) > 12 else "")
+def _encodable(text: str) -> str:
+    """Half a character, which JSON can escape, could not be printed."""
+    return text.encode(errors="replace").decode()

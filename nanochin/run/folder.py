@@ -118,11 +118,15 @@ def run_name(corpus: str, identity: dict) -> str:
 
 
 def read_log(folder: Path) -> list[dict]:
-    """The rows of log.jsonl, without a last line truncated by a kill."""
-    rows = []
-    for line in (folder / "log.jsonl").read_text().splitlines():
+    """The rows of log.jsonl, without a last line truncated by a kill. Raises UserError for a damaged file."""
+    path, rows = folder / "log.jsonl", []
+    for i, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            rows.append(json.loads(line.decode()))
+        except (json.JSONDecodeError, RecursionError):
             break
+        except ValueError as error:  # not UTF-8, or an integer of thousands of digits
+            raise UserError(f"{path}: line {i}: {error}; restore the file or delete it") from None
+        if not isinstance(rows[-1], dict):
+            raise UserError(f"{path}: line {i}: {line[:40].decode()!r} is not an object; restore the file or delete it")
     return rows

@@ -112,6 +112,12 @@ def test_bad_laws_are_named(write, laws, approach, says):
         load_law(path, approach)
 
 
+def test_numbers_that_are_not_finite():
+    """JSON has none: null, at any depth."""
+    found = json.loads(laws_text({"ends": [1.0, math.inf], "deep": [{"ci": (np.float64("nan"), 2)}], "n": 3}))
+    assert found == {"ends": [1.0, None], "deep": [{"ci": [None, 2]}], "n": 3}
+
+
 def test_laws_json_round_trip(write):
     """All three approaches through the file: bit-identical optima, the documented keys."""
     rows = isoflop_grid(BESIROGLU, *GRID)

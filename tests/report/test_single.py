@@ -88,7 +88,7 @@ def test_what_identifies_no_law_either(run, tmp_path):
     assert "only 3 different" in run(write(tmp_path / "a.csv", "flops,loss", BUDGETS[:3], [3, 2, 1]), code=2)
     assert "does not fall" in run(write(tmp_path / "a.csv", "flops,loss", BUDGETS, of_compute(BUDGETS)[::-1]), code=2)
     assert "one budget" in run(runs(tmp_path / "b.csv", SIZES, 1e20 / SIZES), code=2)
-    assert "'params'" in run(write(tmp_path / "c.csv", "size,loss", SIZES, 3), code=2)
+    assert "params, tokens" in run(write(tmp_path / "c.csv", "size,loss", SIZES, 3), code=2)
     path = write(tmp_path / "d.csv", "flops,loss", BUDGETS, of_compute(BUDGETS))
     assert "leaves none" in run(path, "--drop=7", code=2)
     text = "".join(f"124e6,{D},{BESIROGLU.loss(124e6, D)},{'ab'[int(D > 1e9)]}\n" for D in np.geomspace(1e8, 1e10, 8))
