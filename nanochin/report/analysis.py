@@ -129,11 +129,13 @@ class Analysis:
 
 
 def attempt(function: Callable, *args, **kwargs):
-    """The result, or the NotIdentified that it raises."""
+    """The result, or the NotIdentified that it raises; also one if a number overflows or is divided by 0."""
     try:
         return function(*args, **kwargs)
     except NotIdentified as error:
         return error
+    except ArithmeticError:
+        return NotIdentified("the constants of the law are too extreme")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
