@@ -124,16 +124,12 @@ def run_command(main, prog: str, only_prints: bool = False) -> None:
         try:
             code = main() or 0
         except UserError as error:
-            print(f"{prog}: {one_line(with_flags(error))}", file=sys.stderr)
+            message = with_flags(error).replace("\n", r"\n")  # of a file name
+            print(f"{prog}: {message}", file=sys.stderr)
             code = error.code
         except KeyboardInterrupt:
             code = 128 + signal.SIGINT
     sys.exit(code or int(only_prints and bool(lost)))
-
-
-def one_line(message: str) -> str:
-    """An error message whose names may have line breaks."""
-    return message.replace("\n", "\\n")
 
 
 def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentParser:
@@ -166,8 +162,8 @@ class _OneLineParser(argparse.ArgumentParser):
     """argparse with one-line errors that name the option, the value and --help."""
 
     def error(self, message: str) -> typing.NoReturn:
-        message = message.removeprefix("argument ")
-        self.exit(2, f"{one_line(f'{self.prog}: {message}')} (see --help)\n")
+        message = f"{self.prog}: {message.removeprefix('argument ')}".replace("\n", r"\n")
+        self.exit(2, f"{message} (see --help)\n")
 
 
 def _read(parser: argparse.ArgumentParser, argv: list[str]) -> dict:
