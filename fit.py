@@ -6,6 +6,11 @@
 Prints the answer; writes laws.json (for `train.py --law`), the figures and report.html to --out.
 """
 
+from nanochin.base import signals
+
+if __name__ == "__main__":
+    signals.end_quietly()  # on Ctrl-C during the imports
+
 import json
 import os
 import shlex

@@ -8,11 +8,15 @@ Writes plan.csv, runs.csv, curves.csv.gz, runs/, laws.json, report.html and figu
 any moment: the same command completes it, with the same rows. Rows in results/<name>/runs.csv count as done.
 """
 
+from nanochin.base import signals
+
+if __name__ == "__main__":
+    signals.end_quietly()  # on Ctrl-C during the imports
+
 import functools
 import hashlib
 import json
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -23,7 +27,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from nanochin.base.cli import UserError, did_you_mean, opt, parse, run_command
-from nanochin.base.console import Progress, clock, count, format_columns
+from nanochin.base.console import Progress, clock, count, format_columns, rich_console, shown
 from nanochin.base.files import write_file, writing
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, Config
 from nanochin.data.corpus import BPE_VOCAB, prepare
@@ -57,7 +61,6 @@ class SweepOptions:
 
 def main() -> int:
     options = parse(SweepOptions, prog="sweep.py", description=__doc__)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sweep = read_sweep(options.sweep, data=options.data, val=options.val)
     if options.dry_run and sweep.spec.corpus_tokens:  # without reading the text
         vocab, tokens = expected_vocab(sweep), sweep.spec.corpus_tokens
@@ -234,7 +237,7 @@ def train_all(
                 for reply in pool.wait(0.5):
                     queue.put(reply)
                 view.show()
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM, SIGHUP
         view.say("stopping and saving the runs in progress; rerun the same command to resume")
         raise
     finally:
@@ -253,7 +256,7 @@ class View:
         if sys.stdout.isatty():
             from rich.live import Live
 
-            self.live = Live(refresh_per_second=4)
+            self.live = Live(console=rich_console(), refresh_per_second=4)
             self.live.start()
 
     def spent(self) -> tuple[float, float]:
@@ -269,7 +272,7 @@ class View:
 
     def say(self, text: str) -> None:
         if self.live:
-            self.live.console.print(text)
+            self.live.console.print(shown(text))
         else:
             print(text, flush=True)
 
@@ -298,7 +301,7 @@ class View:
         if self.live:
             from rich.text import Text  # plain: no colours in the middle of names
 
-            self.live.update(Text(self.text()))
+            self.live.update(Text(shown(self.text())))
         elif time.monotonic() - self.last > SECONDS_BETWEEN_LINES:
             self.last = time.monotonic()
             print(self.text().replace("\n ", ";"), flush=True)
@@ -341,7 +344,7 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> int:
         lines = format_columns([["run", "", "loss"], *running, *waiting, *ended])
         runs = [cell for cell in found.cells if not cell.is_trunk]
         done = sum(cell.name in found.outcomes for cell in runs)
-        return f"{done} of {len(runs)} runs done\n\n{lines}", done == len(runs)
+        return shown(f"{done} of {len(runs)} runs done\n\n{lines}"), done == len(runs)
 
     text, done = look()
     if not sys.stdout.isatty():
@@ -350,7 +353,7 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> int:
     from rich.live import Live
     from rich.text import Text
 
-    with Live(Text(text, no_wrap=True, overflow="ellipsis"), refresh_per_second=1) as live:
+    with Live(Text(text, no_wrap=True, overflow="ellipsis"), console=rich_console(), refresh_per_second=1) as live:
         while not done:
             time.sleep(2)
             text, done = look()

@@ -9,12 +9,15 @@ Rerun the same command to resume a killed run; the result is bit-identical to an
 to bottom: `resolve` decides what is trained and on what, `train` is the training loop, `train_step` is one step.
 """
 
+from nanochin.base import signals
+
+if __name__ == "__main__":
+    signals.end_quietly()  # on Ctrl-C during the imports
+
 import dataclasses
 import math
 import os
 import signal
-import sys
-import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -155,7 +158,8 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         step = state["step"]
         recent = [torch.tensor(pair, device=device) for pair in state["recent"]]  # (loss, norm) of steps not yet logged
         watch, lap, last_save = Stopwatch(state["seconds"]), state["lap"], time.monotonic()
-        with catch_signals() as caught:
+        caught: list[int] = []  # signals, so that the loop can finish its step
+        with signals.handled(caught.append):
             while step < plan.steps:
                 if config.eval_every and step and step % config.eval_every == 0:
                     with watch.paused():
@@ -248,20 +252,6 @@ class InterruptedRun(RunError):
         self.code = 128 + number
 
 
-@contextmanager
-def catch_signals():
-    """In the block, SIGTERM and SIGINT only append to the yielded list, so that the loop can finish its step."""
-    caught: list[int] = []
-    main = threading.current_thread() is threading.main_thread()  # handlers can be set only there
-    signals = (signal.SIGTERM, signal.SIGINT) if main else ()
-    before = [signal.signal(number, lambda n, _: caught.append(n)) for number in signals]
-    try:
-        yield caught
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Records
 
@@ -300,8 +290,6 @@ def check_finite(recent: list[list[float]], step: int, run: Run) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack a character of the sample
     train(parse(Config, prog="train.py", description=__doc__, file=True))
 
 

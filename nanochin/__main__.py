@@ -20,14 +20,18 @@ COMMANDS = {"sample": "run", "evaluate": "run", "export": "interop", "ladder": "
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    prog = "python -m nanochin" + f" {name}" * (name in COMMANDS)
+    run_command(lambda: run(name), prog, only_prints=name != "export")
+
+
+def run(name: str) -> None:
     if name in ("--help", "-h"):
         print(__doc__.strip())
     elif name in COMMANDS:
-        command = importlib.import_module(f"nanochin.{COMMANDS[name]}.{name}")
-        run_command(lambda: command.main(sys.argv[2:]), f"python -m nanochin {name}")
+        importlib.import_module(f"nanochin.{COMMANDS[name]}.{name}").main(sys.argv[2:])
     else:
         raise UserError(f"unknown command {name}{did_you_mean(name, list(COMMANDS))} (see --help)")
 
 
 if __name__ == "__main__":
-    run_command(main, "python -m nanochin")
+    main()

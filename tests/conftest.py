@@ -197,6 +197,7 @@ def command():
 QUICK = ("--bootstrap=100", "--figures=none")
 CHECKED = {}
 MARKUP = '<script>"&evil</script>'  # the name of a run
+CONTROL, SHOWN = "red\x1b[31m\x00\x9b\u202e\udcff", r"red\x1b[31m\x00\x9b\u202e\udcff"  # another, and how it is shown
 
 
 def unchecked(analysis, progress=None):
@@ -252,7 +253,8 @@ def read_laws(folder: Path) -> dict:
 
 @pytest.fixture(scope="session")
 def checked(tmp_path_factory):
-    """(analysis, results of its checks) of a sweep with curves, whose first run has markup as its name."""
+    """(analysis, results of its checks) of a sweep with curves, whose first runs have markup and control characters as
+    their names."""
     from made_up_sweep import sweep, write_sweep
 
     from nanochin.report.analysis import Settings, analyse
@@ -264,6 +266,6 @@ def checked(tmp_path_factory):
     rows = read_rows(folder)
     curves = curves_of_runs(folder, rows)
     names = rows.labels["run"]
-    rows.labels["run"] = Labels(names.codes, (MARKUP, *names.values[1:]))
+    rows.labels["run"] = Labels(names.codes, (MARKUP, CONTROL, *names.values[2:]))
     analysis = analyse(rows, curves, Settings(bootstrap=200))
     return analysis, run_checks(analysis)

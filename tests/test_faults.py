@@ -100,8 +100,9 @@ def wait_for(path: Path, process) -> None:
         time.sleep(0.005)
 
 
-def run_child(argv: list[str], stop_at: tuple[str, int] | None, folder: Path) -> None:
-    """In the child: train.py with `argv`. At `stop_at` it creates the file `there` and waits for the file `go`."""
+def run_child(argv: list[str], stop_at: tuple[str, int] | None, folder: Path, ignored: tuple = (), out=None) -> None:
+    """In the child: train.py with `argv`, with standard output in the file `out`. At `stop_at` it creates the file
+    `there` and waits for the file `go`. Only the signals in `ignored` are ignored, whatever this process ignores."""
 
     def stop():
         (folder / "there").touch()
@@ -110,6 +111,10 @@ def run_child(argv: list[str], stop_at: tuple[str, int] | None, folder: Path) ->
     with open(folder / "output", "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if out:
+        os.dup2(os.open(out, os.O_WRONLY), 1)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
     sys.argv = ["train.py", *argv]
     train.peak_of = lambda *_: (1e11, "as the test says")
     if stop_at and stop_at[0] == "file operation":
@@ -120,12 +125,14 @@ def run_child(argv: list[str], stop_at: tuple[str, int] | None, folder: Path) ->
 
 
 class Child:
-    """A process that trains `config`; the constructor waits until it has stopped at `stop_at`, if given."""
+    """A process that trains `config`; the constructor waits until it has stopped at `stop_at`, if given. `others`: see
+    `run_child`."""
 
-    def __init__(self, config: Config, stop_at: tuple[str, int] | None = None, wait: bool = True):
+    def __init__(self, config: Config, stop_at: tuple[str, int] | None = None, wait: bool = True, **others):
         self.folder = Path(config.out).parent / f"child-{time.monotonic_ns()}"
         self.folder.mkdir(parents=True)
-        self.process = SERVER.Process(target=run_child, args=(arguments(config), stop_at, self.folder), daemon=True)
+        args = arguments(config), stop_at, self.folder
+        self.process = SERVER.Process(target=run_child, args=args, kwargs=others, daemon=True)
         self.process.start()
         if stop_at and wait:
             wait_for(self.folder / "there", self.process)
@@ -307,6 +314,31 @@ def test_signal(uninterrupted, usual, tmp_path, stop_at, number, code):
         assert checkpoint.steps(folder)[-1] == saved
         assert_last_line(child, f"stopped by {number.name}: {folder} is saved at step {saved} of 100; ")
     assert finish(config) == uninterrupted
+
+
+@pytest.mark.parametrize("ignored, code", [((), 129), ((signal.SIGHUP,), 0)])
+def test_closed_terminal(uninterrupted, usual, ignored, code):
+    """SIGHUP saves the run; where it is ignored, as under nohup, the run goes on."""
+    child = Child(usual, ("training step", 45), ignored=ignored)
+    assert child.end(signal.SIGHUP) == code
+    if code:
+        assert checkpoint.steps(Path(usual.out) / "run")[-1] == 45 and "stopped by SIGHUP" in child.said
+    assert finish(usual) == uninterrupted
+
+
+def test_background_job(uninterrupted, usual):
+    """Where SIGINT is ignored from the start, as in a background job of a script, it stays so."""
+    assert Child(usual, ("training step", 45), ignored=(signal.SIGINT,)).end(signal.SIGINT) == 0
+    assert outcome(Path(usual.out)) == uninterrupted
+
+
+@pytest.mark.parametrize("options", [{}, {"sample_tokens": 9}])
+def test_full_standard_output(uninterrupted, usual, options):
+    """A run whose standard output takes nothing is trained to its end; one line on standard error says so."""
+    child = Child(replace(usual, **options), out="/dev/full")
+    assert child.end() == 0
+    assert_last_line(child, "standard output: No space left on device")
+    assert child.said.count("\n") == 1 and outcome(Path(usual.out)) == uninterrupted
 
 
 def test_second_process_on_a_run(uninterrupted, usual, refusal):

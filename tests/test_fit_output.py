@@ -3,10 +3,12 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import QUICK
+from conftest import QUICK, ROOT
 from conftest import read_laws as read
 
 import fit
@@ -73,6 +75,15 @@ def test_a_kill_while_writing_leaves_the_old_law(run, made_up, tmp_path, monkeyp
     monkeypatch.setattr(os, "replace", killed)
     run(made_up, *QUICK, "--out", tmp_path, "--drop=3", code=130, checks=False)
     assert (tmp_path / "laws.json").read_bytes() == before
+
+
+def test_full_standard_output(made_up, tmp_path):
+    """A fit whose standard output takes nothing writes its files; one line on standard error says so."""
+    with open("/dev/full", "w") as full:
+        argv = [sys.executable, "fit.py", made_up, "--bootstrap=0", "--figures=none", "--out", tmp_path]
+        done = subprocess.run(argv, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "No space left" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["laws.json", "report.html"]
 
 
 def test_a_full_disk_is_one_line(run, made_up, tmp_path, monkeypatch):

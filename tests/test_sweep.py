@@ -64,8 +64,8 @@ class Sweeps:
 
     def start(self, *argv: str, before=(), **options) -> subprocess.Popen:
         command = [sys.executable, *before, ROOT / "sweep.py", self.file, "--out=out", "--results=results", *argv]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, cwd=self.folder, **pipes, **options)
+        usual = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heed_ctrl_c}
+        return subprocess.Popen(command, cwd=self.folder, **usual | options)
 
     def run(self, *argv: str, code: int = 0, workers: int = 1, **options) -> str:
         """Run the command to its end -> stdout; stderr if it fails. A second worker loads longer than it trains."""
@@ -111,6 +111,11 @@ class Sweeps:
             os.kill(pid, signal.SIGKILL)
         process.communicate()
         wait_until_gone(victims, 5)
+
+
+def heed_ctrl_c() -> None:
+    """In a child process: SIGINT is not ignored, though it is in a background job of a script."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture
@@ -252,10 +257,11 @@ def test_worker_killed(whole, sweeps):
 
 
 @pytest.mark.parametrize("number, code", [
-    (signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    (signal.SIGTERM, 143), *(pytest.param(getattr(signal, name), code, marks=pytest.mark.slow)
+                             for name, code in (("SIGINT", 130), ("SIGHUP", 129))),
 ])  # fmt: skip
 def test_signalled(whole, sweeps, number, code):
-    """SIGTERM and SIGINT save the runs in progress and end all processes; the same command resumes them."""
+    """SIGTERM, SIGINT and SIGHUP save the runs in progress and end all processes; the same command resumes them."""
     process = sweeps.started(20)
     workers = children(process.pid)
     process.send_signal(number)
@@ -263,6 +269,15 @@ def test_signalled(whole, sweeps, number, code):
     assert "Traceback" not in err and "rerun the same command to resume" in out
     assert all(map(gone, workers))
     same(sweeps, whole)
+
+
+@pytest.mark.slow
+def test_full_standard_output(whole, sweeps):
+    """A sweep whose standard output takes nothing has the same rows, and says once that it is full."""
+    with open("/dev/full", "w") as full:
+        _, err = sweeps.end(sweeps.start("--workers=2", stdout=full))
+    assert err.count("standard output: No space left") == 1 and "Traceback" not in err
+    same(sweeps, whole, rerun=False)
 
 
 def test_two_sweeps(whole, sweeps):

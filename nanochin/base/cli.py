@@ -9,7 +9,6 @@ import argparse
 import difflib
 import importlib
 import math
-import os
 import re
 import signal
 import sys
@@ -19,6 +18,9 @@ import typing
 from dataclasses import MISSING, field, fields
 from operator import ge, gt, le
 from pathlib import Path
+
+from nanochin.base import signals
+from nanochin.base.console import lasting_output
 
 
 class UserError(Exception):
@@ -36,12 +38,24 @@ class RunError(UserError):
     code = 1
 
 
-def need(module: str, what: str):
-    """Import the optional library `module`. Raises UserError with `what` and the install command if it is missing."""
+def need(module: str, what: str, least: int = 0):
+    """Import the optional library `module`. Raises UserError with `what` and the install command if it is missing,
+    cannot be imported, or has a major version below `least`."""
     try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise UserError(f"{what} needs an optional library: pip install {module}") from None
+        found = importlib.import_module(module)
+    except Exception as error:  # of the library, or of what it imports
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise UserError(f"{what} needs an optional library: pip install {module}") from None
+        raise UserError(f"{what}: {module} cannot be imported ({brief(error)}); reinstall it") from None
+    version = getattr(found, "__version__", "")
+    if (major := re.match(r"\d+", version)) and int(major[0]) < least:
+        raise UserError(f"{what}: {module} is {version}: pip install '{module}>={least}'")
+    return found
+
+
+def brief(error: Exception) -> str:
+    """The error of a library, in at most 300 characters on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def opt(
@@ -102,27 +116,27 @@ def with_flags(message: object) -> str:
     return re.sub("`([a-z][a-z0-9_]*)`", lambda name: _flag(name[1]), str(message))
 
 
-def run_command(main, prog: str) -> None:
+def run_command(main, prog: str, only_prints: bool = False) -> None:
     """Run a command's `main` and exit with its return value (None: 0). A UserError is printed as one line on stderr and
-    gives the exit code; Ctrl-C and `| head` exit silently."""
-    try:
-        code = main()
-        sys.stdout.flush()
-        sys.exit(code or 0)
-    except UserError as error:
-        print(f"{prog}: {with_flags(error)}", file=sys.stderr)
-        sys.exit(error.code)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        sys.exit(128 + 13)  # as if by SIGPIPE
+    gives the exit code; Ctrl-C, SIGTERM and SIGHUP exit silently. Standard output that is full, closed or gone ends
+    nothing; for a command that `only_prints` the exit code is then 1."""
+    with lasting_output(prog) as lost, signals.handled(lambda number: sys.exit(128 + number)):
+        try:
+            code = main() or 0
+        except UserError as error:
+            message = with_flags(error).replace("\n", r"\n")  # of a file name
+            print(f"{prog}: {message}", file=sys.stderr)
+            code = error.code
+        except KeyboardInterrupt:
+            code = 128 + signal.SIGINT
+    sys.exit(code or int(only_prints and bool(lost)))
 
 
 def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentParser:
     positional = [f.name.upper() for f in fields(cls) if f.metadata["positional"]]
     usage = " ".join([prog, *["[FILE.toml]"] * file, *positional, "[--key=value ...]"])
     parser = _OneLineParser(prog, usage, description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.color = False  # Python 3.14: escape codes
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps its line breaks
     if file:
         parser.add_argument("file", nargs="?", metavar="FILE.toml", help="options in TOML, `key = value` per line")
@@ -148,8 +162,8 @@ class _OneLineParser(argparse.ArgumentParser):
     """argparse with one-line errors that name the option, the value and --help."""
 
     def error(self, message: str) -> typing.NoReturn:
-        message = message.removeprefix("argument ")
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
+        message = f"{self.prog}: {message.removeprefix('argument ')}".replace("\n", r"\n")
+        self.exit(2, f"{message} (see --help)\n")
 
 
 def _read(parser: argparse.ArgumentParser, argv: list[str]) -> dict:

@@ -1,25 +1,118 @@
-"""Console output: tables, and progress as a bar with ETA on a terminal or as a line every few seconds elsewhere."""
+"""Console output: streams that never end the work, tables, and progress as a bar with ETA on a terminal or as a line
+every few seconds elsewhere."""
 
 import math
+import os
+import re
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from typing import TextIO
 
 SECONDS_BETWEEN_LINES = 5.0
+# Control characters except newline and tab; separators and directions of text; what XML or UTF-8 lacks.
+NOT_SHOWN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
+
+
+def shown(text: str) -> str:
+    """Text with control characters as \\x1b and so on: in names and samples they could change what a reader sees."""
+    return NOT_SHOWN.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Standard streams
+
+
+class Output:
+    """A standard stream for text, which is written as `shown`. When it is full, closed or gone, `lost` is called with
+    the reason, and from then on it goes nowhere."""
+
+    def __init__(self, stream: TextIO | None, lost: Callable[[str], object], show: Callable[[str], str] = shown):
+        self.stream, self.lost, self.show = stream, lost, show
+        if stream is None:  # closed before Python started
+            self._drop("closed")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    @cached_property
+    def styled(self) -> "Output":
+        """The same stream for rich, which writes escape codes."""
+        return Output(self.stream, self.lost, show=str)
+
+    def write(self, text: str) -> int:
+        self._attempt("write", self.show(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt("flush")
+
+    def _attempt(self, method: str, *args: str) -> None:
+        try:
+            getattr(self.stream, method)(*args)
+        except (OSError, ValueError) as error:  # ValueError: closed
+            self._drop(getattr(error, "strerror", None) or str(error))
+
+    def _drop(self, reason: str) -> None:
+        nowhere = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+        with suppress(OSError, ValueError, AttributeError):  # without a descriptor, in tests and notebooks
+            os.dup2(nowhere.fileno(), self.stream.fileno())  # also what is buffered, and child processes
+        self.stream = nowhere
+        self.lost(reason)
+
+
+@contextmanager
+def lasting_output(prog: str) -> Iterator[list[str]]:
+    """In the block, sys.stdout and sys.stderr are of the class Output. If the former is lost, one line on the latter
+    says so, and the list that is yielded has the reason."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # closed; a data file must not get its number
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    before, reasons = (sys.stdout, sys.stderr), []
+
+    def lost(reason: str) -> None:
+        if not reasons:
+            print(f"{prog}: standard output: {reason}; nothing more is printed there", file=errors, flush=True)
+        reasons.append(reason)
+
+    sys.stderr = errors = Output(sys.stderr, lambda _: None)
+    sys.stdout = Output(sys.stdout, lost)
+    with suppress(AttributeError):
+        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack a character of a text
+    try:
+        yield reasons
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
+
+
+def rich_console(**options):
+    """A console of rich on standard output that takes strings as they are: no markup, no names of emoji."""
+    from rich.console import Console
+
+    file = getattr(sys.stdout, "styled", sys.stdout)
+    return Console(file=file, markup=False, emoji=False, highlight=False, **options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and progress
 
 
 def table(title: str, rows: list[tuple[str, str, str]]) -> None:
     """Print rows of (name, value, reason)."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_header=False, pad_edge=False)
     for style in ("dim", "bold", ""):
         grid.add_column(style=style, overflow="fold")
     for row in rows:
-        grid.add_row(*row)
+        grid.add_row(*map(shown, row))
     # Without a terminal rich assumes 80 columns; in a log file each row should be one line.
-    Console(width=None if sys.stdout.isatty() else 130, highlight=False).print(grid)
+    rich_console(width=None if sys.stdout.isatty() else 130).print(grid)
 
 
 def format_columns(rows: list[list[str]]) -> str:
@@ -57,7 +150,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line, above the bar if there is one."""
         if not self.quiet:
-            (self.bar.console.print if self.bar else print)(text)
+            (self.bar.console.print if self.bar else print)(shown(text))
 
     def _start(self, stage: str, total: float) -> None:
         self.stage, self.first_done = stage, None
@@ -67,7 +160,7 @@ class Progress:
 
             columns = rich.BarColumn(bar_width=20), rich.TaskProgressColumn(), rich.TimeElapsedColumn()
             left = "ETA", rich.TimeRemainingColumn(), "{task.fields[note]}"
-            self.bar = rich.Progress("{task.description}", *columns, *left)
+            self.bar = rich.Progress("{task.description}", *columns, *left, console=rich_console())
             self.task = self.bar.add_task(stage, total=total, note="")
             self.bar.start()
 

@@ -78,7 +78,7 @@ def stream(source: Source, path: Path, progress: Progress | None) -> None:
 
 def _texts(source: Source) -> Iterator[str | None]:
     """The documents, downloaded lazily."""
-    datasets = need("datasets", source.what)
+    datasets = need("datasets", source.what, least=4)
     importlib.import_module("huggingface_hub").logging.set_verbosity(datasets.logging.CRITICAL)
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, below
     try:

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from nanochin import laws
 from nanochin.base.cli import with_flags
-from nanochin.base.console import count, digits, powers
+from nanochin.base.console import count, digits, powers, shown
 from nanochin.laws import PUBLISHED, TABLE_3, Law, NotIdentified, advice
 from nanochin.report import allocate
 from nanochin.report.allocate import SHOWN, Answer, Answers, Estimate, Prediction, estimates, optimum
@@ -46,7 +46,7 @@ def render(
     page.policies["json.dumps_kwargs"] = {"allow_nan": False}
     page.filters |= {one.__name__: one for one in (count, digits, powers, raised, with_flags)} | {"four": four}
     page.globals["ends"] = lambda estimate: with_ends(estimate, SHOW["loss"])[1]
-    return page.get_template("report.html").render(
+    text = page.get_template("report.html").render(
         name="/".join(Path(analysis.rows.source).parts[-2:]),
         analysis=analysis,
         results=results,
@@ -63,10 +63,13 @@ def render(
         provenance=provenance,
         table_of_optima=_table_of_optima(analysis),
     )
+    return shown(text)
 
 
 def raised(text: str) -> Markup:
-    """Text as HTML, exponents after ^ as superscripts."""
+    """Text as HTML, exponents after ^ as superscripts; names come as Markup, which is HTML already."""
+    if isinstance(text, Markup):
+        return text
     return Markup(re.sub(r"\^(-?\w+|\([^)]*\))", r"<sup>\1</sup>", str(escape(text))))
 
 
@@ -123,7 +126,7 @@ def _published(analysis: Analysis) -> Table:
 def _predictions(predictions: Sequence[Prediction]) -> Table:
     rows = []
     for one in predictions:
-        run = one.run, powers(one.flops), count(one.params), count(one.tokens)
+        run = escape(one.run), powers(one.flops), count(one.params), count(one.tokens)
         predicted = with_interval(four(one.predicted), (one.low, one.high), four)
         rows.append([*run, predicted, four(one.loss), f"{100 * one.off:+.2f}%", "inside" if one.inside else "OUTSIDE"])
     return Table("", ("run", "C", "N", "D", "predicted", "actual", "off by", ""), rows)

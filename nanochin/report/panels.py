@@ -27,7 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from nanochin.base.console import count, powers
+from nanochin.base.console import count, powers, shown
 
 STYLE = Path(__file__).with_name("figures.mplstyle")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 480, 330, 58, 18, 34, 44  # px of a panel without its legend
@@ -163,8 +163,8 @@ def note(axes: Axes, place: tuple, text: str, align: str, shift: tuple, xycoords
 
 
 def _name(artist: Artist, names: Sequence[str]) -> None:
-    """`svg` turns these into titles of the marks, shown on hover."""
-    artist.set_gid("".join(NAMES + name for name in names))
+    """`svg` turns these into titles of the marks, visible on hover."""
+    artist.set_gid("".join(NAMES + shown(name) for name in names))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

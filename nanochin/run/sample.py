@@ -1,6 +1,5 @@
 """Sample text from a run: python -m nanochin sample RUN --prompt "def " """
 
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -48,5 +47,4 @@ def main(argv: list[str] | None = None) -> None:
     ids = tokenizer.encode(options.prompt.encode()) if options.prompt else [tokenizer.eot]
     settings = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
     ids = generate(model, torch.tensor([int(i) for i in ids]), options.tokens, **settings)
-    sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack a character of the text
     print(tokenizer.decode(ids[0 if options.prompt else 1 :].tolist()))

@@ -24,13 +24,14 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
 
-from nanochin.base.cli import RunError, UserError
+from nanochin.base.cli import RunError, UserError, brief
 from nanochin.base.files import DiskError, cores
 from nanochin.config import Config
 from nanochin.run.folder import BusyError
 
 READY = "ready"  # message from a worker that has loaded
 GRACE = 20.0  # seconds for a worker to save its run before it is killed
+RESTARTS = 3  # of a worker that is killed while it starts, which the kernel does when memory is short
 
 Train = Callable[[Config], object]
 
@@ -62,7 +63,8 @@ class Worker:
     process: multiprocessing.Process
     pipe: connection.Connection
     ready: bool = False
-    run: str | None = None  # in training
+    run: Config | None = None  # in training
+    restarts: int = 0
 
     def end(self) -> str:
         """Wait up to GRACE seconds for the process to exit, then kill it -> "signal N" or "exit code N"."""
@@ -95,8 +97,10 @@ class Pool:
 
     def submit(self, config: Config) -> None:
         """Train `config` in an idle worker."""
-        worker = next(worker for worker in self.workers if worker.run is None)
-        worker.run = config.name
+        self._assign(next(worker for worker in self.workers if worker.run is None), config)
+
+    def _assign(self, worker: Worker, config: Config) -> None:
+        worker.run = config
         with contextlib.suppress(OSError):  # the worker has died; `wait` handles that
             worker.pipe.send(config)
 
@@ -143,11 +147,19 @@ class Pool:
         return Worker(number, process, ours)
 
     def _replace(self, dead: Worker) -> Reply | None:
-        how = dead.end()
-        if not dead.ready:
+        how, run, killed = dead.end(), dead.run, dead.process.exitcode < 0
+        if not dead.ready and not (killed and (run or dead.restarts < RESTARTS)):
             raise RunError(f"a worker died before it was ready ({how}); see {self.log}")
-        self.workers[self.workers.index(dead)] = self._start(dead.number)
-        return Reply(dead.run, "died", how) if dead.run else None
+        new = self.workers[self.workers.index(dead)] = self._start(dead.number)
+        if dead.ready:
+            return Reply(run.name, "died", how) if run else None
+        if dead.restarts == RESTARTS:
+            reason = f"its worker was killed {1 + RESTARTS} times while it started ({how}); try fewer workers"
+            return Reply(run.name, "failed", reason)
+        new.restarts = dead.restarts + 1
+        if run:
+            self._assign(new, run)
+        return None
 
 
 def one_gpu(number: int, gpus: int) -> str:
@@ -226,7 +238,7 @@ def attempt(train: Train, config: Config) -> Reply | UserError:
         reason, full = str(error), isinstance(error, SequenceTooLarge)
     except Exception as error:  # one failed run must not stop the others
         _log(traceback.format_exc())
-        reason, full = " ".join(f"{type(error).__name__}: {error}".split())[:300], out_of_memory(error)
+        reason, full = brief(error), out_of_memory(error)
     finally:
         if torch.cuda.is_initialized():  # free memory for other workers
             gc.collect()

@@ -1,7 +1,8 @@
-"""Loggers: what they receive, and that nothing is imported or written without them."""
+"""Loggers: what they receive, that nothing is imported or written without them, and that they end no run."""
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock, call
 
 import pytest
@@ -73,3 +74,28 @@ def test_a_missing_library_names_the_command(tiny, monkeypatch, refusal, name):
     monkeypatch.setitem(sys.modules, name, None)
     assert f"pip install {name}" in refusal(*arguments(tiny(loggers=(name,), data=("nowhere.txt",))))
     assert not Path(tiny().out).exists()
+
+
+@pytest.mark.parametrize("method", ["init", "log", "finish"])
+def test_a_logger_that_fails(tiny, monkeypatch, capsys, method):
+    """An exception of the library, at the start, in a row or at the end: one note, and the run has all its rows."""
+    run = SimpleNamespace(log=Mock(), finish=Mock())
+    wandb = Mock(__spec__=Mock(), init=Mock(return_value=run))
+    failing = wandb.init if method == "init" else getattr(run, method)
+    failing.side_effect = OSError("no network\nat all")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    train.train(tiny(name="run", loggers=("wandb",)), quiet=True)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "note: wandb" in err and "no network at all" in err
+    assert failing.call_count == 1 and read_log(Path(tiny().out) / "run")[-1]["step"] == 100
+    assert (Path(tiny().out) / "run" / "summary.json").exists()
+
+
+def test_a_library_that_cannot_be_imported(tiny, monkeypatch, capsys, tmp_path):
+    """An installed library with an error inside: one note, and the run is trained."""
+    (tmp_path / "wandb.py").write_text("import nowhere_to_be_found")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert train.train(tiny(name="run", loggers=("wandb",)), quiet=True)["status"] == "finished"
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "nowhere_to_be_found" in err

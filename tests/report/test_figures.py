@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import MARKUP
+from conftest import MARKUP, SHOWN
 
 from nanochin import laws
+from nanochin.base.console import shown
 from nanochin.report import colours, figures, panels
 from nanochin.report.figures import isoflop, optimum, surface
 
@@ -145,9 +146,11 @@ def test_svg_files_parse_and_name_every_run(made):
         assert len(ids) == len(set(ids)) and "nan" not in text.lower()
     for name in ("isoflop", "surface", "residuals"):
         for i in range(len(analysis.N)):
-            assert any(title.startswith(f"{analysis.rows.labels['run'][i]}: N ") for title in titles[name]), (name, i)
+            run = shown(analysis.rows.labels["run"][i])
+            assert any(title.startswith(f"{run}: N ") for title in titles[name]), (name, i)
     assert sum(": N = " in title for title in titles["curves"]) == len(analysis.N)
-    assert any(title.startswith(MARKUP) for title in titles["isoflop"])
+    for name in (MARKUP, SHOWN):
+        assert any(title.startswith(name) for title in titles["isoflop"])
 
 
 def test_odd_marks_are_drawn():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MARKUP
+from conftest import CONTROL, MARKUP, SHOWN
 
 from nanochin import laws
 from nanochin.base.console import count
@@ -96,6 +96,7 @@ def test_names_are_escaped(made):
     for fact in ("c0ffee", made[0].rows.sha256, "N total, C physical"):
         assert fact in made[3]
     assert MARKUP not in made[3] and MARKUP in html.unescape(made[3]) and made[3].count("<script") == 2  # ours
+    assert SHOWN in made[3] and not set(CONTROL) & set(made[3]) - set("red[31m")
     assert 'a<b>&"c' not in made[3] and "a&lt;b&gt;&amp;&#34;c/runs.csv" in made[3] and "a &lt; b" in made[3]
 
 

@@ -62,6 +62,25 @@ def load_death():
     os._exit(3)
 
 
+class DeadlyLoad:
+    """A `load` that kills its worker while it starts, so many times."""
+
+    def __init__(self, counter: Path, times: int):
+        self.counter, self.times = counter, times
+
+    def __reduce__(self):
+        return load_or_die, (self.counter, self.times)
+
+
+def load_or_die(counter: Path, times: int):
+    """In the worker, before it has sent anything: load_behaviour, or death."""
+    with open(counter, "a") as file:
+        file.write(".")
+    if counter.stat().st_size <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return load_behaviour
+
+
 def run(how: str, out: Path | str = "runs") -> Config:
     return Config(name=how, data=(how,), out=str(out))
 
@@ -146,6 +165,30 @@ def test_worker_that_cannot_start(tmp_path, load, device, words):
     with pytest.raises(UserError, match=words) as error:
         replies(Pool(load, device, tmp_path / "workers.log", workers=1), 1)
     assert error.type is (RunError if load is load_death else UserError)
+
+
+@pytest.mark.parametrize("times, expected", [(3, ["finished"]), (4, ["failed", "finished"])])
+def test_worker_killed_while_it_starts(tmp_path, times, expected):
+    """It is started again, three times at most, with its run; then the run fails with the reason, and the next worker
+    takes the next run."""
+    counter, one = tmp_path / "starts", Pool.__new__(Pool)
+    one.load, one.device, one.log = DeadlyLoad(counter, times), "cpu", tmp_path / "workers.log"
+    one.devices = pool.Devices("cpu", 1)
+    one.workers = [one._start(0)]
+    for status in expected:
+        one.submit(run("fine"))
+        (reply,) = replies(one, 1)
+        assert (reply.run, reply.status) == ("fine", status)
+        assert status != "failed" or ("killed 4 times" in reply.reason and "signal 9" in reply.reason)
+    assert counter.read_text() == "." * (times + 1)
+    one.close()
+
+
+def test_first_worker_killed_while_it_starts(tmp_path):
+    """Without a run that could fail, the error names the signal and the log."""
+    with pytest.raises(RunError, match=r"signal 9.*workers.log"):
+        Pool(DeadlyLoad(tmp_path / "starts", 99), "cpu", tmp_path / "workers.log")
+    assert (tmp_path / "starts").read_text() == "...."
 
 
 def test_environment(started, tmp_path, monkeypatch):
