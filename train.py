@@ -133,6 +133,7 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
             corpus.tokenizer.save(run.folder)
 
         # Model and optimizer: new, from another run, from GPT-2's weights, or from this run's newest checkpoint.
+        torch.manual_seed(config.seed)  # nothing needs it, but its state is saved: equal runs, equal checkpoints
         model = GPT(plan.shape, dtype=setup.dtype, seed=config.seed, z_loss=config.z_loss).to(device)
         optimizer = Adam(model, config.optimizer, config.lr, (config.beta1, config.beta2), config.weight_decay)
         tokens_at_once = min(plan.batch_tokens, DEFAULTS[device.type]["tokens_at_once"])

@@ -154,13 +154,12 @@ USUAL = {"name": "run", "log_every": 7, "eval_every": 25, "save_steps": (20, 40,
 
 
 def outcome(out: Path) -> tuple:
-    """All that must not depend on interruptions: weights, moments, state, log, summary; without times, and without
-    torch's global generator, which a test in this process may have used."""
+    """All that must not depend on interruptions: weights, moments, random-number state, log, summary; without times."""
     folder = out / "run"
     assert not list(folder.rglob("*.tmp"))
     last = checkpoint.newest(folder)
     tensors = [load_file(last / name) for name in ("model.safetensors", "optimizer.safetensors")]
-    bits = [{key: tensor.tolist() for key, tensor in named.items() if key != "rng"} for named in tensors]
+    bits = [{key: tensor.tolist() for key, tensor in named.items()} for named in tensors]
     rows = [*read_log(folder), read_json(folder / "summary.json")]
     timed = ("tokens_per_s", "mfu", "seconds")
     return last.name, bits, [{key: value for key, value in row.items() if key not in timed} for row in rows]

@@ -87,21 +87,22 @@ def test_same_seed_same_bits(tiny):
 
 
 def test_checkpoints_are_the_same_bytes(tiny, monkeypatch):
-    """Equal runs, and one that was stopped and resumed, have the same files in their last checkpoint, but for the clock:
-    also the state of the random numbers, whether or not the peak of the CPU was measured."""
-    digests = []
-    for name in ("first", "again", "resumed"):
-        config = tiny(out=tiny().out + name, log_every=7, save_steps=(45,))
-        if name == "resumed":
-            monkeypatch.setattr("train.peak_of", peak_of.__wrapped__)
-            with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-                steps, original = iter(range(60)), train.train_step
-                patch.setattr(train, "train_step", lambda *args: original(*args) if next(steps, "") != "" else 1 / 0)
-                run(config)
-        _, folder, _ = run(config)
-        files = (folder / "checkpoints" / "step-100").iterdir()
-        digests.append({path.name: sha256_of(path) for path in files if path.name != "clock.json"})
-    assert digests[0] == digests[1] == digests[2] and len(digests[0]) == 3
+    """The last checkpoints of equal runs, one of them stopped and resumed, are the same files but for the clock, also
+    the state of the random numbers, whether or not the peak of the CPU was measured."""
+    first, again, resumed = (tiny(out=tiny().out + name, log_every=7, save_steps=(45,)) for name in "123")
+    run(first)
+    monkeypatch.setattr("train.peak_of", peak_of.__wrapped__)
+    run(again)
+    steps = iter([train.train_step] * 60)
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(train, "train_step", lambda *args: next(steps)(*args))
+        run(resumed)
+
+    def digests(config: Config) -> dict[str, str]:
+        files = (run(config)[1] / "checkpoints" / "step-100").iterdir()
+        return {path.name: sha256_of(path) for path in files if path.name != "clock.json"}
+
+    assert digests(first) == digests(again) == digests(resumed) and len(digests(first)) == 3
 
 
 def test_outside_the_main_thread(tiny):

@@ -35,7 +35,8 @@ STATE = {"step": int, "recent": list, "micro_batch": int, "sha256": dict.fromkey
 
 
 def save(run: Path, step: int, model: nn.Module, optimizer: Adam, state: dict) -> None:
-    """Write checkpoint `step` of the run; `state` is any JSON object. Raises RunError if it cannot be written."""
+    """Write checkpoint `step` of the run; `state` has what STATE and CLOCK list. Raises RunError if it cannot be
+    written."""
     final = run / "checkpoints" / f"step-{step}"
     temp = final.with_name(final.name + ".tmp")
     last = newest(run)
@@ -49,11 +50,12 @@ def save(run: Path, step: int, model: nn.Module, optimizer: Adam, state: dict) -
                 save_tensors(tensors, temp / name)
                 fsync(temp / name)
                 digests[name] = sha256_of(temp / name)
-            clock = {key: value for key, value in state.items() if key in CLOCK}
-            state = {key: value for key, value in state.items() if key not in CLOCK}
-            for name, content in (("clock", clock), ("state", {"step": step, **state, "sha256": digests})):
-                with replacing(temp / f"{name}.json") as file:
-                    file.write(to_json(content))
+            counters = {key: value for key, value in state.items() if key not in CLOCK}
+            records = {"clock.json": {key: state[key] for key in CLOCK}}
+            records["state.json"] = {**counters, "step": step, "sha256": digests}
+            for name, record in records.items():
+                with replacing(temp / name) as file:
+                    file.write(to_json(record))
             os.rename(temp, final)
             fsync(final.parent)
         finally:
@@ -100,14 +102,15 @@ def verify(folder: Path) -> dict:
         if not isinstance(pair, list) or [has_type(number, NUMBER) for number in pair] != [True, True]:
             raise UserError(f"{folder / 'state.json'}: recent has {pair!r:.40}, not a pair of numbers")
     if folder.name != f"step-{state['step']}":
-        raise UserError(f"{folder / 'state.json'}: of step {state['step']}, not of {folder.name}; rename the folder")
-    for name, digest in state.pop("sha256").items():
+        raise UserError(f"{folder / 'state.json'}: of step {state['step']}, not of {folder.name}")
+    digests = state.pop("sha256")
+    for name in DIGESTS:
         path = folder / name
         try:
             found = sha256_of(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-        if found != digest:
+        if found != digests[name]:
             raise UserError(f"{path}: truncated or corrupted (SHA-256 differs)")
     return state
 

@@ -52,7 +52,7 @@ def command(name: str, run: Path, spare: Path):
 def result(run: Path) -> tuple:
     """Weights, moments and row of a finished run."""
     tensors = [load_file(run / "checkpoints" / f"step-{STEPS[-1]}" / name) for name in checkpoint.DIGESTS]
-    bits = [{key: tensor.tolist() for key, tensor in named.items() if key != "rng"} for named in tensors]
+    bits = [{key: tensor.tolist() for key, tensor in named.items()} for named in tensors]
     return bits, {key: value for key, value in read_json(run / "summary.json").items() if key != "seconds"}
 
 
