@@ -42,8 +42,8 @@ def test_write_file_is_atomic(tmp_path, monkeypatch):
     assert seen == [b"old", b"new"]  # the file before its rename, then the folder
 
 
-FORM = {"count": int, "share": float | int, "name": str | None, "inner": {"on": bool | None}}
-RECORD = {"count": 3, "share": 0.5, "inner": {"on": True}, "other": [1, {"a": "\u00e9"}]}
+FORM = {"count": int, "share": float | int, "name": str | None, "inner": {"on": int | None}, "flag": bool}
+RECORD = {"count": 3, "share": 0.5, "inner": {"on": 1}, "flag": True, "other": [1, {"a": "\u00e9"}]}
 
 
 def test_records_round_trip(tmp_path):
@@ -51,12 +51,12 @@ def test_records_round_trip(tmp_path):
     path = tmp_path / "record.json"
     write_json(path, RECORD)
     assert read_json(path, FORM) == RECORD
-    path.write_text('{"count": 1, "share": 1}')
-    assert read_json(path, FORM) == {"count": 1, "share": 1}
+    path.write_text('{"count": 1, "share": 1, "flag": false}')
+    assert read_json(path, FORM) == {"count": 1, "share": 1, "flag": False}
 
 
 WRONG = [{"count": None}, {"count": True}, {"count": 3.0}, {"count": "3"}, {"share": math.nan}, {"share": 10**400},
-         {"share": math.inf}, {"name": 1}, {"inner": []}, {"inner": {"on": 1}}]  # fmt: skip
+         {"share": math.inf}, {"name": 1}, {"inner": []}, {"inner": {"on": True}}, {"flag": 1}]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", WRONG, ids=str)
