@@ -46,7 +46,7 @@ from nanochin.run.branch import find_branch
 from nanochin.run.device import check_memory, keep_freed_memory, peak_of, pick_device, pick_dtype
 from nanochin.run.display import progress_note, show_plan, show_result
 from nanochin.run.evaluate import evaluate
-from nanochin.run.folder import Run, open_run, run_name
+from nanochin.run.folder import Run, check_name, moved, open_run, run_name
 from nanochin.run.optim import FINAL_LR, Adam, learning_rate
 from nanochin.run.record import Setup, describe, summarise
 from nanochin.run.step import Shards, TrainingStep, pick_step
@@ -64,6 +64,8 @@ DEFAULTS = {
 def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) -> Setup:
     """Fill in the options that were not given: device, text, shape, tokens, batch, learning rate, dtype."""
     validate(config)
+    if config.name is not None:
+        check_name(config.name)
     loggers.check(config.loggers)
     if config.init_from:
         config = gpt2.initial_options(config)
@@ -126,24 +128,27 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
             progress.say(f"{run.folder} is finished: loss {run.summary['loss']:.4f}")
             return run.summary
         # Pre-registered: the prediction made before the first step, whatever law a resuming call names.
-        record["predicted"] = files.read_json(run.folder / "config.json").get("predicted") or record["predicted"]
+        if first := run.began.get("predicted"):
+            record["predicted"] = {key: first.get(key) for key in record["predicted"]}
+        if before := moved(run.began, record):
+            progress.say(f"note: this run began with {before}; its result will not be bit-identical to one that stayed")
         with files.writing(run.folder):
             corpus.tokenizer.save(run.folder)
 
         # Model and optimizer: new, from another run, from GPT-2's weights, or from this run's newest checkpoint.
+        torch.manual_seed(config.seed)  # nothing needs it, but its state is saved: equal runs, equal checkpoints
         model = GPT(plan.shape, dtype=setup.dtype, seed=config.seed, z_loss=config.z_loss).to(device)
         optimizer = Adam(model, config.optimizer, config.lr, (config.beta1, config.beta2), config.weight_decay)
         tokens_at_once = min(plan.batch_tokens, DEFAULTS[device.type]["tokens_at_once"])
         micro_batch = config.micro_batch or max(1, tokens_at_once // config.seq_len)
         state = {"step": 0, "seconds": 0.0, "lap": 0.0, "recent": [], "micro_batch": micro_batch}
-        if last := checkpoint.newest_valid(run.folder, warn=progress.say):
-            state = checkpoint.load(last, model, optimizer)
-            progress.say(f"resuming from {last}")
+        if saved := checkpoint.resume(run.folder, model, optimizer, progress.say):
+            state = saved
         elif config.branch_from:
             state["step"] = checkpoint.load(find_branch(config, record), model, optimizer)["step"]
         elif config.init_from:
             gpt2.load_initial(config.init_from, model)
-        run.cut_log(state["step"])
+        run.cut_log(state["step"], progress.say)
         run.loggers.extend(loggers.open_logger(name, run.folder, record, state["step"]) for name in config.loggers)
         peak, peak_source = peak_of(device, setup.dtype)
         sequences = plan.batch_tokens // config.seq_len

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from nanochin.base.cli import UserError, value_type
-from nanochin.base.files import read_json
+from nanochin.base.files import NUMBER, read_json
 
 
 def number(default=None):
@@ -80,7 +80,7 @@ class RunRow:
                 continue
             try:
                 values[f.name] = int(float(value)) if kind is int else kind(value)
-            except ValueError:
+            except (ValueError, OverflowError):
                 raise ValueError(f"{f.name} is {value!r}, not a number") from None
         return cls(**values)
 
@@ -90,6 +90,7 @@ class RunRow:
 
 
 TYPES = {name: value_type(hint) for name, hint in typing.get_type_hints(RunRow).items()}
+FORM = {name: (str if kind is str else NUMBER) | None for name, kind in TYPES.items()} | {"loss": NUMBER}
 
 
 def columns_of(read: str) -> tuple[str, ...]:
@@ -127,14 +128,7 @@ def csv_of(rows: list[dict]) -> bytes:
 
 def read_summary(path: Path) -> RunRow:
     """The summary.json of a finished run. Raises UserError for anything else."""
-    record = read_json(path)
-    try:
-        row = RunRow.of(record) if isinstance(record, dict) else None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: {error}; delete that folder to train the run again") from None
-    if row is None or row.loss is None:
-        raise UserError(f"{path}: no loss of a finished run; delete that folder to train the run again")
-    return row
+    return RunRow.of(read_json(path, FORM, "delete that folder to train the run again"))
 
 
 def read_csv(path: Path) -> dict[str, RunRow]:

@@ -6,7 +6,6 @@ disk at that point and kills the child there. Children are forked from a server 
 """
 
 import itertools
-import json
 import multiprocessing
 import os
 import random
@@ -27,6 +26,7 @@ from torn import stop_at_file_operation
 import nanochin.run.evaluate
 import train
 from nanochin.base.cli import run_command
+from nanochin.base.files import read_json
 from nanochin.config import Config
 from nanochin.data import cache
 from nanochin.run import checkpoint
@@ -59,8 +59,8 @@ def stop_in_write(nth: int, stop) -> None:
     """Stop when half of the nth tensor file is on disk (a checkpoint has two)."""
     original, calls = checkpoint.save_file, itertools.count(1)
 
-    def stopping(tensors, path):
-        original(tensors, path)
+    def stopping(tensors, path, metadata):
+        original(tensors, path, metadata)
         if next(calls) == nth:
             os.truncate(path, path.stat().st_size // 2)
             stop()
@@ -164,14 +164,13 @@ USUAL = {"name": "run", "log_every": 7, "eval_every": 25, "save_steps": (20, 40,
 
 
 def outcome(out: Path) -> tuple:
-    """All that must not depend on interruptions: weights, moments, log, summary; without times, and without torch's
-    global generator, which a test in this process may have used."""
+    """All that must not depend on interruptions: weights, moments, random-number state, log, summary; without times."""
     folder = out / "run"
     assert not list(folder.rglob("*.tmp"))
     last = checkpoint.newest(folder)
     tensors = [load_file(last / name) for name in ("model.safetensors", "optimizer.safetensors")]
-    bits = [{key: tensor.tolist() for key, tensor in named.items() if key != "rng"} for named in tensors]
-    rows = [*read_log(folder), json.loads((folder / "summary.json").read_text())]
+    bits = [{key: tensor.tolist() for key, tensor in named.items()} for named in tensors]
+    rows = [*read_log(folder), read_json(folder / "summary.json")]
     timed = ("tokens_per_s", "mfu", "seconds")
     return last.name, bits, [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
@@ -207,7 +206,7 @@ PHASES = {  # where to stop, the checkpoints on disk there, files of the unfinis
     "training step": (("training step", 45), TWO, 0, (42, "loss")),
     "evaluation": (("evaluation", 2), TWO, 0, (49, "loss")),
     "checkpoint write": (("checkpoint write", 4), ["step-20", "step-40.tmp"], 2, (35, "loss")),
-    "checkpoint rename": (("checkpoint rename", 2), ["step-20", "step-40.tmp"], 3, (35, "loss")),
+    "checkpoint rename": (("checkpoint rename", 2), ["step-20", "step-40.tmp"], 4, (35, "loss")),
     "pruning": (("pruning", 2), TWO, 0, (35, "loss")),
     "last evaluation": (("evaluation", 4), END, 0, (100, "loss")),
     "summary": (("summary", 1), END, 0, (100, "val_loss")),

@@ -15,11 +15,12 @@ import kernels
 import train
 from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
-from nanochin.base.files import read_json
+from nanochin.base.files import read_json, sha256_of
 from nanochin.config import Config, make_shape
 from nanochin.model import GPT
 from nanochin.plan.flops import count_flops
 from nanochin.run import checkpoint
+from nanochin.run.device import peak_of
 from nanochin.run.evaluate import evaluate
 from nanochin.run.folder import open_run, read_log
 from nanochin.run.optim import Adam, learning_rate
@@ -83,6 +84,25 @@ def test_same_seed_same_bits(tiny):
     assert list(map(untimed, rows)) == list(map(untimed, other_rows)) and untimed(first) == untimed(again)
     _, _, seed_rows = run(tiny(seed=1))
     assert all(a != b for a, b in zip(losses(rows), losses(seed_rows), strict=True))
+
+
+def test_checkpoints_are_the_same_bytes(tiny, monkeypatch):
+    """The last checkpoints of equal runs, one of them stopped and resumed, are the same files but for the clock, also
+    the state of the random numbers, whether or not the peak of the CPU was measured."""
+    first, again, resumed = (tiny(out=tiny().out + name, log_every=7, save_steps=(45,)) for name in "123")
+    run(first)
+    monkeypatch.setattr("train.peak_of", peak_of.__wrapped__)
+    run(again)
+    steps = iter([train.train_step] * 60)
+    with monkeypatch.context() as patch, pytest.raises(StopIteration):
+        patch.setattr(train, "train_step", lambda *args: next(steps)(*args))
+        run(resumed)
+
+    def digests(config: Config) -> dict[str, str]:
+        files = (run(config)[1] / "checkpoints" / "step-100").iterdir()
+        return {path.name: sha256_of(path) for path in files if path.name != "clock.json"}
+
+    assert digests(first) == digests(again) == digests(resumed) and len(digests(first)) == 3
 
 
 def test_outside_the_main_thread(tiny):

@@ -1,34 +1,78 @@
-"""Files and the machine: atomic writes, SHA-256, CPU cores, versions."""
+"""Files and the machine: atomic writes, JSON records, SHA-256, CPU cores, versions."""
 
 import hashlib
 import json
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
+from types import UnionType
 from typing import BinaryIO
 
 from nanochin.base.cli import RunError, UserError
 
 PIECE = 1 << 20  # bytes hashed at a time
+SEAL = "record_sha256"  # key of a record: SHA-256 of the rest, so that damage that is still JSON is noticed
+NUMBER = int | float
 
 
 class DiskError(RunError):
     """A file cannot be written."""
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, form: dict | None = None, remedy: str = "delete it or restore it") -> dict:
+    """The object in a JSON file, without its seal. `form`: the type of each key that is used, or for an object its own
+    form; a missing object counts as empty, a missing value as None.
+
+    Raises UserError, one line that ends in `remedy`, for a file that is not readable, not an object or of another form,
+    and for one that was changed after `write_json`."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); delete it or restore it") from None
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        if (seal := value.pop(SEAL, None)) and seal != _seal(value):  # older records have none
+            raise ValueError("corrupted: SHA-256 differs")
+        _check_form(value, form or {})
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: cannot be read ({reason}); {remedy}") from None
+    return value
 
 
 def write_json(path: Path, value: dict) -> None:
-    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
+    write_file(path, to_json(value))
+
+
+def to_json(value: dict) -> bytes:
+    """A JSON file with a seal."""
+    return (json.dumps(value | {SEAL: _seal(value)}, indent=1) + "\n").encode()
+
+
+def has_type(value: object, kind: type | UnionType) -> bool:
+    """isinstance, but true and false are no integers, and numbers must be finite and fit a float."""
+    if isinstance(value, bool):
+        return kind is bool
+    if isinstance(value, NUMBER) and not abs(value) <= sys.float_info.max:
+        return False
+    return isinstance(value, kind)
+
+
+def _check_form(value: dict, form: dict, within: str = "") -> None:
+    for key, kind in form.items():
+        found = value.get(key)
+        inner = kind if isinstance(kind, dict) else None
+        if not has_type(found, kind if inner is None else dict | None):
+            wanted = "an object" if inner is not None else kind.__name__ if isinstance(kind, type) else kind
+            raise ValueError(f"{within}{key} is {found!r:.40}, not {wanted}")
+        _check_form(found or {}, inner or {}, f"{within}{key}.")
+
+
+def _seal(value: dict) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nanochin.base.cli import UserError, opt, parse
@@ -28,7 +27,7 @@ from nanochin.data.tokenizer import END_OF_TEXT, Tokenizer
 from nanochin.interop.gpt2 import transpose_matrix
 from nanochin.interop.names import GPT2, LLAMA, NEOX, rename
 from nanochin.model import GPT, ROTARY_THETA
-from nanochin.run.checkpoint import load_run
+from nanochin.run.checkpoint import load_run, save_tensors
 from nanochin.run.folder import find_run
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2", "swiglu": "silu"}
@@ -60,7 +59,7 @@ def export(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
         temp = Path(parent, "export")
         temp.mkdir()
         copies = {name: t.contiguous().clone() for name, t in tensors.items()}
-        save_file(copies, temp / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(copies, temp / "model.safetensors", metadata={"format": "pt"})
         files = {"config.json": config, "generation_config.json": ends}
         if not tokenizer.numbers:
             files |= tokenizer_files(tokenizer, model.shape.seq_len)

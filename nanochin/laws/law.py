@@ -18,6 +18,7 @@ from statistics import NormalDist
 import numpy as np
 
 from nanochin.base.cli import UserError
+from nanochin.base.files import NUMBER, has_type, read_json
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS
 from nanochin.laws.cost import SIX_ND, Cost
 
@@ -247,34 +248,28 @@ def load_law(path: str | Path, approach: int | None = None) -> Law | PowerLaw:
         return UserError(f"`law` {path}: {problem}")
 
     try:
-        laws = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise bad(error.strerror) from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise bad(f"not JSON: {error}") from None
-    key = f"approach{approach or 3}"
-    if approach is None and isinstance(laws, dict) and "law" in laws:
-        key = "law"
-    meta = laws.get("meta") if isinstance(laws, dict) else None
-    if isinstance(laws, dict) and "single" in laws and key not in laws:
+        laws = read_json(Path(path), {"meta": {"reasons": dict | None}}, "give a laws.json of fit.py")
+    except UserError as error:
+        raise UserError(f"`law` {error}") from None
+    key = "law" if approach is None and "law" in laws else f"approach{approach or 3}"
+    fit, meta = laws.get(key), laws.get("meta")
+    if "single" in laws and fit is None:
         raise bad("a law of one variable, not of N and D; fit runs of several sizes and token counts")
-    if not isinstance(meta, dict) or key not in laws:
+    if meta is None or key not in laws:
         raise bad(f"not a laws.json of fit.py: needs the keys {key} and meta")
-    fit = laws[key]
     if not isinstance(fit, dict):
-        reason = (meta.get("reasons") or {}).get(key, "no reason given")
+        reason = " ".join(str((meta.get("reasons") or {}).get(key, "no reason given")).split())
         raise bad(f"has no {key} ({reason})".replace("approach", "approach "))
 
     def constant(name: str) -> float:
         value = fit.get(name)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= value < math.inf or (value == 0 and name != "E"):
-            raise bad(f"{key} needs {name}, a finite number above 0, but has {value!r}")
+        if not has_type(value, NUMBER) or value < 0 or (value == 0 and name != "E"):
+            raise bad(f"{key} needs {name}, a finite number above 0, but has {value!r:.40}")
         return float(value)
 
     def convention(name: str, known) -> dict[str, str]:
-        if meta.get(name) not in known:
-            raise bad(f"meta needs {name}, one of {', '.join(known)}, but has {meta.get(name)!r}")
+        if meta.get(name) not in list(known):  # a list: the value may not be hashable
+            raise bad(f"meta needs {name}, one of {', '.join(known)}, but has {meta.get(name)!r:.40}")
         return {name: meta[name]}
 
     name = f"{Path(path).name}, {fit.get('form') or f'approach {key[-1]}'}"
@@ -283,11 +278,12 @@ def load_law(path: str | Path, approach: int | None = None) -> Law | PowerLaw:
         constants = {c: constant(c) for c in (*CONSTANTS, *(["gamma"] if "gamma" in fit else []))}
         try:
             cost = Cost(**fit.get("cost", {}))
-            usable = 0 <= cost.c < math.inf and 0 <= cost.q <= 1 and cost.s in (1, -1)
+            usable = all(has_type(value, NUMBER) for value in vars(cost).values())
+            usable = usable and 0 <= cost.c and 0 <= cost.q <= 1 and cost.s in (1, -1)
         except TypeError:
             usable = False
         if not usable:
-            raise bad(f"{key} needs a cost of c >= 0, q from 0 to 1 and s of 1 or -1, but has {fit['cost']!r}")
+            raise bad(f"{key} needs a cost of c >= 0, q from 0 to 1 and s of 1 or -1, but has {fit['cost']!r:.80}")
         law = Law(name, **constants, **options, cost=cost, **_scatter(fit, tuple(constants)))
     else:
         constants = {c: constant(c) for c in PowerLaw.quantities}
@@ -306,12 +302,16 @@ def _scatter(fit: dict, names: tuple[str, ...]) -> dict:
     try:
         constants = {name: np.array(fit["replicates"][name], float) for name in names}
         error = FormError(**fit["form_error"]) if fit.get("form_error") else None
-        usable = np.isfinite(np.stack([*constants.values()])).all() and 0 <= fit["noise"] < math.inf
-        usable &= error is None or (0 <= error.sd < math.inf and 1 < error.tested < math.inf and error.largest > 0)
-    except (KeyError, TypeError, ValueError):
+        drawn, noise = np.stack([*constants.values()]), fit["noise"]
+        usable = drawn.ndim == 2 and drawn.size and np.all((drawn >= 0) & (drawn < np.inf))
+        usable = usable and has_type(noise, NUMBER) and noise >= 0
+        if error is not None:
+            usable = usable and all(has_type(value, NUMBER) for value in vars(error).values())
+            usable = usable and error.sd >= 0 and error.tested > 1 and error.largest > 0
+    except (KeyError, OverflowError, TypeError, ValueError):
         return {}
-    known = {"replicates": Law("replicates", **constants), "noise": float(fit["noise"]), "form_error": error}
-    return known if usable else {}
+    replicates = Law("replicates", **constants)
+    return {"replicates": replicates, "noise": float(noise), "form_error": error} if usable else {}
 
 
 def laws_json(approach1, approach2, approach3, meta: dict, **more) -> dict:

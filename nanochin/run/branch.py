@@ -4,10 +4,10 @@ import dataclasses
 from pathlib import Path
 
 from nanochin.base.cli import UserError
-from nanochin.base.files import read_json
+from nanochin.base.files import NUMBER
 from nanochin.config import Config
 from nanochin.run import checkpoint
-from nanochin.run.folder import find_run, first_difference
+from nanochin.run.folder import find_run, first_difference, read_record
 from nanochin.run.optim import learning_rate
 
 
@@ -22,7 +22,8 @@ def find_branch(config: Config, record: dict) -> Path:
     if not trunk:
         raise UserError(f"{what}: expected RUN@STEP")
     folder = find_run(trunk, config.out)
-    theirs = read_json(folder / "config.json")
+    schedule = {"schedule": str, **dict.fromkeys(("tokens", "cycle", "final_lr", "cooldown"), NUMBER)}
+    theirs = read_record(folder, {"options": schedule})
     free = {"tokens", "schedule", "cycle", "final_lr", "cooldown", "branch_from", "init_sha"}
     before, ours = ({k: v for k, v in each["identity"].items() if k not in free} for each in (theirs, record))
     if key := first_difference(before, ours):

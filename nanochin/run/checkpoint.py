@@ -3,32 +3,40 @@
     checkpoints/step-N/model.safetensors      float32 weights
                        optimizer.safetensors  Adam's moments by parameter name, random-number state
                        state.json             step, counters, SHA-256 of the other two and of itself
+                       clock.json             seconds of training: all that differs between two equal runs
 
 Written as step-N.tmp, fsynced, renamed; older checkpoints are deleted only after that. No pickle anywhere.
 """
 
-import hashlib
-import json
 import os
 import re
 import shutil
+import sys
+import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from nanochin.base.cli import UserError
-from nanochin.base.files import fsync, read_json, replacing, sha256_of, writing
+from nanochin.base.files import NUMBER, fsync, has_type, read_json, replacing, sha256_of, to_json, writing
 from nanochin.config import Shape
 from nanochin.data.tokenizer import Tokenizer
 from nanochin.model import GPT
+from nanochin.run.folder import first_difference, read_record
 from nanochin.run.optim import Adam
+
+MODEL, OPTIMIZER = DIGESTS = "model.safetensors", "optimizer.safetensors"
+CLOCK = {"seconds": NUMBER, "lap": NUMBER}
+STATE = {"step": int, "recent": list, "micro_batch": int, "sha256": dict.fromkeys(DIGESTS, str)}
 
 
 def save(run: Path, step: int, model: nn.Module, optimizer: Adam, state: dict) -> None:
-    """Write checkpoint `step` of the run; `state` is any JSON object. Raises RunError if it cannot be written."""
+    """Write checkpoint `step` of the run; `state` has what STATE and CLOCK list. Raises RunError if it cannot be
+    written."""
     final = run / "checkpoints" / f"step-{step}"
     temp = final.with_name(final.name + ".tmp")
     last = newest(run)
@@ -37,70 +45,121 @@ def save(run: Path, step: int, model: nn.Module, optimizer: Adam, state: dict) -
         try:
             shutil.rmtree(temp, ignore_errors=True)
             temp.mkdir(parents=True)
-            weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}  # a tied matrix once
-            moments = _optimizer_tensors(model, optimizer)
             digests = {}
-            for name, tensors in (("model.safetensors", weights), ("optimizer.safetensors", moments)):
-                save_file(tensors, temp / name)
+            for name, tensors in _tensors(model, optimizer).items():
+                save_tensors(tensors, temp / name)
                 fsync(temp / name)
                 digests[name] = sha256_of(temp / name)
-            state = {"step": step, **state, "sha256": digests}
-            with replacing(temp / "state.json") as file:
-                file.write(json.dumps(state | {"state_sha256": _digest(state)}, indent=1).encode())
+            counters = {key: value for key, value in state.items() if key not in CLOCK}
+            records = {"clock.json": {key: state[key] for key in CLOCK}}
+            records["state.json"] = {**counters, "step": step, "sha256": digests}
+            for name, record in records.items():
+                with replacing(temp / name) as file:
+                    file.write(to_json(record))
             os.rename(temp, final)
             fsync(final.parent)
-        except (OSError, SafetensorError) as error:  # SafetensorError: also a full disk
-            shutil.rmtree(temp, ignore_errors=True)
-            raise OSError(*error.args) from None
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)  # after an error
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file with the permissions of any new file; `save_file` alone makes it readable only for its owner.
+    Raises OSError if it cannot be written."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:  # a full disk, for instance
+        raise OSError(*error.args) from None
+    path.chmod(mode)
 
 
 def load(folder: Path, model: nn.Module, optimizer: Adam | None = None) -> dict:
     """Load the model (and the optimizer) from a checkpoint folder and return its state.
 
-    Raises UserError naming the file if one is missing, truncated or corrupted.
+    Raises UserError naming the file if one is missing, damaged or of another model, before anything is changed.
     """
-    state = verify(folder)
-    weights = load_file(folder / "model.safetensors")
+    state, ours = verify(folder), _tensors(model, optimizer)
+    saved = {name: _read(folder / name, tensors) for name, tensors in ours.items()}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+        for name, tensors in ours.items():
+            for key, tensor in tensors.items():
+                tensor.copy_(saved[name][key])
     if optimizer is not None:
-        tensors = load_file(folder / "optimizer.safetensors")
-        torch.set_rng_state(tensors.pop("rng"))
+        torch.set_rng_state(saved[OPTIMIZER]["rng"])
         device = next(model.parameters()).device
-        if device.type == "cuda" and "rng.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["rng.cuda"], device)
-        for name, parameter in model.named_parameters():
-            for field, value in optimizer.state[parameter].items():
-                value.copy_(tensors[f"{name}/{field}"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved[OPTIMIZER]["rng.cuda"], device)
     return state
 
 
 def verify(folder: Path) -> dict:
-    """The state of an intact checkpoint. Raises UserError naming the file that is missing, truncated or corrupted."""
-    state = read_json(folder / "state.json")
-    if state.pop("state_sha256", None) != _digest(state):
-        raise UserError(f"{folder / 'state.json'}: corrupted (SHA-256 differs)")
-    for name, digest in state.pop("sha256").items():
+    """The state of an intact checkpoint. Raises UserError naming the file that is missing or damaged."""
+    state = read_json(folder / "state.json", STATE)
+    clock = "state.json" if "seconds" in state else "clock.json"  # older checkpoints have only state.json
+    state |= read_json(folder / clock, CLOCK)
+    for pair in state["recent"]:  # loss and gradient norm
+        if not isinstance(pair, list) or [has_type(number, NUMBER) for number in pair] != [True, True]:
+            raise UserError(f"{folder / 'state.json'}: recent has {pair!r:.40}, not a pair of numbers")
+    if folder.name != f"step-{state['step']}":
+        raise UserError(f"{folder / 'state.json'}: of step {state['step']}, not of {folder.name}")
+    digests = state.pop("sha256")
+    for name in DIGESTS:
         path = folder / name
-        if not path.exists():
-            raise UserError(f"{path}: missing")
-        if sha256_of(path) != digest:
+        try:
+            found = sha256_of(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+        if found != digests[name]:
             raise UserError(f"{path}: truncated or corrupted (SHA-256 differs)")
     return state
 
 
-def load_run(folder: Path) -> tuple[GPT, Tokenizer, dict]:
-    """(model in float32 on the CPU, tokenizer, config.json) of a run, from its newest checkpoint.
+def load_newest(run: Path, model: nn.Module, optimizer: Adam | None = None) -> tuple[dict, dict[Path, UserError]]:
+    """Load the newest valid checkpoint of a run -> (its state, {} if there is none; what is wrong with newer ones)."""
+    errors = {}
+    for step in reversed(steps(run)):
+        folder = run / "checkpoints" / f"step-{step}"
+        try:
+            return load(folder, model, optimizer), errors
+        except UserError as error:
+            errors[folder] = error
+    return {}, errors
 
-    Raises UserError if the run has no checkpoint yet.
+
+def resume(run: Path, model: nn.Module, optimizer: Adam, say: Callable[[str], object]) -> dict:
+    """`load_newest` -> the state. Newer checkpoints that are not valid are renamed step-N.broken, so that they are
+    neither found again nor kept instead of a good one. `say` is called with a line for each, and for the good one."""
+    state, errors = load_newest(run, model, optimizer)
+    for folder, error in errors.items():
+        broken = folder.with_name(folder.name + ".broken")
+        say(f"warning: {error}; renamed to {broken.name}")
+        with writing(folder):
+            shutil.rmtree(broken, ignore_errors=True)
+            os.rename(folder, broken)
+    if state:
+        say(f"resuming from {newest(run)}")
+    return state
+
+
+def load_run(folder: Path) -> tuple[GPT, Tokenizer, dict]:
+    """(model in float32 on the CPU, tokenizer, config.json) of a run, from its newest valid checkpoint; for newer ones
+    that are not valid, a note on stderr.
+
+    Raises UserError if the run has no valid checkpoint, or its config.json is damaged.
     """
-    record = read_json(folder / "config.json")
-    last = newest(folder)
-    if last is None:
-        raise UserError(f"{folder}: no checkpoint yet")
+    record = read_record(folder, {"shape": typing.get_type_hints(Shape), "corpus": {"tokenizer": str}})
+    # Shapes that differ in the head size only have the same weights, which would not show the damage.
+    sizes = dict(record["shape"])
+    sizes["model"] = f"{sizes.pop('width')}x{sizes.pop('layers')}"
+    if key := first_difference({key: v for key, v in record["identity"].items() if key in sizes}, sizes):
+        raise UserError(f"{folder / 'config.json'}: its shape and its identity differ in {key}; restore it")
     model = GPT(Shape(**record["shape"]))
-    load(last, model)
+    state, errors = load_newest(folder, model)
+    if not state:
+        raise next(iter(errors.values()), UserError(f"{folder}: no checkpoint yet"))
+    for error in errors.values():
+        print(f"note: {error}; using step {state['step']}", file=sys.stderr)
     tokenizer = Tokenizer.load(record["corpus"]["tokenizer"], folder)
     return model.eval(), tokenizer, record
 
@@ -113,21 +172,7 @@ def newest(run: Path) -> Path | None:
 
 def steps(run: Path) -> list[int]:
     """The steps of the run's checkpoints, ascending."""
-    return sorted(_numbered(run, r"step-(\d+)").values())
-
-
-def newest_valid(run: Path, warn) -> Path | None:
-    """The newest checkpoint that verifies, or None. Newer ones are renamed step-N.broken, with a `warn(message)`."""
-    while folder := newest(run):
-        try:
-            verify(folder)
-            return folder
-        except UserError as error:
-            broken = folder.with_name(folder.name + ".broken")
-            warn(f"warning: {error}; renamed to {broken.name}")
-            shutil.rmtree(broken, ignore_errors=True)
-            os.rename(folder, broken)
-    return None
+    return sorted(_numbered(run, r"step-(0|[1-9][0-9]*)").values())
 
 
 def prune(run: Path, keep: int, always: tuple[int, ...] = ()) -> None:
@@ -135,26 +180,40 @@ def prune(run: Path, keep: int, always: tuple[int, ...] = ()) -> None:
     for step in steps(run)[: -max(keep, 1)]:
         if step not in always:
             shutil.rmtree(run / "checkpoints" / f"step-{step}", ignore_errors=True)
-    for leftover in _numbered(run, r"step-(\d+)\.tmp"):
+    for leftover in _numbered(run, r"step-([0-9]+)\.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _numbered(run: Path, pattern: str) -> dict[Path, int]:
     """The checkpoint folders whose full name matches, with the step in the name."""
-    folders = (run / "checkpoints").glob("step-*")
+    folders = (folder for folder in (run / "checkpoints").glob("step-*") if folder.is_dir())
     return {folder: int(name[1]) for folder in folders if (name := re.fullmatch(pattern, folder.name))}
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: Adam) -> dict[str, torch.Tensor]:
-    tensors = {"rng": torch.get_rng_state()}
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        tensors["rng.cuda"] = torch.cuda.get_rng_state(device)
-    for name, parameter in model.named_parameters():
-        for field, value in optimizer.state[parameter].items():
-            tensors[f"{name}/{field}"] = value.detach().contiguous()
-    return tensors
+def _tensors(model: nn.Module, optimizer: Adam | None) -> dict[str, dict[str, Tensor]]:
+    """By file and name: the model's and the optimizer's own tensors, and copies of random-number states."""
+    parameters = dict(model.named_parameters())  # a tied matrix once
+    files = {MODEL: {name: p.detach() for name, p in parameters.items()}}
+    if optimizer is not None:
+        moments = {f"{name}/{key}": t for name, p in parameters.items() for key, t in optimizer.state[p].items()}
+        device = next(model.parameters()).device
+        cuda = {"rng.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+        files[OPTIMIZER] = {"rng": torch.get_rng_state(), **cuda, **moments}
+    return files
 
 
-def _digest(state: dict) -> str:
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+def _read(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a file. Raises UserError unless their names, shapes and dtypes are those of `like`."""
+    try:
+        found = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+    def form(tensors: dict[str, Tensor], name: str) -> str:
+        return f"{tensors[name].dtype} {list(tensors[name].shape)}" if name in tensors else "missing"
+
+    for name in sorted(found.keys() | like.keys()):
+        theirs, ours = form(found, name), form(like, name)
+        if theirs != ours:
+            raise UserError(f"{path}: {name!r} is {theirs}, in this model {ours}")
+    return found

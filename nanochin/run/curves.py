@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from nanochin.base.cli import UserError
@@ -43,11 +44,15 @@ def read_csv_gz(path: Path) -> Curves:
             raise ValueError(f"its columns are not {','.join(COLUMNS)}")
         for run, *cells in table:
             named = zip(COLUMNS[1:], cells, strict=True)
-            point = {name: int(cell) if cell.isdecimal() else float(cell) for name, cell in named if cell}
+            point = {name: _number(cell) for name, cell in named if cell}
             curves.setdefault(run, []).append(point)
     except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:  # ValueError: also not UTF-8
         raise UserError(f"{path}: cannot be read as training curves ({error}); restore it or delete it") from None
     return curves
+
+
+def _number(cell: str) -> int | float:
+    return int(cell) if cell.isdecimal() and len(cell) < 19 else float(cell)
 
 
 def is_csv_gz(path: Path) -> bool:
@@ -60,7 +65,7 @@ def is_csv_gz(path: Path) -> bool:
     return first.startswith(MAGIC) or first.strip() == ",".join(COLUMNS).encode()
 
 
-def log_points(folder: Path) -> list[dict]:
-    """The curve of one run, from its log.jsonl."""
-    rows = (row for row in read_log(folder) if "loss" in row or "val_loss" in row)
+def log_points(folder: Path, note: Callable[[str], object] | None = None) -> list[dict]:
+    """The curve of one run, from its log.jsonl; `note` and errors as in read_log."""
+    rows = (row for row in read_log(folder, note) if "loss" in row or "val_loss" in row)
     return [{name: row[name] for name in COLUMNS if name in row} for row in rows]

@@ -65,7 +65,8 @@ def device_name(device: torch.device) -> str:
 def peak_of(device: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
     """(peak FLOP/s or None, source). GPUs: the table in plan/devices.py. CPU: measured with a short matrix product."""
     if device.type == "cpu":
-        a = torch.randn(768, 768).to(dtype)
+        own = torch.Generator().manual_seed(0)  # the global one is saved with each checkpoint
+        a = torch.randn(768, 768, generator=own).to(dtype)
         seconds = []
         while sum(seconds) < 0.2:  # the fastest of several: other programs only slow them down
             start = time.perf_counter()

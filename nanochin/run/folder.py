@@ -9,7 +9,9 @@ runs/<name>/config.json     resolved options, identity, versions, device, data f
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +19,18 @@ from filelock import FileLock, Timeout
 
 from nanochin.base.cli import UserError
 from nanochin.base.console import three
-from nanochin.base.files import DiskError, read_json, write_file, write_json, writing
+from nanochin.base.files import NUMBER, DiskError, has_type, read_json, write_file, write_json, writing
 from nanochin.config import Config
+from nanochin.runrow import read_summary
+
+# What every reader of config.json relies on. Older records may lack all but the identity.
+RECORD = {
+    "identity": dict,
+    "device": str | None,
+    "threads": int | None,
+    "versions": {"torch": str | None},
+    "predicted": dict.fromkeys(("predicted_loss", "predicted_low", "predicted_high"), NUMBER | None),
+}
 
 
 class BusyError(UserError):
@@ -27,15 +39,17 @@ class BusyError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The folder of a run. `loggers` are pairs (function that logs a row, function that closes the logger)."""
+    """The folder of a run. `loggers` are pairs (function that logs a row, function that closes the logger); `began` is
+    its config.json, from before the first step."""
 
     folder: Path
     loggers: list = dataclasses.field(default_factory=list)
+    began: dict = dataclasses.field(default_factory=dict)
 
     @property
     def summary(self) -> dict | None:
         path = self.folder / "summary.json"
-        return read_json(path) if path.exists() else None
+        return read_summary(path).summary() if path.exists() else None
 
     def log(self, row: dict) -> None:
         """Append a row to log.jsonl and pass it to the loggers."""
@@ -44,12 +58,12 @@ class Run:
         for log, _ in self.loggers:
             log(row)
 
-    def cut_log(self, step: int) -> None:
-        """Remove the rows that a run resumed from `step` logs again: later steps, the evaluation after `step`, and a
-        line truncated by a kill."""
+    def cut_log(self, step: int, note: Callable[[str], object] | None = None) -> None:
+        """Remove the rows that a run resumed from `step` logs again, later steps and the evaluation after `step`, and
+        damaged lines, with a `note`."""
         path = self.folder / "log.jsonl"
         if path.exists():
-            kept = [row for row in read_log(self.folder) if row["step"] < step + ("val_loss" not in row)]
+            kept = [row for row in read_log(self.folder, note) if row["step"] < step + ("val_loss" not in row)]
             write_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def finish(self, summary: dict) -> None:
@@ -60,7 +74,8 @@ class Run:
 def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
     """Create or reopen the folder of the run that `record` describes, locked inside the block.
 
-    Raises UserError if another process has the lock, or if the folder belongs to a run with other options.
+    Raises UserError if another process has the lock, or if the folder belongs to a run with other options or to one
+    whose config.json is damaged or lost.
     """
     folder = Path(out) / name
     with writing(folder):
@@ -72,15 +87,16 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
     except OSError as error:
         raise DiskError(f"{folder}: cannot write: {error.strerror}") from None
     with lock:
-        if not (folder / "config.json").exists():
+        if not any((folder / name).exists() for name in ("config.json", "log.jsonl", "checkpoints", "summary.json")):
             write_json(folder / "config.json", record)
-        theirs, ours = read_json(folder / "config.json")["identity"], record["identity"]
+        began = read_record(folder)
+        theirs, ours = began["identity"], record["identity"]
         if key := first_difference(theirs, ours):
             raise UserError(
                 f"{folder} holds a run with {key} = {theirs.get(key)}, this one has {ours.get(key)}: "
                 "choose another `name`, or delete that folder"
             )
-        run = Run(folder)
+        run = Run(folder, began=began)
         try:
             yield run
         finally:
@@ -88,10 +104,32 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
                 close()
 
 
+def read_record(folder: Path, form: dict | None = None) -> dict:
+    """config.json of a run; `form` as in read_json, in addition to RECORD. Raises UserError if it is damaged."""
+    remedy = "restore it, or delete that folder to train the run again"
+    return read_json(folder / "config.json", RECORD | (form or {}), remedy)
+
+
+def moved(began: dict, now: dict) -> str:
+    """What a run began with and now has not, of the things that can change its bits: "threads 2, torch 2.9", or ""."""
+    before, after = (
+        {"device": record.get("device"), "threads": record.get("threads"), **(record.get("versions") or {})}
+        for record in (began, now)
+    )
+    facts = ("device", "threads", "torch")
+    return ", ".join(f"{key} {before[key]}" for key in facts if before.get(key) not in (None, after.get(key)))
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for a `name` that is not the name of a folder."""
+    if name in ("", ".", "..") or set("/\\") & set(name) or not name.isprintable():
+        raise UserError(f"`name` {name!r}: must name a folder, without slashes and control characters")
+
+
 def find_run(run: str, out: str = "runs") -> Path:
     """The folder of a run given by path or by name. Raises UserError if there is none."""
     for folder in (Path(run), Path(out) / run):
-        if (folder / "config.json").exists():
+        if os.path.exists(folder / "config.json"):  # unlike Path.exists, False for a name that is too long
             return folder
     raise UserError(f"{run}: no run folder (no config.json there, nor in {Path(out) / run})")
 
@@ -117,16 +155,30 @@ def run_name(corpus: str, identity: dict) -> str:
     return f"{corpus}-{identity['model']}-{three(identity['tokens'] / 1e6)}M-{digest[:8]}"
 
 
-def read_log(folder: Path) -> list[dict]:
-    """The rows of log.jsonl, without a last line truncated by a kill. Raises UserError for a damaged file."""
-    path, rows = folder / "log.jsonl", []
-    for i, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            rows.append(json.loads(line.decode()))
-        except (json.JSONDecodeError, RecursionError):
-            break
-        except ValueError as error:  # not UTF-8, or an integer of thousands of digits
-            raise UserError(f"{path}: line {i}: {error}; restore the file or delete it") from None
-        if not isinstance(rows[-1], dict):
-            raise UserError(f"{path}: line {i}: {line[:40].decode()!r} is not an object; restore the file or delete it")
+def read_log(folder: Path, note: Callable[[str], object] | None = None) -> list[dict]:
+    """The rows of log.jsonl. Damaged lines are left out, with one `note` (default: on stderr) of how many: lines that
+    are not JSON or not UTF-8, such as the last one of a killed run, and rows of another form.
+
+    Raises UserError if the file cannot be read."""
+    path = folder / "log.jsonl"
+    try:
+        lines = [line for line in path.read_bytes().split(b"\n") if line]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it or delete it") from None
+    rows = [row for row in map(_row, lines) if row]
+    if damaged := len(lines) - len(rows):
+        note = note or (lambda text: print(text, file=sys.stderr))
+        note(f"note: {path}: left out {damaged} damaged line{'s' * (damaged > 1)} of {len(lines)}")
     return rows
+
+
+def _row(line: bytes) -> dict | None:
+    """The row in a line of the log: a step and numbers, of which MFU and bits per byte may be null (unknown)."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not has_type(row.get("step"), int):
+        return None
+    unknown = ("mfu", "val_bpb")
+    return row if all(has_type(v, NUMBER | None if key in unknown else NUMBER) for key, v in row.items()) else None

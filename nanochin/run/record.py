@@ -1,6 +1,7 @@
 """A run with its options resolved, and its records: config.json before the first step, summary.json after the last."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
@@ -104,5 +105,5 @@ def predicted(setup: Setup) -> dict:
     same = same and (meta.get("tokenizer"), meta.get("data_sha")) == (corpus.tokenizer.name, corpus.data_sha)
     loss = plan.predicted_loss if same else None
     interval = loss and law.forecast(getattr(plan.params, law.params_convention), plan.tokens)
-    low, high = interval or (None, None)
+    low, high = interval if interval and all(map(math.isfinite, interval)) else (None, None)
     return {"predicted_loss": loss, "predicted_low": low, "predicted_high": high}

@@ -19,7 +19,7 @@ from nanochin.base.cli import UserError
 from nanochin.base.files import read_json, write_json, writing
 from nanochin.config import Config
 from nanochin.run.curves import CURVES, Curves, log_points, read_csv_gz
-from nanochin.run.folder import first_difference, read_log
+from nanochin.run.folder import first_difference, read_log, read_record
 from nanochin.runrow import RunRow, read_csv, read_summary
 from nanochin.sweep.cells import Cell
 from nanochin.sweep.pool import Reply
@@ -67,11 +67,11 @@ class RunStore:
         elif (row := self.kept.get(cell.name)) and (outcome := self._kept_outcome(cell, row)):
             return outcome
         if (folder / "failed.json").exists():
-            return Outcome(reason=read_json(folder / "failed.json")["reason"])
+            return Outcome(reason=read_json(folder / "failed.json", {"reason": str})["reason"])
         return None
 
     def _check_same(self, cell: Cell, folder: Path) -> None:
-        theirs, shape = read_json(folder / "config.json").get("identity", {}), cell.plan.shape
+        theirs, shape = read_record(folder)["identity"], cell.plan.shape
         ours = {f.name: getattr(cell.config, f.name) for f in dataclasses.fields(Config) if f.metadata["result"]}
         ours |= {"vocab_size": shape.vocab_size, "head_size": shape.head_size, "ffn": shape.ffn, **self.fingerprints}
         ours = {key: value for key, value in json.loads(json.dumps(ours)).items() if value not in (None, "auto")}
@@ -120,8 +120,8 @@ class RunStore:
     def progress(self, cell: Cell) -> tuple[float, float | None]:
         """(share of the run that is done, last training loss), from its log."""
         try:
-            rows = [row for row in read_log(self.run_folder(cell.name)) if "loss" in row]
-        except OSError:
+            rows = [row for row in read_log(self.run_folder(cell.name), note=lambda _: None) if "loss" in row]
+        except UserError:  # no log yet
             rows = []
         if not rows:
             return 0.0, None
@@ -147,7 +147,9 @@ class Queue:
         self.cells += cells
         for cell in cells:
             if self.retry:
-                (self.store.run_folder(cell.name) / "failed.json").unlink(missing_ok=True)
+                failed = self.store.run_folder(cell.name) / "failed.json"
+                with writing(failed):
+                    failed.unlink(missing_ok=True)
             if outcome := self.store.outcome(cell):
                 self.outcomes[cell.name] = outcome
         self._fail_cooldowns()

@@ -1,14 +1,15 @@
 """Atomic file writes, and the commit in a record."""
 
 import hashlib
+import math
 import os
 import subprocess
 
 import pytest
 
 from nanochin.base import files
-from nanochin.base.cli import RunError
-from nanochin.base.files import sha256_of, versions, write_file
+from nanochin.base.cli import RunError, UserError
+from nanochin.base.files import read_json, sha256_of, versions, write_file, write_json
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
@@ -39,6 +40,59 @@ def test_write_file_is_atomic(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", look)
     write_file(path, b"new")
     assert seen == [b"old", b"new"]  # the file before its rename, then the folder
+
+
+FORM = {"count": int, "share": float | int, "name": str | None, "inner": {"on": int | None}, "flag": bool}
+RECORD = {"count": 3, "share": 0.5, "inner": {"on": 1}, "flag": True, "other": [1, {"a": "\u00e9"}]}
+
+
+def test_records_round_trip(tmp_path):
+    """A record is read back as written, wherever its values came from; one without a seal or an inner object too."""
+    path = tmp_path / "record.json"
+    write_json(path, RECORD)
+    assert read_json(path, FORM) == RECORD
+    path.write_text('{"count": 1, "share": 1, "flag": false}')
+    assert read_json(path, FORM) == {"count": 1, "share": 1, "flag": False}
+
+
+WRONG = [{"count": None}, {"count": True}, {"count": 3.0}, {"count": "3"}, {"share": math.nan}, {"share": 10**400},
+         {"share": math.inf}, {"name": 1}, {"inner": []}, {"inner": {"on": True}}, {"flag": 1}]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRONG, ids=str)
+def test_records_of_another_form(tmp_path, change):
+    """One line names the file, the key and the value, and says what to do."""
+    path = tmp_path / "record.json"
+    write_json(path, RECORD | change)
+    ((key, _),) = change.items()
+    with pytest.raises(UserError, match=rf"^{path}: cannot be read \({key}.* not .*\); restore it$"):
+        read_json(path, FORM, "restore it")
+
+
+def test_records_that_were_changed(tmp_path):
+    """Whatever byte is flipped, the record is refused, or what is read is what was written."""
+    path, refused = tmp_path / "record.json", 0
+    write_json(path, RECORD)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            found = read_json(path)
+        except UserError:
+            refused += 1
+        else:
+            found = {key: value for key, value in found.items() if len(key) < len(files.SEAL)}  # the name of its seal
+            assert found == RECORD
+    assert refused > len(content) / 2
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, SystemExit])
+def test_no_temporary_file_is_left(tmp_path, error):
+    """Also if something else than the disk ends the write."""
+    with pytest.raises(error), files.replacing(tmp_path / "a") as file:
+        file.write(b"x")
+        raise error
+    assert not list(tmp_path.iterdir())
 
 
 def test_hash_of_a_file(tmp_path):

@@ -185,6 +185,7 @@ def test_a_run_is_exported_by_the_command(tiny, tmp_path, command):
     run, out = Path(config.out) / "run", tmp_path / "exported"
     done = command("-m", "nanochin", "export", run, out)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith(f"{out}: LlamaForCausalLM; ")
+    assert {path.stat().st_mode for path in out.iterdir()} == {(run / "config.json").stat().st_mode}  # by umask
     model, tokenizer, _ = checkpoint.load_run(run)
     text = Path(config.data[0]).read_text()[:15]
     theirs, words = load(out), transformers.AutoTokenizer.from_pretrained(out)

@@ -1,10 +1,13 @@
+import copy
 import json
 import math
+import random
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from chinchilla import isoflop_grid
+from damage import change
 
 from nanochin.base.cli import UserError
 from nanochin.laws import BESIROGLU, HOFFMANN, bootstrap, fit_envelope, fit_isoflop, fit_parametric
@@ -93,8 +96,9 @@ def test_the_chosen_law_is_loaded(write):
     "laws, approach, says",
     [
         (None, 3, "No such file"),
-        ("not json", 3, "not JSON"),
-        ("[1, 2]", 3, "approach3"),
+        ("not json", 3, "laws.json of fit.py"),
+        ("[1, 2]", 3, "laws.json of fit.py"),
+        ({"approach3": {}}, 3, "needs the keys approach3 and meta"),
         (LAWS | {"meta": {}}, 1, "no approach 1"),
         (changed("approach3", A=math.nan), 3, "needs A"),
         (changed("approach3", alpha=0), 3, "needs alpha"),
@@ -116,6 +120,26 @@ def test_numbers_that_are_not_finite():
     """JSON has none: null, at any depth."""
     found = json.loads(laws_text({"ends": [1.0, math.inf], "deep": [{"ci": (np.float64("nan"), 2)}], "n": 3}))
     assert found == {"ends": [1.0, None], "deep": [{"ci": [None, 2]}], "n": 3}
+
+
+def test_damaged_laws(write):
+    """Values of other types, missing and unknown keys: one line that names the file, or a law that plans and has a
+    forecast of numbers or none."""
+    drawn = {name: [1.0, 1.1, 1.2] for name in (*CONSTANTS, "gamma")}
+    error = {"sd": 0.01, "tested": 3.0, "largest": 1e19}
+    fit = LAWS["approach3"] | {"gamma": 0.3, "replicates": drawn, "noise": 0.002, "form_error": error}
+    laws = LAWS | {"law": fit | {"cost": {"c": 18.6, "q": 0.35, "s": 1, "misfit": 0.05}}}
+    for seed in range(300):
+        draw = random.Random(seed)
+        path = write(change(copy.deepcopy(laws), draw, draw.choice(("type", "remove", "add"))))
+        try:
+            law = load_law(path, draw.choice((None, 2, 3)))
+        except UserError as problem:
+            assert path in str(problem) and "\n" not in str(problem)
+        else:
+            assert all(math.isfinite(value) for value in law.optimal(1e18))
+            interval = law.forecast(1e8, 1e9) if isinstance(law, Law) else None
+            assert interval is None or all(map(math.isfinite, interval))
 
 
 def test_laws_json_round_trip(write):

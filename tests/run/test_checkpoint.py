@@ -1,6 +1,7 @@
 import itertools
 import os
 import shutil
+import stat
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_round_trip(tmp_path, kind, options):
             assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
-FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "clock.json")
 CASES = [*itertools.product(FILES, ("truncated", "changed", "missing")), ("state.json", "another step")]
 
 
@@ -89,23 +90,66 @@ def test_damage_is_named(tmp_path, name, how):
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
 
 
-def test_newest_valid_skips_broken_checkpoints(tmp_path):
+def test_resume_skips_broken_checkpoints(tmp_path):
     """A run resumes from the newest valid checkpoint. Newer broken ones give a warning and are renamed, so that they
-    are neither found again nor kept instead of a good one. Without a valid one the result is None."""
-    assert checkpoint.newest(tmp_path) is None and checkpoint.newest_valid(tmp_path, print) is None
+    are neither found again nor kept instead of a good one. Without a valid one the state is empty."""
+    model, optimizer = make()
+
+    def resume() -> int | None:
+        said.clear()
+        return checkpoint.resume(tmp_path, model, optimizer, said.append).get("step")
+
+    said: list[str] = []
+    assert checkpoint.newest(tmp_path) is None is resume() and not said
     save(tmp_path, steps=(5, 9, 10))
     folder = tmp_path / "checkpoints"
     damage(folder / "step-10" / "model.safetensors", "truncated")
     damage(folder / "step-9" / "state.json", "missing")
-    warnings = []
-    assert checkpoint.newest_valid(tmp_path, warnings.append) == folder / "step-5"
-    assert len(warnings) == 2 and "step-10" in warnings[0] and "step-9" in warnings[1]
+    assert resume() == 5
+    assert all(f"step-{step}" in line for step, line in zip((10, 9, 5), said, strict=True))
     assert {p.name for p in folder.iterdir()} == {"step-5", "step-9.broken", "step-10.broken"}
     save(tmp_path, steps=(9,))
     checkpoint.prune(tmp_path, keep=1)
-    assert checkpoint.newest_valid(tmp_path, warnings.append) == folder / "step-9" and len(warnings) == 2
+    assert resume() == 9 and len(said) == 1
     damage(folder / "step-9" / "optimizer.safetensors", "changed")
-    assert checkpoint.newest_valid(tmp_path, warnings.append) is None
+    assert resume() is None and len(said) == 1
+
+
+@pytest.mark.parametrize("options", [{"bias": True}, {"tied": False}, {"ffn": 32}])
+def test_checkpoint_of_another_model(tmp_path, options):
+    """A missing or unknown name or another shape: a line that names file and tensor; the model keeps its weights."""
+    save(tmp_path, **options)
+    model, optimizer = make(seed=1)
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(UserError, match=r"step-2/model.safetensors: '.*\.weight|bias' is ") as error:
+        checkpoint.load(tmp_path / "checkpoints" / "step-2", model, optimizer)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_similar_names_are_no_checkpoints(tmp_path):
+    """Copies of a checkpoint under other names and files are left alone; one under the number of another step is not
+    valid."""
+    save(tmp_path)
+    folder, model = tmp_path / "checkpoints", make(seed=1)[0]
+    for name in ("step-2-copy", "step-2-old2", "step-02", "step-\u0663", "step-", "step-7.tmp.old"):
+        shutil.copytree(folder / "step-2", folder / name)
+    (folder / "step-8").touch()
+    assert checkpoint.steps(tmp_path) == [2] and checkpoint.load_newest(tmp_path, model)[0]["step"] == 2
+    shutil.copytree(folder / "step-2", folder / "step-9")
+    state, errors = checkpoint.load_newest(tmp_path, model)
+    assert state["step"] == 2 and list(errors) == [folder / "step-9"]
+
+
+def test_modes_of_files(tmp_path):
+    """All files have the permissions that umask leaves."""
+    before = os.umask(0o027)
+    try:
+        save(tmp_path)
+    finally:
+        os.umask(before)
+    files = list((tmp_path / "checkpoints" / "step-2").iterdir())
+    assert len(files) == 4 and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}
 
 
 def test_unfinished_checkpoints_are_ignored(tmp_path):
@@ -113,7 +157,7 @@ def test_unfinished_checkpoints_are_ignored(tmp_path):
     model, optimizer = save(tmp_path, steps=(3,))
     folder = tmp_path / "checkpoints"
     shutil.copytree(folder / "step-3", folder / "step-7.tmp")
-    assert checkpoint.newest(tmp_path) == checkpoint.newest_valid(tmp_path, print) == folder / "step-3"
+    assert checkpoint.newest(tmp_path) == folder / "step-3"
     (folder / "step-7.tmp" / "stray").touch()
     checkpoint.save(tmp_path, 7, model, optimizer, STATE)
     assert checkpoint.steps(tmp_path) == [3, 7] and not (folder / "step-7" / "stray").exists()
@@ -148,7 +192,7 @@ def test_order_of_a_save(tmp_path, monkeypatch):
     assert after == [folder.stat().st_ino]
 
 
-FAILURES = [("save_file", 1), ("save_file", 2), *(("fsync", n) for n in range(1, 5)), ("rename", 1)]
+FAILURES = [("save_file", 1), ("save_file", 2), *(("fsync", n) for n in range(1, 7)), ("rename", 1)]
 
 
 @pytest.mark.parametrize("call, nth", FAILURES)
@@ -169,6 +213,10 @@ def test_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch, call, nth)
     message = str(raised.value)
     assert message.startswith(f"{folder / 'step-2'}: ") and message.endswith(str(folder / "step-1"))
     assert raised.value.code == 1
+    assert [p.name for p in folder.iterdir()] == ["step-1"]
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # an error that is not the disk's
+        patch.setattr(checkpoint, "to_json", lambda _: 1 / 0)
+        checkpoint.save(tmp_path, 2, model, optimizer, STATE)
     assert [p.name for p in folder.iterdir()] == ["step-1"]
     checkpoint.save(tmp_path, 2, model, optimizer, STATE)
     assert checkpoint.steps(tmp_path) == [1, 2]

@@ -4,13 +4,25 @@ import re
 import shutil
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, arguments
 
 import train
 from nanochin.base.cli import UserError, opt
 from nanochin.base.console import Progress
 from nanochin.config import Config
-from nanochin.run.folder import BusyError, Run, find_run, first_difference, open_run, read_log, run_identity, run_name
+from nanochin.run.folder import (
+    BusyError,
+    Run,
+    check_name,
+    find_run,
+    first_difference,
+    moved,
+    open_run,
+    read_log,
+    read_record,
+    run_identity,
+    run_name,
+)
 from nanochin.run.record import describe
 
 RECORD = {"identity": {"lr": 0.1, "model": "16x1", "seed": 0}, "options": {}}
@@ -107,7 +119,7 @@ def test_different_text_is_a_different_run(tiny, text, tmp_path):
 def test_folder_is_locked_while_open(tmp_path):
     """Another process cannot open a run inside the block; afterwards, even after an error, it is unlocked."""
     with pytest.raises(ZeroDivisionError), open_run(tmp_path, "a", RECORD) as run:
-        assert json.loads((run.folder / "config.json").read_text()) == RECORD
+        assert read_record(run.folder) == RECORD == run.began
         with pytest.raises(BusyError), open_run(tmp_path, "a", RECORD):
             pass
         with open_run(tmp_path, "b", RECORD):  # other runs are not locked
@@ -123,7 +135,7 @@ def test_folder_of_a_different_run_is_rejected(tmp_path):
     other = {"identity": RECORD["identity"] | {"seed": 5, "model": "24x1"}}
     with pytest.raises(UserError, match="model = 16x1, this one has 24x1"), open_run(tmp_path, "a", other):
         pass
-    assert json.loads((tmp_path / "a" / "config.json").read_text()) == RECORD
+    assert read_record(tmp_path / "a") == RECORD
     with open_run(tmp_path, "a", RECORD | {"device": "another"}) as run:
         assert run.folder == tmp_path / "a"
 
@@ -156,3 +168,56 @@ def test_log_is_cut_to_the_checkpoint(tmp_path, end):
     run.cut_log(20)
     assert (tmp_path / "log.jsonl").read_text() == kept
     assert read_log(tmp_path) == ROWS[:3]
+
+
+GOOD = {"step": 3, "tokens": 9, "loss": 2.5, "mfu": None}
+BAD = [b"{", b"\xff\xfe", b"[1]", b"7", b"null", b"[" * 10_000, b'{"loss": 2.5}', b'{"step": 3.5}', b'{"step": true}',
+       b'{"step": 1, "loss": "2"}', b'{"step": 1, "loss": null}', b'{"step": 1, "loss": NaN}',
+       b'{"step": 1, "tokens": 1' + b"0" * 400 + b"}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("bad", BAD, ids=range(len(BAD)))
+def test_damaged_lines_of_a_log(tmp_path, bad):
+    """A line that is no row is left out wherever it stands; one note counts them. A folder is no log."""
+    path, notes = tmp_path / "log.jsonl", []
+    good = json.dumps(GOOD).encode()
+    for lines in ([bad, good, good], [good, bad, bad, good], [good, good, bad]):
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        assert read_log(tmp_path, notes.append) == [GOOD, GOOD]
+        assert f"{path}: left out {len(lines) - 2} damaged line" in notes.pop() and not notes
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UserError, match="log.jsonl: cannot be read"):
+        read_log(tmp_path)
+
+
+@pytest.mark.parametrize("left", ["log.jsonl", "summary.json", "checkpoints"])
+def test_lost_config(tmp_path, left):
+    """A folder with results whose config.json was lost is refused: it could be that of a run with other options."""
+    with open_run(tmp_path, "a", RECORD) as run:
+        pass
+    (run.folder / "config.json").unlink()
+    (run.folder / left).touch()
+    with pytest.raises(UserError, match=f"{run.folder}/config.json: cannot be read"), open_run(tmp_path, "a", RECORD):
+        pass
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\\b", "/a", "a\n", "\x1b[31m", "a\0"])
+def test_names_that_are_no_folders(tiny, refusal, name):
+    """--name is refused in one line, without a folder."""
+    with pytest.raises(UserError, match="^`name` "):
+        check_name(name)
+    if "\0" not in name:
+        assert "--name" in refusal(*arguments(tiny(name=name)), *([] if name else ["--name="]))
+    check_name("a b-1.5@\u00e9...")
+
+
+def test_moved_to_another_machine(tiny, capsys):
+    """A note names what a run began with and now has not; without a difference there is none."""
+    now = {"device": "cpu", "threads": 2, "versions": {"torch": "2.9"}}
+    assert moved(now, now) == moved({}, now) == ""
+    assert moved(now, {"device": "gpu", "threads": 1, "versions": {}}) == "device cpu, threads 2, torch 2.9"
+    with open_run(tiny().out, "run", describe(train.resolve(tiny(threads=1), Progress(quiet=True)))):
+        pass
+    train.train(tiny(name="run", threads=2))
+    assert "note: this run began with threads 1;" in capsys.readouterr().out

@@ -69,6 +69,20 @@ def test_outcome(store, cells):
         store.outcome(dataclasses.replace(running, config=dataclasses.replace(running.config, beta1=0.8)))
 
 
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "failed.json"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"identity": 1, "loss": "1.5", "reason": ["x"]}', None])
+def test_damaged_records(store, cells, name, content):
+    """One line that names the file, also if it is a folder."""
+    (finished if name == "summary.json" else begun)(store, cells[0])
+    store.fail(cells[0], "it diverged")
+    path = store.run_folder(cells[0].name) / name
+    path.unlink()
+    path.mkdir() if content is None else path.write_text(content)
+    with pytest.raises(UserError) as error:
+        Queue(store, cells[:1], retry_failed=content is None)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_kept_rows(store, cells):
     """A kept row of this cell without a loss or with other options is rejected by name. A failed run stays failed if
     its kept row does not count: a failure, or another text."""

@@ -1,0 +1,224 @@
+"""A file of a run is damaged, then the run is resumed, sampled, evaluated, exported or fitted: each gives one line that
+says what is wrong, or the result of the run without damage."""
+
+import contextlib
+import io
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import arguments, tiny_config
+from damage import change
+from safetensors.torch import load_file
+
+import fit
+import nanochin.__main__
+import train
+from nanochin.base.cli import run_command
+from nanochin.base.files import SEAL, read_json, sha256_of, to_json
+from nanochin.run import checkpoint
+
+STEPS = (20, 60, 109)  # of the checkpoints; the stopped run has the first two
+COMMANDS = ("sample", "evaluate", "export", "fit")
+
+
+def call(main, *argv) -> tuple[int, str, str]:
+    """A command in this process -> (exit code, stdout, stderr). Other exceptions than those of a command are raised."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["command", *map(str, argv)])
+        patch.setattr(train, "peak_of", lambda *_: (1e11, "as the test says"))
+        with pytest.raises(SystemExit) as end:
+            run_command(main, "command")
+    out.flush()
+    err.flush()
+    return end.value.code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
+
+
+def command(name: str, run: Path, spare: Path):
+    """(exit code, result, stderr) of a command on a run: what it prints, or the weights that it exports."""
+    if name == "fit":
+        return call(fit.main, run.parent, "--out", spare / "fit", "--figures=none")
+    words = {"sample": ["--tokens=20"], "evaluate": ["--data", __file__], "export": [spare / "export"]}[name]
+    code, out, err = call(nanochin.__main__.main, name, run, *words)
+    if name == "export" and code == 0:
+        return code, sha256_of(spare / "export" / "model.safetensors"), err
+    return code, out, err
+
+
+def result(run: Path) -> tuple:
+    """Weights, moments and row of a finished run."""
+    tensors = [load_file(run / "checkpoints" / f"step-{STEPS[-1]}" / name) for name in checkpoint.DIGESTS]
+    bits = [{key: tensor.tolist() for key, tensor in named.items()} for named in tensors]
+    return bits, {key: value for key, value in read_json(run / "summary.json").items() if key != "seconds"}
+
+
+class Reference:
+    """A finished run, the same run stopped after step 80, and what each command gives from each checkpoint."""
+
+    def __init__(self, text: Path, cache: Path, folder: Path):
+        options = {"name": "run", "seq_len": 64, "batch_tokens": 64, "tokens": 7e3, "log_every": 7, "eval_every": 30,
+                   "save_steps": STEPS[:2]}  # fmt: skip
+        self.argv = arguments(tiny_config(text, cache, folder / "finished", **options))
+        stopped = arguments(tiny_config(text, cache, folder / "stopped", **options))
+        self.folder = {name: folder / name / "run" for name in ("finished", "stopped")}
+        assert call(train.main, *self.argv)[0] == 0
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+            original, left = train.train_step, iter(range(80))
+            patch.setattr(train, "train_step", lambda *args: original(*args) if next(left, None) is not None else 1 / 0)
+            call(train.main, *stopped)
+        self.result, self.said = result(self.folder["finished"]), {name: {} for name in COMMANDS}
+        for step in STEPS:
+            run = folder / str(step) / "run"
+            shutil.copytree(self.folder["finished"], run)
+            for other in set(STEPS) - {step}:
+                shutil.rmtree(run / "checkpoints" / f"step-{other}")
+            for name in COMMANDS[:-1]:
+                code, self.said[name][step], err = command(name, run, run.parent)
+                assert code == 0, err
+
+
+@pytest.fixture(scope="module")
+def reference(text, cache, tmp_path_factory) -> Reference:
+    return Reference(text, cache, tmp_path_factory.mktemp("reference"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Damage: functions of a file (or of a run) and a random.Random
+
+
+def of_json(how: str, sealed: bool):
+    """`change` in a JSON file or a line of a log. Its seal is kept, which then does not fit, or removed."""
+
+    def damage(path: Path, draw: random.Random) -> None:
+        if path.suffix == ".jsonl":
+            lines = path.read_text().splitlines()
+            i = draw.randrange(len(lines))
+            lines[i] = json.dumps(change(json.loads(lines[i]), draw, how))
+            path.write_text("\n".join(lines) + "\n")
+        else:
+            value = json.loads(path.read_text())
+            seal = value.pop(SEAL)
+            path.write_text(json.dumps(change(value, draw, how) | ({SEAL: seal} if sealed else {})))
+
+    return damage
+
+
+def of_tensors(how: str, matching: bool):
+    """In the header of a safetensors file, with its digest in state.json `matching` or not."""
+
+    def damage(path: Path, draw: random.Random) -> None:
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        one, two = draw.sample([name for name in header if name != "__metadata__"], 2)
+        if how == "swap":
+            two = draw.choice([name for name in header if header[name].get("shape") != header[one]["shape"]])
+            header[one], header[two] = header[two], header[one]
+        elif how == "name":
+            header["other"] = header.pop(one)
+        else:
+            header[one]["shape"] = [1, *header[one]["shape"]]
+        packed = json.dumps(header).encode()
+        path.write_bytes(len(packed).to_bytes(8, "little") + packed + content[8 + size :])
+        if matching:
+            state = read_json(path.parent / "state.json")
+            state["sha256"][path.name] = sha256_of(path)
+            (path.parent / "state.json").write_bytes(to_json(state))
+
+    return damage
+
+
+def flip(path: Path, draw: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    for _ in range(draw.choice((1, 1, 8))):
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+def to_folder(path: Path, draw: random.Random) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def insert(path: Path, draw: random.Random) -> None:
+    """A piece that is no JSON, or not UTF-8, at a random place."""
+    content, at = path.read_bytes(), draw.randrange(path.stat().st_size)
+    path.write_bytes(content[:at] + draw.choice((b"\n", b"\xff\xfe", b"{", b"[" * 5000, b"NaN")) + content[at:])
+
+
+def copied(path: Path, draw: random.Random) -> None:
+    """The checkpoint once more, under a name that no checkpoint has, or the name of another step."""
+    name = draw.choice(("step-109-copy", "step-109-old2", "step-0109", "step-٣", "step-300", "step--1", "step-"))
+    shutil.copytree(path.parent, path.parent.with_name(name))
+
+
+ANY = {
+    "delete": lambda path, draw: path.unlink(),
+    "empty": lambda path, draw: path.write_bytes(b""),
+    "truncate": lambda path, draw: path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)]),
+    "flip": flip,
+    "insert": insert,
+    "folder": to_folder,
+}
+BOTH = (True, False)
+JSON = {f"{how}, sealed {kept}": of_json(how, kept) for how in ("type", "remove", "add") for kept in BOTH}
+TENSORS = {f"{how}, matching {fits}": of_tensors(how, fits) for how in ("swap", "name", "shape") for fits in BOTH}
+
+
+def damage(run: Path, draw: random.Random) -> tuple[Path, str]:
+    """Damage a random file of a run -> the file and how."""
+    path = draw.choice(sorted(path for path in run.rglob("*") if path.is_file() and path.name != ".lock"))
+    ways = dict(ANY)
+    if path.suffix.startswith(".json"):
+        ways |= JSON
+    if path.suffix == ".safetensors":
+        ways |= TENSORS
+    if path.parent.name.startswith("step-"):
+        ways["copied"] = copied
+    how = draw.choice(sorted(ways))
+    ways[how](path, draw)
+    return path.relative_to(run), how
+
+
+FAST, ALL = 40, 400
+SEEDS = [*range(FAST), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(FAST, ALL))]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_damaged_run(reference, tmp_path, one_thread, seed):
+    """Each command reads the run, then train.py resumes it: one line on stderr, or the same result."""
+    draw = random.Random(seed)
+    kind = draw.choice(("finished", "stopped"))
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(reference.folder[kind], run)
+    path, how = damage(run, draw)
+
+    def is_error(code: int, err: str) -> bool:
+        assert code in (0, 1, 2) and "Traceback" not in err
+        assert code == 0 or (err.count("\n") == 1 and ": " in err), err
+        return code != 0
+
+    said = []
+    for name in COMMANDS if seed >= FAST else draw.sample(COMMANDS, 1):
+        code, out, err = command(name, run, tmp_path)
+        said.append((name, err or "same"))
+        if not is_error(code, err) and name != "fit":
+            in_checkpoint = path.parts[0] == "checkpoints"
+            steps = STEPS[: 3 if kind == "finished" else 2]
+            assert out in [reference.said[name][step] for step in (steps if in_checkpoint else steps[-1:])]
+
+    code, out, err = call(train.main, *reference.argv, f"--out={run.parent}")
+    said.append(("resume", err or "same"))
+    if not is_error(code, err):
+        bits, row = reference.result
+        assert f"{row['loss']:.4f}" in out
+        found = read_json(run / "summary.json")
+        assert all(found.get(key) in (None, value) for key, value in row.items()) and found["loss"] == row["loss"]
+        if kind == "stopped" or path.parts[-1] == "summary.json":
+            assert result(run)[0] == bits
+        assert not list(run.rglob("*.tmp"))
+    print(f"\nDAMAGE {kind} {path} {how}: {said}")
