@@ -17,6 +17,7 @@ from conftest import ROOT, prepare, words
 from filelock import FileLock
 
 from nanochin.base.cli import UserError
+from nanochin.config import TextOptions
 from nanochin.data import cache as module
 from nanochin.data.cache import UNFINISHED
 from nanochin.data.corpus import read_tokens
@@ -161,7 +162,7 @@ def test_long_documents_are_cut_where_no_token_changes(tmp_path, cache, monkeypa
         request.getfixturevalue("tiktoken_ranks")
         tokenizer = Tokenizer.load(name)
     monkeypatch.setattr(module, "BATCH", 300)
-    tokens, size = read_tokens((str(tmp_path / "code.txt"),), tokenizer)
+    tokens, size, _ = read_tokens((str(tmp_path / "code.txt"),), tokenizer, TextOptions())
     whole = tokenizer.encoding.encode_ordinary(code)
     assert tokens.tolist() == [tokenizer.eot, *whole, tokenizer.eot] and size == len(code.encode())
 

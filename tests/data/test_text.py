@@ -15,6 +15,8 @@ import pytest
 from conftest import words
 
 from nanochin.base.cli import UserError
+from nanochin.config import TextOptions
+from nanochin.data import formats
 from nanochin.data import text as module
 from nanochin.data.text import BLOCK, Stage, Text, Tokens, find_files, fingerprint, read_text, split, thin
 
@@ -34,11 +36,13 @@ def write(path: Path, content: bytes | str) -> Path:
 
 @pytest.fixture
 def read(tmp_path):
-    """`read(path, skip_bad=False)`: the flat text of a file or folder, in a new folder each time."""
+    """`read(path, skip_bad=True, ...)`: the flat text of a file or folder, in a new folder each time."""
     count = iter(range(100))
 
     def run(path: Path, **options) -> Text:
-        return read_text(find_files([str(path)]), tmp_path / f"flat{next(count)}", Stage("reading"), **options)
+        how = TextOptions(**options)
+        files = find_files([str(path)], column=how.text_column)
+        return read_text(files, tmp_path / f"flat{next(count)}", Stage("reading"), how)
 
     return run
 
@@ -138,13 +142,14 @@ def test_compressed_files(tmp_path, suffix, read):
 @pytest.mark.parametrize("piece", [1, 2, 3, 1 << 20])
 def test_invalid_bytes_are_skipped_and_counted(tmp_path, monkeypatch, piece, read):
     """Also NUL and a byte-order mark; CRLF and characters that span two reads are kept."""
-    monkeypatch.setattr(module, "PIECE", piece)
-    text = read(write(tmp_path / "a.txt", b"\xef\xbb\xbfa\xff\r\nb\x00\xe4\xb8\xad\xf0\x9f\x99\x82\xe4\xb8"))
-    assert documents(text) == ["a\r\nb中🙂".encode()]
-    assert text.skipped == 4  # FF, NUL, and the two bytes of half a character
-    lines = b'\xef\xbb\xbf{"text": "a\xff\xc3\xa9\\u0000"}\n{"text": ""}\n{"text": "b\\ud83d"}'
+    monkeypatch.setattr(formats, "PIECE", piece)
+    start, rest = b"\xef\xbb\xbfa\xff\r\nb\x00\xe4\xb8\xad\xf0\x9f\x99\x82", b"x" * 400
+    text = read(write(tmp_path / "a.txt", start + rest + b"\xe4\xb8"))
+    assert documents(text) == ["a\r\nb中🙂".encode() + rest]
+    assert text.skipped == 4 and text.tallies[0].nul == 1  # FF, NUL, and the two bytes of half a character
+    lines = b'\xef\xbb\xbf{"text": "a\xff\xc3\xa9\\u0000%s"}\n{"text": ""}\n{"text": "b\\ud83d"}' % rest
     text = read(write(tmp_path / "a.jsonl", lines))
-    assert documents(text) == ["aé".encode(), b"b"]  # an empty document does not count
+    assert documents(text) == ["aé".encode() + rest, b"b"]  # an empty document does not count
     assert text.skipped == 5  # FF, NUL, and three for half a surrogate pair
 
 

@@ -13,6 +13,7 @@ from conftest import prepare
 
 import train
 from nanochin.base.cli import UserError
+from nanochin.config import TextOptions
 from nanochin.data import token_files as module
 from nanochin.data.corpus import read_tokens
 from nanochin.data.text import Tokens
@@ -99,7 +100,7 @@ def test_integer_types_of_megatron(tmp_path, code):
     for modes in (False, True):
         path = megatron(tmp_path / "corpus_text_document.bin", ids, code, modes)
         for name in (path, path.with_suffix(".idx"), path.with_suffix("")):
-            assert read_tokens((str(name),), Tokenizer.load("ids-100"))[0].tolist() == ids.tolist()
+            assert read_tokens((str(name),), Tokenizer.load("ids-100"), TextOptions())[0].tolist() == ids.tolist()
 
 
 def test_shards_are_one_stream(tmp_path):
