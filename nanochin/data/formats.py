@@ -67,7 +67,7 @@ def notes(tallies: list[Tally], separator: str | None) -> list[str]:
     most = max(tallies, key=attrgetter("separators"))
     if separator and not most.separators:
         said.append(f"`document_separator` {separator}: not in the text")
-    if not separator and most.separators >= MANY:
+    if not separator and most.separators >= MANY and not most.name.endswith(".py"):
         what = f"{END_OF_TEXT} occurs {most.separators} times and is read as text"
         said.append(f"{most.name}: {what}; `document_separator` '{END_OF_TEXT}' splits documents there")
     return said

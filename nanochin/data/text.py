@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import chain
 from pathlib import Path
 
@@ -190,9 +191,7 @@ def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
         for root in dict.fromkeys(roots):
             yield from ((path, key, ".py") for path, key in _walk(root, NOT_SOURCE) if path.endswith(".py"))
         return
-    named = [item] if os.path.exists(item) else glob.glob(item, recursive=True)
-    if "**" in item:  # follows links in circles: of a file's names the shortest
-        named = {os.path.realpath(path): path for path in sorted(named, key=lambda path: (-len(path), path))}.values()
+    named = [item] if os.path.exists(item) else _glob(item)
     if not named and os.path.exists(item + ".idx"):
         named = [item + ".idx"]  # Megatron names a pair of files by their common prefix
     if not named:
@@ -213,6 +212,29 @@ def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
             known = f"{' '.join(formats.IN_FOLDERS)} .json, also with {' '.join(formats.UNPACKERS)}"
             raise UserError(f"`{option}` {item}: no text in this folder; looked for {known}")
         yield from inside
+
+
+def _glob(pattern: str) -> Iterable[str]:
+    """Like `glob.glob`, whose `**` would follow links in circles."""
+    start, *rest = re.split(r"(?<![^/])\*\*/", pattern, maxsplit=1)
+    if not rest:
+        return glob.glob(pattern)
+    found = {}
+    for top in glob.glob(start) if start else ["."]:
+        for _, key in _walk(top, follow=True):
+            names = key.split("/")
+            for n in range(1, len(names) + 1):  # a folder may match too
+                if _matches(names[:n], ["**", *rest[0].split("/")]):
+                    found[os.path.join(top, *names[:n])] = True
+    return found
+
+
+def _matches(names: list[str], pattern: list[str]) -> bool:
+    if not names or not pattern:
+        return names == pattern
+    if pattern[0] == "**":
+        return _matches(names, pattern[1:]) or _matches(names[1:], pattern)
+    return fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
 
 
 NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -311,7 +333,8 @@ def _read_part(files: list[File], path: Path, stage: Stage, options: TextOptions
                     ends.append(position)
                     hashes.append(int.from_bytes(sha.digest()[:8], "big"))
                     start, sha = position, hashlib.sha256()
-            formats.refuse_excess(file.path, tally, options.encoding)
+            if file.format != ".py":  # an installed package must not make `python-all` unusable
+                formats.refuse_excess(file.path, tally, options.encoding)
     return Text(Tokens.map([path], np.uint8), np.array(ends), np.array(hashes), tallies)
 
 

@@ -237,6 +237,41 @@ def test_files_of_no_format(tmp_path):
             prepare(tmp_path / name, vocab_size=65_536, cache=tmp_path / "cache")
 
 
+def test_uint32_without_a_header(tmp_path):
+    """Recognised where uint16 cannot be right: a vocabulary above 65,536, or zeros at every second place. Noted."""
+    large, small = some_ids(3000) * 300, some_ids(3000)
+    for ids, V in ((large, 100_277), (small, 100_277), (small, 300)):
+        path = tmp_path / f"{V}.bin"
+        path.write_bytes(ids.astype("<u4").tobytes())
+        corpus = prepare(path, vocab_size=V, cache=tmp_path)
+        assert sorted([*corpus.train[:], *corpus.val[:]]) == sorted(ids) and "uint32" in corpus.format
+        assert len(corpus.notes) == 1 and str(path) in corpus.notes[0] and "uint32" in corpus.notes[0]
+    zeros = nanogpt(tmp_path / "zeros.bin", np.arange(3000) // 2 % 2 * small)  # every second is not 0
+    assert prepare(zeros, vocab_size=V, cache=tmp_path).format == "nanoGPT"
+    for ids, V in ((small, 100_277), (small[1:], 100_277)):  # uint16, of even and odd number
+        with pytest.raises(UserError, match=r"u16\.bin: .*uint32"):
+            prepare(nanogpt(tmp_path / "u16.bin", ids), vocab_size=V, cache=tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 19, 20, 39])
+def test_too_few_tokens(tmp_path, count):
+    """5% of them is less than two: one line that names the file."""
+    path = nanogpt(tmp_path / "few.bin", range(count))
+    with pytest.raises(UserError, match=r"few\.bin: too few tokens"):
+        prepare(path, vocab_size=V, cache=tmp_path)
+
+
+def test_text_named_as_tokens(tmp_path):
+    """Text and packed files named .bin are refused: as uint16 all their ids may be in the vocabulary."""
+    for name, content in {
+        "text.bin": b"hello world " * 99,
+        "packed.bin": gzip.compress(os.urandom(1000), mtime=0),
+    }.items():
+        (tmp_path / name).write_bytes(content[: len(content) // 2 * 2])
+        with pytest.raises(UserError, match=f"{name}: .*not token ids"):
+            prepare(tmp_path / name, vocab_size=65_536, cache=tmp_path)
+
+
 def test_the_vocabulary_is_not_guessed_nor_unpickled(tmp_path, monkeypatch):
     """Without `tokenizer` or `vocab_size` the vocabulary is unknown; meta.pkl is mentioned and never loaded."""
     path, meta = nanogpt(tmp_path / "train.bin", some_ids(100)), tmp_path / "meta.pkl"
