@@ -22,19 +22,7 @@ from nanochin.base.console import Progress
 from nanochin.base.files import fsync, sha256_of
 from nanochin.config import TextOptions
 from nanochin.data import formats
-from nanochin.data.text import (
-    MAX_HELD_OUT,
-    File,
-    Stage,
-    Text,
-    batches,
-    char_start,
-    fingerprint,
-    read_text,
-    split,
-    thin,
-    total_bytes,
-)
+from nanochin.data.text import File, Stage, Text, batches, char_start, fingerprint, read_text, split, thin, total_bytes
 from nanochin.data.tokenizer import Tokenizer, train_bpe
 
 VERSION = 1  # of the cache folder's content; part of its name
@@ -120,11 +108,9 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
         train, val = (text.whole for text in texts)
     else:
         train, val = split(text, recipe.val_bytes)
-    val_text, held_out = texts[-1], total_bytes(val) / len(text.bytes)
-    said = formats.notes([tally for text in texts for tally in text.tallies], recipe.options.document_separator)
-    if not recipe.val and round(held_out, 2) > MAX_HELD_OUT:
-        why = f"more than {MAX_HELD_OUT:.0%}, since its documents are few or equal"
-        said.append(f"{held_out:.0%} of the text is held out, {why}; `val` names other text")
+    val_text, held_out = texts[-1], 0 if recipe.val else total_bytes(val) / len(text.bytes)
+    tallies = [tally for text in texts for tally in text.tallies]
+    notes = formats.notes(tallies, recipe.options.document_separator, held_out)
     val = thin(val_text, val, recipe.val_bytes)
 
     if recipe.tokenizer == "bpe":
@@ -143,7 +129,7 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     corpus = {"name": recipe.name, "data_sha": fingerprint(recipe.train), "val_sha": val_sha.hexdigest(),
         "train_bytes": total_bytes(train), "val_bytes": total_bytes(val), "documents": _count_documents(text, train),
         "val_documents": _count_documents(val_text, val), "skipped_bytes": sum(t.skipped for t in texts),
-        "skipped_records": sum(t.bad for t in texts), "notes": said}  # fmt: skip
+        "skipped_records": sum(t.bad for t in texts), "notes": notes}  # fmt: skip
     return {"version": VERSION, "tokenizer": tokenizer.name, "corpus": corpus}
 
 

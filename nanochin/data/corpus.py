@@ -149,8 +149,8 @@ def _fetch(option: str, config: Config, progress: Progress | None) -> tuple[str,
     paths = []
     for item in getattr(config, option) or ():
         if item.startswith(sources.PREFIX):
-            tokenizer = config.tokenizer or "bytes"
-            source = sources.parse(item, option, config.max_tokens, tokenizer, config.vocab_size, config.text_column)
+            source = sources.parse(item, option, config.max_tokens, config.tokenizer or "bytes", config.vocab_size)
+            source = replace(source, column=config.text_column)
             path = Path(config.cache, "hub", source.place)
             _make_once(path, partial(sources.stream, source, path, progress), progress)
             item = str(path)

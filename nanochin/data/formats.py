@@ -27,6 +27,7 @@ PIECE = 1 << 20  # bytes read at a time
 HEAD = 1 << 16  # bytes that show the format
 MAX_UNDECODABLE = 0.01  # of a file's bytes; above, the file is in another encoding
 MANY = 3  # occurrences of end-of-text in a file that are worth a note
+MAX_HELD_OUT = 0.05  # maximum fraction of the text held out for validation
 MAX_NUL = 0.1  # of a file's bytes; above, the file is binary or UTF-16
 
 TOKENS = ".bin"  # not text: token_files.py
@@ -53,7 +54,7 @@ class Tally:
         self.records += 1
 
 
-def notes(tallies: list[Tally], separator: str | None) -> list[str]:
+def notes(tallies: list[Tally], separator: str | None, held_out: float = 0) -> list[str]:
     """What was left out of the text, with the file that lost most, and what may have been overlooked in it."""
     said = []
     for name, what in (
@@ -70,6 +71,9 @@ def notes(tallies: list[Tally], separator: str | None) -> list[str]:
     if not separator and most.separators >= MANY and not most.name.endswith(".py"):
         what = f"{END_OF_TEXT} occurs {most.separators} times and is read as text"
         said.append(f"{most.name}: {what}; `document_separator` '{END_OF_TEXT}' splits documents there")
+    if round(held_out, 2) > MAX_HELD_OUT:
+        why = f"more than {MAX_HELD_OUT:.0%}, since its documents are few or equal"
+        said.append(f"{held_out:.0%} of the text is held out, {why}; `val` names other text")
     return said
 
 
@@ -310,11 +314,5 @@ def read_parquet(stream: BinaryIO, path: str, options: TextOptions, tally: Tally
                     yield text, True
 
 
-READERS = {
-    ".txt": read_txt,
-    ".jsonl": read_records,
-    ".json": read_records,
-    ".parquet": read_parquet,
-    ".py": read_txt,
-    "": read_unknown,
-}
+READERS = {".txt": read_txt, ".py": read_txt, "": read_unknown, ".parquet": read_parquet}
+READERS |= {".jsonl": read_records, ".json": read_records}

@@ -35,7 +35,7 @@ class Source:
     max_tokens: float
     tokenizer: str
     vocab_size: int | None
-    column: str
+    column: str = TextOptions.text_column
 
     @property
     def place(self) -> str:
@@ -46,21 +46,14 @@ class Source:
         return f"{hashlib.sha256(json.dumps(options).encode()).hexdigest()[:12]}/{name}.jsonl"
 
 
-def parse(
-    item: str,
-    option: str,
-    max_tokens: float | None,
-    tokenizer: str,
-    vocab_size: int | None,
-    column: str = TextOptions.text_column,
-) -> Source:
+def parse(item: str, option: str, max_tokens: float | None, tokenizer: str, vocab_size: int | None) -> Source:
     """Raises UserError for an item that is not hf:OWNER/NAME[:CONFIG], and without `max_tokens`."""
     dataset, _, config = item.removeprefix(PREFIX).partition(":")
     if not re.fullmatch(r"[^\s:]*[^\s:/]", dataset):
         raise UserError(f"`{option}` {item}: expected hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
     if max_tokens is None:
         raise UserError(f"`{option}` {item}: needs `max_tokens`, the tokens to read, such as 1e8")
-    return Source(f"`{option}` {item}", dataset, config or None, max_tokens, tokenizer, vocab_size, column)
+    return Source(f"`{option}` {item}", dataset, config or None, max_tokens, tokenizer, vocab_size)
 
 
 def stream(source: Source, path: Path, progress: Progress | None) -> None:

@@ -20,9 +20,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
@@ -31,11 +30,10 @@ from nanochin.base.console import Progress
 from nanochin.base.files import cores, sha256_of
 from nanochin.config import TextOptions
 from nanochin.data import formats
-from nanochin.data.formats import TOKENS, Tally, format_of_name
+from nanochin.data.formats import MAX_HELD_OUT, TOKENS, Tally, format_of_name
 
 BLOCK = 1 << 16  # bytes: unit of thinning, and of hashing if there are too few documents
 PART = 1 << 23  # bytes of files that one thread hashes, or reads into one part of the flat text
-MAX_HELD_OUT = 0.05  # maximum fraction of the text held out for validation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,20 +219,9 @@ def _glob(pattern: str) -> Iterable[str]:
         return glob.glob(pattern)
     found = {}
     for top in glob.glob(start) if start else ["."]:
-        for _, key in _walk(top, follow=True):
-            names = key.split("/")
-            for n in range(1, len(names) + 1):  # a folder may match too
-                if _matches(names[:n], ["**", *rest[0].split("/")]):
-                    found[os.path.join(top, *names[:n])] = True
+        for key in (PurePath(key) for _, key in _walk(top, follow=True)):
+            found |= {os.path.join(top, name): True for name in (key, *key.parents) if name.match(*rest)}
     return found
-
-
-def _matches(names: list[str], pattern: list[str]) -> bool:
-    if not names or not pattern:
-        return names == pattern
-    if pattern[0] == "**":
-        return _matches(names, pattern[1:]) or _matches(names[1:], pattern)
-    return fnmatchcase(names[0], pattern[0]) and _matches(names[1:], pattern[1:])
 
 
 NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,7 +106,7 @@ def test_parse():
     assert (source.dataset, source.config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
     assert source.place.endswith("/fineweb-edu-sample-10BT.jsonl")
     others = [parse(item, "data", *rest).place for rest in ((1e9, "bytes", None), (1e8, "bpe", 300), (1e8, "bpe", 301))]
-    others.append(parse(item, "data", 1e8, "bytes", None, "content").place)
+    others.append(replace(source, column="content").place)
     assert len({source.place, *others}) == 5
     for bad, limit in (("hf:", 1e6), ("hf:a/", 1e6), ("hf:a b", 1e6), ("hf:a/b", None)):
         with pytest.raises(UserError, match=f"`val` {bad}: "):
