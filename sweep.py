@@ -26,7 +26,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from nanochin.base.cli import UserError, did_you_mean, opt, parse, run_command
+from nanochin.base.cli import UserError, did_you_mean, opt, parse, run_command, with_flags
 from nanochin.base.console import Progress, clock, count, format_columns, rich_console, shown
 from nanochin.base.files import write_file, writing
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, Config
@@ -69,6 +69,8 @@ def main() -> int:
             raise UserError(f"{sweep.path}: names no text; give --data, as to train.py")
         with Progress() as progress:  # tokenise once, before the workers start
             corpus = prepare(sweep.base, progress)
+        for note in corpus.notes:
+            print(f"note: {with_flags(note)}")
         vocab, tokens = model_vocab(corpus.tokenizer, sweep.base.vocab_size), len(corpus.train)
     cells = plan_cells(sweep, vocab, tokens)
     if options.dry_run:

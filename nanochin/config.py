@@ -38,7 +38,19 @@ class ShapeOptions:
 
 
 @dataclass(frozen=True)
-class Config(ShapeOptions):
+class TextOptions:
+    """How text files are read."""
+
+    skip_bad: bool = opt(False, "leave out and count lines and rows without a text", result=False)
+    text_column: str = opt("text", "field of JSON records, or column of .parquet, that has the text", later=True)
+    encoding: str = opt("utf-8", "encoding of text without a byte-order mark, such as latin-1", later=True)
+    document_separator: str | None = opt(
+        None, "string between the documents of a .txt, such as '<|endoftext|>'; default: a file is one", later=True
+    )
+
+
+@dataclass(frozen=True)
+class Config(ShapeOptions, TextOptions):
     """One training run. None means: derived, and printed with the reason before training."""
 
     # What to train: any two of budget, model and tokens give the third; with one, the law gives the others.
@@ -52,14 +64,13 @@ class Config(ShapeOptions):
     # Data.
     data: tuple[str, ...] | None = opt(
         None,
-        "python, python-all, files, folders, globs (text: .txt .jsonl .parquet, also .gz .xz .zst; tokens: .bin), "
-        "or hf:OWNER/NAME[:CONFIG] for a data set of the Hugging Face hub",
+        "python, python-all, files, folders, globs (text: .txt .jsonl .json .parquet, also .gz .xz .zst; "
+        "tokens: .bin), or hf:OWNER/NAME[:CONFIG] for a data set of the Hugging Face hub",
         result=False,
     )
     val: tuple[str, ...] | None = opt(None, "validation text; default: files val*, else chosen by hash", result=False)
     val_bytes: int = opt(1 << 20, "maximum bytes of validation data (evenly spaced blocks)", low=1, result=False)
     max_tokens: float | None = opt(None, "maximum tokens to read from an hf: data set", above=0, result=False)
-    skip_bad: bool = opt(False, "leave out and count lines and rows without a text", result=False)
     tokenizer: str | None = opt(None, "bytes (default for text), bpe (trained on the corpus), or tiktoken: gpt2, ...")
     vocab_size: int | None = opt(None, "vocabulary size of bpe (default 4096), or of token files without a tokenizer")
     seq_len: int | None = opt(None, "context length T in tokens", low=1)

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from filelock import FileLock
 from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
 from nanochin.base.files import fsync, sha256_of
+from nanochin.config import TextOptions
+from nanochin.data import formats
 from nanochin.data.text import File, Stage, Text, batches, char_start, fingerprint, read_text, split, thin, total_bytes
 from nanochin.data.tokenizer import Tokenizer, train_bpe
 
@@ -40,12 +42,16 @@ class Recipe:
     val_bytes: int
     tokenizer: str
     vocab_size: int | None  # of our own BPE
-    skip_bad: bool
+    options: TextOptions
 
     def key(self) -> str:
-        """Hash of all but skip_bad: it changes only text with bad records, which `prepare` rejects without it."""
+        """Hash of all but skip_bad: it changes only text with bad records, which `prepare` rejects without it. Options
+        at their default are left out, so that they may be added."""
         parts = [VERSION, fingerprint(self.train), fingerprint(self.val), self.val_bytes]
-        return hashlib.sha256(json.dumps([*parts, self.tokenizer, self.vocab_size]).encode()).hexdigest()[:12]
+        parts += [self.tokenizer, self.vocab_size]
+        values = {f: getattr(self.options, f.name) for f in fields(TextOptions) if f.metadata["result"]}
+        parts += [[f.name, value] for f, value in values.items() if value != f.default]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
@@ -95,14 +101,16 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     if recipe.tokenizer != "bpe":
         tokenizer = Tokenizer.load(recipe.tokenizer)  # before the text is read, since it may fail (no network)
     stage = Stage("reading", sum(file.size for file in recipe.train + recipe.val), progress)
-    text = read_text(recipe.train, temp / "text/train", stage, recipe.skip_bad)
+    text = read_text(recipe.train, temp / "text/train", stage, recipe.options)
     texts = [text]
     if recipe.val:
-        texts.append(read_text(recipe.val, temp / "text/val", stage, recipe.skip_bad))
+        texts.append(read_text(recipe.val, temp / "text/val", stage, recipe.options))
         train, val = (text.whole for text in texts)
     else:
         train, val = split(text, recipe.val_bytes)
-    val_text = texts[-1]
+    val_text, held_out = texts[-1], 0 if recipe.val else total_bytes(val) / len(text.bytes)
+    tallies = [tally for text in texts for tally in text.tallies]
+    notes = formats.notes(tallies, recipe.options.document_separator, held_out)
     val = thin(val_text, val, recipe.val_bytes)
 
     if recipe.tokenizer == "bpe":
@@ -121,7 +129,7 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     corpus = {"name": recipe.name, "data_sha": fingerprint(recipe.train), "val_sha": val_sha.hexdigest(),
         "train_bytes": total_bytes(train), "val_bytes": total_bytes(val), "documents": _count_documents(text, train),
         "val_documents": _count_documents(val_text, val), "skipped_bytes": sum(t.skipped for t in texts),
-        "skipped_records": sum(t.bad for t in texts)}  # fmt: skip
+        "skipped_records": sum(t.bad for t in texts), "notes": notes}  # fmt: skip
     return {"version": VERSION, "tokenizer": tokenizer.name, "corpus": corpus}
 
 

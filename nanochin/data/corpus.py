@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 
 from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
-from nanochin.config import Config
-from nanochin.data import sources
+from nanochin.config import Config, TextOptions
+from nanochin.data import formats, sources
 from nanochin.data.cache import CHECKSUMS, Recipe, build, encode
 from nanochin.data.text import MAX_HELD_OUT, File, Stage, Tokens, corpus_name, find_files, fingerprint, read_text
 from nanochin.data.token_files import are_token_files, check_ids, hold_out, open_tokens, sibling_val_files
@@ -49,8 +49,9 @@ class Corpus:
     train_bytes: int = 0
     documents: int = 0  # with text in the training part
     val_documents: int = 0
-    skipped_bytes: int = 0  # invalid UTF-8 and NUL
+    skipped_bytes: int = 0  # undecodable and NUL
     skipped_records: int = 0  # lines and rows without text
+    notes: tuple[str, ...] = ()  # what was left out of the text, or may be unexpected in it
     format: str = "text"  # or the token files' format
 
 
@@ -65,18 +66,20 @@ def prepare(config: Config, progress: Progress | None = None) -> Corpus:
     """
     tokenizer, vocab_size, val_bytes = config.tokenizer or "bytes", config.vocab_size, config.val_bytes
     check(tokenizer, vocab_size)
+    formats.check(config)
+    find = partial(find_files, progress=progress, column=config.text_column)
     if config.max_tokens and not any(item.startswith(sources.PREFIX) for item in (*config.data, *(config.val or ()))):
         raise UserError(f"`max_tokens` {config.max_tokens:g}: only for hf: data sets; `tokens` limits the training")
     if val_bytes < 1024:
         raise UserError(f"`val_bytes` {val_bytes}: too little to measure a loss; use at least 1024")
     with _os_errors(config.cache):
         data, val = _fetch("data", config, progress), _fetch("val", config, progress)
-        train_files = find_files(data, "data", progress)
-        val_files = find_files(val, "val", progress) or [file for file in train_files if file.is_validation]
+        train_files = find(data, "data")
+        val_files = find(val, "val") or [file for file in train_files if file.is_validation]
         if not val and len(val_files) == len(train_files):
             val_files = []  # every file is named validation
         if not val_files:
-            val_files = find_files(sibling_val_files(train_files), "val", progress)
+            val_files = find(sibling_val_files(train_files), "val")
         held_out = {file.sha for file in val_files}
         train_files = [file for file in train_files if file.sha not in held_out]
         if not train_files:
@@ -88,7 +91,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Corpus:
                 f"`tokenizer` {tokenizer}: only for token files, but {train_files[0].path} is text; try gpt2"
             )
         vocab_size = (vocab_size or BPE_VOCAB) if tokenizer == "bpe" else None
-        recipe = Recipe(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size, config.skip_bad)
+        recipe = Recipe(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size, config)
         folder = Path(config.cache) / f"{recipe.name}-{recipe.key()}"
         _make_once(folder, partial(build, folder, recipe, progress), progress)
         corpus = _load(folder)
@@ -97,15 +100,17 @@ def prepare(config: Config, progress: Progress | None = None) -> Corpus:
         return corpus
 
 
-def read_tokens(data: tuple[str, ...], tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
-    """(tokens, their bytes of text) of all of `data`. Raises UserError as `prepare` does. Caches nothing."""
+def read_tokens(data: tuple[str, ...], tokenizer: Tokenizer, options: TextOptions) -> tuple[np.ndarray, int, list[str]]:
+    """(tokens, their bytes of text, notes) of all of `data`. Raises UserError as `prepare` does. Caches nothing."""
+    formats.check(options)
     with _os_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory() as folder:
-        files = find_files(data)
+        files = find_files(data, column=options.text_column)
         if are_token_files(files):
-            tokens, _ = _map(files, tokenizer, Stage("checking"))
-            return tokens[:], _text_bytes(tokens, tokenizer)
-        text = read_text(files, Path(folder, "text"), Stage("reading"))
-        return np.concatenate(list(encode(text, text.whole, tokenizer, Stage("tokenising")))), len(text.bytes)
+            tokens, _, said = _map(files, tokenizer, Stage("checking"))
+            return tokens[:], _text_bytes(tokens, tokenizer), said
+        text = read_text(files, Path(folder, "text"), Stage("reading"), options)
+        tokens = np.concatenate(list(encode(text, text.whole, tokenizer, Stage("tokenising"))))
+        return tokens, len(text.bytes), formats.notes(text.tallies, options.document_separator)
 
 
 def _load(folder: Path) -> Corpus:
@@ -117,6 +122,12 @@ def _load(folder: Path) -> Corpus:
         files, about = meta["files"], meta["corpus"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{folder / 'meta.json'}: missing or corrupted; {remedy}") from None
+    skipped, records = about.get("skipped_bytes", 0), about.get("skipped_records", 0)
+    if "notes" not in about:  # of an earlier version, which read any bytes as UTF-8
+        if skipped > formats.MAX_UNDECODABLE * (about["train_bytes"] + about["val_bytes"]):
+            raise UserError(f"{folder}: {skipped} bytes of its text were not UTF-8 or NUL and were left out; {remedy}")
+        left_out = {"bytes that are not UTF-8, or NUL,": skipped, "lines or rows without a text": records}
+        about["notes"] = [f"{count} {what} were left out" for what, count in left_out.items() if count]
     checksum = "sha256" if sum(file["bytes"] for file in files.values()) <= CHECK_WHOLE else "sha256_ends"
     for name, file in files.items():
         path = folder / name
@@ -139,6 +150,7 @@ def _fetch(option: str, config: Config, progress: Progress | None) -> tuple[str,
     for item in getattr(config, option) or ():
         if item.startswith(sources.PREFIX):
             source = sources.parse(item, option, config.max_tokens, config.tokenizer or "bytes", config.vocab_size)
+            source = replace(source, column=config.text_column)
             path = Path(config.cache, "hub", source.place)
             _make_once(path, partial(sources.stream, source, path, progress), progress)
             item = str(path)
@@ -190,30 +202,31 @@ def _open_token_files(
         raise UserError(f"{path}: does not name its tokenizer{note}; give `tokenizer`, such as gpt2, or `vocab_size`")
     tokenizer = Tokenizer.load(config.tokenizer or f"ids-{config.vocab_size}")
     stage = Stage("checking", sum(file.size for file in train + val), progress)
-    tokens, sha = _map(train, tokenizer, stage)
+    tokens, sha, said = _map(train, tokenizer, stage)
     keep = config.val_bytes // tokens.parts[0].itemsize
     if val:
-        held_out, _ = _map(val, tokenizer, stage)
+        held_out, _, more = _map(val, tokenizer, stage)
+        said += more
         if len(held_out) > keep:
             _, held_out = hold_out(held_out, keep)
-    else:
-        tokens, held_out = hold_out(tokens, min(keep, int(MAX_HELD_OUT * len(tokens))))
-    if len(held_out) < 2:
+    elif keep := min(keep, int(MAX_HELD_OUT * len(tokens))):
+        tokens, held_out = hold_out(tokens, keep)
+    if not keep or len(held_out) < 2:
         raise UserError(f"{(val or train)[0].path}: too few tokens to hold some out for validation; give `val`")
     val_sha = hashlib.sha256()
     for part in held_out.parts:
         val_sha.update(part.astype("<i8").tobytes())
-    val_bytes, format = _text_bytes(held_out, tokenizer), open_tokens(path).format
+    val_bytes, format = _text_bytes(held_out, tokenizer), open_tokens(path, tokenizer.vocab_size).format
     place, val_sha = Path(path).parent, val_sha.hexdigest()
-    return Corpus(tokens, held_out, tokenizer, name, place, sha, val_sha, val_bytes, format=format)
+    return Corpus(tokens, held_out, tokenizer, name, place, sha, val_sha, val_bytes, format=format, notes=tuple(said))
 
 
-def _map(files: list[File], tokenizer: Tokenizer, stage: Stage) -> tuple[Tokens, str]:
-    """(ids of the token files in order, checked against the vocabulary; fingerprint of types and contents)."""
-    opened = [open_tokens(file.path) for file in files]
+def _map(files: list[File], tokenizer: Tokenizer, stage: Stage) -> tuple[Tokens, str, list[str]]:
+    """(ids of the token files in order, checked against the vocabulary; fingerprint of types and contents; notes)."""
+    opened = [open_tokens(file.path, tokenizer.vocab_size) for file in files]
     check_ids(opened, tokenizer, stage)
     typed = [replace(file, format=f"{o.format} {o.ids.dtype}") for file, o in zip(files, opened, strict=True)]
-    return Tokens([o.ids for o in opened]), fingerprint(typed)
+    return Tokens([o.ids for o in opened]), fingerprint(typed), [f"{o.path}: {o.note}" for o in opened if o.note][:1]
 
 
 def _text_bytes(tokens: Tokens, tokenizer: Tokenizer) -> int:

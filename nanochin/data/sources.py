@@ -16,6 +16,7 @@ from pathlib import Path
 from nanochin.base.cli import UserError, need
 from nanochin.base.console import Progress
 from nanochin.base.files import replacing
+from nanochin.config import TextOptions
 from nanochin.data.text import Stage
 from nanochin.data.tokenizer import BPE_VOCAB, Tokenizer, train_bpe
 
@@ -34,13 +35,15 @@ class Source:
     max_tokens: float
     tokenizer: str
     vocab_size: int | None
+    column: str = TextOptions.text_column
 
     @property
     def place(self) -> str:
         """Path of the .jsonl file in the cache: 0b1c2d3e4f5a/fineweb-edu-sample-10BT.jsonl"""
         name = re.sub(r"[^\w-]+", "-", "-".join(filter(None, [Path(self.dataset).name, self.config])))
-        options = json.dumps([self.dataset, self.config, self.max_tokens, self.tokenizer, self.vocab_size])
-        return f"{hashlib.sha256(options.encode()).hexdigest()[:12]}/{name}.jsonl"
+        options = [self.dataset, self.config, self.max_tokens, self.tokenizer, self.vocab_size]
+        options += [self.column] * (self.column != TextOptions.text_column)
+        return f"{hashlib.sha256(json.dumps(options).encode()).hexdigest()[:12]}/{name}.jsonl"
 
 
 def parse(item: str, option: str, max_tokens: float | None, tokenizer: str, vocab_size: int | None) -> Source:
@@ -54,9 +57,9 @@ def parse(item: str, option: str, max_tokens: float | None, tokenizer: str, voca
 
 
 def stream(source: Source, path: Path, progress: Progress | None) -> None:
-    """Write the documents of `source` to `path` atomically, one {"text": ...} per line; null for a row without a
+    """Write the documents of `source` to `path` atomically, one {column: text} per line; null for a row without a
     string, which the .jsonl reader rejects or skips. Raises UserError if the library is missing, or the data set cannot
-    be loaded or has no column `text`."""
+    be loaded or lacks the column."""
     tokenizer, texts = _counter(source, _texts(source))
     stage = Stage("streaming", int(source.max_tokens), progress)
     total = 1  # end-of-text at the start
@@ -70,7 +73,7 @@ def stream(source: Source, path: Path, progress: Progress | None) -> None:
             total += tokens
             if total > source.max_tokens:
                 break
-            file.write((json.dumps({"text": text}) + "\n").encode())
+            file.write((json.dumps({source.column: text}) + "\n").encode())
             stage.add(tokens)
         if not file.tell():
             raise UserError(f"{source.what}: the first document alone exceeds `max_tokens` {source.max_tokens:g}")
@@ -83,9 +86,9 @@ def _texts(source: Source) -> Iterator[str | None]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported once, below
     try:
         for row in datasets.load_dataset(source.dataset, source.config, split="train", streaming=True):
-            if "text" not in row:
-                raise UserError(f"{source.what}: no column 'text'; it has {', '.join(row)}")
-            yield row["text"] if isinstance(row["text"], str) else None
+            if source.column not in row:
+                raise UserError(f"{source.what}: no column '{source.column}' (`text_column`); it has {', '.join(row)}")
+            yield row[source.column] if isinstance(row[source.column], str) else None
     except UserError:
         raise
     except Exception as error:  # network, hub, format: each library below has its own

@@ -8,11 +8,7 @@ threads: hashing and decompression release the GIL.
 
 import codecs
 import glob
-import gzip
 import hashlib
-import io
-import json
-import lzma
 import os
 import re
 import sysconfig
@@ -25,18 +21,19 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
-from nanochin.base.cli import UserError, need
+from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
 from nanochin.base.files import cores, sha256_of
+from nanochin.config import TextOptions
+from nanochin.data import formats
+from nanochin.data.formats import MAX_HELD_OUT, TOKENS, Tally, format_of_name
 
 BLOCK = 1 << 16  # bytes: unit of thinning, and of hashing if there are too few documents
-PIECE = 1 << 20  # bytes read at a time
 PART = 1 << 23  # bytes of files that one thread hashes, or reads into one part of the flat text
-MAX_HELD_OUT = 0.05  # maximum fraction of the text held out for validation
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,19 +138,32 @@ class File:
         return bool(re.search(r"(?<![a-z])val(id|idation)?(?![a-z])", self.key.lower())) and self.format != ".py"
 
 
-def find_files(data: Iterable[str], option: str = "data", progress: Progress | None = None) -> list[File]:
+def find_files(
+    data: Iterable[str], option: str = "data", progress: Progress | None = None, column: str = TextOptions.text_column
+) -> list[File]:
     """The files that `data` names, each once, in an order that does not depend on how they were named. An item is
     `python` (the standard library, without tests), `python-all` (plus all installed packages), a file, a folder (known
-    formats, recursively) or a glob. Raises UserError if it does not exist."""
+    formats, recursively) or a glob. A file with strings in `column` has records, whatever its name. Raises UserError
+    for what does not exist and for what is not a file."""
     found: dict[str, tuple[str, str]] = {}  # path -> (key, format)
     for item in data:
         for path, key, format in _expand(item, option):
             found[path] = min((key, format), found.get(path, (key, format)))
+    for path in found:
+        if not os.path.isfile(path):  # reading a pipe may never end
+            raise UserError(f"{path}: not a file (a pipe, a broken link?); remove it or name the files to read")
     sizes = {path: os.path.getsize(path) for path in found}
     stage = Stage("hashing", sum(sizes.values()), progress)
-    hashed = stage.map(lambda paths: [sha256_of(path, stage.add) for path in paths], batches(found, sizes.get, PART))
-    shas = dict(zip(found, chain.from_iterable(hashed), strict=True))
-    return sorted(File(key, shas[path], path, format, sizes[path]) for path, (key, format) in found.items())
+
+    def examine(paths: list[str]) -> list[File]:
+        files = []
+        for path in paths:
+            key, named = found[path]
+            sha, format = sha256_of(path, stage.add), formats.format_of_content(path, named, column)
+            files.append(File(key, sha, path, format, sizes[path]))
+        return files
+
+    return sorted(chain.from_iterable(stage.map(examine, batches(found, sizes.get, PART))))
 
 
 def fingerprint(files: list[File]) -> str:
@@ -179,7 +189,7 @@ def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
         for root in dict.fromkeys(roots):
             yield from ((path, key, ".py") for path, key in _walk(root, NOT_SOURCE) if path.endswith(".py"))
         return
-    named = [item] if os.path.exists(item) else glob.glob(item, recursive=True)
+    named = [item] if os.path.exists(item) else _glob(item)
     if not named and os.path.exists(item + ".idx"):
         named = [item + ".idx"]  # Megatron names a pair of files by their common prefix
     if not named:
@@ -187,114 +197,63 @@ def _expand(item: str, option: str) -> Iterator[tuple[Path, str, str]]:
     for path in map(os.path.abspath, named):
         if not os.path.isdir(path):
             path = re.sub(r"\.idx$", TOKENS, path)  # the .bin has the tokens
-            format = _format(path)
-            if format in PICKLES:
+            format = format_of_name(path)
+            if format in formats.PICKLES:
                 raise UserError(f"`{option}` {path}: pickles can run code, so they are not read; give text or tokens")
-            yield path, os.path.basename(path), format if format in (*READERS, TOKENS) else ""
+            yield path, os.path.basename(path), format if format in (*formats.READERS, TOKENS) else ""
             continue
-        inside = [(file, key, _format(file)) for file, key in _walk(path) if _format(file) in IN_FOLDERS]
+        files = [(file, key, format_of_name(file)) for file, key in _walk(path, follow=True)]
+        for known in (formats.IN_FOLDERS, (".json",)):  # .json is often about the data: read if there is nothing else
+            if inside := [file for file in files if file[2] in known]:
+                break
         if not inside:
-            known = f"{' '.join(IN_FOLDERS)}, also with {' '.join(UNPACKERS)}"
+            known = f"{' '.join(formats.IN_FOLDERS)} .json, also with {' '.join(formats.UNPACKERS)}"
             raise UserError(f"`{option}` {item}: no text in this folder; looked for {known}")
         yield from inside
+
+
+def _glob(pattern: str) -> Iterable[str]:
+    """Like `glob.glob`, whose `**` would follow links in circles."""
+    start, *rest = re.split(r"(?<![^/])\*\*/", pattern, maxsplit=1)
+    if not rest:
+        return glob.glob(pattern)
+    found = {}
+    for top in glob.glob(start) if start else ["."]:
+        for key in (PurePath(key) for _, key in _walk(top, follow=True)):
+            found |= {os.path.join(top, name): True for name in (key, *key.parents) if name.match(*rest)}
+    return found
 
 
 NOT_SOURCE = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 
 
-def _walk(root: str, skip: set[str] = frozenset()) -> Iterator[tuple[str, str]]:
-    """(path, path relative to `root`) of the files below `root` that are not hidden."""
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in skip and not name.startswith(".")]
-        prefix = folder[len(root) :].strip(os.sep).replace(os.sep, "/")
-        for name in files:
-            if not name.startswith("."):
-                yield os.path.join(folder, name), f"{prefix}/{name}" if prefix else name
+def _walk(root: str, skip: set[str] = frozenset(), follow: bool = False) -> Iterator[tuple[str, str]]:
+    """(path, path relative to `root`) of the files below `root` that are not hidden. With `follow` also of those in
+    linked folders, each once, after all others; a folder that cannot be read is then an OSError."""
 
+    def fail(error: OSError) -> None:
+        raise error
 
-def _format(path: str) -> str:
-    """books.jsonl.xz -> .jsonl"""
-    stem, suffix = os.path.splitext(path)
-    return (os.path.splitext(stem)[1] if suffix.lower() in UNPACKERS else suffix).lower()
+    tops, seen = [root], set()
+    for top in tops:  # grows
+        for folder, folders, files in os.walk(top, onerror=fail if follow else None):
+            status = os.stat(folder)
+            place = status.st_dev, status.st_ino
+            if place in seen:
+                folders.clear()
+                continue
+            seen.add(place)
+            folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
+            if follow:
+                tops += [path for name in folders if os.path.islink(path := os.path.join(folder, name))]
+            prefix = folder[len(root) :].strip(os.sep).replace(os.sep, "/")
+            for name in files:
+                if not name.startswith("."):
+                    yield os.path.join(folder, name), f"{prefix}/{name}" if prefix else name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reading: one function per format yields (piece of a document's bytes, whether the document ends with it). It passes a
-# bad record to `bad(where, what)`, which raises UserError or, with skip_bad, counts it.
-
-
-def read_txt(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
-    """A file is one document."""
-    while piece := stream.read(PIECE):
-        yield piece, False
-    yield b"", True
-
-
-def read_unknown(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
-    """A file with an unknown suffix, named explicitly: plain text if it has no NUL."""
-    if b"\0" in stream.peek(4096)[:4096]:
-        raise UserError(f"{path}: neither text nor a known format ({' '.join(filter(None, READERS))})")
-    yield from read_txt(stream, path, bad)
-
-
-def read_jsonl(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
-    """A line is one document: a JSON object with a string `text`. Blank lines are skipped."""
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode("utf-8", "surrogateescape"))
-        except ValueError as error:
-            bad(f"{path}, line {number}", f"not JSON ({getattr(error, 'msg', error)})")
-            continue
-        text = record.get("text") if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            bad(f"{path}, line {number}", 'no string "text"')
-            continue
-        try:
-            yield text.encode("utf-8", "surrogateescape"), True  # invalid bytes too: `_read_part` drops and counts them
-        except UnicodeEncodeError:
-            yield text.encode("utf-8", "surrogatepass"), True  # half a surrogate pair, written as \ud83d
-
-
-def read_parquet(stream, path: str, bad: Callable) -> Iterator[tuple[bytes, bool]]:
-    """A row is one document: its string `text`."""
-    arrow = need("pyarrow", f"{path}: .parquet")
-    from pyarrow import parquet
-
-    number, size = 0, os.path.getsize(path)
-    with parquet.ParquetFile(path) as file:
-        columns, rows = file.schema_arrow, file.metadata.num_rows
-        if "text" not in columns.names:
-            raise UserError(f"{path}: no column 'text'; it has {', '.join(columns.names)}")
-        kind = columns.field("text").type
-        if arrow.types.is_dictionary(kind):
-            kind = kind.value_type
-        if str(kind) not in ("string", "large_string", "string_view"):
-            raise UserError(f"{path}: column 'text' is {kind}, not string")
-        for batch in file.iter_batches(1024, columns=["text"]):
-            for text in batch.column(0).cast(arrow.large_string()).cast(arrow.large_binary()).to_pylist():
-                number += 1
-                stream.seek(size * number // rows)  # only for the progress bar
-                if text is None:
-                    bad(f"{path}, row {number}", "text is null")
-                else:
-                    yield text, True
-
-
-def _open_zst(raw):
-    try:
-        from compression import zstd  # Python 3.14
-    except ImportError:
-        zstd = need("backports.zstd", f"{raw.name}: .zst")
-    return zstd.open(raw)
-
-
-READERS = {".txt": read_txt, ".jsonl": read_jsonl, ".parquet": read_parquet, ".py": read_txt, "": read_unknown}
-TOKENS = ".bin"  # not text: token_files.py
-IN_FOLDERS = (".txt", ".jsonl", ".parquet", TOKENS)  # read from a folder
-PICKLES = (".pkl", ".pickle", ".pt", ".pth")
-UNPACKERS = {".gz": gzip.open, ".xz": lzma.open, ".zst": _open_zst}
+# Reading
 
 
 @dataclass(frozen=True)
@@ -304,8 +263,17 @@ class Text:
     bytes: Tokens  # uint8
     ends: np.ndarray  # (documents,) int64: end of each document
     hashes: np.ndarray  # (documents,) uint64: first 8 bytes of its SHA-256
-    skipped: int  # bytes: invalid UTF-8 and NUL
-    bad: int = 0  # lines and rows without a text
+    tallies: list[Tally]  # of each file
+
+    @property
+    def skipped(self) -> int:
+        """Bytes: undecodable and NUL."""
+        return sum(tally.undecodable + tally.nul for tally in self.tallies)
+
+    @property
+    def bad(self) -> int:
+        """Lines and rows without a text."""
+        return sum(tally.records for tally in self.tallies)
 
     @property
     def whole(self) -> np.ndarray:
@@ -313,12 +281,12 @@ class Text:
         return np.array([[0, len(self.bytes)]])
 
 
-def read_text(files: list[File], folder: Path, stage: Stage, skip_bad: bool = False) -> Text:
-    """Write the flat text of `files` into `folder`, several files at a time, and open it. A line or row without a text
-    raises UserError, or is counted if `skip_bad`."""
+def read_text(files: list[File], folder: Path, stage: Stage, options: TextOptions) -> Text:
+    """Write the flat text of `files` into `folder`, several files at a time, and open it. Raises UserError for a line
+    or row without a text, unless `skip_bad`, and for a file that is not text in the encoding it should have."""
     folder.mkdir(parents=True)
     numbered = enumerate(batches(files, lambda file: file.size, PART))
-    parts = list(stage.map(lambda one: _read_part(one[1], folder / f"text-{one[0]:05d}", stage, skip_bad), numbered))
+    parts = list(stage.map(lambda one: _read_part(one[1], folder / f"text-{one[0]:05d}", stage, options), numbered))
     starts = np.cumsum([0] + [len(part.bytes) for part in parts])
     if not starts[-1]:
         raise UserError(f"{files[0].path}{' and others' * (len(files) > 1)}: no text in it")
@@ -326,29 +294,25 @@ def read_text(files: list[File], folder: Path, stage: Stage, skip_bad: bool = Fa
         Tokens([piece for part in parts for piece in part.bytes.parts]),
         np.concatenate([part.ends + start for part, start in zip(parts, starts, strict=False)]),
         np.concatenate([part.hashes for part in parts]),
-        sum(part.skipped for part in parts),
-        sum(part.bad for part in parts),
+        [tally for part in parts for tally in part.tallies],
     )
 
 
-def _read_part(files: list[File], path: Path, stage: Stage, skip_bad: bool) -> Text:
+def _read_part(files: list[File], path: Path, stage: Stage, options: TextOptions) -> Text:
     """Write the text of `files` to `path`, and open it."""
-    ends, hashes, position, skipped, bad = array("q"), array("Q"), 0, 0, 0
-
-    def on_bad(where: str, what: str) -> None:
-        nonlocal bad
-        if not skip_bad:
-            raise UserError(f"{where}: {what}; `skip_bad` skips bad records")
-        bad += 1
-
+    ends, hashes, tallies, position = array("q"), array("Q"), [], 0
     decoder = codecs.getincrementaldecoder("utf-8")("ignore")
     with open(path, "wb") as out:
         for file in files:
             start, sha = position, hashlib.sha256()
-            for piece, last, read in _pieces(file, on_bad):
+            tallies.append(tally := Tally(file.key, options.skip_bad))
+            for piece, last, read in formats.documents(file.path, file.format, options, tally):
                 stage.add(read)
-                clean = decoder.decode(piece, last).encode().replace(b"\0", b"")
-                skipped += len(piece) - len(clean)
+                valid = decoder.decode(piece, last).encode()
+                clean = valid.replace(b"\0", b"")
+                tally.size += len(piece)
+                tally.undecodable += len(piece) - len(valid)
+                tally.nul += len(valid) - len(clean)
                 position += len(clean)
                 sha.update(clean)
                 out.write(clean)
@@ -356,25 +320,9 @@ def _read_part(files: list[File], path: Path, stage: Stage, skip_bad: bool) -> T
                     ends.append(position)
                     hashes.append(int.from_bytes(sha.digest()[:8], "big"))
                     start, sha = position, hashlib.sha256()
-    return Text(Tokens.map([path], np.uint8), np.array(ends), np.array(hashes), skipped, bad)
-
-
-def _pieces(file: File, bad: Callable) -> Iterator[tuple[bytes, bool, int]]:
-    """The pieces from the reader of its format, each with the number of bytes of the file read for it."""
-    try:
-        with open(file.path, "rb") as raw:
-            unpack, seen = UNPACKERS.get(os.path.splitext(file.path)[1].lower()), 0
-            stream = io.BufferedReader(unpack(raw), PIECE) if unpack else raw
-            if stream.peek(3)[:3] == codecs.BOM_UTF8:
-                stream.read(3)
-            for piece, last in READERS[file.format](stream, file.path, bad):
-                before, seen = seen, raw.tell()
-                yield piece, last, seen - before
-    except Exception as error:
-        if isinstance(error, UserError) or getattr(error, "filename", None):
-            raise
-        # Each library has its own: EOFError, zlib.error, LZMAError, ZstdError, ...
-        raise UserError(f"{file.path}: corrupted ({' '.join(str(error).split())})") from error
+            if file.format != ".py":  # an installed package must not make `python-all` unusable
+                formats.refuse_excess(file.path, tally, options.encoding)
+    return Text(Tokens.map([path], np.uint8), np.array(ends), np.array(hashes), tallies)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

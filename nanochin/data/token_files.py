@@ -1,6 +1,6 @@
 """Token files of other trainers, used in place: memory-mapped, neither copied nor tokenised again.
 
-    nanoGPT     train.bin          uint16 without a header
+    nanoGPT     train.bin          uint16 without a header, or uint32 for a vocabulary above 65,536
     llm.c       *.bin              256 int32 (magic, version, number of tokens), then uint16, or uint32 for Llama 3;
                                    modded-nanogpt's shards are the same
     Megatron    *.bin and *.idx    the .idx holds type, lengths and offsets of the sequences in the .bin
@@ -18,7 +18,9 @@ from itertools import pairwise
 import numpy as np
 
 from nanochin.base.cli import UserError
-from nanochin.data.text import BLOCK, TOKENS, File, Stage, Tokens, spaced
+from nanochin.data import formats
+from nanochin.data.formats import TOKENS
+from nanochin.data.text import BLOCK, File, Stage, Tokens, spaced
 from nanochin.data.tokenizer import Tokenizer
 
 HEADER = 1024  # bytes of llm.c's header
@@ -34,9 +36,10 @@ class TokenFile:
     path: str
     format: str  # nanoGPT, llm.c or Megatron
     ids: np.ndarray  # (tokens,) memory-mapped
+    note: str = ""
 
 
-def open_tokens(path: str) -> TokenFile:
+def open_tokens(path: str, vocab_size: int) -> TokenFile:
     """Open a token file of any of these formats. Raises UserError for a file that fits none of them."""
     size, idx = os.path.getsize(path), os.path.splitext(path)[0] + ".idx"
     if not path.lower().endswith(TOKENS):
@@ -52,12 +55,29 @@ def open_tokens(path: str) -> TokenFile:
         raise UserError(f"{path}: magic {magic} is llm.c's format for evaluation sets (HellaSwag), not training tokens")
     if magic in LLM_C:
         return TokenFile(path, "llm.c", _llm_c(path, magic, version, count, size))
+    if formats.packed(header) or header.startswith(b"PK\3\4") or _is_ascii(header):
+        raise UserError(f"{path}: packed or plain text, not token ids; unpack or rename it")
     if _is_header(header):
         known = " or ".join(map(str, LLM_C))
         raise UserError(f"{path}: magic {magic} is not llm.c's for training tokens ({known})")
     if size % 2:
         raise UserError(f"{path}: an odd number of bytes ({size}): not nanoGPT's uint16; no llm.c magic, no .idx file")
-    return TokenFile(path, "nanoGPT", np.memmap(path, "<u2", mode="r").view(np.ndarray))
+    ids = np.memmap(path, "<u2", mode="r").view(np.ndarray)
+    low, high = ids[:SCAN:2], ids[1:SCAN:2]  # of uint32
+    if vocab_size > 1 << 16:
+        why = f"ids of a vocabulary of {vocab_size} do not fit into uint16"
+    elif np.count_nonzero(high) < 0.1 * len(high) and np.count_nonzero(low) > 0.5 * len(low) > 16:
+        why = "nearly every second uint16 is 0"
+    else:
+        return TokenFile(path, "nanoGPT", ids)
+    if size % 4:
+        raise UserError(f"{path}: {why}, but {size} bytes are no whole number of uint32; no llm.c magic, no .idx file")
+    return TokenFile(path, "nanoGPT, uint32", ids.view("<u4"), f"read as uint32, since {why}")
+
+
+def _is_ascii(header: bytes) -> bool:
+    """Whether this looks like text: token ids have other bytes."""
+    return len(header) >= 64 and header.isascii() and not re.search(rb"[\0-\x08]", header)
 
 
 def _llm_c(path: str, magic: int, version: int, count: int, size: int) -> np.ndarray:

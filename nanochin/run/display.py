@@ -6,6 +6,7 @@ from collections import defaultdict
 import torch
 
 import kernels
+from nanochin.base.cli import with_flags
 from nanochin.base.console import clock, count, table
 from nanochin.model import GPT
 from nanochin.run.device import device_name
@@ -55,10 +56,8 @@ def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str) 
     table("nanochin", rows)
     if epochs(setup) > 1:
         print(f"warning: {epochs(setup):.1f} epochs of the text; the law assumes less than one, expect a higher loss")
-    if corpus.skipped_bytes:
-        print(f"note: {corpus.skipped_bytes} bytes of the text are not UTF-8 and were skipped")
-    if corpus.skipped_records:
-        print(f"note: {corpus.skipped_records} lines or rows have no text and were skipped (--skip-bad)")
+    for note in corpus.notes:
+        print(f"note: {with_flags(note)}")
     if config.init_from:
         print(f"note: initialised from GPT-2 weights in {config.init_from}")
 

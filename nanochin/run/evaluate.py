@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from nanochin.base.cli import UserError, opt, parse
+from nanochin.base.cli import UserError, opt, parse, with_flags
 from nanochin.base.console import Progress, count
+from nanochin.config import TextOptions
 from nanochin.data.corpus import read_tokens
 from nanochin.data.text import Tokens
 from nanochin.data.windows import eval_windows
@@ -19,7 +20,7 @@ TOKENS_AT_ONCE = 16384  # per forward pass: the logits (x V) must fit in memory
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
+class EvaluateOptions(TextOptions):
     run: str = opt(None, "folder of the run, or its name under --out", positional=True)
     data: tuple[str, ...] = opt((), "text to evaluate on: files, folders, globs")
     out: str = opt("runs", "folder of all runs")
@@ -52,7 +53,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("`data`: missing; give the text to evaluate on")
     folder = find_run(options.run, options.out)
     model, tokenizer, _ = load_run(folder)
-    tokens, text_bytes = read_tokens(options.data, tokenizer)
+    tokens, text_bytes, notes = read_tokens(options.data, tokenizer, options)
+    for note in notes:
+        print(f"note: {with_flags(note)}")
     with Progress(quiet=not sys.stdout.isatty()) as progress:
         loss, bpb = evaluate(model, tokens, text_bytes, progress)
     per_byte = f"{bpb:.4f} bits per byte" if bpb else "bits per byte unknown"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_origin, get_type_hints
 
 from nanochin.base.cli import UserError, did_you_mean, opt, parse, value_type
-from nanochin.config import Config
+from nanochin.config import Config, TextOptions
 
 KINDS = ("isoflop", "horizons", "trunk", "grid")
 KIND_HELP = (
@@ -57,7 +57,8 @@ TIMES = ("lr_times", "batch_times", "warmup_times")
 # Options that the sweep sets itself.
 OURS = {"name", "out", "branch_from", "init_from", "save_steps", "sample_tokens", "threads", "keep", "log_every"}
 # One text per sweep, tokenised once.
-SINGLE = {"val_bytes", "max_tokens", "skip_bad", "tokenizer", "vocab_size", "seq_len", "cache", "device"}
+SINGLE = {"val_bytes", "max_tokens", "tokenizer", "vocab_size", "seq_len", "cache", "device"}
+SINGLE |= {f.name for f in fields(TextOptions)}
 USE_INSTEAD = {"budget": "budgets", "model": "models", "tokens": "budgets", "seed": "seeds"}
 
 

@@ -17,6 +17,7 @@ from conftest import ROOT, prepare, words
 from filelock import FileLock
 
 from nanochin.base.cli import UserError
+from nanochin.config import TextOptions
 from nanochin.data import cache as module
 from nanochin.data.cache import UNFINISHED
 from nanochin.data.corpus import read_tokens
@@ -161,7 +162,7 @@ def test_long_documents_are_cut_where_no_token_changes(tmp_path, cache, monkeypa
         request.getfixturevalue("tiktoken_ranks")
         tokenizer = Tokenizer.load(name)
     monkeypatch.setattr(module, "BATCH", 300)
-    tokens, size = read_tokens((str(tmp_path / "code.txt"),), tokenizer)
+    tokens, size, _ = read_tokens((str(tmp_path / "code.txt"),), tokenizer, TextOptions())
     whole = tokenizer.encoding.encode_ordinary(code)
     assert tokens.tolist() == [tokenizer.eot, *whole, tokenizer.eot] and size == len(code.encode())
 
@@ -326,3 +327,49 @@ def test_skipped_lines_are_in_the_record(corpus, cache):
             prepare(corpus, cache=cache)
         found = prepare(corpus, cache=cache, skip_bad=True)
         assert found.skipped_records == 2 and found.documents + found.val_documents == 101
+
+
+def test_notes_are_kept_in_the_cache(tmp_path, cache):
+    """What was left out is said again when the shards come from the cache."""
+    (tmp_path / "a.txt").write_bytes(words(50_000).encode() + b"\0\xff")
+    first = prepare(tmp_path / "a.txt", cache=cache)
+    again = prepare(tmp_path / "a.txt", cache=cache)
+    assert len(first.notes) >= 2 and list(again.notes) == list(first.notes)
+    assert first.skipped_bytes == again.skipped_bytes == 2 and "a.txt" in first.notes[0]
+
+
+def test_held_out_share_above_its_limit_is_noted(tmp_path, cache):
+    """Of four equal files a fifth is held out; of a hundred documents 5%."""
+    for i in range(4):
+        (tmp_path / f"same/{i}.txt").parent.mkdir(exist_ok=True)
+        (tmp_path / f"same/{i}.txt").write_text(words(100_000))
+    same = prepare(tmp_path / "same", cache=cache)
+    assert 0.19 < same.val_bytes / (same.val_bytes + same.train_bytes) < 0.21
+    (note,) = same.notes
+    assert note.startswith("20% of the text is held out")
+    (tmp_path / "other.txt").write_text(words(2000, 5))
+    assert not prepare(tmp_path / "same", val=tmp_path / "other.txt", cache=cache).notes
+
+
+def test_options_of_reading_are_part_of_the_key(corpus, cache):
+    """At their default they are not, so that existing folders keep their names; skip_bad is not either."""
+    first = prepare(corpus, cache=cache).folder
+    assert prepare(corpus, cache=cache, skip_bad=True, text_column="text", encoding="utf-8").folder == first
+    others = ({"encoding": "latin-1"}, {"document_separator": "x"}, {"document_separator": "y"})
+    assert len({first, *(prepare(corpus, cache=cache, **options).folder for options in others)}) == 4
+
+
+def test_folders_of_earlier_versions(tmp_path, cache):
+    """Shards of text that was read rightly are used, and what was left out is said; those of text in another encoding
+    are refused."""
+    (tmp_path / "a.txt").write_bytes(words(50_000).encode() + b"\xff")
+    meta = prepare(tmp_path / "a.txt", cache=cache).folder / "meta.json"
+    content = json.loads(meta.read_text())
+    del content["corpus"]["notes"]
+    meta.write_text(json.dumps(content))
+    (note,) = prepare(tmp_path / "a.txt", cache=cache).notes
+    assert note.startswith("1 bytes")
+    content["corpus"]["skipped_bytes"] = 6000
+    meta.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"^{meta.parent}: 6000 bytes .*; delete {meta.parent}"):
+        prepare(tmp_path / "a.txt", cache=cache)

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,6 +86,19 @@ def test_errors_are_one_line(dataset, tmp_path):
     assert not [p for p in (tmp_path / "cache/hub").rglob("*") if p.suffix in (".jsonl", ".tmp")]
 
 
+def test_text_column(tmp_path, monkeypatch):
+    """The column that `text_column` names is streamed under its own name, and read again by it."""
+    rows = SimpleNamespace(load_dataset=lambda *_, **__: [{"content": text, "text": "no"} for text in TEXTS])
+    rows.logging = SimpleNamespace(CRITICAL=50, set_verbosity=lambda _: None)
+    monkeypatch.setitem(sys.modules, "datasets", rows)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", rows)
+    options = {"max_tokens": 1e9, "cache": tmp_path}
+    corpus = prepare("hf:a/books", text_column="content", **options)
+    assert documents(corpus) == {text.encode() for text in TEXTS}
+    with pytest.raises(UserError, match="no column 'body' .* content, text"):
+        prepare("hf:a/books", text_column="body", **options)
+
+
 def test_parse():
     """OWNER/NAME and CONFIG; other forms, or no limit, are rejected; different text is a different file."""
     item = "hf:HuggingFaceFW/fineweb-edu:sample-10BT"
@@ -91,7 +106,8 @@ def test_parse():
     assert (source.dataset, source.config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
     assert source.place.endswith("/fineweb-edu-sample-10BT.jsonl")
     others = [parse(item, "data", *rest).place for rest in ((1e9, "bytes", None), (1e8, "bpe", 300), (1e8, "bpe", 301))]
-    assert len({source.place, *others}) == 4
+    others.append(replace(source, column="content").place)
+    assert len({source.place, *others}) == 5
     for bad, limit in (("hf:", 1e6), ("hf:a/", 1e6), ("hf:a b", 1e6), ("hf:a/b", None)):
         with pytest.raises(UserError, match=f"`val` {bad}: "):
             parse(bad, "val", limit, "bytes", None)

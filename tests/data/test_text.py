@@ -2,12 +2,16 @@
 
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
 import re
+import stat
 import sys
+import tarfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,8 @@ import pytest
 from conftest import words
 
 from nanochin.base.cli import UserError
+from nanochin.config import TextOptions
+from nanochin.data import formats
 from nanochin.data import text as module
 from nanochin.data.text import BLOCK, Stage, Text, Tokens, find_files, fingerprint, read_text, split, thin
 
@@ -34,11 +40,13 @@ def write(path: Path, content: bytes | str) -> Path:
 
 @pytest.fixture
 def read(tmp_path):
-    """`read(path, skip_bad=False)`: the flat text of a file or folder, in a new folder each time."""
+    """`read(path, skip_bad=True, ...)`: the flat text of a file or folder, in a new folder each time."""
     count = iter(range(100))
 
     def run(path: Path, **options) -> Text:
-        return read_text(find_files([str(path)]), tmp_path / f"flat{next(count)}", Stage("reading"), **options)
+        how = TextOptions(**options)
+        files = find_files([str(path)], column=how.text_column)
+        return read_text(files, tmp_path / f"flat{next(count)}", Stage("reading"), how)
 
     return run
 
@@ -138,13 +146,14 @@ def test_compressed_files(tmp_path, suffix, read):
 @pytest.mark.parametrize("piece", [1, 2, 3, 1 << 20])
 def test_invalid_bytes_are_skipped_and_counted(tmp_path, monkeypatch, piece, read):
     """Also NUL and a byte-order mark; CRLF and characters that span two reads are kept."""
-    monkeypatch.setattr(module, "PIECE", piece)
-    text = read(write(tmp_path / "a.txt", b"\xef\xbb\xbfa\xff\r\nb\x00\xe4\xb8\xad\xf0\x9f\x99\x82\xe4\xb8"))
-    assert documents(text) == ["a\r\nb中🙂".encode()]
-    assert text.skipped == 4  # FF, NUL, and the two bytes of half a character
-    lines = b'\xef\xbb\xbf{"text": "a\xff\xc3\xa9\\u0000"}\n{"text": ""}\n{"text": "b\\ud83d"}'
+    monkeypatch.setattr(formats, "PIECE", piece)
+    start, rest = b"\xef\xbb\xbfa\xff\r\nb\x00\xe4\xb8\xad\xf0\x9f\x99\x82", b"x" * 400
+    text = read(write(tmp_path / "a.txt", start + rest + b"\xe4\xb8"))
+    assert documents(text) == ["a\r\nb中🙂".encode() + rest]
+    assert text.skipped == 4 and text.tallies[0].nul == 1  # FF, NUL, and the two bytes of half a character
+    lines = b'\xef\xbb\xbf{"text": "a\xff\xc3\xa9\\u0000%s"}\n{"text": ""}\n{"text": "b\\ud83d"}' % rest
     text = read(write(tmp_path / "a.jsonl", lines))
-    assert documents(text) == ["aé".encode(), b"b"]  # an empty document does not count
+    assert documents(text) == ["aé".encode() + rest, b"b"]  # an empty document does not count
     assert text.skipped == 5  # FF, NUL, and three for half a surrogate pair
 
 
@@ -170,6 +179,201 @@ def test_sources_without_text_are_named(tmp_path, read):
         with pytest.raises(UserError, match=re.escape(str(tmp_path / item))):
             read(tmp_path / item)
     assert documents(read(readme)) == [b"text"]
+
+
+UTF8 = "été, ".encode() + words(3000).encode()
+
+
+@pytest.mark.parametrize(
+    "name", ["a.json", "a.json.gz", "a.jsonl", "a.txt", "a.ndjson", "a.jsonl.xz", "a.txt.zst", "a.gz", "a.unknown"]
+)
+@pytest.mark.parametrize("kind", ["lines", "array", "indented", "utf-16"])
+def test_records_under_any_name(tmp_path, name, kind, read):
+    """JSON objects by line or in an array, packed or not, give their texts, whatever the name says."""
+    texts = ["one\r\ntwo [1]", "{中} 🙂", words(5000)]
+    records = [{"id": i, "text": text, "more": {"text": 1}} for i, text in enumerate(texts)]
+    content = {"lines": jsonl(texts), "array": json.dumps(records), "utf-16": json.dumps(records, ensure_ascii=False)}
+    content["indented"] = "\n" + json.dumps(records, indent=2)
+    suffix = Path(name).suffix if name.endswith((".gz", ".xz", ".zst")) else ""
+    packed = pack(suffix, content[kind].encode("utf-16" if kind == "utf-16" else "utf-8"))
+    assert documents(read(write(tmp_path / name, packed))) == [text.encode() for text in texts]
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a", "a.jsonl"])
+def test_packed_under_any_name(tmp_path, suffix, name, read):
+    """A compressed file is unpacked by its content, also twice, also with another suffix."""
+    content = UTF8 if name != "a.jsonl" else jsonl([UTF8.decode()]).encode()
+    for packed in (pack(suffix, content), pack(".gz", pack(suffix, content))):
+        assert documents(read(write(tmp_path / name, packed))) == [UTF8]
+
+
+def test_what_is_not_text_is_named(tmp_path, read):
+    """Archives, plain text named .gz or .parquet, JSON without a text, other binary files: one line with the file."""
+    archive, tape = io.BytesIO(), io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a.txt", UTF8)
+    with tarfile.open(fileobj=tape, mode="w:gz") as file:
+        file.add(write(tmp_path / "in.txt", UTF8), "in.txt")
+    files = {
+        **dict.fromkeys(("a.zip", "b.txt", "c.jsonl", "d.json"), archive.getvalue()),
+        **dict.fromkeys(("a.tar.gz", "a.tgz", "e.txt"), tape.getvalue()),
+        **{"plain.gz": UTF8, "plain.parquet": UTF8, "object.json": b'{"data": []}', "numbers.json": b"[1, 2]"},
+        **{
+            "prose.json": UTF8,
+            "cut.json": b'[{"text": "a"}, {"te',
+            "zeros.txt": bytes(999),
+            "bytes.txt": b"\x9c\0" * 99,
+        },
+    }
+    for name, content in files.items():
+        with pytest.raises(UserError, match=re.escape(str(tmp_path / name))) as error:
+            read(write(tmp_path / name, content))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("mark", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+def test_byte_order_marks(tmp_path, monkeypatch, mark, piece, read):
+    """They decide the encoding, even against `encoding`; a character cut off at the end is named with its byte."""
+    monkeypatch.setattr(formats, "PIECE", piece)
+    text = "é中🙂\r\nword " * 50
+    content = ("\ufeff" * mark.endswith("e") + text).encode(mark)
+    for encoding in ("utf-8", "latin-1"):
+        assert documents(read(write(tmp_path / "a.txt", content), encoding=encoding)) == [text.encode()]
+    if mark != "utf-8-sig":
+        path = write(tmp_path / "cut.txt", content[:-1])
+        with pytest.raises(UserError, match=rf"cut\.txt: byte {len(content) - (4 if '32' in mark else 2)} is not utf-"):
+            read(path)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.txt.gz"])
+def test_other_encodings(tmp_path, name, read):
+    """Text of which more than 1% is not UTF-8 is refused with its first such byte; `encoding` reads it."""
+    text = "plain ASCII " * 10 + "café été " * 30
+    records = json.dumps([{"text": text}] if name == "a.json" else {"text": text}, ensure_ascii=False)
+    latin = (records if ".json" in name else text).encode("latin-1")
+    path = write(tmp_path / name, pack(".gz" if name.endswith(".gz") else "", latin))
+    first = next(i for i, byte in enumerate(latin) if byte > 127)
+    with pytest.raises(UserError, match=re.escape(f"{path}: byte {first} is not utf-8")):
+        read(path)
+    assert documents(read(path, encoding="latin-1")) == [text.encode()]
+    with pytest.raises(UserError, match=re.escape(f"{path}: byte {first} is not ascii")):
+        read(path, encoding="ascii")
+
+
+def test_utf_16_without_a_mark(tmp_path, read):
+    """Refused, since half of it is NUL; `encoding` reads it."""
+    path = write(tmp_path / "a.txt", UTF8.decode().encode("utf-16-be"))
+    with pytest.raises(UserError, match=r"a\.txt: \d+% .* NUL bytes.*utf-16"):
+        read(path)
+    assert documents(read(path, encoding="utf-16-be")) == [UTF8]
+
+
+def test_unknown_encodings(tmp_path):
+    """A name that is unknown or not an encoding of text, and an empty separator, are refused."""
+    for options in ({"encoding": "latin-99"}, {"encoding": "hex"}, {"document_separator": ""}):
+        with pytest.raises(UserError, match=f"^`{next(iter(options))}`"):
+            formats.check(TextOptions(**options))
+
+
+def test_notes_name_the_worst_file(tmp_path, read):
+    """What was left out, with the file that lost most; an end-of-text string that is read as text."""
+    write(tmp_path / "t/a.txt", UTF8 * 2 + b"\0\xff")
+    write(tmp_path / "t/b.txt", UTF8 + b"\0\0\xff\xff\xff")
+    write(tmp_path / "t/c.jsonl", jsonl(["x", "y"]) + "null\n")
+    write(tmp_path / "t/d.txt", b"story <|endoftext|> " * 299)
+    text = read(tmp_path / "t", skip_bad=True)
+    said = formats.notes(text.tallies, None)
+    for note, parts in zip(
+        said, (("4 ", "b.txt (3)"), ("3 NUL", "b.txt (2)"), ("1 ", "c.jsonl"), ("d.txt", "299")), strict=True
+    ):
+        assert all(part in note for part in parts)
+    assert formats.notes(read(write(tmp_path / "fine.txt", UTF8)).tallies, None) == []
+
+
+@pytest.mark.parametrize("piece", [1, 5, 13, 1 << 20])
+def test_document_separator(tmp_path, monkeypatch, piece, read):
+    """Splits a .txt, also where it spans two reads; without the option it is text, and is counted once each."""
+    monkeypatch.setattr(formats, "PIECE", piece)
+    path = write(tmp_path / "a.txt", b"<|end|>one <|end|<|end|>two<|end|><|end|>" + b"three" * 9 + b"<|end|>")
+    found = read(path, document_separator="<|end|>")
+    assert documents(found) == [b"one <|end|", b"two", b"three" * 9]
+    assert documents(read(path)) == [path.read_bytes()]
+    (note,) = formats.notes(read(path, document_separator="<|eot|>").tallies, "<|eot|>")
+    assert "<|eot|>: not in the text" in note
+    write(path, b"<|endoftext|>".join([b"a", b"b", b"<|endoftext", b"c"]))
+    assert read(path).tallies[0].separators == 3
+
+
+def test_text_column(tmp_path, read):
+    """Of JSON and parquet; the error for another name lists the names that there are."""
+    write(tmp_path / "a.jsonl", '{"content": "one", "text": "no"}\n')
+    write(tmp_path / "b.txt", '[{"content": "two"}]')
+    parquet(tmp_path / "c.parquet", content=["three"], text=["no"])
+    assert documents(read(tmp_path, text_column="content")) == [b"one", b"two", b"three"]
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: .*content, text"):
+        read(tmp_path / "a.jsonl", text_column="body")
+
+
+def test_deep_json_is_a_bad_line(tmp_path, read):
+    """Nesting that the parser cannot follow is rejected or counted like any other bad line, and names the line."""
+    path = write(tmp_path / "a.jsonl", '{"text": "one"}\n{"text": ' + "[" * 200_000 + '\n{"text": "two"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: "):
+        read(path)
+    text = read(path, skip_bad=True)
+    assert documents(text) == [b"one", b"two"] and text.bad == 1
+    with pytest.raises(UserError, match=r"b\.json, line 1: "):
+        read(write(tmp_path / "b.json", "[" * 200_000))
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    """Links out of the folder are followed after everything else, those back into it not, whatever leads where."""
+    for name in ("in/a.txt", "in/z/b.txt", "out/c.txt", "out/deep/d.txt"):
+        write(tmp_path / name, name)
+    before = [file.key for file in find_files([str(tmp_path / "in")])]
+    for link, target in {
+        "in/z/up": "..",
+        "in/self": ".",
+        "out/back": "../in",
+        "in/l1": "../out",
+        "in/l2": "../out",
+    }.items():
+        (tmp_path / link).symlink_to(target)
+    found = [file.key for file in find_files([str(tmp_path / "in")])]
+    assert before == ["a.txt", "z/b.txt"] and found == ["a.txt", "l1/c.txt", "l1/deep/d.txt", "z/b.txt"]
+    (tmp_path / "in/l1").unlink()
+    (tmp_path / "in/l2").unlink()
+    for pattern, keys in {
+        "in/**/*.txt": ["a.txt", "b.txt"],
+        "**/z/*.txt": ["b.txt"],
+        "in/**/z": ["b.txt", "up/a.txt"],
+    }.items():
+        assert [file.key for file in find_files([str(tmp_path / pattern)])] == keys
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "broken link"])
+def test_what_is_not_a_file_is_named(tmp_path, kind):
+    """In a folder and by name: one line, without waiting for a writer."""
+    write(tmp_path / "in/a.txt", "text")
+    path = tmp_path / "in/b.txt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        os.mknod(path, 0o600 | stat.S_IFSOCK)
+    else:
+        path.symlink_to("nowhere")
+    for item in (path.parent, path):
+        with pytest.raises(UserError, match=re.escape(f"{path}")):
+            find_files([str(item)])
+
+
+def test_json_in_folders(tmp_path):
+    """Read if there is no other text: next to text it is often about it."""
+    write(tmp_path / "c4.json.gz", pack(".gz", jsonl(["text"]).encode()))
+    assert [file.key for file in find_files([str(tmp_path)])] == ["c4.json.gz"]
+    write(tmp_path / "a.txt", "text")
+    assert [file.key for file in find_files([str(tmp_path)])] == ["a.txt"]
 
 
 def test_documents_are_held_out_by_content_hash(tmp_path, read):
@@ -299,6 +503,13 @@ def test_parquet(tmp_path, rows, kind, read):
     parquet(tmp_path / "p/01.parquet", rows, dump=["x"] * 400, text=column[1100:])
     a, b = read(tmp_path / "p"), read(write(tmp_path / "all.jsonl", jsonl(texts)))
     assert documents(a) == documents(b) and (a.hashes == b.hashes).all() and a.skipped == b.skipped == 1500
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl", "a"])
+def test_parquet_under_any_name(tmp_path, name, read):
+    """Recognised by its content."""
+    content = parquet(tmp_path / "b.parquet", text=["one", "two"]).read_bytes()
+    assert documents(read(write(tmp_path / name, content))) == [b"one", b"two"]
 
 
 def test_unreadable_parquet(tmp_path, read):

@@ -13,6 +13,7 @@ from conftest import prepare
 
 import train
 from nanochin.base.cli import UserError
+from nanochin.config import TextOptions
 from nanochin.data import token_files as module
 from nanochin.data.corpus import read_tokens
 from nanochin.data.text import Tokens
@@ -99,7 +100,7 @@ def test_integer_types_of_megatron(tmp_path, code):
     for modes in (False, True):
         path = megatron(tmp_path / "corpus_text_document.bin", ids, code, modes)
         for name in (path, path.with_suffix(".idx"), path.with_suffix("")):
-            assert read_tokens((str(name),), Tokenizer.load("ids-100"))[0].tolist() == ids.tolist()
+            assert read_tokens((str(name),), Tokenizer.load("ids-100"), TextOptions())[0].tolist() == ids.tolist()
 
 
 def test_shards_are_one_stream(tmp_path):
@@ -234,6 +235,41 @@ def test_files_of_no_format(tmp_path):
     for name in (*files, "blank.idx", "cut.idx"):
         with pytest.raises(UserError, match=f"{name}: "):
             prepare(tmp_path / name, vocab_size=65_536, cache=tmp_path / "cache")
+
+
+def test_uint32_without_a_header(tmp_path):
+    """Recognised where uint16 cannot be right: a vocabulary above 65,536, or zeros at every second place. Noted."""
+    large, small = some_ids(3000) * 300, some_ids(3000)
+    for ids, V in ((large, 100_277), (small, 100_277), (small, 300)):
+        path = tmp_path / f"{V}.bin"
+        path.write_bytes(ids.astype("<u4").tobytes())
+        corpus = prepare(path, vocab_size=V, cache=tmp_path)
+        assert sorted([*corpus.train[:], *corpus.val[:]]) == sorted(ids) and "uint32" in corpus.format
+        assert len(corpus.notes) == 1 and str(path) in corpus.notes[0] and "uint32" in corpus.notes[0]
+    zeros = nanogpt(tmp_path / "zeros.bin", np.arange(3000) // 2 % 2 * small)  # every second is not 0
+    assert prepare(zeros, vocab_size=V, cache=tmp_path).format == "nanoGPT"
+    for ids, V in ((small, 100_277), (small[1:], 100_277)):  # uint16, of even and odd number
+        with pytest.raises(UserError, match=r"u16\.bin: .*uint32"):
+            prepare(nanogpt(tmp_path / "u16.bin", ids), vocab_size=V, cache=tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 19, 20, 39])
+def test_too_few_tokens(tmp_path, count):
+    """5% of them is less than two: one line that names the file."""
+    path = nanogpt(tmp_path / "few.bin", range(count))
+    with pytest.raises(UserError, match=r"few\.bin: too few tokens"):
+        prepare(path, vocab_size=V, cache=tmp_path)
+
+
+def test_text_named_as_tokens(tmp_path):
+    """Text and packed files named .bin are refused: as uint16 all their ids may be in the vocabulary."""
+    for name, content in {
+        "text.bin": b"hello world " * 99,
+        "packed.bin": gzip.compress(os.urandom(1000), mtime=0),
+    }.items():
+        (tmp_path / name).write_bytes(content[: len(content) // 2 * 2])
+        with pytest.raises(UserError, match=f"{name}: .*not token ids"):
+            prepare(tmp_path / name, vocab_size=65_536, cache=tmp_path)
 
 
 def test_the_vocabulary_is_not_guessed_nor_unpickled(tmp_path, monkeypatch):

@@ -65,7 +65,8 @@ OTHER = {  # every option, with a value that differs from a tiny run
     "z_loss": 1e-4, "schedule": "wsd", "cycle": 1.5, "final_lr": 0.2, "cooldown": 0.5, "seed": 1, "dtype": "bfloat16",
     "step": "eager", "micro_batch": 1, "threads": 2, "name": "x", "branch_from": "a@1", "log_every": 7,
     "eval_every": 9, "save_every": 5.0, "save_steps": (3,), "keep": 3, "sample_tokens": 5,
-    "skip_bad": True, "kernels": "fallback",
+    "skip_bad": True, "text_column": "content", "encoding": "latin-1", "document_separator": ". ",
+    "kernels": "fallback",
 }  # fmt: skip
 # Tested above or with their modules, or not available here.
 NOT_HERE = {"data", "val", "cache", "out", "law", "device", "val_bytes", "max_tokens", "init_from", "loggers"}
