@@ -70,8 +70,8 @@ def stop_at_file_operation(nth: int, stop, inside: Path, apart: Path) -> None:
             counted()
         fsync(handle)
 
-    def torn_save(tensors, path) -> None:  # written by another library
-        save(tensors, path)
+    def torn_save(tensors, path, *metadata) -> None:  # written by another library
+        save(tensors, path, *metadata)
         counted(lambda: os.truncate(path, path.stat().st_size // 2))
 
     builtins.open, os.fsync, checkpoint.save_file = torn_open, counted_fsync, torn_save
