@@ -21,7 +21,9 @@ MOST_NAMED = 3  # rows in a sentence
 def require_plausible(rows: RunTable) -> None:
     """Raises UserError for columns of logarithms, and for a loss that rises with both N and D."""
     N, D, loss = rows["params"], rows["tokens"], rows["loss"]
-    if all(LOGS[0] < x.min() and x.max() < LOGS[1] for x in (N, D)) and len(N):
+    if not len(N):
+        return  # `require_usable` says so
+    if all(LOGS[0] < x.min() and x.max() < LOGS[1] for x in (N, D)):
         raise UserError(
             f"{rows.source}: params is {N.min():g} to {N.max():g}, tokens {D.min():g} to {D.max():g}: these look like "
             "logarithms to base 10; write the numbers themselves"

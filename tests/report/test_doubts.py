@@ -47,6 +47,7 @@ def test_logarithms_and_accuracies_are_refused():
         require_plausible(table(np.log10(N), np.log10(D), loss))
     with pytest.raises(UserError, match="rises"):
         require_plausible(table(N, D, np.exp(-loss)))
+    require_plausible(table(N[:0], D[:0], loss[:0]))  # `require_usable` says that it is empty
 
 
 def test_units():
