@@ -268,9 +268,14 @@ def log_row(setup: Setup, step: int, recent: list[Tensor], run: Run) -> dict:
     check_finite(values, step, run)
     plan, config = setup.plan, setup.config
     losses, norms = zip(*values, strict=True)
-    return {"step": step, "tokens": step * plan.batch_tokens, "flops": plan.flops["physical"] * step / plan.steps,
-        "loss": sum(losses) / len(losses), "lr": config.lr * learning_rate(config, step - 1),
-        "grad_norm": sum(norms) / len(norms)}  # fmt: skip
+    return {
+        "step": step,
+        "tokens": step * plan.batch_tokens,
+        "flops": plan.flops["physical"] * step / plan.steps,
+        "loss": sum(losses) / len(losses),
+        "lr": config.lr * learning_rate(config, step - 1),
+        "grad_norm": sum(norms) / len(norms),
+    }
 
 
 def log_evaluation(setup: Setup, step: int, model: GPT, run: Run, progress=None) -> tuple[float, float | None]:

@@ -42,6 +42,11 @@ class Budget:
         return not self.reason
 
     @property
+    def mistuned(self) -> bool:
+        """One of its runs is above its neighbours, so that no curve is fitted."""
+        return not len(self.fitted)
+
+    @property
     def n_runs(self) -> int:
         return len(self.rows)
 

@@ -160,8 +160,10 @@ def analyse(
     curves: RunTable | None = None,
     settings: Settings | None = None,
     progress: Callable[[str, float, float], None] = lambda *_: None,
+    choice: Choice | None = None,
 ) -> Analysis:
-    """Fit all approaches. Calls progress(stage, done, total). Raises UserError if none has a law."""
+    """Fit all approaches, and the law in the form of `choice`, by default chosen here. Calls progress(stage, done,
+    total). Raises UserError if none has a law."""
     settings = settings or Settings()
     replicates, note = resamples(len(rows), settings.bootstrap)
     settings = replace(settings, bootstrap=replicates)
@@ -189,12 +191,10 @@ def analyse(
     options = {"delta": settings.delta, "params_convention": settings.params}
     third = attempt(laws.fit_parametric, N, D, L, E=settings.fixed_e, cost=cost, **options)
     fits = {1: envelope, 2: parabola, 3: third}
-    some = np.arange(len(N))
-    if len(N) > MOST_CHOSEN:
-        some = np.sort(np.random.default_rng(settings.seed).choice(len(N), MOST_CHOSEN, replace=False))
-    column = rows.get("budget")
-    how = options | {"budget": None if column is None else column[some], "E": settings.fixed_e}
-    choice = laws.choose_form(N[some], D[some], L[some], C[some], **how)
+    if choice is None:
+        some, column = random_rows(len(N), MOST_CHOSEN, settings.seed), rows.get("budget")
+        how = options | {"budget": None if column is None else column[some], "E": settings.fixed_e}
+        choice = laws.choose_form(N[some], D[some], L[some], C[some], **how)
     how = {"runs": unit, "replicates": settings.bootstrap, "seed": settings.seed}
     how["verify"] = int(np.clip(WORK / 10 / len(N), 4, 200))  # each costs as much as about fifteen replicates
     results = {}
@@ -239,14 +239,19 @@ def approach(number: int, fit, flops_range: tuple, resample: Callable | None = N
     return Approach(number, fit, boot, flops_range)
 
 
+def random_rows(n: int, most: int, seed: int) -> np.ndarray:
+    """The indices of `most` of n rows, ascending; all of them if there are no more."""
+    return np.sort(np.random.default_rng(seed).choice(n, min(most, n), replace=False))
+
+
 def sample_runs(analysis: Analysis, most: int, replicates: int) -> Analysis:
     """The analysis, or that of `most` random runs if it has more, with intervals of Approach 3 and the law only, by at
     most `replicates` replicates."""
     if (n := len(analysis.N)) <= most:
         return analysis
-    index = np.sort(np.random.default_rng(analysis.settings.seed).choice(n, most, replace=False))
+    index = random_rows(n, most, analysis.settings.seed)
     rows = analysis.rows.keep(np.isin(np.arange(n), index), "not checked")
-    some = analyse(rows, settings=replace(analysis.settings, bootstrap=0))
+    some = analyse(rows, settings=replace(analysis.settings, bootstrap=0), choice=analysis.choice)
     some = replace(some, settings=analysis.settings, whole=analysis, index=index)
     third, law = some.results[3], some.law
     if isinstance(third, Approach):

@@ -6,6 +6,7 @@ import numpy as np
 from nanochin.base.cli import UserError
 from nanochin.base.console import count
 from nanochin.laws import NotIdentified
+from nanochin.laws.law import line
 from nanochin.report.analysis import Analysis
 from nanochin.report.table import RunTable
 
@@ -38,11 +39,11 @@ def require_plausible(rows: RunTable) -> None:
 
 def _slope(x, y) -> tuple[float, float]:
     """Least-squares slope of y on x (n,), and its standard error; 0 with fewer than 6 rows or for equal x."""
-    x = x - x.mean()
-    if len(x) < 6 or not x @ x > 1e-12:
+    if len(x) < 6 or not np.var(x) > 1e-12:
         return 0.0, 0.0
-    slope = x @ (y - y.mean()) / (x @ x)
-    return float(slope), float(np.sqrt(np.sum((y - y.mean() - slope * x) ** 2) / (len(x) - 2) / (x @ x)))
+    start, slope = line(x, y)
+    variance = np.sum((y - start - slope * x) ** 2) / (len(x) - 2)
+    return float(slope), float(np.sqrt(variance / np.sum((x - x.mean()) ** 2)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -114,10 +115,8 @@ def mistuned(analysis: Analysis) -> str:
     """Cells of isoFLOP curves far above their neighbours."""
     second = analysis.results[2]
     if isinstance(second, NotIdentified):
-        return str(second) if "above its neighbours" in str(second) else ""
-    cells = [
-        f"{budget.flops:.3g} FLOPs: {budget.reason}" for budget in second.fit.budgets if "neighbours" in budget.reason
-    ]
+        return ""  # whose reason names them
+    cells = [f"{budget.flops:.3g} FLOPs: {budget.reason}" for budget in second.fit.budgets if budget.mistuned]
     return f"Approach 2 gives no minimum at {'; '.join(cells)}" if cells else ""
 
 

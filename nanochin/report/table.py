@@ -22,6 +22,7 @@ from typing import TextIO
 import numpy as np
 
 from nanochin.base.cli import UserError
+from nanochin.base.files import read_json
 from nanochin.report.cells import (
     COLUMNS,
     LABELS,
@@ -335,15 +336,8 @@ def _read_summaries(folder: Path, needed: Names, columns: dict[str, str], skip_b
     paths = [path for pattern in ("*/summary.json", "runs/*/summary.json") for path in sorted(folder.glob(pattern))]
     if not paths:
         raise UserError(f"{folder}: no runs.csv, and no run with a summary.json there or in runs/")
-    try:
-        texts = [path.read_text(encoding="utf-8") for path in paths]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder}: a summary.json cannot be read: {error}") from None
-    sha256 = hashlib.sha256("".join(texts).encode()).hexdigest()
-    objects = []
-    for path, text in zip(paths, texts, strict=True):
-        _, item = _json_object(path, "whole file", _json(path, "whole file", text))
-        objects.append((str(path.relative_to(folder)), item))
+    objects = [(str(path.relative_to(folder)), read_json(path)) for path in paths]
+    sha256 = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     return _collect(str(folder), sha256, _table_of_objects(lambda: objects), needed, columns, skip_bad)
 
 
@@ -352,9 +346,8 @@ def _collect(source: str, sha256: str, table: Table, needed: Names, columns: dic
     header = next(table)
     if "run" in needed:  # curves
         columns = {ours: theirs for ours, theirs in columns.items() if theirs in header}
-    only_loss = (
-        bool(header) and needed == NEEDED and not mentioned(("params", "tokens"), header, columns)
-    )  # by compute alone
+    # A law of compute alone needs neither params nor tokens.
+    only_loss = bool(header) and needed == NEEDED and not mentioned(("params", "tokens"), header, columns)
     needed = ("loss",) if only_loss else needed
     spots = find_columns(source, header, needed, columns)
     derived = [name for name in needed if name not in spots]  # params or tokens, by C = 6ND
