@@ -133,28 +133,29 @@ def run_command(main, prog: str, only_prints: bool = False) -> None:
 
 
 def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentParser:
-    positional = [f.name.upper() for f in fields(cls) if f.metadata["positional"]]
+    hints = typing.get_type_hints(cls)
+    several = {f.name: typing.get_origin(value_type(hints[f.name])) is tuple for f in fields(cls)}
+    positional = [f.name.upper() + " ..." * several[f.name] for f in fields(cls) if f.metadata["positional"]]
     usage = " ".join([prog, *["[FILE.toml]"] * file, *positional, "[--key=value ...]"])
     parser = _OneLineParser(prog, usage, description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.color = False  # Python 3.14: escape codes
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps its line breaks
     if file:
         parser.add_argument("file", nargs="?", metavar="FILE.toml", help="options in TOML, `key = value` per line")
-    hints = typing.get_type_hints(cls)
     for f in sorted(fields(cls), key=lambda f: f.name not in cls.__annotations__):  # inherited ones last
         kind = value_type(hints[f.name])
-        many = typing.get_origin(kind) is tuple
-        kind = typing.get_args(kind)[0] if many else kind
+        kind = typing.get_args(kind)[0] if several[f.name] else kind
         default = "" if f.default in (None, MISSING, (), "") else f" (default: {f.default})"
         spec = {"help": (f.metadata["help"] + default).replace("%", "%%"), "choices": f.metadata["choices"]}
         spec["type"] = {int: _read_int, float: _read_float, bool: _read_bool}.get(kind, str)
         spec["metavar"] = None if spec["choices"] else {str: "TEXT"}.get(kind, kind.__name__.upper())
+        spec |= {"nargs": "+"} if several[f.name] else {}
         if f.metadata["positional"]:
             parser.add_argument(f.name, **spec | {"metavar": f.name.upper()})
         elif kind is bool:  # --bias, --bias=true and --bias=false
             parser.add_argument(_flag(f.name), nargs="?", const=True, **spec)
         else:
-            parser.add_argument(_flag(f.name), **spec, **({"nargs": "+"} if many else {}))
+            parser.add_argument(_flag(f.name), **spec)
     return parser
 
 

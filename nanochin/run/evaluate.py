@@ -1,29 +1,50 @@
-"""Loss and bits per byte of a run on any text: python -m nanochin evaluate RUN --data PATH"""
+"""Loss and bits per byte of runs on any text, and multiple-choice tasks made from it:
 
+python -m nanochin evaluate RUN [RUN ...] --data PATH [--tasks cloze last-word]
+"""
+
+import json
 import math
 import sys
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from nanochin.base.cli import UserError, opt, parse, with_flags
-from nanochin.base.console import Progress, count
-from nanochin.config import TextOptions
-from nanochin.data.corpus import read_tokens
+from nanochin.base.console import Progress, count, format_columns
+from nanochin.base.files import NUMBER, write_file
+from nanochin.config import Config, TextOptions
+from nanochin.data.corpus import Corpus, prepare, read_tokens
 from nanochin.data.text import Tokens
+from nanochin.data.tokenizer import Tokenizer
 from nanochin.data.windows import eval_windows
 from nanochin.model import GPT
 from nanochin.run.checkpoint import load_run
-from nanochin.run.folder import find_run
+from nanochin.run.folder import Run, find_run, read_record
+from nanochin.run.tasks import TASKS, better, documents_of, log_probabilities, margins_of, sha_of, summarise, wilson
 
 TOKENS_AT_ONCE = 16384  # per forward pass: the logits (x V) must fit in memory
+TEXT = {  # options of a run that determine its text; older records lack some
+    **{key: hint if hint is bool else hint | None for key, hint in typing.get_type_hints(TextOptions).items()},
+    **{"data": list | None, "val": list | None, "val_bytes": int | None, "max_tokens": NUMBER | None},
+    **{"tokenizer": str | None, "vocab_size": int | None, "cache": str | None},
+}
 
 
 @dataclass(frozen=True)
 class EvaluateOptions(TextOptions):
-    run: str = opt(None, "folder of the run, or its name under --out", positional=True)
+    run: tuple[str, ...] = opt(None, "folders of runs, or their names under --out", positional=True)
     data: tuple[str, ...] = opt((), "text to evaluate on: files, folders, globs")
+    held_out: bool = opt(False, "the run's own validation text, made again from its data (--data if they moved)")
     out: str = opt("runs", "folder of all runs")
+    tasks: tuple[str, ...] = opt((), "multiple-choice tasks made from the text", choices=tuple(TASKS))
+    items: int = opt(1000, "maximum number of items of a task", low=2)
+    passage: int = opt(128, "bytes of an item, its context included", low=80, high=10**6)
+    seed: int = opt(0, "seed of the choice of items", low=0, high=10**9)
+    json: str | None = opt(None, "file for the results, with the margin of each item")
 
 
 @torch.no_grad()
@@ -47,17 +68,95 @@ def evaluate(model: GPT, tokens: Tokens, text_bytes: int, progress=None) -> tupl
     return total / count, total / math.log(2) / text_bytes if text_bytes else None
 
 
+def held_out(folder: Path, data: tuple[str, ...], progress: Progress | None = None) -> Corpus:
+    """The corpus of a run, made again from its config.json, or from `data` if its files moved. Raises UserError, as
+    `prepare` does, and unless the training and the validation text have the SHA-256 that the run recorded."""
+    record = read_record(folder, {"options": TEXT, "corpus": {"data_sha": str, "val_sha": str}})
+    given = {key: record["options"][key] for key in TEXT if record["options"].get(key) is not None}
+    given = {key: tuple(map(str, value)) if isinstance(value, list) else value for key, value in given.items()}
+    corpus = prepare(Config(**given | ({"data": data} if data else {})), progress)
+    for side in ("data_sha", "val_sha"):
+        if (now := getattr(corpus, side)) != (then := record["corpus"][side]):
+            raise UserError(
+                f"{folder}: its {side} is {then:.12}, that of the data is {now:.12}; give its text as `data`"
+            )
+    return corpus
+
+
 def main(argv: list[str] | None = None) -> None:
     options = parse(EvaluateOptions, argv, prog="python -m nanochin evaluate", description=__doc__)
-    if not options.data:
+    if not (options.data or options.held_out):
         raise UserError("`data`: missing; give the text to evaluate on")
-    folder = find_run(options.run, options.out)
-    model, tokenizer, _ = load_run(folder)
-    tokens, text_bytes, notes = read_tokens(options.data, tokenizer, options)
-    for note in notes:
-        print(f"note: {with_flags(note)}")
+    records, said, made = [], set(), {}
     with Progress(quiet=not sys.stdout.isatty()) as progress:
-        loss, bpb = evaluate(model, tokens, text_bytes, progress)
-    per_byte = f"{bpb:.4f} bits per byte" if bpb else "bits per byte unknown"
-    size = f"{count(len(tokens))} tokens, {count(text_bytes)} bytes"
-    print(f"{folder.name}: loss {loss:.4f} nats per token, {per_byte} ({size})")
+        for name in options.run:
+            folder = find_run(name, options.out)
+            model, tokenizer, _ = load_run(folder)
+            if options.held_out:
+                corpus = held_out(folder, options.data, progress)
+                tokens, text_bytes, notes = corpus.val[:], corpus.val_bytes, ()
+            else:
+                tokens, text_bytes, notes = read_tokens(options.data, tokenizer, options)
+            loss, bpb = evaluate(model, tokens, text_bytes, progress)
+            progress.close()
+            for note in notes:
+                if note not in said:  # about another run
+                    print(f"note: {with_flags(note)}")
+                said.add(note)
+            per_byte = f"{bpb:.4f} bits per byte" if bpb else "bits per byte unknown"
+            size = f"{count(len(tokens))} tokens, {count(text_bytes)} bytes"
+            print(f"{folder.name}: loss {loss:.4f} nats per token, {per_byte} ({size})")
+            if options.tasks or options.json:
+                documents = documents_of(tokens, tokenizer)
+                record = _record(folder, model, documents, options) | {"loss": loss, "bpb": bpb}
+                answered = [_answers(task, model, tokenizer, documents, options, made) for task in options.tasks]
+                records += [record | answers for answers in answered or [{}]]
+    if options.tasks:
+        print("", *_tables(records), sep="\n")
+    if options.json:
+        lines = ",\n".join(map(json.dumps, records))
+        write_file(Path(options.json), f"[\n{lines}\n]\n".encode())
+
+
+def _record(folder: Path, model: GPT, documents: list[str], options: EvaluateOptions) -> dict:
+    summary = Run(folder).summary
+    return {
+        "run": folder.name,
+        "data": list(options.data),
+        "held_out": options.held_out,
+        "data_sha": sha_of(documents),
+        "params": sum(parameter.numel() for parameter in model.parameters()),
+        "tokens": summary and summary["tokens"],  # null: not finished
+    }
+
+
+def _answers(
+    task: str, model: GPT, tokenizer: Tokenizer, documents: list[str], options: EvaluateOptions, made: dict
+) -> dict:
+    """What a model makes of a task. `made` keeps the items, which are the same for all models."""
+    key = task, sha_of(documents)
+    if key not in made:
+        made[key] = TASKS[task](documents, options.items, options.passage, options.seed)
+    if len(made[key]) < 2:
+        raise UserError(f"`tasks` {task}: fewer than two items in this text; give a longer one")
+    margins = margins_of(log_probabilities(model, tokenizer, made[key])).round(6)
+    results = {"correct": (margins > 0).astype(int).tolist(), "margins": margins.tolist()}
+    return {"task": task} | summarise(margins) | results
+
+
+def _tables(records: list[dict]) -> Iterator[str]:
+    """Each run's results, and how often the first run is better than each other one on the same items."""
+    rows = [["run", "task", "accuracy", "95%", "margin, nats", "95%", "items"]]
+    for r in records:
+        accuracy, margin = ("{:.3f} to {:.3f}".format(*r[key]) for key in ("accuracy_ci", "margin_ci"))
+        rows.append([r["run"], r["task"], f"{r['accuracy']:.3f}", accuracy, f"{r['margin']:.3f}", margin])
+        rows[-1].append(str(r["items"]))
+    yield format_columns(rows)
+    rows = [["first run against", "task", "better on", "share, 95%"]]
+    for r in records:
+        first = next(other for other in records if other["task"] == r["task"])
+        if r is not first and r["data_sha"] == first["data_sha"]:
+            k, n = better(first["margins"], r["margins"])
+            rows.append([r["run"], r["task"], f"{k} of {n}", "{:.3f} to {:.3f}".format(*wilson(k, n))])
+    if len(rows) > 1:
+        yield "\n" + format_columns(rows)
