@@ -1,7 +1,7 @@
 """Commands in addition to train.py, sweep.py and fit.py: python -m nanochin COMMAND ...
 
     sample     sample text from a run
-    evaluate   loss and bits per byte of a run on any text
+    evaluate   loss, bits per byte and multiple-choice tasks of runs on any text
     export     export a run for transformers and lm-eval
     ladder     models that fit a compute budget
     flops      FLOPs of a model by operation

@@ -8,7 +8,7 @@ import math
 import sys
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +44,7 @@ class EvaluateOptions(TextOptions):
     items: int = opt(1000, "maximum number of items of a task", low=2)
     passage: int = opt(128, "bytes of an item, its context included", low=80, high=10**6)
     seed: int = opt(0, "seed of the choice of items", low=0, high=10**9)
+    normalise: bool = opt(False, "score a candidate by what its context adds to its log-probability")
     json: str | None = opt(None, "file for the results, with the margin of each item")
 
 
@@ -139,9 +140,12 @@ def _answers(
         made[key] = TASKS[task](documents, options.items, options.passage, options.seed)
     if len(made[key]) < 2:
         raise UserError(f"`tasks` {task}: fewer than two items in this text; give a longer one")
-    margins = margins_of(log_probabilities(model, tokenizer, made[key])).round(6)
+    nats = log_probabilities(model, tokenizer, made[key])
+    if options.normalise:  # as in section 2.4 of Brown et al. 2020 (GPT-3): candidates differ in their own probability
+        nats -= log_probabilities(model, tokenizer, [replace(item, context=b"\n") for item in made[key]])
+    margins = margins_of(nats).round(6)
     results = {"correct": (margins > 0).astype(int).tolist(), "margins": margins.tolist()}
-    return {"task": task} | summarise(margins) | results
+    return {"task": task, "normalise": options.normalise} | summarise(margins) | results
 
 
 def _tables(records: list[dict]) -> Iterator[str]:

@@ -103,9 +103,9 @@ def last_word(documents: list[str], count: int, passage: int, seed: int) -> list
         text, word = documents[number], documents[number][start:stop]
         candidate = f" {word}{text[stop]}".encode()
         context = _whole(text[max(0, start - passage) : start - 1].encode()[len(candidate) - passage :])
-        before = WORD.findall(context.decode())[1:]  # the first may be cut
+        before = WORD.findall(context.decode())
         wrong = [other for other in group.get(word, ()) if other not in before]
-        if word in before and len(wrong) >= 4:
+        if word in before[1:] and len(wrong) >= 4:  # the first may be cut
             drawn = [wrong[k] for k in random.choice(len(wrong), 4, replace=False)]
             items.append(Item(context, (candidate, *(f" {other}{text[stop]}".encode() for other in drawn))))
         if len(items) == count:
