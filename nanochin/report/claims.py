@@ -1,245 +1,160 @@
-"""The claims of Hoffmann et al. 2022 and of papers about it, and the rules by which runs decide them.
+"""The claims of the paper, each with a verdict from kept sweeps: python -m nanochin claims
 
-A rule names an effect and the values that the claim says it has. The effect is measured with a 95% interval. If the
-whole interval lies within the rule, the runs agree with the claim; if it lies outside, they do not; else they cannot
-decide. A claim is reproduced if all of its main rules agree, and not reproduced if one does not.
-
-The rules stood here before the runs in sweeps/paper/ were made. Claims 1, 7, 11, 12 and 17 use sweeps made earlier.
+Writes claims.json, README.md and figures to results/claims/. What decides a claim is in rules.py, how it is measured in
+effects.py. The sweeps are those of sweeps/ and sweeps/paper/, kept in --results.
 """
 
-import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
-REPRODUCED, NOT_REPRODUCED, UNDECIDED = "reproduced", "not reproduced", "not decidable here"
-
-
-@dataclass(frozen=True)
-class Rule:
-    """An effect and the range that the claim says it is in. `main` is False for what is only reported."""
-
-    effect: str
-    low: float = -math.inf
-    high: float = math.inf
-    main: bool = True
-    percent: bool = False
-
-    def verdict(self, interval: tuple[float, float]) -> str:
-        """Whether an effect with this interval is in the range. An interval with nan decides nothing."""
-        low, high = interval
-        if self.low <= low and high <= self.high:
-            return REPRODUCED
-        return NOT_REPRODUCED if high < self.low or low > self.high else UNDECIDED
+from nanochin.base.cli import UserError, opt, parse
+from nanochin.base.console import Progress, format_columns
+from nanochin.base.files import write_file, write_json, writing
+from nanochin.laws import NotIdentified
+from nanochin.report.claim_figures import FIGURES
+from nanochin.report.effects import EFFECTS, Effect, Kept, read_kept
+from nanochin.report.panels import svg
+from nanochin.report.rules import CLAIMS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, Claim, Rule
 
 
 @dataclass(frozen=True)
-class Claim:
-    """`sweeps`: the folders of results/ that it is decided from. `reason`: why it cannot be decided here, and what it
-    would take."""
-
-    number: int
-    title: str
-    source: str
-    rules: dict[str, Rule]
-    sweeps: tuple[str, ...] = ()
-    reason: str = ""
-
-    def verdict(self, verdicts: dict[str, str]) -> str:
-        """Of the claim, from the verdict of each rule by its key; a rule without one is undecided."""
-        found = {verdicts.get(key, UNDECIDED) for key, rule in self.rules.items() if rule.main}
-        if NOT_REPRODUCED in found:
-            return NOT_REPRODUCED
-        return REPRODUCED if found == {REPRODUCED} else UNDECIDED
+class ClaimsOptions:
+    results: str = opt("results", "folder of kept sweeps")
+    out: str | None = opt(None, "folder to write to; default: claims in --results")
 
 
-HOFFMANN = "Hoffmann et al. 2022"
-NEAR_HALF = {"low": 0.4, "high": 0.6}
-PERCENT = {"percent": True}
+@dataclass(frozen=True)
+class Decided:
+    """A claim, its sweeps, its effects by the keys of its rules, and its verdict. `missing`: why it has no effects."""
 
-CLAIMS = (
-    Claim(
-        1,
-        "Parameters and tokens grow alike with compute, by three methods",
-        f"{HOFFMANN}, section 3, Table 2 (a = 0.50, 0.49, 0.46)",
-        {
-            "approach1": Rule("a by Approach 1", **NEAR_HALF),
-            "approach2": Rule("a by Approach 2", **NEAR_HALF),
-            "approach3": Rule("a by Approach 3", **NEAR_HALF),
-            "law": Rule("a by the law that hold-out chose", **NEAR_HALF),
-        },
-        ("books",),
-    ),
-    Claim(
-        2,
-        "The cosine must match the length of the run",
-        f"{HOFFMANN}, section 3.1 and Appendix B: overshooting by more than 25% clearly hurts",
-        {
-            "1.1": Rule("excess loss with a cycle of 1.1 runs", -0.005, 0.005, **PERCENT),
-            "1.25": Rule("excess loss with a cycle of 1.25 runs", -0.005, 0.005, **PERCENT),
-            "1.5": Rule("excess loss with a cycle of 1.5 runs", 0, **PERCENT),
-            "2": Rule("excess loss with a cycle of 2 runs", 0, **PERCENT),
-            "5": Rule("excess loss with a cycle of 5 runs", 0, **PERCENT),
-            "a": Rule("a from losses in the middle of long cosines, minus a from matched ones", 0, main=False),
-        },
-        ("paper/schedule", "books-horizons"),
-    ),
-    Claim(
-        3,
-        "At equal compute a smaller model on more data beats one four times as large",
-        f"{HOFFMANN}, section 4 (Chinchilla, Gopher) and Appendix D.4 (1.7 times)",
-        {
-            "3e12": Rule("loss of 4 N* minus loss of N*, 3e12 FLOPs", 0),
-            "1e13": Rule("loss of 4 N* minus loss of N*, 1e13 FLOPs", 0),
-            "1.7": Rule("loss of 1.7 N* minus loss of N*, 3e12 FLOPs", 0),
-            "1/4": Rule("loss of N* / 4 minus loss of N*, 3e12 FLOPs", 0, main=False),
-            "cloze": Rule("share of cloze items that N* answers better than 4 N*", 0.5, main=False),
-            "last-word": Rule("share of last-word items that N* answers better than 4 N*", 0.5, main=False),
-            "python": Rule("bits per byte of 4 N* minus those of N*, Python source", 0, main=False),
-            "peps": Rule("bits per byte of 4 N* minus those of N*, technical English", 0, main=False),
-        },
-        ("paper/chinchilla-3e12", "paper/chinchilla-1e13"),
-    ),
-    Claim(
-        4,
-        "AdamW ends lower than Adam",
-        f"{HOFFMANN}, section 4.1, Figures A6 and A7, footnote 8",
-        {
-            "adam": Rule("loss of Adam with L2 minus loss of AdamW, each at its best rate", 0),
-            "none": Rule("loss without decay minus loss of AdamW, each at its best rate", 0, main=False),
-            "crossing": Rule("fraction of the cycle after which AdamW stays lower", 0.6, 1, main=False),
-        },
-        ("paper/adamw", "paper/adam"),
-    ),
-    Claim(
-        5,
-        "6ND is an accurate count of training FLOPs",
-        f"{HOFFMANN}, Appendix F, Table A4 (0.99 to 1.10)",
-        {
-            "published": Rule("largest difference from the six ratios of Table A4, by its count", -0.006, 0.006),
-            "a4": Rule("FLOPs / 6ND of these six models, by its count", 0.9, 1.1),
-            "physical": Rule("the same, with the logits", 0.9, 1.1, main=False),
-            "runs": Rule("physical FLOPs / 6ND of the runs on books", 0.9, 1.1, main=False),
-        },
-        ("books",),
-    ),
-    Claim(
-        6,
-        "The exponent hardly depends on the text",
-        f"{HOFFMANN}, Appendix C, Table A2 (C4 0.50, GitHub 0.53)",
-        {
-            "code": Rule("a on Python source minus a on books, Approach 2", -0.1, 0.1),
-            "peps": Rule("a on technical English minus a on books, Approach 2", -0.1, 0.1),
-        },
-        ("paper/code", "paper/peps", "books"),
-    ),
-    Claim(
-        7,
-        "The frontier is concave: the optimal size grows more slowly at large compute",
-        f"{HOFFMANN}, section 5 and Appendix E",
-        {"quadratic": Rule("quadratic term of ln N_opt in ln C", high=0)},
-        ("books",),
-    ),
-    Claim(
-        8,
-        "The law holds as long as text is not repeated",
-        f"{HOFFMANN}, section 5; Muennighoff et al. 2023 (up to 4 epochs are nearly as good as new text)",
-        {
-            "4": Rule("excess loss after 4 epochs", -0.01, 0.01, **PERCENT),
-            "40": Rule("excess loss after 40 epochs", 0.01, **PERCENT),
-            "R": Rule("R_D* of Muennighoff's form (theirs: 15.4)", 5.1, 46, main=False),
-        },
-        ("paper/repeat",),
-    ),
-    Claim(
-        9,
-        "The large models of 2020 to 2022 are too large for their compute",
-        f"{HOFFMANN}, Table 1 and Figure 1",
-        {
-            name: Rule(f"parameters of {name} / optimal parameters at its compute", 1)
-            for name in ("LaMDA", "GPT-3", "Jurassic-1", "Gopher", "MT-NLG")
-        },
-    ),
-    Claim(
-        10,
-        "A model of 175 billion parameters needs more than 4.2 trillion tokens",
-        f"{HOFFMANN}, section 3.4 (Table 3 has 3.7)",
-        {"tokens": Rule("optimal tokens of 175 billion parameters / 4.2e12", 0.8, 1.25)},
-    ),
-    Claim(
-        11,
-        "Ten times the compute: 3.2 times the parameters, not 5.5",
-        f"{HOFFMANN}, section 1; 5.5 is Kaplan et al. 2020",
-        {"growth": Rule("growth of N_opt with 10 times the compute, by the law that hold-out chose", 2.40, 4.17)},
-        ("books", "books-bpe"),
-    ),
-    Claim(
-        12,
-        "The intervals of Approach 3 are too narrow",
-        "Besiroglu et al. 2024: a mean objective and default tolerances stop the optimizer early",
-        {"ratio": Rule("width of the converged 80% interval of a / width as in the paper", 2)},
-        ("books", "books-bpe", "books-horizons", "books-bpe-horizons", "mini"),
-    ),
-    Claim(
-        13,
-        "A float32 copy of the weights lowers the loss",
-        f"{HOFFMANN}, Figure A6",
-        {"bfloat16": Rule("loss with weights in bfloat16 minus loss with float32 weights", 0)},
-        ("paper/master",),
-    ),
-    Claim(
-        14,
-        "Chinchilla is uniformly better than Gopher on downstream tasks",
-        f"{HOFFMANN}, abstract (51 of 57 MMLU tasks, 58 of 62 of BIG-bench)",
-        {},
-        reason="models of a million parameters answer such tasks by chance; claim 3 has two tasks that they can answer. "
-        "It would take two models from about 1e21 FLOPs and both suites",
-    ),
-    Claim(
-        15,
-        "Chinchilla sets the state of the art on MMLU",
-        f"{HOFFMANN}, section 4.2 (67.6%)",
-        {},
-        reason="it would take 5.8e23 FLOPs",
-    ),
-    Claim(
-        16,
-        "Learning rates can be left to heuristics",
-        f"{HOFFMANN}, Appendix D; Porian et al. 2024 find that tuning moves a by 0.07 to 0.10",
-        {
-            "0.5": Rule("a with half the learning rate minus a, Approach 2", -0.03, 0.03),
-            "2": Rule("a with twice the learning rate minus a, Approach 2", -0.03, 0.03),
-        },
-        ("paper/rates", "books"),
-    ),
-    Claim(
-        17,
-        "A larger Huber delta predicts held-out large runs worse; a smaller one changes nothing",
-        f"{HOFFMANN}, Appendix D.2",
-        {
-            "larger": Rule("hold-out error with delta 0.1 minus that with 0.001", 0, **PERCENT),
-            "smaller": Rule("hold-out error with delta 0.0001 minus that with 0.001", -0.001, 0.001, **PERCENT),
-        },
-        ("books", "books-bpe", "mini", "books-horizons", "books-bpe-horizons"),
-    ),
-    Claim(
-        18,
-        "The cost of inference favours smaller models",
-        f"{HOFFMANN}, section 1; Sardana & Frankle 2023",
-        {
-            "params": Rule("parameters with 10 D tokens served / parameters with none, at equal loss", high=1),
-            "tokens": Rule("tokens with 10 D tokens served / tokens with none, at equal loss", 1),
-        },
-        ("books",),
-    ),
-    Claim(
-        19,
-        "Kaplan's larger exponent comes from counting, warm-up and tuning; the schedule matters little",
-        "Porian et al. 2024, Table 1 (OpenWebText2: 0.86, 0.70, 0.60, 0.57, 0.52)",
-        {
-            "head": Rule("a without the head's parameters and FLOPs minus a with them", 0.03),
-            "warmup": Rule("a with a long warm-up minus a with a short one", 0.03),
-            "schedule": Rule("a with one long cosine minus a with matched ones", -0.06, 0.06),
-            "tuning": Rule("a with one rate and batch minus a with those of the rules", 0.03),
-        },
-        ("paper/kaplan-warmup", "paper/kaplan-cosine", "paper/kaplan-matched", "books-bpe"),
-    ),
-)
+    claim: Claim
+    effects: dict[str, Effect] = field(default_factory=dict)
+    sweeps: tuple[Kept, ...] = ()
+    missing: str = ""
+
+    @property
+    def figure(self) -> str | None:
+        """Name of its figure's file."""
+        return f"claim-{self.claim.number}.svg" if self.effects and self.claim.number in FIGURES else None
+
+    def verdict_of(self, key: str) -> str:
+        found = self.effects.get(key)
+        return self.claim.rules[key].verdict((found.low, found.high)) if found else UNDECIDED
+
+    @property
+    def verdict(self) -> str:
+        return self.claim.verdict({key: self.verdict_of(key) for key in self.claim.rules})
+
+    def to_json(self) -> dict:
+        claim = self.claim
+        rows = {
+            key: {"effect": rule.effect, "rule": str(rule), "main": rule.main, "verdict": self.verdict_of(key)}
+            | (asdict(self.effects[key]) if key in self.effects else {})
+            for key, rule in claim.rules.items()
+        }
+        known = {name: getattr(claim, name) for name in ("number", "title", "source", "sweeps", "reason")}
+        return known | {"verdict": self.verdict, "missing": self.missing, "figure": self.figure, "effects": rows}
+
+
+def decide(claim: Claim, results: Path) -> Decided:
+    """The claim with its effects, from the sweeps kept in `results`."""
+    if claim.number not in EFFECTS:
+        return Decided(claim, missing=claim.reason)
+    try:
+        sweeps = tuple(read_kept(results / sweep) for sweep in claim.sweeps)
+        return Decided(claim, EFFECTS[claim.number](*sweeps), sweeps)
+    except (UserError, NotIdentified) as error:
+        return Decided(claim, missing=str(error))
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = parse(ClaimsOptions, argv, prog="python -m nanochin claims", description=__doc__)
+    results = Path(options.results)
+    out = Path(options.out or results / "claims")
+    found = []
+    with Progress() as progress:
+        for i, claim in enumerate(CLAIMS):
+            progress("claims", i, len(CLAIMS), claim.title)
+            found.append(decide(claim, results))
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        for one in found:
+            if one.figure:
+                drawn, _ = svg(FIGURES[one.claim.number](one.effects, *one.sweeps), one.figure)
+                write_file(out / one.figure, drawn.encode())
+        write_json(out / "claims.json", {"claims": [one.to_json() for one in found]})
+        write_file(out / "README.md", readme(found).encode())
+    lines = [[str(one.claim.number), one.verdict, one.claim.title] for one in found]
+    print(format_columns([["", "verdict", "claim"], *lines]))
+    for one in found:
+        if one.missing and one.claim.number in EFFECTS:
+            print(f"note: claim {one.claim.number}: {one.missing}")
+    print(f"\n{out}/README.md, claims.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README.md
+
+
+def readme(found: list[Decided]) -> str:
+    counts = ", ".join(f"{sum(one.verdict == v for one in found)} {v}" for v in (REPRODUCED, NOT_REPRODUCED, UNDECIDED))
+    lines = [["", "claim", "measured", "verdict"], ["---"] * 4]
+    for one in found:
+        number, title = one.claim.number, one.claim.title
+        lines.append([str(number), f"[{title}](#claim-{number})", headline(one), f"**{one.verdict}**"])
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rules = (
+        "An effect has a 95% interval. If the whole interval is within the rule, the runs agree with the claim; if it "
+        "is outside, they do not; else they cannot decide. A claim is reproduced if all its main rules agree, and not "
+        "reproduced if one does not. The rules are in "
+        "[nanochin/report/rules.py](../../nanochin/report/rules.py), where they stood before the runs of "
+        "[sweeps/paper](../../sweeps/paper) were made."
+    )
+    parts = [
+        "# The claims of the paper",
+        f"{len(found)} claims of Hoffmann et al. 2022 and of papers about it, as runs of 1e11 to 1e13 FLOPs decide "
+        f"them: {counts}. Made from the kept sweeps by `python -m nanochin claims`.",
+        table,
+        rules,
+        *(section(one) for one in found),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def headline(one: Decided) -> str:
+    """The main effects of a claim, in few words."""
+    texts = [show(one.effects[key], rule) for key, rule in one.claim.rules.items() if rule.main and key in one.effects]
+    return "; ".join(texts) or one.missing
+
+
+def section(one: Decided) -> str:
+    claim = one.claim
+    lines = [
+        f'## <a id="claim-{claim.number}"></a>{claim.number}. {claim.title}',
+        f"{claim.source}. **{one.verdict}**.",
+    ]
+    if claim.sweeps:
+        lines[1] += f" Runs: {', '.join(f'[{name}](../{name})' for name in claim.sweeps)}."
+    if one.figure:
+        lines.append(f"![Measured for claim {claim.number}]({one.figure})")
+    if one.missing:
+        lines.append(one.missing[0].upper() + one.missing[1:] + ".")
+    if one.effects:
+        rows = [["effect", "measured, 95% interval", "rule", "verdict"], ["---"] * 4]
+        for key, rule in claim.rules.items():
+            if effect := one.effects.get(key):
+                name = rule.effect if rule.main else f"*{rule.effect}*"
+                text = "; ".join(filter(None, (show(effect, rule), effect.note)))
+                verdict = "; ".join(filter(None, (one.verdict_of(key), rule.needed(effect))))
+                rows.append([name, text, str(rule), verdict])
+        lines.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join(lines)
+
+
+def show(effect: Effect, rule: Rule) -> str:
+    """'0.48 [0.45, 0.52]'"""
+
+    def number(x: float) -> str:
+        return f"{100 * x:.2f}%" if rule.percent else f"{x:.3g}" if abs(x) >= 10 else f"{x:.3f}"
+
+    return f"{number(effect.value)} [{number(effect.low)}, {number(effect.high)}]"

@@ -19,9 +19,9 @@ class Adam:
 
     `adamw` subtracts lr * weight_decay * w from the weight (Loshchilov & Hutter 2019); `adam` adds weight_decay * w to
     the gradient (L2). Hoffmann et al. 2022, section 4.1, compare the two. Matrices decay, vectors (norms, biases) do
-    not. With `rounded`, weights have the precision of bfloat16 after each step (Hoffmann et al. 2022, Figure A6, compare
-    this with float32 weights). `state[p]` holds step, exp_avg and exp_avg_sq of parameter p, as torch names them. `lr` is a number, or a
-    tensor on the parameters' device for a captured step (step.py).
+    not. With `rounded`, weights have the precision of bfloat16 after each step (their Figure A6). `state[p]` holds
+    step, exp_avg and exp_avg_sq of parameter p, as torch names them. `lr` is a number, or a tensor on the parameters'
+    device for a captured step (step.py).
     """
 
     def __init__(
