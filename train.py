@@ -102,7 +102,8 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
         final_lr=FINAL_LR[config.schedule] if config.final_lr is None else config.final_lr,
         log_every=config.log_every or max(1, plan.steps // 200))  # fmt: skip
     learning_rate(config, 0)  # raises if the warm-up is longer than the schedule
-    windows = Windows(corpus.train, seq_len, config.seed)
+    unique = config.epochs and max(1, round(plan.tokens / config.epochs / seq_len))
+    windows = Windows(corpus.train, seq_len, config.seed, unique)
     init_sha = gpt2.initial_sha(config.init_from) if config.init_from else None
     step = pick_step(config.step, device)
     return Setup(config, plan, law, corpus, windows, device, dtype, why_dtype, *step, init_sha)
@@ -138,7 +139,8 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         # Model and optimizer: new, from another run, from GPT-2's weights, or from this run's newest checkpoint.
         torch.manual_seed(config.seed)  # nothing needs it, but its state is saved: equal runs, equal checkpoints
         model = GPT(plan.shape, dtype=setup.dtype, seed=config.seed, z_loss=config.z_loss).to(device)
-        optimizer = Adam(model, config.optimizer, config.lr, (config.beta1, config.beta2), config.weight_decay)
+        betas, rounded = (config.beta1, config.beta2), config.weight_dtype == "bfloat16"
+        optimizer = Adam(model, config.optimizer, config.lr, betas, config.weight_decay, rounded)
         tokens_at_once = min(plan.batch_tokens, DEFAULTS[device.type]["tokens_at_once"])
         micro_batch = config.micro_batch or max(1, tokens_at_once // config.seq_len)
         state = {"step": 0, "seconds": 0.0, "lap": 0.0, "recent": [], "micro_batch": micro_batch}

@@ -5,6 +5,7 @@
     export     export a run for transformers and lm-eval
     ladder     models that fit a compute budget
     flops      FLOPs of a model by operation
+    claims     the claims of the paper, as the kept sweeps decide them
 
 python -m nanochin COMMAND --help shows the options.
 """
@@ -15,13 +16,20 @@ import sys
 from nanochin.base.cli import UserError, did_you_mean, run_command
 
 # command: the package of its module, which has a `main`
-COMMANDS = {"sample": "run", "evaluate": "run", "export": "interop", "ladder": "plan", "flops": "plan"}
+COMMANDS = {
+    "sample": "run",
+    "evaluate": "run",
+    "export": "interop",
+    "ladder": "plan",
+    "flops": "plan",
+    "claims": "report",
+}
 
 
 def main() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     prog = "python -m nanochin" + f" {name}" * (name in COMMANDS)
-    run_command(lambda: run(name), prog, only_prints=name != "export")
+    run_command(lambda: run(name), prog, only_prints=name not in ("export", "claims"))
 
 
 def run(name: str) -> None:

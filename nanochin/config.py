@@ -81,10 +81,16 @@ class Config(ShapeOptions, TextOptions):
     lr: float | None = opt(None, "peak learning rate", above=0)
     batch_tokens: int | None = opt(None, "tokens per optimizer step; a multiple of seq_len", low=1)
     warmup_tokens: float | None = opt(None, "linear warm-up, in tokens", low=0)
+    epochs: float | None = opt(
+        None, "train on a random part of the text, as often as this; default: on all of it", low=1, later=True
+    )
     beta1: float = opt(0.9, "Adam's beta1", low=0, high=0.999999)
     beta2: float | None = opt(None, "Adam's beta2", low=0, high=0.999999)
     weight_decay: float = opt(0.1, "weight decay, on matrices only", low=0)
     clip: float = opt(1.0, "maximum gradient norm; 0 = no clipping", low=0)
+    weight_dtype: str = opt(
+        "float32", "bfloat16 rounds the weights after each step", choices=("float32", "bfloat16"), later=True
+    )
     z_loss: float = opt(0.0, "weight of the z-loss, log(Z)^2 (1e-4 is usual)", low=0)
     schedule: str = opt("cosine", "learning-rate schedule", choices=("cosine", "wsd", "linear", "constant"))
     cycle: float = opt(1.0, "length of the cosine as a multiple of the run (above 1 overshoots, Appendix B)", above=0)

@@ -12,16 +12,23 @@ class Windows:
     """Training windows of T+1 tokens, T apart, so that each token is a target at most once per epoch.
 
     Windows are drawn without replacement, in an order fixed by (seed, epoch). The tokens form a ring; each epoch after
-    the first starts at a random offset below T, so that its windows are new.
-    Raises UserError if there are fewer than T+1 tokens.
+    the first starts at a random offset below T, so that its windows are new. With `unique`, all epochs have the same
+    windows instead: that many, drawn at random.
+    Raises UserError if there are fewer than T+1 tokens, or fewer windows than `unique`.
     """
 
-    def __init__(self, tokens: Tokens | np.ndarray, seq_len: int, seed: int):
+    def __init__(self, tokens: Tokens | np.ndarray, seq_len: int, seed: int, unique: int | None = None):
         if len(tokens) < seq_len + 1:
             what = f"the training text has only {len(tokens)} tokens, less than one window"
             raise UserError(f"`seq_len` {seq_len}: {what}; use more text or a shorter length")
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
-        self.per_epoch = (len(tokens) - 1) // seq_len
+        self.per_epoch, self.chosen = (len(tokens) - 1) // seq_len, None
+        if unique is not None:
+            if not 1 <= unique <= self.per_epoch:
+                there = f"the text has {self.per_epoch} windows of {seq_len} tokens"
+                raise UserError(f"`epochs`: one epoch would have {unique} windows, but {there}")
+            self.chosen = _order(seed, 0, self.per_epoch, seq_len)[1][:unique]
+            self.per_epoch = unique
 
     def batch(self, start: int, count: int) -> np.ndarray:
         """(count, T+1) int64: windows start, start+1, ..., numbered from the beginning of the run."""
@@ -30,7 +37,10 @@ class Windows:
         for row, number in zip(out, range(start, start + count), strict=True):
             epoch, index = divmod(number, self.per_epoch)
             shift, order = _order(self.seed, epoch, self.per_epoch, T)
-            first = (shift + int(order[index]) * T) % size
+            if self.chosen is None:
+                first = (shift + int(order[index]) * T) % size
+            else:
+                first = int(self.chosen[order[index]]) * T
             head = min(T + 1, size - first)
             row[:head] = self.tokens[first : first + head]
             if head <= T:  # wraps around the ring

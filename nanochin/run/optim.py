@@ -19,15 +19,24 @@ class Adam:
 
     `adamw` subtracts lr * weight_decay * w from the weight (Loshchilov & Hutter 2019); `adam` adds weight_decay * w to
     the gradient (L2). Hoffmann et al. 2022, section 4.1, compare the two. Matrices decay, vectors (norms, biases) do
-    not. `state[p]` holds step, exp_avg and exp_avg_sq of parameter p, as torch names them. `lr` is a number, or a
-    tensor on the parameters' device for a captured step (step.py).
+    not. With `rounded`, weights have the precision of bfloat16 after each step (their Figure A6). `state[p]` holds
+    step, exp_avg and exp_avg_sq of parameter p, as torch names them. `lr` is a number, or a tensor on the parameters'
+    device for a captured step (step.py).
     """
 
-    def __init__(self, model: nn.Module, kind: str, lr: float, betas: tuple[float, float], weight_decay: float):
+    def __init__(
+        self,
+        model: nn.Module,
+        kind: str,
+        lr: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        rounded: bool = False,
+    ):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.decoupled = kind == "adamw"
         self.lr: float | Tensor = lr
-        self.betas, self.weight_decay = betas, weight_decay
+        self.betas, self.weight_decay, self.rounded = betas, weight_decay, rounded
         self.state = {}
         for p in self.parameters:
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -45,6 +54,8 @@ class Adam:
                      beta1=self.betas[0], beta2=self.betas[1], lr=self.lr, eps=1e-8, maximize=False,
                      weight_decay=self.weight_decay if matrices else 0.0,
                      decoupled_weight_decay=self.decoupled)  # fmt: skip
+            for p in params if self.rounded else ():
+                p.copy_(p.bfloat16())
 
     def zero_grad(self) -> None:
         for p in self.parameters:

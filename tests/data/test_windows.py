@@ -66,3 +66,17 @@ def test_every_token_but_the_first_is_evaluated_once(tokens, rows):
     assert y[y >= 0].tolist() == list(range(1, tokens))
     assert (x[y >= 0] == y[y >= 0] - 1).all() and (x >= 0).all()
     assert y.ravel()[tokens - 1 :].tolist() == [-1] * (rows * 10 - tokens + 1)
+
+
+def test_unique_windows_repeat():
+    """With `unique`, every epoch has the same windows in another order, drawn from the whole text, depending on the
+    seed; batches may cut across epochs."""
+    w = Windows(np.arange(10_001), 10, seed=3, unique=40)
+    epochs = [starts(w, 40 * epoch, 40) for epoch in range(4)]
+    assert w.per_epoch == 40 == len(set(epochs[0])) and max(epochs[0]) > 8000
+    assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs) and epochs[1] != epochs[2] != epochs[3]
+    assert starts(w, 30, 20) == epochs[0][30:] + epochs[1][:10]
+    assert set(starts(Windows(np.arange(10_001), 10, seed=4, unique=40), 0, 40)) != set(epochs[0])
+    for unique in (0, 1001):
+        with pytest.raises(UserError, match="`epochs`: .* 1000 windows"):
+            Windows(np.arange(10_001), 10, seed=3, unique=unique)

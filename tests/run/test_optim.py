@@ -52,6 +52,19 @@ def test_steps_follow_the_formula(kind, as_tensor):
     torch.testing.assert_close(model.bias.detach(), want_vector, rtol=1e-12, atol=1e-14)
 
 
+def test_rounded_weights():
+    """Weights have bfloat16's precision after each step: a small update is lost, a large one is rounded to nearest."""
+    model = nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 1.0]]))
+    optimizer = Adam(model, "adamw", 1e-4, (0.9, 0.95), 0.0, rounded=True)
+    for lr, want in ((1e-4, 1.0), (0.01, 0.98828125)):  # next below 1: 1 - 2^-8; 0.99 is nearest to 1 - 3 * 2^-8
+        optimizer.lr = lr
+        model.weight.grad = torch.ones(1, 2)
+        optimizer.step()
+        assert model.weight.tolist() == [[want, want]]
+
+
 def test_the_compiler_is_not_imported(command):
     """Making and stepping an optimizer does not import torch._dynamo, which takes seconds."""
     code = """

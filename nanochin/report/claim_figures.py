@@ -1,0 +1,121 @@
+"""Figures of the claims: what was measured, with 95% intervals where these are of the claim's effects."""
+
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nanochin.base.console import powers
+from nanochin.laws.envelope import gaussian_smooth
+from nanochin.report.effects import Effect, Kept, options
+from nanochin.report.panels import axis, drawn, line, panels, points, whiskers
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+GREY = "#777777"
+Effects = dict[str, Effect]
+
+
+def excess(axes: Axes, sweep: Kept, key: str, effects: Effects, title: str, label: str) -> None:
+    """Excess loss over the first value of an option: a point per run, and the claim's effect with its interval."""
+    groups = sweep.groups(key)
+    for (model, colour), shift in zip(by_model(groups), (0.985, 1.015, 1.03), strict=False):
+        base = np.mean(groups[model, "1"])
+        rows = [(float(value), 100 * (loss / base - 1)) for (m, value), v in groups.items() if m == model for loss in v]
+        x, y = np.transpose(rows)
+        points(axes, x * shift, y, colour, model, [f"{model}, {key} {a:g}: {b:+.2f}%" for a, b in rows], 2.6)
+    found = {float(name): effect for name, effect in effects.items() if name.replace(".", "").isdigit()}
+    whiskers(axes, found, [(100 * e.low, 100 * e.high) for e in found.values()], "black")
+    axes.axhline(0, color=GREY, linewidth=1)
+    axes.set_title(title)
+    axis(axes, "x", label, log=True, show=lambda v: f"{v:g}")
+    axis(axes, "y", "excess loss in %")
+
+
+def by_model(groups: dict[tuple, list[float]]) -> list[tuple[str, str]]:
+    return list(zip(dict.fromkeys(key[0] for key in groups), COLOURS, strict=False))
+
+
+@drawn
+def schedule(effects: Effects, sweep: Kept, _horizons: Kept) -> Figure:
+    figure, (axes,) = panels(1)
+    excess(axes, sweep, "cycle", effects, "Cosines longer than the run", "length of the cosine / length of the run")
+    return figure
+
+
+@drawn
+def repeats(effects: Effects, sweep: Kept, _books: Kept) -> Figure:
+    figure, (axes,) = panels(1)
+    excess(axes, sweep, "epochs", effects, "Equal tokens from ever fewer unique ones", "epochs")
+    return figure
+
+
+@drawn
+def sizes(_effects: Effects, low: Kept, high: Kept) -> Figure:
+    figure, both = panels(2)
+    for axes, sweep in zip(both, (low, high), strict=True):
+        N, _, loss, C = sweep.columns()
+        points(axes, N, loss, COLOURS[0], "a run", [row.run for row in sweep.rows], 3)
+        mean = [(n, loss[n == N].mean()) for n in np.unique(N)]
+        line(axes, *np.transpose(mean), COLOURS[0], "mean over seeds", width=1.2)
+        axes.set_title(f"Sizes at {powers(C.mean())} FLOPs")
+        axis(axes, "x", "parameters N", log=True)
+        axis(axes, "y", "validation loss in nats")
+    return figure
+
+
+@drawn
+def optimizers(_effects: Effects, adamw: Kept, adam: Kept) -> Figure:
+    figure, (left, right) = panels(2)
+    kinds = (
+        (adamw, "AdamW 0.1", "0.1"),
+        (adamw, "no decay", "0"),
+        (adam, "Adam, L2 0.1", "0.1"),
+        (adam, "Adam, L2 0.001", "0.001"),
+    )
+    for (sweep, name, decay), colour in zip(kinds, COLOURS, strict=True):
+        rows = [row for row in sweep.rows if options(row.run)["weight_decay"] == decay]
+        times = sorted({float(options(row.run)["lr_times"]) for row in rows})
+        means = [np.mean([row.loss for row in rows if float(options(row.run)["lr_times"]) == t]) for t in times]
+        points(
+            left, [float(options(row.run)["lr_times"]) for row in rows], [row.loss for row in rows], colour, "", (), 2.6
+        )
+        line(left, times, means, colour, name, width=1.2)
+        best = times[int(np.argmin(means))]
+        for row in (r for r in rows if float(options(r.run)["lr_times"]) == best and r.seed == 0):
+            curve = [(p["tokens"] / row.tokens, p["loss"]) for p in sweep.curves[row.run] if "loss" in p]
+            x, y = np.transpose(curve)
+            line(right, x[20:], gaussian_smooth(y, 10)[20:], colour, f"{name}, best rate", width=1.2)
+    left.set_title("Rates")
+    axis(left, "x", "multiple of the rate by rule", log=True, show=lambda v: f"{v:g}")
+    axis(left, "y", "validation loss in nats")
+    right.set_title("Training loss, first seed")
+    axis(right, "x", "share of the run")
+    axis(right, "y", "training loss, smoothed")
+    return figure
+
+
+@drawn
+def exponents(effects: Effects, *_sweeps: Kept) -> Figure:
+    """The differences of exponents that a claim is about."""
+    figure, (axes,) = panels(1)
+    for y, (name, effect) in zip(range(len(effects), 0, -1), effects.items(), strict=True):
+        whiskers(axes, [y], [(effect.low, effect.high)], COLOURS[0], horizontal=True)
+        points(axes, [effect.value], [y], COLOURS[0], "", [f"{name}: {effect.note}"], 4)
+    axes.axvline(0, color=GREY, linestyle=":", linewidth=1)
+    axes.set_title("Change of the exponent a, with 95% intervals")
+    axis(axes, "x", "difference of a")
+    axis(axes, "y", "", limits=(0.4, len(effects) + 0.6))
+    axes.set_yticks(range(len(effects), 0, -1), list(effects))
+    return figure
+
+
+FIGURES: dict[int, Callable[..., Figure]] = {
+    2: schedule,
+    3: sizes,
+    4: optimizers,
+    6: exponents,
+    8: repeats,
+    16: exponents,
+    19: exponents,
+}
