@@ -7,18 +7,20 @@ import sys
 import time
 from pathlib import Path
 
-from nanochin.base.files import versions
+from nanochin.base.files import versions, writing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 
 
 def save(path: str, module: str, note: str, text: str) -> None:
-    """Write a table as Markdown with its command, processor, versions and date."""
+    """Write a table as Markdown with its command, processor, versions and date. Raises RunError if it cannot be
+    written."""
     arguments = (Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])
     known = ", ".join(f"{name} {versions()[name]}" for name in ("python", "torch", "triton", "numpy"))
     head = f"`{shlex.join(['python', '-m', module, *arguments])}`\n\n{cpu_name()}, {time.strftime('%Y-%m-%d')}; {note}"
-    Path(path).write_text(f"{head}; {known}\n\n```\n{text}\n```\n")
+    with writing(Path(path)):
+        Path(path).write_text(f"{head}; {known}\n\n```\n{text}\n```\n")
 
 
 def cpu_name() -> str:

@@ -1,17 +1,18 @@
 """The training steps that are timed: train.py's, and nanoGPT's with the same interface."""
 
 import contextlib
-import importlib
+import importlib.util
 import io
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from nanochin.base.cli import UserError
+from nanochin.base.cli import UserError, brief
 from nanochin.config import Shape
 from nanochin.run.step import TrainingStep, out_of_memory
 
@@ -29,19 +30,24 @@ def our_step(kind: str, shape: Shape, sequences: int, device: torch.device, dtyp
 
 class NanoGPT:
     """`step(batch, lr)` trains on (n, T+1) tokens as nanoGPT's train.py does, in pieces of `micro_batch` sequences;
-    returns (loss of the last piece, gradient norm) on the device. The learning rate is fixed."""
+    returns (loss of the last piece, gradient norm) on the device."""
 
-    def __init__(self, checkout: str, shape: Shape, sequences: int, device: torch.device, dtype: torch.dtype):
-        """checkout: of karpathy/nanoGPT. Raises UserError if it has no model.py."""
-        if not (Path(checkout) / "model.py").exists():
-            raise UserError(f"`nanogpt` {checkout}: has no model.py; name a checkout of karpathy/nanoGPT")
-        sys.path.insert(0, str(Path(checkout).resolve()))
-        theirs = importlib.import_module("model")
+    def __init__(
+        self,
+        checkout: str,
+        shape: Shape,
+        sequences: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ):
+        """checkout: of karpathy/nanoGPT. Raises UserError if it has no model.py, or another one."""
+        theirs = import_file(Path(checkout) / "model.py")
         sizes = {"n_layer": shape.layers, "n_head": shape.heads, "n_embd": shape.width, "block_size": shape.seq_len}
-        config = theirs.GPTConfig(vocab_size=shape.vocab_size, dropout=0.0, bias=False, **sizes)
         with contextlib.redirect_stdout(io.StringIO()):
+            config = theirs.GPTConfig(vocab_size=shape.vocab_size, dropout=0.0, bias=shape.bias, **sizes)
             self.model = theirs.GPT(config).to(device)
-            self.optimizer = self.model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), device.type)
+            self.optimizer = self.model.configure_optimizers(0.1, 1e-3, betas, device.type)
         self.forward, self.micro_batch, self.device = self.model, sequences, device
         self.cast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -74,9 +80,23 @@ class NanoGPT:
     def __call__(self, batch: Tensor, lr: float) -> Tensor:
         loss = self.gradient(batch.to(self.device))
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return torch.stack((loss, norm))
+
+
+def import_file(path: Path) -> ModuleType:
+    """nanoGPT's model.py as the module "model". Raises UserError if it cannot be imported or has no GPT."""
+    spec = importlib.util.spec_from_file_location("model", path)
+    module = sys.modules["model"] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        module.GPT, module.GPTConfig  # noqa: B018
+    except Exception as error:
+        raise UserError(f"`nanogpt` {path}: {brief(error)}; name a checkout of karpathy/nanoGPT") from None
+    return module
 
 
 def time_blocks(step: Callable[[], object], device: torch.device, budget: float) -> list[float]:
