@@ -2,10 +2,12 @@
 
     render(analysis, results, figures, answers, provenance) -> str
 
-Here are its numbers and tables; report.html is the page, report.css its look, and report.js answers "my budget" from an
-embedded table of optima. Numbers have their 95% interval if there is one.
+Here are its numbers and tables; report.html is the page, report.css its look, report.js answers "my budget" from an
+embedded table of optima, and sliders.js other questions from the embedded law. Numbers have their 95% interval if there
+is one.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,12 +20,15 @@ from markupsafe import Markup, escape
 from nanochin import laws
 from nanochin.base.cli import with_flags
 from nanochin.base.console import count, digits, powers, shown
-from nanochin.laws import PUBLISHED, TABLE_3, Law, NotIdentified, advice
+from nanochin.laws import PUBLISHED, TABLE_3, DataConstrained, Law, NotIdentified, PowerLaw, advice
+from nanochin.laws.law import CONSTANTS
 from nanochin.report import allocate
 from nanochin.report.allocate import SHOWN, Answer, Answers, Estimate, Prediction, estimates, optimum
-from nanochin.report.analysis import Analysis, Approach, attempt
+from nanochin.report.analysis import Analysis, Approach, attempt, random_rows
 from nanochin.report.findings import Results, Table, four, three, with_interval
 
+LEAST, MOST = 0.1, 1e7  # budgets that the page answers, over the smallest and the largest run
+MOST_DOTS = 500  # runs near the sliders' curve
 ORDER = ("doubt", "not checked", "ok", "note")  # of the findings
 SHOW = {name: show for name, (_, show) in SHOWN.items()} | {"flops": powers, "least_flops": powers}
 SHOW |= {"target_loss": "{:.4f}".format, "tokens_per_param": three, "epochs": three}
@@ -62,6 +67,7 @@ def render(
         asked=_other_questions(best, answers, budget) if isinstance(best.law, Law) else None,
         provenance=provenance,
         table_of_optima=_table_of_optima(analysis),
+        sliders=_sliders(analysis),
     )
     return shown(text)
 
@@ -185,8 +191,8 @@ def _table_3(law: Law) -> Table:
 
 
 def _table_of_optima(analysis: Analysis) -> dict:
-    """Columns over a log grid of C, from a tenth of the smallest run to ten million times the largest."""
-    grid = np.geomspace(analysis.C.min() / 10, analysis.C.max() * 1e7, 61)
+    """Columns over a log grid of C."""
+    grid = np.geomspace(analysis.C.min() * LEAST, analysis.C.max() * MOST, 61)
     found, columns = [optimum(analysis.best, float(C)).found for C in grid], {"C": list(grid)}
     for name in found[0]:
         columns[name] = [at[name].value for at in found]
@@ -195,3 +201,29 @@ def _table_of_optima(analysis: Analysis) -> dict:
     finite = {name: np.nan_to_num(values) for name, values in columns.items()}  # JSON has no infinity
     short = {name: [float(f"{value:.6g}") for value in values] for name, values in finite.items()}
     return {"columns": short, "low": float(analysis.C.min()), "high": float(analysis.C.max())}
+
+
+def _sliders(analysis: Analysis) -> dict | None:
+    """What sliders.js needs: the law and replicates as in laws.json, published laws, runs. None for a law without loss.
+    `ranges` are logs to base 10."""
+    law, boot = analysis.best.law, analysis.best.boot
+    if not isinstance(law, Law):
+        return None
+    drawn = boot.sample(200) if boot else {}
+    some = random_rows(len(analysis.N), MOST_DOTS, analysis.settings.seed)
+    served = math.floor(np.log10(analysis.D.min() / 10)), math.ceil(np.log10(analysis.D.max() * 1e6))
+    low, high = np.log10([analysis.C.min() * LEAST, analysis.C.max() * MOST])
+    return {
+        "law": _constants(law),
+        "cost": vars(law.cost),
+        "replicates": [{"gamma": 1} | dict(zip(drawn, row, strict=True)) for row in zip(*drawn.values(), strict=True)],
+        "published": [{"name": one.name} | _constants(one) for one in PUBLISHED],
+        "runs": np.stack([analysis.N, analysis.C, analysis.L], 1)[some].tolist(),
+        **{name: getattr(DataConstrained, name) for name in ("R_D", "R_N")},
+        "ranges": {"C": (math.ceil(100 * low) / 100, math.floor(100 * high) / 100), "serve": served, "unique": served},
+    }
+
+
+def _constants(law: Law | PowerLaw) -> dict:
+    names = (*CONSTANTS, "gamma") if isinstance(law, Law) else (*law.quantities, "flops_convention")
+    return {name: getattr(law, name) for name in names}

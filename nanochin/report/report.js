@@ -9,10 +9,24 @@ function at(name, C) { // straight in log-log, as power laws are
   return Math.exp(y[i - 1] + (y[i] - y[i - 1]) * (x - grid[i - 1]) / (grid[i] - grid[i - 1]));
 }
 
+const three = v => Number(v.toPrecision(3));
+const SIZES = [["T", 1e12], ["B", 1e9], ["M", 1e6], ["k", 1e3]];
+
 function count(v) {
-  for (const [size, suffix] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]])
-    if (v >= 0.9995 * size) return Number((v / size).toPrecision(3)) + suffix;
-  return String(Number(v.toPrecision(3)));
+  for (const [suffix, size] of SIZES)
+    if (v >= 0.9995 * size) return three(v / size) + suffix;
+  return String(three(v));
+}
+
+function number(text) { // 1e13, 3\u00d710^13, 7.21M; NaN if it is none
+  const [, typed, suffix] = text.trim().match(/^(.*?)\s*([TBMk]?)$/);
+  const digits = typed.replace(",", ".").replace(/^10\^/, "1e").replace(/\s*[x\u00d7*]\s*10\^?/, "e");
+  return Number(digits) * (Object.fromEntries(SIZES)[suffix] ?? 1);
+}
+
+function beyond(C) {
+  if (C > 1.01 * law.high) return `${count(C / law.high)} times beyond the largest run`;
+  return C < 0.99 * law.low ? "below the smallest run" : "";
 }
 
 function part(name, C, show) {
@@ -23,17 +37,14 @@ function part(name, C, show) {
 
 function answer() {
   const out = document.getElementById("answer");
-  const typed = document.getElementById("budget").value.trim().replace(",", ".");
-  const C = Number(typed.replace(/^10\^/, "1e").replace(/\s*[x\u00d7*]\s*10\^?/, "e"));
+  const C = number(document.getElementById("budget").value);
   if (!(C > 0)) return out.textContent = "Enter a number of FLOPs, such as 1e18.";
   if (C < columns.C[0] || C > columns.C.at(-1)) return out.textContent = "Too far from these runs to extrapolate.";
   let text = `${part("params", C, count)} parameters on ${part("tokens", C, count)} tokens, `
     + `${part("tokens_per_param", C, v => v.toPrecision(3))} tokens per parameter`;
   if ("loss" in columns) text += `, loss ${part("loss", C, v => v.toFixed(3))}`;
-  if (C > 1.01 * law.high) text += ` <span class="beyond">${count(C / law.high)} times beyond the largest run</span>`;
-  if (C < 0.99 * law.low) text += ` <span class="beyond">below the smallest run</span>`;
-  out.innerHTML = text;
+  out.innerHTML = `${text} <span class="beyond">${beyond(C)}</span>`;
 }
 
-document.getElementById("budget").addEventListener("input", answer);
-answer();
+document.getElementById("budget")?.addEventListener("input", answer); // sliders.js takes its place
+if (document.getElementById("budget")) answer();

@@ -17,7 +17,7 @@ from nanochin import laws
 from nanochin.base.console import count
 from nanochin.report import figures
 from nanochin.report import html as report
-from nanochin.report.allocate import Questions, answer, optimum
+from nanochin.report.allocate import Questions, answer, optimum, to_serve, with_text
 from nanochin.report.checks import run_checks
 from nanochin.report.findings import four, three
 from nanochin.report.panels import svg
@@ -95,7 +95,7 @@ def test_names_are_escaped(made):
     """A run, a path or a command with angle brackets is text. Commit, hash and convention are there."""
     for fact in ("c0ffee", made[0].rows.sha256, "N total, C physical"):
         assert fact in made[3]
-    assert MARKUP not in made[3] and MARKUP in html.unescape(made[3]) and made[3].count("<script") == 2  # ours
+    assert MARKUP not in made[3] and MARKUP in html.unescape(made[3]) and made[3].count("<script") == 4  # ours
     assert SHOWN in made[3] and not set(CONTROL) & set(made[3]) - set("red[31m")
     assert 'a<b>&"c' not in made[3] and "a&lt;b&gt;&amp;&#34;c/runs.csv" in made[3] and "a &lt; b" in made[3]
 
@@ -150,6 +150,7 @@ def test_a_report_of_approach_2_alone(made):
     items = re.findall(r'<li class="(ok|doubt|not-checked)">', page)
     assert items == sorted(items, key=["doubt", "not-checked", "ok"].index)
     assert Page(page).open == [] and "E is at its bound: &lt;not&gt; identified" in page
+    assert 'id="sliders"' not in page and 'id="slider-form"' not in page and 'id="budget"' in page
     assert drawn.keys() == {"curves", "isoflop", "optimum", "surface", "certainty"}
 
 
@@ -195,6 +196,89 @@ def test_laws_of_others_stand_beside_ours(made):
     N, D = laws.advice(laws.HOFFMANN_1, analysis.cost, C)
     assert 6 * N * D * (1 + 0.5 * (1e5 / N) ** 0.3) == pytest.approx(C, rel=1e-4)
     assert pytest.approx(laws.HOFFMANN_1.optimal(6 * N * D)[0], rel=1e-2) == N
+
+
+def test_the_sliders_have_the_law(made):
+    """The embedded law, its FLOPs and its replicates are those of laws.json; runs are sizes, FLOPs and losses."""
+    analysis, _, _, page = made
+    data = json.loads(re.search(r'id="sliders">(.*?)</script>', page).group(1))
+    found = analysis.best.fit.to_json(analysis.best.boot)
+    assert data["cost"] == found["cost"]
+    assert data["law"] == {"gamma": 1} | {name: found[name] for name in analysis.best.law.constants}
+    for name, values in found["replicates"].items():
+        assert [one[name] for one in data["replicates"]] == values
+    assert [one["name"] for one in data["published"]] == [law.name for law in laws.PUBLISHED]
+    assert data["runs"] == [list(run) for run in zip(analysis.N, analysis.C, analysis.L, strict=True)]
+
+
+# C, tokens served, unique tokens (0: not asked); of so few as 1e4 no run makes use
+ASKED = [(1e12, 0, 0), (6.4e13, 1e10, 0), (6.4e13, 1e13, 1e8), (3e16, 0, 4e7), (2e15, 1e6, 1e15), (6.4e13, 0, 1e4)]
+ASKED += [(1e14, 0, 0)]  # by moving a slider
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium")
+@pytest.mark.parametrize("gamma, cost", [(1.0, None), (0.3, laws.Cost())], ids=["made up", "gamma, 6ND"])
+def test_the_sliders_answer_like_the_law(made, tmp_path, gamma, cost):
+    """A browser's N, D, D / N, loss and intervals for each of ASKED, and those of published laws, are
+    fit.py's. Its interval of the optimum is interpolated, hence within 0.2%."""
+    analysis, results, drawn, _ = made
+    cost = cost or analysis.cost
+    fit, boot = analysis.law.fit, analysis.law.boot
+    fit, boot = (replace(one, law=replace(one.law, gamma=gamma, cost=cost)) for one in (fit, boot))
+    analysis = replace(analysis, law=replace(analysis.law, fit=fit, boot=boot), cost=cost)
+    shown = zip(ASKED, in_chromium(render(analysis, results, drawn, Questions((1e12,))), tmp_path), strict=True)
+    for (C, served, unique), (best, *others) in shown:
+        expected = optimum(analysis.best, C).found
+        assert_found(best, expected, within=2e-3)
+        if served:
+            expected = to_serve(analysis.best, C, served).found
+            assert_found(others[0], expected | {"loss": best["loss"]}, within=1e-6)
+        if unique:
+            assert_found(others[served > 0], with_text(analysis.best, C, unique).found)
+        for law, one in zip(laws.PUBLISHED, others[-len(laws.PUBLISHED) :], strict=True):
+            N, D = laws.advice(law, cost, C)
+            assert_found(one, {"params": N, "tokens": D})
+        assert len(others) == (served > 0) + (unique > 0) + len(laws.PUBLISHED)
+
+
+def assert_found(row: dict, expected: dict, within: float = 0) -> None:
+    """A row of the page has these estimates or numbers, all or none, to 5 digits; their intervals `within` a part."""
+    assert ("params" in row) == bool(expected)
+    for name in expected.keys() & {"params", "tokens", "tokens_per_param", "loss"}:
+        value, ends = getattr(expected[name], "value", expected[name]), getattr(expected[name], "intervals", {}).get(95)
+        assert row[name] == pytest.approx(value, rel=1e-5), name
+        if ends:
+            assert row["ends"][name] == pytest.approx(ends, rel=within), name
+
+
+def in_chromium(page: str, folder: Path) -> list[list[dict]]:
+    """The rows that a page shows for each of ASKED, given after the # of its address; the last by moving a slider."""
+    hashes = ["#" + "&".join(f"{k}={v:g}" for k, v in zip(("C", "serve", "unique"), one, strict=True)) for one in ASKED]
+    script = f"""<script type="module">
+        const rows = () => [...document.querySelectorAll("[data-found]")].map(one => JSON.parse(one.dataset.found));
+        const found = [rows()];
+        for (const hash of {json.dumps([*hashes[1:-1], "#"])}) {{
+            history.replaceState(null, "", hash);
+            dispatchEvent(new Event("hashchange"));
+            found.push(rows());
+        }}
+        const slider = document.querySelector("#ask-C + input");
+        slider.value = {np.log10(ASKED[-1][0])};
+        slider.dispatchEvent(new Event("input", {{bubbles: true}}));
+        found.splice(-1, 1, rows());
+        document.body.innerHTML = "<pre>" + JSON.stringify(found) + "</pre>";</script>"""
+    (folder / "report.html").write_text(page.replace("</body>", script + "</body>"))
+    argv = [
+        CHROMIUM,
+        "--headless=new",
+        "--no-sandbox",
+        f"--user-data-dir={folder}/browser",
+        "--virtual-time-budget=1000",
+    ]
+    argv += ["--dump-dom", (folder / "report.html").as_uri() + hashes[0]]
+    shown = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60).stdout
+    return json.loads(html.unescape(re.search("<pre>(.*)</pre>", shown).group(1)))
 
 
 @pytest.mark.skipif(not shutil.which("node"), reason="needs node")
