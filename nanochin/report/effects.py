@@ -5,6 +5,7 @@ runs for exponents; MOVER (Zou & Donner 2008) for the difference of two estimate
 """
 
 import contextlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -39,12 +40,12 @@ class Effect:
 
 @dataclass(frozen=True)
 class Kept:
-    """A kept sweep: its finished rows, its curves by run, laws.json, and tasks.json (of `evaluate --json`)."""
+    """A kept sweep: its finished rows, its curves by run, laws.json, and the records of `evaluate --json` by file."""
 
     rows: list[RunRow]
     curves: dict[str, list[dict]] = field(default_factory=dict)
     laws: dict = field(default_factory=dict)
-    tasks: list[dict] = field(default_factory=list)
+    evaluated: dict[str, list[dict]] = field(default_factory=dict)
     path: Path | None = None
 
     def columns(self, params: str = "total", flops: str = "physical") -> tuple[np.ndarray, ...]:
@@ -70,11 +71,10 @@ def read_kept(folder: Path) -> Kept:
     if not rows:
         raise UserError(f"{folder}: no runs.csv with finished runs; run its sweep file with --keep")
 
-    def json_or(name: str, default):
-        return read_json(folder / name) if (folder / name).exists() else default
-
     curves = read_csv_gz(folder / CURVES) if (folder / CURVES).exists() else {}
-    return Kept(rows, curves, json_or("laws.json", {}), json_or("tasks.json", {}).get("tasks", []), folder)
+    fitted = read_json(folder / "laws.json") if (folder / "laws.json").exists() else {}
+    evaluated = {path.stem: json.loads(path.read_text()) for path in folder.glob("evaluate-*.json")}
+    return Kept(rows, curves, fitted, evaluated, folder)
 
 
 def options(run: str) -> dict[str, str]:
@@ -185,7 +185,33 @@ def smaller_wins(low: Kept, high: Kept) -> dict[str, Effect]:
         "1.7": contrast(groups, [(("72x2",), best)]),
         "1/4": contrast(groups, [(("24x2",), best)]),
     }
+    for task in ("cloze", "last-word"):
+        margins: dict[str, list] = {}  # by size: a row a seed
+        for record in low.evaluated.get("evaluate-books", []):
+            if record["task"] == task:
+                margins.setdefault(model_of(record["run"]), []).append(record["margins"])
+        if margins:
+            found[task] = share_better(*(np.mean(margins[model], axis=0) for (model,) in (best, large)))
+    for text in ("python", "peps"):
+        bits: dict[tuple, list[float]] = {}
+        for record in low.evaluated.get(f"evaluate-{text}", []):
+            bits.setdefault((model_of(record["run"]),), []).append(record["bpb"])
+        if bits:
+            found[text] = contrast(bits, [(large, best)])
     return found
+
+
+def model_of(run: str) -> str:
+    """'3e12-56x2-s0' -> '56x2'"""
+    return run.split("-")[1]
+
+
+def share_better(ours: np.ndarray, theirs: np.ndarray) -> Effect:
+    """The share of items with the larger margin, of those where margins (items,) differ, and Wilson's interval."""
+    k, n = int((ours > theirs).sum()), int((ours != theirs).sum())
+    p, z = k / n, 1.96
+    middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    return Effect(p, *((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)), f"better on {k} of {n}")
 
 
 def adamw_against_adam(adamw: Kept, adam: Kept) -> dict[str, Effect]:
