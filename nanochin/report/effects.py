@@ -140,6 +140,11 @@ def a_along_curves(N, C, loss, noise: float) -> Effect:
     return Effect(found.a, *found.intervals.get(95, (math.nan, math.nan)))
 
 
+def noise_of(kept: Kept) -> float:
+    """Standard deviation of log loss of a run about the law."""
+    return kept.laws["law"]["noise"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The effects of each claim, by the keys of its rules
 
@@ -171,7 +176,7 @@ def matched_schedule(sweep: Kept, horizons: Kept) -> dict[str, Effect]:
         longest[row.params] = max(longest.get(row.params, []), curve, key=lambda c: c[-1][1] if c else 0)
     lowest = min(C for _, C, _ in ends)
     middle = [point for curve in longest.values() for point in curve if point[1] >= lowest]
-    noise = horizons.laws["approach3"]["noise"]
+    noise = noise_of(horizons)
     found["a"] = difference(*(a_along_curves(*np.transpose(points), noise) for points in (middle, ends)))
     return found
 
@@ -445,7 +450,7 @@ def inference(books: Kept) -> dict[str, Effect]:
 
 
 def kaplan_steps(warmup: Kept, cosine: Kept, matched: Kept, tuned: Kept) -> dict[str, Effect]:
-    noise = tuned.laws["approach2"]["noise"]
+    noise = noise_of(tuned)
 
     def along(sweep: Kept, params: str, flops: str) -> Effect:
         points = []

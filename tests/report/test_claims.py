@@ -131,7 +131,7 @@ def isoflop(a: float, noise: float = 1e-4, label: str = "", seed: int = 0) -> Ke
         for N in law.optimal(C)[0] * np.geomspace(1 / 4, 4, 7):
             loss = law.loss(N, C / 6 / N) * math.exp(noise * rng.standard_normal())
             rows.append(row(f"{C:g}-8x{round(N)}{label}-s0", N, C / 6 / N, loss, C))
-    return Kept(rows, laws={"approach2": {"noise": noise}, "approach3": {"noise": noise}})
+    return Kept(rows, laws={"law": {"noise": noise}})
 
 
 def along_curves(a: float, points: int = 20, tokens: float = 3e6) -> Kept:
@@ -173,7 +173,7 @@ def horizons() -> Kept:
             rows.append(row(one := f"{D:g}-8x{round(N)}-s0", N, D, law.loss(N, D)))
             at = np.linspace(D / 200, D, 200)
             curves[one] = [{"flops": 6 * N * d, "loss": law.loss(N, d)} for d in at]
-    return Kept(rows, curves, {"approach3": {"noise": 1e-3}})
+    return Kept(rows, curves, {"law": {"noise": 1e-3}})
 
 
 SIZES = {"24x2": 1.61, "56x2": 1.55, "72x2": 1.56, "112x2": 1.6}
