@@ -8,7 +8,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -226,10 +226,10 @@ def adamw_against_adam(adamw: Kept, adam: Kept) -> dict[str, Effect]:
             groups[(name, *key)] = losses
         runs |= {row.run: (name, row) for row in sweep.rows}
 
-    def best(name: str, decays: tuple[str, ...]) -> tuple:
+    def best(name: str, decays: Container[str]) -> tuple:
         return min((key for key in groups if key[0] == name and key[2] in decays), key=lambda k: np.mean(groups[k]))
 
-    ours, l2, none = best("adamw", ("0.1",)), best("adam", ("0.1", "0.001")), best("adamw", ("0",))
+    ours, l2, none = best("adamw", ["0.1"]), best("adam", {key[2] for key in groups}), best("adamw", ["0"])
 
     def curves(name: str, decay: str, times: str) -> list[list[tuple[float, float]]]:
         kept = adamw if name == "adamw" else adam
