@@ -1,6 +1,6 @@
 """The effects that the rules of rules.py are about, measured from kept sweeps. Pure functions of their rows.
 
-Intervals are 95%: Student's t over seeds with the standard deviation pooled over all groups of a sweep; bootstrap over
+Intervals are 95%: Student's t over seeds with the standard deviation pooled over the groups compared; bootstrap over
 runs for exponents; MOVER (Zou & Donner 2008) for the difference of two estimates with intervals.
 """
 
@@ -90,17 +90,24 @@ def contrast(groups: dict[tuple, list[float]], pairs: Iterable[tuple[tuple, tupl
     """The mean over `pairs` of mean(groups[high]) - mean(groups[low])."""
     from scipy.stats import t
 
-    pairs = list(pairs)
-    freedom = sum(len(values) - 1 for values in groups.values())
-    squares = sum(((np.array(values) - np.mean(values)) ** 2).sum() for values in groups.values())
-    value = float(np.mean([np.mean(groups[high]) - np.mean(groups[low]) for high, low in pairs]))
     weights: dict[tuple, float] = {}  # of each group's mean in the effect
-    for high, low in pairs:
+    for high, low in (pairs := list(pairs)):
         weights[high] = weights.get(high, 0) + 1 / len(pairs)
         weights[low] = weights.get(low, 0) - 1 / len(pairs)
-    variance = squares / freedom * sum(w * w / len(groups[key]) for key, w in weights.items()) if freedom else math.nan
-    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance) if freedom else math.nan
+    value = sum(weight * float(np.mean(groups[key])) for key, weight in weights.items())
+    freedom = sum(len(groups[key]) - 1 for key in weights)
+    if not freedom:
+        return Effect(value, math.nan, math.nan)
+    squares = sum(((np.array(groups[key]) - np.mean(groups[key])) ** 2).sum() for key in weights)
+    variance = squares / freedom * sum(weight**2 / len(groups[key]) for key, weight in weights.items())
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance)
     return Effect(value, value - half, value + half)
+
+
+def excess(groups: dict[tuple, list[float]], pairs: Iterable[tuple[tuple, tuple]]) -> Effect:
+    """The contrast of log losses, as a relative difference of losses."""
+    found = contrast({key: list(np.log(losses)) for key, losses in groups.items()}, pairs)
+    return Effect(*map(math.expm1, (found.value, found.low, found.high)))
 
 
 def difference(x: Effect, y: Effect) -> Effect:
@@ -159,11 +166,11 @@ def equal_scaling(books: Kept) -> dict[str, Effect]:
 
 
 def matched_schedule(sweep: Kept, horizons: Kept) -> dict[str, Effect]:
-    groups = {key: list(np.log(losses)) for key, losses in sweep.groups("cycle").items()}
+    groups = sweep.groups("cycle")
     models = list(dict.fromkeys(model for model, _ in groups))
     cycles = dict.fromkeys(cycle for _, cycle in groups if cycle != "1")
     found = {
-        cycle: contrast(groups, [((model, cycle), (model, "1")) for model in models if (model, cycle) in groups])
+        cycle: excess(groups, [((model, cycle), (model, "1")) for model in models if (model, cycle) in groups])
         for cycle in cycles
     }
     # From the middle of the longest cosine of each size, and from the ends of all.
@@ -296,18 +303,18 @@ def concave(books: Kept) -> dict[str, Effect]:
 
 
 def repeated(sweep: Kept, books: Kept) -> dict[str, Effect]:
-    groups = {key: list(np.log(losses)) for key, losses in sweep.groups("epochs").items()}
+    groups = sweep.groups("epochs")
     models = list(dict.fromkeys(model for model, _ in groups))
-    found = {epochs: contrast(groups, [((model, epochs), (model, "1")) for model in models]) for epochs in ("4", "40")}
+    found = {epochs: excess(groups, [((model, epochs), (model, "1")) for model in models]) for epochs in ("4", "40")}
     found["R"] = fit_repeats(sweep, laws.load_law(books.path / "laws.json"))
     return found
 
 
 def fit_repeats(sweep: Kept, law: laws.Law) -> Effect:
     """R_D* of Muennighoff et al. 2023 from the ratio of losses to those without repeats: D tokens of U unique ones are
-    worth U + U R (1 - exp(-(D / U - 1) / R)). Its interval is that of noise between seeds. Beside it, a form that can
-    express harm: the excess log loss is a penalty p (epochs - 1) N / U, with nothing else."""
-    from scipy.optimize import minimize_scalar
+    worth U + U R (1 - exp(-(D / U - 1) / R)). Its interval is that of noise between seeds. Beside it, a penalty on log
+    loss, p ((epochs - 1) N / U)^q, which can express that repeats harm."""
+    from scipy.optimize import curve_fit, minimize_scalar
 
     rows = [(row.params, row.tokens, float(options(row.run)["epochs"]), math.log(row.loss)) for row in sweep.rows]
     N, D, epochs, log_loss = np.array(rows).T
@@ -328,9 +335,9 @@ def fit_repeats(sweep: Kept, law: laws.Law) -> Effect:
     rng = np.random.default_rng(0)
     R, draws = best(excess), [best(excess + sd * rng.standard_normal(len(excess))) for _ in range(300)]
     x = (epochs - 1) * N / U
-    p = float((x * excess).sum() / (x * x).sum())
-    rms = [math.sqrt(np.mean((excess - fitted) ** 2)) for fitted in (predicted(R), p * x)]
-    note = f"rms error {rms[0]:.2%}; with a penalty {p:.2g} (epochs - 1) N / U instead {rms[1]:.2%}; seeds {sd:.2%}"
+    (p, q), _ = curve_fit(lambda x, p, q: p * x**q, x, excess, p0=(0.01, 1.0))
+    rms = [math.sqrt(np.mean((excess - fitted) ** 2)) for fitted in (predicted(R), p * x**q)]
+    note = f"rms error {rms[0]:.1%}; of a penalty {p:.2g} ((epochs - 1) N / U)^{q:.2g} {rms[1]:.1%}; seeds {sd:.1%}"
     return Effect(R, *map(float, np.percentile(draws, (2.5, 97.5))), note)
 
 

@@ -1,5 +1,6 @@
 """Rules, and effects measured from made-up rows with known effects: where they agree, disagree and cannot decide."""
 
+import inspect
 import json
 import math
 from dataclasses import replace
@@ -67,17 +68,22 @@ def test_claim_counts_main_rules_only():
     assert claim.verdict({"x": NO, "y": UNSURE}) == NO
     assert claim.verdict({"x": YES}) == UNSURE
     assert [claim.number for claim in CLAIMS] == list(range(1, 20))
+    for claim in CLAIMS:  # each has the sweeps that its effects are measured from
+        if claim.number in EFFECTS:
+            inspect.signature(EFFECTS[claim.number]).bind(*claim.sweeps)
 
 
 def test_contrast_is_students_interval():
-    """Two groups give the two-sample t interval; a third group adds to the pooled standard deviation."""
+    """Two groups give the two-sample t interval; a third group changes nothing; two pairs pool all their groups."""
     x, y = [1.0, 1.2, 1.1], [2.0, 2.3, 2.5]
     want = stats.ttest_ind(y, x).confidence_interval()
     found = contrast({("x",): x, ("y",): y}, [(("y",), ("x",))])
     assert (found.value, found.low, found.high) == pytest.approx((np.mean(y) - np.mean(x), want.low, want.high))
-    more = contrast({("x",): x, ("y",): y, ("z",): [5.0, 5.0, 5.0]}, [(("y",), ("x",))])
-    sd = math.sqrt((2 * np.var(x, ddof=1) + 2 * np.var(y, ddof=1)) / 6)
-    assert more.high - more.value == pytest.approx(stats.t.ppf(0.975, 6) * sd * math.sqrt(2 / 3))
+    groups = {("x",): x, ("y",): y, ("z",): [5.0, 6.0, 5.5]}
+    assert contrast(groups, [(("y",), ("x",))]) == found
+    both = contrast(groups, [(("y",), ("x",)), (("z",), ("x",))])  # (y + z) / 2 - x
+    sd = math.sqrt(sum(np.var(v, ddof=1) for v in groups.values()) / 3)
+    assert both.high - both.value == pytest.approx(stats.t.ppf(0.975, 6) * sd * math.sqrt((0.25 + 0.25 + 1) / 3))
     assert math.isnan(contrast({("x",): [1.0], ("y",): [2.0]}, [(("y",), ("x",))]).low)
 
 
