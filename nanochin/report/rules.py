@@ -170,8 +170,8 @@ CLAIMS = (
         ("paper/repeat", "books"),
         note="Muennighoff's form cannot express that repeats harm, so it does not fit: here models have up to 17 "
         "parameters per unique token. After the runs, intervals were made to pool the noise of the groups compared "
-        "instead of that of the whole sweep, since runs of 40 epochs differ more between seeds. Before, the first effect "
-        "was undecided.",
+        "instead of that of the whole sweep, since runs of 40 epochs differ more between seeds. Before, the first "
+        "effect was undecided.",
     ),
     Claim(
         9,
