@@ -48,6 +48,7 @@ def repeats(effects: Effects, sweep: Kept, _books: Kept) -> Figure:
     figure, (axes,) = panels(1)
     excess(axes, sweep, "epochs", effects, "Equal tokens from ever fewer unique ones", "epochs")
     axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(bottom=-1)
     axes.set_yticks(ticks := [0, 1, 3, 10, 30, 100, 300], [str(tick) for tick in ticks])
     return figure
 
