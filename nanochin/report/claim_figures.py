@@ -11,7 +11,7 @@ from nanochin.laws.envelope import gaussian_smooth
 from nanochin.report.effects import Effect, Kept, options
 from nanochin.report.panels import axis, drawn, line, panels, points, whiskers
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 GREY = "#777777"
 Effects = dict[str, Effect]
 
@@ -47,6 +47,9 @@ def schedule(effects: Effects, sweep: Kept, _horizons: Kept) -> Figure:
 def repeats(effects: Effects, sweep: Kept, _books: Kept) -> Figure:
     figure, (axes,) = panels(1)
     excess(axes, sweep, "epochs", effects, "Equal tokens from ever fewer unique ones", "epochs")
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(bottom=-1)
+    axes.set_yticks(ticks := [0, 1, 3, 10, 30, 100, 300], [str(tick) for tick in ticks])
     return figure
 
 
@@ -67,13 +70,10 @@ def sizes(_effects: Effects, low: Kept, high: Kept) -> Figure:
 @drawn
 def optimizers(_effects: Effects, adamw: Kept, adam: Kept) -> Figure:
     figure, (left, right) = panels(2)
-    kinds = (
-        (adamw, "AdamW 0.1", "0.1"),
-        (adamw, "no decay", "0"),
-        (adam, "Adam, L2 0.1", "0.1"),
-        (adam, "Adam, L2 0.001", "0.001"),
-    )
-    for (sweep, name, decay), colour in zip(kinds, COLOURS, strict=True):
+    decays = dict.fromkeys(options(row.run)["weight_decay"] for row in adam.rows)
+    kinds = [(adamw, "AdamW 0.1", "0.1"), (adamw, "no decay", "0")]
+    kinds += [(adam, f"Adam, L2 {decay}", decay) for decay in decays]
+    for (sweep, name, decay), colour in zip(kinds, COLOURS, strict=False):
         rows = [row for row in sweep.rows if options(row.run)["weight_decay"] == decay]
         times = sorted({float(options(row.run)["lr_times"]) for row in rows})
         means = [np.mean([row.loss for row in rows if float(options(row.run)["lr_times"]) == t]) for t in times]

@@ -148,6 +148,7 @@ def section(one: Decided) -> str:
                 verdict = "; ".join(filter(None, (one.verdict_of(key), rule.needed(effect))))
                 rows.append([name, text, str(rule), verdict])
         lines.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    lines += [claim.note] if claim.note else []
     return "\n\n".join(lines)
 
 

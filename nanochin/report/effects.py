@@ -1,13 +1,14 @@
 """The effects that the rules of rules.py are about, measured from kept sweeps. Pure functions of their rows.
 
-Intervals are 95%: Student's t over seeds with the standard deviation pooled over all groups of a sweep; bootstrap over
+Intervals are 95%: Student's t over seeds with the standard deviation pooled over the groups compared; bootstrap over
 runs for exponents; MOVER (Zou & Donner 2008) for the difference of two estimates with intervals.
 """
 
 import contextlib
+import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -39,12 +40,12 @@ class Effect:
 
 @dataclass(frozen=True)
 class Kept:
-    """A kept sweep: its finished rows, its curves by run, laws.json, and tasks.json (of `evaluate --json`)."""
+    """A kept sweep: its finished rows, its curves by run, laws.json, and the records of `evaluate --json` by file."""
 
     rows: list[RunRow]
     curves: dict[str, list[dict]] = field(default_factory=dict)
     laws: dict = field(default_factory=dict)
-    tasks: list[dict] = field(default_factory=list)
+    evaluated: dict[str, list[dict]] = field(default_factory=dict)
     path: Path | None = None
 
     def columns(self, params: str = "total", flops: str = "physical") -> tuple[np.ndarray, ...]:
@@ -70,11 +71,10 @@ def read_kept(folder: Path) -> Kept:
     if not rows:
         raise UserError(f"{folder}: no runs.csv with finished runs; run its sweep file with --keep")
 
-    def json_or(name: str, default):
-        return read_json(folder / name) if (folder / name).exists() else default
-
     curves = read_csv_gz(folder / CURVES) if (folder / CURVES).exists() else {}
-    return Kept(rows, curves, json_or("laws.json", {}), json_or("tasks.json", {}).get("tasks", []), folder)
+    fitted = read_json(folder / "laws.json") if (folder / "laws.json").exists() else {}
+    evaluated = {path.stem: json.loads(path.read_text()) for path in folder.glob("evaluate-*.json")}
+    return Kept(rows, curves, fitted, evaluated, folder)
 
 
 def options(run: str) -> dict[str, str]:
@@ -90,17 +90,24 @@ def contrast(groups: dict[tuple, list[float]], pairs: Iterable[tuple[tuple, tupl
     """The mean over `pairs` of mean(groups[high]) - mean(groups[low])."""
     from scipy.stats import t
 
-    pairs = list(pairs)
-    freedom = sum(len(values) - 1 for values in groups.values())
-    squares = sum(((np.array(values) - np.mean(values)) ** 2).sum() for values in groups.values())
-    value = float(np.mean([np.mean(groups[high]) - np.mean(groups[low]) for high, low in pairs]))
     weights: dict[tuple, float] = {}  # of each group's mean in the effect
-    for high, low in pairs:
+    for high, low in (pairs := list(pairs)):
         weights[high] = weights.get(high, 0) + 1 / len(pairs)
         weights[low] = weights.get(low, 0) - 1 / len(pairs)
-    variance = squares / freedom * sum(w * w / len(groups[key]) for key, w in weights.items()) if freedom else math.nan
-    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance) if freedom else math.nan
+    value = sum(weight * float(np.mean(groups[key])) for key, weight in weights.items())
+    freedom = sum(len(groups[key]) - 1 for key in weights)
+    if not freedom:
+        return Effect(value, math.nan, math.nan)
+    squares = sum(((np.array(groups[key]) - np.mean(groups[key])) ** 2).sum() for key in weights)
+    variance = squares / freedom * sum(weight**2 / len(groups[key]) for key, weight in weights.items())
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance)
     return Effect(value, value - half, value + half)
+
+
+def excess(groups: dict[tuple, list[float]], pairs: Iterable[tuple[tuple, tuple]]) -> Effect:
+    """The contrast of log losses, as a relative difference of losses."""
+    found = contrast({key: list(np.log(losses)) for key, losses in groups.items()}, pairs)
+    return Effect(*map(math.expm1, (found.value, found.low, found.high)))
 
 
 def difference(x: Effect, y: Effect) -> Effect:
@@ -140,6 +147,11 @@ def a_along_curves(N, C, loss, noise: float) -> Effect:
     return Effect(found.a, *found.intervals.get(95, (math.nan, math.nan)))
 
 
+def noise_of(kept: Kept) -> float:
+    """Standard deviation of log loss of a run about the law."""
+    return kept.laws["law"]["noise"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The effects of each claim, by the keys of its rules
 
@@ -154,11 +166,11 @@ def equal_scaling(books: Kept) -> dict[str, Effect]:
 
 
 def matched_schedule(sweep: Kept, horizons: Kept) -> dict[str, Effect]:
-    groups = {key: list(np.log(losses)) for key, losses in sweep.groups("cycle").items()}
+    groups = sweep.groups("cycle")
     models = list(dict.fromkeys(model for model, _ in groups))
     cycles = dict.fromkeys(cycle for _, cycle in groups if cycle != "1")
     found = {
-        cycle: contrast(groups, [((model, cycle), (model, "1")) for model in models if (model, cycle) in groups])
+        cycle: excess(groups, [((model, cycle), (model, "1")) for model in models if (model, cycle) in groups])
         for cycle in cycles
     }
     # From the middle of the longest cosine of each size, and from the ends of all.
@@ -171,7 +183,7 @@ def matched_schedule(sweep: Kept, horizons: Kept) -> dict[str, Effect]:
         longest[row.params] = max(longest.get(row.params, []), curve, key=lambda c: c[-1][1] if c else 0)
     lowest = min(C for _, C, _ in ends)
     middle = [point for curve in longest.values() for point in curve if point[1] >= lowest]
-    noise = horizons.laws["approach3"]["noise"]
+    noise = noise_of(horizons)
     found["a"] = difference(*(a_along_curves(*np.transpose(points), noise) for points in (middle, ends)))
     return found
 
@@ -185,7 +197,33 @@ def smaller_wins(low: Kept, high: Kept) -> dict[str, Effect]:
         "1.7": contrast(groups, [(("72x2",), best)]),
         "1/4": contrast(groups, [(("24x2",), best)]),
     }
+    for task in ("cloze", "last-word"):
+        margins: dict[str, list] = {}  # by size: a row a seed
+        for record in low.evaluated.get("evaluate-books", []):
+            if record["task"] == task:
+                margins.setdefault(model_of(record["run"]), []).append(record["margins"])
+        if margins:
+            found[task] = share_better(*(np.mean(margins[model], axis=0) for (model,) in (best, large)))
+    for text in ("python", "peps"):
+        bits: dict[tuple, list[float]] = {}
+        for record in low.evaluated.get(f"evaluate-{text}", []):
+            bits.setdefault((model_of(record["run"]),), []).append(record["bpb"])
+        if bits:
+            found[text] = contrast(bits, [(large, best)])
     return found
+
+
+def model_of(run: str) -> str:
+    """'3e12-56x2-s0' -> '56x2'"""
+    return run.split("-")[1]
+
+
+def share_better(ours: np.ndarray, theirs: np.ndarray) -> Effect:
+    """The share of items with the larger margin, of those where margins (items,) differ, and Wilson's interval."""
+    k, n = int((ours > theirs).sum()), int((ours != theirs).sum())
+    p, z = k / n, 1.96
+    middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    return Effect(p, *((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)), f"better on {k} of {n}")
 
 
 def adamw_against_adam(adamw: Kept, adam: Kept) -> dict[str, Effect]:
@@ -195,10 +233,10 @@ def adamw_against_adam(adamw: Kept, adam: Kept) -> dict[str, Effect]:
             groups[(name, *key)] = losses
         runs |= {row.run: (name, row) for row in sweep.rows}
 
-    def best(name: str, decays: tuple[str, ...]) -> tuple:
+    def best(name: str, decays: Container[str]) -> tuple:
         return min((key for key in groups if key[0] == name and key[2] in decays), key=lambda k: np.mean(groups[k]))
 
-    ours, l2, none = best("adamw", ("0.1",)), best("adam", ("0.1", "0.001")), best("adamw", ("0",))
+    ours, l2, none = best("adamw", ["0.1"]), best("adam", {key[2] for key in groups}), best("adamw", ["0"])
 
     def curves(name: str, decay: str, times: str) -> list[list[tuple[float, float]]]:
         kept = adamw if name == "adamw" else adam
@@ -265,18 +303,18 @@ def concave(books: Kept) -> dict[str, Effect]:
 
 
 def repeated(sweep: Kept, books: Kept) -> dict[str, Effect]:
-    groups = {key: list(np.log(losses)) for key, losses in sweep.groups("epochs").items()}
+    groups = sweep.groups("epochs")
     models = list(dict.fromkeys(model for model, _ in groups))
-    found = {epochs: contrast(groups, [((model, epochs), (model, "1")) for model in models]) for epochs in ("4", "40")}
+    found = {epochs: excess(groups, [((model, epochs), (model, "1")) for model in models]) for epochs in ("4", "40")}
     found["R"] = fit_repeats(sweep, laws.load_law(books.path / "laws.json"))
     return found
 
 
 def fit_repeats(sweep: Kept, law: laws.Law) -> Effect:
     """R_D* of Muennighoff et al. 2023 from the ratio of losses to those without repeats: D tokens of U unique ones are
-    worth U + U R (1 - exp(-(D / U - 1) / R)). Its interval is that of noise between seeds. Beside it, a form that can
-    express harm: the excess log loss is a penalty p (epochs - 1) N / U, with nothing else."""
-    from scipy.optimize import minimize_scalar
+    worth U + U R (1 - exp(-(D / U - 1) / R)). Its interval is that of noise between seeds. Beside it, a penalty on log
+    loss, p ((epochs - 1) N / U)^q, which can express that repeats harm."""
+    from scipy.optimize import curve_fit, minimize_scalar
 
     rows = [(row.params, row.tokens, float(options(row.run)["epochs"]), math.log(row.loss)) for row in sweep.rows]
     N, D, epochs, log_loss = np.array(rows).T
@@ -297,9 +335,9 @@ def fit_repeats(sweep: Kept, law: laws.Law) -> Effect:
     rng = np.random.default_rng(0)
     R, draws = best(excess), [best(excess + sd * rng.standard_normal(len(excess))) for _ in range(300)]
     x = (epochs - 1) * N / U
-    p = float((x * excess).sum() / (x * x).sum())
-    rms = [math.sqrt(np.mean((excess - fitted) ** 2)) for fitted in (predicted(R), p * x)]
-    note = f"rms error {rms[0]:.2%}; with a penalty {p:.2g} (epochs - 1) N / U instead {rms[1]:.2%}; seeds {sd:.2%}"
+    (p, q), _ = curve_fit(lambda x, p, q: p * x**q, x, excess, p0=(0.01, 1.0))
+    rms = [math.sqrt(np.mean((excess - fitted) ** 2)) for fitted in (predicted(R), p * x**q)]
+    note = f"rms error {rms[0]:.1%}; of a penalty {p:.2g} ((epochs - 1) N / U)^{q:.2g} {rms[1]:.1%}; seeds {sd:.1%}"
     return Effect(R, *map(float, np.percentile(draws, (2.5, 97.5))), note)
 
 
@@ -419,7 +457,7 @@ def inference(books: Kept) -> dict[str, Effect]:
 
 
 def kaplan_steps(warmup: Kept, cosine: Kept, matched: Kept, tuned: Kept) -> dict[str, Effect]:
-    noise = tuned.laws["approach2"]["noise"]
+    noise = noise_of(tuned)
 
     def along(sweep: Kept, params: str, flops: str) -> Effect:
         points = []
