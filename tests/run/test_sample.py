@@ -16,6 +16,7 @@ from nanochin.model import GPT
 from nanochin.run import sample
 from nanochin.run.sample import Cache, draw, generate, next_tokens, text_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BYTES = Tokenizer("bytes")
 
 
