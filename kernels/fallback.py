@@ -65,14 +65,15 @@ def add_layer_norm(
     return layer_norm(total, weight, bias, eps), total
 
 
-def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False) -> Tensor:
+def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False, start: int = 0) -> Tensor:
+    """As `reference.rotary`, for positions from `start`."""
     B, T, C3 = qkv.shape
     D = C3 // 3 // n_heads
     if qk_norm:
         qk, v = qkv.view(B, T, 3 * n_heads, D).split((2 * n_heads, n_heads), dim=2)  # (B, T, 2H, D), (B, T, H, D)
         qkv = torch.cat((F.rms_norm(qk, (D,), eps=1e-6), v), dim=2).view(B, T, C3)
     if theta is not None:
-        table = rotary_table(T, D, theta, qkv.device, qkv.dtype)
+        table = rotary_table(start + T, D, theta, qkv.device, qkv.dtype)[start:]
         qkv = _Rotation.apply(qkv, *table[:, None].chunk(2, dim=-1))  # (T, 1, D/2) each
     return qkv
 

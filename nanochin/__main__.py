@@ -11,6 +11,7 @@ python -m nanochin COMMAND --help shows the options.
 """
 
 import importlib
+import os
 import sys
 
 from nanochin.base.cli import UserError, did_you_mean, run_command
@@ -27,6 +28,7 @@ COMMANDS = {
 
 
 def main() -> None:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py, before torch is imported
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     prog = "python -m nanochin" + f" {name}" * (name in COMMANDS)
     run_command(lambda: run(name), prog, only_prints=name not in ("export", "claims"))

@@ -138,14 +138,22 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """tokens (B, T), targets (B, T), -1 for none -> loss; without targets: logits (B, T, V)."""
+        h = self.hidden(tokens)
+        if targets is None:
+            return self.logits(h)
+        z_loss = self.z_loss if torch.is_grad_enabled() else 0.0  # regularises training, not part of the measured loss
+        return ops.linear_cross_entropy(h.flatten(0, 1), self.head.weight, targets.flatten(), z_loss=z_loss)
+
+    def hidden(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """The last normalised states (B, T, C) of tokens (B, T), with learned positions from `start`."""
         x = self.embed(tokens).to(self.dtype)  # (B, T, C)
         if self.positions is not None:
-            x = x + self.positions.weight[: tokens.shape[1]].to(self.dtype)
+            x = x + self.positions.weight[start : start + tokens.shape[1]].to(self.dtype)
         h = self.norm(x)
         for block in self.blocks:
             h, x = block(h, x)
-        weight = self.head.weight  # (V, C)
-        if targets is None:
-            return F.linear(h, weight.to(self.dtype)).float()
-        z_loss = self.z_loss if torch.is_grad_enabled() else 0.0  # regularises training, not part of the measured loss
-        return ops.linear_cross_entropy(h.flatten(0, 1), weight, targets.flatten(), z_loss=z_loss)
+        return h
+
+    def logits(self, h: Tensor) -> Tensor:
+        """h (..., C) -> (..., V) in float32."""
+        return F.linear(h, self.head.weight.to(self.dtype)).float()
