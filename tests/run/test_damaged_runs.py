@@ -61,7 +61,7 @@ class Reference:
 
     def __init__(self, text: Path, cache: Path, folder: Path):
         options = {"name": "run", "seq_len": 64, "batch_tokens": 64, "tokens": 7e3, "log_every": 7, "eval_every": 30,
-                   "save_steps": STEPS[:2]}  # fmt: skip
+                   "save_steps": STEPS[:2], "tokenizer": "bpe", "vocab_size": 300}  # fmt: skip
         self.argv = arguments(tiny_config(text, cache, folder / "finished", **options))
         stopped = arguments(tiny_config(text, cache, folder / "stopped", **options))
         self.folder = {name: folder / name / "run" for name in ("finished", "stopped")}
