@@ -68,6 +68,8 @@ def test_forms_of_values(argv, name, value):
         (["--seed"], "--seed: "),
         (["--data"], "--data: "),
         (["--lr=two"], "--lr: 'two'"),
+        (["--lr=--"], "--lr: '--'"),
+        (["--data=--"], "--data: '--'"),
         (["--tokens=1e999"], "--tokens: '1e999'"),
         (["--bias=maybe"], "--bias: 'maybe'"),
         (["--norm=batchnorm"], "--norm: invalid choice: 'batchnorm'"),

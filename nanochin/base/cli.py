@@ -15,6 +15,8 @@ import sys
 import tomllib
 import types
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
 from operator import ge, gt, le
 from pathlib import Path
@@ -36,6 +38,15 @@ class RunError(UserError):
     """A failure during a run (disk full, NaN loss): also printed as one line, exit code 1."""
 
     code = 1
+
+
+@contextmanager
+def errors_name(path: str | Path) -> Iterator[None]:
+    """UserErrors of the block begin with the file whose content caused them."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def need(module: str, what: str, least: int = 0):
@@ -167,6 +178,8 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def _read(parser: argparse.ArgumentParser, argv: list[str]) -> dict:
+    if lost := next((word for word in argv if word[:2] == "--" and word.partition("=")[2] == "--"), None):
+        parser.error(f"{lost[:-3]}: '--' is no value")  # argparse would leave it out
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_origin, get_type_hints
 
-from nanochin.base.cli import UserError, did_you_mean, opt, parse, read_toml, to_arguments, value_type
+from nanochin.base.cli import UserError, did_you_mean, errors_name, opt, parse, read_toml, to_arguments, value_type
 from nanochin.config import Config, TextOptions
 
 KINDS = ("isoflop", "horizons", "trunk", "grid")
@@ -77,10 +77,8 @@ class Sweep:
 def read_sweep(path: str | Path, **overrides) -> Sweep:
     """Read a sweep file; `overrides` that are not None replace its options. Raises UserError, one line with file and
     key, if the file is invalid."""
-    try:
+    with errors_name(path):
         table = read_toml(path)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     if twice := [key for key in table if "-" in key and key.replace("-", "_") in table]:
         raise UserError(f"{path}: {twice[0]}: given twice, also as {twice[0].replace('-', '_')}")
     table = {key.replace("-", "_"): value for key, value in table.items()}
@@ -123,10 +121,8 @@ def _tuples(cls) -> set[str]:
 
 def _parse(cls, table: dict, path):
     """`table` as options of `cls`, by the command-line parser: same types, bounds and errors."""
-    try:
+    with errors_name(path):
         argv = to_arguments(table)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
     return parse(cls, argv, prog=f"sweep.py: {path}", description="")
 
 

@@ -170,7 +170,8 @@ def test_any_object(tmp_path, for_all):
 
     def check(value: dict) -> str:
         (tmp_path / "x.json").write_bytes(to_json(value))
-        assert read_json(tmp_path / "x.json") == {key: v for key, v in value.items() if key != SEAL}
+        assert read_json(tmp_path / "x.json") == value
         return "same"
 
-    for_all(check, value=st.dictionaries(st.text(), values, max_size=4))
+    keys = st.text().filter(lambda key: key != SEAL)
+    for_all(check, value=st.dictionaries(keys, values, max_size=4))
