@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,29 @@ def tiny(text, cache, tmp_path, one_thread, monkeypatch):
     """`tiny(seed=1, ...)`: `tiny_config` on `text`, with its own folder of runs; the CPU's peak is not measured."""
     monkeypatch.setattr("train.peak_of", lambda *_: (1e11, "as the test says"))
     return functools.partial(tiny_config, text, cache, tmp_path / "runs")
+
+
+class SmallDisk:
+    """A mounted file system of 1 MB."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.filler = folder, folder / "filler"
+
+    def fill(self, leave: int = 0) -> None:
+        """Take all free bytes but `leave`."""
+        self.filler.write_bytes(bytes(shutil.disk_usage(self.folder).free - leave))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A SmallDisk; skips the test if this user cannot mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if sys.platform != "linux" or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root and mount")
+    yield SmallDisk(folder)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def call(main, *argv) -> tuple[int, str, str]:
