@@ -26,7 +26,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from nanochin.base.cli import UserError, did_you_mean, opt, parse, run_command, with_flags
+from nanochin.base.cli import UserError, did_you_mean, errors_name, opt, parse, run_command, with_flags
 from nanochin.base.console import Progress, clock, count, format_columns, rich_console, shown
 from nanochin.base.files import write_file, writing
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, Config
@@ -71,7 +71,7 @@ def main() -> int:
             corpus = prepare(sweep.base, progress)
         for note in corpus.notes:
             print(f"note: {with_flags(note)}")
-        vocab, tokens = model_vocab(corpus.tokenizer, sweep.base.vocab_size), len(corpus.train)
+        vocab, tokens = vocab_for(sweep, corpus.tokenizer), len(corpus.train)
     cells = plan_cells(sweep, vocab, tokens)
     if options.dry_run:
         print(plan_table(sweep, cells, tokens, options))
@@ -99,7 +99,13 @@ def expected_vocab(sweep: Sweep) -> int:
     """The vocabulary size that can be expected without reading the text."""
     if sweep.base.tokenizer == "bpe":
         return sweep.base.vocab_size or BPE_VOCAB
-    return model_vocab(Tokenizer.load(sweep.base.tokenizer or "bytes"), sweep.base.vocab_size)
+    return vocab_for(sweep, Tokenizer.load(sweep.base.tokenizer or "bytes"))
+
+
+def vocab_for(sweep: Sweep, tokenizer: Tokenizer) -> int:
+    """The vocabulary size of the sweep's models."""
+    with errors_name(sweep.path):
+        return model_vocab(tokenizer, sweep.base.vocab_size)
 
 
 def only(cells: list[Cell], options: SweepOptions) -> list[Cell]:

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 
 import kernels
 from nanochin import laws
-from nanochin.base import files
 from nanochin.base.cli import RunError, parse, run_command, validate
 from nanochin.base.console import Progress
 from nanochin.config import Config, parse_model, shape_maker
@@ -133,8 +132,7 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
             record["predicted"] = {key: first.get(key) for key in record["predicted"]}
         if before := moved(run.began, record):
             progress.say(f"note: this run began with {before}; its result will not be bit-identical to one that stayed")
-        with files.writing(run.folder):
-            corpus.tokenizer.save(run.folder)
+        corpus.tokenizer.save(run.folder)
 
         # Model and optimizer: new, from another run, from GPT-2's weights, or from this run's newest checkpoint.
         torch.manual_seed(config.seed)  # nothing needs it, but its state is saved: equal runs, equal checkpoints

@@ -79,7 +79,7 @@ class Config(ShapeOptions, TextOptions):
     # Optimisation. None: by the numbered rules in nanochin/plan/rules.py.
     optimizer: str = opt("adamw", "adamw (decoupled decay) or adam (L2 in the gradient)", choices=("adamw", "adam"))
     lr: float | None = opt(None, "peak learning rate", above=0)
-    batch_tokens: int | None = opt(None, "tokens per optimizer step; a multiple of seq_len", low=1)
+    batch_tokens: int | None = opt(None, "tokens per optimizer step; a multiple of seq_len", low=1, high=10**12)
     warmup_tokens: float | None = opt(None, "linear warm-up, in tokens", low=0)
     epochs: float | None = opt(
         None, "train on a random part of the text, as often as this; default: on all of it", low=1, later=True
@@ -93,7 +93,9 @@ class Config(ShapeOptions, TextOptions):
     )
     z_loss: float = opt(0.0, "weight of the z-loss, log(Z)^2 (1e-4 is usual)", low=0)
     schedule: str = opt("cosine", "learning-rate schedule", choices=("cosine", "wsd", "linear", "constant"))
-    cycle: float = opt(1.0, "length of the cosine as a multiple of the run (above 1 overshoots, Appendix B)", above=0)
+    cycle: float = opt(
+        1.0, "length of the cosine as a multiple of the run (above 1 overshoots, Appendix B)", above=0, high=1e6
+    )
     final_lr: float | None = opt(None, "final / peak learning rate; default: 0.1 for cosine, else 0", low=0, high=1)
     cooldown: float = opt(0.2, "fraction of a wsd run in its 1-sqrt cooldown", low=0, high=1)
     seed: int = opt(0, "seed of the weights and of the data order", low=0, high=10**9)
@@ -122,7 +124,9 @@ class Config(ShapeOptions, TextOptions):
     save_steps: tuple[int, ...] = opt((), "additional steps whose checkpoint is saved and kept", low=1, result=False)
     keep: int = opt(2, "number of newest checkpoints to keep", low=1, result=False)
     loggers: tuple[str, ...] = opt((), "also log to these", choices=("wandb", "tensorboard"), result=False)
-    sample_tokens: int = opt(256, "length in tokens of the sample printed at the end; 0 = none", low=0, result=False)
+    sample_tokens: int = opt(
+        256, "length in tokens of the sample printed at the end; 0 = none", low=0, high=10**6, result=False
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

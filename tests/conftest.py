@@ -1,13 +1,16 @@
 """What tests share: text from a seeded generator, a run of a second, the commands, made-up sweeps."""
 
+import collections
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +124,7 @@ def give_back_gpu_memory(request):
         torch.cuda.empty_cache()
 
 
-@contextmanager
+@contextlib.contextmanager
 def threads(count: int):
     import torch  # not in tests without it
 
@@ -150,6 +153,57 @@ def tiny(text, cache, tmp_path, one_thread, monkeypatch):
     """`tiny(seed=1, ...)`: `tiny_config` on `text`, with its own folder of runs; the CPU's peak is not measured."""
     monkeypatch.setattr("train.peak_of", lambda *_: (1e11, "as the test says"))
     return functools.partial(tiny_config, text, cache, tmp_path / "runs")
+
+
+class SmallDisk:
+    """A mounted file system of 1 MB."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.filler = folder, folder / "filler"
+
+    def fill(self, leave: int = 0) -> None:
+        """Take all free bytes but `leave`."""
+        self.filler.write_bytes(bytes(shutil.disk_usage(self.folder).free - leave))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A SmallDisk; skips the test if this user cannot mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if sys.platform != "linux" or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system takes root and mount")
+    yield SmallDisk(folder)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def call(main, *argv) -> tuple[int, str, str]:
+    """A command in this process -> (exit code, stdout, stderr). Other exceptions than those of a command are raised."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["command", *map(str, argv)])
+        with pytest.raises(SystemExit) as end:
+            run_command(main, "command")
+    out.flush()
+    err.flush()
+    return end.value.code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
+
+
+@pytest.fixture(params=[100, pytest.param(3000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+def for_all(request):
+    """`for_all(check, x=strategy)`: call check(x=...) for 100 random values, the same in every run; 3,000 if slow. What
+    `check` returns is counted and printed."""
+    from hypothesis import HealthCheck, given, settings
+
+    def run(check, **strategies) -> None:
+        outcomes = collections.Counter()
+        few = settings(max_examples=request.param, database=None, deadline=None, derandomize=True,
+                       suppress_health_check=list(HealthCheck))  # fmt: skip
+        few(given(**strategies)(lambda **values: outcomes.update([check(**values)])))()
+        print(f"\nOUTCOMES {dict(outcomes)}")
+
+    return run
 
 
 @pytest.fixture

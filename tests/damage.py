@@ -1,6 +1,7 @@
 """Damage to a JSON value that leaves it JSON."""
 
 import random
+from copy import deepcopy
 
 VALUES = (None, True, "text", "two\nlines", "", [], [1], {}, {"a": 1}, 10**400, 0.5, -1)
 
@@ -18,9 +19,9 @@ def change(value, draw: random.Random, how: str):
     for key in way:
         inside = inside[key]
     if how == "type":
-        inside[last] = draw.choice([new for new in VALUES if type(new) is not type(inside[last])])
+        inside[last] = deepcopy(draw.choice([new for new in VALUES if type(new) is not type(inside[last])]))
     elif how == "remove":
         del inside[last]
     elif isinstance(inside, dict):
-        inside["added"] = draw.choice(VALUES)
+        inside["added"] = deepcopy(draw.choice(VALUES))
     return value

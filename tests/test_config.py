@@ -1,11 +1,20 @@
 import dataclasses
+import math
 import sys
+import typing
 
 import pytest
+from conftest import call
+from hypothesis import strategies as st
 
+from fit import FitOptions
 from nanochin import __main__
-from nanochin.base.cli import UserError, parse, run_command, validate, with_flags
+from nanochin.base.cli import UserError, parse, run_command, validate, value_type, with_flags
 from nanochin.config import Config, Shape, make_shape, parse_model
+from nanochin.plan.ladder import GridOptions
+from nanochin.run.sample import SampleOptions
+from nanochin.sweep.spec import Spec
+from sweep import SweepOptions
 
 
 def read(*argv, cls=Config):
@@ -59,6 +68,8 @@ def test_forms_of_values(argv, name, value):
         (["--seed"], "--seed: "),
         (["--data"], "--data: "),
         (["--lr=two"], "--lr: 'two'"),
+        (["--lr=--"], "--lr: '--'"),
+        (["--data=--"], "--data: '--'"),
         (["--tokens=1e999"], "--tokens: '1e999'"),
         (["--bias=maybe"], "--bias: 'maybe'"),
         (["--norm=batchnorm"], "--norm: invalid choice: 'batchnorm'"),
@@ -80,6 +91,75 @@ def test_help_lists_every_option(capsys):
     for f in dataclasses.fields(Config):
         default = f" (default: {f.default})" if f.default not in (None, ()) else ""
         assert f" --{f.name.replace('_', '-')} " in words and f"{f.metadata['help']}{default}" in words
+
+
+EXTREMES = [
+    "1e308",
+    "-1e308",
+    "1e309",
+    "inf",
+    "nan",
+    "1e-320",
+    "-0",
+    "9" * 400,
+    "9" * 5000,
+    "1_0",
+    "0x10",
+    "\u0661",
+    "",
+]
+EXTREMES += ["true", "a\nb", "\x1b[31m", "--", "-", "-1", "=", "16x2", "@file", "%s", "\udcff"]
+
+
+@st.composite
+def words(draw, cls) -> list[str]:
+    """A command line for the options of `cls`, with values at their bounds, of other types and misspelt names."""
+    found = ["x"] * sum(f.metadata["positional"] for f in dataclasses.fields(cls))
+    for f in draw(st.lists(st.sampled_from(dataclasses.fields(cls)), max_size=4)):
+        meta = f.metadata
+        bounds = [b for key in ("above", "low", "high") if (b := meta[key]) is not None]
+        near = [repr(x) for b in bounds for x in (b, math.nextafter(b, -math.inf), math.nextafter(b, math.inf), b + 1)]
+        known = [*map(str, meta["choices"] or ()), *near, "1", "0.5"]
+        value = draw(st.one_of(st.sampled_from(known), st.sampled_from([*known, *EXTREMES]), st.text(max_size=5)))
+        flag = "--" + f.name.replace("_", "-")
+        found += draw(
+            st.sampled_from([[f"{flag}={value}"]] * 9 + [[flag, value], [flag], [f"{flag[:-1]}={value}"], [value]])
+        )
+    return found
+
+
+def is_within(f: dataclasses.Field, value: object, kind: object) -> bool:
+    """Whether a value has the type of its field and is within its bounds."""
+    if typing.get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(is_within(f, each, typing.get_args(kind)[0]) for each in value)
+    meta = f.metadata
+    if meta["choices"] and value not in meta["choices"]:
+        return False
+    if kind in (int, float):
+        above, low, high = (meta[key] for key in ("above", "low", "high"))
+        return (isinstance(value, kind) and math.isfinite(value) and (above is None or value > above)
+                and (low is None or value >= low) and (high is None or value <= high))  # fmt: skip
+    return isinstance(value, kind)
+
+
+def test_any_command_line(for_all):
+    """Options within their bounds, or one line with exit code 2."""
+
+    def check(options: tuple[type, list[str]]) -> str:
+        (cls, argv), found = options, []
+        hints = typing.get_type_hints(cls)
+        code, out, err = call(lambda: found.append(parse(cls, prog="command", description="about")), *argv)
+        if code:
+            assert code == 2 and err.count("\n") == 1 and err.startswith("command: ") and not found, err
+            return "refused"
+        assert not err and bool(out) != bool(found)  # --help
+        for f in dataclasses.fields(cls) if found else ():
+            value = getattr(found[0], f.name)
+            assert value is f.default or is_within(f, value, value_type(hints[f.name])), (f.name, value)
+        return "options"
+
+    classes = st.sampled_from([Config, Spec, FitOptions, SweepOptions, SampleOptions, GridOptions])
+    for_all(check, options=classes.flatmap(lambda cls: st.tuples(st.just(cls), words(cls))))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from nanochin.base.cli import run_command
 from nanochin.base.files import read_json
 from nanochin.config import Config
 from nanochin.data import cache
+from nanochin.data.tokenizer import Tokenizer
 from nanochin.run import checkpoint
 from nanochin.run.folder import Run, read_log
 
@@ -89,6 +90,7 @@ STOPS = {
     "pruning": lambda nth, stop: stop_before(checkpoint, "prune", nth, stop),
     "summary": lambda nth, stop: stop_before(Run, "finish", nth, stop),
     "tokenising": stop_in_tokenising,
+    "tokenizer": lambda nth, stop: stop_before(Tokenizer, "save", nth, stop),
 }
 
 
@@ -265,7 +267,7 @@ def killed_everywhere(reference: tuple, usual: Config, tmp_path: Path, kills: in
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
-@pytest.mark.parametrize("kills", [6, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("kills", [9, pytest.param(60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_killed_at_file_operations(uninterrupted, usual, tmp_path, kills):
     killed_everywhere(uninterrupted, usual, tmp_path, kills)
 
@@ -348,18 +350,6 @@ def test_second_process_on_a_run(uninterrupted, usual, refusal):
     assert outcome(Path(usual.out)) == uninterrupted
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A file system of 1 MB; skips the test if this user cannot mount one."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    if sys.platform != "linux" or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system takes root and mount")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 @pytest.mark.parametrize(
     "leave, options, failed",
     [(16384, {}, "checkpoints/step-60"), (0, {"log_every": 1, "save_steps": (20, 40)}, "log.jsonl")],
@@ -367,17 +357,40 @@ def disk(tmp_path):
 def test_full_disk(uninterrupted, usual, disk, leave, options, failed):
     """A disk that fills up during a checkpoint or a row of the log: one line, exit code 1, the last good checkpoint
     kept and named. With free space again, the same command has the same outcome."""
-    config = replace(usual, out=str(disk / "runs"), **options)
-    child, folder, filler = Child(config, ("training step", 45)), disk / "runs" / "run", disk / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(disk).free - leave))
+    config = replace(usual, out=str(disk.folder / "runs"), **options)
+    child, folder = Child(config, ("training step", 45)), disk.folder / "runs" / "run"
+    disk.fill(leave)
     assert child.end() == 1
     last = folder / "checkpoints" / "step-40"
     assert_last_line(child, f"{folder / failed}: cannot write: ", str(last) if "step" in failed else "")
     assert "No space left" in child.said and files(folder / "checkpoints") == TWO
     checkpoint.verify(last)
-    filler.unlink()
+    disk.filler.unlink()
     *state, rows = finish(config)
     assert state == list(uninterrupted[:2]) and (options or rows == uninterrupted[2])
+
+
+@pytest.mark.parametrize("tokenizer, stop, failed", [
+    ("bytes", None, "text/train/text-00000"), ("bytes", ("tokenising", 1), "train-00000.bin"),
+    ("bpe", ("tokenizer", 1), "tokenizer.tiktoken"),
+])  # fmt: skip
+def test_full_disk_while_tokenising(usual, disk, tmp_path, tokenizer, stop, failed):
+    """One line with the file, exit code 1, nothing left in the cache but a lock; then the same command has its text."""
+    vocab_size = 300 if tokenizer == "bpe" else None
+    here = replace(usual, cache=str(disk.folder / "cache"), tokenizer=tokenizer, vocab_size=vocab_size)
+    if stop:
+        child = Child(here, stop)
+        disk.fill()
+    else:
+        disk.fill(100_000)  # of 200,000
+        child = Child(here)
+    assert child.end() == 1
+    line = child.said.splitlines()[-1]
+    assert line.startswith(f"train.py: {here.cache}/") and f".tmp/{failed}: cannot write: No space left" in line
+    assert "Traceback" not in child.said and not Path(here.out).exists()
+    assert [path.suffix for path in Path(here.cache).iterdir()] == [".lock"]
+    disk.filler.unlink()
+    assert finish(here) == finish(replace(here, cache=str(tmp_path / "cache"), out=str(tmp_path / "elsewhere")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

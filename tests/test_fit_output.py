@@ -86,16 +86,20 @@ def test_full_standard_output(made_up, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["laws.json", "report.html"]
 
 
-def test_a_full_disk_is_one_line(run, made_up, tmp_path, monkeypatch):
-    """Exit code 1 and the file's name; no file stays that the next fit would refuse to overwrite."""
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    said = run(made_up, *QUICK, "--out", tmp_path, code=1, checks=False)
-    assert "report.html" in said and "No space left" in said
-    assert not [path for path in tmp_path.iterdir() if path.suffix != ".tmp"]
+@pytest.mark.parametrize("failed", ["report.html", "laws.json"])
+def test_a_full_disk_is_one_line(run, made_up, disk, tmp_path, failed):
+    """Exit code 1 and the file's name; no file stays that the next fit would refuse to overwrite. With free space the
+    same command gives the same law."""
+    here, there = disk.folder / "fit", tmp_path / "fit"
+    run(made_up, *QUICK, "--out", there, checks=False)
+    pages = -(-(there / "report.html").stat().st_size // 4096)  # of 4 KB
+    disk.fill(leave=4096 * pages * (failed == "laws.json"))
+    said = run(made_up, *QUICK, "--out", here, code=1, checks=False)
+    assert said == f"fit.py: {here / failed}: cannot write: No space left on device\n" and not list(here.iterdir())
+    disk.filler.unlink()
+    run(made_up, *QUICK, "--out", here, checks=False)
+    (one, meta), (two, _) = ((laws, laws.pop("meta")) for laws in map(read, (here, there)))
+    assert one == two and meta["files"] == ["report.html"]
 
 
 def test_the_same_command_gives_the_same_bytes(run, made_up, tmp_path):

@@ -72,6 +72,13 @@ class Sweeps:
         out, err = self.end(self.start(f"--workers={workers}", *argv, **options), code)
         return err if code else out
 
+    def torn(self, nth: int) -> subprocess.Popen:
+        """The command with two workers, killed at its nth file operation, 0: never; `count/operations` has the number
+        of them."""
+        count = self.folder / "count"
+        count.mkdir()
+        return self.start("--workers=2", before=(ROOT / "tests" / "torn.py", f"{nth}", self.out, count))
+
     def end(self, process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
         """(stdout, stderr) of a command that must end with `code`."""
         try:
@@ -127,7 +134,7 @@ def sweeps(tmp_path, table) -> Sweeps:
 def whole(table, tmp_path_factory) -> Sweeps:
     """The same sweep, undisturbed."""
     sweeps = Sweeps(tmp_path_factory.mktemp("whole") / "sweep", table)
-    sweeps.run(workers=2)
+    sweeps.end(sweeps.torn(0))
     return sweeps
 
 
@@ -229,21 +236,13 @@ def test_sweep_killed(whole, sweeps):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="names of open files are read from /proc")
-@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
 def test_sweep_killed_at_file_operations(whole, tmp_path, table, kills):
     """kill -9 of the sweep at file operations of its own, spread evenly, each time from nothing; then the same rows."""
-    count = tmp_path / "count"
-    count.mkdir()
-
-    def operations(sweeps: Sweeps, nth: int, code: int) -> int:
-        before = (ROOT / "tests" / "torn.py", f"{nth}", sweeps.out, count)
-        sweeps.end(sweeps.start("--workers=2", before=before), code)
-        return int((count / "operations").read_text())
-
-    every = operations(Sweeps(tmp_path / "0", table), 0, 0)
+    every = int((whole.folder / "count" / "operations").read_text())
     for i in range(kills):
         sweeps = Sweeps(tmp_path / f"{i + 1}", table)
-        operations(sweeps, 1 + (2 * i + 1) * every // (2 * kills), -signal.SIGKILL)
+        sweeps.end(sweeps.torn(1 + (2 * i + 1) * every // (2 * kills)), -signal.SIGKILL)
         same(sweeps, whole)
 
 
@@ -313,6 +312,26 @@ def test_full_disk(whole, sweeps):
     same(sweeps, whole)
 
 
+@pytest.mark.parametrize("failed", ["plan.csv", CURVES, "runs.csv"])
+def test_full_disk_after_training(whole, disk, table, failed):
+    """A disk that fills up at the last files of a sweep: one line with the file; then the same command writes them."""
+    sweeps = Sweeps(disk.folder / "sweep", table)
+    logs = shutil.ignore_patterns(
+        "checkpoints", "plan.csv", "runs.csv", CURVES, "laws.json", "*.html", "*.svg", "*.png"
+    )
+    shutil.copytree(whole.out, sweeps.out, ignore=logs)
+    names = ["plan.csv", CURVES, "runs.csv"]
+    before = names[: names.index(failed)]
+    disk.fill(leave=sum(4096 * -(-(whole.out / name).stat().st_size // 4096) for name in before))
+    line = sweeps.run(code=1)
+    assert (
+        line == f"sweep.py: {sweeps.out.relative_to(sweeps.folder) / failed}: cannot write: No space left on device\n"
+    )
+    assert sorted(path.name for path in sweeps.out.glob("*.csv*")) == sorted(before)
+    disk.filler.unlink()
+    same(sweeps, whole)
+
+
 def test_kept_results(whole, table, tmp_path):
     """Rows in results/ count as done: no worker is started, and rows and curves are the same to the byte."""
     sweeps = Sweeps(tmp_path / "sweep", table)
@@ -360,5 +379,5 @@ def test_smoke(tmp_path):
     assert laws["meta"]["n_runs"] == len(rows) and "laws.json, report.html" in said
     again = sweeps.run()
     assert "laws.json, report.html" not in again and "adding" not in again
-    (sweeps.out / "laws.json").write_text((sweeps.out / "laws.json").read_text().replace(laws["meta"]["sha256"], "0"))
-    assert "laws.json, report.html" in sweeps.run()
+    assert sweep.fitted(sweeps.out, (sweeps.out / "runs.csv").read_bytes())  # and of other rows it is not
+    assert not sweep.fitted(sweeps.out, b"other rows")

@@ -15,6 +15,8 @@ import sys
 import tomllib
 import types
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, field, fields
 from operator import ge, gt, le
 from pathlib import Path
@@ -36,6 +38,15 @@ class RunError(UserError):
     """A failure during a run (disk full, NaN loss): also printed as one line, exit code 1."""
 
     code = 1
+
+
+@contextmanager
+def errors_name(path: str | Path) -> Iterator[None]:
+    """UserErrors of the block begin with the file whose content caused them."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def need(module: str, what: str, least: int = 0):
@@ -168,6 +179,8 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def _read(parser: argparse.ArgumentParser, argv: list[str]) -> dict:
+    if lost := next((word for word in argv if word[:2] == "--" and word.partition("=")[2] == "--"), None):
+        parser.error(f"{lost[:-3]}: '--' is no value")  # argparse would leave it out
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
@@ -182,19 +195,38 @@ def did_you_mean(name: str, known: list[str], after: str = "") -> str:
 
 
 def _toml_arguments(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    """{'vocab-size': 4096, 'data': ['a', 'b']} -> ['--vocab-size=4096', '--data', 'a', 'b']"""
+    try:
+        table = read_toml(path)
+        for key, value in table.items():
+            option, many = parser._option_string_actions.get(_flag(key)), isinstance(value, list)
+            if isinstance(value, dict) or (many and option and option.nargs != "+"):
+                raise UserError(f"{_flag(key)}: expected one value, not a {'list' if many else 'table'}")
+        return to_arguments(table)
+    except UserError as error:
+        parser.error(str(error))
+
+
+def read_toml(path: str | Path) -> dict:
+    """The table in a TOML file. Raises UserError, without the path, if it cannot be read."""
     try:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        str(table)  # fails for hexadecimal integers of more digits than Python prints
     except OSError as error:
-        parser.error(error.strerror)
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        parser.error(f"not TOML: {error}")
+        raise UserError(error.strerror) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not TOML: {error}") from None
+    return table
+
+
+def to_arguments(table: dict) -> list[str]:
+    """{'vocab-size': 4096, 'data': ['a', 'b']} -> ['--vocab-size=4096', '--data', 'a', 'b']. Raises UserError for a
+    word in a list that would be read as another option."""
     argv = []
     for key, value in table.items():
-        option, many = parser._option_string_actions.get(_flag(key)), isinstance(value, list)
-        if isinstance(value, dict) or (many and option and option.nargs != "+"):
-            parser.error(f"{_flag(key)}: expected one value, not a {'list' if many else 'table'}")
-        argv += [_flag(key), *map(str, value)] if many else [f"{_flag(key)}={value}"]
+        words = list(map(str, value)) if isinstance(value, list) else []
+        if option := next((word for word in words if word.startswith("-")), None):
+            raise UserError(f"{_flag(key)}: {option!r} begins as an option does; a path may begin with ./")
+        argv += [_flag(key), *words] if isinstance(value, list) else [f"{_flag(key)}={value}"]
     return argv
 
 
@@ -208,7 +240,7 @@ def value_type(hint):
 def _read_int(text: str) -> int:
     number = _read_float(text)  # counts may be written 2e8
     if number != int(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not an integer")
     return int(number)
 
 
@@ -216,15 +248,15 @@ def _read_float(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a number") from None
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not a finite number")
     return number
 
 
 def _read_bool(text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not true or false")
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is not true or false")
     return text.lower() == "true"
 
 

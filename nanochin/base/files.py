@@ -86,7 +86,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A temporary file to write in the block; replaces `path` at the end, or is deleted on an error."""
     temp = path.with_name(path.name + ".tmp")
     try:
-        with open(temp, "wb") as file:
+        with errors_of(path), open(temp, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -114,6 +114,16 @@ def writing(path: Path, remark: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise DiskError(f"{path}: cannot write: {error.strerror or error}{remark}") from None
+
+
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """An OSError inside the block that names no file, as that of a write, names this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def sha256_of(path: str | Path, progress: Callable[[int], object] = lambda _: None) -> str:

@@ -19,7 +19,7 @@ from filelock import FileLock
 
 from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
-from nanochin.base.files import fsync, sha256_of
+from nanochin.base.files import errors_of, fsync, sha256_of
 from nanochin.config import TextOptions
 from nanochin.data import formats
 from nanochin.data.text import File, Stage, Text, batches, char_start, fingerprint, read_text, split, thin, total_bytes
@@ -74,7 +74,8 @@ def build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
             for path in sorted(temp.iterdir())
             if path.name != UNFINISHED
         }
-        (temp / "meta.json").write_text(json.dumps(meta, indent=2))
+        with errors_of(temp / "meta.json"):
+            (temp / "meta.json").write_text(json.dumps(meta, indent=2))
         for path in [*temp.iterdir(), temp]:
             fsync(path)
         temp.rename(folder)
@@ -191,7 +192,8 @@ def _write_shards(arrays: Iterable[np.ndarray], folder: Path, side: str) -> None
     arrays, number = iter(arrays), 0
     tokens = next(arrays)
     while len(tokens):
-        with open(folder / f"{side}-{number:05d}.bin", "wb") as file:
+        path = folder / f"{side}-{number:05d}.bin"
+        with errors_of(path), open(path, "wb") as file:
             room, number = SHARD, number + 1
             while room and len(tokens):
                 written, tokens = tokens[:room], tokens[room:]

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 
 from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
+from nanochin.base.files import DiskError
 from nanochin.config import Config, TextOptions
 from nanochin.data import formats, sources
 from nanochin.data.cache import CHECKSUMS, Recipe, build, encode
@@ -160,12 +161,14 @@ def _fetch(option: str, config: Config, progress: Progress | None) -> tuple[str,
 
 @contextmanager
 def _os_errors(place: str | Path) -> Iterator[None]:
-    """Turns an OSError (no permission, disk full) into a one-line UserError."""
+    """Turns an OSError (no permission, disk full) into a one-line UserError; a DiskError if the disk is full."""
     try:
         yield
     except OSError as error:
-        advice = "; make room or choose another `cache`" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
-        raise UserError(f"{error.filename or place}: {error.strerror or error}{advice}") from error
+        where, why = error.filename or place, error.strerror or error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError(f"{where}: cannot write: {why}; make room or choose another `cache`") from error
+        raise UserError(f"{where}: {why}") from error
 
 
 def _make_once(path: Path, make: Callable[[], None], progress: Progress | None) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 
 from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
-from nanochin.base.files import cores, sha256_of
+from nanochin.base.files import cores, errors_of, sha256_of
 from nanochin.config import TextOptions
 from nanochin.data import formats
 from nanochin.data.formats import MAX_HELD_OUT, TOKENS, Tally, format_of_name
@@ -302,7 +302,7 @@ def _read_part(files: list[File], path: Path, stage: Stage, options: TextOptions
     """Write the text of `files` to `path`, and open it."""
     ends, hashes, tallies, position = array("q"), array("Q"), [], 0
     decoder = codecs.getincrementaldecoder("utf-8")("ignore")
-    with open(path, "wb") as out:
+    with errors_of(path), open(path, "wb") as out:
         for file in files:
             start, sha = position, hashlib.sha256()
             tallies.append(tally := Tally(file.key, options.skip_bad))

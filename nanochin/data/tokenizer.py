@@ -6,6 +6,7 @@ line: base64 of the token, space, rank), so that a run's folder is self-containe
 
 import base64
 import difflib
+import hashlib
 import re
 import threading
 from collections.abc import Iterable
@@ -16,6 +17,7 @@ import numpy as np
 import tiktoken
 
 from nanochin.base.cli import UserError
+from nanochin.base.files import write_file
 
 RANKS_FILE = "tokenizer.tiktoken"
 END_OF_TEXT = "<|endoftext|>"
@@ -45,21 +47,31 @@ class Tokenizer:
         self.dtype = np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     @classmethod
-    def load(cls, name: str, folder: str | Path | None = None) -> "Tokenizer":
-        """`bytes`, `ids-N`, a tiktoken name, or `bpe` from the ranks in `folder`. Raises UserError for an unknown name,
-        missing or corrupted ranks, or an encoding that is not in tiktoken's cache and cannot be downloaded."""
+    def load(cls, name: str, folder: str | Path | None = None, sha: str | None = None) -> "Tokenizer":
+        """`bytes`, `ids-N`, a tiktoken name, or `bpe` from the ranks in `folder`, whose SHA-256 is `sha` if given.
+        Raises UserError for an unknown name, missing or corrupted ranks, or an encoding that is not in tiktoken's cache
+        and cannot be downloaded."""
         if name == "bytes" or NUMBERS.fullmatch(name):
             return cls(name)
         if name == "bpe":
-            return _bpe(_read_ranks(Path(folder) / RANKS_FILE))
+            return _bpe(_read_ranks(Path(folder) / RANKS_FILE, sha))
         return cls(name, _named_encoding(name))
 
     def save(self, folder: str | Path) -> None:
         """Write the ranks of our BPE into `folder`. The other tokenizers need only their name."""
         if self.name == "bpe":
-            ranks = self.encoding._mergeable_ranks
-            lines = [b"%s %d\n" % (base64.b64encode(token), ranks[token]) for token in sorted(ranks, key=ranks.get)]
-            (Path(folder) / RANKS_FILE).write_bytes(b"".join(lines))
+            write_file(Path(folder) / RANKS_FILE, self._ranks)
+
+    @property
+    def sha(self) -> str | None:
+        """SHA-256 of the file that `save` writes, if any."""
+        return hashlib.sha256(self._ranks).hexdigest() if self.name == "bpe" else None
+
+    @property
+    def _ranks(self) -> bytes:
+        ranks = self.encoding._mergeable_ranks
+        lines = [b"%s %d\n" % (base64.b64encode(token), ranks[token]) for token in sorted(ranks, key=ranks.get)]
+        return b"".join(lines)
 
     def encode(self, text: bytes) -> np.ndarray:
         """Ids of `text` (valid UTF-8), without end-of-text. Names of special tokens are encoded as plain text. With
@@ -137,16 +149,21 @@ def _bpe(ranks: dict[bytes, int]) -> Tokenizer:
     return Tokenizer("bpe", tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special))
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
+def _read_ranks(path: Path, sha: str | None = None) -> dict[bytes, int]:
     try:
-        pairs = [line.split() for line in path.read_bytes().splitlines()]
+        content = path.read_bytes()
+        if sha and hashlib.sha256(content).hexdigest() != sha:
+            raise ValueError
+        pairs = [line.split() for line in content.splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
         if sorted(ranks.values()) != list(range(len(pairs))) or len(pairs) < 256:
             raise ValueError
     except FileNotFoundError:
         raise UserError(f"{path}: missing; it has the ranks of the run's BPE") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); restore it") from None
     except ValueError:
-        raise UserError(f"{path}: corrupted; not a file of tiktoken ranks") from None
+        raise UserError(f"{path}: corrupted; not the tiktoken ranks of the run's BPE") from None
     return ranks
 
 

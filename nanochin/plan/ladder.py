@@ -269,7 +269,7 @@ class GridOptions(ShapeOptions):
     flops: str = opt("physical", "FLOP convention of the budgets", choices=tuple(FLOP_CONVENTIONS))
     law: str | None = opt(None, "laws.json of a fit; default: the constants of Besiroglu et al. 2024")
     law_approach: int | None = opt(None, "approach of laws.json to use, not its law", choices=(1, 2, 3))
-    sizes: int = opt(7, "shapes per budget", low=1)
+    sizes: int = opt(7, "shapes per budget", low=1, high=1000)
     spread: float = opt(4.0, "N ranges from 1/spread to spread times the optimum", low=1)
     corpus_tokens: float | None = opt(None, "tokens in the corpus: adds a column of epochs", above=0)
     throughput: float | None = opt(None, "sustained FLOP/s, in the convention of --flops: adds hours", above=0)

@@ -14,9 +14,10 @@ import numpy as np
 from nanochin import laws
 from nanochin.base.cli import UserError
 from nanochin.base.console import count, three
-from nanochin.base.files import read_json
+from nanochin.base.files import NUMBER, read_json
 from nanochin.laws import LEVELS, DataConstrained, Law, NotIdentified, PowerLaw
 from nanochin.report.analysis import Approach, attempt
+from nanochin.run.folder import read_record
 
 SHOWN = {  # quantity: (column title, format)
     "flops": ("C", "{:g} FLOPs".format),
@@ -221,6 +222,8 @@ def estimates(approach: Approach, quantities: Callable[[Law | PowerLaw], dict]) 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pre-registered predictions
 
+RESULT = {"name": str, **dict.fromkeys(("params", "tokens", "flops", "loss"), NUMBER)}  # of summary.json
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -239,13 +242,15 @@ class Prediction:
     def read(cls, folder: str | Path) -> "Prediction":
         """The prediction that config.json recorded before training, and the loss of the finished run.
 
-        Raises UserError if there is no finished run in the folder, or no prediction with an interval."""
+        Raises UserError if there is no finished run in the folder, no prediction with an interval, or a damaged file.
+        """
         folder = Path(folder)
         if not (folder / "summary.json").exists():
             raise UserError(f"`trials` {folder}: no finished run")
-        row, before = read_json(folder / "summary.json"), read_json(folder / "config.json").get("predicted") or {}
-        predicted = [before.get(f"predicted_{key}") for key in ("loss", "low", "high")]
-        if not all(isinstance(value, float) and math.isfinite(value) for value in predicted):
+        row = read_json(folder / "summary.json", RESULT, "delete that folder to train the run again")
+        before = read_record(folder).get("predicted") or {}
+        predicted = [before.get(f"predicted_{key}") or 0.0 for key in ("loss", "low", "high")]
+        if min(predicted) <= 0:
             why = "no law predicted its loss with an interval; train with `law` laws.json from a fit on the same text"
             raise UserError(f"`trials` {folder}: {why}")
         return cls(row["name"], row["params"], row["tokens"], row["flops"], *predicted, row["loss"])

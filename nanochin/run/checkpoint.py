@@ -148,7 +148,9 @@ def load_run(folder: Path) -> tuple[GPT, Tokenizer, dict]:
 
     Raises UserError if the run has no valid checkpoint, or its config.json is damaged.
     """
-    record = read_record(folder, {"shape": typing.get_type_hints(Shape), "corpus": {"tokenizer": str}})
+    record = read_record(
+        folder, {"shape": typing.get_type_hints(Shape), "corpus": {"tokenizer": str, "tokenizer_sha": str | None}}
+    )
     # Shapes that differ in the head size only have the same weights, which would not show the damage.
     sizes = dict(record["shape"])
     sizes["model"] = f"{sizes.pop('width')}x{sizes.pop('layers')}"
@@ -160,7 +162,8 @@ def load_run(folder: Path) -> tuple[GPT, Tokenizer, dict]:
         raise next(iter(errors.values()), UserError(f"{folder}: no checkpoint yet"))
     for error in errors.values():
         print(f"note: {error}; using step {state['step']}", file=sys.stderr)
-    tokenizer = Tokenizer.load(record["corpus"]["tokenizer"], folder)
+    text = record["corpus"]
+    tokenizer = Tokenizer.load(text["tokenizer"], folder, text.get("tokenizer_sha"))  # older records have no digest
     return model.eval(), tokenizer, record
 
 

@@ -42,7 +42,8 @@ def describe(setup: Setup) -> dict:
     facts |= {"init_sha": setup.init_sha} if setup.init_sha else {}
     text = _pick(corpus, "name", "format", "documents", "skipped_bytes", "skipped_records")
     text |= _pick(corpus, "data_sha", "val_sha", "train_bytes", "val_bytes")
-    text |= {"tokenizer": corpus.tokenizer.name, "train_tokens": len(corpus.train), "val_tokens": len(corpus.val)}
+    text |= {"tokenizer": corpus.tokenizer.name, "tokenizer_sha": corpus.tokenizer.sha}
+    text |= {"train_tokens": len(corpus.train), "val_tokens": len(corpus.val)}
     matmul = torch.backends.cuda.matmul
     precision = {"activations": setup.config.dtype, "weights": "float32"}
     precision |= {"float32_matmul": torch.get_float32_matmul_precision()}  # `highest`: without TF32

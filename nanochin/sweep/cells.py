@@ -13,7 +13,7 @@ import math
 import re
 from dataclasses import dataclass, fields
 
-from nanochin.base.cli import UserError
+from nanochin.base.cli import UserError, errors_name
 from nanochin.config import Config, Shape, parse_model, shape_maker
 from nanochin.laws import BESIROGLU, load_law
 from nanochin.plan import ladder
@@ -48,11 +48,9 @@ def plan_cells(sweep: Sweep, vocab_size: int, corpus_tokens: float | None = None
     """All cells, in the order of runs.csv. Raises UserError for an impossible cell or, with `corpus_tokens`, for one of
     more than `max_epochs` epochs."""
     cells = []
-    try:
+    with errors_name(sweep.path):
         for variant in _variants(sweep):
             cells += _PLANNERS[sweep.spec.kind](_Builder(sweep, vocab_size, *variant))
-    except UserError as error:  # the same message as from train.py
-        raise UserError(f"{sweep.path}: {error}") from None
     names = [cell.name for cell in cells]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"{sweep.path}: two cells would be named {min(twice)}; make their options differ")

@@ -4,12 +4,11 @@ A sweep file is TOML: keys of `Spec`, and options of train.py. An option that ta
 sweep takes the product of all lists (or, with `vary = "one"`, one list at a time).
 """
 
-import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_origin, get_type_hints
 
-from nanochin.base.cli import UserError, did_you_mean, opt, parse, value_type
+from nanochin.base.cli import UserError, did_you_mean, errors_name, opt, parse, read_toml, to_arguments, value_type
 from nanochin.config import Config, TextOptions
 
 KINDS = ("isoflop", "horizons", "trunk", "grid")
@@ -26,22 +25,24 @@ class Spec:
     kind: str | None = opt(None, KIND_HELP, choices=KINDS)
     budgets: tuple[float, ...] = opt((), "training FLOPs, in the convention of --flops", above=0)
     models: tuple[str, ...] = opt((), "sizes, such as 16x2 48x2; default: from the ladder, around the optimum")
-    sizes: int = opt(7, "number of sizes", low=1)
+    sizes: int = opt(7, "number of sizes", low=1, high=1000)
     spread: float = opt(4.0, "isoflop: N ranges from 1/spread to spread times the optimum", low=1)
     centre: tuple[float, ...] = opt((), "expected optimal N (total) of each budget; default: by --law", above=0)
     seeds: tuple[int, ...] = opt((0,), "seeds of every cell", low=0, high=10**9)
-    centre_seeds: tuple[int, ...] = opt((), "isoflop: more seeds for the size closest to each centre", low=0)
+    centre_seeds: tuple[int, ...] = opt(
+        (), "isoflop: more seeds for the size closest to each centre", low=0, high=10**9
+    )
     extend: bool = opt(False, "isoflop: add sizes beyond the edge if a budget's minimum is at an edge")
-    extend_limit: int = opt(3, "maximum number of sizes added to a budget", low=1)
-    horizons: int = opt(4, "horizons, trunk: number of lengths per size", low=2)
+    extend_limit: int = opt(3, "maximum number of sizes added to a budget", low=1, high=1000)
+    horizons: int = opt(4, "horizons, trunk: number of lengths per size", low=2, high=1000)
     span: float = opt(16.0, "horizons, trunk: longest / shortest", above=1)
     reach: float = opt(
         4.0, "horizons, trunk: cost of the longest run / budget its size is optimal for, up to the last budget", above=0
     )
     paired: bool = opt(False, "grid: pair the first model with the first budget, and so on")
-    lr_times: tuple[float, ...] = opt((1.0,), "multiples of the learning rate by rule", above=0)
-    batch_times: tuple[float, ...] = opt((1.0,), "multiples of the batch by rule", above=0)
-    warmup_times: tuple[float, ...] = opt((1.0,), "multiples of the warm-up by rule", low=0)
+    lr_times: tuple[float, ...] = opt((1.0,), "multiples of the learning rate by rule", above=0, high=1e6)
+    batch_times: tuple[float, ...] = opt((1.0,), "multiples of the batch by rule", above=0, high=1e6)
+    warmup_times: tuple[float, ...] = opt((1.0,), "multiples of the warm-up by rule", low=0, high=1e6)
     vary: str = opt(
         "product", "lists: their product, or one at a time with the first of the others", choices=("product", "one")
     )
@@ -76,12 +77,8 @@ class Sweep:
 def read_sweep(path: str | Path, **overrides) -> Sweep:
     """Read a sweep file; `overrides` that are not None replace its options. Raises UserError, one line with file and
     key, if the file is invalid."""
-    try:
-        table = tomllib.loads(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not TOML: {error}") from None
+    with errors_name(path):
+        table = read_toml(path)
     if twice := [key for key in table if "-" in key and key.replace("-", "_") in table]:
         raise UserError(f"{path}: {twice[0]}: given twice, also as {twice[0].replace('-', '_')}")
     table = {key.replace("-", "_"): value for key, value in table.items()}
@@ -124,10 +121,8 @@ def _tuples(cls) -> set[str]:
 
 def _parse(cls, table: dict, path):
     """`table` as options of `cls`, by the command-line parser: same types, bounds and errors."""
-    argv = []
-    for key, value in table.items():
-        flag = "--" + key.replace("_", "-")
-        argv += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+    with errors_name(path):
+        argv = to_arguments(table)
     return parse(cls, argv, prog=f"sweep.py: {path}", description="")
 
 

@@ -108,13 +108,25 @@ def test_vocabularies_that_cannot_be_trained():
 
 
 def test_damaged_ranks_are_named(tmp_path):
-    """A rank file that is missing, truncated or something else is named, not decoded."""
+    """A rank file that is missing, truncated, other ranks, a folder or something else is named, not decoded."""
     with pytest.raises(UserError, match=r"tokenizer\.tiktoken: missing"):
         Tokenizer.load("bpe", tmp_path)
     for damage in (b"", b"not ranks\n", b"QQ== 0\n", b"YQ== x\n"):
         (tmp_path / RANKS_FILE).write_bytes(damage)
         with pytest.raises(UserError, match=r"tokenizer\.tiktoken: corrupted"):
             Tokenizer.load("bpe", tmp_path)
+    one, other = train_bpe(["anything"], 257), train_bpe(["aaaa bbbb" * 9], 258)
+    one.save(tmp_path)
+    assert Tokenizer.load("bpe", tmp_path, one.sha).sha == one.sha != other.sha
+    with pytest.raises(UserError, match=r"tokenizer\.tiktoken: corrupted"):
+        Tokenizer.load("bpe", tmp_path, other.sha)
+    (tmp_path / RANKS_FILE).unlink()
+    (tmp_path / RANKS_FILE).mkdir()
+    with pytest.raises(UserError, match=r"tokenizer\.tiktoken: cannot be read \(Is a directory\)"):
+        Tokenizer.load("bpe", tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer\.tiktoken: cannot write: Is a directory"):
+        one.save(tmp_path)
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("silent", [True, False])

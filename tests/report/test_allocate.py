@@ -20,7 +20,7 @@ def write(folder: Path, loss: float, predicted: dict) -> Path:
     """The folder of a finished run."""
     row = {"name": "big", "params": 1000, "tokens": 20_000, "flops": 1.5e8, "loss": loss, "predicted_loss": 9.0}
     (folder / "summary.json").write_text(json.dumps(row))
-    (folder / "config.json").write_text(json.dumps({"predicted": predicted}))
+    (folder / "config.json").write_text(json.dumps({"identity": {}, "predicted": predicted}))
     return folder
 
 
@@ -43,6 +43,19 @@ def test_runs_without_a_prediction(tmp_path):
     for predicted in ({}, dict.fromkeys(INTERVAL) | {"predicted_loss": 2.0}):
         with pytest.raises(UserError, match="no law predicted its loss with an interval"):
             Prediction.read(write(tmp_path, 2.0, predicted))
+
+
+@pytest.mark.parametrize("key", ["name", "params", "tokens", "flops", "loss"])
+@pytest.mark.parametrize("value", [None, [1], 10**400, True])
+def test_damaged_results(tmp_path, key, value):
+    """A field of summary.json or config.json that is lost or of another type: one line with the file and the field."""
+    path = write(tmp_path, 2.0, INTERVAL) / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"^{path}: cannot be read \\({key} is .*$"):
+        Prediction.read(tmp_path)
+    write(tmp_path, 2.0, INTERVAL | {"predicted_low": value or "x"})
+    with pytest.raises(UserError, match=f"^{tmp_path}/config.json: cannot be read \\(predicted.predicted_low is .*$"):
+        Prediction.read(tmp_path)
 
 
 def test_intervals_include_what_the_form_may_get_wrong():

@@ -1,23 +1,19 @@
 """A file of a run is damaged, then the run is resumed, sampled, evaluated, exported or fitted: each gives one line that
 says what is wrong, or the result of the run without damage."""
 
-import contextlib
-import io
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import arguments, tiny_config
+from conftest import arguments, call, tiny_config
 from damage import change
 from safetensors.torch import load_file
 
 import fit
 import nanochin.__main__
 import train
-from nanochin.base.cli import run_command
 from nanochin.base.files import SEAL, read_json, sha256_of, to_json
 from nanochin.run import checkpoint
 
@@ -25,17 +21,10 @@ STEPS = (20, 60, 109)  # of the checkpoints; the stopped run has the first two
 COMMANDS = ("sample", "evaluate", "export", "fit")
 
 
-def call(main, *argv) -> tuple[int, str, str]:
-    """A command in this process -> (exit code, stdout, stderr). Other exceptions than those of a command are raised."""
-    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["command", *map(str, argv)])
+def call_train(*argv) -> tuple[int, str, str]:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "peak_of", lambda *_: (1e11, "as the test says"))
-        with pytest.raises(SystemExit) as end:
-            run_command(main, "command")
-    out.flush()
-    err.flush()
-    return end.value.code, out.buffer.getvalue().decode(), err.buffer.getvalue().decode()
+        return call(train.main, *argv)
 
 
 def command(name: str, run: Path, spare: Path):
@@ -61,15 +50,15 @@ class Reference:
 
     def __init__(self, text: Path, cache: Path, folder: Path):
         options = {"name": "run", "seq_len": 64, "batch_tokens": 64, "tokens": 7e3, "log_every": 7, "eval_every": 30,
-                   "save_steps": STEPS[:2]}  # fmt: skip
+                   "save_steps": STEPS[:2], "tokenizer": "bpe", "vocab_size": 300}  # fmt: skip
         self.argv = arguments(tiny_config(text, cache, folder / "finished", **options))
         stopped = arguments(tiny_config(text, cache, folder / "stopped", **options))
         self.folder = {name: folder / name / "run" for name in ("finished", "stopped")}
-        assert call(train.main, *self.argv)[0] == 0
+        assert call_train(*self.argv)[0] == 0
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
             original, left = train.train_step, iter(range(80))
             patch.setattr(train, "train_step", lambda *args: original(*args) if next(left, None) is not None else 1 / 0)
-            call(train.main, *stopped)
+            call_train(*stopped)
         self.result, self.said = result(self.folder["finished"]), {name: {} for name in COMMANDS}
         for step in STEPS:
             run = folder / str(step) / "run"
@@ -211,7 +200,7 @@ def test_damaged_run(reference, tmp_path, one_thread, seed):
             steps = STEPS[: 3 if kind == "finished" else 2]
             assert out in [reference.said[name][step] for step in (steps if in_checkpoint else steps[-1:])]
 
-    code, out, err = call(train.main, *reference.argv, f"--out={run.parent}")
+    code, out, err = call_train(*reference.argv, f"--out={run.parent}")
     said.append(("resume", err or "same"))
     if not is_error(code, err):
         bits, row = reference.result
