@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanochin.base.cli import run_command
+from nanochin.base.cli import parse, run_command
 from nanochin.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,16 +152,21 @@ def tiny(text, cache, tmp_path, one_thread, monkeypatch):
     return functools.partial(tiny_config, text, cache, tmp_path / "runs")
 
 
+def train_main() -> None:
+    """train.py with the options in sys.argv."""
+    import train
+
+    train.train(parse(Config, prog="train.py", description=train.__doc__, file=True))
+
+
 @pytest.fixture
 def main(monkeypatch):
     """`main("--seed=1", ...)`: train.py in this process -> exit code."""
 
     def run(*argv: str) -> int:
-        import train
-
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
         with pytest.raises(SystemExit) as end:
-            run_command(train.main, "train.py")
+            run_command(train_main, "train.py")
         return end.value.code
 
     return run

@@ -1,25 +1,12 @@
 """Sample text from a run: python -m nanochin sample RUN --prompt "def " """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from nanochin.base.cli import opt, parse
 from nanochin.model import GPT
+from nanochin.options import SampleOptions
 from nanochin.run.checkpoint import load_run
 from nanochin.run.folder import find_run
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    run: str = opt(None, "folder of the run, or its name under --out", positional=True)
-    prompt: str = opt("", "text to continue; default: the start of a document")
-    tokens: int = opt(256, "tokens to generate", low=1)
-    temperature: float = opt(0.8, "1 samples the model's own distribution, 0 is greedy", low=0)
-    top_k: int = opt(50, "sample from the k most likely tokens; 0 = all", low=0)
-    seed: int = opt(0, "seed of the sampling", low=0, high=10**9)
-    out: str = opt("runs", "folder of all runs")
 
 
 @torch.no_grad()
@@ -41,8 +28,7 @@ def generate(
     return ids
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parse(SampleOptions, argv, prog="python -m nanochin sample", description=__doc__)
+def main(options: SampleOptions) -> None:
     model, tokenizer, _ = load_run(find_run(options.run, options.out))
     ids = tokenizer.encode(options.prompt.encode()) if options.prompt else [tokenizer.eot]
     settings = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import arguments, tiny_config
+from conftest import arguments, tiny_config, train_main
 from damage import change
 from safetensors.torch import load_file
 
@@ -65,11 +65,11 @@ class Reference:
         self.argv = arguments(tiny_config(text, cache, folder / "finished", **options))
         stopped = arguments(tiny_config(text, cache, folder / "stopped", **options))
         self.folder = {name: folder / name / "run" for name in ("finished", "stopped")}
-        assert call(train.main, *self.argv)[0] == 0
+        assert call(train_main, *self.argv)[0] == 0
         with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
             original, left = train.train_step, iter(range(80))
             patch.setattr(train, "train_step", lambda *args: original(*args) if next(left, None) is not None else 1 / 0)
-            call(train.main, *stopped)
+            call(train_main, *stopped)
         self.result, self.said = result(self.folder["finished"]), {name: {} for name in COMMANDS}
         for step in STEPS:
             run = folder / str(step) / "run"
@@ -211,7 +211,7 @@ def test_damaged_run(reference, tmp_path, one_thread, seed):
             steps = STEPS[: 3 if kind == "finished" else 2]
             assert out in [reference.said[name][step] for step in (steps if in_checkpoint else steps[-1:])]
 
-    code, out, err = call(train.main, *reference.argv, f"--out={run.parent}")
+    code, out, err = call(train_main, *reference.argv, f"--out={run.parent}")
     said.append(("resume", err or "same"))
     if not is_error(code, err):
         bits, row = reference.result
