@@ -62,23 +62,22 @@ class FitOptions:
     path: str = opt(None, "runs.csv, JSON, JSON lines, or the folder of a sweep or of runs", positional=True)
     out: str | None = opt(None, "folder of laws.json, figures and report; default: fit-NAME beside the runs")
 
-    # What to read.
-    columns: str | None = opt(None, "names of columns in the file, such as params=N,tokens=D")
+    columns: str | None = opt(None, "names of columns in the file, such as params=N,tokens=D", section="What to read")
     curves: str | None = opt(None, "curves for Approach 1: a table of run, params, tokens, loss, or a curves.csv.gz")
     skip_bad: bool = opt(False, "leave out and count lines that cannot be used")
     drop: int = opt(0, "leave out this many runs of highest loss", low=0)
     params: str = opt("total", "how N is counted", choices=tuple(PARAM_CONVENTIONS))
     flops: str | None = opt(None, "how C is counted; default: the column flops or 6nd", choices=tuple(FLOP_CONVENTIONS))
 
-    # How to fit.
-    delta: float = opt(1e-3, "delta of the Huber loss on log-loss residuals", above=0)
+    delta: float = opt(1e-3, "delta of the Huber loss on log-loss residuals", above=0, section="How to fit")
     fixed_e: float | None = opt(None, "irreducible loss E, if known", low=0)
     bootstrap: int | None = opt(None, "replicates, 0 = none; default: 4000, or fewer of many rows", low=0, high=10**6)
     cluster: str = opt("auto", "what is resampled; auto: runs, if rows name them", choices=("auto", "run", "row"))
     seed: int = opt(0, "seed of the resampling", low=0)
 
-    # What to ask.
-    budget: tuple[float, ...] = opt((), "training FLOPs; default: around those of the runs", low=1, high=MOST)
+    budget: tuple[float, ...] = opt(
+        (), "training FLOPs; default: around those of the runs", low=1, high=MOST, section="What to ask"
+    )
     target_loss: float | None = opt(None, "loss to reach at the lowest compute", above=0)
     inference_tokens: float | None = opt(None, "tokens that the model will serve", low=1, high=MOST)
     unique_tokens: float | None = opt(None, "tokens of text available", low=1, high=MOST)

@@ -14,6 +14,14 @@ from nanochin.base import signals
 if __name__ == "__main__":
     signals.end_quietly()  # on Ctrl-C during the imports
 
+from nanochin.base.cli import RunError, parse, run_command, validate
+from nanochin.base.console import Progress, lasting_output
+from nanochin.config import Config, parse_model, shape_maker
+
+if __name__ == "__main__":
+    with lasting_output("train.py"):
+        options = parse(Config, prog="train.py", description=__doc__, file=True)  # --help and mistakes need no torch
+
 import dataclasses
 import math
 import os
@@ -31,10 +39,8 @@ from torch import Tensor, nn
 
 import kernels
 from nanochin import laws
-from nanochin.base.cli import RunError, parse, run_command, validate
-from nanochin.base.console import Progress
-from nanochin.config import Config, parse_model, shape_maker
 from nanochin.data.corpus import Corpus, prepare
+from nanochin.data.text import Tokens
 from nanochin.data.tokenizer import model_vocab
 from nanochin.data.windows import Windows
 from nanochin.interop import gpt2, loggers
@@ -43,9 +49,9 @@ from nanochin.plan import ladder
 from nanochin.run import checkpoint
 from nanochin.run.branch import find_branch
 from nanochin.run.device import check_memory, keep_freed_memory, peak_of, pick_device, pick_dtype
-from nanochin.run.display import progress_note, show_plan, show_result
-from nanochin.run.evaluate import evaluate
-from nanochin.run.folder import Run, check_name, moved, open_run, run_name
+from nanochin.run.display import closing_loss, progress_note, show_plan, show_result
+from nanochin.run.evaluate import beginning, evaluate
+from nanochin.run.folder import Run, check_name, moved, open_run, read_log, run_name
 from nanochin.run.optim import FINAL_LR, Adam, learning_rate
 from nanochin.run.record import Setup, describe, summarise
 from nanochin.run.step import Shards, TrainingStep, pick_step
@@ -155,8 +161,9 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         train_on = TrainingStep(
             setup.step, train_step, model, optimizer, state["micro_batch"], config.clip, sequences, progress.say
         )
+        early = beginning(corpus, config.eval_bytes)  # tokens, bytes of text: for evaluations before the last
         if not quiet:
-            show_plan(setup, run, train_on, peak_source)
+            show_plan(setup, run, train_on, peak_source, len(early[0]))
 
         # The loop. `step` counts finished optimizer steps and fixes the data position. Losses and norms stay on the
         # device until they are logged, so that a GPU does not wait for the host.
@@ -166,9 +173,9 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         caught: list[int] = []  # signals, so that the loop can finish its step
         with signals.handled(caught.append):
             while step < plan.steps:
-                if config.eval_every and step and step % config.eval_every == 0:
+                if config.eval_every and step % config.eval_every == 0:
                     with watch.paused():
-                        log_evaluation(setup, step, model, run)
+                        log_evaluation(setup, step, model, run, *early)
 
                 # On a GPU this overlaps with the previous step: 4 to 8 ns per token on one core (LOG.md).
                 batch = torch.from_numpy(setup.windows.batch(step * sequences, sequences))  # (sequences, T+1)
@@ -182,6 +189,8 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
                     row["mfu"] = peak and row["tokens_per_s"] * plan.flops["physical"] / plan.tokens / peak
                     run.log(row)
                     recent, lap = [], now
+                    if step == plan.steps and not quiet:
+                        row["loss"] = closing_loss(read_log(run.folder), step)
                     progress("training", step, plan.steps, progress_note(row))
 
                 due = config.save_every and time.monotonic() - last_save > config.save_every
@@ -199,7 +208,7 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
 
         # The result.
         seconds = watch.seconds()
-        loss, bpb = log_evaluation(setup, step, model, run, progress)
+        loss, bpb = log_evaluation(setup, step, model, run, corpus.val, corpus.val_bytes, progress)
         run.finish(summarise(setup, record, name, loss, bpb, seconds).summary())
         progress.close()
         if not quiet:
@@ -278,13 +287,16 @@ def log_row(setup: Setup, step: int, recent: list[Tensor], run: Run) -> dict:
     }
 
 
-def log_evaluation(setup: Setup, step: int, model: GPT, run: Run, progress=None) -> tuple[float, float | None]:
-    """(loss, bits per byte) on the validation text after `step`, also logged. Raises RunError for a loss that is not
-    finite."""
-    loss, bpb = evaluate(model, setup.corpus.val, setup.corpus.val_bytes, progress)
+def log_evaluation(
+    setup: Setup, step: int, model: GPT, run: Run, tokens: Tokens, text_bytes: int, progress: Progress | None = None
+) -> tuple[float, float | None]:
+    """(loss, bits per byte) after `step` on `tokens`, the validation text or its beginning, also logged. Raises
+    RunError for a loss that is not finite."""
+    loss, bpb = evaluate(model, tokens, text_bytes, progress)
     if not math.isfinite(loss):
         raise RunError(f"step {step}: validation loss {loss}; the run diverged, try a lower --lr")
-    run.log({"step": step, "val_loss": loss, "val_bpb": bpb})
+    part = {"val_tokens": len(tokens)} if len(tokens) < len(setup.corpus.val) else {}
+    run.log({"step": step, "val_loss": loss, "val_bpb": bpb} | part)
     return loss, bpb
 
 
@@ -299,9 +311,5 @@ def check_finite(recent: list[list[float]], step: int, run: Run) -> None:
             )
 
 
-def main() -> None:
-    train(parse(Config, prog="train.py", description=__doc__, file=True))
-
-
 if __name__ == "__main__":
-    run_command(main, "train.py")
+    run_command(lambda: train(options), "train.py")

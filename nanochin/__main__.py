@@ -11,19 +11,20 @@ python -m nanochin COMMAND --help shows the options.
 """
 
 import importlib
+import inspect
 import os
 import sys
 
-from nanochin.base.cli import UserError, did_you_mean, run_command
+from nanochin import options
+from nanochin.base.cli import UserError, did_you_mean, parse, run_command
 
-# command: the package of its module, which has a `main`
-COMMANDS = {
-    "sample": "run",
-    "evaluate": "run",
-    "export": "interop",
-    "ladder": "plan",
-    "flops": "plan",
-    "claims": "report",
+COMMANDS = {  # the package of its module, which has a `main`, and its options
+    "sample": ("run", options.SampleOptions),
+    "evaluate": ("run", options.EvaluateOptions),
+    "export": ("interop", options.ExportOptions),
+    "ladder": ("plan", options.LadderOptions),
+    "flops": ("plan", options.FlopsOptions),
+    "claims": ("report", options.ClaimsOptions),
 }
 
 
@@ -31,14 +32,17 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in train.py, before torch is imported
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     prog = "python -m nanochin" + f" {name}" * (name in COMMANDS)
-    run_command(lambda: run(name), prog, only_prints=name not in ("export", "claims"))
+    run_command(lambda: run(name, *sys.argv[2:]), prog, only_prints=name not in ("export", "claims"))
 
 
-def run(name: str) -> None:
+def run(name: str, *argv: str) -> None:
+    """Run a command. Raises UserError if it fails; on a mistake in `argv`, prints one line and exits with code 2."""
     if name in ("--help", "-h"):
         print(__doc__.strip())
     elif name in COMMANDS:
-        importlib.import_module(f"nanochin.{COMMANDS[name]}.{name}").main(sys.argv[2:])
+        package, cls = COMMANDS[name]
+        given = parse(cls, list(argv), prog=f"python -m nanochin {name}", description=inspect.getdoc(cls))
+        importlib.import_module(f"nanochin.{package}.{name}").main(given)
     else:
         raise UserError(f"unknown command {name}{did_you_mean(name, list(COMMANDS))} (see --help)")
 

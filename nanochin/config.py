@@ -27,7 +27,9 @@ class ShapeOptions:
     """Options of the model's shape besides width, layers, vocabulary and context. The default is Chinchilla's GPT;
     `norm=layernorm positions=learned bias=true activation=gelu_tanh` is GPT-2, `activation=swiglu tied=false` Llama."""
 
-    head_size: int | None = opt(None, "head size; default: by width, 16 from 32 to 128 wide, 64 from 512 on")
+    head_size: int | None = opt(
+        None, "head size; default: by width, 16 from 32 to 128 wide, 64 from 512 on", section="The model's shape"
+    )
     ffn: int | None = opt(None, "feed-forward width; default 4C (swiglu: 8C/3 rounded up to a multiple of 8)")
     norm: str = opt("rmsnorm", "normalisation before each block", choices=("rmsnorm", "layernorm"))
     positions: str = opt("rotary", "positions", choices=("rotary", "learned"))
@@ -41,7 +43,9 @@ class ShapeOptions:
 class TextOptions:
     """How text files are read."""
 
-    skip_bad: bool = opt(False, "leave out and count lines and rows without a text", result=False)
+    skip_bad: bool = opt(
+        False, "leave out and count lines and rows without a text", result=False, section="How text files are read"
+    )
     text_column: str = opt("text", "field of JSON records, or column of .parquet, that has the text", later=True)
     encoding: str = opt("utf-8", "encoding of text without a byte-order mark, such as latin-1", later=True)
     document_separator: str | None = opt(
@@ -53,39 +57,54 @@ class TextOptions:
 class Config(ShapeOptions, TextOptions):
     """One training run. None means: derived, and printed with the reason before training."""
 
-    # What to train: any two of budget, model and tokens give the third; with one, the law gives the others.
-    budget: float | None = opt(None, "training FLOPs, in the convention of --flops", above=0, result=False)
+    budget: float | None = opt(
+        None,
+        "training FLOPs, in the convention of --flops; default: by device, 1e13 on a CPU, 1e15 on CUDA",
+        above=0,
+        result=False,
+        section="What to train (two of budget, model and tokens give the third; with one, the law gives the others)",
+    )
     model: str | None = opt(None, "width x layers, such as 256x4")
     tokens: float | None = opt(None, "training tokens D", above=0)
     flops: str = opt("physical", "FLOP convention of the budget", choices=tuple(FLOP_CONVENTIONS), result=False)
     law: str | None = opt(None, "laws.json of a fit; default: the constants of Besiroglu et al. 2024", result=False)
     law_approach: int | None = opt(None, "approach of laws.json to use, not its law", choices=(1, 2, 3), result=False)
 
-    # Data.
     data: tuple[str, ...] | None = opt(
         None,
-        "python, python-all, files, folders, globs (text: .txt .jsonl .json .parquet, also .gz .xz .zst; "
-        "tokens: .bin), or hf:OWNER/NAME[:CONFIG] for a data set of the Hugging Face hub",
+        "python (default on a CPU), python-all (default elsewhere), files, folders, globs (text: .txt .jsonl .json "
+        ".parquet, also .gz .xz .zst; tokens: .bin), or hf:OWNER/NAME[:CONFIG] for a data set of the Hugging Face hub",
         result=False,
+        section="Data",
     )
     val: tuple[str, ...] | None = opt(None, "validation text; default: files val*, else chosen by hash", result=False)
     val_bytes: int = opt(1 << 20, "maximum bytes of validation data (evenly spaced blocks)", low=1, result=False)
     max_tokens: float | None = opt(None, "maximum tokens to read from an hf: data set", above=0, result=False)
     tokenizer: str | None = opt(None, "bytes (default for text), bpe (trained on the corpus), or tiktoken: gpt2, ...")
     vocab_size: int | None = opt(None, "vocabulary size of bpe (default 4096), or of token files without a tokenizer")
-    seq_len: int | None = opt(None, "context length T in tokens", low=1)
+    seq_len: int | None = opt(None, "context length T in tokens; default: by device, 256 on a CPU, 1024 on CUDA", low=1)
     cache: str = opt("cache", "folder of tokenised shards", result=False)
 
-    # Optimisation. None: by the numbered rules in nanochin/plan/rules.py.
-    optimizer: str = opt("adamw", "adamw (decoupled decay) or adam (L2 in the gradient)", choices=("adamw", "adam"))
-    lr: float | None = opt(None, "peak learning rate", above=0)
-    batch_tokens: int | None = opt(None, "tokens per optimizer step; a multiple of seq_len", low=1, high=10**12)
-    warmup_tokens: float | None = opt(None, "linear warm-up, in tokens", low=0)
+    optimizer: str = opt(
+        "adamw",
+        "adamw (decoupled decay) or adam (L2 in the gradient)",
+        choices=("adamw", "adam"),
+        section="Optimisation (rules: nanochin/plan/rules.py; B tokens per batch, C width, D tokens, N parameters)",
+    )
+    lr: float | None = opt(None, "peak learning rate; by rule: 0.011 sqrt(B) / C, at most 3.7 N^-0.36", above=0)
+    batch_tokens: int | None = opt(
+        None, "tokens per optimizer step, a multiple of seq_len; by rule: 0.03 D^0.69", low=1, high=10**12
+    )
+    warmup_tokens: float | None = opt(
+        None, "linear warm-up, in tokens; by rule: as many tokens as parameters, at most 5% of the run", low=0
+    )
     epochs: float | None = opt(
         None, "train on a random part of the text, as often as this; default: on all of it", low=1, later=True
     )
     beta1: float = opt(0.9, "Adam's beta1", low=0, high=0.999999)
-    beta2: float | None = opt(None, "Adam's beta2", low=0, high=0.999999)
+    beta2: float | None = opt(
+        None, "Adam's beta2; by rule: 0.99 for batches up to 262,144 tokens, else 0.95", low=0, high=0.999999
+    )
     weight_decay: float = opt(0.1, "weight decay, on matrices only", low=0)
     clip: float = opt(1.0, "maximum gradient norm; 0 = no clipping", low=0)
     weight_dtype: str = opt(
@@ -100,8 +119,7 @@ class Config(ShapeOptions, TextOptions):
     cooldown: float = opt(0.2, "fraction of a wsd run in its 1-sqrt cooldown", low=0, high=1)
     seed: int = opt(0, "seed of the weights and of the data order", low=0, high=10**9)
 
-    # Execution.
-    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps", result=False)
+    device: str = opt("auto", "auto, cpu, cuda, cuda:1, mps", result=False, section="Execution")
     dtype: str = opt("auto", "compute dtype (weights stay float32)", choices=("auto", "float32", "bfloat16"))
     kernels: str = opt("auto", "Triton kernels where supported, or none", choices=("auto", "fallback"), result=False)
     step: str = opt(
@@ -113,13 +131,20 @@ class Config(ShapeOptions, TextOptions):
     micro_batch: int | None = opt(None, "sequences per forward pass; auto by device", low=1, high=10**6, result=False)
     threads: int | None = opt(None, "CPU threads; default: torch's", low=1, high=1000, result=False)
 
-    # The run's folder.
-    name: str | None = opt(None, "name of the run; default: corpus, size and a hash of the options", result=False)
+    name: str | None = opt(
+        None,
+        "name of the run; default: corpus, size and a hash of the options",
+        result=False,
+        section="The run's folder, log and checkpoints",
+    )
     out: str = opt("runs", "folder of all runs", result=False)
     branch_from: str | None = opt(None, "RUN@STEP: start from another run's checkpoint (cooldowns)")
     init_from: str | None = opt(None, "GPT-2 weights: a transformers folder or a .safetensors file", result=False)
     log_every: int | None = opt(None, "steps between log lines; default: 200 lines per run", low=1, result=False)
-    eval_every: int = opt(0, "steps between evaluations; 0 = only at the end", low=0, result=False)
+    eval_every: int = opt(0, "steps between evaluations, from step 0 on; 0 = only at the end", low=0, result=False)
+    eval_bytes: int | None = opt(
+        None, "held-out text of evaluations before the last, from its beginning; default: all", low=1, result=False
+    )
     save_every: float = opt(60.0, "seconds between checkpoints; 0 = only at the end", low=0, result=False)
     save_steps: tuple[int, ...] = opt((), "additional steps whose checkpoint is saved and kept", low=1, result=False)
     keep: int = opt(2, "number of newest checkpoints to keep", low=1, result=False)

@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from fit import FitOptions
 from nanochin import __main__
-from nanochin.base.cli import UserError, parse, run_command, validate, value_type, with_flags
+from nanochin.base.cli import UserError, _parser, opt, parse, run_command, validate, value_type, with_flags
 from nanochin.config import Config, Shape, make_shape, parse_model
-from nanochin.plan.ladder import GridOptions
-from nanochin.run.sample import SampleOptions
+from nanochin.options import LadderOptions, SampleOptions
 from nanochin.sweep.spec import Spec
 from sweep import SweepOptions
 
@@ -158,8 +157,49 @@ def test_any_command_line(for_all):
             assert value is f.default or is_within(f, value, value_type(hints[f.name])), (f.name, value)
         return "options"
 
-    classes = st.sampled_from([Config, Spec, FitOptions, SweepOptions, SampleOptions, GridOptions])
+    classes = st.sampled_from([Config, Spec, FitOptions, SweepOptions, SampleOptions, LadderOptions])
     for_all(check, options=classes.flatmap(lambda cls: st.tuples(st.just(cls), words(cls))))
+
+
+def test_help_has_sections():
+    """Each option is under the last heading before it; inherited options and their headings come last."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Base:
+        old: int = opt(1, "inherited", section="Of the base")
+
+    @dataclasses.dataclass(frozen=True)
+    class Derived(Base):
+        path: str = opt(None, "where", positional=True)
+        a: int = opt(1, "no heading")
+        b: int = opt(1, "first", section="One (of 100%)")
+        c: bool = opt(False, "second")
+
+    lines = _parser(Derived, "x", "about", file=False).format_help().splitlines()
+    found = [line.split()[0] if line.startswith("  ") else line for line in lines if line][2:]
+    assert found == ["positional arguments:", "PATH", "options:", "-h,", "--a", "One (of 100%):", "--b", "--c",
+                     "Of the base:", "--old"]  # fmt: skip
+    assert [f.metadata["section"] for f in dataclasses.fields(Config) if f.metadata["section"]][2:4] == [
+        "What to train (two of budget, model and tokens give the third; with one, the law gives the others)",
+        "Data",
+    ]
+
+
+COMMANDS = {"train": (), "sweep": (), "fit": (), **{f"nanochin {name}": (name,) for name in __main__.COMMANDS}}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_and_mistakes_load_no_heavy_library(command, name):
+    """--help, an unknown option and a wrong value are answered before torch, scipy, matplotlib and jinja2 load."""
+    code = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: print(sorted({'torch', 'scipy', 'matplotlib', 'jinja2'} & sys.modules.keys())))\n"
+        f"runpy.run_module({name.split()[0]!r}, run_name='__main__', alter_sys=True)"
+    )
+    for words, exit_code in ((["--help"], 0), (["--no-such-option"], 2), (["--out"], 2)):
+        done = command("-c", code, *COMMANDS[name], *words)
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (exit_code, "[]"), done.stderr
+        assert done.stdout.startswith("usage:") if exit_code == 0 else done.stderr.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, arguments, tiny_config
+from conftest import ROOT, arguments, tiny_config, train_main
 from safetensors.torch import load_file
 from torn import stop_at_file_operation
 
@@ -123,7 +123,7 @@ def run_child(argv: list[str], stop_at: tuple[str, int] | None, folder: Path, ig
         stop_at_file_operation(stop_at[1], stop, folder.parent, folder)
     elif stop_at:
         STOPS[stop_at[0]](stop_at[1], stop)
-    run_command(train.main, "train.py")
+    run_command(train_main, "train.py")
 
 
 class Child:
@@ -206,11 +206,11 @@ def files(folder: Path) -> list[str]:
 TWO, END = ["step-20", "step-40"], ["step-100", "step-20", "step-40", "step-60", "step-80"]
 PHASES = {  # where to stop, the checkpoints on disk there, files of the unfinished one, step and loss of the last row
     "training step": (("training step", 45), TWO, 0, (42, "loss")),
-    "evaluation": (("evaluation", 2), TWO, 0, (49, "loss")),
+    "evaluation": (("evaluation", 3), TWO, 0, (49, "loss")),
     "checkpoint write": (("checkpoint write", 4), ["step-20", "step-40.tmp"], 2, (35, "loss")),
     "checkpoint rename": (("checkpoint rename", 2), ["step-20", "step-40.tmp"], 4, (35, "loss")),
     "pruning": (("pruning", 2), TWO, 0, (35, "loss")),
-    "last evaluation": (("evaluation", 4), END, 0, (100, "loss")),
+    "last evaluation": (("evaluation", 5), END, 0, (100, "loss")),
     "summary": (("summary", 1), END, 0, (100, "val_loss")),
 }
 
@@ -293,10 +293,10 @@ def test_killed_at_twenty_moments(uninterrupted, usual):
 
 SAVED = {  # where the signal comes, the last checkpoint then; None: outside the loop there is nothing to save
     ("training step", 45): 45,
-    ("evaluation", 2): 51,
+    ("evaluation", 3): 51,
     ("checkpoint rename", 2): 40,
     ("tokenising", 1): None,
-    ("evaluation", 4): None,
+    ("evaluation", 5): None,
     ("summary", 1): None,
 }
 

@@ -414,14 +414,6 @@ def test_an_e_driven_by_the_ends_is_a_doubt():
     assert [one["change"] for one in found.json] == ["within 4 times", "within 2.7 times", "within 2 times"]
 
 
-def test_help_loads_no_heavy_library(command):
-    """`fit.py --help` loads neither torch nor scipy, matplotlib or jinja2."""
-    heavy = "{'torch', 'scipy', 'matplotlib', 'jinja2', 'pandas'} & sys.modules.keys()"
-    code = f"import atexit, sys, fit; atexit.register(lambda: print(sorted({heavy}))); fit.main()"
-    done = command("-c", code, "--help")
-    assert done.returncode == 0 and done.stdout.startswith("usage:") and done.stdout.splitlines()[-1] == "[]"
-
-
 def test_besiroglu_data(run, tmp_path):
     """The 240 digitised runs give the optimum found elsewhere with 4500 starts and tight tolerances."""
     out = run(chinchilla_csv(tmp_path), "--drop=5", *QUICK, "--out", tmp_path)

@@ -1,14 +1,18 @@
 """One run from options to summary. To change the golden losses in golden/losses.json on purpose:
 PYTHONPATH=. python tests/test_train.py    (one thread, float32)"""
 
+import dataclasses
 import json
 import math
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import threads
 from safetensors.torch import load_file
 
 import kernels
@@ -17,11 +21,14 @@ from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
 from nanochin.base.files import read_json, sha256_of
 from nanochin.config import Config, make_shape
+from nanochin.data.corpus import Corpus
+from nanochin.data.text import Tokens
+from nanochin.data.tokenizer import Tokenizer
 from nanochin.model import GPT
 from nanochin.plan.flops import count_flops
 from nanochin.run import checkpoint
 from nanochin.run.device import peak_of
-from nanochin.run.evaluate import evaluate
+from nanochin.run.evaluate import beginning, evaluate
 from nanochin.run.folder import open_run, read_log
 from nanochin.run.optim import Adam, learning_rate
 from nanochin.run.record import describe
@@ -236,6 +243,24 @@ def test_budget_is_spent(tiny):
     assert read_json(folder / "config.json")["options"]["tokens"] == summary["tokens"]
 
 
+def test_help_states_rules_and_defaults(tiny):
+    """`--help` has the rules that the plan gives as reasons, and the defaults by device."""
+    config = dataclasses.replace(tiny(), budget=1e13, model=None, tokens=None, lr=None, batch_tokens=None, seq_len=256)
+    plan, said = train.resolve(config, Progress(quiet=True)).plan, {f.name: f.metadata["help"] for f in fields(Config)}
+    for name in ("batch_tokens", "warmup_tokens", "beta2"):
+        assert said[name].endswith(f"by rule: {plan.why[name]}")
+    rate = (
+        plan.why["lr"]
+        .replace(f"({plan.batch_tokens})", "(B)")
+        .replace(f"{plan.shape.width}, by batch and width;", "C,")
+    )
+    assert said["lr"].endswith(f"by rule: {rate}")
+    cpu, cuda = train.DEFAULTS["cpu"], train.DEFAULTS["cuda"]
+    budgets = (f"{device['budget']:g}".replace("+", "") for device in (cpu, cuda))
+    assert said["budget"].endswith("{} on a CPU, {} on CUDA".format(*budgets))
+    assert said["seq_len"].endswith(f"{cpu['seq_len']} on a CPU, {cuda['seq_len']} on CUDA")
+
+
 def test_log_and_summary(tiny):
     """Steps and tokens of the rows; evaluations; losses are means over the steps since the last row; `save_steps` are
     kept in addition to `keep`."""
@@ -243,7 +268,7 @@ def test_log_and_summary(tiny):
     summary, folder, rows = run(tiny(log_every=8, eval_every=25, save_steps=(30, 60, 90), keep=1))
     logged, evaluated = ([row for row in rows if key in row] for key in ("loss", "val_loss"))
     assert [row["step"] for row in logged] == [*range(8, 97, 8), 100]
-    assert [row["step"] for row in evaluated] == [25, 50, 75, 100]
+    assert [row["step"] for row in evaluated] == [0, 25, 50, 75, 100]
     assert [row["tokens"] for row in logged] == [128 * row["step"] for row in logged]
     single, start = losses(every), 0
     for row in logged:
@@ -342,6 +367,54 @@ def test_evaluate_by_hand(count, monkeypatch):
         assert loss == pytest.approx(nats / (count - 1), rel=1e-6)
         assert bpb == pytest.approx(nats / math.log(2) / 50, rel=1e-6)
     assert evaluate(model, ids.numpy(), text_bytes=0)[1] is None
+
+
+def test_evaluate_on_threads(four_threads, monkeypatch):
+    """Four threads give the bits of one, also with a last piece that is shorter; an error in a thread is raised."""
+    model = GPT(make_shape(16, 1, vocab_size=31, seq_len=8), seed=3)
+    ids = torch.randint(31, (16 * 9 + 5,), generator=torch.Generator().manual_seed(1)).numpy()
+    monkeypatch.setattr("nanochin.run.evaluate.TOKENS_AT_ONCE", 16)
+    seen, usual = set(), GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda *args: seen.add(threading.current_thread()) or usual(*args))
+    found = evaluate(model, ids, text_bytes=50)
+    assert len(seen) > 1 and threading.current_thread() not in seen and torch.get_num_threads() == 4
+    with threads(1):
+        assert evaluate(model, ids, text_bytes=50) == found
+    monkeypatch.setattr(GPT, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(model, ids, text_bytes=50)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_evaluations_during_training(tiny, tokenizer, four_threads, monkeypatch):
+    """They begin at step 0, near log V, on the beginning of the validation text with `eval_bytes`; the last one is on
+    all of it. They change neither the weights nor the final loss."""
+    monkeypatch.setattr("nanochin.run.evaluate.TOKENS_AT_ONCE", 512)
+    usual = {"threads": 2, "tokenizer": tokenizer, "vocab_size": 300, "batch_tokens": 2048, "tokens": 20_480.0}
+    summary, folder, _ = run(tiny(out=tiny().out + "1", **usual))
+    again, other, rows = run(tiny(eval_every=4, eval_bytes=1500, **usual))
+    assert weights(folder) == weights(other) and untimed(summary) == untimed(again)
+    *early, last = (row for row in rows if "val_loss" in row)
+    assert [row["step"] for row in early] == [0, 4, 8] and "val_tokens" not in last
+    corpus = train.resolve(tiny(**usual), Progress(quiet=True)).corpus
+    part = corpus.val[: early[0]["val_tokens"]]
+    size = len(corpus.tokenizer.decode_bytes(part))
+    assert abs(size - 1500) < 100 and {row["val_tokens"] for row in early} == {len(part)}
+    vocab = summary["vocab_size"]
+    loss, bpb = evaluate(GPT(make_shape(16, 1, vocab_size=vocab, seq_len=32)), part, size)
+    assert (early[0]["val_loss"], early[0]["val_bpb"]) == pytest.approx((loss, bpb), rel=1e-6)
+    assert abs(loss - math.log(vocab)) < 0.5
+
+
+def test_beginning_of_token_files():
+    """Without a text its bytes are those of the file; all of it has no part."""
+    val, numbers = Tokens([np.arange(500, dtype=np.uint16)]), Tokenizer.load("ids-500")
+    corpus = Corpus(val, val, numbers, "x", Path("x"), "", "", val_bytes=0)
+    part, size = beginning(corpus, 200)
+    assert part[:].tolist() == list(range(100)) and size == 0
+    for all_of_it in (None, 1000, 10**9):
+        assert beginning(corpus, all_of_it) == (val, 0)
+    assert len(beginning(corpus, 1)[0]) == 2
 
 
 def test_bits_per_byte_of_our_own_bpe(tiny):

@@ -80,15 +80,18 @@ def opt(
     result: bool = True,
     later: bool = False,
     positional: bool = False,
+    section: str | None = None,
 ):
     """One option: default, help text, allowed values (`above` excludes its bound, `low` and `high` include theirs).
+    `section` is a heading of `--help`, above this option and those that follow.
 
     `result=False` leaves it out of the run's identity (the hash in its name): either it does not affect the result, or
     the identity has what it resolves to (the data's fingerprint for its path, model and tokens for the budget).
     `later=True`: added after version 0.1; the identity omits it at its default, so that older runs keep their names.
     """
     meta = {"help": help, "choices": choices, "above": above, "low": low, "high": high}
-    return field(default=default, metadata=meta | {"result": result, "later": later, "positional": positional})
+    meta |= {"result": result, "later": later, "positional": positional, "section": section}
+    return field(default=default, metadata=meta)
 
 
 def validate(options) -> None:
@@ -153,7 +156,10 @@ def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentPa
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # keeps its line breaks
     if file:
         parser.add_argument("file", nargs="?", metavar="FILE.toml", help="options in TOML, `key = value` per line")
+    group = parser
     for f in sorted(fields(cls), key=lambda f: f.name not in cls.__annotations__):  # inherited ones last
+        if section := f.metadata["section"]:
+            group = parser.add_argument_group(section)
         kind = value_type(hints[f.name])
         kind = typing.get_args(kind)[0] if several[f.name] else kind
         default = "" if f.default in (None, MISSING, (), "") else f" (default: {f.default})"
@@ -164,9 +170,9 @@ def _parser(cls, prog: str, description: str, file: bool) -> argparse.ArgumentPa
         if f.metadata["positional"]:
             parser.add_argument(f.name, **spec | {"metavar": f.name.upper()})
         elif kind is bool:  # --bias, --bias=true and --bias=false
-            parser.add_argument(_flag(f.name), nargs="?", const=True, **spec)
+            group.add_argument(_flag(f.name), nargs="?", const=True, **spec)
         else:
-            parser.add_argument(_flag(f.name), **spec)
+            group.add_argument(_flag(f.name), **spec)
     return parser
 
 

@@ -14,32 +14,25 @@ written with up = 1: a matrix of zeros and a bias of ones.
 import json
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nanochin.base.cli import UserError, opt, parse
+from nanochin.base.cli import UserError
 from nanochin.base.files import writing
 from nanochin.config import Shape
 from nanochin.data.tokenizer import END_OF_TEXT, Tokenizer
 from nanochin.interop.gpt2 import transpose_matrix
 from nanochin.interop.names import GPT2, LLAMA, NEOX, rename
 from nanochin.model import GPT, ROTARY_THETA
+from nanochin.options import ExportOptions
 from nanochin.run.checkpoint import load_run, save_tensors
 from nanochin.run.folder import find_run
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2", "swiglu": "silu"}
 ROPE = {"rope_type": "default", "rope_theta": ROTARY_THETA}  # `transformers` 5; rope_theta, rotary_emb_base before it
 Weights = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    run: str = opt(None, "folder of the run, or its name under --out", positional=True)
-    folder: str = opt(None, "folder to write, new or empty", positional=True)
-    out: str = opt("runs", "folder of all runs")
 
 
 def export(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
@@ -208,8 +201,7 @@ def _oniguruma(pattern: str) -> str:
     return pattern.replace("{1,3}+", "{1,3}").replace("{1,2}+", "{1,2}").replace("$", r"\z")
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parse(ExportOptions, argv, prog="python -m nanochin export", description=__doc__)
+def main(options: ExportOptions) -> None:
     model, tokenizer, _ = load_run(find_run(options.run, options.out))
     name = export(model, tokenizer, options.folder)
     print(f'{options.folder}: {name}; AutoModelForCausalLM.from_pretrained("{options.folder}") loads it')

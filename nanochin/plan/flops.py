@@ -9,12 +9,12 @@ pass, recomputation is never counted. docs/flops.md compares the conventions wit
 B batch, T sequence, C width, H heads, F feed-forward width, V vocabulary, L layers.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
-from nanochin.base.cli import UserError, opt, parse
+from nanochin.base.cli import UserError
 from nanochin.base.console import format_columns
-from nanochin.config import FLOP_CONVENTIONS, Shape, ShapeOptions, parse_model, shape_maker
+from nanochin.config import FLOP_CONVENTIONS, Shape, parse_model, shape_maker
+from nanochin.options import FlopsOptions
 from nanochin.plan.devices import BYTES, DEVICES, Device, find_device
 
 OPERATION_CONVENTIONS = ("physical", "causal", "appendix_f", "table_a4")  # counted from the ledger
@@ -166,18 +166,7 @@ def floor_seconds(row: Row, sequences: int, device: Device, dtype: str) -> float
 # Command
 
 
-@dataclass(frozen=True)
-class LedgerOptions(ShapeOptions):
-    model: str = opt("768x12", "width x layers")
-    vocab_size: int = opt(256, "vocabulary V", low=1)
-    seq_len: int = opt(256, "context length T in tokens", low=1)
-    batch_tokens: int | None = opt(None, "tokens per step, in one pass (default: 16 sequences)", low=1)
-    device: str = opt("H100 SXM", "device for the minimum time, as torch names it or as in nanochin/plan/devices.py")
-    dtype: str = opt("bfloat16", "dtype of activations and weights", choices=tuple(BYTES))
-
-
-def main(argv: list[str] | None = None) -> None:
-    options = parse(LedgerOptions, argv, prog="python -m nanochin flops", description="Exact FLOPs of a shape.")
+def main(options: FlopsOptions) -> None:
     shape = shape_maker(options, options.vocab_size, options.seq_len)(*parse_model(options.model))
     T = shape.seq_len
     batch = 16 * T if options.batch_tokens is None else options.batch_tokens

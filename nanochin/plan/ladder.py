@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanochin.base.cli import UserError, opt, parse
+from nanochin.base.cli import UserError
 from nanochin.base.console import count, format_columns
-from nanochin.config import FLOP_CONVENTIONS, Shape, ShapeOptions, shape_maker
+from nanochin.config import FLOP_CONVENTIONS, Shape, shape_maker
 from nanochin.laws import BESIROGLU, Law, PowerLaw, load_law
+from nanochin.options import LadderOptions
 from nanochin.plan.flops import Params, count_flops, count_params, flops_per_token
 from nanochin.plan.rules import rule_batch, rule_beta2, rule_lr, rule_warmup
 
@@ -261,22 +262,7 @@ def isoflop(
     return [plan(make, budget=budget, model=model, **options) for model in models]
 
 
-@dataclass(frozen=True)
-class GridOptions(ShapeOptions):
-    vocab_size: int = opt(256, "vocabulary V", low=1)
-    seq_len: int = opt(256, "context length T in tokens", low=1)
-    budget: tuple[float, ...] = opt((), "one or more budgets in training FLOPs", above=0)
-    flops: str = opt("physical", "FLOP convention of the budgets", choices=tuple(FLOP_CONVENTIONS))
-    law: str | None = opt(None, "laws.json of a fit; default: the constants of Besiroglu et al. 2024")
-    law_approach: int | None = opt(None, "approach of laws.json to use, not its law", choices=(1, 2, 3))
-    sizes: int = opt(7, "shapes per budget", low=1, high=1000)
-    spread: float = opt(4.0, "N ranges from 1/spread to spread times the optimum", low=1)
-    corpus_tokens: float | None = opt(None, "tokens in the corpus: adds a column of epochs", above=0)
-    throughput: float | None = opt(None, "sustained FLOP/s, in the convention of --flops: adds hours", above=0)
-
-
-def main(argv: list[str] | None = None) -> None:
-    options = parse(GridOptions, argv, prog="python -m nanochin ladder", description="IsoFLOP grids for budgets.")
+def main(options: LadderOptions) -> None:
     if not options.budget:
         raise UserError("`budget`: give at least one, such as `budget` 1e15 3e15")
     law = BESIROGLU if options.law is None else load_law(options.law, options.law_approach)
@@ -292,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"total: {total:.3g} FLOPs ({options.flops}){hours}")
 
 
-def _grid_table(grid: list[Plan], best: Plan, options: GridOptions) -> str:
+def _grid_table(grid: list[Plan], best: Plan, options: LadderOptions) -> str:
     """One line per shape; * marks the law's choice."""
     columns: dict[str, Callable[[Plan], str]] = {
         "shape": lambda p: f"{p.shape}{'*' if p.shape == best.shape else ''}",

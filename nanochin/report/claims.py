@@ -7,20 +7,15 @@ effects.py. The sweeps are those of sweeps/ and sweeps/paper/, kept in --results
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from nanochin.base.cli import UserError, opt, parse
+from nanochin.base.cli import UserError
 from nanochin.base.console import Progress, format_columns
 from nanochin.base.files import write_file, write_json, writing
 from nanochin.laws import NotIdentified
+from nanochin.options import ClaimsOptions
 from nanochin.report.claim_figures import FIGURES
 from nanochin.report.effects import EFFECTS, Effect, Kept, read_kept
 from nanochin.report.panels import svg
 from nanochin.report.rules import CLAIMS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, Claim, Rule
-
-
-@dataclass(frozen=True)
-class ClaimsOptions:
-    results: str = opt("results", "folder of kept sweeps")
-    out: str | None = opt(None, "folder to write to; default: claims in --results")
 
 
 @dataclass(frozen=True)
@@ -67,8 +62,7 @@ def decide(claim: Claim, results: Path) -> Decided:
         return Decided(claim, missing=str(error))
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parse(ClaimsOptions, argv, prog="python -m nanochin claims", description=__doc__)
+def main(options: ClaimsOptions) -> None:
     results = Path(options.results)
     out = Path(options.out or results / "claims")
     found = []

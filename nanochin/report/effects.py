@@ -463,7 +463,7 @@ def kaplan_steps(warmup: Kept, cosine: Kept, matched: Kept, tuned: Kept) -> dict
         points = []
         for row in sweep.rows:
             N, total = getattr(row, params_column(params)), getattr(row, flops_column(flops))
-            losses = [(p["step"], p["val_loss"]) for p in sweep.curves[row.run] if "val_loss" in p]
+            losses = [(p["step"], p["val_loss"]) for p in sweep.curves[row.run] if "val_loss" in p and p["step"]]
             last = losses[-1][0]
             points += [(N, total * step / last, loss) for step, loss in losses]
         return a_along_curves(*np.transpose(points), noise)

@@ -16,8 +16,9 @@ from nanochin.run.sample import generate
 from nanochin.run.step import TrainingStep
 
 
-def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str) -> None:
-    """Print the resolved options with their reasons, and warnings about the text."""
+def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str, early_tokens: int) -> None:
+    """Print the resolved options with their reasons, and warnings about the text. `early_tokens` are those of each
+    evaluation before the last."""
     config, plan, corpus = setup.config, setup.plan, setup.corpus
     why = defaultdict(lambda: "as requested", plan.why)
     text = f"{count(corpus.train_bytes)}B in {corpus.documents} documents, {count(corpus.val_bytes)}B held out"
@@ -41,6 +42,7 @@ def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str) 
         *(prediction if loss else []),
         ("D / N", f"{plan.tokens / params.total:.1f}", f"tokens per parameter; {epochs(setup):.2f} epochs of the text"),
         ("C FLOPs", f"{plan.flops['physical']:.3e}", f"physical; 6ND is {plan.flops['6nd']:.3e}"),
+        ("evaluation", f"{count(len(corpus.val))} tokens", _evaluation_cost(setup, early_tokens)),
         ("steps", f"{plan.steps}", f"{config.schedule}, to {config.final_lr:g} of the peak rate"),
         ("context", f"{config.seq_len}", "tokens"),
         ("batch", f"{count(plan.batch_tokens)} tokens", f"{why['batch_tokens']}; micro-batch {micro_batch}"),
@@ -76,9 +78,30 @@ def show_result(setup: Setup, run: Run, model: GPT) -> None:
     print(f'\n{run.folder}   (python -m nanochin sample {run.folder} --prompt "..." for more)')
 
 
+def closing_loss(rows: list[dict], steps: int) -> float:
+    """Mean training loss of the last 5% of steps, from the rows of the log, whose losses are means since the row
+    before."""
+    last, total = 0.95 * steps, 0.0
+    for row in rows:
+        if "loss" in row:
+            total += row["loss"] * max(0.0, row["step"] - last)
+            last = max(last, row["step"])
+    return total / (0.05 * steps)
+
+
 def progress_note(row: dict) -> str:
     mfu = f"  MFU {row['mfu']:.0%}" if row["mfu"] else ""
     return f"loss {row['loss']:.3f}  {count(row['tokens_per_s'])} tok/s{mfu}"
+
+
+def _evaluation_cost(setup: Setup, early_tokens: int) -> str:
+    """Evaluation takes the forward pass, a third of a training step."""
+    training, every = 3 * setup.plan.tokens, setup.config.eval_every
+    text = f"{len(setup.corpus.val) / training:.1%} of the training FLOPs, at the end"
+    if every:
+        times = math.ceil(setup.plan.steps / every)
+        text += f"; before it {times} times {count(early_tokens)}: {times * early_tokens / training:.1%}"
+    return text
 
 
 def _untested(setup: Setup) -> str:

@@ -7,13 +7,15 @@ import json
 import math
 import sys
 import typing
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from nanochin.base.cli import UserError, opt, parse, with_flags
+from nanochin.base.cli import UserError, with_flags
 from nanochin.base.console import Progress, count, format_columns
 from nanochin.base.files import NUMBER, write_file
 from nanochin.config import Config, TextOptions
@@ -22,8 +24,10 @@ from nanochin.data.text import Tokens
 from nanochin.data.tokenizer import Tokenizer
 from nanochin.data.windows import eval_windows
 from nanochin.model import GPT
+from nanochin.options import EvaluateOptions
 from nanochin.run.checkpoint import load_run
 from nanochin.run.folder import Run, find_run, read_record
+from nanochin.run.step import thread_pool
 from nanochin.run.tasks import TASKS, better, documents_of, log_probabilities, margins_of, sha_of, summarise, wilson
 
 TOKENS_AT_ONCE = 16384  # per forward pass: the logits (x V) must fit in memory
@@ -34,22 +38,9 @@ TEXT = {  # options of a run that determine its text; older records lack some
 }
 
 
-@dataclass(frozen=True)
-class EvaluateOptions(TextOptions):
-    run: tuple[str, ...] = opt(None, "folders of runs, or their names under --out", positional=True)
-    data: tuple[str, ...] = opt((), "text to evaluate on: files, folders, globs")
-    held_out: bool = opt(False, "the run's own validation text, made again from its data (--data if they moved)")
-    out: str = opt("runs", "folder of all runs")
-    tasks: tuple[str, ...] = opt((), "multiple-choice tasks made from the text", choices=tuple(TASKS))
-    items: int = opt(1000, "maximum number of items of a task", low=2)
-    passage: int = opt(128, "bytes of an item, its context included", low=80, high=10**6)
-    seed: int = opt(0, "seed of the choice of items", low=0, high=10**9)
-    normalise: bool = opt(False, "score a candidate by what its context adds to its log-probability")
-    json: str | None = opt(None, "file for the results, with the margin of each item")
-
-
-@torch.no_grad()
-def evaluate(model: GPT, tokens: Tokens, text_bytes: int, progress=None) -> tuple[float, float | None]:
+def evaluate(
+    model: GPT, tokens: Tokens | np.ndarray, text_bytes: int, progress: Progress | None = None
+) -> tuple[float, float | None]:
     """(loss in nats per token, bits per byte) over `tokens`: every token but the first is predicted exactly once, from
     the tokens before it in its window of seq_len; windows do not overlap.
 
@@ -59,14 +50,46 @@ def evaluate(model: GPT, tokens: Tokens, text_bytes: int, progress=None) -> tupl
     device = next(model.parameters()).device
     at_once = max(1, TOKENS_AT_ONCE // T) * T
     total, count = 0.0, len(tokens) - 1  # predicted tokens
-    for start in range(0, count, at_once):
+    starts = range(0, count, at_once)
+
+    @torch.no_grad()  # in each thread
+    def mean_loss(start: int) -> float:
         x, y = eval_windows(tokens[start : start + at_once + 1], T)  # (n, T) each, y -1 beyond the end
-        loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)).item()
-        done = min(start + at_once, count)
-        total += loss * (done - start)
-        if progress:
-            progress("evaluating", done, count)
+        return model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)).item()
+
+    with _parallel(len(starts), device) as parallel:
+        for start, loss in zip(starts, parallel(mean_loss, starts), strict=True):
+            done = min(start + at_once, count)
+            total += loss * (done - start)  # in the order of the text, for any number of threads
+            if progress:
+                progress("evaluating", done, count)
     return total / count, total / math.log(2) / text_bytes if text_bytes else None
+
+
+@contextmanager
+def _parallel(count: int, device: torch.device) -> Iterator[Callable[..., Iterator]]:
+    """`map` for `count` forward passes: each on its own thread of a CPU, which share the weights."""
+    threads = torch.get_num_threads()
+    shards = min(count, threads) if device.type == "cpu" else 1
+    if shards == 1:
+        yield map
+        return
+    pool = thread_pool(shards, threads // shards)
+    try:
+        yield pool.map
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C
+
+
+def beginning(corpus: Corpus, text_bytes: int | None) -> tuple[Tokens, int]:
+    """About the first `text_bytes` of the validation text (None: all of it), as tokens, and how many bytes exactly.
+    Where the bytes of text are unknown (0), those of the token file count."""
+    tokens, known = corpus.val, corpus.val_bytes
+    share = (text_bytes or math.inf) / (known or len(tokens) * tokens.parts[0].itemsize)
+    if share >= 1:
+        return tokens, known
+    part = tokens[: max(2, round(share * len(tokens)))]
+    return Tokens([part]), len(corpus.tokenizer.decode_bytes(part)) if known else 0
 
 
 def held_out(folder: Path, data: tuple[str, ...], progress: Progress | None = None) -> Corpus:
@@ -84,8 +107,7 @@ def held_out(folder: Path, data: tuple[str, ...], progress: Progress | None = No
     return corpus
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parse(EvaluateOptions, argv, prog="python -m nanochin evaluate", description=__doc__)
+def main(options: EvaluateOptions) -> None:
     if not (options.data or options.held_out):
         raise UserError("`data`: missing; give the text to evaluate on")
     records, said, made = [], set(), {}

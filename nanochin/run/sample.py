@@ -1,15 +1,11 @@
-"""Sample text from a run: python -m nanochin sample RUN --prompt "def "
-
-Without --prompt, a terminal asks for prompts line by line, until Ctrl-D. A prompt follows end-of-text, as documents do
-in training. A sample ends at end-of-text, at a --stop string or after --tokens.
-"""
+"""Sample text from a run, with a cache of keys and values."""
 
 import codecs
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import tee
 
 import torch
@@ -18,26 +14,12 @@ from torch import Tensor
 
 from kernels import ops
 from kernels.fallback import rotary
-from nanochin.base.cli import UserError, opt, parse
+from nanochin.base.cli import UserError
 from nanochin.data.tokenizer import Tokenizer
 from nanochin.model import GPT
+from nanochin.options import SampleOptions
 from nanochin.run.checkpoint import load_run
 from nanochin.run.folder import find_run
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    run: str = opt(None, "folder of the run, or its name under --out", positional=True)
-    prompt: str | None = opt(None, "text to continue, - for standard input; default: the start of a document")
-    tokens: int = opt(256, "maximum tokens to generate", low=1)
-    num_samples: int = opt(1, "continuations of the prompt, generated together", low=1, high=1000)
-    stop: tuple[str, ...] = opt((), "strings that end a sample, and are not printed")
-    temperature: float = opt(0.8, "1 samples the model's own distribution, 0 is greedy", low=0)
-    top_k: int = opt(50, "sample from the k most likely tokens; 0 = all", low=0)
-    top_p: float = opt(1.0, "sample from the fewest tokens that have this probability together", above=0, high=1)
-    seed: int = opt(0, "seed of the sampling", low=0, high=10**9)
-    out: str = opt("runs", "folder of all runs")
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
@@ -154,8 +136,7 @@ def write(model: GPT, tokenizer: Tokenizer, prompt: str, options: SampleOptions)
         print()
 
 
-def main(argv: list[str] | None = None) -> None:
-    options = parse(SampleOptions, argv, prog="python -m nanochin sample", description=__doc__)
+def main(options: SampleOptions) -> None:
     if "" in options.stop:
         raise UserError("`stop`: an empty string; give the text to stop at, or leave it out")
     model, tokenizer, _ = load_run(find_run(options.run, options.out))

@@ -84,10 +84,7 @@ class Shards:
             shared = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
             self.models.append(copy.deepcopy(model, memo=shared))
         if count > 1:
-            before, started = torch.get_num_threads(), threading.Barrier(count)
-            self.pool = ThreadPoolExecutor(count, "shard", _set_own_threads, (threads or before,))
-            list(self.pool.map(lambda _: started.wait(), range(count)))
-            torch.set_num_threads(before)
+            self.pool = thread_pool(count, threads or torch.get_num_threads())
 
     def run(self, function: Callable[[nn.Module, Tensor], Tensor], batch: Tensor) -> Tensor:
         """The sum of function(model, shard) over the shards of the batch. The replicas' gradients are added to the
@@ -109,6 +106,15 @@ class Shards:
 
     def __exit__(self, *_) -> None:
         torch.set_num_threads(self.before)
+
+
+def thread_pool(count: int, threads: int) -> ThreadPoolExecutor:
+    """`count` threads, each with `threads` inside its operations. The current thread keeps its number."""
+    before, started = torch.get_num_threads(), threading.Barrier(count)
+    pool = ThreadPoolExecutor(count, "shard", _set_own_threads, (threads,))
+    list(pool.map(lambda _: started.wait(), range(count)))
+    torch.set_num_threads(before)
+    return pool
 
 
 def _set_own_threads(count: int) -> None:

@@ -12,6 +12,7 @@ from conftest import prepare
 from token_writers import WRITERS, llm_c, megatron, nanogpt
 
 import train
+from nanochin.__main__ import run
 from nanochin.base.cli import UserError
 from nanochin.config import TextOptions
 from nanochin.data import token_files as module
@@ -19,7 +20,6 @@ from nanochin.data.corpus import read_tokens
 from nanochin.data.text import Tokens
 from nanochin.data.token_files import hold_out
 from nanochin.data.tokenizer import Tokenizer
-from nanochin.run import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 V = 300
@@ -130,7 +130,7 @@ def test_training_on_ids(tiny, tmp_path, capsys):
     config = tiny(name="run", data=(str(nanogpt(tmp_path / "train.bin", ids)),), vocab_size=V, lr=0.03)
     summary = train.train(config, quiet=True)
     assert summary["loss"] < 0.8 * np.log(V) and summary["val_bpb"] is None and summary["tokenizer"] == "ids-300"
-    evaluate.main([str(Path(config.out) / "run"), "--data", str(val)])
+    run("evaluate", str(Path(config.out) / "run"), "--data", str(val))
     assert f"loss {summary['loss']:.4f} nats per token, bits per byte unknown" in capsys.readouterr().out
     ids[17] += 1
     nanogpt(tmp_path / "train.bin", ids)

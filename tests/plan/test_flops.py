@@ -1,14 +1,16 @@
 import random
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from nanochin.base.cli import UserError
 from nanochin.config import FLOP_CONVENTIONS, make_shape
+from nanochin.options import FlopsOptions
 from nanochin.plan import flops
-from nanochin.plan.devices import DEVICES, find_device, peak_flops
+from nanochin.plan.devices import BYTES, DEVICES, find_device, peak_flops
 from nanochin.plan.flops import count_flops, count_params, flops_per_token, ledger
 
 # Hoffmann et al. 2022, Table A4: layers, width, ffn, heads, head size, and training FLOPs over 6ND: as printed (layers
@@ -250,3 +252,8 @@ def test_starts_light(module, heavy):
     """Heavy libraries are not imported (the ladder's laws need numpy)."""
     code = f"import sys, nanochin.plan.{module} as m; assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_choices():
+    """The options offer the dtypes of the device table."""
+    assert {f.name: f.metadata["choices"] for f in fields(FlopsOptions)}["dtype"] == tuple(BYTES)

@@ -10,6 +10,7 @@ import pytest
 from scipy import stats
 
 from nanochin.laws import BESIROGLU, Law, laws_text
+from nanochin.options import ClaimsOptions
 from nanochin.report.claims import decide, main
 from nanochin.report.effects import (
     EFFECTS,
@@ -146,6 +147,7 @@ def along_curves(a: float, points: int = 20, tokens: float = 3e6) -> Kept:
     for N in np.geomspace(5e3, 5e5, 12):
         rows.append(row(one := f"1e12-8x{round(N)}-s0", N, tokens, law.loss(N, tokens)))
         curves[one] = [{"step": i, "val_loss": law.loss(N, tokens * i / points)} for i in range(1, points + 1)]
+        curves[one].insert(0, {"step": 0, "val_loss": 5.5})  # without FLOPs
     return Kept(rows, curves)
 
 
@@ -362,7 +364,7 @@ def test_command(tmp_path, capsys):
     (folder := tmp_path / "paper" / "master").mkdir(parents=True)
     (folder / "runs.csv").write_bytes(to_csv(kept.rows))
     assert [r.run for r in read_kept(folder).rows] == [r.run for r in kept.rows]
-    main(["--results", str(tmp_path)])
+    main(ClaimsOptions(str(tmp_path)))
     found = json.loads((tmp_path / "claims" / "claims.json").read_text())["claims"]
     verdicts = {claim["number"]: claim["verdict"] for claim in found}
     assert verdicts[13] == YES and verdicts[9] == YES and verdicts[16] == UNSURE and len(verdicts) == 19
@@ -388,6 +390,6 @@ def test_figures(tmp_path):
     }
     (folder / CURVES).write_bytes(to_csv_gz(curves))
     (folder / "laws.json").write_text(json.dumps(kept.laws))
-    main(["--results", str(tmp_path), "--out", str(tmp_path / "out")])
+    main(ClaimsOptions(str(tmp_path), str(tmp_path / "out")))
     drawn = (tmp_path / "out" / "claim-2.svg").read_text()
     assert drawn.count("cycle 1.5:") == 6 and "claim-2.svg" in (tmp_path / "out" / "README.md").read_text()

@@ -8,7 +8,8 @@ from conftest import words
 from sweep_files import toml
 
 import train
-from nanochin.run import evaluate
+from nanochin.__main__ import run
+from nanochin.base.cli import UserError
 
 
 @pytest.fixture
@@ -19,8 +20,8 @@ def said(tiny, capsys):
 
     def command(*argv) -> str:
         try:
-            evaluate.main(["run", f"--out={config.out}", "--data", *map(str, argv)])
-        except evaluate.UserError as error:
+            run("evaluate", "run", f"--out={config.out}", "--data", *map(str, argv))
+        except UserError as error:
             return f"error: {error}"
         return capsys.readouterr().out
 

@@ -62,9 +62,9 @@ OTHER = {  # every option, with a value that differs from a tiny run
     "vocab_size": 300, "seq_len": 64, "head_size": 4, "ffn": 32, "norm": "layernorm", "positions": "learned",
     "activation": "swiglu", "bias": True, "tied": False, "qk_norm": True, "optimizer": "adam", "lr": 0.02,
     "batch_tokens": 256, "warmup_tokens": 256.0, "beta1": 0.8, "beta2": 0.9, "weight_decay": 0.2, "clip": 0.5,
-    "z_loss": 1e-4, "schedule": "wsd", "cycle": 1.5, "final_lr": 0.2, "cooldown": 0.5, "seed": 1, "dtype": "bfloat16",
+    "z_loss": 1e-4, "epochs": 4.0, "weight_dtype": "bfloat16", "schedule": "wsd", "cycle": 1.5, "final_lr": 0.2, "cooldown": 0.5, "seed": 1, "dtype": "bfloat16",
     "step": "eager", "micro_batch": 1, "threads": 2, "name": "x", "branch_from": "a@1", "log_every": 7,
-    "eval_every": 9, "save_every": 5.0, "save_steps": (3,), "keep": 3, "sample_tokens": 5,
+    "eval_every": 9, "eval_bytes": 1024, "save_every": 5.0, "save_steps": (3,), "keep": 3, "sample_tokens": 5,
     "skip_bad": True, "text_column": "content", "encoding": "latin-1", "document_separator": ". ",
     "kernels": "fallback",
 }  # fmt: skip

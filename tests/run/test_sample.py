@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train
+from nanochin.__main__ import run
 from nanochin.base.cli import UserError
 from nanochin.config import make_shape
 from nanochin.data.tokenizer import Tokenizer
@@ -179,7 +180,7 @@ def said(tiny, capsys, tmp_path, monkeypatch):
             if terminal:
                 patch.setattr(sys.stdout, "isatty", lambda: True)
                 patch.setattr(os, "isatty", lambda _: True)
-            sample.main(["run", f"--out={config.out}", "--tokens=9", "--top-k=0", *argv])
+            run("sample", "run", f"--out={config.out}", "--tokens=9", "--top-k=0", *argv)
         return capsys.readouterr().out
 
     return command

@@ -115,7 +115,7 @@ def test_train_on_a_gpu(tiny, name, monkeypatch, capsys):
     assert losses(config) == [pytest.approx(pair, rel=1e-5) for pair in found[1]]
     (folder,) = Path(config.out).iterdir()
     assert json.loads((folder / "config.json").read_text())["step"] == [name, "as requested"]
-    assert len([row for row in read_log(folder) if "val_loss" in row]) == 4
+    assert len([row for row in read_log(folder) if "val_loss" in row]) == 5
     train.train(dataclasses.replace(config, seed=1))
     said = capsys.readouterr().out
     assert "----- a sample -----" in said and "falling back to eager" not in said

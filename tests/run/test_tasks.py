@@ -3,6 +3,7 @@
 import json
 import re
 from collections import Counter
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,11 +12,14 @@ import torch
 from conftest import pseudo_english, words
 
 import train
+from nanochin.__main__ import run
+from nanochin.base.cli import UserError
 from nanochin.config import make_shape
 from nanochin.data.tokenizer import Tokenizer, train_bpe
 from nanochin.model import GPT
-from nanochin.run import evaluate
+from nanochin.options import EvaluateOptions
 from nanochin.run.checkpoint import load_run
+from nanochin.run.folder import find_run
 from nanochin.run.tasks import (
     TASKS,
     WORD,
@@ -98,7 +102,7 @@ def test_tokenizers_see_the_same_items():
         eot = np.array([tokenizer.eot])
         tokens = np.concatenate([eot, *(p for text in DOCUMENTS for p in (tokenizer.encode(text.encode()), eot))])
         assert documents_of(tokens, tokenizer) == DOCUMENTS
-    with pytest.raises(evaluate.UserError, match="ids-9"):
+    with pytest.raises(UserError, match="ids-9"):
         documents_of(np.array([1, 2]), Tokenizer("ids-9"))
 
 
@@ -139,7 +143,7 @@ def test_log_probability_by_hand(seq_len, vocab_size, monkeypatch, one_thread):
 
 def test_candidate_longer_than_the_context():
     """Refused, with both lengths."""
-    with pytest.raises(evaluate.UserError, match="32 tokens.*64"):
+    with pytest.raises(UserError, match="32 tokens.*64"):
         log_probabilities(gpt(seq_len=32), BYTES, made("cloze", 4))
 
 
@@ -178,7 +182,7 @@ def test_command(runs, tmp_path, capsys):
     argv = ["a", "b", out, "--tasks", "cloze", "last-word", "--items=20", f"--json={path}"]
     for where in (["--held-out"], ["--data", runs[0].data[0]]):
         capsys.readouterr()
-        evaluate.main([*argv, *where])
+        run("evaluate", *argv, *where)
         printed, records = capsys.readouterr().out, json.loads(path.read_text())
         assert [(r["run"], r["task"]) for r in records] == [(run, task) for run in "ab" for task in TASKS]
         for record in records:
@@ -189,14 +193,14 @@ def test_command(runs, tmp_path, capsys):
         assert f"{k} of {n}" in printed
         if where == ["--held-out"]:
             for name, record in zip("ab", (records[0], records[2]), strict=True):
-                folder = evaluate.find_run(name, runs[0].out)
+                folder = find_run(name, runs[0].out)
                 summary = json.loads((folder / "summary.json").read_text())
                 assert record["loss"] == pytest.approx(summary["loss"], rel=1e-6)
                 assert record["data_sha"] == summary["val_sha"]
                 assert record["params"] == sum(p.numel() for p in load_run(folder)[0].parameters())
     assert records[0]["data_sha"] == sha_of([pseudo_english(200_000)])
 
-    evaluate.main(["a", "b", out, "--held-out", f"--json={path}"])
+    run("evaluate", "a", "b", out, "--held-out", f"--json={path}")
     assert re.findall(r"^(\w): loss \d", capsys.readouterr().out, re.MULTILINE) == ["a", "b"]
     assert [(r["run"], "task" in r) for r in json.loads(path.read_text())] == [("a", False), ("b", False)]
 
@@ -205,12 +209,17 @@ def test_normalised_scores(runs, tmp_path):
     """What the context adds: log-probability after it less that after a line break."""
     path = tmp_path / "results.json"
     argv = ["a", f"--out={runs[0].out}", "--tasks=cloze", "--items=20", f"--json={path}", "--normalise"]
-    evaluate.main([*argv, "--data", runs[0].data[0]])
-    model, tokenizer, _ = load_run(evaluate.find_run("a", runs[0].out))
+    run("evaluate", *argv, "--data", runs[0].data[0])
+    model, tokenizer, _ = load_run(find_run("a", runs[0].out))
     items = TASKS["cloze"]([pseudo_english(200_000)], 20, 128, 0)
     alone = [Item(b"\n", item.candidates) for item in items]
     added = log_probabilities(model, tokenizer, items) - log_probabilities(model, tokenizer, alone)
     assert json.loads(path.read_text())[0]["margins"] == pytest.approx(margins_of(added), abs=2e-5)
+
+
+def test_choices():
+    """The options, which do not import this module, offer its tasks."""
+    assert {f.name: f.metadata["choices"] for f in fields(EvaluateOptions)}["tasks"] == tuple(TASKS)
 
 
 def test_refusals(runs, tmp_path):
@@ -224,5 +233,5 @@ def test_refusals(runs, tmp_path):
         ("--held-out", "--data", short): "its data_sha is",
         ("--tasks=cloze",): "`data`: missing",
     }.items():
-        with pytest.raises(evaluate.UserError, match=said):
-            evaluate.main([*usual, *map(str, argv)])
+        with pytest.raises(UserError, match=said):
+            run("evaluate", *usual, *map(str, argv))
