@@ -68,6 +68,7 @@ TORCH = {
     "model",
     "interop.export",
     "interop.gpt2",
+    "interop.initial",
     "run.record",
     "sweep.pool",
     *(

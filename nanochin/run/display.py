@@ -59,7 +59,9 @@ def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str) 
     for note in corpus.notes:
         print(f"note: {with_flags(note)}")
     if config.init_from:
-        print(f"note: initialised from GPT-2 weights in {config.init_from}")
+        print(f"note: starts from the weights in {config.init_from}, with a new schedule and optimizer")
+    if config.branch_from:
+        print(f"note: branches from {config.branch_from}, with its options where none were given")
 
 
 def show_result(setup: Setup, run: Run, model: GPT) -> None:
