@@ -70,7 +70,7 @@ def find_branch(config: Config, record: dict) -> Path:
     for i in range(int(step)):
         if learning_rate(trunk_config, i) != learning_rate(config, i):
             raise UserError(
-                f"{what}: from step {i} on, its learning rate differs from this run's; branch at step {i} or before, "
-                "or from a run with `schedule` constant"
+                f"{what}: from step {i} on, its learning rate differs with `schedule` {config.schedule}; branch "
+                f"at step {i} or before, or give `schedule` wsd or constant to go on from a constant rate"
             )
     return folder / "checkpoints" / f"step-{step}"
