@@ -111,7 +111,8 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
     unique = config.epochs and max(1, round(plan.tokens / config.epochs / seq_len))
     windows = Windows(corpus.train, seq_len, config.seed, unique)
     step = pick_step(config.step, device)
-    return Setup(config, plan, law, corpus, windows, device, dtype, why_dtype, *step, initial and initial.sha())
+    start = (initial.sha(), initial.load) if initial else (None, None)
+    return Setup(config, plan, law, corpus, windows, device, dtype, why_dtype, *step, *start)
 
 
 def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> dict:
@@ -153,8 +154,8 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
             state = saved
         elif config.branch_from:
             state["step"] = checkpoint.load(find_branch(config, record), model, optimizer)["step"]
-        elif config.init_from:
-            find_initial(config).load(model)
+        elif setup.load_initial:
+            setup.load_initial(model)
         run.cut_log(state["step"], progress.say)
         run.loggers.extend(loggers.open_logger(name, run.folder, record, state["step"]) for name in config.loggers)
         peak, peak_source = peak_of(device, setup.dtype)

@@ -48,19 +48,21 @@ def find_initial(config: Config) -> Initial:
     for GPT-2 without length or learning rate: the rules that derive them are for new models."""
     path = config.init_from
     if checkpoint := _checkpoint(config):
-        model, tokenizer, _ = load_run(checkpoint.resolve().parents[1], checkpoint)
-        return Initial(_options(model.shape), tokenizer, [checkpoint / MODEL], partial(_copy, path, model))
+        run = checkpoint.resolve().parents[1]
+        model, tokenizer, _ = load_run(run, checkpoint)
+        load = partial(_copy, lambda: load_run(run, checkpoint)[0])
+        return Initial(_options(model.shape), tokenizer, [checkpoint / MODEL], load)
     file, stated = gpt2.read_config(path)
-    tokenizer = export.read_tokenizer(file.parent)
+    tokenizer, files = export.read_tokenizer(file.parent), gpt2.weight_files(path)
     match stated.get("model_type", None if stated else "gpt2"):
         case "llama" | "gpt_neox":
-            model = _read_export(path)
-            return Initial(_options(model.shape), tokenizer, gpt2.weight_files(path), partial(_copy, path, model))
+            options = _options(_read_export(path).shape)
+            return Initial(options, tokenizer, files, partial(_copy, partial(_read_export, path)))
         case "gpt2":
             options = gpt2.read_options(path, config.head_size)
             if config.lr is None or not (config.tokens or config.budget):
                 raise UserError(f"`init_from` {path}: needs `tokens` and `lr` (3e-5 is usual for GPT-2)")
-            return Initial(options, tokenizer, gpt2.weight_files(path), partial(gpt2.load, path))
+            return Initial(options, tokenizer, files, partial(gpt2.load, path))
         case other:
             raise UserError(f"{file}: model_type {other}, only gpt2 and exports of a run can be imported")
 
@@ -101,8 +103,8 @@ def _options(shape: Shape) -> dict:
 
 
 @torch.no_grad()
-def _copy(path: str, source: GPT, model: GPT) -> None:
-    theirs = dict(source.named_parameters())
+def _copy(read: Callable[[], GPT], model: GPT) -> None:
+    theirs = dict(read().named_parameters())
     for name, parameter in model.named_parameters():
         parameter.copy_(theirs[name][: len(parameter)])  # `seq_len` may be shorter: fewer learned positions
 

@@ -66,6 +66,10 @@ def find_branch(config: Config, record: dict) -> Path:
     seen = int(step) * config.batch_tokens
     if seen >= config.tokens:
         raise UserError(f"{what}: it has seen {seen} tokens already, `tokens` {config.tokens:g} must be more")
+    if config.epochs and theirs["options"]["tokens"] != config.tokens:
+        raise UserError(
+            f"{what}: with `epochs`, the text depends on `tokens`; that run has {theirs['options']['tokens']:g}"
+        )
     trunk_config = dataclasses.replace(config, **{k: v for k, v in theirs["options"].items() if k in free})
     for i in range(int(step)):
         if learning_rate(trunk_config, i) != learning_rate(config, i):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from nanochin.base import files
 from nanochin.config import PARAM_CONVENTIONS, Config
 from nanochin.data.corpus import Corpus
 from nanochin.data.windows import Windows
+from nanochin.model import GPT
 from nanochin.plan import ladder
 from nanochin.run.branch import branch_name
 from nanochin.run.device import device_name
@@ -34,6 +36,7 @@ class Setup:
     step: str  # eager, compile or graph
     why_step: str
     init_sha: str | None  # of the weight files that `init_from` names
+    load_initial: Callable[[GPT], None] | None  # loads them
 
 
 def describe(setup: Setup) -> dict:
