@@ -19,7 +19,7 @@ from nanochin.run.step import TrainingStep
 def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str) -> None:
     """Print the resolved options with their reasons, and warnings about the text."""
     config, plan, corpus = setup.config, setup.plan, setup.corpus
-    why = defaultdict(lambda: "as requested", plan.why)
+    why = defaultdict(lambda: "as in the trunk" if config.branch_from else "as requested", plan.why)
     text = f"{count(corpus.train_bytes)}B in {corpus.documents} documents, {count(corpus.val_bytes)}B held out"
     if corpus.format != "text":
         text = f"token files ({corpus.format}), {count(len(corpus.val))} tokens for validation"
@@ -63,7 +63,7 @@ def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str) 
     if config.init_from:
         print(f"note: starts from the weights in {config.init_from}, with a new schedule and optimizer")
     if config.branch_from:
-        print(f"note: branches from {config.branch_from}, with its options where none were given")
+        print(f"note: goes on from {config.branch_from}, with that run's options where none were given")
 
 
 def show_result(setup: Setup, run: Run, model: GPT) -> None:
