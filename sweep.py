@@ -32,6 +32,7 @@ from nanochin.base.files import write_file, writing
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, Config
 from nanochin.data.corpus import BPE_VOCAB, prepare
 from nanochin.data.tokenizer import Tokenizer, model_vocab
+from nanochin.interop import loggers
 from nanochin.report.kept import keep
 from nanochin.run.curves import CURVES, to_csv_gz
 from nanochin.runrow import RunRow, csv_of, params_column, to_csv
@@ -50,6 +51,9 @@ class SweepOptions:
     dry_run: bool = opt(False, "print the plan and its cost; train nothing")
     status: bool = opt(False, "print the progress of each run; on a terminal, until all have ended")
     only: tuple[str, ...] = opt((), "runs to train now, such as budget=1e12 or model=48x2 model=64x2")
+    loggers: tuple[str, ...] = opt(
+        (), "also send the fitted figures and law to these", choices=("wandb", "tensorboard")
+    )
     keep: bool = opt(False, "copy rows, curves, laws and report to --results; no checkpoints")
     retry_failed: bool = opt(False, "train failed runs again")
     workers: int | None = opt(None, "concurrent runs; default: one per GPU, else one per CPU core", low=1, high=1000)
@@ -61,6 +65,7 @@ class SweepOptions:
 
 def main() -> int:
     options = parse(SweepOptions, prog="sweep.py", description=__doc__)
+    loggers.check(options.loggers)
     sweep = read_sweep(options.sweep, data=options.data, val=options.val)
     if options.dry_run and sweep.spec.corpus_tokens:  # without reading the text
         vocab, tokens = expected_vocab(sweep), sweep.spec.corpus_tokens
@@ -88,6 +93,8 @@ def main() -> int:
         (folder / "workers.log").touch()
     train_all(sweep, only(cells, options), vocab, store, options, tokens)
     code = finish(sweep, cells, vocab, store)
+    for name in options.loggers if (folder / "laws.json").exists() else ():
+        loggers.send_sweep(name, folder)
     if options.keep:
         given = {"--data": options.data, "--val": options.val}
         text = [word for flag, paths in given.items() if paths for word in (flag, *paths)]

@@ -43,11 +43,12 @@ from nanochin.data.corpus import Corpus, prepare
 from nanochin.data.text import Tokens
 from nanochin.data.tokenizer import model_vocab
 from nanochin.data.windows import Windows
-from nanochin.interop import gpt2, loggers
+from nanochin.interop import loggers
+from nanochin.interop.initial import find_initial, initial_options
 from nanochin.model import GPT
 from nanochin.plan import ladder
 from nanochin.run import checkpoint
-from nanochin.run.branch import find_branch
+from nanochin.run.branch import find_branch, trunk_options
 from nanochin.run.device import check_memory, keep_freed_memory, peak_of, pick_device, pick_dtype
 from nanochin.run.display import closing_loss, progress_note, show_plan, show_result
 from nanochin.run.evaluate import beginning, evaluate
@@ -72,8 +73,13 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
     if config.name is not None:
         check_name(config.name)
     loggers.check(config.loggers)
+    initial = bpe = None
+    if config.branch_from:
+        config, bpe = trunk_options(config)
     if config.init_from:
-        config = gpt2.initial_options(config)
+        initial = find_initial(config)
+        config = initial_options(config, initial)
+        bpe = initial.tokenizer if config.tokenizer == "bpe" else None
     device = pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # Triton launches its kernels there
@@ -88,7 +94,7 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
 
     if corpus is None:
         with progress:
-            corpus = prepare(dataclasses.replace(config, data=config.data or defaults["data"]), progress)
+            corpus = prepare(dataclasses.replace(config, data=config.data or defaults["data"]), progress, bpe)
 
     # Shape, tokens, batch and learning rate: rules and sources in nanochin/plan/.
     law = laws.load_law(config.law, config.law_approach) if config.law else laws.BESIROGLU
@@ -109,9 +115,9 @@ def resolve(config: Config, progress: Progress, corpus: Corpus | None = None) ->
     learning_rate(config, 0)  # raises if the warm-up is longer than the schedule
     unique = config.epochs and max(1, round(plan.tokens / config.epochs / seq_len))
     windows = Windows(corpus.train, seq_len, config.seed, unique)
-    init_sha = gpt2.initial_sha(config.init_from) if config.init_from else None
     step = pick_step(config.step, device)
-    return Setup(config, plan, law, corpus, windows, device, dtype, why_dtype, *step, init_sha)
+    start = (initial.sha(), initial.load) if initial else (None, None)
+    return Setup(config, plan, law, corpus, windows, device, dtype, why_dtype, *step, *start)
 
 
 def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> dict:
@@ -140,7 +146,7 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
             progress.say(f"note: this run began with {before}; its result will not be bit-identical to one that stayed")
         corpus.tokenizer.save(run.folder)
 
-        # Model and optimizer: new, from another run, from GPT-2's weights, or from this run's newest checkpoint.
+        # Model and optimizer: new, from another run, from given weights, or from this run's newest checkpoint.
         torch.manual_seed(config.seed)  # nothing needs it, but its state is saved: equal runs, equal checkpoints
         model = GPT(plan.shape, dtype=setup.dtype, seed=config.seed, z_loss=config.z_loss).to(device)
         betas, rounded = (config.beta1, config.beta2), config.weight_dtype == "bfloat16"
@@ -152,8 +158,8 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
             state = saved
         elif config.branch_from:
             state["step"] = checkpoint.load(find_branch(config, record), model, optimizer)["step"]
-        elif config.init_from:
-            gpt2.load_initial(config.init_from, model)
+        elif setup.load_initial:
+            setup.load_initial(model)
         run.cut_log(state["step"], progress.say)
         run.loggers.extend(loggers.open_logger(name, run.folder, record, state["step"]) for name in config.loggers)
         peak, peak_source = peak_of(device, setup.dtype)

@@ -138,8 +138,14 @@ class Config(ShapeOptions, TextOptions):
         section="The run's folder, log and checkpoints",
     )
     out: str = opt("runs", "folder of all runs", result=False)
-    branch_from: str | None = opt(None, "RUN@STEP: start from another run's checkpoint (cooldowns)")
-    init_from: str | None = opt(None, "GPT-2 weights: a transformers folder or a .safetensors file", result=False)
+    branch_from: str | None = opt(
+        None, "RUN@STEP: go on from another run's checkpoint, with its options where none are given"
+    )
+    init_from: str | None = opt(
+        None,
+        "weights to start from: a run, a checkpoint, an export of a run, or GPT-2 (folder, .safetensors)",
+        result=False,
+    )
     log_every: int | None = opt(None, "steps between log lines; default: 200 lines per run", low=1, result=False)
     eval_every: int = opt(0, "steps between evaluations, from step 0 on; 0 = only at the end", low=0, result=False)
     eval_bytes: int | None = opt(

@@ -69,6 +69,7 @@ TORCH = {
     "model",
     "interop.export",
     "interop.gpt2",
+    "interop.initial",
     "run.record",
     "sweep.pool",
     *(

@@ -51,6 +51,21 @@ def test_view(monkeypatch):
     assert all(words in view.text() for words in ("2 of 4", "1 failed", "150 of 300", "5:00 left", "ETA 0:50"))
 
 
+def test_figures_are_sent_to_loggers(monkeypatch, tmp_path, table):
+    """`--loggers`: the folder of a sweep with a law, once for each logger; without a law nothing."""
+    (tmp_path / "some.toml").write_text(toml(table))
+    monkeypatch.setattr(sys, "argv", ["sweep.py", f"{tmp_path}/some.toml", f"--out={tmp_path}", "--loggers", "wandb"])
+    monkeypatch.setattr(sweep, "train_all", lambda *_: None)
+    monkeypatch.setattr(sweep.loggers, "check", lambda names: None)
+    sent = []
+    monkeypatch.setattr(sweep.loggers, "send_sweep", lambda *what: sent.append(what))
+    sweep.main()
+    assert not sent
+    (tmp_path / "some/laws.json").touch()
+    sweep.main()
+    assert sent == [("wandb", tmp_path / "some")]
+
+
 class Sweeps:
     """A folder with a sweep file, and the command on it."""
 

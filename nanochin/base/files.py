@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -55,7 +56,7 @@ def to_json(value: dict) -> bytes:
 def has_type(value: object, kind: type | UnionType) -> bool:
     """isinstance, but true and false are no integers, and numbers must be finite and fit a float."""
     if isinstance(value, bool):
-        return kind is bool
+        return kind is bool or bool in typing.get_args(kind)
     if isinstance(value, NUMBER) and not abs(value) <= sys.float_info.max:
         return False
     return isinstance(value, kind)

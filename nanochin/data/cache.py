@@ -43,12 +43,14 @@ class Recipe:
     tokenizer: str
     vocab_size: int | None  # of our own BPE
     options: TextOptions
+    bpe: Tokenizer | None = None  # a given one; default: trained on the text
 
     def key(self) -> str:
         """Hash of all but skip_bad: it changes only text with bad records, which `prepare` rejects without it. Options
         at their default are left out, so that they may be added."""
         parts = [VERSION, fingerprint(self.train), fingerprint(self.val), self.val_bytes]
         parts += [self.tokenizer, self.vocab_size]
+        parts += [hashlib.sha256(self.bpe.rank_lines()).hexdigest()] if self.bpe else []
         values = {f: getattr(self.options, f.name) for f in fields(TextOptions) if f.metadata["result"]}
         parts += [[f.name, value] for f, value in values.items() if value != f.default]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
@@ -99,6 +101,7 @@ def _discard(temp: Path) -> None:
 
 def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     """Write shards and tokenizer into `temp`. Returns the content of meta.json, except for the files."""
+    tokenizer = recipe.bpe
     if recipe.tokenizer != "bpe":
         tokenizer = Tokenizer.load(recipe.tokenizer)  # before the text is read, since it may fail (no network)
     stage = Stage("reading", sum(file.size for file in recipe.train + recipe.val), progress)
@@ -114,7 +117,7 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     notes = formats.notes(tallies, recipe.options.document_separator, held_out)
     val = thin(val_text, val, recipe.val_bytes)
 
-    if recipe.tokenizer == "bpe":
+    if tokenizer is None:
         sample = thin(text, train, BPE_SAMPLE)
         stage = Stage("training the tokenizer", total_bytes(sample), progress)
         tokenizer = train_bpe(_strings(text, sample, stage), recipe.vocab_size)

@@ -56,14 +56,14 @@ class Corpus:
     format: str = "text"  # or the token files' format
 
 
-def prepare(config: Config, progress: Progress | None = None) -> Corpus:
+def prepare(config: Config, progress: Progress | None = None, bpe: Tokenizer | None = None) -> Corpus:
     """Training and validation tokens of `config.data`: cached in `config.cache`, or token files in place.
 
     The validation text is `val`; else the files in `data` (or next to token files) with val, valid or validation as a
     word in their name; else what `text.split` selects. At most about `val_bytes` of it are kept, in evenly spaced
     blocks, so it depends only on the text and `val_bytes`. Files in `val` are not trained on. `progress` is called a
     few times a second, possibly from another thread. Raises UserError for data that is missing, empty, unreadable or
-    corrupted, an unknown tokenizer, a full disk, a corrupted cache.
+    corrupted, an unknown tokenizer, a full disk, a corrupted cache. `bpe`: used instead of one trained on the text.
     """
     tokenizer, vocab_size, val_bytes = config.tokenizer or "bytes", config.vocab_size, config.val_bytes
     check(tokenizer, vocab_size)
@@ -92,7 +92,7 @@ def prepare(config: Config, progress: Progress | None = None) -> Corpus:
                 f"`tokenizer` {tokenizer}: only for token files, but {train_files[0].path} is text; try gpt2"
             )
         vocab_size = (vocab_size or BPE_VOCAB) if tokenizer == "bpe" else None
-        recipe = Recipe(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size, config)
+        recipe = Recipe(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size, config, bpe)
         folder = Path(config.cache) / f"{recipe.name}-{recipe.key()}"
         _make_once(folder, partial(build, folder, recipe, progress), progress)
         corpus = _load(folder)

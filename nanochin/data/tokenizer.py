@@ -54,24 +54,23 @@ class Tokenizer:
         if name == "bytes" or NUMBERS.fullmatch(name):
             return cls(name)
         if name == "bpe":
-            return _bpe(_read_ranks(Path(folder) / RANKS_FILE, sha))
+            return bpe_of(_read_ranks(Path(folder) / RANKS_FILE, sha))
         return cls(name, _named_encoding(name))
 
     def save(self, folder: str | Path) -> None:
         """Write the ranks of our BPE into `folder`. The other tokenizers need only their name."""
         if self.name == "bpe":
-            write_file(Path(folder) / RANKS_FILE, self._ranks)
+            write_file(Path(folder) / RANKS_FILE, self.rank_lines())
 
     @property
     def sha(self) -> str | None:
         """SHA-256 of the file that `save` writes, if any."""
-        return hashlib.sha256(self._ranks).hexdigest() if self.name == "bpe" else None
+        return hashlib.sha256(self.rank_lines()).hexdigest() if self.name == "bpe" else None
 
-    @property
-    def _ranks(self) -> bytes:
+    def rank_lines(self) -> bytes:
+        """The content of a file of tiktoken ranks."""
         ranks = self.encoding._mergeable_ranks
-        lines = [b"%s %d\n" % (base64.b64encode(token), ranks[token]) for token in sorted(ranks, key=ranks.get)]
-        return b"".join(lines)
+        return b"".join(b"%s %d\n" % (base64.b64encode(token), ranks[token]) for token in sorted(ranks, key=ranks.get))
 
     def encode(self, text: bytes) -> np.ndarray:
         """Ids of `text` (valid UTF-8), without end-of-text. Names of special tokens are encoded as plain text. With
@@ -120,7 +119,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < vocab_size - 1:
         raise UserError(f"`vocab_size` {vocab_size}: the text gives only {len(ranks) + 1}; use that or less")
-    return _bpe(ranks)
+    return bpe_of(ranks)
 
 
 def model_vocab(tokenizer: Tokenizer, vocab_size: int | None) -> int:
@@ -144,7 +143,8 @@ def check(name: str, vocab_size: int | None = None) -> None:
         raise UserError(f"`vocab_size` {vocab_size}: bpe needs at least 257 (256 bytes and end-of-text)")
 
 
-def _bpe(ranks: dict[bytes, int]) -> Tokenizer:
+def bpe_of(ranks: dict[bytes, int]) -> Tokenizer:
+    """Our BPE with these tokens and their ids; end-of-text comes after them."""
     special = {END_OF_TEXT: len(ranks)}
     return Tokenizer("bpe", tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special))
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from nanochin.base.cli import UserError
 from nanochin.base.files import writing
 from nanochin.config import Shape
-from nanochin.data.tokenizer import END_OF_TEXT, Tokenizer
+from nanochin.data.tokenizer import END_OF_TEXT, Tokenizer, bpe_of
 from nanochin.interop.gpt2 import transpose_matrix
 from nanochin.interop.names import GPT2, LLAMA, NEOX, rename
 from nanochin.model import GPT, ROTARY_THETA
@@ -33,6 +33,7 @@ from nanochin.run.folder import find_run
 ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu2": "relu2", "swiglu": "silu"}
 ROPE = {"rope_type": "default", "rope_theta": ROTARY_THETA}  # `transformers` 5; rope_theta, rotary_emb_base before it
 Weights = dict[str, Tensor]
+BYTES = Tokenizer("bytes")
 
 
 def export(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> str:
@@ -176,6 +177,18 @@ def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, dict]:
             "clean_up_tokenization_spaces": False,
         },
     }
+
+
+def read_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of an export, if it is `bytes` or our BPE; else None."""
+    byte = {letter: i for i, letter in enumerate(_byte_letters())}
+    try:
+        stated = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        ids = {word: i for word, i in stated["model"]["vocab"].items() if word != END_OF_TEXT}
+        found = bpe_of({bytes(byte[c] for c in word): i for word, i in ids.items()}) if len(ids) > 255 else BYTES
+        return found if tokenizer_files(found, 0)["tokenizer.json"] == stated else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _byte_letters() -> list[str]:

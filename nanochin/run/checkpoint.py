@@ -142,9 +142,9 @@ def resume(run: Path, model: nn.Module, optimizer: Adam, say: Callable[[str], ob
     return state
 
 
-def load_run(folder: Path) -> tuple[GPT, Tokenizer, dict]:
-    """(model in float32 on the CPU, tokenizer, config.json) of a run, from its newest valid checkpoint; for newer ones
-    that are not valid, a note on stderr.
+def load_run(folder: Path, checkpoint: Path | None = None) -> tuple[GPT, Tokenizer, dict]:
+    """(model in float32 on the CPU, tokenizer, config.json) of a run, from this checkpoint or its newest valid one; for
+    newer ones that are not valid, a note on stderr.
 
     Raises UserError if the run has no valid checkpoint, or its config.json is damaged.
     """
@@ -157,7 +157,7 @@ def load_run(folder: Path) -> tuple[GPT, Tokenizer, dict]:
     if key := first_difference({key: v for key, v in record["identity"].items() if key in sizes}, sizes):
         raise UserError(f"{folder / 'config.json'}: its shape and its identity differ in {key}; restore it")
     model = GPT(Shape(**record["shape"]))
-    state, errors = load_newest(folder, model)
+    state, errors = (load(checkpoint, model), {}) if checkpoint else load_newest(folder, model)
     if not state:
         raise next(iter(errors.values()), UserError(f"{folder}: no checkpoint yet"))
     for error in errors.values():
@@ -165,6 +165,25 @@ def load_run(folder: Path) -> tuple[GPT, Tokenizer, dict]:
     text = record["corpus"]
     tokenizer = Tokenizer.load(text["tokenizer"], folder, text.get("tokenizer_sha"))  # older records have no digest
     return model.eval(), tokenizer, record
+
+
+def given_tokenizer(folder: Path, record: dict) -> Tokenizer | None:
+    """The BPE of a run that started from other weights and their tokenizer, so that it was not trained on its text."""
+    given = "init_sha" in record["identity"] and record["identity"].get("tokenizer") == "bpe"
+    return Tokenizer.load("bpe", folder) if given else None
+
+
+def newest_valid(run: Path) -> Path:
+    """The newest intact checkpoint. Raises UserError, of the newest one, if there is none."""
+    errors = []
+    for step in reversed(steps(run)):
+        folder = run / "checkpoints" / f"step-{step}"
+        try:
+            verify(folder)
+            return folder
+        except UserError as error:
+            errors.append(error)
+    raise next(iter(errors), UserError(f"{run}: no checkpoint yet"))
 
 
 def newest(run: Path) -> Path | None:

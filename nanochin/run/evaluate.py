@@ -25,7 +25,7 @@ from nanochin.data.tokenizer import Tokenizer
 from nanochin.data.windows import eval_windows
 from nanochin.model import GPT
 from nanochin.options import EvaluateOptions
-from nanochin.run.checkpoint import load_run
+from nanochin.run.checkpoint import given_tokenizer, load_run
 from nanochin.run.folder import Run, find_run, read_record
 from nanochin.run.step import thread_pool
 from nanochin.run.tasks import TASKS, better, documents_of, log_probabilities, margins_of, sha_of, summarise, wilson
@@ -98,7 +98,8 @@ def held_out(folder: Path, data: tuple[str, ...], progress: Progress | None = No
     record = read_record(folder, {"options": TEXT, "corpus": {"data_sha": str, "val_sha": str}})
     given = {key: record["options"][key] for key in TEXT if record["options"].get(key) is not None}
     given = {key: tuple(map(str, value)) if isinstance(value, list) else value for key, value in given.items()}
-    corpus = prepare(Config(**given | ({"data": data} if data else {})), progress)
+    config = Config(**given | ({"data": data} if data else {}))
+    corpus = prepare(config, progress, given_tokenizer(folder, record))
     for side in ("data_sha", "val_sha"):
         if (now := getattr(corpus, side)) != (then := record["corpus"][side]):
             raise UserError(

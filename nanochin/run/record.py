@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,9 @@ from nanochin.base import files
 from nanochin.config import PARAM_CONVENTIONS, Config
 from nanochin.data.corpus import Corpus
 from nanochin.data.windows import Windows
+from nanochin.model import GPT
 from nanochin.plan import ladder
+from nanochin.run.branch import branch_name
 from nanochin.run.device import device_name
 from nanochin.run.folder import run_identity
 from nanochin.runrow import RunRow, flops_column, params_column
@@ -33,6 +36,7 @@ class Setup:
     step: str  # eager, compile or graph
     why_step: str
     init_sha: str | None  # of the weight files that `init_from` names
+    load_initial: Callable[[GPT], None] | None  # loads them
 
 
 def describe(setup: Setup) -> dict:
@@ -40,6 +44,7 @@ def describe(setup: Setup) -> dict:
     corpus, device = setup.corpus, setup.device
     facts = {"device": device.type, "data_sha": corpus.data_sha, "val_sha": corpus.val_sha}
     facts |= {"init_sha": setup.init_sha} if setup.init_sha else {}
+    facts |= {"branch_from": branch_name(setup.config.branch_from)} if setup.config.branch_from else {}
     text = _pick(corpus, "name", "format", "documents", "skipped_bytes", "skipped_records")
     text |= _pick(corpus, "data_sha", "val_sha", "train_bytes", "val_bytes")
     text |= {"tokenizer": corpus.tokenizer.name, "tokenizer_sha": corpus.tokenizer.sha}
@@ -79,7 +84,7 @@ def summarise(setup: Setup, record: dict, name: str, loss: float, bpb: float | N
         tokenizer=corpus.tokenizer.name,
         loss=loss,
         val_bpb=bpb,
-        trunk=config.branch_from and config.branch_from.rpartition("@")[0],
+        trunk=config.branch_from and branch_name(config.branch_from).rpartition("@")[0],
         unique_tokens=min(plan.tokens, setup.windows.per_epoch * config.seq_len),
         epochs=epochs(setup),
         horizon=config.cycle * plan.tokens,

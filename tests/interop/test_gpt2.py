@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import train
 from nanochin.base.cli import UserError
 from nanochin.config import Config, make_shape
-from nanochin.interop.gpt2 import initial_options, load_initial
+from nanochin.interop.initial import find_initial, initial_options
 from nanochin.model import GPT
 from nanochin.run.folder import read_log
 
@@ -38,13 +38,19 @@ def folder(tmp_path) -> Path:
     return tmp_path / "gpt2"
 
 
+def options_of(path, **options) -> Config:
+    """The options of a run that starts from `path`."""
+    config = Config(init_from=str(path), **{"tokens": 1e6, "lr": 3e-5} | options)
+    return initial_options(config, find_initial(config))
+
+
 def ours(path, **options) -> GPT:
     """Our model with the shape and weights found at `path`."""
-    config = initial_options(Config(init_from=str(path), **{"tokens": 1e6, "lr": 3e-5} | options))
+    config = options_of(path, **options)
     width, layers = map(int, config.model.split("x"))
     names = ("vocab_size", "seq_len", "head_size", "ffn", "norm", "positions", "activation", "bias", "tied", "qk_norm")
     model = GPT(make_shape(width, layers, **{name: getattr(config, name) for name in names}), seed=5)
-    load_initial(str(path), model)
+    find_initial(config).load(model)
     return model
 
 
@@ -89,7 +95,7 @@ def test_a_shorter_context_takes_the_first_positions(folder):
     """`seq_len` 20 of 48: the same logits for 20 tokens. The tokenizer follows from the vocabulary."""
     model = ours(folder, seq_len=20)
     assert model.shape.seq_len == 20 and agree(model, theirs())
-    assert initial_options(Config(init_from=str(folder), tokens=1e6, lr=3e-5)).tokenizer == "ids-256"
+    assert options_of(folder).tokenizer == "ids-256"
 
 
 def test_training_starts_from_the_weights(tiny, folder):
@@ -120,7 +126,7 @@ def test_training_starts_from_the_weights(tiny, folder):
         ({"seq_len": 49}, {}, "`seq_len` 49: .* 48"),
         ({"tokenizer": "bpe"}, {}, "`tokenizer` bpe: "),
         ({"lr": None, "budget": 1e15}, {}, "needs `tokens` and `lr`"),
-        ({}, {"model_type": "llama"}, "model_type llama"),
+        ({}, {"model_type": "bert"}, "model_type bert"),
         ({}, {"n_head": 3}, "n_head 3 "),
         ({}, {"n_head": None}, "n_head None "),
         ({}, {"activation_function": "tanh"}, "activation_function tanh"),

@@ -5,22 +5,27 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, call
 
+import numpy as np
 import pytest
 from conftest import arguments
 
 import train
+from nanochin.interop.loggers import open_logger, send_sweep
 from nanochin.run.folder import read_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def events(folder: Path) -> dict[tuple[str, int], list[float]]:
-    """(name, step) -> values in the event files of a run."""
+def accumulated(folder: Path):
+    """The event files of a run, as TensorBoard reads them."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    found: dict = {}
+    return EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def events(folder: Path) -> dict[tuple[str, int], list[float]]:
+    """(name, step) -> values in the event files of a run."""
+    accumulator, found = accumulated(folder), {}
     for name in accumulator.Tags()["scalars"]:
         for event in accumulator.Scalars(name):
             found.setdefault((name, event.step), []).append(event.value)
@@ -29,9 +34,10 @@ def events(folder: Path) -> dict[tuple[str, int], list[float]]:
 
 @pytest.mark.parametrize("interrupted", [False, True])
 def test_tensorboard_has_the_rows_of_the_log(tiny, monkeypatch, interrupted):
-    """Every number once, with its name and step, also if steps are trained again after an interruption."""
+    """Every number once, with its name and step, also if steps are trained again after an interruption, and step 40
+    evaluated again."""
     pytest.importorskip("tensorboard", reason="pip install tensorboard")
-    config = tiny(name="run", loggers=("tensorboard",), eval_every=30, save_steps=(40,), keep=9)
+    config = tiny(name="run", loggers=("tensorboard",), eval_every=20, save_steps=(40,), keep=9)
     if interrupted:
         real, steps = train.train_step, []
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
@@ -52,10 +58,62 @@ def test_wandb_offline(tiny, monkeypatch):
     config = tiny(name="run", loggers=("wandb",))
     train.train(config, quiet=True)
     (started,) = remote.call_args_list
-    assert (started.kwargs["id"], started.kwargs["project"]) == ("run", "nanochin")
+    assert (started.kwargs["name"], started.kwargs["project"]) == ("run", "nanochin")
     assert started.kwargs["config"]["options"]["model"] == "16x1"
     rows = [call.log(row, step=row["step"]) for row in read_log(Path(config.out) / "run")]
     assert remote.return_value.mock_calls == [*rows, call.finish()]
+
+
+@pytest.fixture
+def stand_in(monkeypatch) -> Mock:
+    """In place of wandb."""
+    wandb = Mock(__spec__=Mock(), Image=Path)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    return wandb
+
+
+def test_a_resumed_run_goes_on_in_wandb(stand_in, tmp_path):
+    """A folder keeps its id; another of the same name has another; one of an earlier version has its name as its id."""
+    folders = [tmp_path / "a/run", tmp_path / "a/run", tmp_path / "b/run", tmp_path / "old"]
+    (tmp_path / "old/wandb").mkdir(parents=True)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        open_logger("wandb", folder, {}, 0)
+    first, again, other, old = (each.kwargs["id"] for each in stand_in.init.call_args_list)
+    assert first == again != other and old == "old"
+    assert {each.kwargs["resume"] for each in stand_in.init.call_args_list} == {"allow"}
+
+
+@pytest.fixture
+def fitted(tmp_path) -> Path:
+    """The folder of a sweep with a law and a figure."""
+    from matplotlib.image import imsave
+
+    (tmp_path / "mini").mkdir()
+    (tmp_path / "mini/laws.json").write_text('{"law": {"E": 1.25, "alpha": 0.5, "space": "log", "ci": {}}}')
+    imsave(tmp_path / "mini/isoflop.png", np.zeros((4, 5, 3)))
+    return tmp_path / "mini"
+
+
+def test_figures_and_law_of_a_sweep_in_wandb(stand_in, fitted, capsys):
+    """The figures and the constants are sent; a failure is a note, for what else there is to send."""
+    send_sweep("wandb", fitted)
+    run = stand_in.init.return_value
+    run.summary.update.assert_called_once_with({"law/E": 1.25, "law/alpha": 0.5})
+    run.log.assert_called_once_with({"isoflop": fitted / "isoflop.png"})
+    assert run.finish.called and not capsys.readouterr().err
+    stand_in.init.side_effect = OSError("no network")
+    send_sweep("wandb", fitted)
+    assert "note: wandb failed" in capsys.readouterr().err
+
+
+def test_figures_and_law_of_a_sweep_in_tensorboard(fitted):
+    """Sent twice, each is there once."""
+    pytest.importorskip("tensorboard", reason="pip install tensorboard")
+    for _ in range(2):
+        send_sweep("tensorboard", fitted)
+    assert events(fitted) == {("law/E", 0): [1.25], ("law/alpha", 0): [0.5]}
+    assert [image.step for image in accumulated(fitted).Images("isoflop")] == [0]
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import errno
 import itertools
 import os
 import shutil
@@ -199,12 +200,13 @@ FAILURES = [("save_file", 1), ("save_file", 2), *(("fsync", n) for n in range(1,
 def test_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch, call, nth):
     """If writing fails at any point, the partial checkpoint is deleted and the error names the last good one."""
     model, optimizer = save(tmp_path, steps=(1,))
-    owner, kind = (checkpoint, SafetensorError) if call == "save_file" else (os, OSError)
+    full = "No space left on device"
+    owner, error = (checkpoint, SafetensorError(full)) if call == "save_file" else (os, OSError(errno.ENOSPC, full))
     original, calls, folder = getattr(owner, call), itertools.count(1), tmp_path / "checkpoints"
 
     def refuse(*args):
         if next(calls) == nth:
-            raise kind("No space left on device")
+            raise error
         return original(*args)
 
     with monkeypatch.context() as patch, pytest.raises(RunError, match="cannot write: No space") as raised:
