@@ -22,6 +22,7 @@ from nanochin.data.text import Tokens
 from nanochin.data.tokenizer import Tokenizer
 from nanochin.data.windows import eval_windows
 from nanochin.model import GPT
+from nanochin.run import parallel
 from nanochin.run.checkpoint import load_run
 from nanochin.run.folder import Run, find_run, read_record
 from nanochin.run.tasks import TASKS, better, documents_of, log_probabilities, margins_of, sha_of, summarise, wilson
@@ -53,19 +54,26 @@ def evaluate(model: GPT, tokens: Tokens, text_bytes: int, progress=None) -> tupl
     """(loss in nats per token, bits per byte) over `tokens`: every token but the first is predicted exactly once, from
     the tokens before it in its window of seq_len; windows do not overlap.
 
-    Bits per byte = total nats / ln 2 / `text_bytes`, the bytes of text in the tokens; None if unknown (0).
+    Bits per byte = total nats / ln 2 / `text_bytes`, the bytes of text in the tokens; None if unknown (0). Several
+    ranks share the work and get the same result.
     """
     T = model.shape.seq_len
     device = next(model.parameters()).device
     at_once = max(1, TOKENS_AT_ONCE // T) * T
-    total, count = 0.0, len(tokens) - 1  # predicted tokens
-    for start in range(0, count, at_once):
+    count = len(tokens) - 1  # predicted tokens
+    starts = range(0, count, at_once)
+    nats = torch.zeros(len(starts), dtype=torch.float64)
+    for i in range(parallel.rank(), len(starts), parallel.size()):
+        start = starts[i]
         x, y = eval_windows(tokens[start : start + at_once + 1], T)  # (n, T) each, y -1 beyond the end
         loss = model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)).item()
         done = min(start + at_once, count)
-        total += loss * (done - start)
+        nats[i] = loss * (done - start)
         if progress:
             progress("evaluating", done, count)
+    total = 0.0
+    for part in parallel.sum_over_ranks(nats).tolist():  # not sum(), which rounds differently from Python 3.12 on
+        total += part
     return total / count, total / math.log(2) / text_bytes if text_bytes else None
 
 

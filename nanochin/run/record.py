@@ -13,6 +13,7 @@ from nanochin.config import PARAM_CONVENTIONS, Config
 from nanochin.data.corpus import Corpus
 from nanochin.data.windows import Windows
 from nanochin.plan import ladder
+from nanochin.run import parallel
 from nanochin.run.device import device_name
 from nanochin.run.folder import run_identity
 from nanochin.runrow import RunRow, flops_column, params_column
@@ -53,7 +54,8 @@ def describe(setup: Setup) -> dict:
         "shape": dataclasses.asdict(setup.plan.shape),
         "corpus": text,
         "device": device_name(device),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),  # of each process
+        "processes": parallel.size(),
         "kernels": kernels.backend(device, setup.config.kernels),
         "step": [setup.step, setup.why_step],
         "precision": precision,
