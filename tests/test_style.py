@@ -70,7 +70,11 @@ TORCH = {
     "interop.gpt2",
     "run.record",
     "sweep.pool",
-    *(f"run.{name}" for name in "branch checkpoint device display evaluate optim parallel sample step tasks".split()),
+    "run.parallel",
+    *(
+        f"run.{name}"
+        for name in ("branch", "checkpoint", "device", "display", "evaluate", "optim", "sample", "step", "tasks")
+    ),
 }
 MODULES = {".".join(p.relative_to(ROOT / "nanochin").with_suffix("").parts): p for p in ROOT.glob("nanochin/**/*.py")}
 

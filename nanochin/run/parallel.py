@@ -51,7 +51,7 @@ def share(count: int) -> range:
 @contextmanager
 def started() -> Iterator[None]:
     """In the block, the processes that torchrun started are one group. Ranks other than 0 print nothing, and of the
-    errors of all ranks only the first is raised as a UserError; the others end their process silently.
+    errors of all ranks only the first is raised; a later UserError ends its process silently.
 
     Raises UserError if the environment has WORLD_SIZE but not all of torchrun's other variables."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -94,8 +94,8 @@ def _is_first(store: dist.Store, error: BaseException) -> bool:
     """Whether no other rank has met an error before; names the rank in it. The same error on all ranks is rank 0's."""
     if rank() and not (isinstance(error, SystemExit) and not error.code):
         time.sleep(1)
-    first = True
-    with suppress(RuntimeError):  # the store has ended with its process
+    first = rank() == 0
+    with suppress(RuntimeError):  # the store has ended; without torchrun it is rank 0's, which has told its error
         first = store.add("errors", 1) == 1
     if rank():
         error.args = (f"rank {rank()}: {error}", *error.args[1:]) if isinstance(error, UserError) else error.args
