@@ -35,10 +35,9 @@ class Options:
 
 def work(pipe: Connection, name: str, device: str, environment: dict[str, str]) -> None:
     """One rank: build the model, then time as many steps as each message asks for; 0 ends."""
-    os.environ |= environment
+    os.environ |= environment | {"OMP_WAIT_POLICY": "passive"}  # as train.py
     import torch
 
-    import train  # noqa: F401  first, since it sets how torch's threads wait
     from bench.steps import our_step
     from nanochin.run import parallel
     from nanochin.run.device import pick_device, pick_dtype

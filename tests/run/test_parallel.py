@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -183,12 +184,12 @@ def copied(config, usual):
 
 
 def double() -> list[float]:
-    """Losses of 50 steps of 4 sequences in float64, then the loss on other tokens."""
-    model = GPT(make_shape(64, 1, vocab_size=31, seq_len=64), dtype=torch.float64).double()
+    """Losses of 50 steps of 2 sequences in float64, then the loss on other tokens."""
+    model = GPT(make_shape(16, 1, vocab_size=31, seq_len=32), dtype=torch.float64).double()
     optimizer = Adam(model, "adamw", 0.01, (0.9, 0.95), 0.1)
-    step = TrainingStep("eager", train.train_step, model, optimizer, 1, 1.0, 4)
-    generator, ours = torch.Generator().manual_seed(0), parallel.share(4)
-    batches = torch.randint(31, (STEPS, 4, 65), generator=generator)
+    step = TrainingStep("eager", train.train_step, model, optimizer, 1, 1.0, 2)
+    generator, ours = torch.Generator().manual_seed(0), parallel.share(2)
+    batches = torch.randint(31, (STEPS, 2, 33), generator=generator)
     found = [step(batch[ours.start : ours.stop], 0.01).tolist() for batch in batches]
     tokens = torch.randint(31, (50_000,), generator=generator).numpy()
     return [*itertools.chain(*found), *evaluate(model, tokens, 1000)]
@@ -199,7 +200,7 @@ def double_in_group() -> list[float]:
         return double()
 
 
-@pytest.mark.parametrize("size", [2, 5])
+@pytest.mark.parametrize("size", [2, 3])
 def test_float64(tmp_path, size, one_thread):
     """In float64, losses and norms of all steps, and an evaluation, equal those of one process to 1e-9; also with more
     ranks than sequences. All ranks have the same."""
@@ -275,7 +276,7 @@ def test_before_training(by_two, usual):
     assert codes == [0, 0] and "is finished: loss" in said[0] and said[1] == ""
     for more in ({"seed": 1}, {"batch_tokens": 100}):
         codes, said = train_together(2, usual(out=config.out, **more))
-        assert codes[0] == 2 and codes[1] in (1, 2) and len(lines(said)) == 1 and said[1] == "", said
+        assert codes[0] == 2 and codes[1] in (1, 2) and len(lines(said)) == 1 and lines(said[:1]), said
 
 
 def test_environment(monkeypatch, refusal):
@@ -356,14 +357,15 @@ def test_failures_are_agreed(tmp_path):
 @pytest.mark.slow
 def test_torchrun(usual):
     """torchrun itself: SIGTERM saves once, and the same command with one more process ends the run."""
-    config = usual(tokens=2000 * 192.0, log_every=100)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--master-port=0"]
+    config = usual(tokens=600 * 192.0, log_every=100)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     output = Path(config.out) / "output"
     with open(output, "w") as file:
         argv = [*torchrun, "--nproc-per-node=2", "train.py", *arguments(config)]
         process = subprocess.Popen(argv, cwd=ROOT, stdout=file, stderr=file)
         while not (Path(config.out) / "run" / "log.jsonl").exists():
             assert process.poll() is None, output.read_text()
+            time.sleep(0.1)
         process.terminate()
         process.wait(60)
     (line,) = lines([output.read_text()])
