@@ -4,6 +4,7 @@
     python train.py --budget 1e15 --data books/        the law chooses the model and its tokens
     python train.py --model 256x4 --tokens 2e8         you choose both
     python train.py config.toml --seed 1               options from a file; the command line overrides them
+    torchrun --nproc-per-node=8 train.py ...           the same run on the 8 GPUs of this machine
 
 Rerun the same command to resume a killed run; the result is bit-identical to an uninterrupted run. The file reads top
 to bottom: `resolve` decides what is trained and on what, `train` is the training loop, `train_step` is one step.
@@ -14,17 +15,18 @@ from nanochin.base import signals
 if __name__ == "__main__":
     signals.end_quietly()  # on Ctrl-C during the imports
 
+import os
+
 from nanochin.base.cli import RunError, parse, run_command, validate
 from nanochin.base.console import Progress, lasting_output
 from nanochin.config import Config, parse_model, shape_maker
 
-if __name__ == "__main__":
+if __name__ == "__main__" and os.environ.get("RANK", "0") == "0":
     with lasting_output("train.py"):
-        options = parse(Config, prog="train.py", description=__doc__, file=True)  # --help and mistakes need no torch
+        parse(Config, prog="train.py", description=__doc__, file=True)  # --help and mistakes need no torch
 
 import dataclasses
 import math
-import os
 import signal
 import time
 from contextlib import contextmanager
@@ -47,12 +49,12 @@ from nanochin.interop import loggers
 from nanochin.interop.initial import find_initial, initial_options
 from nanochin.model import GPT
 from nanochin.plan import ladder
-from nanochin.run import checkpoint
+from nanochin.run import checkpoint, parallel
 from nanochin.run.branch import find_branch, trunk_options
 from nanochin.run.device import check_memory, keep_freed_memory, peak_of, pick_device, pick_dtype
 from nanochin.run.display import closing_loss, progress_note, show_plan, show_result
 from nanochin.run.evaluate import beginning, evaluate
-from nanochin.run.folder import Run, check_name, moved, open_run, read_log, run_name
+from nanochin.run.folder import Run, check_name, moved, read_log, run_name
 from nanochin.run.optim import FINAL_LR, Adam, learning_rate
 from nanochin.run.record import Setup, describe, summarise
 from nanochin.run.step import Shards, TrainingStep, pick_step
@@ -127,6 +129,7 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
     Raises UserError for what the user can fix and RunError for what fails during the run (full disk, NaN loss, a
     signal). Checkpoints are kept in both cases, and the same call resumes from the newest.
     """
+    quiet = quiet or parallel.rank() > 0
     progress = Progress(quiet)
     setup = resolve(config, progress, corpus)
     config, plan, corpus, device = setup.config, setup.plan, setup.corpus, setup.device
@@ -135,7 +138,7 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
     if config.branch_from and not (Path(config.out) / name).exists():
         find_branch(config, record)  # an error here must not leave a folder, which a corrected command would not match
 
-    with progress, open_run(config.out, name, record) as run, kernels.use(config.kernels):
+    with progress, parallel.open_run(config.out, name, record, device) as run, kernels.use(config.kernels):
         if run.summary is not None:
             progress.say(f"{run.folder} is finished: loss {run.summary['loss']:.4f}")
             return run.summary
@@ -144,7 +147,9 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
             record["predicted"] = {key: first.get(key) for key in record["predicted"]}
         if before := moved(run.began, record):
             progress.say(f"note: this run began with {before}; its result will not be bit-identical to one that stayed")
-        corpus.tokenizer.save(run.folder)
+        first = parallel.rank() == 0  # the only process that reads and writes the run's folder
+        if first:
+            corpus.tokenizer.save(run.folder)
 
         # Model and optimizer: new, from another run, from given weights, or from this run's newest checkpoint.
         torch.manual_seed(config.seed)  # nothing needs it, but its state is saved: equal runs, equal checkpoints
@@ -154,16 +159,22 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         tokens_at_once = min(plan.batch_tokens, DEFAULTS[device.type]["tokens_at_once"])
         micro_batch = config.micro_batch or max(1, tokens_at_once // config.seq_len)
         state = {"step": 0, "seconds": 0.0, "lap": 0.0, "recent": [], "micro_batch": micro_batch}
-        if saved := checkpoint.resume(run.folder, model, optimizer, progress.say):
+        if not first:
+            pass  # all of it comes from the first process, below
+        elif saved := checkpoint.resume(run.folder, model, optimizer, progress.say):
             state = saved
         elif config.branch_from:
             state["step"] = checkpoint.load(find_branch(config, record), model, optimizer)["step"]
         elif setup.load_initial:
             setup.load_initial(model)
+        state = parallel.from_rank_0(state, optimizer)
         run.cut_log(state["step"], progress.say)
-        run.loggers.extend(loggers.open_logger(name, run.folder, record, state["step"]) for name in config.loggers)
+        if first:
+            run.loggers.extend(loggers.open_logger(name, run.folder, record, state["step"]) for name in config.loggers)
         peak, peak_source = peak_of(device, setup.dtype)
+        peak = peak and peak * parallel.size()
         sequences = plan.batch_tokens // config.seq_len
+        share = parallel.share(sequences)  # of each batch
         train_on = TrainingStep(
             setup.step, train_step, model, optimizer, state["micro_batch"], config.clip, sequences, progress.say
         )
@@ -177,14 +188,28 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
         recent = [torch.tensor(pair, device=device) for pair in state["recent"]]  # (loss, norm) of steps not yet logged
         watch, lap, last_save = Stopwatch(state["seconds"]), state["lap"], time.monotonic()
         caught: list[int] = []  # signals, so that the loop can finish its step
-        with signals.handled(caught.append):
+
+        def save() -> None:
+            nonlocal last_save
+            if not first or step in checkpoint.steps(run.folder):
+                return
+            with watch.paused():
+                pending = [pair.tolist() for pair in recent]
+                check_finite(pending, step, run)
+                state = {"seconds": watch.seconds(), "lap": lap, "recent": pending}
+                state["micro_batch"] = train_on.micro_batch
+                checkpoint.save(run.folder, step, model, optimizer, state)
+                checkpoint.prune(run.folder, config.keep, config.save_steps)
+                last_save = time.monotonic()
+
+        with signals.handled(caught.append), parallel.saved_if_lost(save):
             while step < plan.steps:
                 if config.eval_every and step % config.eval_every == 0:
                     with watch.paused():
                         log_evaluation(setup, step, model, run, *early)
 
                 # On a GPU this overlaps with the previous step: 4 to 8 ns per token on one core (LOG.md).
-                batch = torch.from_numpy(setup.windows.batch(step * sequences, sequences))  # (sequences, T+1)
+                batch = torch.from_numpy(setup.windows.batch(step * sequences + share.start, len(share)))  # (n, T+1)
                 recent.append(train_on(batch, config.lr * learning_rate(config, step)))
                 step += 1
 
@@ -195,22 +220,19 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
                     row["mfu"] = peak and row["tokens_per_s"] * plan.flops["physical"] / plan.tokens / peak
                     run.log(row)
                     recent, lap = [], now
-                    if step == plan.steps and not quiet:
+                    if step == plan.steps and first and not quiet:
                         row["loss"] = closing_loss(read_log(run.folder), step)
                     progress("training", step, plan.steps, progress_note(row))
 
                 due = config.save_every and time.monotonic() - last_save > config.save_every
-                if due or step == plan.steps or step in config.save_steps or caught:
-                    with watch.paused():
-                        pending = [pair.tolist() for pair in recent]
-                        check_finite(pending, step, run)
-                        state = {"seconds": watch.seconds(), "lap": lap, "recent": pending}
-                        state["micro_batch"] = train_on.micro_batch
-                        checkpoint.save(run.folder, step, model, optimizer, state)
-                        checkpoint.prune(run.folder, config.keep, config.save_steps)
-                        last_save = time.monotonic()
-                    if caught:
-                        raise InterruptedRun(caught[0], f"{run.folder} is saved at step {step} of {plan.steps}")
+                stop = train_on.stop(bool(caught))
+                if due or step == plan.steps or step in config.save_steps or stop:
+                    save()
+                if stop:
+                    parallel.from_rank_0()  # the other processes wait until it is saved
+                if stop or (caught and (parallel.size() == 1 or step == plan.steps)):  # no later step shares it
+                    number = caught[0] if caught else signal.SIGTERM  # another process caught it
+                    raise InterruptedRun(number, f"{run.folder} is saved at step {step} of {plan.steps}")
 
         # The result.
         seconds = watch.seconds()
@@ -317,5 +339,10 @@ def check_finite(recent: list[list[float]], step: int, run: Run) -> None:
             )
 
 
+def main() -> None:
+    with parallel.started():
+        train(parse(Config, prog="train.py", description=__doc__, file=True))
+
+
 if __name__ == "__main__":
-    run_command(lambda: train(options), "train.py")
+    run_command(main, "train.py")

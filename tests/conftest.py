@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanochin.base.cli import parse, run_command
+from nanochin.base.cli import run_command
 from nanochin.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,21 +206,15 @@ def for_all(request):
     return run
 
 
-def train_main() -> None:
-    """train.py with the options in sys.argv."""
-    import train
-
-    train.train(parse(Config, prog="train.py", description=train.__doc__, file=True))
-
-
 @pytest.fixture
 def main(monkeypatch):
     """`main("--seed=1", ...)`: train.py in this process -> exit code."""
+    import train
 
     def run(*argv: str) -> int:
         monkeypatch.setattr(sys, "argv", ["train.py", *argv])
         with pytest.raises(SystemExit) as end:
-            run_command(train_main, "train.py")
+            run_command(train.main, "train.py")
         return end.value.code
 
     return run

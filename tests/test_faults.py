@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, arguments, tiny_config, train_main
+from conftest import ROOT, arguments, tiny_config
 from safetensors.torch import load_file
 from torn import stop_at_file_operation
 
@@ -123,7 +123,7 @@ def run_child(argv: list[str], stop_at: tuple[str, int] | None, folder: Path, ig
         stop_at_file_operation(stop_at[1], stop, folder.parent, folder)
     elif stop_at:
         STOPS[stop_at[0]](stop_at[1], stop)
-    run_command(train_main, "train.py")
+    run_command(train.main, "train.py")
 
 
 class Child:

@@ -72,6 +72,7 @@ TORCH = {
     "interop.initial",
     "run.record",
     "sweep.pool",
+    "run.parallel",
     *(
         f"run.{name}"
         for name in ("branch", "checkpoint", "device", "display", "evaluate", "optim", "sample", "step", "tasks")

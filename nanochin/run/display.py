@@ -9,6 +9,7 @@ import kernels
 from nanochin.base.cli import with_flags
 from nanochin.base.console import clock, count, table
 from nanochin.model import GPT
+from nanochin.run import parallel
 from nanochin.run.device import device_name
 from nanochin.run.folder import Run
 from nanochin.run.record import Setup, epochs, predicted
@@ -24,10 +25,15 @@ def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str, 
     text = f"{count(corpus.train_bytes)}B in {corpus.documents} documents, {count(corpus.val_bytes)}B held out"
     if corpus.format != "text":
         text = f"token files ({corpus.format}), {count(len(corpus.val))} tokens for validation"
-    threads = len(train_on.shards.models)
-    micro_batch = f"{min(train_on.micro_batch, math.ceil(plan.batch_tokens / config.seq_len / threads))} sequences"
+    threads, processes = len(train_on.shards.models), parallel.size()
+    sequences = math.ceil(plan.batch_tokens / config.seq_len / processes / threads)
+    micro_batch = f"{min(train_on.micro_batch, sequences)} sequences"
     if threads > 1:
         micro_batch += f" on each of {threads} threads"
+    devices, peaks = device_name(setup.device), f"{torch.get_num_threads()} CPU threads; {peak_source}"
+    if processes > 1:
+        devices, peaks = f"{processes} x {devices}", f"each: {peaks}"
+        micro_batch += f" in each of {processes} processes"
     params = plan.params
     counts = f"total; {count(params.non_embedding)} without embedding and head, {count(params.with_head)} with head"
     forecast = predicted(setup)
@@ -51,7 +57,7 @@ def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str, 
         ("learning rate", f"{plan.lr:.3g}", why["lr"] + forgets),
         ("warm-up", f"{count(plan.warmup_tokens)} tokens", why["warmup_tokens"]),
         ("beta2", f"{plan.beta2}", why["beta2"]),
-        ("device", device_name(setup.device), f"{torch.get_num_threads()} CPU threads; {peak_source}"),
+        ("device", devices, peaks),
         ("dtype", config.dtype, setup.why_dtype),
         ("operations", *kernels.backend(setup.device, config.kernels)),
         ("step", setup.step, setup.why_step),

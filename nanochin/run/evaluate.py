@@ -25,6 +25,7 @@ from nanochin.data.tokenizer import Tokenizer
 from nanochin.data.windows import eval_windows
 from nanochin.model import GPT
 from nanochin.options import EvaluateOptions
+from nanochin.run import parallel
 from nanochin.run.checkpoint import given_tokenizer, load_run
 from nanochin.run.folder import Run, find_run, read_record
 from nanochin.run.step import thread_pool
@@ -44,34 +45,40 @@ def evaluate(
     """(loss in nats per token, bits per byte) over `tokens`: every token but the first is predicted exactly once, from
     the tokens before it in its window of seq_len; windows do not overlap.
 
-    Bits per byte = total nats / ln 2 / `text_bytes`, the bytes of text in the tokens; None if unknown (0).
+    Bits per byte = total nats / ln 2 / `text_bytes`, the bytes of text in the tokens; None if unknown (0). Several
+    ranks share the work and get the same result.
     """
     T = model.shape.seq_len
     device = next(model.parameters()).device
     at_once = max(1, TOKENS_AT_ONCE // T) * T
-    total, count = 0.0, len(tokens) - 1  # predicted tokens
+    count = len(tokens) - 1  # predicted tokens
     starts = range(0, count, at_once)
+    own = range(parallel.rank(), len(starts), parallel.size())  # this process's pieces
+    nats = torch.zeros(len(starts), dtype=torch.float64)
 
     @torch.no_grad()  # in each thread
-    def mean_loss(start: int) -> float:
-        x, y = eval_windows(tokens[start : start + at_once + 1], T)  # (n, T) each, y -1 beyond the end
+    def mean_loss(i: int) -> float:
+        x, y = eval_windows(tokens[starts[i] : starts[i] + at_once + 1], T)  # (n, T) each, y -1 beyond the end
         return model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)).item()
 
-    with _parallel(len(starts), device) as parallel:
-        for start, loss in zip(starts, parallel(mean_loss, starts), strict=True):
-            done = min(start + at_once, count)
-            total += loss * (done - start)  # in the order of the text, for any number of threads
+    with _on_threads(len(own), device) as on_threads:
+        for i, loss in zip(own, on_threads(mean_loss, own), strict=True):
+            done = min(starts[i] + at_once, count)
+            nats[i] = loss * (done - starts[i])
             if progress:
                 progress("evaluating", done, count)
+    total = 0.0
+    for part in parallel.sum_over_ranks(nats).tolist():  # not sum(), which rounds differently from Python 3.12 on
+        total += part
     return total / count, total / math.log(2) / text_bytes if text_bytes else None
 
 
 @contextmanager
-def _parallel(count: int, device: torch.device) -> Iterator[Callable[..., Iterator]]:
+def _on_threads(count: int, device: torch.device) -> Iterator[Callable[..., Iterator]]:
     """`map` for `count` forward passes: each on its own thread of a CPU, which share the weights."""
     threads = torch.get_num_threads()
     shards = min(count, threads) if device.type == "cpu" else 1
-    if shards == 1:
+    if shards <= 1:
         yield map
         return
     pool = thread_pool(shards, threads // shards)

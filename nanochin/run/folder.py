@@ -28,6 +28,7 @@ RECORD = {
     "identity": dict,
     "device": str | None,
     "threads": int | None,
+    "processes": int | None,
     "versions": {"torch": str | None},
     "predicted": dict.fromkeys(("predicted_loss", "predicted_low", "predicted_high"), NUMBER | None),
 }
@@ -112,11 +113,10 @@ def read_record(folder: Path, form: dict | None = None) -> dict:
 
 def moved(began: dict, now: dict) -> str:
     """What a run began with and now has not, of the things that can change its bits: "threads 2, torch 2.9", or ""."""
+    facts = ("device", "processes", "threads", "torch")
     before, after = (
-        {"device": record.get("device"), "threads": record.get("threads"), **(record.get("versions") or {})}
-        for record in (began, now)
+        {**{key: record.get(key) for key in facts}, **(record.get("versions") or {})} for record in (began, now)
     )
-    facts = ("device", "threads", "torch")
     return ", ".join(f"{key} {before[key]}" for key in facts if before.get(key) not in (None, after.get(key)))
 
 

@@ -15,6 +15,7 @@ from nanochin.data.corpus import Corpus
 from nanochin.data.windows import Windows
 from nanochin.model import GPT
 from nanochin.plan import ladder
+from nanochin.run import parallel
 from nanochin.run.branch import branch_name
 from nanochin.run.device import device_name
 from nanochin.run.folder import run_identity
@@ -59,7 +60,8 @@ def describe(setup: Setup) -> dict:
         "shape": dataclasses.asdict(setup.plan.shape),
         "corpus": text,
         "device": device_name(device),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),  # of each process
+        "processes": parallel.size(),
         "kernels": kernels.backend(device, setup.config.kernels),
         "step": [setup.step, setup.why_step],
         "precision": precision,

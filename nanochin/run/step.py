@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 import kernels
 from nanochin.base.cli import RunError, UserError
+from nanochin.run import parallel
 from nanochin.run.optim import Adam
 
 WARM_UP = 3  # steps before a graph is captured: they compile kernels and fill caches, which a capture cannot
@@ -76,9 +77,16 @@ class Shards:
     hundreds of times: as fast only if they spin while waiting, and very slow when another program runs (LOG.md).
     """
 
-    def __init__(self, model: nn.Module, count: int = 1, threads: int | None = None):
-        """threads: inside the operations of each shard, and of the caller in `with shards:`. None: unchanged."""
-        self.threads = threads
+    def __init__(
+        self,
+        model: nn.Module,
+        count: int = 1,
+        threads: int | None = None,
+        average: parallel.Average | None = None,
+    ):
+        """threads: inside the operations of each shard, and of the caller in `with shards:`. None: unchanged. average:
+        over the ranks, if there are several."""
+        self.threads, self.average = threads, average
         self.models = [model]
         for _ in range(count - 1):
             shared = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
@@ -88,7 +96,12 @@ class Shards:
 
     def run(self, function: Callable[[nn.Module, Tensor], Tensor], batch: Tensor) -> Tensor:
         """The sum of function(model, shard) over the shards of the batch. The replicas' gradients are added to the
-        model's in the order of the sequences."""
+        model's in the order of the sequences. With several ranks, both are then averaged over them."""
+        if self.average:
+            return self.average(self._run(function, batch) if len(batch) else 0.0, len(batch))
+        return self._run(function, batch)
+
+    def _run(self, function: Callable[[nn.Module, Tensor], Tensor], batch: Tensor) -> Tensor:
         if len(self.models) == 1:
             return function(self.models[0], batch)
         for model in self.models[1:]:
@@ -135,9 +148,16 @@ class CudaGraph:
     everything else, such as an evaluation.
     """
 
-    def __init__(self, function: Callable[[], Tensor], reserve: int, stream: torch.cuda.Stream):
-        """stream: the default one cannot be captured. The warm-up runs on it too: some caches are per stream."""
-        self.function, self.reserve, self.stream = function, reserve, stream
+    def __init__(
+        self,
+        function: Callable[[], Tensor],
+        reserve: int,
+        stream: torch.cuda.Stream,
+        confirm: Callable[[], None] = lambda: None,
+    ):
+        """stream: the default one cannot be captured. The warm-up runs on it too: some caches are per stream. confirm:
+        raises an error if another rank has not captured."""
+        self.function, self.reserve, self.stream, self.confirm = function, reserve, stream, confirm
         self.calls, self.graph, self.output = 0, None, None
 
     def __call__(self) -> Tensor:
@@ -156,6 +176,7 @@ class CudaGraph:
                 output = self.function()
             if torch.cuda.mem_get_info()[0] < self.reserve:
                 raise torch.OutOfMemoryError(f"less than {self.reserve} bytes left after capturing the step")
+            self.confirm()
             self.graph, self.output = graph, output
         self.graph.replay()
         return self.output
@@ -171,6 +192,7 @@ class TrainingStep:
 
     `micro_batch` sequences go through the model at once; it is halved on out-of-memory. A kind that fails for another
     reason in its first steps falls back to eager and reports it through `say`. The result is the same up to rounding.
+    Of several ranks, each gets its share of a batch, and all halve or fall back together.
     """
 
     AHEAD = 2  # steps in flight: keep the device busy, yet respond to signals and reuse pinned batches
@@ -188,10 +210,14 @@ class TrainingStep:
         say: Callable[[str], None] = print,
         capture: Callable[..., Callable[[], Tensor]] = CudaGraph,
     ):
-        """function: train.train_step. sequences: per batch. capture(function, reserve, stream): replaced by tests."""
+        """function: train.train_step. sequences: per batch, of all ranks. capture(function, reserve, stream): replaced
+        by tests."""
         self.function, self.model, self.optimizer, self.clip = function, model, optimizer, clip
         self.sequences, self.say, self.capture = sequences, say, capture
         self.device = optimizer.parameters[0].device
+        self.average = parallel.Average(optimizer.parameters, sequences) if parallel.size() > 1 else None
+        if self.average:
+            self.capture = functools.partial(capture, confirm=self.average.confirm)
         self.events: deque = deque()  # one at the end of each step in flight
         # One stream for all captures: cuBLAS keeps 32 MiB for every stream that it has seen.
         self.stream = torch.cuda.Stream() if self.device.type == "cuda" else None
@@ -199,11 +225,11 @@ class TrainingStep:
 
     def _begin(self, kind: str, micro_batch: int) -> None:
         self.kind = kind
-        self.shards = Shards(compiled(self.model) if kind == "compile" else self.model)
+        model, split = compiled(self.model) if kind == "compile" else self.model, (1, None)
         if kind == "eager" and self.device.type == "cpu":
-            shape = self.model.shape
-            split = thread_shards(torch.get_num_threads(), self.sequences, shape.seq_len, shape.width)
-            self.shards = Shards(self.model, *split)
+            shape, ours = self.model.shape, len(parallel.share(self.sequences))
+            split = thread_shards(torch.get_num_threads(), ours, shape.seq_len, shape.width)
+        self.shards = Shards(model, *split, self.average)
         self.set_micro_batch(micro_batch)
 
     def set_micro_batch(self, micro_batch: int) -> None:
@@ -215,9 +241,13 @@ class TrainingStep:
         if self.device.type == "cuda":
             batch = batch.pin_memory()  # torch reuses it for later batches
         while True:
+            if self.average:
+                self.average.joined = False
             try:
                 pair = self._replay(batch, lr) if self.kind == "graph" else self._run(batch, lr)
                 break
+            except parallel.LostRank:
+                raise
             except Exception as error:
                 full = out_of_memory(error)
                 if not full and (self.kind == "eager" or self.done > WARM_UP):
@@ -225,6 +255,8 @@ class TrainingStep:
                 why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             # Outside of the handler, where the error's frames no longer hold the failed step's memory.
             self.optimizer.zero_grad()
+            if self.average:
+                full = self.average.agree(full)
             if not full:
                 self.say(f"step {self.kind} failed, falling back to eager: {why}")
                 self._begin("eager", self.micro_batch)
@@ -242,6 +274,10 @@ class TrainingStep:
             if len(self.events) > self.AHEAD:
                 self.events.popleft().synchronize()
         return pair
+
+    def stop(self, caught: bool) -> bool:
+        """Whether to stop after this step, since a signal was `caught` here, or on another rank."""
+        return self.average.stop(caught) if self.average else caught
 
     def _run(self, batch: Tensor, lr: float | Tensor) -> Tensor:
         self.optimizer.lr = lr

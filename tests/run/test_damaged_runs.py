@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import arguments, call, tiny_config, train_main
+from conftest import arguments, call, tiny_config
 from damage import change
 from safetensors.torch import load_file
 
@@ -24,7 +24,7 @@ COMMANDS = ("sample", "evaluate", "export", "fit")
 def call_train(*argv) -> tuple[int, str, str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "peak_of", lambda *_: (1e11, "as the test says"))
-        return call(train_main, *argv)
+        return call(train.main, *argv)
 
 
 def command(name: str, run: Path, spare: Path):
