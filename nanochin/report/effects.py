@@ -292,8 +292,10 @@ def six_nd(books: Kept) -> dict[str, Effect]:
     }
 
 
-def other_texts(code: Kept, peps: Kept, books: Kept) -> dict[str, Effect]:
-    base = a_by_isoflop(books.up_to(1e12))
+def other_texts(code: Kept, peps: Kept, books: Kept, second: Kept) -> dict[str, Effect]:
+    """The books' rows are those of both sweeps; a run in both counts once."""
+    rows = {row.run: row for row in (*second.rows, *books.up_to(1e12).rows)}
+    base = a_by_isoflop(replace(books, rows=list(rows.values())))
     return {"code": difference(a_by_isoflop(code), base), "peps": difference(a_by_isoflop(peps), base)}
 
 
