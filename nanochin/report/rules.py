@@ -150,8 +150,8 @@ CLAIMS = (
             "peps": Rule("a on technical English minus a on books, Approach 2", -0.1, 0.1),
         },
         ("paper/code", "paper/peps", "books", "paper/english"),
-        note="After the first look, the books got a second seed at every size, as the other texts have: with one, their "
-        "interval was three times as wide as that of the others, and neither difference could be decided.",
+        note="After the first look, the books got a second seed at every size, as the other texts have. With one, "
+        "their interval was three times as wide as that of the others, and neither difference could be decided.",
     ),
     Claim(
         7,
