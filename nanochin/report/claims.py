@@ -118,7 +118,7 @@ def readme(found: list[Decided]) -> str:
 def headline(one: Decided) -> str:
     """The main effects of a claim, in few words."""
     texts = [show(one.effects[key], rule) for key, rule in one.claim.rules.items() if rule.main and key in one.effects]
-    return "; ".join(texts) or one.missing
+    return "; ".join(texts) or one.claim.reason or "not run yet"
 
 
 def section(one: Decided) -> str:

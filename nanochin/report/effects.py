@@ -227,11 +227,10 @@ def share_better(ours: np.ndarray, theirs: np.ndarray) -> Effect:
 
 
 def adamw_against_adam(adamw: Kept, adam: Kept) -> dict[str, Effect]:
-    groups, runs = {}, {}
+    groups = {}
     for name, sweep in (("adamw", adamw), ("adam", adam)):
         for key, losses in sweep.groups("weight_decay", "lr_times").items():
             groups[(name, *key)] = losses
-        runs |= {row.run: (name, row) for row in sweep.rows}
 
     def best(name: str, decays: Container[str]) -> tuple:
         return min((key for key in groups if key[0] == name and key[2] in decays), key=lambda k: np.mean(groups[k]))
@@ -249,8 +248,8 @@ def adamw_against_adam(adamw: Kept, adam: Kept) -> dict[str, Effect]:
     crossings = []
     for a, b in zip(curves("adamw", *ours[2:]), curves("adam", *l2[2:]), strict=True):
         gap = gaussian_smooth(np.array([y for _, y in b]), 10) - gaussian_smooth(np.array([y for _, y in a]), 10)
-        behind = np.flatnonzero(gap <= 0)
-        crossings.append(a[min(int(behind[-1]) + 1, len(a) - 1)][0] if len(behind) else 0.0)
+        last = int(np.flatnonzero(np.append(True, gap <= 0))[-1])  # the last point where AdamW is not lower
+        crossings.append(a[last][0] if last < len(a) else math.nan)  # nan: it is not lower at the end
     found = {"adam": contrast(groups, [(l2, ours)]), "none": contrast(groups, [(none, ours)])}
     best_rates = f"rates by rule times {ours[3]} (AdamW), {l2[3]} (Adam, L2 {l2[2]}), {none[3]} (no decay)"
     found["adam"] = replace(found["adam"], note=best_rates)
