@@ -444,7 +444,7 @@ def test_predictions(made_up, run, tmp_path):
     row = {"name": "big", "params": 1e5, "tokens": 2e6, "flops": 1.2e12, "loss": 2.5}
     (made / "summary.json").write_text(json.dumps(row))
     predicted = {"predicted_loss": 2.48, "predicted_low": 2.4, "predicted_high": 2.6}
-    (made / "config.json").write_text(json.dumps({"predicted": predicted}))
+    (made / "config.json").write_text(json.dumps({"identity": {}, "predicted": predicted}))
     run(made_up, "--out", tmp_path / "without", *QUICK)
     said = run(made_up, "--out", tmp_path / "with", "--trials", made, *QUICK)
     assert "+0.81%" in said and "+0.81%" in (tmp_path / "with" / "report.html").read_text()

@@ -63,6 +63,9 @@ def open_tokens(path: str, vocab_size: int) -> TokenFile:
     if size % 2:
         raise UserError(f"{path}: an odd number of bytes ({size}): not nanoGPT's uint16; no llm.c magic, no .idx file")
     ids = np.memmap(path, "<u2", mode="r").view(np.ndarray)
+    quarters = [np.count_nonzero(ids[i:SCAN:4]) for i in range(4)]  # of 64-bit ids: the low one, then zeros
+    if size % 8 == 0 and 16 < quarters[0] > 8 * sum(quarters[1:]):
+        raise UserError(f"{path}: three of four uint16 are 0, as in 64-bit ids; write them as uint16 or uint32")
     low, high = ids[:SCAN:2], ids[1:SCAN:2]  # of uint32
     if vocab_size > 1 << 16:
         why = f"ids of a vocabulary of {vocab_size} do not fit into uint16"

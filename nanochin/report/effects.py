@@ -227,10 +227,8 @@ def share_better(ours: np.ndarray, theirs: np.ndarray) -> Effect:
 
 
 def adamw_against_adam(adamw: Kept, adam: Kept) -> dict[str, Effect]:
-    groups = {}
-    for name, sweep in (("adamw", adamw), ("adam", adam)):
-        for key, losses in sweep.groups("weight_decay", "lr_times").items():
-            groups[(name, *key)] = losses
+    sweeps, decay_rate = (("adamw", adamw), ("adam", adam)), ("weight_decay", "lr_times")
+    groups = {(name, *key): losses for name, sweep in sweeps for key, losses in sweep.groups(*decay_rate).items()}
 
     def best(name: str, decays: Container[str]) -> tuple:
         return min((key for key in groups if key[0] == name and key[2] in decays), key=lambda k: np.mean(groups[k]))

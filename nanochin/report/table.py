@@ -220,11 +220,16 @@ def by_chance(N: np.ndarray, D: np.ndarray, loss: np.ndarray) -> tuple[float, fl
     as much if the loss does not depend on N; and vice versa. 0 if unknown: D is a power of N, or too few runs."""
     from scipy.special import fdtrc
 
-    middle = np.median(np.log(loss))
-    far = FAR * np.median(np.abs(np.log(loss) - middle))  # a run that diverged must not decide
-    loss = np.exp(np.clip(np.log(loss), middle - far, middle + far))
-    n, d, y = (np.log(values) - np.log(values).mean() for values in (N, D, loss))
+    n, d = (np.log(values) - np.log(values).mean() for values in (N, D))
     n, d = (x / (np.abs(x).max() or 1) for x in (n, d))
+    # A run that diverged, or a misprint, must not decide: it is moved towards the fit of least absolute residuals.
+    y, weight = np.log(loss), np.ones(len(loss))
+    terms = np.stack([np.ones_like(y), n, n * n, d, d * d], axis=1)
+    for _ in range(30):
+        fitted = terms @ np.linalg.lstsq(terms * weight[:, None], y * weight)[0]
+        weight = np.fmax(np.abs(y - fitted), 1e-9) ** -0.5
+    far = FAR * np.median(np.sort(np.abs(y - fitted))[5:]) if len(y) > 5 else np.inf  # five residuals are 0
+    y = np.clip(y, fitted - far, fitted + far)
 
     def left(*terms: np.ndarray) -> tuple[float, int]:
         A = np.stack([np.ones_like(y), *terms], axis=1)

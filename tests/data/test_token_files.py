@@ -204,6 +204,9 @@ def test_uint32_without_a_header(tmp_path):
         corpus = prepare(path, vocab_size=V, cache=tmp_path)
         assert sorted([*corpus.train[:], *corpus.val[:]]) == sorted(ids) and "uint32" in corpus.format
         assert len(corpus.notes) == 1 and str(path) in corpus.notes[0] and "uint32" in corpus.notes[0]
+    path.write_bytes(small.astype("<u8").tobytes())
+    with pytest.raises(UserError, match=r"300\.bin: .*64-bit"):
+        prepare(path, vocab_size=V, cache=tmp_path)
     zeros = nanogpt(tmp_path / "zeros.bin", np.arange(3000) // 2 % 2 * small)  # every second is not 0
     assert prepare(zeros, vocab_size=V, cache=tmp_path).format == "nanoGPT"
     for ids, V in ((small, 100_277), (small[1:], 100_277)):  # uint16, of even and odd number

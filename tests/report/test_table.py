@@ -238,6 +238,9 @@ def test_losses_that_are_chance_alone(tmp_path):
         found.append((min(by_chance(N, D, np.exp(noise))) > 0.05, size_only[1] < 0.05))
     refused_noise, found_data = np.mean(found, axis=0)
     assert refused_noise == pytest.approx(0.95**2, abs=0.04) and found_data == pytest.approx(0.05, abs=0.03)
+    for wrong in (1e-3, 0.2, 10.8):  # one misprint does not hide the law
+        one = np.where(np.arange(len(N)) == 5, wrong, np.exp(of_size + of_data + noise))
+        assert max(by_chance(N, D, one)) < 0.05, wrong
     assert by_chance(N, N * 20, np.exp(of_size)) == (0.0, 0.0)  # D/N is constant: cannot be separated
     write(tmp_path / "a.csv", list(zip(N, D, 3 * np.exp(noise), strict=True)))
     assert "does not depend significantly" in refused(tmp_path / "a.csv")
