@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -31,6 +31,9 @@ RECORD = {
     "versions": {"torch": str | None},
     "predicted": dict.fromkeys(("predicted_loss", "predicted_low", "predicted_high"), NUMBER | None),
 }
+
+
+PRIVATE = ".private"  # in `out`: only one process writes there, so no lock is needed (a network disk may not keep one)
 
 
 class BusyError(UserError):
@@ -72,7 +75,7 @@ class Run:
 
 @contextmanager
 def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
-    """Create or reopen the folder of the run that `record` describes, locked inside the block.
+    """Create or reopen the folder of the run that `record` describes, locked inside the block unless `out` is private.
 
     Raises UserError if another process has the lock, or if the folder belongs to a run with other options or to one
     whose config.json is damaged or lost.
@@ -80,13 +83,7 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
     folder = Path(out) / name
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise BusyError(f"{folder}: another process is training this run; wait for it or choose `name`") from None
-    except OSError as error:
-        raise DiskError(f"{folder}: cannot write: {error.strerror}") from None
-    with lock:
+    with nullcontext() if (folder.parent / PRIVATE).exists() else lock_run(folder):
         if not any((folder / name).exists() for name in ("config.json", "log.jsonl", "checkpoints", "summary.json")):
             write_json(folder / "config.json", record)
         began = read_record(folder)
@@ -102,6 +99,16 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
         finally:
             for _, close in run.loggers:
                 close()
+
+
+def lock_run(folder: Path) -> AbstractContextManager:
+    """The lock of a run, held until the end of the block. Raises BusyError if another process has it."""
+    try:
+        return FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise BusyError(f"{folder}: another process is training this run; wait for it or choose `name`") from None
+    except OSError as error:
+        raise DiskError(f"{folder}: cannot write: {error.strerror}") from None
 
 
 def read_record(folder: Path, form: dict | None = None) -> dict:
