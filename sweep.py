@@ -44,7 +44,6 @@ from nanochin.sweep.store import Outcome, Queue, RunStore
 
 ROOT = Path(__file__).resolve().parent
 SECONDS_BETWEEN_LINES = 15.0  # of the progress view, if not on a terminal
-LINES = 40  # of the progress view, at most
 
 
 @dataclass(frozen=True)
@@ -92,26 +91,27 @@ def main() -> int:
     if options.status:
         return follow(sweep, cells, vocab, store)
     if options.cancel:
-        print(f"{len(launchers.cancel(folder / 'jobs'))} jobs cancelled; their runs are saved")
+        print(f"{launchers.cancel(folder / 'jobs')} jobs cancelled; their runs are saved")
         return 0
 
     with writing(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
+        if options.launcher == "slurm":
+            (folder / "jobs").mkdir(exist_ok=True)
         (folder / "workers.log").touch()
     if options.train:
-        attempts.train_runs(load_train(sweep.base), store, named(options.train, sweep, cells, vocab, store))
+        chosen = [cell for cell in stored(sweep, cells, vocab, store).cells if cell.name in options.train]
+        if len(chosen) < len(set(options.train)):
+            raise UserError(f"`train` {' '.join(options.train)}: not all are runs of {sweep.path}; see plan.csv")
+        attempts.train_runs(load_train(sweep.base), store, chosen)
         return 0
     train_all(sweep, only(cells, options), vocab, store, options, tokens)
     code = finish(sweep, cells, vocab, store)
     if options.keep:
-        keep(folder, store.results, shlex.join(["python", "sweep.py", options.sweep, *text_given(options)]))
+        given = {"--data": options.data, "--val": options.val}
+        text = [word for flag, paths in given.items() if paths for word in (flag, *paths)]
+        keep(folder, store.results, shlex.join(["python", "sweep.py", options.sweep, *text]))
     return code
-
-
-def text_given(options: SweepOptions) -> list[str]:
-    """The text of the command line, as arguments."""
-    given = {"--data": options.data, "--val": options.val}
-    return [word for flag, paths in given.items() if paths for word in (flag, *paths)]
 
 
 def expected_vocab(sweep: Sweep) -> int:
@@ -232,21 +232,12 @@ def load_train(base: Config) -> Callable[[Config], dict]:
 def start_pool(sweep: Sweep, store: RunStore, options: SweepOptions, most: int) -> Pool | launchers.Slurm:
     """What trains the runs: at most `most` worker processes, or SLURM. Raises UserError as they do."""
     if options.launcher == "slurm":
-        command = [sys.executable, str(ROOT / "sweep.py"), options.sweep, *text_given(options)]
-        command += [f"--out={options.out}", f"--results={options.results}", "--train"]
+        command = [sys.executable, *sys.argv, "--train"]
         return launchers.Slurm(store, command, options.slurm, options.max_parallel, options.runs_per_job)
-    if launchers.is_open(store):
-        raise UserError(f"{store.folder}: jobs of SLURM may train its runs; give `launcher` slurm, or `cancel` first")
+    if launchers.states(store.folder / "jobs"):
+        raise UserError(f"{store.folder}: jobs of SLURM train its runs; give `launcher` slurm, or `cancel` first")
     load = functools.partial(load_train, sweep.base)
     return Pool(load, sweep.base.device, store.folder / "workers.log", options.workers, most)
-
-
-def named(names: tuple[str, ...], sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> list[Cell]:
-    """The cells of these names, also those that `extend` added."""
-    known = {cell.name: cell for cell in stored(sweep, cells, vocab, store).cells}
-    if unknown := [name for name in names if name not in known]:
-        raise UserError(f"`train` {unknown[0]}: no such run in {sweep.path}")
-    return [known[name] for name in names]
 
 
 def exclusive(folder: Path) -> AbstractContextManager:
@@ -341,8 +332,7 @@ class View:
                 new = done - self.shares.setdefault(cell.name, done)  # since this sweep started or resumed the run
                 eta = f"ETA {clock((time.monotonic() - since) * (1 - done) / new)}" if new > 0 else ""
                 lines.append(f"  {cell.name} {done:4.0%} {f'loss {loss:.3f}' if loss else ''} {eta}".rstrip())
-        more = [f"  and {len(lines) - LINES} more"] if len(lines) > LINES else []
-        return "\n".join(lines[:LINES] + more)
+        return "\n".join(lines)
 
     def show(self) -> None:
         if self.live:

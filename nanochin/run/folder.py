@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -83,7 +83,14 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
     folder = Path(out) / name
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with nullcontext() if (folder.parent / PRIVATE).exists() else lock_run(folder):
+    try:
+        private = (folder.parent / PRIVATE).exists()
+        lock = nullcontext() if private else FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise BusyError(f"{folder}: another process is training this run; wait for it or choose `name`") from None
+    except OSError as error:
+        raise DiskError(f"{folder}: cannot write: {error.strerror}") from None
+    with lock:
         if not any((folder / name).exists() for name in ("config.json", "log.jsonl", "checkpoints", "summary.json")):
             write_json(folder / "config.json", record)
         began = read_record(folder)
@@ -99,16 +106,6 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
         finally:
             for _, close in run.loggers:
                 close()
-
-
-def lock_run(folder: Path) -> AbstractContextManager:
-    """The lock of a run, held until the end of the block. Raises BusyError if another process has it."""
-    try:
-        return FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise BusyError(f"{folder}: another process is training this run; wait for it or choose `name`") from None
-    except OSError as error:
-        raise DiskError(f"{folder}: cannot write: {error.strerror}") from None
 
 
 def read_record(folder: Path, form: dict | None = None) -> dict:

@@ -19,7 +19,7 @@ from nanochin.base.cli import UserError
 from nanochin.base.files import read_json, write_json, writing
 from nanochin.config import Config
 from nanochin.run.curves import CURVES, Curves, log_points, read_csv_gz
-from nanochin.run.folder import first_difference, read_log, read_record
+from nanochin.run.folder import PRIVATE, first_difference, read_log, read_record
 from nanochin.runrow import RunRow, read_csv, read_summary
 from nanochin.sweep.cells import Cell
 from nanochin.sweep.pool import Reply
@@ -52,14 +52,14 @@ class RunStore:
         return self.folder / "runs" / run
 
     def attempts(self, run: str) -> list[Path]:
-        """The folders of a run's attempts, in their order; see attempts.py."""
-        found = (self.folder / "attempts" / run).glob("[1-9]*")
-        return sorted(found, key=lambda out: int(out.name))
+        """The attempts of a run, in their order: one, or for a moment none; see attempts.py."""
+        found = (self.folder / "attempts" / run).glob(f"[1-9]*/{PRIVATE}")
+        return sorted((path.parent for path in found), key=lambda out: int(out.name))
 
     def saved_step(self, run: str) -> int:
-        """The last checkpoint of a run's attempts, 0 without one."""
-        found = (self.folder / "attempts" / run).glob(f"*/{run}/checkpoints/step-*")
-        return max((int(path.name[5:]) for path in found if path.name[5:].isdigit()), default=0)
+        """The last checkpoint of a run's last attempt, 0 without one."""
+        found = [path.name[5:] for out in self.attempts(run)[-1:] for path in (out / run).glob("checkpoints/step-*")]
+        return max((int(step) for step in found if step.isdigit()), default=0)
 
     def checkpoint(self, run: str, step: int) -> Path:
         return self.run_folder(run) / "checkpoints" / f"step-{step}"
