@@ -329,9 +329,11 @@ class View:
         for cell in queue.cells:
             if since := queue.running.get(cell.name):
                 done, loss = queue.store.progress(cell)
+                if loss is None:  # starts, or waits in a queue with many others
+                    continue
                 new = done - self.shares.setdefault(cell.name, done)  # since this sweep started or resumed the run
                 eta = f"ETA {clock((time.monotonic() - since) * (1 - done) / new)}" if new > 0 else ""
-                lines.append(f"  {cell.name} {done:4.0%} {f'loss {loss:.3f}' if loss else ''} {eta}".rstrip())
+                lines.append(f"  {cell.name} {done:4.0%} loss {loss:.3f} {eta}".rstrip())
         return "\n".join(lines)
 
     def show(self) -> None:

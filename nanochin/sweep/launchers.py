@@ -209,6 +209,7 @@ class Slurm:
         if create(self.folder / f"{n}.json", to_json({"name": name, "tasks": tasks})):
             cancelled = self.folder.absolute() / f"{name}.cancelled"
             self.executor.update_parameters(job_name=name, array_parallelism=parallel)
+            self.alive |= dict.fromkeys(runs, time.monotonic())
             try:
                 self.executor.submit_array([Job([*self.command, *task], cancelled) for task in tasks])
             except Exception as error:  # of sbatch, in submitit's words

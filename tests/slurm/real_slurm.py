@@ -1,5 +1,5 @@
-"""sweeps/smoke.toml on a real SLURM of two one-core nodes on this machine, disturbed in every way we could think of; its
-rows must be those of a local sweep. As root on Debian or Ubuntu; takes 10 to 20 minutes, so pytest does not collect it:
+"""sweeps/smoke.toml on a real SLURM of two one-core nodes on this machine, with processes killed, jobs
+requeued and a node stopped; its rows must be those of a local sweep. As root on Debian or Ubuntu, in 10 to 20 minutes:
 
     python tests/slurm/real_slurm.py /tmp/slurm             installs slurm-wlm and munge, cleans up after itself
     python tests/slurm/real_slurm.py /tmp/slurm --local F   with F, the folder of a local sweep of the same commit
@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -95,10 +96,8 @@ def parent(pid: int) -> int:
 
 
 def kill(pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def call(*command: str) -> str:
@@ -126,6 +125,13 @@ def trainers(node: str) -> list[int]:
     return [pid for pid, path in commands.items() if on_node(pid, node) and b"--train" in path.read_bytes()]
 
 
+def attempt_of(sweep: Path, number: str) -> Path:
+    """The attempt that a job trains, as its log says."""
+    lines = (sweep / "jobs" / "logs" / f"{number}_0_log.out").read_text().splitlines()
+    run, n = [line for line in lines if ": attempt " in line][-1].split(": attempt ")
+    return sweep / "attempts" / run / n
+
+
 def rows(folder: Path) -> list[dict]:
     with open(folder / "runs.csv", newline="") as file:
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
@@ -135,10 +141,10 @@ def disturb(cluster: Cluster, out: Path) -> None:
     """The sweep, with all that can go wrong on the way."""
     here, sweep = out / "smoke", [*SWEEP, f"--out={out}", "--results=none"]
     command = [*sweep, "--launcher", "slurm", "--runs-per-job", "2", "--slurm", "time=30"]
-    log = open(out / "watch.log", "a")
 
     def watch(cwd: Path) -> subprocess.Popen:
-        return subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log)
+        with open(out / "watch.log", "a") as log:
+            return subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log)
 
     def saved(node: str) -> bool:
         """Whether the run that is trained on this node has a checkpoint."""
@@ -163,16 +169,16 @@ def disturb(cluster: Cluster, out: Path) -> None:
     call("scontrol", "requeue", number)
     print(f"job {number}: scontrol requeue")
     wait("n2 trains", lambda: saved("n2"))
-    frozen = cluster.pids("n2")
+    frozen, attempt, asleep = cluster.pids("n2"), attempt_of(here, running("n2")), set(trainers("n2"))
     for pid in frozen:
         kill(pid, signal.SIGSTOP)
     print(f"stopped n2: slurmd, step daemons and jobs, {len(frozen)} processes (kill -STOP)")
     wait("SLURM has noticed", lambda: "down" in call("sinfo", "-h", "-n", "n2", "-o", "%t"))
-    time.sleep(30)
+    wait(f"another job has taken over {attempt.parent.name}", lambda: not attempt.exists())
     for pid in frozen:
         kill(pid, signal.SIGCONT)
     print("n2 wakes up (kill -CONT)")
-    time.sleep(10)
+    wait("the processes that slept have ended", lambda: not asleep & set(trainers("n2")))
     print("--status:", *[line for line in call(*sweep, "--status").splitlines() if "finished" not in line], sep="\n  ")
     print("--cancel:", call(*sweep, "--cancel").strip())
     wait("the sweep's process has ended, too", lambda: watcher.poll() is not None)
@@ -205,9 +211,7 @@ def main() -> None:
     mine, theirs = rows(out / "smoke"), rows(local)
     same = mine == theirs and (out / "smoke/curves.csv.gz").read_bytes() == (local / "curves.csv.gz").read_bytes()
     arrays = len(list((out / "smoke" / "jobs").glob("[0-9]*.json")))
-    print(
-        f"{len(mine)} runs, {arrays} arrays; rows and curves {'equal' if same else 'DIFFER from'} those of the local sweep"
-    )
+    print(f"{len(mine)} runs in {arrays} arrays; rows and curves are those of the local sweep: {same}")
     sys.exit(not same)
 
 
