@@ -69,6 +69,8 @@ class SweepOptions:
 
 def main() -> int:
     options = parse(SweepOptions, prog="sweep.py", description=__doc__)
+    if options.slurm and options.launcher == "local":
+        raise UserError("`slurm`: these are settings of jobs; give `launcher` slurm")
     sweep = read_sweep(options.sweep, data=options.data, val=options.val)
     if options.dry_run and sweep.spec.corpus_tokens:  # without reading the text
         vocab, tokens = expected_vocab(sweep), sweep.spec.corpus_tokens

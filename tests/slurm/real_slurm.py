@@ -119,6 +119,10 @@ def running(node: str = "") -> str:
     return next((number for number, where in lines if where.startswith(node)), "")
 
 
+def waiting() -> list[str]:
+    return call("squeue", "-h", "-r", "-t", "PD", "-o", "%i").split()
+
+
 def trainers(node: str) -> list[int]:
     """The processes of a node that train."""
     commands = {pid: Path(f"/proc/{pid}/cmdline") for pid in map(int, filter(str.isdigit, os.listdir("/proc")))}
@@ -127,9 +131,15 @@ def trainers(node: str) -> list[int]:
 
 def attempt_of(sweep: Path, number: str) -> Path:
     """The attempt that a job trains, as its log says."""
-    lines = (sweep / "jobs" / "logs" / f"{number}_0_log.out").read_text().splitlines()
-    run, n = [line for line in lines if ": attempt " in line][-1].split(": attempt ")
+    log = sweep / "jobs" / "logs" / f"{number}_0_log.out"
+    lines = log.read_text().splitlines() if number and log.exists() else []
+    run, n = ([line for line in lines if ": attempt " in line] or ["none: attempt 0"])[-1].split(": attempt ")
     return sweep / "attempts" / run / n
+
+
+def saved(sweep: Path, number: str) -> bool:
+    """Whether the run that a job trains has a checkpoint."""
+    return any(attempt_of(sweep, number).glob("*/checkpoints/step-*"))
 
 
 def rows(folder: Path) -> list[dict]:
@@ -140,40 +150,35 @@ def rows(folder: Path) -> list[dict]:
 def disturb(cluster: Cluster, out: Path) -> None:
     """The sweep, with all that can go wrong on the way."""
     here, sweep = out / "smoke", [*SWEEP, f"--out={out}", "--results=none"]
-    command = [*sweep, "--launcher", "slurm", "--runs-per-job", "2", "--slurm", "time=30"]
+    command = [*sweep, "--launcher", "slurm", "--runs-per-job=2", "--slurm", "time=30"]
 
     def watch(cwd: Path) -> subprocess.Popen:
         with open(out / "watch.log", "a") as log:
             return subprocess.Popen(command, cwd=cwd, stdout=log, stderr=log)
 
-    def saved(node: str) -> bool:
-        """Whether the run that is trained on this node has a checkpoint."""
-        return bool(trainers(node)) and any(here.glob("attempts/*/*/*/checkpoints/step-*"))
-
     watcher = watch(ROOT)
-    wait("a run on n1 has a checkpoint", lambda: saved("n1"))
+    wait("both nodes train", lambda: trainers("n1") and trainers("n2") and saved(here, running("n2")))
     kill(trainers("n1")[0], signal.SIGKILL)
     print("killed a process that trains (kill -9)")
+    frozen, asleep, attempt = cluster.pids("n2"), set(trainers("n2")), attempt_of(here, running("n2"))
+    for pid in frozen:
+        kill(pid, signal.SIGSTOP)
+    print(f"stopped all {len(frozen)} processes of n2 (kill -STOP), which trained {attempt.parent.name}")
     watcher.kill()
     watcher.wait()
-    print("killed the sweep's process (kill -9)")
-    time.sleep(15)
-    watcher = watch(out)  # in another folder
-    wait("again a run on n1 has a checkpoint", lambda: saved("n1"))
+    print("killed the sweep's process (kill -9), and started another in another folder")
+    watcher = watch(out)
+    wait("n1 trains", lambda: trainers("n1") and saved(here, running("n1")))
     number = running("n1")
     call("scancel", "--signal=USR2", number)
     print(f"job {number}: the signal before a preemption")
-    wait(f"job {number} waits again, by submitit", lambda: number and number not in running())
-    wait("n2 trains", lambda: saved("n2"))
-    number = running("n2")
+    wait(f"job {number} waits again, by submitit", lambda: number in waiting())
+    wait("n1 trains", lambda: trainers("n1") and saved(here, running("n1")))
+    number = running("n1")
     call("scontrol", "requeue", number)
     print(f"job {number}: scontrol requeue")
-    wait("n2 trains", lambda: saved("n2"))
-    frozen, attempt, asleep = cluster.pids("n2"), attempt_of(here, running("n2")), set(trainers("n2"))
-    for pid in frozen:
-        kill(pid, signal.SIGSTOP)
-    print(f"stopped n2: slurmd, step daemons and jobs, {len(frozen)} processes (kill -STOP)")
-    wait("SLURM has noticed", lambda: "down" in call("sinfo", "-h", "-n", "n2", "-o", "%t"))
+    wait(f"job {number} waits again", lambda: number in waiting())
+    wait("SLURM has noticed that n2 is down", lambda: "down" in call("sinfo", "-h", "-n", "n2", "-o", "%t"))
     wait(f"another job has taken over {attempt.parent.name}", lambda: not attempt.exists())
     for pid in frozen:
         kill(pid, signal.SIGCONT)
