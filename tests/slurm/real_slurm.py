@@ -170,9 +170,10 @@ def disturb(cluster: Cluster, out: Path) -> None:
     watcher = watch(out)
     wait("n1 trains", lambda: trainers("n1") and saved(here, running("n1")))
     number = running("n1")
-    call("scancel", "--signal=USR2", number)
+    signalled = subprocess.Popen(["scancel", "--quiet", "--signal=USR2", number])  # tries again while the job waits
     print(f"job {number}: the signal before a preemption")
     wait(f"job {number} waits again, by submitit", lambda: number in waiting())
+    signalled.kill()
     wait("n1 trains", lambda: trainers("n1") and saved(here, running("n1")))
     number = running("n1")
     call("scontrol", "requeue", number)
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--local", type=Path)
     options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
     folder, local = options.folder.resolve(), options.local
     print(
         f"{datetime.now(UTC):%Y-%m-%d}, commit {call('git', '-C', str(ROOT), 'rev-parse', '--short', 'HEAD').strip()}"
