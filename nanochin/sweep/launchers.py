@@ -132,7 +132,7 @@ def make_executor(logs: Path, settings: tuple[str, ...]):
         executor = submitit.SlurmExecutor(logs, max_num_timeout=10**6)
         executor.update_parameters(**{"time": 60} | given)
     except (RuntimeError, ValueError) as error:  # no srun; an unknown setting
-        raise UserError(f"`launcher` slurm, `slurm` {' '.join(settings)}: {brief(error)}") from None
+        raise UserError(f"`launcher` slurm, `slurm` {' '.join(settings)}: {str(error).splitlines()[0]}") from None
     return executor
 
 
@@ -167,20 +167,21 @@ class Slurm:
         """Look at the jobs, and submit the runs that have none -> runs that have ended; without any, after POLL
         seconds. Raises UserError if the sweep should stop."""
         arrays = read_arrays(self.folder)  # before the jobs: an array that comes in between has a number that is taken
-        jobs, now = jobs_of_runs(arrays), time.monotonic()
+        cancelled = {name for name in arrays if (self.folder / f"{name}.cancelled").exists()}
+        jobs = jobs_of_runs({name: tasks for name, tasks in arrays.items() if name not in cancelled})
         os.listdir(self.store.folder / "runs")  # makes a network disk look again
         replies = [Reply(run, "finished") for run in self.runs if has_ended(self.store.run_folder(run))]  # or failed
         if jobs is not None:
-            cancelled = {name for name in arrays if (self.folder / f"{name}.cancelled").exists()}
+            now = time.monotonic()
             last = {run: name for name, tasks in arrays.items() for task in tasks for run in task}
             for run, name in last.items():
                 if run in jobs or name not in self.known | cancelled:  # being submitted, for all that is known
                     self.alive[run] = now
             self.known |= arrays.keys()
-            idle = [run for run in self.runs if now - self.alive.get(run, -LOST) >= LOST]
-            idle = [run for run in idle if Reply(run, "finished") not in replies]
-            if any(run in self.alive and last[run] in cancelled for run in idle):
+            jobless = [run for run in self.runs if Reply(run, "finished") not in replies and run not in jobs]
+            if any(run in self.alive and last.get(run) in cancelled for run in jobless):
                 raise RunError(f"{self.folder}: the jobs were cancelled; rerun the same command to submit them again")
+            idle = [run for run in jobless if now - self.alive.get(run, -LOST) >= LOST]
             died = [run for run in idle if run in self.alive and self._died(run)]
             replies += [Reply(run, "died", f"see {self.executor.folder}") for run in died]
             if new := [run for run in idle if run not in died]:

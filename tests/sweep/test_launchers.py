@@ -188,11 +188,13 @@ def test_cancelled(store, scheduler, monkeypatch):
     called = []
     monkeypatch.setattr(subprocess, "run", lambda command, **_: called.append(command))
     assert launchers.cancel(store.folder / "jobs") == 1 and called == [["scancel", "1"]]
-    scheduler.end_all()
-    with pytest.raises(RunError, match="the jobs were cancelled"):
-        replies(watch)
-    slurm(store, "a").wait()
+    with pytest.raises(RunError, match="the jobs were cancelled"):  # also while they save their runs
+        watch.wait()
+    again = slurm(store, "a")
+    again.wait()
     assert submitted(store) == [[["a"]], [["a"]]]
+    scheduler.live.popitem()
+    assert replies(again) == [Reply("a", "died", "see logs")]
 
 
 def test_squeue(tmp_path, monkeypatch):
