@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from nanochin.interop import loggers
 from nanochin.report.kept import keep
 from nanochin.run.curves import CURVES, to_csv_gz
 from nanochin.runrow import RunRow, csv_of, params_column, to_csv
+from nanochin.sweep import attempts, launchers
 from nanochin.sweep.cells import Cell, extend_budgets, open_side, plan_cells
 from nanochin.sweep.pool import Pool
 from nanochin.sweep.spec import Sweep, read_sweep
@@ -57,6 +59,12 @@ class SweepOptions:
     keep: bool = opt(False, "copy rows, curves, laws and report to --results; no checkpoints")
     retry_failed: bool = opt(False, "train failed runs again")
     workers: int | None = opt(None, "concurrent runs; default: one per GPU, else one per CPU core", low=1, high=1000)
+    launcher: str = opt("local", "what trains the runs: this machine, or jobs of SLURM", choices=("local", "slurm"))
+    slurm: tuple[str, ...] = opt((), "settings of the jobs, such as partition=gpu time=480 gpus_per_task=1")
+    max_parallel: int = opt(64, "slurm: jobs that run at the same time", low=1)
+    runs_per_job: int = opt(1, "slurm: runs that a job trains, one after the other", low=1)
+    cancel: bool = opt(False, "slurm: end the jobs of the sweep, which save their runs")
+    train: tuple[str, ...] = opt((), "train these runs of the sweep, as a job of SLURM does")
     data: tuple[str, ...] | None = opt(None, "training text, as for train.py; default: from the sweep file")
     val: tuple[str, ...] | None = opt(None, "validation text; default: from the sweep file")
     out: str = opt("sweeps-out", "folder of all sweeps")
@@ -66,6 +74,8 @@ class SweepOptions:
 def main() -> int:
     options = parse(SweepOptions, prog="sweep.py", description=__doc__)
     loggers.check(options.loggers)
+    if options.slurm and options.launcher == "local":
+        raise UserError("`slurm`: these are settings of jobs; give `launcher` slurm")
     sweep = read_sweep(options.sweep, data=options.data, val=options.val)
     if options.dry_run and sweep.spec.corpus_tokens:  # without reading the text
         vocab, tokens = expected_vocab(sweep), sweep.spec.corpus_tokens
@@ -87,10 +97,21 @@ def main() -> int:
     store = RunStore(folder, Path(options.results) / sweep.name, fingerprints)
     if options.status:
         return follow(sweep, cells, vocab, store)
+    if options.cancel:
+        print(f"{launchers.cancel(folder / 'jobs')} jobs cancelled; their runs are saved")
+        return 0
 
     with writing(folder):
         (folder / "runs").mkdir(parents=True, exist_ok=True)
+        if options.launcher == "slurm":
+            (folder / "jobs").mkdir(exist_ok=True)
         (folder / "workers.log").touch()
+    if options.train:
+        chosen = [cell for cell in stored(sweep, cells, vocab, store).cells if cell.name in options.train]
+        if len(chosen) < len(set(options.train)):
+            raise UserError(f"`train` {' '.join(options.train)}: not all are runs of {sweep.path}; see plan.csv")
+        attempts.train_runs(load_train(sweep.base), store, chosen)
+        return 0
     train_all(sweep, only(cells, options), vocab, store, options, tokens)
     code = finish(sweep, cells, vocab, store)
     for name in options.loggers if (folder / "laws.json").exists() else ():
@@ -223,6 +244,23 @@ def load_train(base: Config) -> Callable[[Config], dict]:
     return functools.partial(train.train, quiet=True, corpus=prepare(base, Progress(quiet=True)))
 
 
+def start_pool(sweep: Sweep, store: RunStore, options: SweepOptions, most: int) -> Pool | launchers.Slurm:
+    """What trains the runs: at most `most` worker processes, or SLURM. Raises UserError as they do."""
+    if options.launcher == "slurm":
+        command = [sys.executable, *sys.argv, "--train"]
+        return launchers.Slurm(store, command, options.slurm, options.max_parallel, options.runs_per_job)
+    if launchers.states(store.folder / "jobs"):
+        raise UserError(f"{store.folder}: jobs of SLURM train its runs; give `launcher` slurm, or `cancel` first")
+    load = functools.partial(load_train, sweep.base)
+    return Pool(load, sweep.base.device, store.folder / "workers.log", options.workers, most)
+
+
+def exclusive(folder: Path) -> AbstractContextManager:
+    """Keeps other sweeps of this machine from writing tables at the same time. On a cluster, whose disk may not keep a
+    lock, all sweeps of the folder would write the same."""
+    return nullcontext() if (folder / "jobs").exists() else FileLock(folder / ".lock")
+
+
 def train_all(
     sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore, options: SweepOptions, corpus_tokens: float
 ) -> None:
@@ -235,15 +273,13 @@ def train_all(
             if not options.only:
                 if missing := [cell.name for cell in extend(sweep, queue, vocab) if queue.is_open(cell)]:
                     view.say(f"no inner minimum yet: adding {', '.join(missing)}")
-                with FileLock(folder / ".lock"):
+                with exclusive(folder):
                     write_file(folder / "plan.csv", csv_of(plan_rows(sweep, queue.cells, corpus_tokens)))
             if queue.done:
                 break
             if pool is None:
-                view.say("starting workers")
-                most = sum(map(queue.is_open, queue.cells)) + 2  # an extension may come
-                load = functools.partial(load_train, sweep.base)
-                pool = Pool(load, sweep.base.device, folder / "workers.log", options.workers, most)
+                view.say("starting workers" if options.launcher == "local" else "submitting jobs")
+                pool = start_pool(sweep, store, options, sum(map(queue.is_open, queue.cells)) + 2)  # to be extended
                 view.say(str(pool))
             before = len(queue.outcomes)
             while len(queue.outcomes) == before and not queue.done:
@@ -253,7 +289,8 @@ def train_all(
                     queue.put(reply)
                 view.show()
     except (KeyboardInterrupt, SystemExit):  # Ctrl-C, SIGTERM, SIGHUP
-        view.say("stopping and saving the runs in progress; rerun the same command to resume")
+        local = "stopping and saving the runs in progress; rerun the same command to resume"
+        view.say(local if options.launcher == "local" else "the jobs continue; rerun the same command to watch them")
         raise
     finally:
         view.close()
@@ -307,9 +344,11 @@ class View:
         for cell in queue.cells:
             if since := queue.running.get(cell.name):
                 done, loss = queue.store.progress(cell)
+                if loss is None:  # starts, or waits in a queue with many others
+                    continue
                 new = done - self.shares.setdefault(cell.name, done)  # since this sweep started or resumed the run
                 eta = f"ETA {clock((time.monotonic() - since) * (1 - done) / new)}" if new > 0 else ""
-                lines.append(f"  {cell.name} {done:4.0%} {f'loss {loss:.3f}' if loss else ''} {eta}".rstrip())
+                lines.append(f"  {cell.name} {done:4.0%} loss {loss:.3f} {eta}".rstrip())
         return "\n".join(lines)
 
     def show(self) -> None:
@@ -346,7 +385,7 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> int:
     """`--status`: a line per run, from the disk alone; on a terminal, updated until all have an outcome."""
 
     def look() -> tuple[str, bool]:
-        found = stored(sweep, cells, vocab, store)
+        found, jobs = stored(sweep, cells, vocab, store), launchers.states(store.folder / "jobs")
         running, waiting, ended = [], [], []  # in this order, in case the terminal is short
         for cell in found.cells:
             if outcome := found.outcomes.get(cell.name):
@@ -355,7 +394,7 @@ def follow(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> int:
             elif (progress := store.progress(cell))[1]:
                 running.append([cell.name, f"{progress[0]:.0%}", f"{progress[1]:.3f}"])
             else:
-                waiting.append([cell.name, "waiting", ""])
+                waiting.append([cell.name, jobs.get(cell.name, "waiting"), ""])
         lines = format_columns([["run", "", "loss"], *running, *waiting, *ended])
         runs = [cell for cell in found.cells if not cell.is_trunk]
         done = sum(cell.name in found.outcomes for cell in runs)
@@ -393,7 +432,7 @@ def finish(sweep: Sweep, cells: list[Cell], vocab: int, store: RunStore) -> int:
         print(line)
     if len(rows) < len(ordered):
         print(f"{len(rows)} of {len(ordered)} runs done; without --only the same command does the rest")
-    with FileLock(folder / ".lock"):
+    with exclusive(folder):
         write_file(folder / CURVES, to_csv_gz(store.curves(rows)))
         table = to_csv(rows)
         write_file(folder / "runs.csv", table)

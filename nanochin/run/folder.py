@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -32,6 +32,9 @@ RECORD = {
     "versions": {"torch": str | None},
     "predicted": dict.fromkeys(("predicted_loss", "predicted_low", "predicted_high"), NUMBER | None),
 }
+
+
+PRIVATE = ".private"  # in `out`: only one process writes there, so no lock is needed (a network disk may not keep one)
 
 
 class BusyError(UserError):
@@ -73,7 +76,7 @@ class Run:
 
 @contextmanager
 def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
-    """Create or reopen the folder of the run that `record` describes, locked inside the block.
+    """Create or reopen the folder of the run that `record` describes, locked inside the block unless `out` is private.
 
     Raises UserError if another process has the lock, or if the folder belongs to a run with other options or to one
     whose config.json is damaged or lost.
@@ -82,7 +85,8 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=0)
+        private = (folder.parent / PRIVATE).exists()
+        lock = nullcontext() if private else FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:
         raise BusyError(f"{folder}: another process is training this run; wait for it or choose `name`") from None
     except OSError as error:

@@ -31,6 +31,7 @@ from nanochin.run.folder import BusyError
 
 READY = "ready"  # message from a worker that has loaded
 GRACE = 20.0  # seconds for a worker to save its run before it is killed
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # environment of a worker
 RESTARTS = 3  # of a worker that is killed while it starts, which the kernel does when memory is short
 
 Train = Callable[[Config], object]
@@ -134,7 +135,7 @@ class Pool:
             worker.end()
 
     def _start(self, number: int) -> Worker:
-        environment = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        environment = dict(ONE_THREAD)
         if self.devices and self.devices.gpus > 1:  # the first worker sees all GPUs and uses the first
             environment["CUDA_VISIBLE_DEVICES"] = one_gpu(number, self.devices.gpus)
         spawn = multiprocessing.get_context("spawn")

@@ -19,7 +19,7 @@ from nanochin.base.cli import UserError
 from nanochin.base.files import read_json, write_json, writing
 from nanochin.config import Config
 from nanochin.run.curves import CURVES, Curves, log_points, read_csv_gz
-from nanochin.run.folder import first_difference, read_log, read_record
+from nanochin.run.folder import PRIVATE, first_difference, read_log, read_record
 from nanochin.runrow import RunRow, read_csv, read_summary
 from nanochin.sweep.cells import Cell
 from nanochin.sweep.pool import Reply
@@ -50,6 +50,16 @@ class RunStore:
 
     def run_folder(self, run: str) -> Path:
         return self.folder / "runs" / run
+
+    def attempts(self, run: str) -> list[Path]:
+        """The attempts of a run, in their order: one, or for a moment none; see attempts.py."""
+        found = (self.folder / "attempts" / run).glob(f"[1-9]*/{PRIVATE}")
+        return sorted((path.parent for path in found), key=lambda out: int(out.name))
+
+    def saved_step(self, run: str) -> int:
+        """The last checkpoint of a run's last attempt, 0 without one."""
+        found = [path.name[5:] for out in self.attempts(run)[-1:] for path in (out / run).glob("checkpoints/step-*")]
+        return max((int(step) for step in found if step.isdigit()), default=0)
 
     def checkpoint(self, run: str, step: int) -> Path:
         return self.run_folder(run) / "checkpoints" / f"step-{step}"
@@ -118,15 +128,23 @@ class RunStore:
         return {run: curves.get(run, []) for run in runs}
 
     def progress(self, cell: Cell) -> tuple[float, float | None]:
-        """(share of the run that is done, last training loss), from its log."""
+        """(share of the run that is done, last training loss), from its log or that of its last attempt."""
+        folder = self.run_folder(cell.name)
+        if not folder.exists() and (attempts := self.attempts(cell.name)):
+            folder = attempts[-1] / cell.name
         try:
-            rows = [row for row in read_log(self.run_folder(cell.name), note=lambda _: None) if "loss" in row]
+            rows = [row for row in read_log(folder, note=lambda _: None) if "loss" in row]
         except UserError:  # no log yet
             rows = []
         if not rows:
             return 0.0, None
         done = (rows[-1]["step"] - cell.step) / (cell.plan.steps - cell.step)
         return min(1.0, max(0.0, done)), rows[-1]["loss"]
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the folder is of a run that finished or failed."""
+    return any((folder / name).exists() for name in ("summary.json", "failed.json"))
 
 
 class Queue:
