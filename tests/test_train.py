@@ -31,7 +31,7 @@ from nanochin.run.device import peak_of
 from nanochin.run.evaluate import beginning, evaluate
 from nanochin.run.folder import open_run, read_log
 from nanochin.run.optim import Adam, learning_rate
-from nanochin.run.record import describe
+from nanochin.run.record import describe, unlike
 from nanochin.run.sample import generate
 from nanochin.run.step import Shards
 
@@ -327,6 +327,8 @@ def test_law_predicts_only_runs_on_its_text(tiny, tmp_path):
         summary, recorded = train_by("-".join(map(str, *changed.items())), **changed)
         for found in (summary, recorded):
             assert [found[key] for key in keys] == (want if changed in same else [None] * 3)
+        why = unlike(train.resolve(tiny(law=str(law)), Progress(quiet=True)))
+        assert next(iter(changed)) in why if changed not in same else why == ""
 
 
 def test_prediction_is_pre_registered(tiny):

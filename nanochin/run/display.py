@@ -12,7 +12,7 @@ from nanochin.model import GPT
 from nanochin.run import parallel
 from nanochin.run.device import device_name
 from nanochin.run.folder import Run
-from nanochin.run.record import Setup, epochs, predicted
+from nanochin.run.record import Setup, epochs, predicted, unlike
 from nanochin.run.sample import generate
 from nanochin.run.step import TrainingStep
 
@@ -39,6 +39,8 @@ def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str, 
     forecast = predicted(setup)
     loss = forecast["predicted_loss"]
     prediction = [("loss", f"{loss or 0:.4f}", f"predicted by {setup.law.name}{_interval(forecast)}{_untested(setup)}")]
+    if config.law and not loss:
+        prediction = [("loss", "not predicted", unlike(setup) or "this law has no loss")]
     # Measured (LOG.md): on the new text the rule's rate is best; a tenth of it keeps more of the old one.
     forgets = "; a lower --lr keeps more of what the weights know" if config.init_from and "lr" in plan.why else ""
     rows = [
@@ -47,7 +49,7 @@ def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str, 
         ("model", f"{plan.shape}", why["model"]),
         ("N parameters", count(params.total), counts),
         ("D tokens", count(plan.tokens), why["tokens"]),
-        *(prediction if loss else []),
+        *(prediction if loss or config.law else []),
         ("D / N", f"{plan.tokens / params.total:.1f}", f"tokens per parameter; {epochs(setup):.2f} epochs of the text"),
         ("C FLOPs", f"{plan.flops['physical']:.3e}", f"physical; 6ND is {plan.flops['6nd']:.3e}"),
         ("evaluation", f"{count(len(corpus.val))} tokens", _evaluation_cost(setup, early_tokens)),

@@ -104,14 +104,23 @@ def epochs(setup: Setup) -> float:
     return setup.plan.tokens / (setup.windows.per_epoch * setup.config.seq_len)
 
 
+def unlike(setup: Setup) -> str:
+    """The first way in which this run is unlike those that its law was fitted to, so that the law does not predict its
+    loss: another tokenizer, text, validation text or context. Empty if there is none."""
+    meta, corpus = setup.law.meta, setup.corpus
+    now = {"tokenizer": corpus.tokenizer.name, "data_sha": corpus.data_sha}
+    later = {"val_sha": corpus.val_sha, "seq_len": str(setup.config.seq_len)}
+    for key, value in (now | {key: value for key, value in later.items() if meta.get(key) is not None}).items():
+        if meta.get(key) != value:
+            return f"the law's runs have {key} {meta.get(key) or 'unknown':.12}, this one {value:.12}"
+    return ""
+
+
 def predicted(setup: Setup) -> dict:
-    """The law's prediction of this run's loss, with a 95% interval if its file has one. None if the law was fitted with
-    another tokenizer, text or context."""
-    law, plan, corpus = setup.law, setup.plan, setup.corpus
-    meta = law.meta
-    same = meta.get("seq_len") in (None, str(setup.config.seq_len)) and meta.get("val_sha") in (None, corpus.val_sha)
-    same = same and (meta.get("tokenizer"), meta.get("data_sha")) == (corpus.tokenizer.name, corpus.data_sha)
-    loss = plan.predicted_loss if same else None
+    """The law's prediction of this run's loss, with a 95% interval if its file has one. None if the run is `unlike` the
+    law's."""
+    law, plan = setup.law, setup.plan
+    loss = None if unlike(setup) else plan.predicted_loss
     interval = loss and law.forecast(getattr(plan.params, law.params_convention), plan.tokens)
     low, high = interval if interval and all(map(math.isfinite, interval)) else (None, None)
     return {"predicted_loss": loss, "predicted_low": low, "predicted_high": high}
