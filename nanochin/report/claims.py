@@ -4,6 +4,7 @@ Writes claims.json, README.md and figures to results/claims/. What decides a cla
 effects.py. The sweeps are those of sweeps/ and sweeps/paper/, kept in --results.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -152,4 +153,6 @@ def show(effect: Effect, rule: Rule) -> str:
     def number(x: float) -> str:
         return f"{100 * x:.2f}%" if rule.percent else f"{x:.3g}" if abs(x) >= 10 else f"{x:.3f}"
 
+    if math.isnan(effect.value):
+        return "none"
     return f"{number(effect.value)} [{number(effect.low)}, {number(effect.high)}]"
