@@ -143,8 +143,8 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
             progress.say(f"{run.folder} is finished: loss {run.summary['loss']:.4f}")
             return run.summary
         # Pre-registered: the prediction made before the first step, whatever law a resuming call names.
-        if first := run.began.get("predicted"):
-            record["predicted"] = {key: first.get(key) for key in record["predicted"]}
+        if before := run.began.get("predicted"):
+            record["predicted"] = {key: before.get(key) for key in record["predicted"]}
         if before := moved(run.began, record):
             progress.say(f"note: this run began with {before}; its result will not be bit-identical to one that stayed")
         first = parallel.rank() == 0  # the only process that reads and writes the run's folder

@@ -66,10 +66,11 @@ def open_tokens(path: str, vocab_size: int) -> TokenFile:
     quarters = [np.count_nonzero(ids[i:SCAN:4]) for i in range(4)]  # of 64-bit ids: the low one, then zeros
     if size % 8 == 0 and 16 < quarters[0] > 8 * sum(quarters[1:]):
         raise UserError(f"{path}: three of four uint16 are 0, as in 64-bit ids; write them as uint16 or uint32")
-    low, high = ids[:SCAN:2], ids[1:SCAN:2]  # of uint32
+    low, high = quarters[0] + quarters[2], quarters[1] + quarters[3]  # of uint32
+    scanned = len(ids[:SCAN])
     if vocab_size > 1 << 16:
         why = f"ids of a vocabulary of {vocab_size} do not fit into uint16"
-    elif np.count_nonzero(high) < 0.1 * len(high) and np.count_nonzero(low) > 0.5 * len(low) > 16:
+    elif high < 0.1 * (scanned // 2) and low > 0.5 * ((scanned + 1) // 2) > 16:
         why = "nearly every second uint16 is 0"
     else:
         return TokenFile(path, "nanoGPT", ids)

@@ -28,6 +28,7 @@ class NotIdentified(UserError):
 
 
 CONSTANTS = ("E", "A", "B", "alpha", "beta")  # of Approach 3
+Z = 1.96  # 95% of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -227,6 +228,15 @@ def interval(values, level: float) -> tuple[float, float]:
     """The central `level` percent of `values`."""
     low, high = np.percentile(values, (50 - level / 2, 50 + level / 2))
     return float(low), float(high)
+
+
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """95% interval of a probability after k successes in n trials (Wilson 1927, J. Am. Stat. Assoc. 22, 209)."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z = k / n, Z * Z / n
+    middle, half = (p + z / 2) / (1 + z), math.sqrt(z * p * (1 - p) + z * z / 4) / (1 + z)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def exponents(law: Law | PowerLaw, low: float, high: float) -> tuple[float, float]:

@@ -4,7 +4,9 @@ Writes claims.json, README.md and figures to results/claims/. What decides a cla
 effects.py. The sweeps are those of sweeps/ and sweeps/paper/, kept in --results.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -52,12 +54,12 @@ class Decided:
         return known | {"verdict": self.verdict, "missing": self.missing, "figure": self.figure, "effects": rows}
 
 
-def decide(claim: Claim, results: Path) -> Decided:
-    """The claim with its effects, from the sweeps kept in `results`."""
+def decide(claim: Claim, results: Path, read: Callable[[Path], Kept] = read_kept) -> Decided:
+    """The claim with its effects, from the sweeps kept in `results`, which `read` reads."""
     if claim.number not in EFFECTS:
         return Decided(claim, missing=claim.reason)
     try:
-        sweeps = tuple(read_kept(results / sweep) for sweep in claim.sweeps)
+        sweeps = tuple(read(results / sweep) for sweep in claim.sweeps)
         return Decided(claim, EFFECTS[claim.number](*sweeps), sweeps)
     except (UserError, NotIdentified) as error:
         return Decided(claim, missing=str(error))
@@ -66,11 +68,11 @@ def decide(claim: Claim, results: Path) -> Decided:
 def main(options: ClaimsOptions) -> None:
     results = Path(options.results)
     out = Path(options.out or results / "claims")
-    found = []
+    found, read = [], functools.cache(read_kept)  # several claims use the same sweeps
     with Progress() as progress:
         for i, claim in enumerate(CLAIMS):
             progress("claims", i, len(CLAIMS), claim.title)
-            found.append(decide(claim, results))
+            found.append(decide(claim, results, read))
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         for one in found:
@@ -133,7 +135,7 @@ def section(one: Decided) -> str:
     if one.figure:
         lines.append(f"![Measured for claim {claim.number}]({one.figure})")
     if one.missing:
-        lines.append(one.missing[0].upper() + one.missing[1:] + ".")
+        lines.append(f"{'Not run yet' if claim.number in EFFECTS else 'Why not here'}: {one.missing}.")
     if one.effects:
         rows = [["effect", "measured, 95% interval", "rule", "verdict"], ["---"] * 4]
         for key, rule in claim.rules.items():

@@ -20,6 +20,7 @@ from nanochin.base.files import read_json
 from nanochin.config import make_shape
 from nanochin.laws.envelope import gaussian_smooth
 from nanochin.laws.gamma import make_surface
+from nanochin.laws.law import wilson
 from nanochin.laws.parametric import reference_objective
 from nanochin.plan.flops import flops_per_token, ledger
 from nanochin.run.curves import CURVES, read_csv_gz
@@ -221,9 +222,7 @@ def model_of(run: str) -> str:
 def share_better(ours: np.ndarray, theirs: np.ndarray) -> Effect:
     """The share of items with the larger margin, of those where margins (items,) differ, and Wilson's interval."""
     k, n = int((ours > theirs).sum()), int((ours != theirs).sum())
-    p, z = k / n, 1.96
-    middle, half = p + z * z / 2 / n, z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
-    return Effect(p, *((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1)), f"better on {k} of {n}")
+    return Effect(k / n, *wilson(k, n), f"better on {k} of {n}")
 
 
 def adamw_against_adam(adamw: Kept, adam: Kept) -> dict[str, Effect]:
@@ -319,7 +318,7 @@ def fit_repeats(sweep: Kept, law: laws.Law) -> Effect:
     N, D, epochs, log_loss = np.array(rows).T
     base = {n: log_loss[(N == n) & (epochs == 1)].mean() for n in np.unique(N)}
     excess, U = log_loss - [base[n] for n in N], D / epochs
-    sd = math.sqrt(np.mean([np.var(v, ddof=1) for v in by_cell(N, epochs, log_loss) if len(v) > 1]))
+    sd = math.sqrt(np.mean([np.var(np.log(v), ddof=1) for v in sweep.groups("epochs").values() if len(v) > 1]))
 
     def predicted(R: float) -> np.ndarray:
         worth = U * (1 + R * (1 - np.exp(-(epochs - 1) / R)))
@@ -340,11 +339,7 @@ def fit_repeats(sweep: Kept, law: laws.Law) -> Effect:
     return Effect(R, *map(float, np.percentile(draws, (2.5, 97.5))), note)
 
 
-def by_cell(N, epochs, values) -> list[np.ndarray]:
-    return [values[(N == n) & (epochs == e)] for n, e in sorted(set(zip(N, epochs, strict=True)))]
-
-
-PUBLISHED = (laws.HOFFMANN_1, laws.HOFFMANN_2, laws.HOFFMANN, laws.BESIROGLU)
+FRONTIERS = (laws.HOFFMANN_1, laws.HOFFMANN_2, laws.HOFFMANN, laws.BESIROGLU)
 FOUR_LAWS = "range of the three approaches and of Besiroglu et al."
 TABLE_1 = {  # parameters and training tokens
     "LaMDA": (137e9, 168e9),
@@ -357,13 +352,13 @@ TABLE_1 = {  # parameters and training tokens
 
 def large_models() -> dict[str, Effect]:
     return {
-        name: range_of((N / law.optimal(6 * N * D)[0] for law in PUBLISHED), FOUR_LAWS)
+        name: range_of((N / law.optimal(6 * N * D)[0] for law in FRONTIERS), FOUR_LAWS)
         for name, (N, D) in TABLE_1.items()
     }
 
 
 def tokens_of_175b() -> dict[str, Effect]:
-    tokens = [law.tokens_for(175e9) / 4.2e12 for law in PUBLISHED]
+    tokens = [law.tokens_for(175e9) / 4.2e12 for law in FRONTIERS]
     return {"tokens": range_of(tokens, f"{FOUR_LAWS}: {', '.join(f'{4.2 * t:.1f}' for t in tokens)} trillion")}
 
 

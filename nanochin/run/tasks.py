@@ -21,12 +21,12 @@ import torch
 
 from nanochin.base.cli import UserError
 from nanochin.data.tokenizer import Tokenizer
+from nanochin.laws.law import Z, wilson
 from nanochin.model import GPT
 
 LENGTHS = (8, 16, 32, 64)  # bytes of a continuation, in turn
 GROUP = 8  # words of like frequency
 LOGITS_AT_ONCE = 1 << 24  # per forward pass
-Z = 1.96  # 95% of a normal distribution
 WORD = re.compile(r"[^\W\d_]+")
 LAST = re.compile(r"(?<= )[^\W\d_]{4,}(?=[.,;:!?]\s)")  # at the end of a clause
 
@@ -179,12 +179,3 @@ def summarise(margins: np.ndarray) -> dict:
 def better(ours: list[float], theirs: list[float]) -> tuple[int, int]:
     """(k, n): of the n items on which the margins of two models differ, the first has the larger one on k."""
     return sum(map(gt, ours, theirs)), sum(map(ne, ours, theirs))
-
-
-def wilson(k: int, n: int) -> tuple[float, float]:
-    """95% interval of a probability after k successes in n trials (Wilson 1927, J. Am. Stat. Assoc. 22, 209)."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z = k / n, Z * Z / n
-    middle, half = (p + z / 2) / (1 + z), math.sqrt(z * p * (1 - p) + z * z / 4) / (1 + z)
-    return max(0.0, middle - half), min(1.0, middle + half)
