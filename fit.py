@@ -44,7 +44,7 @@ from nanochin.report.cells import parse_columns
 from nanochin.report.checks import forms, run_checks
 from nanochin.report.curves import curves_of_runs
 from nanochin.report.doubts import require_plausible
-from nanochin.report.findings import Results
+from nanochin.report.findings import Results, four, plus
 from nanochin.report.single import Single, analyse_single
 from nanochin.report.table import RunTable
 from nanochin.run.curves import is_csv_gz
@@ -76,7 +76,7 @@ class FitOptions:
     seed: int = opt(0, "seed of the resampling", low=0)
 
     budget: tuple[float, ...] = opt(
-        (), "training FLOPs; default: around those of the runs", low=1, high=MOST, section="What to ask"
+        (), "training FLOPs; default: 1, 3, 10 and 30 times the largest run", low=1, high=MOST, section="What to ask"
     )
     target_loss: float | None = opt(None, "loss to reach at the lowest compute", above=0)
     inference_tokens: float | None = opt(None, "tokens that the model will serve", low=1, high=MOST)
@@ -109,9 +109,8 @@ def main() -> None:
         if note:
             progress.say(with_flags(note))
         analysis = analyse(rows, curves, settings, progress)
-    budgets = options.budget or default_budgets(analysis.C)
     asked = options.target_loss, options.inference_tokens, options.unique_tokens, options.loss_at
-    questions = Questions(budgets, *asked)
+    questions = Questions(options.budget or default_budgets(analysis.C), *asked)
     answers = answer(analysis.best, questions, predictions)
     print(summary(analysis, answers, markdown if options.format == "markdown" else format_columns), flush=True)
 
@@ -165,11 +164,8 @@ def read_curves(options: FitOptions, rows: RunTable) -> RunTable | None:
 
 
 def default_budgets(C: np.ndarray) -> tuple[float, ...]:
-    """At most seven powers of ten, from just above the smallest run to 100 to 1000 times the largest."""
-    first = int(np.ceil(np.log10(C.min())))
-    last = int(np.ceil(np.log10(C.max()))) + 2
-    step = -(-(last - first + 1) // 7)
-    return tuple(float(f"1e{power}") for power in range(last, first - 1, -step))[::-1]
+    """The largest run, and 3, 10 and 30 times it, to three digits: hold-out tests a law to about 3 times."""
+    return tuple(float(f"{times * C.max():.3g}") for times in (1, 3, 10, 30))
 
 
 def fit_single(found: Single, options: FitOptions, out: Path) -> None:
@@ -193,7 +189,7 @@ def fit_single(found: Single, options: FitOptions, out: Path) -> None:
 
 def summary(analysis: Analysis, answers: Answers, show: Callable[[list[list[str]]], str]) -> str:
     """The result; `show` makes text of a table, rows of cells with the heading first."""
-    N, D, C = analysis.N, analysis.D, analysis.C
+    N, D, C, best, law = analysis.N, analysis.D, analysis.C, analysis.best, analysis.best.law
     lines = [
         f"{analysis.rows.source}: {len(N)} runs, N {count(N.min())} to {count(N.max())}, D {count(D.min())} to "
         f"{count(D.max())}, C {C.min():.3g} to {C.max():.3g} FLOPs ({analysis.convention})",
@@ -202,30 +198,28 @@ def summary(analysis: Analysis, answers: Answers, show: Callable[[list[list[str]
     rows = [["", "a", "95%", "b", "95%", "a + b"]]
     for number, found in analysis.results.items():
         if isinstance(found, Approach):
-            rows.append([f"approach {number}", *exponents(found)])
+            rows.append([f"approach {number}{'*' * (found.name == best.name)}", *exponents(found)])
             if number == 3 and not analysis.cost.is_6nd:
                 rows.append(["  for 6ND (Eq. 4)", *exponents(found, eq4=True)])
             if number == 2 and isinstance(analysis.akima, Approach):
                 rows.append(["  by Akima, seed noise", *exponents(analysis.akima)])
         else:
             rows.append([f"approach {number}", "-", "", "-", "", ""])
-    if isinstance(analysis.law, Approach) and analysis.law.form != "gamma = 1":
-        rows.append([f"  {analysis.law.form}", *exponents(analysis.law)])
+    rows += [[f"  {other.form}*", *exponents(other)] for other in analysis.everything[len(analysis.approaches) :]]
     lines += [show(rows), ""]
-    best = analysis.best
-    if isinstance(best.law, Law):
-        law = best.law
-        lines += [show(form_table(analysis)), "", f"law: {best.form}; {analysis.choice.why}"]
-        terms = f"{law.A:.6g} / N^{law.alpha:.6g} + {law.B:.6g} / D^{law.beta:.6g}"
-        lines.append(f"L(N, D) = {law.E:.6g} + " + (terms if law.is_sum else f"({terms})^{law.gamma:.6g}"))
+    if isinstance(law, Law):
+        lines += [show(form_table(analysis)), "", f"* law in use: {best.form}; {analysis.choice.why}"]
+        terms = f"{four(law.A)} / N^{four(law.alpha)} + {four(law.B)} / D^{four(law.beta)}"
+        lines.append(f"L(N, D) = {plus(law.E)}" + (terms if law.is_sum else f"({terms})^{four(law.gamma)}"))
         if best.boot is not None:
             ends = {name: best.interval(name) for name in law.constants}
             lines.append("95%: " + ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in ends.items()))
         E, K, c = (one.value for one in frontier_loss(best).values())
         span = "" if law.cost.is_6nd else " (over the runs)"
-        lines.append(f"at the optimum of C: L = {E:.6g} + {K:.6g} C^-{c:.6g}{span}")
+        lines.append(f"at the optimum of C: L = {plus(E)}{four(K)} C^-{four(c)}{span}")
     else:
-        lines.append(f"N = {best.law.k_N:.6g} C^{best.law.a:.6g}, D = {best.law.k_D:.6g} C^{best.law.b:.6g}")
+        k_N, a, k_D, b = (four(getattr(law, name)) for name in law.quantities)
+        lines.append(f"* law in use: N = {k_N} C^{a}, D = {k_D} C^{b}")
     for title, found in (
         (f"what to train ({analysis.flops_name})", answers.optima),
         ("to reach a loss", answers.to_reach),
@@ -234,7 +228,7 @@ def summary(analysis: Analysis, answers: Answers, show: Callable[[list[list[str]
         ("the loss of a model", answers.at),
     ):
         lines += ["", *answer_table(title, found, show)] if found else []
-        if found is answers.optima and best.boot and (error := getattr(best.law, "form_error", None)):
+        if found is answers.optima and best.boot and (error := getattr(law, "form_error", None)):
             lines.append(
                 f"intervals of the loss include extrapolation error: {error.sd:.2%} at {error.tested:.2g} times the "
                 "largest C, as measured on held-out budgets, growing with log C"

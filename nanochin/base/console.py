@@ -218,6 +218,11 @@ def powers(number: float, figures: int = 3) -> str:
     return ("" if mantissa == "1" else f"{mantissa}×") + f"10^{int(power)}"
 
 
+def above(error: float, decimals: int = 2) -> str:
+    """A relative difference: 0.0328 -> '3.28% above'."""
+    return f"{abs(error):.{decimals}%} {'below' if error < 0 else 'above'}"
+
+
 def digits(number: float, figures: int) -> str:
     """3441.7, 3 -> '3442': at least that many digits, trailing zeros kept, an exponent only if very large or small."""
     if number == 0 or not math.isfinite(number):

@@ -13,7 +13,7 @@ import numpy as np
 
 from nanochin import laws
 from nanochin.base.cli import UserError
-from nanochin.base.console import count, three
+from nanochin.base.console import above, count, three
 from nanochin.base.files import NUMBER, read_json
 from nanochin.laws import LEVELS, DataConstrained, Law, NotIdentified, PowerLaw
 from nanochin.report.analysis import Approach, attempt
@@ -67,11 +67,10 @@ class Answer:
     why: str = ""  # the reason if there is no answer
 
     def to_json(self) -> dict:
-        out = self.asked | {name: _finite(estimate.value) for name, estimate in self.found.items()}
+        out = self.asked | {name: estimate.value for name, estimate in self.found.items()}
         for key, level in (("ci", 95), ("ci80", 80)):
-            ends = {name: e.intervals[level] for name, e in self.found.items() if level in e.intervals}
-            if ends:
-                out[key] = {name: [_finite(end) for end in both] for name, both in ends.items()}
+            if ends := {name: e.intervals[level] for name, e in self.found.items() if level in e.intervals}:
+                out[key] = ends
         return out | ({"reason": self.why} if self.why else {})
 
 
@@ -92,10 +91,6 @@ class Answers:
         """`answers` of laws.json; the optima are stored with each approach."""
         lists = {"to_reach": self.to_reach, "to_serve": self.to_serve, "with_text": self.with_text, "loss_at": self.at}
         return {name: [one.to_json() for one in found] for name, found in lists.items() if found}
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def answer(best: Approach, questions: Questions, trials: "Sequence[Prediction]" = ()) -> Answers:
@@ -256,9 +251,9 @@ class Prediction:
         return cls(row["name"], row["params"], row["tokens"], row["flops"], *predicted, row["loss"])
 
     @property
-    def off(self) -> float:
-        """Actual loss / predicted loss - 1."""
-        return self.loss / self.predicted - 1
+    def error(self) -> float:
+        """Predicted loss / actual loss - 1, the sign of all errors here."""
+        return self.predicted / self.loss - 1
 
     @property
     def inside(self) -> bool:
@@ -266,8 +261,8 @@ class Prediction:
 
     def __str__(self) -> str:
         predicted = f"predicted {self.predicted:.4f} (95%: {self.low:.4f} to {self.high:.4f})"
-        actual = f"actual {self.loss:.4f}, {100 * self.off:+.2f}%, {'inside' if self.inside else 'OUTSIDE'}"
+        actual = f"{above(self.error)} the actual {self.loss:.4f}, {'inside' if self.inside else 'OUTSIDE'}"
         return f"{self.run}, {self.flops:.3g} FLOPs: {predicted}, {actual}"
 
     def to_json(self) -> dict:
-        return asdict(self) | {"off": self.off, "inside": self.inside}
+        return asdict(self) | {"error": self.error, "inside": self.inside}

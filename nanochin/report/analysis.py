@@ -98,9 +98,9 @@ class Analysis:
 
     @property
     def everything(self) -> list[Approach]:
-        """The approaches, and the law if it has another form than Approach 3."""
-        other = isinstance(self.law, Approach) and self.law.form != "gamma = 1"
-        return [*self.approaches, *([self.law] if other else [])]
+        """The approaches, and the law if it is none of them."""
+        other = self.best.name not in [one.name for one in self.approaches]
+        return [*self.approaches, *([self.best] if other else [])]
 
     @property
     def best(self) -> Approach:

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from nanochin import laws
-from nanochin.base.console import count, powers
+from nanochin.base.console import above, count, powers
 from nanochin.laws import NotIdentified, ParametricFit, PowerLaw
 from nanochin.report import sensitivity
 from nanochin.report.analysis import Analysis, Approach, attempt, resampled_unit, sample_runs
@@ -238,8 +238,8 @@ def hold_out(analysis: Analysis) -> CheckResult:
     budget = analysis.rows.get("budget")
     held = laws.hold_out(analysis.N, analysis.D, analysis.L, analysis.C, budget=budget, **options)
     m, good = len(held.rows), held.error < max(3 * held.in_sample_error, GOOD)
-    error = f"{100 * held.error:.2f}% (median; {100 * held.bias:+.2f}% signed)"
-    said = f"Hold-out error on the {m} largest runs {error}, in-sample {100 * held.in_sample_error:.2f}%"
+    error = f"{held.error:.2%} (median; signed: predicted {above(held.bias)} observed)"
+    said = f"Hold-out error on the {m} largest runs {error}, in-sample {held.in_sample_error:.2%}"
     said += f", at {held.reach:.2g}x the compute"
     if held.bootstrap:
         good &= held.outside <= max(1, 0.15 * m)
@@ -264,9 +264,9 @@ def hold_out_tables(analysis: Analysis, held: laws.HoldOut) -> tuple[Table, ...]
         loss = with_interval(four(predicted), (low, high), four), four(L), f"{100 * (predicted / L - 1):+.2f}%"
         rows.append([*run, *loss, inside])
     note = f"The first {MOST_ROWS} of {len(rows)}." if len(rows) > MOST_ROWS else ""
-    head = ("C", "N", "D", "loss predicted", "observed", "off by", "")
+    head = ("C", "N", "D", "loss predicted", "observed", "predicted / observed - 1", "")
     return (
-        Table("", ("C", "N predicted", "N measured", "off by"), minima, figure="hold-out"),
+        Table("", ("C", "N predicted", "N measured", "predicted / measured - 1"), minima, figure="hold-out"),
         Table("", head, rows[:MOST_ROWS], note, "hold-out"),
     )
 

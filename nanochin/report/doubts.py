@@ -4,7 +4,7 @@ sentence, "" without a doubt; `require_plausible` refuses tables that no law can
 import numpy as np
 
 from nanochin.base.cli import UserError
-from nanochin.base.console import count
+from nanochin.base.console import above, count
 from nanochin.laws import NotIdentified
 from nanochin.laws.law import line
 from nanochin.report.analysis import Analysis
@@ -104,7 +104,7 @@ def outliers(analysis: Analysis) -> str:
     far = far[np.argsort(-np.abs(off[far]))]
     if not len(far):
         return ""
-    named = "; ".join(f"{_row(analysis, i)} ({np.expm1(-off[i]):+.0%})" for i in far[:MOST_NAMED])
+    named = "; ".join(f"{_row(analysis, i)} ({above(np.expm1(-off[i]), 0)} the law)" for i in far[:MOST_NAMED])
     more = f"; and {len(far) - MOST_NAMED} more" if len(far) > MOST_NAMED else ""
     said = f"{len(far)} run{'s' * (len(far) > 1)} far from the law, probably outliers: {named}{more}"
     highest = set(far) == set(np.argsort(-analysis.L, kind="stable")[: len(far)])

@@ -53,6 +53,11 @@ def with_interval(text: str, ends: tuple[float, float], show: Callable[[float], 
     return text, f"{show(low)} – {show(high)}" if low < high else ""
 
 
+def plus(E: float) -> str:
+    """The first term of a formula; none if it is 0."""
+    return f"{four(E)} + " if E else ""
+
+
 def bracketed(ends: tuple[float, float]) -> str:
     low, high = ends
     return f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else ""

@@ -19,13 +19,13 @@ from markupsafe import Markup, escape
 
 from nanochin import laws
 from nanochin.base.cli import with_flags
-from nanochin.base.console import count, digits, powers, shown
+from nanochin.base.console import count, powers, shown
 from nanochin.laws import PUBLISHED, TABLE_3, DataConstrained, Law, NotIdentified, PowerLaw, advice
 from nanochin.laws.law import CONSTANTS
 from nanochin.report import allocate
 from nanochin.report.allocate import SHOWN, Answer, Answers, Estimate, Prediction, estimates, optimum
 from nanochin.report.analysis import Analysis, Approach, attempt, random_rows
-from nanochin.report.findings import Results, Table, four, three, with_interval
+from nanochin.report.findings import Results, Table, four, plus, three, with_interval
 
 LEAST, MOST = 0.1, 1e7  # budgets that the page answers, over the smallest and the largest run
 MOST_DOTS = 500  # runs near the sliders' curve
@@ -49,7 +49,7 @@ def render(
     files = jinja2.FileSystemLoader(Path(__file__).parent)
     page = jinja2.Environment(loader=files, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     page.policies["json.dumps_kwargs"] = {"allow_nan": False}
-    page.filters |= {one.__name__: one for one in (count, digits, powers, raised, with_flags)} | {"four": four}
+    page.filters |= {one.__name__: one for one in (count, plus, powers, raised, with_flags)} | {"four": four}
     page.globals["ends"] = lambda estimate: with_ends(estimate, SHOW["loss"])[1]
     text = page.get_template("report.html").render(
         name="/".join(Path(analysis.rows.source).parts[-2:]),
@@ -104,16 +104,16 @@ def _optima(analysis: Analysis, answers: list[Answer]) -> Table:
 def _approaches(analysis: Analysis) -> Table:
     C = float(analysis.C.max())
     found = [(NAMES.get(one.name, f"3, {one.form}"), one) for one in analysis.everything]
-    if isinstance(analysis.akima, Approach):
-        found.append(("2, by Akima and seed noise", analysis.akima))
-    rows = []
-    for name, approach in sorted(found, key=lambda pair: pair[1].number):
+    found += [("2, by Akima and seed noise", analysis.akima)] if isinstance(analysis.akima, Approach) else []
+    found.sort(key=lambda pair: pair[1].number)
+    mark, rows = [one.name for _, one in found].index(analysis.best.name), []
+    for name, approach in found:
         law, at = approach.law, optimum(approach, C).found
         grow = [partial(approach.exponent, which=which) for which in (0, 1)]
         exponents = (with_interval(three(one(law)), approach.interval(one), three) for one in grow)
         there = (with_ends(at[name], SHOW[name]) for name in ("params", "tokens", "tokens_per_param"))
         rows.append([name, *exponents, f"{sum(one(law) for one in grow):.3f}", *there])
-    return Table("", ("approach", "a", "b", "a + b", f"N at {powers(C)}", "D there", "D / N there"), rows)
+    return Table("", ("approach", "a", "b", "a + b", f"N at {powers(C)}", "D there", "D / N there"), rows, mark=mark)
 
 
 def _published(analysis: Analysis) -> Table:
@@ -134,8 +134,8 @@ def _predictions(predictions: Sequence[Prediction]) -> Table:
     for one in predictions:
         run = escape(one.run), powers(one.flops), count(one.params), count(one.tokens)
         predicted = with_interval(four(one.predicted), (one.low, one.high), four)
-        rows.append([*run, predicted, four(one.loss), f"{100 * one.off:+.2f}%", "inside" if one.inside else "OUTSIDE"])
-    return Table("", ("run", "C", "N", "D", "predicted", "actual", "off by", ""), rows)
+        rows.append([*run, predicted, four(one.loss), f"{one.error:+.2%}", "inside" if one.inside else "OUTSIDE"])
+    return Table("", ("run", "C", "N", "D", "predicted", "actual", "predicted / actual - 1", ""), rows)
 
 
 def _other_questions(best: Approach, answers: Answers, C: float) -> dict:

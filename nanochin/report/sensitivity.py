@@ -115,7 +115,7 @@ def residuals_by_compute(analysis: Analysis) -> CheckResult:
         low, high = powers(part["flops_low"]), powers(part["flops_high"])
         rows.append([f"{low} to {high}", str(part["n"]), f"{part['median']:+.2%}", f"{part['sd']:.2%}"])
     head = ("6ND", "runs", "median", "robust sd")
-    return CheckResult(json=found, tables=(Table("Residuals by compute", head, rows),), found=found)
+    return CheckResult(json=found, tables=(Table("Residuals, predicted / observed - 1", head, rows),), found=found)
 
 
 def counts(analysis: Analysis) -> CheckResult:

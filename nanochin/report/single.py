@@ -10,7 +10,8 @@ from nanochin.laws import NotIdentified
 from nanochin.laws.bootstrap import FEW
 from nanochin.laws.law import line
 from nanochin.laws.single import MIN_POINTS, SingleFit, fit_single
-from nanochin.report.analysis import Settings, column_of, flops_of, params_of, resampled_unit, resamples
+from nanochin.report.analysis import Settings, attempt, column_of, flops_of, params_of, resampled_unit, resamples
+from nanochin.report.findings import four, plus
 from nanochin.report.table import RunTable, require_comparable
 from nanochin.runrow import flops_column
 
@@ -34,10 +35,9 @@ class Single:
         out = {"of": self.of} | fit.to_json() | {"predictions": losses, "note": note}
         if target is None:
             return out
-        try:
-            return out | {"to_reach": {"loss": target, self.of: fit.law.reaching(target)}}
-        except NotIdentified as error:
-            return out | {"to_reach": {"loss": target, "reason": str(error)}}
+        x = attempt(fit.law.reaching, target)
+        found = {"reason": str(x)} if isinstance(x, NotIdentified) else {self.of: x}
+        return out | {"to_reach": {"loss": target} | found}
 
     def text(self, found: dict) -> str:
         """`found`, the result of `to_json`, for the terminal."""
@@ -53,7 +53,7 @@ class Single:
         lines = [
             f"{self.rows.source}: {len(x)} runs, {of} {self.show(x.min())} to {self.show(x.max())}{name}{left_out}",
             f"{self.why[0].upper()}{self.why[1:]}. Fitted is a law of {of} alone.\n",
-            f"L({of}) = {law.E:.8g} + {law.K:.8g} {of}^-{law.c:.8g}" + ("" if law.E else "  E = 0: a pure power law"),
+            f"L({of}) = {plus(law.E)}{four(law.K)} {of}^-{four(law.c)}",
             f"95%: {ends}" if ends else "",
             f"{self.caveat}" if ends else "",
             f"\n{self.hold_out()}\n\npredicted loss",

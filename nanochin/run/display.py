@@ -118,10 +118,11 @@ def _evaluation_cost(setup: Setup, early_tokens: int) -> str:
 
 def _untested(setup: Setup) -> str:
     """A warning if the run is farther beyond the law's runs than its form was tested."""
-    error, N = getattr(setup.law, "form_error", None), getattr(setup.plan.params, setup.law.params_convention)
-    if error is None or error.is_tested(C := setup.law.cost.flops(N, setup.plan.tokens)):
+    law, flops = setup.law, setup.plan.flops
+    error, C = getattr(law, "form_error", None), flops.get(str(law.meta.get("flops_convention")), flops["physical"])
+    if error is None or error.is_tested(C):
         return ""
-    return f"; {C / error.largest:.2g} times the compute of the law's runs, tested at {error.tested:.2g}"
+    return f"; {C / error.largest:.2g} times the compute of the law's largest run, tested at {error.tested:.2g}"
 
 
 def _interval(forecast: dict) -> str:

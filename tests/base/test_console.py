@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from nanochin.base import console
-from nanochin.base.console import Output, Progress, count, lasting_output, shown, table
+from nanochin.base.console import Output, Progress, above, count, lasting_output, shown, table
 
 NASTY = "[/]\x1b[2J:smile:\r\x07\x9b[b]"  # markup, escape codes, an emoji by name
 
@@ -21,6 +21,10 @@ NASTY = "[/]\x1b[2J:smile:\r\x07\x9b[b]"  # markup, escape codes, an emoji by na
 def test_counts(number, text):
     """Three significant digits and a suffix, an exponent only if very large."""
     assert count(number) == text
+
+
+def test_the_sign_of_an_error_is_a_word():
+    assert [above(0.02), above(-0.0005), above(0.05, 0)] == ["2.00% above", "0.05% below", "5% above"]
 
 
 def test_shown():

@@ -25,13 +25,19 @@ def write(folder: Path, loss: float, predicted: dict) -> Path:
 
 
 @pytest.mark.parametrize(
-    "loss, off, inside", [(2.02, 0.01, True), (1.9, -0.05, True), (1.8, -0.1, False), (2.2, 0.1, False)]
+    "loss, says, inside",
+    [
+        (2.05, "2.44% below", True),
+        (1.9, "5.26% above", True),
+        (1.8, "11.11% above", False),
+        (2.2, "9.09% below", False),
+    ],
 )
-def test_prediction_is_the_one_before_training(tmp_path, loss, off, inside):
+def test_prediction_is_the_one_before_training(tmp_path, loss, says, inside):
     """It comes from config.json, written before the first step, not from the summary."""
     found = Prediction.read(write(tmp_path, loss, INTERVAL))
-    assert found.off == pytest.approx(off) and found.inside is inside
-    assert f"predicted 2.0000 (95%: 1.9000 to 2.1000), actual {loss:.4f}, {100 * off:+.2f}%" in str(found)
+    assert found.error == pytest.approx(2 / loss - 1) and found.inside is inside
+    assert f"predicted 2.0000 (95%: 1.9000 to 2.1000), {says} the actual {loss:.4f}" in str(found)
     assert str(found).endswith("inside" if inside else "OUTSIDE")
     assert json.loads(json.dumps(found.to_json()))["inside"] is inside
 

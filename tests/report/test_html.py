@@ -101,14 +101,14 @@ def test_names_are_escaped(made):
 
 
 def test_the_numbers_are_those_of_the_laws(made):
-    """Constants to six digits and intervals to four; the exponents of all approaches to three."""
+    """Constants and intervals to four digits; the exponents of all approaches to three."""
     analysis, text = made[0], words(made[3])
     third = analysis.results[3].fit.to_json(analysis.results[3].boot)
     for name in ("E", "A", "B", "alpha", "beta", "a", "b", "G"):
-        assert _is_shown(third[name], 6, text), name
+        assert _is_shown(third[name], 4, text), name
         low, high = third["ci"][name]
         assert _is_shown(low, 4, text) and _is_shown(high, 4, text), name
-    for number, digits in ((1, 3), (2, 3), (3, 6)):
+    for number, digits in ((1, 3), (2, 3), (3, 4)):
         approach = analysis.results[number]
         found = approach.fit.to_json(approach.boot)
         low, high = found["ci"]["a"] if number == 3 else found["a_ci"]

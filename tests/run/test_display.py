@@ -12,11 +12,13 @@ from nanochin.run.display import _evaluation_cost, _untested, closing_loss
 
 
 def test_a_run_farther_than_the_law_was_tested_says_so():
-    """A run at 300 times the compute of the law's runs, tested at 3.2; one at 3 times and other laws say nothing."""
-    plan = SimpleNamespace(tokens=5e8, params=SimpleNamespace(total=1e7))
-    for times, says in ((300, "; 3e+02 times the compute of the law's runs, tested at 3.2"), (3, "")):
-        error = FormError(0.01, 3.2, 6 * 1e7 * 5e8 / times)
-        assert _untested(SimpleNamespace(law=replace(BESIROGLU, form_error=error), plan=plan)) == says
+    """By FLOPs as the law's runs count them, else physical: a run at 30 times the largest of the law's, tested at 3.2;
+    one at 3 times and other laws say nothing."""
+    plan = SimpleNamespace(flops={"physical": 3e16, "causal": 3e15})
+    for meta, C in (({"flops_convention": "causal"}, 3e15), ({}, 3e16), ({"flops_convention": []}, 3e16)):
+        for times, says in ((30, "; 30 times the compute of the law's largest run, tested at 3.2"), (3, "")):
+            law = replace(BESIROGLU, form_error=FormError(0.01, 3.2, C / times), meta=meta)
+            assert _untested(SimpleNamespace(law=law, plan=plan)) == says
     assert _untested(SimpleNamespace(law=BESIROGLU, plan=plan)) == ""
 
 
