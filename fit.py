@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from nanochin import laws
-from nanochin.base.cli import UserError, opt, parse, run_command, with_flags
+from nanochin.base.cli import UserError, no_torchrun, opt, parse, run_command, with_flags
 from nanochin.base.console import Progress, count, format_columns, markdown
 from nanochin.base.files import versions, write_file, writing
 from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS
@@ -90,6 +90,7 @@ class FitOptions:
 @np.errstate(over="ignore", divide="ignore", invalid="ignore")  # laws of some replicates overflow: infinite, not wrong
 def main() -> None:
     options = parse(FitOptions, prog="fit.py", description=__doc__)
+    no_torchrun("start python fit.py")
     if len(options.loss_at) % 2:
         raise UserError("`loss_at`: give parameters and tokens in turn, such as 70e9 1.4e12")
     out = require_output(options)

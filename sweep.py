@@ -1,7 +1,7 @@
 """Many runs from one file, and the law fitted to them: budgets in, laws.json and report.html out.
 
     python sweep.py sweeps/mini.toml              plan, train what is missing, fit; rerun it to resume
-    python sweep.py sweeps/mini.toml --dry-run    the plan: shapes, tokens, epochs, FLOPs, hours
+    python sweep.py sweeps/mini.toml --dry-run    the runs and their cost, what is done, and the time of the rest
     python sweep.py sweeps/mini.toml --status     progress of each run
 
 Writes plan.csv, runs.csv, curves.csv.gz, runs/, laws.json, report.html and figures to sweeps-out/<name>/. Kill it at
@@ -27,10 +27,10 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from nanochin.base.cli import UserError, did_you_mean, errors_name, opt, parse, run_command, with_flags
-from nanochin.base.console import Progress, clock, count, format_columns, rich_console, shown
+from nanochin.base.cli import UserError, did_you_mean, errors_name, no_torchrun, opt, parse, run_command, with_flags
+from nanochin.base.console import Progress, clock, format_columns, rich_console, shown
 from nanochin.base.files import write_file, writing
-from nanochin.config import FLOP_CONVENTIONS, PARAM_CONVENTIONS, Config
+from nanochin.config import PARAM_CONVENTIONS, Config
 from nanochin.data.corpus import BPE_VOCAB, prepare
 from nanochin.data.tokenizer import Tokenizer, model_vocab
 from nanochin.interop import loggers
@@ -39,6 +39,7 @@ from nanochin.run.curves import CURVES, to_csv_gz
 from nanochin.runrow import RunRow, csv_of, params_column, to_csv
 from nanochin.sweep import attempts, launchers
 from nanochin.sweep.cells import Cell, extend_budgets, open_side, plan_cells
+from nanochin.sweep.plan import plan_rows, plan_table, seconds
 from nanochin.sweep.pool import Pool
 from nanochin.sweep.spec import Sweep, read_sweep
 from nanochin.sweep.store import Outcome, Queue, RunStore
@@ -50,7 +51,7 @@ SECONDS_BETWEEN_LINES = 15.0  # of the progress view, if not on a terminal
 @dataclass(frozen=True)
 class SweepOptions:
     sweep: str = opt(None, "the sweep: a TOML file", positional=True)
-    dry_run: bool = opt(False, "print the plan and its cost; train nothing")
+    dry_run: bool = opt(False, "print the plan, its cost and what is left; train nothing")
     status: bool = opt(False, "print the progress of each run; on a terminal, until all have ended")
     only: tuple[str, ...] = opt((), "runs to train now, such as budget=1e12 or model=48x2 model=64x2")
     loggers: tuple[str, ...] = opt(
@@ -73,28 +74,32 @@ class SweepOptions:
 
 def main() -> int:
     options = parse(SweepOptions, prog="sweep.py", description=__doc__)
+    no_torchrun("start python sweep.py, which has workers of its own (`workers`, or `launcher` slurm)")
     loggers.check(options.loggers)
     if options.slurm and options.launcher == "local":
         raise UserError("`slurm`: these are settings of jobs; give `launcher` slurm")
     sweep = read_sweep(options.sweep, data=options.data, val=options.val)
+    fingerprints = {"data_sha": None, "val_sha": None}
     if options.dry_run and sweep.spec.corpus_tokens:  # without reading the text
         vocab, tokens = expected_vocab(sweep), sweep.spec.corpus_tokens
     else:
         if sweep.base.data is None:
-            raise UserError(f"{sweep.path}: names no text; give --data, as to train.py")
+            raise UserError(f'{sweep.path}: data is missing; set the text, such as data = ["books/"], or give `data`')
         with Progress() as progress:  # tokenise once, before the workers start
             corpus = prepare(sweep.base, progress)
         for note in corpus.notes:
             print(f"note: {with_flags(note)}")
         vocab, tokens = vocab_for(sweep, corpus.tokenizer), len(corpus.train)
+        fingerprints = {"data_sha": corpus.data_sha, "val_sha": corpus.val_sha}
     cells = plan_cells(sweep, vocab, tokens)
-    if options.dry_run:
-        print(plan_table(sweep, cells, tokens, options))
-        return 0
-
     folder = Path(options.out) / sweep.name
-    fingerprints = {"data_sha": corpus.data_sha, "val_sha": corpus.val_sha}
     store = RunStore(folder, Path(options.results) / sweep.name, fingerprints)
+    if options.dry_run:
+        queue = stored(sweep, cells, vocab, store)
+        if options.retry_failed:
+            queue.outcomes = {name: outcome for name, outcome in queue.outcomes.items() if not outcome.reason}
+        print(plan_table(sweep, queue, only(queue.cells, options), tokens, options.workers or 1))
+        return 0
     if options.status:
         return follow(sweep, cells, vocab, store)
     if options.cancel:
@@ -168,69 +173,6 @@ def _equal(value, text: str) -> bool:
         return float(value) == float(text)
     except (TypeError, ValueError):
         return str(value) == text
-
-
-def seconds(sweep: Sweep, cell: Cell, cells: list[Cell]) -> float:
-    """Estimated time of a cell; for a trunk, with the longest of its cooldowns in `cells`."""
-    steps = cell.plan.steps - cell.step
-    own = cell.spent / (sweep.spec.throughput or 2e10) + steps * sweep.spec.step_seconds
-    waiting = (seconds(sweep, other, []) for other in cells if other.trunk == cell.name)
-    return own + max(waiting, default=0.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The plan
-
-
-def plan_rows(sweep: Sweep, cells: list[Cell], corpus_tokens: float) -> list[dict]:
-    """The rows of plan.csv."""
-    rows = []
-    for cell in cells:
-        plan, params = cell.plan, cell.plan.params
-        hours = seconds(sweep, cell, []) / 3600 if sweep.spec.throughput else None
-        rows.append({
-            "run": cell.name, "kind": "trunk" if cell.is_trunk else cell.kind, "budget": cell.budget,
-            "trunk": cell.trunk, "model": str(plan.shape), "params": params.total,
-            "params_non_embedding": params.non_embedding, "params_with_head": params.with_head,
-            "tokens": plan.tokens, "tokens_per_param": plan.tokens / params.total,
-            "epochs": plan.tokens / corpus_tokens, "steps": plan.steps, "batch_tokens": plan.batch_tokens,
-            "lr": plan.lr, "warmup_tokens": plan.warmup_tokens, "beta2": plan.beta2, "seed": cell.config.seed,
-            "flops_spent": cell.spent, **{f"flops_{key}": plan.flops[key] for key in FLOP_CONVENTIONS}, "hours": hours,
-        })  # fmt: skip
-    return rows
-
-
-def plan_table(sweep: Sweep, cells: list[Cell], corpus_tokens: float, options: SweepOptions) -> str:
-    """What `--dry-run` prints: a line per cell, then the totals."""
-    number, flops = "{:.3g}".format, "{:.2e}".format
-    columns = {"params": ("N total", count), "params_non_embedding": ("blocks", count),
-               "params_with_head": ("with head", count), "tokens": ("tokens", count),
-               "tokens_per_param": ("D/N", number), "epochs": ("epochs", number), "steps": ("steps", str),
-               "batch_tokens": ("batch", number), "lr": ("lr", number), "flops_spent": ("spent", flops),
-               **{f"flops_{key}": (key, flops) for key in FLOP_CONVENTIONS}}  # fmt: skip
-    if sweep.spec.throughput:
-        columns["hours"] = "hours", number
-    chosen = only(cells, options)
-    rows = plan_rows(sweep, chosen, corpus_tokens)
-    lines = [["run", *(heading for heading, _ in columns.values())]]
-    lines += [[row["run"], *(text(row[key]) for key, (_, text) in columns.items())] for row in rows]
-    spent, trunks = sum(cell.spent for cell in chosen), sum(cell.is_trunk for cell in chosen)
-    said = [f"{sweep.name}: {len(chosen) - trunks} runs, {spent:.3g} FLOPs (physical)"]
-    if trunks:
-        alone = sum(cell.plan.flops["physical"] for cell in chosen if not cell.is_trunk)
-        ratio = f"{alone:.3g}, {alone / spent:.2f} times as many"
-        said.append(f"in {trunks} trunks with their cooldowns; each run from scratch would be {ratio}")
-    if sweep.spec.throughput:
-        hours = sum(row["hours"] for row in rows)
-        shared = f", {hours / options.workers:.3g} with {options.workers}" if options.workers else ""
-        said.append(
-            f"{hours:.3g} hours of one worker{shared}, at {sweep.spec.throughput:g} FLOP/s and "
-            f"{sweep.spec.step_seconds:g} s a step ({sweep.spec.assumes or 'assumed'})"
-        )
-    said.append(f"text of {count(corpus_tokens)} tokens, seen at most {max(row['epochs'] for row in rows):.2g} times")
-    if sweep.spec.extend:
-        said.append(f"up to {sweep.spec.extend_limit} more sizes for a budget whose minimum is at an edge")
-    return format_columns(lines) + "\n\n" + "\n".join(said)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -72,8 +72,9 @@ class Config(ShapeOptions, TextOptions):
 
     data: tuple[str, ...] | None = opt(
         None,
-        "python (default on a CPU), python-all (default elsewhere), files, folders, globs (text: .txt .jsonl .json "
-        ".parquet, also .gz .xz .zst; tokens: .bin), or hf:OWNER/NAME[:CONFIG] for a data set of the Hugging Face hub",
+        "python (default on a CPU), python-all (default elsewhere), files, folders, globs such as 'books/*.txt' (text: "
+        ".txt .jsonl .json .parquet, also .gz .xz .zst; tokens: .bin; quotes keep the shell from expanding a glob), or "
+        "hf:OWNER/NAME[:CONFIG] for a data set of the Hugging Face hub",
         result=False,
         section="Data",
     )
@@ -129,7 +130,9 @@ class Config(ShapeOptions, TextOptions):
         result=False,
     )
     micro_batch: int | None = opt(None, "sequences per forward pass; auto by device", low=1, high=10**6, result=False)
-    threads: int | None = opt(None, "CPU threads; default: torch's", low=1, high=1000, result=False)
+    threads: int | None = opt(
+        None, "CPU threads; default: torch's; on a shared machine 1 costs less CPU time", low=1, high=1000, result=False
+    )
 
     name: str | None = opt(
         None,

@@ -37,7 +37,7 @@ class EvaluateOptions(TextOptions):
     """
 
     run: tuple[str, ...] = opt(None, "folders of runs, or their names under --out", positional=True)
-    data: tuple[str, ...] = opt((), "text to evaluate on: files, folders, globs")
+    data: tuple[str, ...] = opt((), "text to evaluate on: files, folders, globs such as 'books/*.txt'")
     held_out: bool = opt(False, "the run's own validation text, made again from its data (--data if they moved)")
     out: str = opt("runs", "folder of all runs")
     tasks: tuple[str, ...] = opt((), "multiple-choice tasks made from the text", choices=("cloze", "last-word"))

@@ -9,6 +9,7 @@ import argparse
 import difflib
 import importlib
 import math
+import os
 import re
 import signal
 import sys
@@ -67,6 +68,12 @@ def need(module: str, what: str, least: int = 0):
 def brief(error: Exception) -> str:
     """The error of a library, in at most 300 characters on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def no_torchrun(instead: str) -> None:
+    """Raises UserError with what to do `instead` if torchrun has started several processes of this command."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(f"started by torchrun, which is for train.py: {instead}")
 
 
 def opt(

@@ -48,7 +48,7 @@ class Corpus:
     val_sha: str  # SHA-256 of the validation text
     val_bytes: int  # bytes of text in the validation tokens
     train_bytes: int = 0
-    documents: int = 0  # with text in the training part
+    documents: int = 0  # with text in the training part, as train_bytes
     val_documents: int = 0
     skipped_bytes: int = 0  # undecodable and NUL
     skipped_records: int = 0  # lines and rows without text

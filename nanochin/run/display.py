@@ -22,7 +22,7 @@ def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str, 
     evaluation before the last."""
     config, plan, corpus = setup.config, setup.plan, setup.corpus
     why = defaultdict(lambda: "as in the trunk" if config.branch_from else "as requested", plan.why)
-    text = f"{count(corpus.train_bytes)}B in {corpus.documents} documents, {count(corpus.val_bytes)}B held out"
+    text = f"{count(corpus.train_bytes)}B in {corpus.documents} training documents, {count(corpus.val_bytes)}B held out"
     if corpus.format != "text":
         text = f"token files ({corpus.format}), {count(len(corpus.val))} tokens for validation"
     threads, processes = len(train_on.shards.models), parallel.size()

@@ -131,9 +131,9 @@ def _validate(spec: Spec, base: Config, path) -> None:
         if not condition:
             raise UserError(f"{path}: {message}")
 
-    need(spec.kind is not None, f"kind: missing; one of {', '.join(KINDS)}")
-    need(base.seq_len is not None, "seq_len: missing; its default depends on the device")
-    need(bool(spec.budgets), "budgets: missing; training FLOPs, such as [1e11, 1e12]")
+    need(spec.kind is not None, f'kind is missing; set one of {", ".join(KINDS)}, such as kind = "isoflop"')
+    need(base.seq_len is not None, "seq_len is missing; set the context in tokens, such as seq_len = 256")
+    need(bool(spec.budgets), "budgets is missing; set training FLOPs, such as budgets = [1e11, 1e12]")
     need(not spec.centre or len(spec.centre) == len(spec.budgets), "centre: one number for each of budgets")
     for key in ("budgets", "seeds", "models"):
         values = getattr(spec, key)
@@ -143,7 +143,7 @@ def _validate(spec: Spec, base: Config, path) -> None:
     need(tuple(sorted(spec.budgets)) == spec.budgets or spec.kind == "grid", "budgets: must be ascending")
     need(not set(spec.seeds) & set(spec.centre_seeds), "centre_seeds: must not repeat values of seeds")
     if spec.kind == "grid":
-        need(bool(spec.models), 'models: missing; such as ["16x2", "48x2"]')
+        need(bool(spec.models), 'models is missing; set sizes, such as models = ["16x2", "48x2"]')
         need(not spec.paired or len(spec.models) == len(spec.budgets), "paired: needs as many models as budgets")
     if spec.kind == "trunk":
         need(base.schedule in ("cosine", "wsd"), "schedule: leave it out; the cooldowns of a trunk use wsd")

@@ -44,7 +44,8 @@ class RunStore:
     """The outcomes and curves of runs, as the disk has them."""
 
     def __init__(self, folder: Path, results: Path, fingerprints: dict):
-        """folder: of the sweep. results: folder of kept rows, may be absent. fingerprints: data_sha and val_sha."""
+        """folder: of the sweep. results: folder of kept rows, may be absent. fingerprints: data_sha and val_sha, None
+        if unknown: any text is theirs then."""
         self.folder, self.results, self.fingerprints = folder, results, fingerprints
         self.kept = read_csv(results / "runs.csv")
 
@@ -92,10 +93,11 @@ class RunStore:
             )
 
     def _kept_outcome(self, cell: Cell, row: RunRow) -> Outcome | None:
-        if row.status != "finished" or any(getattr(row, key) != sha for key, sha in self.fingerprints.items()):
+        path, text = self.results / "runs.csv", {key: getattr(row, key) for key in self.fingerprints}
+        known, same = None not in self.fingerprints.values(), row.cell == cell.digest(**text)
+        if row.status != "finished" or (text != self.fingerprints if known else not same):
             return None  # ignored: the text `python` differs between versions of Python
-        path = self.results / "runs.csv"
-        if row.cell != cell.digest(**self.fingerprints):
+        if not same:
             raise UserError(
                 f"{path}: {cell.name} was run with other options than the sweep file now has: "
                 "give the file another name, or `results` none"

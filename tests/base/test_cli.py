@@ -1,11 +1,12 @@
 """Optional libraries, and errors whose names have control characters."""
 
+import importlib
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from nanochin.base.cli import UserError, need, run_command
+from nanochin.base.cli import UserError, need, no_torchrun, run_command
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,18 @@ def test_need(tmp_path, monkeypatch, source, said):
         assert (
             said in str(error.value) and str(error.value).startswith("`data` hf:x: ") and "\n" not in str(error.value)
         )
+
+
+@pytest.mark.parametrize("main", ["sweep", "fit"])
+def test_no_torchrun(main, monkeypatch):
+    """Several processes of torchrun are refused in one line, before the file is read; one process is none of its."""
+    monkeypatch.setattr(sys, "argv", [f"{main}.py", "nowhere"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=f"torchrun.*python {main}.py") as error:
+        importlib.import_module(main).main()
+    assert "\n" not in str(error.value)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    no_torchrun("nothing")
 
 
 def test_a_missing_library_names_the_command():

@@ -269,9 +269,10 @@ def test_without_submitit(tmp_path, monkeypatch):
     assert (parameters["partition"], parameters["time"], parameters["setup"][1]) == ("gpu", 480, "module load cuda")
 
 
-def test_sweep_by_submitit(text, cache, tmp_path, monkeypatch):
-    """A whole sweep by submitit's executor for one machine: the rows and curves are those of the local launcher, a run
-    that diverges included, and a second call submits nothing."""
+@pytest.fixture
+def by_submitit(text, cache, tmp_path, monkeypatch):
+    """`run(table, out, *options)` -> (rows, curves) of that sweep, with submitit's executor for one machine in place of
+    SLURM's; `run.jobs`: {name of an array: its jobs}."""
     submitit = pytest.importorskip("submitit")
     jobs: dict[str, list] = {}
 
@@ -287,20 +288,37 @@ def test_sweep_by_submitit(text, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(launchers, "jobs_of_runs", jobs_of_runs)
     monkeypatch.setattr(launchers, "POLL", 0.2)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    file = tmp_path / "some.toml"
-    file.write_text(toml({"kind": "grid", "data": [str(text)], "val_bytes": 4096, "cache": str(cache), "seq_len": 32,
-                          "budgets": [1e8], "models": ["12x1"], "batch_tokens": 64, "device": "cpu", "lr": [0.01, 9e5],
-                          "dtype": "float32"}))  # fmt: skip
+    usual = {"data": [str(text)], "val_bytes": 4096, "cache": str(cache), "seq_len": 32, "models": ["12x1"],
+             "batch_tokens": 64, "device": "cpu", "dtype": "float32"}  # fmt: skip
 
-    def run(out: str, *argv: str) -> tuple[list, bytes]:
+    def run(table: dict, out: str, *argv: str) -> tuple[list, bytes]:
+        file = tmp_path / "some.toml"
+        file.write_text(toml(usual | table))
         argv = [str(ROOT / "sweep.py"), str(file), f"--out={tmp_path / out}", f"--results={tmp_path}/none", *argv]
         monkeypatch.setattr(sys, "argv", argv)
         assert sweep.main() == 0
-        with open(tmp_path / out / "some" / "runs.csv", newline="") as table:
-            rows = [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(table)]
+        with open(tmp_path / out / "some" / "runs.csv", newline="") as rows:
+            rows = [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(rows)]
         return rows, (tmp_path / out / "some" / "curves.csv.gz").read_bytes()
 
-    by_jobs = run("a", "--launcher=slurm", "--runs-per-job=2")
-    assert [row["status"] for row in by_jobs[0]] == ["finished", "failed"] and len(jobs) == 1
-    assert by_jobs == run("b", "--workers=1")
-    assert by_jobs == run("a", "--launcher=slurm") and len(jobs) == 1
+    run.jobs = jobs
+    return run
+
+
+def test_sweep_by_submitit(by_submitit):
+    """A whole sweep: the rows and curves are those of the local launcher, a run that diverges included, and a second
+    call submits nothing."""
+    table = {"kind": "grid", "budgets": [1e8], "lr": [0.01, 9e5]}
+    by_jobs = by_submitit(table, "a", "--launcher=slurm", "--runs-per-job=2")
+    assert [row["status"] for row in by_jobs[0]] == ["finished", "failed"] and len(by_submitit.jobs) == 1
+    assert by_jobs == by_submitit(table, "b", "--workers=1")
+    assert by_jobs == by_submitit(table, "a", "--launcher=slurm") and len(by_submitit.jobs) == 1
+
+
+def test_trunk_by_submitit(by_submitit, tmp_path):
+    """Cooldowns are submitted when their trunk has ended, and find it: the rows and curves of the local launcher."""
+    table = {"kind": "trunk", "budgets": [4e8], "centre": [5e3], "horizons": 2, "span": 4}
+    by_jobs = by_submitit(table, "a", "--launcher=slurm", "--runs-per-job=2")
+    assert [row["trunk"] for row in by_jobs[0]] == ["trunk-12x1-s0"] * 2 and len(by_submitit.jobs) == 2
+    assert by_jobs == by_submitit(table, "b", "--workers=1")
+    assert not list((tmp_path / "a" / "some" / "attempts").iterdir())

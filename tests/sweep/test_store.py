@@ -103,6 +103,20 @@ def test_kept_rows(store, cells):
         assert str(path) in str(error.value)
 
 
+def test_unknown_text(store, cells):
+    """While the text is not known, runs and kept rows count by their options, whatever their text; kept rows with other
+    options may be of another text, and do not count."""
+    kept, cell, other = cells[:3]
+    finished(store, cell)
+    store.results.mkdir()
+    rows = [f"{kept.name},finished,x,y,{kept.digest('x', 'y')},1.5", f"{other.name},finished,x,y,another,1"]
+    (store.results / "runs.csv").write_text("\n".join(["run,status,data_sha,val_sha,cell,loss", *rows]))
+    unknown = RunStore(store.folder, store.results, dict.fromkeys(FINGERPRINTS))
+    assert [unknown.outcome(each) and unknown.outcome(each).loss for each in (kept, cell, other)] == [1.5, 1.5, None]
+    with pytest.raises(UserError, match="beta1"):
+        unknown.outcome(dataclasses.replace(cell, config=dataclasses.replace(cell.config, beta1=0.8)))
+
+
 def test_curves(store, cells):
     """The log of a run that was trained here, else its kept curve, from a file or from logs. Finished runs come in the
     order of the rows, then their trunks; a run without a curve is empty."""
