@@ -89,16 +89,13 @@ class SingleFit:
         if self.replicates is None:
             return None
         sd = math.hypot(self.noise, self.form_error.at(x) if self.form_error else 0)
-        scatter = sd * stdtrit(self.free, (np.arange(200) + 0.5) / 200)
-        low, high = interval(np.log(self.replicates.loss(x))[:, None] + scatter, 95)
-        return math.exp(low), math.exp(high)
+        scatter = np.exp(sd * stdtrit(self.free, (np.arange(200) + 0.5) / 200))
+        return interval(self.replicates.loss(x)[:, None] * scatter, 95)
 
     def to_json(self) -> dict:
         """`single` of laws.json, without answers."""
-        law, error = asdict(self.law), self.form_error
-        ends = (
-            {} if self.replicates is None else {key: list(interval(getattr(self.replicates, key), 95)) for key in law}
-        )
+        law, error, drawn = asdict(self.law), self.form_error, self.replicates
+        ends = {key: interval(getattr(drawn, key), 95) for key in law} if drawn else {}
         out = law | {"ci": ends, "objective": self.objective, "n": len(self.x), "noise": self.noise}
         return out | {"hold_out": [asdict(one) for one in self.hold_out], "form_error": error and asdict(error)}
 

@@ -136,17 +136,16 @@ def test_a_premature_stop_collapses_the_interval():
 
 
 def test_any_quantity_has_an_interval():
-    """Functions of the law, and the table of all quantities; a, b and the optimum follow from the same replicates."""
+    """Functions of the law, and all quantities in JSON; a, b and the optimum follow from the same replicates."""
     boot = bootstrap(fit_parametric(*noisy_grid(0.005)), replicates=100)
-    table = boot.intervals([1e22])
-    assert set(table) == {*CONSTANTS, "a", "b", "G", "N_opt(1e+22)", "D_opt(1e+22)", "D/N(1e+22)", "loss_opt(1e+22)"}
-    low, high = table["N_opt(1e+22)"][80]
+    low, high = boot.interval(lambda law: law.optimal(1e22)[0], 80)
     by_hand = sorted(boot.law.G[k] * (1e22 / 6) ** boot.law.a[k] for k in range(100))
     assert by_hand[9] <= low <= by_hand[11] and by_hand[88] <= high <= by_hand[90]
-    assert boot.interval(lambda law: law.optimal(1e22)[0], 80) == (low, high)
-    for quantity in table.values():
-        assert quantity[95][0] <= quantity[80][0] < quantity[80][1] <= quantity[95][1]
-    assert table["a"][95][0] == pytest.approx(1 - table["b"][95][1], abs=1e-12)
+    found = boot.to_json()
+    assert set(found["ci"]) == {*CONSTANTS, "a", "b", "G"}
+    for name, ends in found["ci"].items():
+        assert ends[0] <= found["ci80"][name][0] < found["ci80"][name][1] <= ends[1]
+    assert found["ci"]["a"][0] == pytest.approx(1 - found["ci"]["b"][1], abs=1e-12)
 
 
 def test_options_of_the_fit_hold_in_every_replicate():
