@@ -12,7 +12,7 @@ import numpy as np
 
 from nanochin.laws.envelope import EnvelopeFit, refit_envelope
 from nanochin.laws.gamma import GammaSurface, cold_starts, make_surface
-from nanochin.laws.isoflop import IsoflopFit, refit_isoflop, seed_noise
+from nanochin.laws.isoflop import IsoflopFit, laws_through, noisy_optima, replicate_optima
 from nanochin.laws.law import Law, NotIdentified, PowerLaw, interval
 from nanochin.laws.parametric import ParametricFit, agree
 from nanochin.laws.solver import BATCH, Solution, Surface
@@ -97,7 +97,8 @@ def bootstrap(
     if isinstance(fit, ParametricFit):
         constants, counts = _refit_parametric(fit, batches, min(verify, replicates))
     elif isinstance(fit, IsoflopFit):
-        constants, optima = refit_isoflop(fit, batches)
+        optima = replicate_optima(fit, batches)
+        constants = laws_through(fit, *optima)
     else:
         constants = refit_envelope(fit, batches)
     unit = "run" if rows > units or isinstance(fit, EnvelopeFit) else "row"
@@ -196,8 +197,9 @@ def bootstrap_seed_noise(
     noise = fit.noise if noise is None else noise
     if not noise >= 0:
         raise NotIdentified("seed noise: unknown, since no budget has more than 3 runs")
-    constants, optima = seed_noise(fit, noise, replicates, np.random.default_rng(seed))
-    return _collect(fit, constants, [], unit="seed noise", units=len(fit.N), replicates=replicates, optima=optima)
+    optima = noisy_optima(fit, noise, replicates, np.random.default_rng(seed))
+    known = {"unit": "seed noise", "units": len(fit.N), "replicates": replicates, "optima": optima}
+    return _collect(fit, laws_through(fit, *optima), [], **known)
 
 
 def _collect(fit, constants: dict, warnings: list[str], *, replicates: int, **known) -> Bootstrap:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from nanochin.laws.law import Law
-from nanochin.laws.solver import Surface, apart, blend_hessian, projected_starts
+from nanochin.laws.solver import Surface, apart, huber, projected_starts
 
 GAMMA = (0.05, 5.0)  # bounds
 GRID, SLOPES = (0.15, 0.3, 0.6, 1.0, 2.0), 12  # of the starts
@@ -65,14 +65,10 @@ class GammaSurface(Surface):
         w1 w2 / gamma times the outer product of (1, -1, -gamma log(w1 / w2)), plus gamma h for log gamma twice."""
         r, share, w1, w2, entropy, product, odds, f, gamma = self._terms(theta)
         squares_n, squares_d, products, linear_n, linear_d = self.bases
-        psi = np.clip(r, -delta, delta)
-        s = weights * psi
-        F = np.einsum("kn,kn->k", s, r) - 0.5 * np.einsum("kn,kn->k", s, psi)
+        F, s, q, blend, kept = huber(r, mu, weights, delta)
         p1, p2, p3 = share * w1, share * w2, share * entropy
         g[:, 0:2], g[:, 2:4] = (s * p1) @ linear_n, (s * p2) @ linear_d
         g[:, 4], g[:, 5] = np.einsum("kn,kn->k", s, f), np.einsum("kn,kn->k", s, p3)
-        q = weights * (psi == r)
-        blend, kept = blend_hessian(q, r, mu, weights, delta)
         s[blend] *= kept
         q -= s
         q1, q2, q3 = q * p1, q * p2, q * p3

@@ -316,30 +316,23 @@ def _noise(budgets, N, loss) -> float:
 # Replicates
 
 
-def refit_isoflop(fit: IsoflopFit, batches) -> tuple[dict[str, np.ndarray], tuple]:
-    """Constants (replicates,) of the power laws, nan if fewer than 2 budgets are bracketed, and the optima of
-    replicate_optima. `batches(size)` yields weights (k, n). Always fits parabolas, also if the method is the spline,
-    which would only skip the runs missing from a resample."""
-    optima = replicate_optima(fit, batches)
-    return _constants(fit, *optima), optima
-
-
 def replicate_optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
-    """N_opt and D_opt (replicates, budgets) of the parabolas of resampled rows; nan where not bracketed."""
+    """N_opt and D_opt (replicates, budgets) of resampled rows; nan where not bracketed. `batches(size)` yields weights
+    (k, n). Always fits parabolas, also if the method is the spline, which would only skip the runs missing from a
+    resample."""
     return _optima(fit, ((fit.loss[None], weights, "parabola") for weights in batches(max(1, 2**22 // len(fit.N)))))
 
 
-def seed_noise(fit: IsoflopFit, noise: float, replicates: int, rng) -> tuple[dict[str, np.ndarray], tuple]:
-    """Constants and optima, as in refit_isoflop, with Gaussian noise on log loss (Porian et al. 2024). Replicates are
-    fitted like the point estimate: the same budgets with equal weights, less those not bracketed in this draw.
-    (Porian et al. weight by 1 / variance, which is the interval of another estimate.)"""
+def noisy_optima(fit: IsoflopFit, noise: float, replicates: int, rng) -> tuple[np.ndarray, np.ndarray]:
+    """The same with Gaussian noise on log loss instead of resampling (Porian et al. 2024). Replicates are fitted like
+    the point estimate: the same budgets with equal weights, less those not bracketed in this draw. (Porian et al.
+    weight by 1 / variance, which is the interval of another estimate.)"""
     n, size = len(fit.N), max(1, 2**22 // (FINE * len(fit.N)))
     counts = (min(size, replicates - start) for start in range(0, replicates, size))
     losses = (fit.loss * np.exp(noise * rng.standard_normal((count, n))) for count in counts)
     draws = ((loss, np.ones_like(loss), fit.method) for loss in losses)
     used = np.array([b.bracketed for b in fit.budgets])
-    N, D = (np.where(used, v, np.nan) for v in _optima(fit, draws))
-    return _constants(fit, N, D), (N, D)
+    return tuple(np.where(used, v, np.nan) for v in _optima(fit, draws))
 
 
 def _optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
@@ -359,8 +352,9 @@ def _optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(N), np.concatenate(D)
 
 
-def _constants(fit: IsoflopFit, N, D) -> dict[str, np.ndarray]:
-    """Of the power laws through optima (K, budgets), without those that are nan."""
+def laws_through(fit: IsoflopFit, N, D) -> dict[str, np.ndarray]:
+    """Constants (K,) of the power laws through optima (K, budgets), without those that are nan; nan with fewer than
+    2."""
     good = np.isfinite(N)
     log_n, log_d = (np.log(np.where(good, v, 1)) for v in (N, D))
     return fit_power_laws(np.log([b.flops for b in fit.budgets]), log_n, log_d, good.astype(float))

@@ -99,9 +99,8 @@ class Law:
         return (*self.constants, "a", "b", "G")
 
     def forecast(self, N: float, D: float) -> tuple[float, float] | None:
-        """95% prediction interval for the loss of a new run: percentiles over the replicates (uncertainty of the law), each
-        with a normal scatter of the log loss (noise of a single run, and what the form may get wrong there). None for a
-        law without replicates or noise."""
+        """95% prediction interval for the loss of a new run: the replicates (uncertainty of the law), with a normal
+        scatter of the log loss (noise of a single run, and what the form may get wrong there). None without them."""
         if self.replicates is None or self.noise is None:
             return None
         form = self.form_error.at(self.cost.flops(N, D)) if self.form_error else 0.0

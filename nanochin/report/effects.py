@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -219,31 +219,27 @@ def by_model(records: list[dict], name: str) -> dict[tuple, list]:
 
 
 def adamw_against_adam(adamw: Kept, adam: Kept) -> dict[str, Effect]:
-    sweeps = (("adamw", adamw), ("adam", adam))
-    groups = {
-        (name, *key): losses
-        for name, sweep in sweeps
-        for key, losses in sweep.groups("weight_decay", "lr_times").items()
-    }
+    runs = defaultdict(list)  # by optimizer, decay and multiple of the rate
+    for name, sweep in (("adamw", adamw), ("adam", adam)):
+        for row in sorted(sweep.rows, key=lambda row: row.seed):
+            named = options(row.run)
+            runs[name, named["weight_decay"], named["lr_times"]].append(row)
+    losses = {key: [row.loss for row in rows] for key, rows in runs.items()}
 
-    def best(name: str, decays: Container[str]) -> tuple:
-        return min((key for key in groups if key[0] == name and key[2] in decays), key=lambda k: np.mean(groups[k]))
+    def best(*given: str) -> tuple:
+        return min((key for key in losses if key[: len(given)] == given), key=lambda key: np.mean(losses[key]))
 
-    def by_seed(sweep: Kept, decay: str, times: str) -> list[RunRow]:
-        rows = (row for row in sweep.rows if options(row.run) == {"weight_decay": decay, "lr_times": times})
-        return sorted(rows, key=lambda row: row.seed)
-
-    ours, l2, none = best("adamw", ["0.1"]), best("adam", {key[2] for key in groups}), best("adamw", ["0"])
+    ours, l2, none = best("adamw", "0.1"), best("adam"), best("adamw", "0")
     crossings = []
-    for one, other in zip(by_seed(adamw, *ours[2:]), by_seed(adam, *l2[2:]), strict=True):
+    for one, other in zip(runs[ours], runs[l2], strict=True):
         (tokens, loss), (_, theirs) = adamw.curve(one.run, "tokens"), adam.curve(other.run, "tokens")
         last = int(np.flatnonzero(np.append(True, theirs <= loss))[-1])  # the last point where AdamW is not lower
         crossings.append(tokens[last] / one.tokens if last < len(tokens) else math.nan)  # nan: not lower at the end
-    rates = f"rates by rule times {ours[3]} (AdamW), {l2[3]} (Adam, L2 {l2[2]}), {none[3]} (no decay)"
+    rates = f"rates by rule times {ours[2]} (AdamW), {l2[2]} (Adam, L2 {l2[1]}), {none[2]} (no decay)"
     ends = min(crossings), max(crossings)
     return {
-        "adam": replace(contrast(groups, (l2, ours)), note=rates),
-        "none": contrast(groups, (none, ours)),
+        "adam": replace(contrast(losses, (l2, ours)), note=rates),
+        "none": contrast(losses, (none, ours)),
         "crossing": Effect(float(np.mean(crossings)), *ends, "range over seeds", sampled=False),
     }
 
