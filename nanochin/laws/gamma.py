@@ -11,7 +11,7 @@ where w_i are the shares of the two terms in the bracket and h = -w1 log w1 - w2
 to 0, s goes to the larger of log v1 and log v2.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -96,10 +96,9 @@ def make_surface(N, D, loss, *, gamma: float | None = 1.0, **options) -> Surface
         return surface
     if surface.options["space"] != "log" or surface.options["tied"]:
         raise ValueError("gamma: only for residuals of the log loss, without alpha = beta")
-    known = {f.name: getattr(surface, f.name) for f in fields(Surface)} | {"free": np.eye(6)}
     low, high = np.log(GAMMA if gamma is None else (gamma, gamma))
-    known |= {"lower": np.append(surface.lower, low), "upper": np.append(surface.upper, high)}
-    return GammaSurface(**known | {"options": surface.options | {"gamma": gamma}})
+    bounds = {"lower": np.append(surface.lower, low), "upper": np.append(surface.upper, high)}
+    return GammaSurface(**vars(surface) | bounds | {"free": np.eye(6), "options": surface.options | {"gamma": gamma}})
 
 
 def cold_starts(surface: Surface, count: int) -> np.ndarray:

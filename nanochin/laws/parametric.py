@@ -81,9 +81,8 @@ class ParametricFit:
         """The object `approach3` or `law` of laws.json; `bootstrap` (a Bootstrap of this fit) adds its to_json()."""
         names = ("objective", "n", "starts", "starts_agreeing", "gradient_norm")
         out = constants(self.law) | {name: getattr(self, name) for name in names}
-        delta, space, E, tied = (self.options[name] for name in ("delta", "space", "E", "tied"))
-        out |= {"delta": None if math.isinf(delta) else delta, "space": space, "fixed_E": E, "tied": tied}
-        out |= {"cost": vars(self.law.cost), "at_bound": list(self.at_bound)}
+        out |= {name: self.options[name] for name in ("delta", "space", "tied")} | {"fixed_E": self.options["E"]}
+        out |= {"cost": vars(self.law.cost), "at_bound": self.at_bound}
         out |= {"form_error": vars(self.law.form_error)} if self.law.form_error else {}
         if bootstrap is not None:
             out |= bootstrap.to_json() | {"noise": self.noise, "replicates": bootstrap.sample(200)}  # for Law.forecast
