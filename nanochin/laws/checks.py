@@ -11,10 +11,10 @@ from nanochin.laws.bootstrap import LEVELS, Bootstrap, bootstrap, resample
 from nanochin.laws.cost import Cost
 from nanochin.laws.gamma import cold_starts, make_surface
 from nanochin.laws.isoflop import (
-    Curve,
     IsoflopFit,
     akima_minimum,
     compute_groups,
+    fit_budget,
     fit_parabola,
     group_budgets,
     replicate_optima,
@@ -201,14 +201,10 @@ def _held_optima(fit, boot, N, D, loss, nominal, rows) -> tuple:
     optima = []
     for c in np.unique(nominal[rows][np.isfinite(nominal[rows])]):
         at = rows[nominal[rows] == c]
-        at = at[np.argsort(N[at], kind="stable")]
-        curve = Curve.of(N[at], D[at])
-        if len(curve.sizes) < 3:
-            continue
-        (u,), _, (reason,) = curve.minimum(loss[at][None])
-        if not reason:
+        budget = fit_budget(at[np.argsort(N[at], kind="stable")], N, D, loss, float(c), window=math.inf)
+        if budget.bracketed:
             ends = (np.nan, np.nan) if boot is None else boot.interval(lambda law, C=c: law.optimal(C)[0])
-            optima.append((float(c), float(np.exp(u + curve.mean)), float(fit.law.optimal(c)[0]), ends))
+            optima.append((float(c), budget.params_opt, float(fit.law.optimal(c)[0]), ends))
     return tuple(optima)
 
 

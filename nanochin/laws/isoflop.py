@@ -157,7 +157,8 @@ def fit_isoflop(
     nominal = group_budgets(C, budget=budget)
     groups = [rows[np.argsort(N[rows], kind="stable")] for rows in equal_rows(nominal) if len(rows) >= 3]
     window = math.inf if method == "akima" else window
-    budgets = tuple(_budget(rows, N, D, loss, float(nominal[rows[0]]), method, window) for rows in groups)
+    how = {"method": method, "window": window}
+    budgets = tuple(fit_budget(rows, N, D, loss, float(nominal[rows[0]]), **how) for rows in groups)
     good = [b for b in budgets if b.bracketed]
     if len(good) < MIN_BUDGETS:
         has = f"{len(good)} of {len(budgets)}{_reasons(budgets)}"
@@ -184,7 +185,8 @@ def _law(budgets, **conventions) -> PowerLaw:
 # One budget
 
 
-def _budget(rows, N, D, loss, flops: float, method: str, window: float) -> Budget:
+def fit_budget(rows, N, D, loss, flops: float, *, window: float, method: str = "parabola") -> Budget:
+    """The curve through `rows`, sorted by N, of a budget; method and window as in `fit_isoflop`."""
     x = np.log(N[rows])
     width = math.exp(x[-1] - x[0])
     if (sizes := distinct(N[rows])) < MIN_SIZES:

@@ -148,13 +148,11 @@ class Surface:
     ) -> "Surface":
         """delta=math.inf is least squares; `space` of the residuals: "log" loss or the loss itself, "linear"; `E` fixes
         the irreducible loss; `tied` forces alpha = beta. Raises NotIdentified for rows that cannot identify the law,
-        ValueError for numbers that are not positive."""
+        ValueError for rows that are not positive numbers."""
         N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
         for label, v in (("N", N), ("D", D), ("loss", loss)):
             if v.shape != N.shape or not (np.isfinite(v) & (v > 0)).all():
                 raise ValueError(f"{label}: needs one finite number above 0 per row")
-        if space not in ("log", "linear") or not delta > 0:
-            raise ValueError(f"space {space!r}, delta {delta}: must be log or linear, and above 0")
         if loss.size and not np.exp(-SCALE) < loss.min() <= loss.max() < np.exp(SCALE):
             raise NotIdentified(f"Approach 3: losses from {loss.min():.3g} to {loss.max():.3g} are not nats per token")
         if E is not None and not 0 <= E < (lowest := loss.min(initial=np.inf)):
@@ -167,14 +165,13 @@ class Surface:
         x, y = np.log(N), np.log(D)
         centre = (float(x.mean()), float(y.mean()))
         x, y = x - centre[0], y - centre[1]
+        cannot = "Approach 3 cannot separate N and D: all runs are"
         for what, v in (("one budget (6 N D)", x + y), ("one ratio D/N", y - x)):
-            if np.ptp(v) < NARROW:
-                raise NotIdentified(
-                    f"Approach 3 cannot separate N and D: all runs are at {what}, within {np.exp(np.ptp(v)):.3g}x"
-                )
+            if (span := np.ptp(v)) < NARROW:
+                raise NotIdentified(f"{cannot} at {what}, within {np.exp(span):.3g}x")
         spread = np.linalg.svd(np.stack([x, y]), compute_uv=False)
         if spread[1] < 1e-3 * spread[0]:
-            raise NotIdentified("Approach 3 cannot separate N and D: all runs are on one line in log N and log D")
+            raise NotIdentified(f"{cannot} on one line in log N and log D")
         low, high = EXPONENTS
         lower = np.array([-SCALE, low, -SCALE, low, 0 if E is None else E])
         upper = np.array([SCALE, high, SCALE, high, loss.max() if E is None else E])

@@ -24,6 +24,7 @@ from nanochin.report.effects import (
     read_kept,
 )
 from nanochin.report.rules import CLAIMS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, Claim, Rule
+from nanochin.run.curves import CURVES, to_csv_gz
 from nanochin.runrow import RunRow, to_csv
 
 YES, NO, UNSURE = REPRODUCED, NOT_REPRODUCED, UNDECIDED
@@ -377,19 +378,15 @@ def test_command(tmp_path, capsys):
 
 def test_figures(tmp_path):
     """A claim with a figure writes it and links it."""
-    for name, kept in (("schedule", grid(cycles(), 1e-3)),):
-        (folder := tmp_path / "paper" / name).mkdir(parents=True)
-        (folder / "runs.csv").write_bytes(to_csv(kept.rows))
     kept = horizons()
-    (folder := tmp_path / "books-horizons").mkdir()
-    (folder / "runs.csv").write_bytes(to_csv(kept.rows))
-    from nanochin.run.curves import CURVES, to_csv_gz
-
+    for folder, rows in (("paper/schedule", grid(cycles(), 1e-3).rows), ("books-horizons", kept.rows)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "runs.csv").write_bytes(to_csv(rows))
     curves = {
         run: [{"step": i, "tokens": i} | p for i, p in enumerate(points, 1)] for run, points in kept.curves.items()
     }
-    (folder / CURVES).write_bytes(to_csv_gz(curves))
-    (folder / "laws.json").write_text(json.dumps(kept.laws))
+    (tmp_path / "books-horizons" / CURVES).write_bytes(to_csv_gz(curves))
+    (tmp_path / "books-horizons" / "laws.json").write_text(json.dumps(kept.laws))
     main(ClaimsOptions(str(tmp_path), str(tmp_path / "out")))
     drawn = (tmp_path / "out" / "claim-2.svg").read_text()
     assert drawn.count("cycle 1.5:") == 6 and "claim-2.svg" in (tmp_path / "out" / "README.md").read_text()
