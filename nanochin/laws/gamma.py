@@ -128,8 +128,6 @@ def gamma_starts(surface: GammaSurface, count: int) -> np.ndarray:
                 det = n11 * n22 - n12 * n12
                 A, B = (r1 * n22 - r2 * n12) / det, (r2 * n11 - r1 * n12) / det
                 ok = np.flatnonzero((A > 0) & (B > 0) & np.isfinite(A) & np.isfinite(B) & (det > 1e-12 * n11 * n22))
-            if not len(ok):
-                continue
             predicted = E + (A[ok, None] * v1[i[ok]] + B[ok, None] * v2[j[ok]]) ** gamma
             misfit = np.abs(np.log(predicted) - surface.target[pick]).sum(1)
             lowest = np.argsort(misfit, kind="stable")[:count]
@@ -138,6 +136,4 @@ def gamma_starts(surface: GammaSurface, count: int) -> np.ndarray:
             cells.append(np.column_stack(np.broadcast_arrays(i[best], j[best], e, g)))
             v = gamma * np.log(A[best]), slopes[i[best]], gamma * np.log(B[best]), slopes[j[best]]
             starts.append(np.column_stack(np.broadcast_arrays(*v, E, np.log(gamma))))
-    if not cells:
-        return np.empty((0, 6))
     return np.concatenate(starts)[apart(np.concatenate(cells), np.concatenate(misfits), count)]

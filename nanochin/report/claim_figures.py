@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 from nanochin.base.console import powers
 from nanochin.report.colours import BLUE, GREEN, GREY, INK, PURPLE, RED, SKY
-from nanochin.report.effects import Effect, Kept, options
+from nanochin.report.estimates import Effect, Kept, options
+from nanochin.report.figures import forest
 from nanochin.report.panels import axis, drawn, line, panels, points, whiskers
 
 COLOURS = (BLUE, RED, GREEN, PURPLE, SKY)
@@ -94,14 +95,9 @@ def optimizers(_effects: Effects, adamw: Kept, adam: Kept) -> Figure:
 def exponents(effects: Effects, *_sweeps: Kept) -> Figure:
     """The differences of exponents that a claim is about."""
     figure, (axes,) = panels(1)
-    for y, (name, effect) in zip(range(len(effects), 0, -1), effects.items(), strict=True):
-        whiskers(axes, [y], [(effect.low, effect.high)], COLOURS[0], horizontal=True)
-        points(axes, [effect.value], [y], COLOURS[0], "", [f"{name}: {effect.note}"], 4)
-    axes.axvline(0, color=GREY, linestyle=":", linewidth=1)
+    forest(axes, [(name, e.value, (e.low, e.high), BLUE, f"{name}: {e.note}") for name, e in effects.items()], 0)
     axes.set_title("Change of the exponent a, with 95% intervals")
     axis(axes, "x", "difference of a")
-    axis(axes, "y", "", limits=(0.4, len(effects) + 0.6))
-    axes.set_yticks(range(len(effects), 0, -1), list(effects))
     return figure
 
 

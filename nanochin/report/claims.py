@@ -16,7 +16,8 @@ from nanochin.base.files import write_file, write_json, writing
 from nanochin.laws import NotIdentified
 from nanochin.options import ClaimsOptions
 from nanochin.report.claim_figures import FIGURES
-from nanochin.report.effects import EFFECTS, Effect, Kept, read_kept
+from nanochin.report.effects import EFFECTS
+from nanochin.report.estimates import Effect, Kept, read_kept
 from nanochin.report.panels import svg
 from nanochin.report.rules import CLAIMS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, Claim, Rule
 

@@ -11,9 +11,10 @@ from scipy import stats
 
 from nanochin.laws import BESIROGLU, Law, laws_text
 from nanochin.options import ClaimsOptions
+from nanochin.report.claim_figures import FIGURES
 from nanochin.report.claims import decide, main
-from nanochin.report.effects import (
-    EFFECTS,
+from nanochin.report.effects import EFFECTS
+from nanochin.report.estimates import (
     Effect,
     Kept,
     a_along_curves,
@@ -247,7 +248,11 @@ def two_rates(half: float, double: float, noise: float = 1e-4) -> Kept:
     ],
 )
 def test_verdicts(number, sweeps, want):
-    assert verdict(number, *sweeps()) == want
+    """Also the claim's figure is drawn."""
+    sweeps = sweeps()
+    assert verdict(number, *sweeps) == want
+    if want != UNSURE and number in FIGURES:
+        assert FIGURES[number](EFFECTS[number](*sweeps), *sweeps).axes
 
 
 def test_kaplan_steps():
