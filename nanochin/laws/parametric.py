@@ -41,13 +41,13 @@ def reference_objective(theta, log_n, log_d, log_loss, delta: float = 1e-3, weig
     return float(np.sum(weights * psi * (residual - psi / 2))), np.array(gradient)
 
 
-def reference_fit(N, D, loss, *, delta: float = 1e-3, starts=GRID) -> tuple[Law, float]:
+def reference_fit(N, D, loss, *, starts=GRID) -> tuple[Law, float]:
     """(law, objective) of the lowest optimum of L-BFGS from every start, as in the paper. Slow: a minute or two for
     240 rows. Tests compare `fit_parametric` with it; python -m bench.fit times both."""
     from scipy.optimize import minimize
 
-    rows, tight = (*np.log([N, D, loss]), delta), {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 10_000}
-    found = (minimize(reference_objective, start, rows, "L-BFGS-B", jac=True, options=tight) for start in starts)
+    rows, tight = np.log([N, D, loss]), {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 10_000}
+    found = (minimize(reference_objective, start, (*rows,), "L-BFGS-B", jac=True, options=tight) for start in starts)
     best = min(found, key=lambda one: one.fun)
     (A, B, E), (alpha, beta) = np.exp(best.x[:3]), best.x[3:]
     return Law("Approach 3, reference", float(E), float(A), float(B), float(alpha), float(beta)), float(best.fun)
