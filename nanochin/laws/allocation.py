@@ -56,6 +56,7 @@ def off_optimum(law: Law, C: float, N: float) -> OffOptimum:
     return OffOptimum(N, D, loss, loss - law.loss(*law.optimal(C)), C / compute_for_loss(law, loss))
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # terms of a size too small for the loss
 def inference_optimal(law: Law, loss: float, inference_tokens: float) -> tuple[float, float]:
     """(N, D) that reaches `loss` with the lowest compute for training plus serving D_inf tokens, 6 N D + 2 N D_inf:
     a served token costs a third of a trained one (Sardana & Frankle 2023). 0 tokens give the training optimum.
@@ -68,9 +69,7 @@ def inference_optimal(law: Law, loss: float, inference_tokens: float) -> tuple[f
 
     def tokens(N):
         """D that reaches the loss with N parameters."""
-        left = terms - law.A * N**-law.alpha
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return (np.fmax(left, 0) / law.B) ** (-1 / law.beta)
+        return (np.fmax(terms - law.A * N**-law.alpha, 0) / law.B) ** (-1 / law.beta)
 
     high = np.log(law.params_reaching(loss))  # inference never favours a larger model
     low = np.log(law.A / terms) / law.alpha  # here D would be infinite
@@ -78,9 +77,8 @@ def inference_optimal(law: Law, loss: float, inference_tokens: float) -> tuple[f
         middle = (low + high) / 2
         N = np.exp(middle)
         D = tokens(N)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = law.alpha * law.A * N**-law.alpha / (law.beta * law.B * D**-law.beta)
-            too_large = law.cost.at(N)[1] * (1 + inference_tokens / (3 * D)) > ratio
+        ratio = law.alpha * law.A * N**-law.alpha / (law.beta * law.B * D**-law.beta)
+        too_large = law.cost.at(N)[1] * (1 + inference_tokens / (3 * D)) > ratio
         low, high = np.where(too_large, low, middle), np.where(too_large, middle, high)
     N = np.exp(high)
     return N, tokens(N)

@@ -12,7 +12,7 @@ import numpy as np
 
 from nanochin.laws.envelope import EnvelopeFit, refit_envelope
 from nanochin.laws.gamma import GammaSurface, cold_starts, make_surface
-from nanochin.laws.isoflop import IsoflopFit, refit_isoflop, seed_noise
+from nanochin.laws.isoflop import IsoflopFit, laws_through, noisy_optima, replicate_optima
 from nanochin.laws.law import Law, NotIdentified, PowerLaw, interval
 from nanochin.laws.parametric import ParametricFit, agree
 from nanochin.laws.solver import BATCH, Solution, Surface
@@ -41,13 +41,13 @@ class Bootstrap:
     worse: int = 0  # of `checked`: a lower optimum was found and is used instead
     unconfirmed: int = 0  # none of those starts reached the optimum; not in `checked`
 
-    def at_budget(self, i: int, level: float = 95) -> dict:
-        """Intervals of `params_opt` and `tokens_opt` of the fit's budget i over the replicates where its minimum is
+    def at_budget(self, i: int) -> dict:
+        """95% intervals of `params_opt` and `tokens_opt` of the fit's budget i over the replicates where its minimum is
         bracketed, and the `share` of these; {} if it is less than half."""
         there = np.isfinite(self.optima[0][:, i])
         if not 2 * there.sum() >= self.replicates:
             return {}
-        params, tokens = (list(interval(v[there, i], level)) for v in self.optima)
+        params, tokens = (interval(v[there, i], 95) for v in self.optima)
         return {"params_opt": params, "tokens_opt": tokens, "share": float(there.mean())}
 
     def interval(self, quantity: str | Callable, level: float = 95) -> tuple[float, float]:
@@ -62,28 +62,13 @@ class Bootstrap:
         values = {name: np.broadcast_to(getattr(self.law, name), every)[chosen] for name in self.law.constants}
         return {name: [float(f"{x:.8g}") for x in v] for name, v in values.items()}
 
-    def intervals(self, budgets=()) -> dict[str, dict[int, tuple[float, float]]]:
-        """{quantity: {80: (low, high), 95: ...}} of every constant, and of N_opt, D_opt and the ratio D/N (and
-        loss_opt, for Approach 3) at each of `budgets`, with names like "N_opt(1e+21)"."""
-        quantities: dict = {name: name for name in self.law.quantities}
-        for C in budgets:
-            N, D = self.law.optimal(C)
-            values = {"N_opt": N, "D_opt": D, "D/N": D / N}
-            if isinstance(self.law, Law):
-                values["loss_opt"] = self.law.loss(N, D)
-            quantities |= {f"{name}({C:g})": lambda _, v=v: v for name, v in values.items()}
-        return {name: {level: self.interval(q, level) for level in LEVELS} for name, q in quantities.items()}
-
     def to_json(self) -> dict:
         """Entries of laws.json: intervals of the constants, `ci` (95%) and `ci80`, and `bootstrap`, the counts; for
         Approaches 1 and 2 also a_ci and b_ci."""
-        found = self.intervals()
-        exponents = () if isinstance(self.law, Law) else ("a", "b")
-        return {f"{name}_ci": list(found[name][95]) for name in exponents} | {
-            "ci": {name: list(at[95]) for name, at in found.items()},
-            "ci80": {name: list(at[80]) for name, at in found.items()},
-            "bootstrap": {f.name: getattr(self, f.name) for f in fields(self) if f.type in (int, float, str)},
-        }
+        ci, ci80 = ({name: self.interval(name, level) for name in self.law.quantities} for level in (95, 80))
+        exponents = {} if isinstance(self.law, Law) else {"a_ci": ci["a"], "b_ci": ci["b"]}
+        counts = {f.name: getattr(self, f.name) for f in fields(self) if f.type in (int, float, str)}
+        return exponents | {"ci": ci, "ci80": ci80, "bootstrap": counts}
 
 
 Progress = Callable[[int, int], None] | None  # called with (replicates done, replicates) after each batch
@@ -112,7 +97,8 @@ def bootstrap(
     if isinstance(fit, ParametricFit):
         constants, counts = _refit_parametric(fit, batches, min(verify, replicates))
     elif isinstance(fit, IsoflopFit):
-        constants, optima = refit_isoflop(fit, batches)
+        optima = replicate_optima(fit, batches)
+        constants = laws_through(fit, *optima)
     else:
         constants = refit_envelope(fit, batches)
     unit = "run" if rows > units or isinstance(fit, EnvelopeFit) else "row"
@@ -211,8 +197,9 @@ def bootstrap_seed_noise(
     noise = fit.noise if noise is None else noise
     if not noise >= 0:
         raise NotIdentified("seed noise: unknown, since no budget has more than 3 runs")
-    constants, optima = seed_noise(fit, noise, replicates, np.random.default_rng(seed))
-    return _collect(fit, constants, [], unit="seed noise", units=len(fit.N), replicates=replicates, optima=optima)
+    optima = noisy_optima(fit, noise, replicates, np.random.default_rng(seed))
+    known = {"unit": "seed noise", "units": len(fit.N), "replicates": replicates, "optima": optima}
+    return _collect(fit, laws_through(fit, *optima), [], **known)
 
 
 def _collect(fit, constants: dict, warnings: list[str], *, replicates: int, **known) -> Bootstrap:

@@ -11,15 +11,15 @@ from nanochin.laws.bootstrap import LEVELS, Bootstrap, bootstrap, resample
 from nanochin.laws.cost import Cost
 from nanochin.laws.gamma import cold_starts, make_surface
 from nanochin.laws.isoflop import (
-    LEAST,
-    Curve,
     IsoflopFit,
     akima_minimum,
     compute_groups,
+    fit_budget,
+    fit_parabola,
     group_budgets,
     replicate_optima,
 )
-from nanochin.laws.law import FormError, NotIdentified, interval, line
+from nanochin.laws.law import NotIdentified, interval, line
 from nanochin.laws.parametric import ParametricFit, fit_parametric
 from nanochin.laws.solver import BATCH, NAMES
 
@@ -149,28 +149,17 @@ class HoldOut:
 
 
 def hold_out(
-    N,
-    D,
-    loss,
-    C=None,
-    *,
-    least: int = LEAST,
-    budget=None,
-    runs=None,
-    replicates: int = 1000,
-    seed: int = 0,
-    form_error: FormError | None = None,
-    **options,
+    N, D, loss, C=None, *, budget=None, runs=None, replicates: int = 1000, seed: int = 0, form_error=None, **options
 ) -> HoldOut:
-    """Hold out the largest group of compute_groups, of at least `least` runs. `options` go to fit_parametric; E = 0 is
-    an answer. `form_error` widens the intervals. replicates=0: no intervals.
+    """Hold out the largest group of compute_groups. `options` go to fit_parametric; E = 0 is an answer. A FormError
+    widens the intervals. replicates=0: no intervals.
     Raises NotIdentified if the rest cannot be fitted; if it cannot be resampled, `why` gives the reason."""
     N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
     C = 6 * N * D if C is None else np.asarray(C, np.float64)
-    group = compute_groups(C, budget=budget, least=least)
+    group = compute_groups(C, budget=budget)
     held = group == group.max()
     if held.all():
-        raise NotIdentified(f"hold-out: without the {least} largest runs there is no smaller budget")
+        raise NotIdentified("hold-out: there is no budget below the largest")
     rows, rest = np.flatnonzero(held), np.flatnonzero(~held)
     try:
         cost = Cost.of(N[rest], D[rest], C[rest])
@@ -198,10 +187,8 @@ def hold_out(
 def _prediction_interval(fit: ParametricFit, boot: Bootstrap, N, D, sd, rng) -> tuple[np.ndarray, np.ndarray]:
     """Low and high (m,): predictions of each replicate times the scatter of a random fitted row and normal scatter of
     `sd` (m,) of the log loss."""
-    law = replace(
-        boot.law, **{name: getattr(boot.law, name)[:, None] for name in boot.law.constants}
-    )  # (K, 1), for many rows
-    K, parts = len(boot.law.E), []
+    constants = {name: getattr(boot.law, name)[:, None] for name in boot.law.constants}
+    law, K, parts = replace(boot.law, **constants), len(boot.law.E), []
     for at in np.array_split(np.arange(len(N)), -(-len(N) * K // BATCH)):
         scatter = np.exp(sd[at] * rng.standard_normal((K, len(at))) - rng.choice(fit.residuals, (K, len(at))))
         parts.append(np.percentile(law.loss(N[at], D[at]) * scatter, (2.5, 97.5), axis=0))
@@ -214,13 +201,10 @@ def _held_optima(fit, boot, N, D, loss, nominal, rows) -> tuple:
     optima = []
     for c in np.unique(nominal[rows][np.isfinite(nominal[rows])]):
         at = rows[nominal[rows] == c]
-        curve = Curve.of(N[at], D[at])
-        if len(curve.sizes) < 3:
-            continue
-        (u,), _, (reason,) = curve.minimum(loss[at][None])
-        if not reason:
+        budget = fit_budget(at[np.argsort(N[at], kind="stable")], N, D, loss, float(c), window=math.inf)
+        if budget.bracketed:
             ends = (np.nan, np.nan) if boot is None else boot.interval(lambda law, C=c: law.optimal(C)[0])
-            optima.append((float(c), float(np.exp(u + curve.mean)), float(fit.law.optimal(c)[0]), ends))
+            optima.append((float(c), budget.params_opt, float(fit.law.optimal(c)[0]), ends))
     return tuple(optima)
 
 
@@ -240,24 +224,17 @@ def frontier_curvature(fit: IsoflopFit, *, runs=None, replicates: int = 1000, se
     if len(good) < MIN_CURVATURE:
         raise NotIdentified(f"curvature needs {MIN_CURVATURE} budgets with a bracketed minimum, but has {len(good)}")
     log_c, log_n = np.log([b.flops for b in good]), np.log([b.params_opt for b in good])
-    quadratic = float(_quadratic(log_c, log_n[None], np.ones((1, len(good))))[0])
+    x = log_c - log_c.mean()
     _, batches = resample(np.arange(len(fit.N)) if runs is None else runs, replicates, seed)
     replicas = replicate_optima(replace(fit, budgets=tuple(good)), batches)[0]
     there = np.isfinite(replicas)
-    values = _quadratic(log_c, np.log(np.where(there, replicas, 1)), there.astype(float))[there.sum(1) >= MIN_CURVATURE]
+    enough = there.sum(1) >= MIN_CURVATURE
+    values = fit_parabola(x, np.log(np.where(there, replicas, 1)), there.astype(float), enough)[0][enough]
     if len(values) < replicates / 2:
         raise NotIdentified(f"curvature: {replicates - len(values)} of {replicates} replicates have too few optima")
     intervals = {level: interval(values, level) for level in LEVELS}
     low, high = intervals[95]
-    return Curvature(quadratic, intervals, not low <= 0 <= high)
-
-
-def _quadratic(x, y, weights) -> np.ndarray:
-    """(K,) quadratic coefficient of y (K, m) on x (m,) with weights (K, m)."""
-    u = x - x.mean()
-    basis = np.stack([np.ones_like(u), u, u * u], 1)
-    normal = np.einsum("km,mi,mj->kij", weights, basis, basis) + 1e-12 * np.eye(3)
-    return np.linalg.solve(normal, ((weights * y) @ basis)[:, :, None])[:, 2, 0]
+    return Curvature(float(np.polyfit(x, log_n, 2)[0]), intervals, not low <= 0 <= high)
 
 
 @dataclass(frozen=True)

@@ -59,15 +59,19 @@ def fit_envelope(run, N, D, loss, C=None, *, points: int = 1500, smooth: int = 1
     sizes = np.array([n for *_, n in curves])
     if distinct(sizes) < 3:
         raise NotIdentified(f"Approach 1 needs training curves of at least 3 model sizes, but has {distinct(sizes)}")
-    low, high = _shared_range(curves, sizes)
-    log_c = np.linspace(low, high, points)
+    edges = np.unique([(c[0], c[-1]) for c, *_ in curves])
+    middle = (edges[1:] + edges[:-1]) / 2
+    shared = _sizes_at(np.array([(c[0] <= middle) & (middle <= c[-1]) for c, *_ in curves]), sizes) > 1
+    if not shared.any():
+        raise NotIdentified("Approach 1: no FLOP count is covered by the training curves of two sizes")
+    log_c = np.linspace(edges[:-1][shared][0], edges[1:][shared][-1], points)
     table = np.full((len(runs), points), np.inf)
     log_tokens = np.empty((len(runs), points))
     for i, (c, d, smoothed, _) in enumerate(curves):
         table[i] = np.interp(log_c, c, np.log(smoothed), left=np.inf, right=np.inf)
         log_tokens[i] = np.interp(log_c, c, d)
-    covering = sum(np.isfinite(table[sizes == size]).any(0).astype(int) for size in np.unique(sizes))  # sizes at each C
-    log_c, table, log_tokens = log_c[covering > 1], table[:, covering > 1], log_tokens[:, covering > 1]
+    shared = _sizes_at(np.isfinite(table), sizes) > 1
+    log_c, table, log_tokens = log_c[shared], table[:, shared], log_tokens[:, shared]
     winner, at = table.argmin(0), np.arange(len(log_c))
     there = np.where(np.isfinite(table), sizes[:, None], np.nan)
     params = sizes[winner]
@@ -102,15 +106,9 @@ def gaussian_smooth(values, span: int) -> np.ndarray:
     return line(offset.astype(float), values[np.clip(index, 0, len(values) - 1)], kernel * inside)[0]
 
 
-def _shared_range(curves, sizes) -> tuple[float, float]:
-    """Smallest and largest log C at which at least two sizes have a curve."""
-    edges = np.unique([c[i] for c, *_ in curves for i in (0, -1)])
-    middle = (edges[1:] + edges[:-1]) / 2
-    covers = np.array([[c[0] <= m <= c[-1] for m in middle] for c, *_ in curves])
-    shared = np.array([len(np.unique(sizes[column])) >= 2 for column in covers.T])
-    if not shared.any():
-        raise NotIdentified("Approach 1: no FLOP count is covered by the training curves of two sizes")
-    return edges[:-1][shared][0], edges[1:][shared][-1]
+def _sizes_at(there, sizes) -> np.ndarray:
+    """(points,): how many of the sizes (runs,) have a curve `there` (runs, points)."""
+    return sum(there[sizes == size].any(0).astype(int) for size in np.unique(sizes))
 
 
 def refit_envelope(fit: EnvelopeFit, batches) -> dict[str, np.ndarray]:

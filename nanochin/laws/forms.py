@@ -69,7 +69,7 @@ class Choice:
         """`forms` of laws.json."""
         rows = []
         for form in self.forms:
-            errors = {"errors": [e if e == e else None for e in form.errors], "rolling": self.scores.get(form.name)}
+            errors = {"errors": list(form.errors), "rolling": self.scores.get(form.name)}
             if isinstance(form.fit, NotIdentified):
                 rows.append({"form": form.name, "reason": str(form.fit)} | errors)
             else:

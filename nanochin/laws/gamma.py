@@ -11,12 +11,12 @@ where w_i are the shares of the two terms in the bracket and h = -w1 log w1 - w2
 to 0, s goes to the larger of log v1 and log v2.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 
 from nanochin.laws.law import Law
-from nanochin.laws.solver import Surface, apart, blend_hessian, projected_starts
+from nanochin.laws.solver import Surface, apart, huber, projected_starts
 
 GAMMA = (0.05, 5.0)  # bounds
 GRID, SLOPES = (0.15, 0.3, 0.6, 1.0, 2.0), 12  # of the starts
@@ -65,14 +65,10 @@ class GammaSurface(Surface):
         w1 w2 / gamma times the outer product of (1, -1, -gamma log(w1 / w2)), plus gamma h for log gamma twice."""
         r, share, w1, w2, entropy, product, odds, f, gamma = self._terms(theta)
         squares_n, squares_d, products, linear_n, linear_d = self.bases
-        psi = np.clip(r, -delta, delta)
-        s = weights * psi
-        F = np.einsum("kn,kn->k", s, r) - 0.5 * np.einsum("kn,kn->k", s, psi)
+        F, s, q, blend, kept = huber(r, mu, weights, delta)
         p1, p2, p3 = share * w1, share * w2, share * entropy
         g[:, 0:2], g[:, 2:4] = (s * p1) @ linear_n, (s * p2) @ linear_d
         g[:, 4], g[:, 5] = np.einsum("kn,kn->k", s, f), np.einsum("kn,kn->k", s, p3)
-        q = weights * (psi == r)
-        blend, kept = blend_hessian(q, r, mu, weights, delta)
         s[blend] *= kept
         q -= s
         q1, q2, q3 = q * p1, q * p2, q * p3
@@ -100,10 +96,9 @@ def make_surface(N, D, loss, *, gamma: float | None = 1.0, **options) -> Surface
         return surface
     if surface.options["space"] != "log" or surface.options["tied"]:
         raise ValueError("gamma: only for residuals of the log loss, without alpha = beta")
-    known = {f.name: getattr(surface, f.name) for f in fields(Surface)} | {"free": np.eye(6)}
     low, high = np.log(GAMMA if gamma is None else (gamma, gamma))
-    known |= {"lower": np.append(surface.lower, low), "upper": np.append(surface.upper, high)}
-    return GammaSurface(**known | {"options": surface.options | {"gamma": gamma}})
+    bounds = {"lower": np.append(surface.lower, low), "upper": np.append(surface.upper, high)}
+    return GammaSurface(**vars(surface) | bounds | {"free": np.eye(6), "options": surface.options | {"gamma": gamma}})
 
 
 def cold_starts(surface: Surface, count: int) -> np.ndarray:
@@ -133,8 +128,6 @@ def gamma_starts(surface: GammaSurface, count: int) -> np.ndarray:
                 det = n11 * n22 - n12 * n12
                 A, B = (r1 * n22 - r2 * n12) / det, (r2 * n11 - r1 * n12) / det
                 ok = np.flatnonzero((A > 0) & (B > 0) & np.isfinite(A) & np.isfinite(B) & (det > 1e-12 * n11 * n22))
-            if not len(ok):
-                continue
             predicted = E + (A[ok, None] * v1[i[ok]] + B[ok, None] * v2[j[ok]]) ** gamma
             misfit = np.abs(np.log(predicted) - surface.target[pick]).sum(1)
             lowest = np.argsort(misfit, kind="stable")[:count]
@@ -143,6 +136,4 @@ def gamma_starts(surface: GammaSurface, count: int) -> np.ndarray:
             cells.append(np.column_stack(np.broadcast_arrays(i[best], j[best], e, g)))
             v = gamma * np.log(A[best]), slopes[i[best]], gamma * np.log(B[best]), slopes[j[best]]
             starts.append(np.column_stack(np.broadcast_arrays(*v, E, np.log(gamma))))
-    if not cells:
-        return np.empty((0, 6))
     return np.concatenate(starts)[apart(np.concatenate(cells), np.concatenate(misfits), count)]

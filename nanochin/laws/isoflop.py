@@ -51,9 +51,8 @@ class Budget:
         return len(self.rows)
 
     def to_json(self) -> dict:
-        optional = {name: getattr(self, name) for name in ("params_opt", "tokens_opt", "loss_opt", "off_centre")}
-        known = {name: getattr(self, name) for name in ("flops", "bracketed", "n_runs", "reason", "width")}
-        return known | {name: _null(value) for name, value in optional.items()}
+        known, optimum = ("flops", "bracketed", "n_runs", "reason", "width"), ("params_opt", "tokens_opt", "loss_opt")
+        return {name: getattr(self, name) for name in (*known, *optimum, "off_centre")}
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class IsoflopFit:
         for i, budget in enumerate(budgets if bootstrap else ()):
             if ci := bootstrap.at_budget(i):
                 budget["ci"] = ci
-        own = {"method": self.method, "noise": _null(self.noise), "window": _null(self.window), "budgets": budgets}
+        own = {"method": self.method, "noise": self.noise, "window": self.window, "budgets": budgets}
         return constants(self.law) | own | (bootstrap.to_json() if bootstrap else {})
 
     def without(self, left_out) -> PowerLaw:
@@ -85,10 +84,6 @@ class IsoflopFit:
         if len(good) < MIN_BUDGETS:
             raise NotIdentified(f"Approach 2 needs at least {MIN_BUDGETS} budgets, but has {len(good)}")
         return _law(good, params_convention=self.law.params_convention, flops_convention=self.law.flops_convention)
-
-
-def _null(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def equal_rows(values) -> list[np.ndarray]:
@@ -125,10 +120,10 @@ def group_budgets(C, *, budget=None) -> np.ndarray:
     return nominal
 
 
-def compute_groups(C, *, budget=None, least: int = LEAST) -> np.ndarray:
+def compute_groups(C, *, budget=None) -> np.ndarray:
     """(n,) index of each run's group by compute, 0 the lowest: its budget by the column `budget` (nan: the next larger
     one) or by clusters of C if these hold all runs, else one of BINS equal bins of log C. The largest groups are merged
-    until they have `least` runs."""
+    until they have LEAST runs."""
     C = np.asarray(C, np.float64)
     nominal = group_budgets(C, budget=budget)
     if budget is None and np.isnan(nominal).any():
@@ -139,7 +134,7 @@ def compute_groups(C, *, budget=None, least: int = LEAST) -> np.ndarray:
         next_one = known[np.minimum(np.searchsorted(known, C), len(known) - 1)]
         nominal = np.where(np.isnan(nominal), next_one, nominal)
     _, group, sizes = np.unique(nominal, return_inverse=True, return_counts=True)
-    largest = len(sizes) - 1 - int(np.searchsorted(np.cumsum(sizes[::-1]), least))
+    largest = len(sizes) - 1 - int(np.searchsorted(np.cumsum(sizes[::-1]), LEAST))
     return np.minimum(group, max(largest, 0))
 
 
@@ -162,7 +157,8 @@ def fit_isoflop(
     nominal = group_budgets(C, budget=budget)
     groups = [rows[np.argsort(N[rows], kind="stable")] for rows in equal_rows(nominal) if len(rows) >= 3]
     window = math.inf if method == "akima" else window
-    budgets = tuple(_budget(rows, N, D, loss, float(nominal[rows[0]]), method, window) for rows in groups)
+    how = {"method": method, "window": window}
+    budgets = tuple(fit_budget(rows, N, D, loss, float(nominal[rows[0]]), **how) for rows in groups)
     good = [b for b in budgets if b.bracketed]
     if len(good) < MIN_BUDGETS:
         has = f"{len(good)} of {len(budgets)}{_reasons(budgets)}"
@@ -189,15 +185,15 @@ def _law(budgets, **conventions) -> PowerLaw:
 # One budget
 
 
-def _budget(rows, N, D, loss, flops: float, method: str, window: float) -> Budget:
+def fit_budget(rows, N, D, loss, flops: float, *, window: float, method: str = "parabola") -> Budget:
+    """The curve through `rows`, sorted by N, of a budget; method and window as in `fit_isoflop`."""
     x = np.log(N[rows])
     width = math.exp(x[-1] - x[0])
     if (sizes := distinct(N[rows])) < MIN_SIZES:
         return Budget(flops, rows, rows, width, reason=f"{sizes} different sizes, but it needs {MIN_SIZES}")
     if (cell := mistuned_cell(N[rows], loss[rows])) is not None:
-        return Budget(
-            flops, rows, rows[:0], width, reason=f"its run of N = {N[rows][cell]:.4g} is above its neighbours"
-        )
+        reason = f"its run of N = {N[rows][cell]:.4g} is above its neighbours"
+        return Budget(flops, rows, rows[:0], width, reason=reason)
     fitted, centre = rows, x[loss[rows] == loss[rows].min()].mean()
     for _ in range(2):  # around the lowest run, then around the vertex
         near = rows[np.abs(x - centre) <= math.log(window) + 1e-9]
@@ -260,20 +256,13 @@ class Curve:
         """D at ln N = u + mean, interpolated linearly in logs: N D hardly varies along an isoFLOP curve."""
         return np.exp(np.interp(u + self.mean, self.sizes, self.log_d))
 
-    def parabola(self, loss, weights=None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def parabola(self, loss, weights=1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """p, q, r (K,) of loss = p u^2 + q u + r, u = ln N - mean; weights (K, m). nan with fewer than 3 sizes."""
-        u = self.x - self.mean
-        basis = np.stack([u * u, u, np.ones_like(u)], 1)  # (m, 3)
-        if weights is None:
-            return tuple(np.linalg.lstsq(basis, loss.T, rcond=None)[0])
-        normal = np.einsum("km,mi,mj->kij", weights, basis, basis, optimize=True)
-        few = (self.by_size(weights) > 0).sum(1) < MIN_SIZES
-        normal[few] = np.eye(3)
-        out = np.linalg.solve(normal, ((weights * loss) @ basis)[:, :, None])[:, :, 0]
-        out[few] = np.nan
-        return tuple(out.T)
+        weights = np.broadcast_to(weights, np.broadcast_shapes(np.shape(weights), loss.shape))
+        enough = (self.by_size(weights) > 0).sum(1) >= MIN_SIZES
+        return fit_parabola(self.x - self.mean, loss, weights, enough)
 
-    def minimum(self, loss, weights=None, method: str = "parabola") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def minimum(self, loss, weights=1.0, method: str = "parabola") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """u (K,) of the minimum, the loss there, and an index into REASONS, 0 if bracketed. "akima" needs all rows: it
         is the spline of log loss through the mean of each size."""
         if method == "akima":
@@ -281,10 +270,9 @@ class Curve:
             x, lowest, inside = akima_minimum(self.sizes, log_loss)
             return x - self.mean, np.exp(lowest), np.where(inside, 0, 2)
         p, q, r = self.parabola(loss, weights)
-        u = self.x - self.mean
-        there = np.ones(loss.shape, bool) if weights is None else weights > 0
+        u, lowest = self.x - self.mean, np.where(weights > 0, loss, np.inf)
+        there = np.isfinite(lowest)
         low, high = np.where(there, u, np.inf).min(1), np.where(there, u, -np.inf).max(1)
-        lowest = np.where(there, loss, np.inf)
         ties = lowest == lowest.min(1)[:, None]  # of rounded losses: the middle of them counts
         lowest = (ties * u).sum(1) / ties.sum(1)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -292,6 +280,16 @@ class Curve:
         # If all runs are too large, the vertex may still be just inside: the lowest run decides.
         inside = (vertex > low) & (vertex < high) & (lowest > low) & (lowest < high)
         return vertex, r - p * vertex * vertex, np.where(~(p > 0), 1, np.where(inside, 0, 2))
+
+
+def fit_parabola(x, y, weights, enough) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """p, q, r (K,) of y = p x^2 + q x + r, x (m,), y (K, m) or (1, m), weights (K, m); nan where not `enough` (K,)."""
+    basis = np.stack([x * x, x, np.ones_like(x)], 1)  # (m, 3)
+    normal = np.einsum("km,mi,mj->kij", weights, basis, basis, optimize=True)
+    normal[~enough] = np.eye(3)
+    out = np.linalg.solve(normal, ((weights * y) @ basis)[:, :, None])[:, :, 0]
+    out[~enough] = np.nan
+    return tuple(out.T)
 
 
 def akima_minimum(x, y) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -320,42 +318,35 @@ def _noise(budgets, N, loss) -> float:
 # Replicates
 
 
-def refit_isoflop(fit: IsoflopFit, batches) -> tuple[dict[str, np.ndarray], tuple]:
-    """Constants (replicates,) of the power laws, nan if fewer than 2 budgets are bracketed, and the optima of
-    replicate_optima. `batches(size)` yields weights (k, n). Always fits parabolas, also if the method is the spline,
-    which would only skip the runs missing from a resample."""
-    optima = replicate_optima(fit, batches)
-    return _constants(fit, *optima), optima
-
-
 def replicate_optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
-    """N_opt and D_opt (replicates, budgets) of the parabolas of resampled rows; nan where not bracketed."""
-    loss = np.broadcast_to(fit.loss, (1, len(fit.N)))
-    return _optima(fit, ((loss, weights, "parabola") for weights in batches(max(1, 2**22 // len(fit.N)))))
+    """N_opt and D_opt (replicates, budgets) of resampled rows; nan where not bracketed. `batches(size)` yields weights
+    (k, n). Always fits parabolas, also if the method is the spline, which would only skip the runs missing from a
+    resample."""
+    return _optima(fit, ((fit.loss[None], weights, "parabola") for weights in batches(max(1, 2**22 // len(fit.N)))))
 
 
-def seed_noise(fit: IsoflopFit, noise: float, replicates: int, rng) -> tuple[dict[str, np.ndarray], tuple]:
-    """Constants and optima, as in refit_isoflop, with Gaussian noise on log loss (Porian et al. 2024). Replicates are
-    fitted like the point estimate: the same budgets with equal weights, less those not bracketed in this draw.
-    (Porian et al. weight by 1 / variance, which is the interval of another estimate.)"""
+def noisy_optima(fit: IsoflopFit, noise: float, replicates: int, rng) -> tuple[np.ndarray, np.ndarray]:
+    """The same with Gaussian noise on log loss instead of resampling (Porian et al. 2024). Replicates are fitted like
+    the point estimate: the same budgets with equal weights, less those not bracketed in this draw. (Porian et al.
+    weight by 1 / variance, which is the interval of another estimate.)"""
     n, size = len(fit.N), max(1, 2**22 // (FINE * len(fit.N)))
     counts = (min(size, replicates - start) for start in range(0, replicates, size))
-    draws = ((fit.loss * np.exp(noise * rng.standard_normal((count, n))), None, fit.method) for count in counts)
+    losses = (fit.loss * np.exp(noise * rng.standard_normal((count, n))) for count in counts)
+    draws = ((loss, np.ones_like(loss), fit.method) for loss in losses)
     used = np.array([b.bracketed for b in fit.budgets])
-    N, D = (np.where(used, v, np.nan) for v in _optima(fit, draws))
-    return _constants(fit, N, D), (N, D)
+    return tuple(np.where(used, v, np.nan) for v in _optima(fit, draws))
 
 
 def _optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
     """N_opt and D_opt (replicates, budgets), nan where not bracketed, of batches of loss (k, n) or (1, n), weights
-    (k, n) or None, and the method."""
+    (k, n) and the method."""
     N, D = [], []
     for loss, weights, method in batches:
-        found = np.full((2, len(loss if weights is None else weights), len(fit.budgets)), np.nan)
+        found = np.full((2, len(weights), len(fit.budgets)), np.nan)
         for i, rows in enumerate(b.fitted for b in fit.budgets):
             if distinct(fit.N[rows]) >= MIN_SIZES:
                 curve = Curve.of(fit.N[rows], fit.D[rows])
-                u, _, reason = curve.minimum(loss[:, rows], None if weights is None else weights[:, rows], method)
+                u, _, reason = curve.minimum(loss[:, rows], weights[:, rows], method)
                 good = reason == 0
                 found[:, good, i] = np.exp(u[good] + curve.mean), curve.tokens(u[good])
         N.append(found[0])
@@ -363,8 +354,9 @@ def _optima(fit: IsoflopFit, batches) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(N), np.concatenate(D)
 
 
-def _constants(fit: IsoflopFit, N, D) -> dict[str, np.ndarray]:
-    """Of the power laws through optima (K, budgets), without those that are nan."""
+def laws_through(fit: IsoflopFit, N, D) -> dict[str, np.ndarray]:
+    """Constants (K,) of the power laws through optima (K, budgets), without those that are nan; nan with fewer than
+    2."""
     good = np.isfinite(N)
     log_n, log_d = (np.log(np.where(good, v, 1)) for v in (N, D))
     return fit_power_laws(np.log([b.flops for b in fit.budgets]), log_n, log_d, good.astype(float))

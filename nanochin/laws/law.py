@@ -66,9 +66,7 @@ class Law:
     replicates: "Law | None" = field(default=None, compare=False, repr=False)  # bootstrap replicates, constants (k,)
     noise: float | None = field(default=None, compare=False)  # standard deviation of a run's log loss about the law
     form_error: FormError | None = field(default=None, compare=False)
-    draw: float = field(
-        default=0.0, compare=False, repr=False
-    )  # of replicates (k,): standard normal draws of that error
+    draw: float = field(default=0.0, compare=False, repr=False)  # of replicates (k,): normal draws of that error
 
     def loss(self, N: float, D: float) -> float:
         """Predicted loss in nats per token."""
@@ -100,16 +98,14 @@ class Law:
         """Names of all that get an interval."""
         return (*self.constants, "a", "b", "G")
 
-    def forecast(self, N: float, D: float, level: float = 95) -> tuple[float, float] | None:
-        """Prediction interval for the loss of a new run: percentiles over the replicates (uncertainty of the law), each
-        with a normal scatter of the log loss (noise of a single run, and what the form may get wrong there). None for a
-        law without replicates or noise."""
+    def forecast(self, N: float, D: float) -> tuple[float, float] | None:
+        """95% prediction interval for the loss of a new run: the replicates (uncertainty of the law), with a normal
+        scatter of the log loss (noise of a single run, and what the form may get wrong there). None without them."""
         if self.replicates is None or self.noise is None:
             return None
         form = self.form_error.at(self.cost.flops(N, D)) if self.form_error else 0.0
-        scatter = math.hypot(self.noise, form) * normal_quantiles(200)
-        low, high = interval(np.log(self.replicates.loss(N, D))[:, None] + scatter, level)
-        return math.exp(low), math.exp(high)
+        scatter = np.exp(math.hypot(self.noise, form) * normal_quantiles(200))
+        return interval(self.replicates.loss(N, D)[:, None] * scatter, 95)
 
     # Minimising L under C = 6 N R(N) D gives alpha A N^-alpha = p beta B D^-beta with p = d log(N R) / d log N. For
     # R = p = 1 this is Eq. 4 of the paper, N_opt = G (C/6)^a and D_opt = (C/6)^b / G, with these constants.

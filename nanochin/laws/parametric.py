@@ -15,7 +15,7 @@ import numpy as np
 from nanochin.laws.cost import SIX_ND, Cost
 from nanochin.laws.gamma import cold_starts, make_surface
 from nanochin.laws.law import Law, NotIdentified, constants
-from nanochin.laws.solver import NAMES, Solution, Surface, minimise
+from nanochin.laws.solver import NAMES, Solution, minimise
 
 STARTS = 12
 AGREE = 1e-9  # relative difference of objectives up to which starts agree
@@ -41,13 +41,13 @@ def reference_objective(theta, log_n, log_d, log_loss, delta: float = 1e-3, weig
     return float(np.sum(weights * psi * (residual - psi / 2))), np.array(gradient)
 
 
-def reference_fit(N, D, loss, *, delta: float = 1e-3, starts=GRID) -> tuple[Law, float]:
+def reference_fit(N, D, loss, *, starts=GRID) -> tuple[Law, float]:
     """(law, objective) of the lowest optimum of L-BFGS from every start, as in the paper. Slow: a minute or two for
     240 rows. Tests compare `fit_parametric` with it; python -m bench.fit times both."""
     from scipy.optimize import minimize
 
-    rows, tight = (*np.log([N, D, loss]), delta), {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 10_000}
-    found = (minimize(reference_objective, start, rows, "L-BFGS-B", jac=True, options=tight) for start in starts)
+    rows, tight = np.log([N, D, loss]), {"ftol": 1e-15, "gtol": 1e-9, "maxiter": 10_000}
+    found = (minimize(reference_objective, start, (*rows,), "L-BFGS-B", jac=True, options=tight) for start in starts)
     best = min(found, key=lambda one: one.fun)
     (A, B, E), (alpha, beta) = np.exp(best.x[:3]), best.x[3:]
     return Law("Approach 3, reference", float(E), float(A), float(B), float(alpha), float(beta)), float(best.fun)
@@ -81,9 +81,8 @@ class ParametricFit:
         """The object `approach3` or `law` of laws.json; `bootstrap` (a Bootstrap of this fit) adds its to_json()."""
         names = ("objective", "n", "starts", "starts_agreeing", "gradient_norm")
         out = constants(self.law) | {name: getattr(self, name) for name in names}
-        delta, space, E, tied = (self.options[name] for name in ("delta", "space", "E", "tied"))
-        out |= {"delta": None if math.isinf(delta) else delta, "space": space, "fixed_E": E, "tied": tied}
-        out |= {"cost": vars(self.law.cost), "at_bound": list(self.at_bound)}
+        out |= {name: self.options[name] for name in ("delta", "space", "tied")} | {"fixed_E": self.options["E"]}
+        out |= {"cost": vars(self.law.cost), "at_bound": self.at_bound}
         out |= {"form_error": vars(self.law.form_error)} if self.law.form_error else {}
         if bootstrap is not None:
             out |= bootstrap.to_json() | {"noise": self.noise, "replicates": bootstrap.sample(200)}  # for Law.forecast
@@ -156,46 +155,34 @@ class KaplanForm:
 
 
 def fit_kaplan_form(N, D, loss, *, delta: float = 1e-3) -> KaplanForm:
-    """Fit the form of Kaplan et al. to the same rows and objective, for comparison. Raises NotIdentified.
+    """Fit the form of Kaplan et al. to the same rows and objective, for comparison: the law with gamma, where E = 0 and
+    beta = 1, with alpha_D = gamma and alpha_N = alpha gamma. Raises NotIdentified."""
+    surface = make_surface(N, D, loss, delta=delta, E=0.0, gamma=None)
+    ones = np.ones(len(surface.N))
 
-    log L = c LSE(a - k log N, b - log D) with c = alpha_D, k = alpha_N / alpha_D, a = k log N_c, b = log D_c."""
-    surface = Surface.of(N, D, loss, delta=delta, E=0.0)  # for its checks and centred logs
-    x, y = -surface.bases[3][:, 1], -surface.bases[4][:, 1]
-
-    def evaluate(z, mu, rows, delta=delta):
-        """Objective, gradient and Hessian (K, ...) at z = (c, a, k, b), logs centred."""
-        c, a, k, b = (z[:, i, None] for i in range(4))
-        one, two = a - k * x, b - y
-        h = np.logaddexp(one, two)
-        p = np.exp(one - h)
-        r = c * h - surface.target
-        psi = np.clip(r, -delta, delta)
-        keep = (1 / (1 + mu))[:, None]
-        q = keep * (psi == r) + (1 - keep) * np.minimum(1, delta / np.maximum(np.abs(r), 1e-300))
-        dh = np.stack([np.zeros_like(p), p, -x * p, 1 - p], 2)  # derivatives of h; below those of c h
-        dm = c[:, :, None] * dh
-        dm[:, :, 0] = h
-        d = np.stack([np.zeros_like(p), np.ones_like(p), np.broadcast_to(-x, p.shape), -np.ones_like(p)], 2)
-        H = np.einsum("kn,kni,knj->kij", q, dm, dm) + np.einsum("kn,kni,knj->kij", keep * psi * c * p * (1 - p), d, d)
-        mixed = np.einsum("kn,kni->ki", keep * psi, dh)  # d2(c h) / dc dz
-        H[:, 0, :] += mixed
-        H[:, :, 0] += mixed
-        return (psi * (r - psi / 2)).sum(1), np.einsum("kn,kni->ki", psi, dm), H
+    def evaluate(z, mu, _rows, delta=delta):
+        """Objective, gradient and Hessian (K, ...) at z, the unknowns of `surface` without beta gamma and E."""
+        gamma, change = np.exp(z[:, 3]), np.tile(np.eye(6)[:, [0, 1, 2, 5]], (len(z), 1, 1))
+        change[:, 3, 3] = gamma  # beta gamma by log gamma
+        theta = np.column_stack([z[:, :3], gamma, np.zeros(len(z)), z[:, 3]])
+        objective, g, H = surface(theta, mu, ones, delta)
+        H = change.transpose(0, 2, 1) @ H @ change
+        H[:, 3, 3] += g[:, 3] * gamma / (1 + mu)
+        return objective, np.einsum("ki,kij->kj", g, change), H
 
     level = float(np.median(surface.target))
-    starts = np.array(
-        [(c, level / c - t, k, level / c + t) for c in (0.05, 0.1, 0.3) for k in (0.5, 1.0, 2.0) for t in (-0.7, 0.7)]
-    )
-    lower, upper = np.array([1e-3, -1e4, 1e-3, -1e4]), np.array([10.0, 1e4, 100.0, 1e4])
-    weight = np.full(len(starts), float(len(x)))
-    for wider in (d for d in (0.1, 1e-2) if d > delta):
-        starts = minimise(partial(evaluate, delta=wider), starts, lower, upper, weight, 1e-3, damping=0.1).theta
+    grid = itertools.product((0.05, 0.1, 0.3), (0.5, 1.0, 2.0), (-0.7, 0.7))  # gamma, alpha, how far terms are apart
+    starts = np.array([(level - g * t, g * alpha, level + g * t, math.log(g)) for g, alpha, t in grid])
+    lower, upper = np.append(surface.lower[:3], np.log(1e-3)), np.append(surface.upper[:3], np.log(10))
+    weight = np.full(len(starts), float(len(surface.N)))
+    wider = partial(evaluate, delta=max(delta, 3e-3))  # for which the objective is smoother
+    starts = minimise(wider, starts, lower, upper, weight, 1e-2, damping=0.1, most=50).theta
     found = minimise(evaluate, starts, lower, upper, weight, damping=0.1)
-    best, _ = best_of(found, len(x), "Kaplan's form")
-    c, a, k, b = found.theta[best]
-    log_n, log_d = surface.centre
+    best, _ = best_of(found, len(surface.N), "Kaplan's form")
+    v1, slope, v2, log_gamma = found.theta[best]
+    gamma, (log_n, log_d) = np.exp(log_gamma), surface.centre
     with np.errstate(over="ignore"):
-        N_c, D_c = np.exp(a / k + log_n), np.exp(b + log_d)
+        N_c, D_c = np.exp(v1 / slope + log_n), np.exp(v2 / gamma + log_d)
     if not 0 < N_c < math.inf or not 0 < D_c < math.inf:
         raise NotIdentified("Kaplan's form: the loss hardly falls with N or with D")
-    return KaplanForm(*map(float, (N_c, D_c, c * k, c, found.objective[best])))
+    return KaplanForm(*map(float, (N_c, D_c, slope, gamma, found.objective[best])))

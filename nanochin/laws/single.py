@@ -19,7 +19,7 @@ from nanochin.laws.solver import BATCH, SCALE, Surface
 MIN_POINTS = 4  # one more than the law's constants
 SAME = 1.25  # values of x within this factor are one point of the hold-out
 STARTS = (0, 0.3, 0.6, 0.8, 0.9, 0.96, 0.99)  # E over the lowest loss
-CHANCE = 0.05  # significance level of the fall of the loss
+CHANCE = 0.05  # significance level at which a loss depends on anything, as for 95% intervals
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,13 @@ class SingleFit:
         if self.replicates is None:
             return None
         sd = math.hypot(self.noise, self.form_error.at(x) if self.form_error else 0)
-        scatter = sd * stdtrit(self.free, (np.arange(200) + 0.5) / 200)
-        low, high = interval(np.log(self.replicates.loss(x))[:, None] + scatter, 95)
-        return math.exp(low), math.exp(high)
+        scatter = np.exp(sd * stdtrit(self.free, (np.arange(200) + 0.5) / 200))
+        return interval(self.replicates.loss(x)[:, None] * scatter, 95)
 
     def to_json(self) -> dict:
         """`single` of laws.json, without answers."""
-        law, error = asdict(self.law), self.form_error
-        ends = (
-            {} if self.replicates is None else {key: list(interval(getattr(self.replicates, key), 95)) for key in law}
-        )
+        law, error, drawn = asdict(self.law), self.form_error, self.replicates
+        ends = {key: interval(getattr(drawn, key), 95) for key in law} if drawn else {}
         out = law | {"ci": ends, "objective": self.objective, "n": len(self.x), "noise": self.noise}
         return out | {"hold_out": [asdict(one) for one in self.hold_out], "form_error": error and asdict(error)}
 
@@ -152,10 +149,8 @@ def falls(x, loss) -> bool:
 
 def _optimum(x, loss, options: dict) -> tuple[Surface, np.ndarray, float]:
     """The objective, its optimum and its value there."""
-    if distinct(x) < MIN_POINTS:
-        raise NotIdentified(
-            f"only {distinct(x)} different values; a law of three constants needs at least {MIN_POINTS}"
-        )
+    if (points := distinct(x)) < MIN_POINTS:
+        raise NotIdentified(f"only {points} different values; a law of three constants needs at least {MIN_POINTS}")
     fixed = options.get("E")
     if fixed is not None and fixed >= loss.min():
         raise NotIdentified(f"E is fixed at {fixed:g}, but must be below the lowest loss, {loss.min():g}")
@@ -164,10 +159,8 @@ def _optimum(x, loss, options: dict) -> tuple[Surface, np.ndarray, float]:
     t = surface.bases[3][:, 1]
     log_u, slope = line(t, np.log(loss - E[:, None]))
     misfit = np.abs(np.log(E[:, None] + np.exp(log_u[:, None] + np.outer(slope, t))) - np.log(loss)).sum(1)
-    E, log_u, slope = (
-        v[np.argsort(misfit, kind="stable")[:3]] for v in (E, log_u, slope)
-    )  # others take 5 times longer
     starts = np.stack([log_u, slope, np.full(len(E), -SCALE), np.zeros(len(E)), E], 1)
+    starts = starts[np.argsort(misfit, kind="stable")[:3]]  # others take 5 times longer
     found = surface.minimise(starts, cold=True)
     best, _ = best_of(found, len(x), "L(x) = E + K x^-c")
     z = found.theta[best]

@@ -112,7 +112,7 @@ def _step(theta, g, H, mu, lower, upper) -> tuple[np.ndarray, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The objective
 
-MIN_ROWS, MIN_SIZES = 6, 3
+MIN_ROWS, MIN_SIZES = 6, 3  # one more than the law's constants; three points of a curve
 EXPONENTS = (1e-3, 4.0)  # bounds of alpha and beta
 SCALE = 40.0  # bound of |log u1| and |log u2| at the mean of log N and log D
 BLOCK = 24_576  # numbers in an intermediate array: 192 KiB, so that arrays stay in cache and covered by the TLB
@@ -148,13 +148,11 @@ class Surface:
     ) -> "Surface":
         """delta=math.inf is least squares; `space` of the residuals: "log" loss or the loss itself, "linear"; `E` fixes
         the irreducible loss; `tied` forces alpha = beta. Raises NotIdentified for rows that cannot identify the law,
-        ValueError for numbers that are not positive."""
+        ValueError for rows that are not positive numbers."""
         N, D, loss = (np.asarray(v, np.float64) for v in (N, D, loss))
         for label, v in (("N", N), ("D", D), ("loss", loss)):
             if v.shape != N.shape or not (np.isfinite(v) & (v > 0)).all():
                 raise ValueError(f"{label}: needs one finite number above 0 per row")
-        if space not in ("log", "linear") or not delta > 0:
-            raise ValueError(f"space {space!r}, delta {delta}: must be log or linear, and above 0")
         if loss.size and not np.exp(-SCALE) < loss.min() <= loss.max() < np.exp(SCALE):
             raise NotIdentified(f"Approach 3: losses from {loss.min():.3g} to {loss.max():.3g} are not nats per token")
         if E is not None and not 0 <= E < (lowest := loss.min(initial=np.inf)):
@@ -167,14 +165,13 @@ class Surface:
         x, y = np.log(N), np.log(D)
         centre = (float(x.mean()), float(y.mean()))
         x, y = x - centre[0], y - centre[1]
+        cannot = "Approach 3 cannot separate N and D: all runs are"
         for what, v in (("one budget (6 N D)", x + y), ("one ratio D/N", y - x)):
-            if np.ptp(v) < NARROW:
-                raise NotIdentified(
-                    f"Approach 3 cannot separate N and D: all runs are at {what}, within {np.exp(np.ptp(v)):.3g}x"
-                )
+            if (span := np.ptp(v)) < NARROW:
+                raise NotIdentified(f"{cannot} at {what}, within {np.exp(span):.3g}x")
         spread = np.linalg.svd(np.stack([x, y]), compute_uv=False)
         if spread[1] < 1e-3 * spread[0]:
-            raise NotIdentified("Approach 3 cannot separate N and D: all runs are on one line in log N and log D")
+            raise NotIdentified(f"{cannot} on one line in log N and log D")
         low, high = EXPONENTS
         lower = np.array([-SCALE, low, -SCALE, low, 0 if E is None else E])
         upper = np.array([SCALE, high, SCALE, high, loss.max() if E is None else E])
@@ -270,13 +267,9 @@ class Surface:
         For linear residuals p = u and f = 1, and that outer product is absent."""
         r, p1, p2, f = self._residuals(theta)  # each (K, n)
         squares_n, squares_d, products, linear_n, linear_d = self.bases
-        psi = np.clip(r, -delta, delta)  # Huber'; Huber = psi (r - psi / 2)
-        s = weights * psi
-        F = np.einsum("kn,kn->k", s, r) - 0.5 * np.einsum("kn,kn->k", s, psi)
+        F, s, q, blend, kept = huber(r, mu, weights, delta)
         s1, s2 = s * p1, s * p2
         g[:, 0:2], g[:, 2:4], g[:, 4] = s1 @ linear_n, s2 @ linear_d, np.einsum("kn,kn->k", s, f)
-        q = weights * (psi == r)  # weights times Huber''
-        blend, kept = blend_hessian(q, r, mu, weights, delta)
         for v in (s, s1, s2):  # only the second derivatives of the law still use these
             v[blend] *= kept
         if self.options["space"] == "log":
@@ -344,15 +337,20 @@ def _bases(x, y) -> tuple[np.ndarray, ...]:
     return tuple(np.stack(c, 1) for c in columns)
 
 
-def blend_hessian(q, r, mu, weights, delta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Blend q (K, n), weights times Huber'', by mu (K,) with the weights of reweighted least squares, in place. Returns
-    the problems with mu > 0 and what the second derivatives of the law keep there, (problems, 1)."""
+def huber(r, mu, weights, delta: float) -> tuple[np.ndarray, ...]:
+    """The sum of weights times Huber(r) (K,); weights times Huber' and Huber'' (K, n), the latter blended by mu (K,)
+    with the weights of reweighted least squares; the problems with mu > 0, and what the second derivatives of the law
+    keep there, (problems, 1)."""
+    psi = np.clip(r, -delta, delta)  # Huber'; Huber = psi (r - psi / 2)
+    s = weights * psi
+    F = np.einsum("kn,kn->k", s, r) - 0.5 * np.einsum("kn,kn->k", s, psi)
+    q = weights * (psi == r)
     blend = mu > 0
     t = (mu / (1 + mu))[blend, None]
     if len(t):
         w = weights[blend] if weights.ndim == 2 else weights
         q[blend] = (1 - t) * q[blend] + t * w * np.minimum(1, delta / np.maximum(np.abs(r[blend]), 1e-300))
-    return blend, 1 - t
+    return F, s, q, blend, 1 - t
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -368,7 +366,6 @@ def projected_starts(surface: Surface, count: int) -> np.ndarray:
     w = 1 / L**2
     exponents = np.geomspace(0.03, 2.0, 24)
     v1, v2 = np.exp(np.outer(exponents, x)), np.exp(np.outer(exponents, y))  # (24, n); x and y are negated columns
-    alpha, beta = (v.ravel() for v in np.meshgrid(exponents, exponents, indexing="ij"))
     i, j = (v.ravel() for v in np.indices((24, 24)))
     normal, right = np.empty((576, 3, 3)), np.empty((576, 3))
     normal[:, 0, 0], normal[:, 1, 1] = ((v1 * v1) @ w)[i], ((v2 * v2) @ w)[j]
@@ -388,14 +385,11 @@ def projected_starts(surface: Surface, count: int) -> np.ndarray:
         solved = np.concatenate([solved[:, :, 0], np.full((576, 3 - k), E or 0)], 1)
         usable = left & (solved[:, :2] > 1e-12).all(1) & (solved[:, 2] >= 0)
         best[usable], left = solved[usable], left & ~usable
-    cells = np.flatnonzero(~left)
-    theta = np.stack([np.log(best[cells, 0]), alpha[cells], np.log(best[cells, 1]), beta[cells], best[cells, 2]], 1)
-    if surface.options["tied"]:
-        tied = alpha[cells] == beta[cells]
-        theta, cells = theta[tied][:, [0, 1, 2, 4]], cells[tied]
-    i, j = i[cells], j[cells]
-    misfit = np.abs(best[cells, 0:1] * v1[i] + best[cells, 1:2] * v2[j] + best[cells, 2:3] - L) @ (w * L)
-    return theta[apart(np.stack([i, j], 1), misfit, count)]
+    cells = np.flatnonzero(~left & (i == j) if surface.options["tied"] else ~left)
+    i, j, (A, B, E) = i[cells], j[cells], best[cells].T
+    misfit = np.abs(A[:, None] * v1[i] + B[:, None] * v2[j] + E[:, None] - L) @ (w * L)
+    theta = np.stack([np.log(A), exponents[i], np.log(B), exponents[j], E], 1)
+    return theta[apart(np.stack([i, j], 1), misfit, count)][:, [0, 1, 2, 4] if surface.options["tied"] else slice(None)]
 
 
 def apart(cells, misfit, count: int) -> list[int]:

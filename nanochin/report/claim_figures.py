@@ -7,33 +7,30 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nanochin.base.console import powers
-from nanochin.laws.envelope import gaussian_smooth
-from nanochin.report.effects import Effect, Kept, options
+from nanochin.report.colours import BLUE, GREEN, GREY, INK, PURPLE, RED, SKY
+from nanochin.report.estimates import Effect, Kept, options
+from nanochin.report.figures import forest
 from nanochin.report.panels import axis, drawn, line, panels, points, whiskers
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
-GREY = "#777777"
+COLOURS = (BLUE, RED, GREEN, PURPLE, SKY)
 Effects = dict[str, Effect]
 
 
 def excess(axes: Axes, sweep: Kept, key: str, effects: Effects, title: str, label: str) -> None:
     """Excess loss over the first value of an option: a point per run, and the claim's effect with its interval."""
     groups = sweep.groups(key)
-    for (model, colour), shift in zip(by_model(groups), (0.985, 1.015, 1.03), strict=False):
+    models = dict.fromkeys(model for model, _ in groups)
+    for model, colour, shift in zip(models, COLOURS, (0.985, 1.015, 1.03), strict=False):
         base = np.mean(groups[model, "1"])
         rows = [(float(value), 100 * (loss / base - 1)) for (m, value), v in groups.items() if m == model for loss in v]
         x, y = np.transpose(rows)
         points(axes, x * shift, y, colour, model, [f"{model}, {key} {a:g}: {b:+.2f}%" for a, b in rows], 2.6)
     found = {float(name): effect for name, effect in effects.items() if name.replace(".", "").isdigit()}
-    whiskers(axes, found, [(100 * e.low, 100 * e.high) for e in found.values()], "black")
+    whiskers(axes, found, [(100 * e.low, 100 * e.high) for e in found.values()], INK)
     axes.axhline(0, color=GREY, linewidth=1)
     axes.set_title(title)
     axis(axes, "x", label, log=True, show=lambda v: f"{v:g}")
     axis(axes, "y", "excess loss in %")
-
-
-def by_model(groups: dict[tuple, list[float]]) -> list[tuple[str, str]]:
-    return list(zip(dict.fromkeys(key[0] for key in groups), COLOURS, strict=False))
 
 
 @drawn
@@ -75,17 +72,16 @@ def optimizers(_effects: Effects, adamw: Kept, adam: Kept) -> Figure:
     kinds += [(adam, f"Adam, L2 {decay}", decay) for decay in decays]
     for (sweep, name, decay), colour in zip(kinds, COLOURS, strict=False):
         rows = [row for row in sweep.rows if options(row.run)["weight_decay"] == decay]
-        times = sorted({float(options(row.run)["lr_times"]) for row in rows})
-        means = [np.mean([row.loss for row in rows if float(options(row.run)["lr_times"]) == t]) for t in times]
-        points(
-            left, [float(options(row.run)["lr_times"]) for row in rows], [row.loss for row in rows], colour, "", (), 2.6
-        )
-        line(left, times, means, colour, name, width=1.2)
-        best = times[int(np.argmin(means))]
-        for row in (r for r in rows if float(options(r.run)["lr_times"]) == best and r.seed == 0):
-            curve = [(p["tokens"] / row.tokens, p["loss"]) for p in sweep.curves[row.run] if "loss" in p]
-            x, y = np.transpose(curve)
-            line(right, x[20:], gaussian_smooth(y, 10)[20:], colour, f"{name}, best rate", width=1.2)
+        times = np.array([float(options(row.run)["lr_times"]) for row in rows])
+        loss = np.array([row.loss for row in rows])
+        points(left, times, loss, colour, "", (), 2.6)
+        tried = np.unique(times)
+        means = [loss[times == one].mean() for one in tried]
+        line(left, tried, means, colour, name, width=1.2)
+        best = times == tried[np.argmin(means)]
+        row = min((rows[i] for i in np.flatnonzero(best)), key=lambda row: row.seed)
+        tokens, smoothed = sweep.curve(row.run, "tokens")
+        line(right, tokens[20:] / row.tokens, smoothed[20:], colour, f"{name}, best rate", width=1.2)
     left.set_title("Rates")
     axis(left, "x", "multiple of the rate by rule", log=True, show=lambda v: f"{v:g}")
     axis(left, "y", "validation loss in nats")
@@ -99,14 +95,9 @@ def optimizers(_effects: Effects, adamw: Kept, adam: Kept) -> Figure:
 def exponents(effects: Effects, *_sweeps: Kept) -> Figure:
     """The differences of exponents that a claim is about."""
     figure, (axes,) = panels(1)
-    for y, (name, effect) in zip(range(len(effects), 0, -1), effects.items(), strict=True):
-        whiskers(axes, [y], [(effect.low, effect.high)], COLOURS[0], horizontal=True)
-        points(axes, [effect.value], [y], COLOURS[0], "", [f"{name}: {effect.note}"], 4)
-    axes.axvline(0, color=GREY, linestyle=":", linewidth=1)
+    forest(axes, [(name, e.value, (e.low, e.high), BLUE, f"{name}: {e.note}") for name, e in effects.items()], 0)
     axes.set_title("Change of the exponent a, with 95% intervals")
     axis(axes, "x", "difference of a")
-    axis(axes, "y", "", limits=(0.4, len(effects) + 0.6))
-    axes.set_yticks(range(len(effects), 0, -1), list(effects))
     return figure
 
 

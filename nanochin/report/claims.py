@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nanochin.base.cli import UserError
-from nanochin.base.console import Progress, format_columns
+from nanochin.base.console import Progress, format_columns, markdown
 from nanochin.base.files import write_file, write_json, writing
 from nanochin.laws import NotIdentified
 from nanochin.options import ClaimsOptions
 from nanochin.report.claim_figures import FIGURES
-from nanochin.report.effects import EFFECTS, Effect, Kept, read_kept
+from nanochin.report.effects import EFFECTS
+from nanochin.report.estimates import Effect, Kept, read_kept
 from nanochin.report.panels import svg
 from nanochin.report.rules import CLAIMS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, Claim, Rule
 
@@ -95,11 +96,10 @@ def main(options: ClaimsOptions) -> None:
 
 def readme(found: list[Decided]) -> str:
     counts = ", ".join(f"{sum(one.verdict == v for one in found)} {v}" for v in (REPRODUCED, NOT_REPRODUCED, UNDECIDED))
-    lines = [["", "claim", "measured", "verdict"], ["---"] * 4]
+    rows = [["", "claim", "measured", "verdict"]]
     for one in found:
         number, title = one.claim.number, one.claim.title
-        lines.append([str(number), f"[{title}](#claim-{number})", headline(one), f"**{one.verdict}**"])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([str(number), f"[{title}](#claim-{number})", headline(one), f"**{one.verdict}**"])
     rules = (
         "An effect has a 95% interval. If the whole interval is within the rule, the runs agree with the claim; if it "
         "is outside, they do not; else they cannot decide. A claim is reproduced if all its main rules agree, and not "
@@ -111,7 +111,7 @@ def readme(found: list[Decided]) -> str:
         "# The claims of the paper",
         f"{len(found)} claims of Hoffmann et al. 2022 and of papers about it, as runs of 1e11 to 1e13 FLOPs decide "
         f"them: {counts}. Made from the kept sweeps by `python -m nanochin claims`.",
-        table,
+        markdown(rows).strip(),
         rules,
         *(section(one) for one in found),
     ]
@@ -137,14 +137,14 @@ def section(one: Decided) -> str:
     if one.missing:
         lines.append(f"{'Not run yet' if claim.number in EFFECTS else 'Why not here'}: {one.missing}.")
     if one.effects:
-        rows = [["effect", "measured, 95% interval", "rule", "verdict"], ["---"] * 4]
+        rows = [["effect", "measured, 95% interval", "rule", "verdict"]]
         for key, rule in claim.rules.items():
             if effect := one.effects.get(key):
                 name = rule.effect if rule.main else f"*{rule.effect}*"
                 text = "; ".join(filter(None, (show(effect, rule), effect.note)))
                 verdict = "; ".join(filter(None, (one.verdict_of(key), rule.needed(effect))))
                 rows.append([name, text, str(rule), verdict])
-        lines.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        lines.append(markdown(rows).strip())
     lines += [claim.note] if claim.note else []
     return "\n\n".join(lines)
 

@@ -1,259 +1,108 @@
-"""The effects that the rules of rules.py are about, measured from kept sweeps. Pure functions of their rows.
-
-Intervals are 95%: Student's t over seeds with the standard deviation pooled over the groups compared; bootstrap over
-runs for exponents; MOVER (Zou & Donner 2008) for the difference of two estimates with intervals.
+"""The effects that the rules of rules.py are about, measured from kept sweeps: a function for each claim, whose results
+have the keys of its rules.
 """
 
-import contextlib
-import json
 import math
-import re
-from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 
 from nanochin import laws
-from nanochin.base.cli import UserError
-from nanochin.base.files import read_json
 from nanochin.config import make_shape
-from nanochin.laws.envelope import gaussian_smooth
 from nanochin.laws.gamma import make_surface
-from nanochin.laws.law import wilson
+from nanochin.laws.law import interval, wilson
 from nanochin.laws.parametric import reference_objective
 from nanochin.plan.flops import flops_per_token, ledger
-from nanochin.run.curves import CURVES, read_csv_gz
-from nanochin.runrow import RunRow, flops_column, params_column, read_csv
-
-
-@dataclass(frozen=True)
-class Effect:
-    """An estimate with its 95% interval, or (not `sampled`) the lowest and highest of several values. `note`: what else
-    is worth knowing."""
-
-    value: float
-    low: float
-    high: float
-    note: str = ""
-    sampled: bool = True
-
-
-@dataclass(frozen=True)
-class Kept:
-    """A kept sweep: its finished rows, its curves by run, laws.json, and the records of `evaluate --json` by file."""
-
-    rows: list[RunRow]
-    curves: dict[str, list[dict]] = field(default_factory=dict)
-    laws: dict = field(default_factory=dict)
-    evaluated: dict[str, list[dict]] = field(default_factory=dict)
-    path: Path | None = None
-
-    def columns(self, params: str = "total", flops: str = "physical") -> tuple[np.ndarray, ...]:
-        """N, D, loss and C (n,) of the rows."""
-        names = params_column(params), "tokens", "loss", flops_column(flops)
-        return tuple(np.array([getattr(row, name) for row in self.rows], float) for name in names)
-
-    def up_to(self, budget: float) -> "Kept":
-        return replace(self, rows=[row for row in self.rows if row.budget <= 1.001 * budget])
-
-    def groups(self, *keys: str) -> dict[tuple, list[float]]:
-        """Losses by model and by these options, as the names of the runs have them; one for each seed."""
-        found: dict[tuple, list[float]] = {}
-        for row in self.rows:
-            named = options(row.run)
-            found.setdefault((f"{row.width}x{row.layers}", *(named[key] for key in keys)), []).append(row.loss)
-        return found
-
-
-def read_kept(folder: Path) -> Kept:
-    """Raises UserError if there are no rows."""
-    rows = [row for row in read_csv(folder / "runs.csv").values() if row.status == "finished"]
-    if not rows:
-        raise UserError(f"{folder}: no runs.csv with finished runs; run its sweep file with --keep")
-
-    curves = read_csv_gz(folder / CURVES) if (folder / CURVES).exists() else {}
-    fitted = read_json(folder / "laws.json") if (folder / "laws.json").exists() else {}
-    evaluated = {path.stem: json.loads(path.read_text()) for path in folder.glob("evaluate-*.json")}
-    return Kept(rows, curves, fitted, evaluated, folder)
-
-
-def options(run: str) -> dict[str, str]:
-    """'1e12-48x2-cycle=1.5-s0' -> {'cycle': '1.5'}"""
-    return dict(re.findall(r"-(\w+)=([^-]+)", run))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Estimates
-
-
-def contrast(groups: dict[tuple, list[float]], pairs: Iterable[tuple[tuple, tuple]]) -> Effect:
-    """The mean over `pairs` of mean(groups[high]) - mean(groups[low])."""
-    from scipy.stats import t
-
-    weights: dict[tuple, float] = {}  # of each group's mean in the effect
-    for high, low in (pairs := list(pairs)):
-        weights[high] = weights.get(high, 0) + 1 / len(pairs)
-        weights[low] = weights.get(low, 0) - 1 / len(pairs)
-    value = sum(weight * float(np.mean(groups[key])) for key, weight in weights.items())
-    freedom = sum(len(groups[key]) - 1 for key in weights)
-    if not freedom:
-        return Effect(value, math.nan, math.nan)
-    squares = sum(((np.array(groups[key]) - np.mean(groups[key])) ** 2).sum() for key in weights)
-    variance = squares / freedom * sum(weight**2 / len(groups[key]) for key, weight in weights.items())
-    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance)
-    return Effect(value, value - half, value + half)
-
-
-def excess(groups: dict[tuple, list[float]], pairs: Iterable[tuple[tuple, tuple]]) -> Effect:
-    """The contrast of log losses, as a relative difference of losses."""
-    found = contrast({key: list(np.log(losses)) for key, losses in groups.items()}, pairs)
-    return Effect(*map(math.expm1, (found.value, found.low, found.high)))
-
-
-def difference(x: Effect, y: Effect) -> Effect:
-    """x - y of independent estimates, by MOVER."""
-    value = x.value - y.value
-    low, high = math.hypot(x.value - x.low, y.high - y.value), math.hypot(x.high - x.value, y.value - y.low)
-    return Effect(value, value - low, value + high, f"{x.value:.3f} - {y.value:.3f}")
-
-
-def mean_of(values: list[float]) -> Effect:
-    """Mean with Student's interval; nan with fewer than two values."""
-    from scipy.stats import t
-
-    n, value = len(values), float(np.mean(values)) if values else math.nan
-    half = float(t.ppf(0.975, n - 1)) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
-    return Effect(value, value - half, value + half, f"over {n} sweeps")
-
-
-def range_of(values: Iterable[float], note: str) -> Effect:
-    """Geometric mean, and the lowest and highest value instead of an interval."""
-    values = list(values)
-    return Effect(float(np.exp(np.mean(np.log(values)))), min(values), max(values), note, sampled=False)
-
-
-def a_by_isoflop(kept: Kept, replicates: int = 2000) -> Effect:
-    """a by Approach 2, with a bootstrap over runs."""
-    N, D, loss, C = kept.columns()
-    fit = laws.fit_isoflop(N, D, loss, C, budget=[row.budget for row in kept.rows])
-    return Effect(fit.law.a, *laws.bootstrap(fit, replicates=replicates).interval("a"))
-
-
-def a_along_curves(N, C, loss, noise: float) -> Effect:
-    """a from losses at equal C, interpolated along each size's curve, as Kaplan et al. 2020. N, C and loss (n,) are
-    points of curves; the interval is that of noise on the log losses (Porian et al. 2024)."""
-    N, C, loss = (np.asarray(v, float) for v in (N, C, loss))
-    found = laws.kaplan_procedure(N, C / (6 * N), loss, loss, noise=noise, replicates=1000)
-    return Effect(found.a, *found.intervals.get(95, (math.nan, math.nan)))
-
-
-def noise_of(kept: Kept) -> float:
-    """Standard deviation of log loss of a run about the law."""
-    return kept.laws["law"]["noise"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The effects of each claim, by the keys of its rules
+from nanochin.report.estimates import (
+    Effect,
+    Kept,
+    a_along_curves,
+    a_by_isoflop,
+    a_in_laws,
+    contrast,
+    difference,
+    excess_losses,
+    mean_of,
+    options,
+    range_of,
+)
+from nanochin.runrow import flops_column, params_column
 
 
 def equal_scaling(books: Kept) -> dict[str, Effect]:
-    found = {}
-    for key in ("approach1", "approach2", "approach3", "law"):
-        one = books.laws[key]
-        one = one.get("frontier", one)
-        found[key] = Effect(one["a"], *(one["ci"]["a"] if "ci" in one else one["a_ci"]))
-    return found
+    return {key: a_in_laws(books.laws[key]) for key in ("approach1", "approach2", "approach3", "law")}
 
 
 def matched_schedule(sweep: Kept, horizons: Kept) -> dict[str, Effect]:
-    groups = sweep.groups("cycle")
-    models = list(dict.fromkeys(model for model, _ in groups))
-    cycles = dict.fromkeys(cycle for _, cycle in groups if cycle != "1")
-    found = {
-        cycle: excess(groups, [((model, cycle), (model, "1")) for model in models if (model, cycle) in groups])
-        for cycle in cycles
-    }
-    # From the middle of the longest cosine of each size, and from the ends of all.
-    longest, ends = {}, []
-    for row in horizons.rows:
-        points = [point for point in horizons.curves[row.run] if "loss" in point]
-        smoothed = gaussian_smooth(np.array([point["loss"] for point in points]), 10)
-        curve = [(row.params, point["flops"], loss) for point, loss in zip(points, smoothed, strict=True)]
-        ends.append(curve[-1])
-        longest[row.params] = max(longest.get(row.params, []), curve, key=lambda c: c[-1][1] if c else 0)
-    lowest = min(C for _, C, _ in ends)
-    middle = [point for curve in longest.values() for point in curve if point[1] >= lowest]
-    noise = noise_of(horizons)
-    found["a"] = difference(*(a_along_curves(*np.transpose(points), noise) for points in (middle, ends)))
-    return found
+    """Excess losses, and a from the middle of the longest cosine of each size minus a from the ends of all cosines."""
+    curves = [(row.params, *horizons.curve(row.run, "flops")) for row in horizons.rows]
+    ends = [(N, C[-1], loss[-1]) for N, C, loss in curves]
+    first = min(C for _, C, _ in ends)
+    longest = {N: max((one for one in curves if one[0] == N), key=lambda one: one[1][-1]) for N, *_ in curves}
+    middle = [
+        (N, at, loss) for N, C, losses in longest.values() for at, loss in zip(C, losses, strict=True) if at >= first
+    ]
+    noise = horizons.laws["law"]["noise"]
+    a = difference(a_along_curves(middle, noise), a_along_curves(ends, noise))
+    return excess_losses(sweep, "cycle") | {"a": a}
 
 
 def smaller_wins(low: Kept, high: Kept) -> dict[str, Effect]:
     best, large = ("56x2",), ("112x2",)
     groups = low.groups()
     found = {
-        "3e12": contrast(groups, [(large, best)]),
-        "1e13": contrast(high.groups(), [(("144x2",), ("72x2",))]),
-        "1.7": contrast(groups, [(("72x2",), best)]),
-        "1/4": contrast(groups, [(("24x2",), best)]),
+        "3e12": contrast(groups, (large, best)),
+        "1e13": contrast(high.groups(), (("144x2",), ("72x2",))),
+        "1.7": contrast(groups, (("72x2",), best)),
+        "1/4": contrast(groups, (("24x2",), best)),
     }
     for task in ("cloze", "last-word"):
-        margins: dict[str, list] = {}  # by size: a row a seed
-        for record in low.evaluated.get("evaluate-books", []):
-            if record["task"] == task:
-                margins.setdefault(model_of(record["run"]), []).append(record["margins"])
-        if margins:
-            found[task] = share_better(*(np.mean(margins[model], axis=0) for (model,) in (best, large)))
+        if items := [one for one in low.evaluated.get("evaluate-books", []) if one["task"] == task]:
+            margins = by_model(items, "margins")
+            ours, theirs = (np.mean(margins[model], axis=0) for model in (best, large))
+            better, differ = int((ours > theirs).sum()), int((ours != theirs).sum())
+            found[task] = Effect(better / differ, *wilson(better, differ), f"better on {better} of {differ}")
     for text in ("python", "peps"):
-        bits: dict[tuple, list[float]] = {}
-        for record in low.evaluated.get(f"evaluate-{text}", []):
-            bits.setdefault((model_of(record["run"]),), []).append(record["bpb"])
-        if bits:
-            found[text] = contrast(bits, [(large, best)])
+        if records := low.evaluated.get(f"evaluate-{text}"):
+            found[text] = contrast(by_model(records, "bpb"), (large, best))
     return found
 
 
-def model_of(run: str) -> str:
-    """'3e12-56x2-s0' -> '56x2'"""
-    return run.split("-")[1]
-
-
-def share_better(ours: np.ndarray, theirs: np.ndarray) -> Effect:
-    """The share of items with the larger margin, of those where margins (items,) differ, and Wilson's interval."""
-    k, n = int((ours > theirs).sum()), int((ours != theirs).sum())
-    return Effect(k / n, *wilson(k, n), f"better on {k} of {n}")
+def by_model(records: list[dict], name: str) -> dict[tuple, list]:
+    """A value of `evaluate --json` by the model of the run, such as 56x2 of '3e12-56x2-s0'; one for each seed."""
+    found = defaultdict(list)
+    for record in records:
+        found[(record["run"].split("-")[1],)].append(record[name])
+    return found
 
 
 def adamw_against_adam(adamw: Kept, adam: Kept) -> dict[str, Effect]:
-    sweeps, decay_rate = (("adamw", adamw), ("adam", adam)), ("weight_decay", "lr_times")
-    groups = {(name, *key): losses for name, sweep in sweeps for key, losses in sweep.groups(*decay_rate).items()}
+    runs = defaultdict(list)  # by optimizer, decay and multiple of the rate
+    for name, sweep in (("adamw", adamw), ("adam", adam)):
+        for row in sorted(sweep.rows, key=lambda row: row.seed):
+            named = options(row.run)
+            runs[name, named["weight_decay"], named["lr_times"]].append(row)
+    losses = {key: [row.loss for row in rows] for key, rows in runs.items()}
 
-    def best(name: str, decays: Container[str]) -> tuple:
-        return min((key for key in groups if key[0] == name and key[2] in decays), key=lambda k: np.mean(groups[k]))
+    def best(*given: str) -> tuple:
+        return min((key for key in losses if key[: len(given)] == given), key=lambda key: np.mean(losses[key]))
 
-    ours, l2, none = best("adamw", ["0.1"]), best("adam", {key[2] for key in groups}), best("adamw", ["0"])
-
-    def curves(name: str, decay: str, times: str) -> list[list[tuple[float, float]]]:
-        kept = adamw if name == "adamw" else adam
-        chosen = [r for r in kept.rows if options(r.run) == {"weight_decay": decay, "lr_times": times}]
-        return [
-            [(p["tokens"] / row.tokens, p["loss"]) for p in kept.curves[row.run] if "loss" in p]
-            for row in sorted(chosen, key=lambda row: row.seed)
-        ]
-
+    ours, l2, none = best("adamw", "0.1"), best("adam"), best("adamw", "0")
     crossings = []
-    for a, b in zip(curves("adamw", *ours[2:]), curves("adam", *l2[2:]), strict=True):
-        gap = gaussian_smooth(np.array([y for _, y in b]), 10) - gaussian_smooth(np.array([y for _, y in a]), 10)
-        last = int(np.flatnonzero(np.append(True, gap <= 0))[-1])  # the last point where AdamW is not lower
-        crossings.append(a[last][0] if last < len(a) else math.nan)  # nan: it is not lower at the end
-    found = {"adam": contrast(groups, [(l2, ours)]), "none": contrast(groups, [(none, ours)])}
-    best_rates = f"rates by rule times {ours[3]} (AdamW), {l2[3]} (Adam, L2 {l2[2]}), {none[3]} (no decay)"
-    found["adam"] = replace(found["adam"], note=best_rates)
-    found["crossing"] = Effect(
-        float(np.mean(crossings)), min(crossings), max(crossings), "range over seeds", sampled=False
-    )
-    return found
+    for one, other in zip(runs[ours], runs[l2], strict=True):
+        (tokens, loss), (_, theirs) = adamw.curve(one.run, "tokens"), adam.curve(other.run, "tokens")
+        last = int(np.flatnonzero(np.append(True, theirs <= loss))[-1])  # the last point where AdamW is not lower
+        crossings.append(tokens[last] / one.tokens if last < len(tokens) else math.nan)  # nan: not lower at the end
+    rates = f"rates by rule times {ours[2]} (AdamW), {l2[2]} (Adam, L2 {l2[1]}), {none[2]} (no decay)"
+    ends = min(crossings), max(crossings)
+    return {
+        "adam": replace(contrast(losses, (l2, ours)), note=rates),
+        "none": contrast(losses, (none, ours)),
+        "crossing": Effect(float(np.mean(crossings)), *ends, "range over seeds", sampled=False),
+    }
 
 
 # Layers, d_model, d_ff, heads, head size, and FLOPs / 6ND of Table A4.
@@ -301,11 +150,8 @@ def concave(books: Kept) -> dict[str, Effect]:
 
 
 def repeated(sweep: Kept, books: Kept) -> dict[str, Effect]:
-    groups = sweep.groups("epochs")
-    models = list(dict.fromkeys(model for model, _ in groups))
-    found = {epochs: excess(groups, [((model, epochs), (model, "1")) for model in models]) for epochs in ("4", "40")}
-    found["R"] = fit_repeats(sweep, laws.load_law(books.path / "laws.json"))
-    return found
+    found, law = excess_losses(sweep, "epochs"), laws.load_law(books.path / "laws.json")
+    return {"4": found["4"], "40": found["40"], "R": fit_repeats(sweep, law)}
 
 
 def fit_repeats(sweep: Kept, law: laws.Law) -> Effect:
@@ -336,7 +182,7 @@ def fit_repeats(sweep: Kept, law: laws.Law) -> Effect:
     (p, q), _ = curve_fit(lambda x, p, q: p * x**q, x, excess, p0=(0.01, 1.0))
     rms = [math.sqrt(np.mean((excess - fitted) ** 2)) for fitted in (predicted(R), p * x**q)]
     note = f"rms error {rms[0]:.1%}; of a penalty {p:.2g} ((epochs - 1) N / U)^{q:.2g} {rms[1]:.1%}; seeds {sd:.1%}"
-    return Effect(R, *map(float, np.percentile(draws, (2.5, 97.5))), note)
+    return Effect(R, *interval(draws, 95), note)
 
 
 FRONTIERS = (laws.HOFFMANN_1, laws.HOFFMANN_2, laws.HOFFMANN, laws.BESIROGLU)
@@ -363,10 +209,10 @@ def tokens_of_175b() -> dict[str, Effect]:
 
 
 def ten_times(*sweeps: Kept) -> dict[str, Effect]:
-    found = [(sweep.laws["law"]["frontier"]["a"], *sweep.laws["law"]["frontier"]["ci"]["a"]) for sweep in sweeps]
-    a, low, high = np.array(found).T
-    note = "the widest of both sweeps"
-    return {"growth": Effect(10 ** float(a.mean()), 10 ** float(low.min()), 10 ** float(high.max()), note)}
+    found = [a_in_laws(sweep.laws["law"]) for sweep in sweeps]
+    widest = min(one.low for one in found), max(one.high for one in found)
+    a = Effect(float(np.mean([one.value for one in found])), *widest, "the widest of both sweeps")
+    return {"growth": a.through(lambda power: 10**power)}
 
 
 def narrow_intervals(*sweeps: Kept) -> dict[str, Effect]:
@@ -385,24 +231,19 @@ def narrow_intervals(*sweeps: Kept) -> dict[str, Effect]:
         surface = make_surface(N, D, loss, **fit.options)
         found = surface.minimise(np.tile(surface.z(law), (100, 1)), weights)
         start = (*np.log([law.A, law.B, max(law.E, 1e-9)]), law.alpha, law.beta)
-        logs = np.log([N, D, loss])
-
-        def mean_objective(theta, chosen, logs=logs):
-            value, gradient = reference_objective(theta, *logs[:, chosen])
-            return value / chosen.sum(), gradient / chosen.sum()
-
-        stopped = [minimize(mean_objective, start, (row > 0,), "L-BFGS-B", jac=True).x for row in weights]
+        data = (*np.log([N, D, loss]), 1e-3)
+        means = weights / weights.sum(1, keepdims=True)
+        stopped = [minimize(reference_objective, start, (*data, row), "L-BFGS-B", jac=True).x for row in means]
         theirs = np.array([x[4] / (x[3] + x[4]) for x in stopped])
         ours = surface.law(found.theta[found.converged]).a
         width, narrow = (float(np.diff(np.percentile(v, (10, 90)))[0]) for v in (ours, theirs))
         ratios.append(math.log(width / narrow))
-    found = mean_of(ratios)
-    return {"ratio": Effect(*(math.exp(v) for v in (found.value, found.low, found.high)), f"over {len(ratios)} sweeps")}
+    return {"ratio": mean_of(ratios).through(math.exp)}
 
 
 def float32_weights(sweep: Kept) -> dict[str, Effect]:
     groups = sweep.groups("weight_dtype")
-    return {"bfloat16": contrast(groups, [(("40x2", "bfloat16"), ("40x2", "float32"))])}
+    return {"bfloat16": contrast(groups, (("40x2", "bfloat16"), ("40x2", "float32")))}
 
 
 def rates(sweep: Kept, books: Kept) -> dict[str, Effect]:
@@ -414,23 +255,14 @@ def rates(sweep: Kept, books: Kept) -> dict[str, Effect]:
 
 
 def huber_delta(*sweeps: Kept) -> dict[str, Effect]:
-    """Median absolute error of log loss on the group of largest compute, by Approach 3 fitted to the other runs."""
     larger, smaller = [], []
     for sweep in sweeps:
-        N, D, loss, C = sweep.columns()
         budget = [row.budget or math.nan for row in sweep.rows]
-        group = laws.compute_groups(C, budget=None if np.isnan(budget).any() else budget)
-        held = group == group.max()
-
-        def error(delta: float, rows=(N, D, loss), held=held) -> float:
-            law = laws.fit_parametric(*(v[~held] for v in rows), delta=delta, allow_bound=("E",)).law
-            N, D, loss = (v[held] for v in rows)
-            return float(np.median(np.abs(np.log(law.loss(N, D) / loss))))
-
-        base = error(1e-3)
+        how = {"budget": None if np.isnan(budget).any() else budget, "replicates": 0}
+        base = laws.hold_out(*sweep.columns(), delta=1e-3, **how).error
         for delta, errors in ((0.1, larger), (1e-4, smaller)):
-            with contextlib.suppress(laws.NotIdentified):  # does not converge with so few runs
-                errors.append(error(delta) - base)
+            with suppress(laws.NotIdentified):  # does not converge with so few runs
+                errors.append(laws.hold_out(*sweep.columns(), delta=delta, **how).error - base)
     return {"larger": mean_of(larger), "smaller": mean_of(smaller)}
 
 
@@ -443,16 +275,11 @@ def inference(books: Kept) -> dict[str, Effect]:
         n, d = laws.inference_optimal(law, law.loss(N, D), 10 * D)
         return n / N, d / D
 
-    value, drawn = of(law), of(replace(law.replicates, cost=law.cost))
-    ends = [np.percentile(v, (2.5, 97.5)) for v in drawn]
-    return {
-        key: Effect(float(v), *map(float, end)) for key, v, end in zip(("params", "tokens"), value, ends, strict=True)
-    }
+    pairs = zip(("params", "tokens"), of(law), of(replace(law.replicates, cost=law.cost)), strict=True)
+    return {key: Effect(float(value), *interval(drawn, 95)) for key, value, drawn in pairs}
 
 
 def kaplan_steps(warmup: Kept, cosine: Kept, matched: Kept, tuned: Kept) -> dict[str, Effect]:
-    noise = noise_of(tuned)
-
     def along(sweep: Kept, params: str, flops: str) -> Effect:
         points = []
         for row in sweep.rows:
@@ -460,7 +287,7 @@ def kaplan_steps(warmup: Kept, cosine: Kept, matched: Kept, tuned: Kept) -> dict
             losses = [(p["step"], p["val_loss"]) for p in sweep.curves[row.run] if "val_loss" in p and p["step"]]
             last = losses[-1][0]
             points += [(N, total * step / last, loss) for step, loss in losses]
-        return a_along_curves(*np.transpose(points), noise)
+        return a_along_curves(points, tuned.laws["law"]["noise"])
 
     steps = (
         along(warmup, "non_embedding", "kaplan"),

@@ -23,6 +23,7 @@ from nanochin.base.console import count, digits, powers
 from nanochin.laws import BESIROGLU, HOFFMANN, HOFFMANN_1, HOFFMANN_2, KAPLAN, Law, NotIdentified, advice
 from nanochin.report.analysis import Analysis, Approach
 from nanochin.report.colours import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, RED, SCALE, SKY
+from nanochin.report.findings import bracketed
 from nanochin.report.panels import axis, band, drawn, line, note, panels, points, whiskers
 
 LINES = {"Approach 1": (GREEN, "--"), "Approach 2": (ORANGE, ":"), "Approach 3": (BLUE, "-")}  # the law: INK
@@ -281,22 +282,30 @@ def certainty(analysis: Analysis, found: dict[str, object]) -> Figure:
     """Exponents with intervals, ours above the published ones, and the profile of E."""
     profile = found.get("profile_E")
     figure, both = panels(2 if profile else 1)
-    rows, axes = _forest(analysis, found), both[0]
-    for y, (name, a, (low, high), colour) in zip(range(len(rows), 0, -1), rows, strict=True):
-        hover = f"{name}: a = {a:.4f}" + (f" [{low:.3f}, {high:.3f}]" if np.isfinite(low) else "")
-        whiskers(axes, [y], [(low, high)], colour, horizontal=True)
-        points(axes, [a], [y], colour, "", [hover], 4)
-    axes.axvline(0.5, color=GREY, linestyle=":", linewidth=1)
-    axes.set_title(f"Exponent a, with 95% intervals ({analysis.convention})")
-    axis(axes, "x", "a in N = k C^a")
-    axis(axes, "y", "", limits=(0.4, len(rows) + 0.6))
-    axes.set_yticks(range(len(rows), 0, -1), [name for name, *_ in rows])
+    rows = [
+        (name, a, ends, colour, f"{name}: a = {a:.4f}" + bracketed(ends))
+        for name, a, ends, colour in _exponents(analysis, found)
+    ]
+    forest(both[0], rows, 0.5)
+    both[0].set_title(f"Exponent a, with 95% intervals ({analysis.convention})")
+    axis(both[0], "x", "a in N = k C^a")
     if profile:
         _profile(both[1], analysis, *profile)
     return figure
 
 
-def _forest(analysis: Analysis, found: dict[str, object]) -> list[tuple]:
+def forest(axes: Axes, rows: list[tuple], reference: float) -> None:
+    """Rows of (name, value, interval, colour, text on hover), the first on top, and a line at `reference`."""
+    places = range(len(rows), 0, -1)
+    for y, (_, value, ends, colour, hover) in zip(places, rows, strict=True):
+        whiskers(axes, [y], [ends], colour, horizontal=True)
+        points(axes, [value], [y], colour, "", [hover], 4)
+    axes.axvline(reference, color=GREY, linestyle=":", linewidth=1)
+    axis(axes, "y", "", limits=(0.4, len(rows) + 0.6))
+    axes.set_yticks(places, [name for name, *_ in rows])
+
+
+def _exponents(analysis: Analysis, found: dict[str, object]) -> list[tuple]:
     """(name, exponent a, its 95% interval, colour), ours before the published ones."""
     none, third = (np.nan, np.nan), analysis.results[3]
     rows = [

@@ -8,7 +8,7 @@ from nanochin.base.files import read_json, versions, write_file, writing
 from nanochin.runrow import RunRow, flops_column, params_column, read_csv
 
 KEPT = (".csv", ".gz", ".json", ".html", ".svg")  # of the sweep's own files, without the folders of its runs
-PICTURES = ("isoflop.png", "optimum.png", "isoflop.svg", "optimum.svg")  # the README shows the first that exists
+PICTURES = ("isoflop.svg", "optimum.svg")  # the README shows the first that exists
 FILES = {"runs.csv": "a row a run", "curves.csv.gz": "their training curves", "laws.json": "the fit",
     "report.html": "its report", "plan.csv": "the plan"}  # fmt: skip
 
@@ -20,16 +20,11 @@ def keep(folder: Path, results: Path, command: str) -> None:
     for path in folder.iterdir():
         if path.suffix in KEPT:
             write_file(results / path.name, path.read_bytes())
-    write_readme(results, command)
-    print(f"{results}: kept")
-
-
-def write_readme(results: Path, command: str) -> None:
-    """README.md of the sweep kept in `results`."""
     found = read_json(results / "laws.json") if (results / "laws.json").exists() else None
     commands = [command, f"python fit.py {results.as_posix()}"]
     rows, files = list(read_csv(results / "runs.csv").values()), {path.name for path in results.iterdir()}
     write_file(results / "README.md", readme(results.name, rows, found, files, commands).encode())
+    print(f"{results}: kept")
 
 
 def readme(name: str, rows: list[RunRow], found: dict | None, files: set[str], commands: list[str]) -> str:

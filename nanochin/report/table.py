@@ -23,6 +23,8 @@ import numpy as np
 
 from nanochin.base.cli import UserError
 from nanochin.base.files import read_json
+from nanochin.laws.single import CHANCE
+from nanochin.laws.solver import MIN_ROWS, MIN_SIZES
 from nanochin.report.cells import (
     COLUMNS,
     LABELS,
@@ -40,8 +42,6 @@ from nanochin.report.cells import (
 TUNING = ("lr", "batch_tokens", "beta2")
 SAME = ("kind", "trunk", "tokenizer", "vocab_size", "seq_len", "data_sha", "val_sha", "seed", "schedule")
 FAR = 5  # median deviations of the log loss from its median: beyond, losses count as that far in the F-test
-CHANCE = 0.05  # significance level, as for 95% intervals
-MIN_ROWS, MIN_SIZES = 6, 3  # one more than the law's constants; three points of a curve
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,7 @@ class RunTable:
 # From a path to rows
 
 
-def read_rows(
-    path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False, needed: Names = NEEDED
-) -> RunTable:
+def read_rows(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> RunTable:
     """The runs of a CSV or JSON file, or of a folder: its runs.csv, else the summary.json of every run in it.
 
     `columns` maps our names to the file's. If params or tokens are missing but FLOPs (or else budgets) are there,
@@ -122,8 +120,8 @@ def read_rows(
     Raises UserError with file, line, column and value for a bad line; with `skip_bad` it is left out and counted."""
     path, columns = Path(path), columns or {}
     if path.is_dir() and not (path / "runs.csv").exists():
-        return _read_summaries(path, needed, columns, skip_bad)
-    return _read_file(path / "runs.csv" if path.is_dir() else path, needed, columns, skip_bad)
+        return _read_summaries(path, columns, skip_bad)
+    return _read_file(path / "runs.csv" if path.is_dir() else path, NEEDED, columns, skip_bad)
 
 
 def read_curves(path: str | Path, columns: dict[str, str] | None = None, skip_bad: bool = False) -> RunTable:
@@ -261,11 +259,8 @@ def _read_file(path: Path, needed: Names, columns: dict[str, str], skip_bad: boo
         if b"\0" in start or start[:2] in (b"\xff\xfe", b"\xfe\xff", b"\x1f\x8b"):
             raise UserError(f"{path}: not text in UTF-8; expected CSV or JSON with {', '.join(needed)}")
         with open(path, encoding="utf-8-sig", newline="") as file:
-            if start.startswith(b"["):
-                objects = _json_list(path, file)
-                table = _table_of_objects(lambda: objects)
-            elif start.startswith(b"{"):
-                table = _table_of_objects(lambda: _json_lines(path, file))
+            if start.startswith((b"[", b"{")):
+                table = _table_of_objects(lambda: _json_objects(path, file, start.startswith(b"[")))
             else:
                 table = _csv(path, file, needed, columns)
             return _collect(str(path), sha256, table, needed, columns, skip_bad)
@@ -311,39 +306,36 @@ def _table_of_objects(read: Callable[[], Objects]) -> Table:
         yield place, ["" if item.get(name) is None else str(item[name]) for name in header]
 
 
-def _json_lines(path: Path, file: TextIO) -> Objects:
+def _json_objects(path: Path, file: TextIO, is_list: bool) -> Objects:
+    """The objects of a list, or one per line."""
+
+    def parsed(place: str, text: str):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            what = "expected a list of objects, or an object per line"
+            raise UserError(f"{path}: {place}: not JSON ({error}); {what}") from None
+
     file.seek(0)
-    for i, line in enumerate(file, 1):
-        if line.strip():
-            yield _json_object(path, f"line {i}", _json(path, f"line {i}", line))
+    if is_list:
+        items = ((f"item {i}", item) for i, item in enumerate(parsed("a list", file.read()), 1))
+    else:
+        items = ((f"line {i}", parsed(f"line {i}", line)) for i, line in enumerate(file, 1) if line.strip())
+    for place, item in items:
+        if not isinstance(item, dict):
+            what = 'expected an object such as {"params": 1e6, ...}'
+            raise UserError(f"{path}: {place}: {what}, not {repr(item)[:40]}")
+        yield place, item
 
 
-def _json_list(path: Path, file: TextIO) -> Objects:
-    return [_json_object(path, f"item {i}", item) for i, item in enumerate(_json(path, "a list", file.read()), 1)]
-
-
-def _json(path: Path, place: str, text: str):
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        what = "expected a list of objects, or an object per line"
-        raise UserError(f"{path}: {place}: not JSON ({error}); {what}") from None
-
-
-def _json_object(path: Path, place: str, item) -> tuple[str, dict]:
-    if not isinstance(item, dict):
-        raise UserError(f'{path}: {place}: expected an object such as {{"params": 1e6, ...}}, not {repr(item)[:40]}')
-    return place, item
-
-
-def _read_summaries(folder: Path, needed: Names, columns: dict[str, str], skip_bad: bool) -> RunTable:
+def _read_summaries(folder: Path, columns: dict[str, str], skip_bad: bool) -> RunTable:
     """The finished runs in `folder` or `folder`/runs."""
     paths = [path for pattern in ("*/summary.json", "runs/*/summary.json") for path in sorted(folder.glob(pattern))]
     if not paths:
         raise UserError(f"{folder}: no runs.csv, and no run with a summary.json there or in runs/")
     objects = [(str(path.relative_to(folder)), read_json(path)) for path in paths]
     sha256 = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-    return _collect(str(folder), sha256, _table_of_objects(lambda: objects), needed, columns, skip_bad)
+    return _collect(str(folder), sha256, _table_of_objects(lambda: objects), NEEDED, columns, skip_bad)
 
 
 def _collect(source: str, sha256: str, table: Table, needed: Names, columns: dict, skip_bad: bool) -> RunTable:
@@ -386,10 +378,8 @@ def _collect(source: str, sha256: str, table: Table, needed: Names, columns: dic
             known = words[name]
             codes[name].append(known.setdefault(_encodable(cells[i].strip()), len(known)))
 
-    filled = {name: np.array(column) for name, column in numbers.items()}
-    filled = {
-        name: column for name, column in filled.items() if name in {*needed, *derived} or not np.isnan(column).all()
-    }
+    arrays = {name: np.array(column) for name, column in numbers.items()}
+    filled = {name: v for name, v in arrays.items() if name in {*needed, *derived} or not np.isnan(v).all()}
     if only_loss and filled.keys().isdisjoint(("flops", "budget")):
         find_columns(source, header, NEEDED, columns)  # says what is missing
     labels = {name: Labels(np.array(codes[name]), tuple(words[name])) for name in worded if any(words[name])}

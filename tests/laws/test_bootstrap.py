@@ -4,12 +4,10 @@ import tracemalloc
 import numpy as np
 import pytest
 from chinchilla import BUDGETS, chinchilla, isoflop_grid, noisy_grid
-from scipy.optimize import minimize
 
-from nanochin.laws import BESIROGLU, HOFFMANN, Law, NotIdentified, fit_isoflop, fit_parametric
+from nanochin.laws import BESIROGLU, Law, NotIdentified, fit_isoflop, fit_parametric
 from nanochin.laws.bootstrap import bootstrap, bootstrap_seed_noise
 from nanochin.laws.law import CONSTANTS
-from nanochin.laws.parametric import reference_objective
 from nanochin.laws.solver import Surface
 
 
@@ -119,34 +117,17 @@ def test_intervals_cover_the_truth():
     assert 36 <= hits <= 57  # 48 expected; half or twice the width would be outside this range
 
 
-def test_a_premature_stop_collapses_the_interval():
-    """Resamples minimised as first published, the mean from Hoffmann's constants at L-BFGS-B's default tolerances, stop
-    near that start: the interval is several times narrower than that of the optima, and does not contain the true a."""
-    N, D, loss = noisy_grid(0.005)
-    law, n = HOFFMANN, len(N)
-    start = np.log(law.A), np.log(law.B), np.log(law.E), law.alpha, law.beta
-    counts = np.random.default_rng(0).multinomial(n, np.ones(n) / n, 40).astype(float)
-    data = (np.log(N), np.log(D), np.log(loss), 1e-3)
-    found = [minimize(reference_objective, start, (*data, c / n), "L-BFGS-B", jac=True).x for c in counts]
-    low, high = np.percentile([x[4] / (x[3] + x[4]) for x in found], (10, 90))
-    ours = bootstrap(fit_parametric(N, D, loss), replicates=40).interval("a", 80)
-    assert high - low < 0.3 * (ours[1] - ours[0])
-    assert not low <= BESIROGLU.a <= high
-    assert ours[0] <= BESIROGLU.a <= ours[1]
-
-
 def test_any_quantity_has_an_interval():
-    """Functions of the law, and the table of all quantities; a, b and the optimum follow from the same replicates."""
+    """Functions of the law, and all quantities in JSON; a, b and the optimum follow from the same replicates."""
     boot = bootstrap(fit_parametric(*noisy_grid(0.005)), replicates=100)
-    table = boot.intervals([1e22])
-    assert set(table) == {*CONSTANTS, "a", "b", "G", "N_opt(1e+22)", "D_opt(1e+22)", "D/N(1e+22)", "loss_opt(1e+22)"}
-    low, high = table["N_opt(1e+22)"][80]
+    low, high = boot.interval(lambda law: law.optimal(1e22)[0], 80)
     by_hand = sorted(boot.law.G[k] * (1e22 / 6) ** boot.law.a[k] for k in range(100))
     assert by_hand[9] <= low <= by_hand[11] and by_hand[88] <= high <= by_hand[90]
-    assert boot.interval(lambda law: law.optimal(1e22)[0], 80) == (low, high)
-    for quantity in table.values():
-        assert quantity[95][0] <= quantity[80][0] < quantity[80][1] <= quantity[95][1]
-    assert table["a"][95][0] == pytest.approx(1 - table["b"][95][1], abs=1e-12)
+    found = boot.to_json()
+    assert set(found["ci"]) == {*CONSTANTS, "a", "b", "G"}
+    for name, ends in found["ci"].items():
+        assert ends[0] <= found["ci80"][name][0] < found["ci80"][name][1] <= ends[1]
+    assert found["ci"]["a"][0] == pytest.approx(1 - found["ci"]["b"][1], abs=1e-12)
 
 
 def test_options_of_the_fit_hold_in_every_replicate():

@@ -134,8 +134,9 @@ def test_hold_out_of_the_largest_budget():
     assert measured == pytest.approx(math.exp(-q / (2 * p)), rel=1e-6)
     assert predicted == pytest.approx(alone.optimal(1e21)[0], rel=1e-6)
     assert low < predicted < high
-    two = checks.hold_out(N, D, loss, budget=-np.repeat(np.arange(6), 8), least=9, replicates=0)  # the largest by C
-    assert two.rows.tolist() == list(range(32, 48)) and math.isnan(two.low[0]) and two.bootstrap is None
+    budget = -np.repeat(np.arange(7), [8, 8, 8, 8, 8, 5, 3])  # the largest by C, and with it the next, for four runs
+    two = checks.hold_out(N, D, loss, budget=budget, replicates=0)
+    assert two.rows.tolist() == list(range(40, 48)) and math.isnan(two.low[0]) and two.bootstrap is None
 
 
 def test_hold_out_uses_the_actual_flops():
@@ -170,11 +171,11 @@ def test_prediction_intervals_cover_the_observations():
     assert 0.86 < np.mean(inside) < 0.995
 
 
-@pytest.mark.parametrize("least, says", [(48, "48 largest runs"), (40, "all runs are at one budget")])
-def test_hold_out_of_too_much_is_refused(least, says):
+@pytest.mark.parametrize("budgets, says", [(1, "no budget below the largest"), (2, "all runs are at one budget")])
+def test_hold_out_of_too_much_is_refused(budgets, says):
     """Nothing left to fit, or too little."""
     with pytest.raises(NotIdentified, match=says):
-        checks.hold_out(*noisy_grid(0.003), least=least)
+        checks.hold_out(*isoflop_grid(BESIROGLU, BUDGETS[:budgets], RATIOS))
 
 
 def test_curvature_of_the_frontier():

@@ -128,8 +128,8 @@ def test_groups_by_compute():
     C = np.repeat(BUDGETS, 8)
     np.testing.assert_array_equal(compute_groups(C), np.repeat(np.arange(6), 8))
     np.testing.assert_array_equal(compute_groups(C, budget=-C), np.repeat(np.arange(6), 8))
-    np.testing.assert_array_equal(compute_groups(C, least=9), np.minimum(np.repeat(np.arange(6), 8), 4))
-    assert (compute_groups(C, least=48) == 0).all()
+    np.testing.assert_array_equal(compute_groups(C[:43]), np.minimum(np.repeat(np.arange(6), 8)[:43], 4))
+    assert (compute_groups(C[:3]) == 0).all()
     spread = np.geomspace(1.0, 1e6, 62)
     np.testing.assert_array_equal(compute_groups(spread), np.minimum(np.arange(62) // 10.2, 5))
     few = compute_groups(np.append(spread, 1e9))  # the bins above 3e4 have 15 runs, 0 and 1

@@ -60,15 +60,6 @@ def test_noiseless_recovery(gamma, E):
     assert fit.at_bound == (() if E else ("E",))
 
 
-def test_kaplans_law():
-    """E = 0 contains his joint law: (A / N^alpha + B / D)^gamma with the constants that he prints."""
-    truth = Law("Kaplan", 0, 8.8e13 ** (0.076 / 0.095), 5.4e13, 0.076 / 0.095, 1.0, 0.095)
-    rng = np.random.default_rng(1)
-    N, D = np.exp(rng.uniform(14, 21, 80)), np.exp(rng.uniform(18, 25, 80))
-    fit = fit_parametric(N, D, truth.loss(N, D), gamma=None, E=0.0)
-    assert (fit.law.E, fit.law.gamma, fit.law.beta) == pytest.approx((0, 0.095, 1), rel=1e-6)
-
-
 def test_chinchilla_and_scipy():
     """All starts agree; L-BFGS from our optimum and from five others finds nothing lower; gamma = 1 is excluded."""
     N, D, loss = chinchilla()

@@ -64,7 +64,7 @@ def test_no_irreducible_loss_is_an_answer():
     assert fit_single(TOKENS, loss, replicates=0, E=1.0).law.E == 1
 
 
-@pytest.mark.parametrize("law, x, draws", [(of_compute, BUDGETS, 40), (of_size, TOKENS, 20)], ids=["C", "D"])
+@pytest.mark.parametrize("law, x, draws", [(of_compute, BUDGETS, 24), (of_size, TOKENS, 16)], ids=["C", "D"])
 def test_coverage_of_the_predicted_loss(law, x, draws):
     """Noise of 0.3%: at least 85% of the 95% intervals contain a new run 10 and 100 times beyond the data, and they are
     no wider than a fifth either way."""

@@ -15,26 +15,8 @@ from nanochin.base.cli import run_command
 
 TABLES, GROUPS = 1000, 20
 HEADER = ["params", "tokens", "loss", "flops", "run", "seed", "lr", "tokenizer", "status", "budget", "width"]
-JUNK = [
-    "",
-    " ",
-    "nan",
-    "inf",
-    "-1",
-    "0",
-    "1e400",
-    "1e-320",
-    "3,5",
-    "1,000",
-    "22.8M",
-    "12 k",
-    "\u2014",
-    "None",
-    "[1]",
-    "'",
-    '"',
-]
-JUNK += ["\0", "\x1b[31m", "a\nb", "\uff11", "\U0001f600", "True", "1e5", "1e-7", "9" * 400, "x" * 200]
+JUNK = ["", " ", "nan", "inf", "-1", "0", "1e400", "1e-320", "3,5", "1,000", "22.8M", "12 k", "\u2014", "None", "[1]"]
+JUNK += ["'", '"', "\0", "\x1b[31m", "a\nb", "\uff11", "\U0001f600", "True", "1e5", "1e-7", "9" * 400, "x" * 200]
 NAMES = ["", "N", "D", "C", "Loss", "val_loss", "num_params", "1e18", "loss", "params", "step_1", "x\ny", "flops_6nd"]
 NAMES += ["params_non_embedding", "horizon", "trunk", "val_sha", "unique_tokens"]
 OPTIONS = ["--skip-bad", "--skip-bad", "--drop=2", "--flops=6nd", "--fixed-e=1.5", "--target-loss=2", "--cluster=row"]
