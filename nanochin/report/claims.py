@@ -140,7 +140,8 @@ def section(one: Decided) -> str:
         rows = [["effect", "measured, 95% interval", "rule", "verdict"]]
         for key, rule in claim.rules.items():
             if effect := one.effects.get(key):
-                name = rule.effect if rule.main else f"*{rule.effect}*"
+                name = rule.effect.replace("*", r"\*")  # N*
+                name = name if rule.main else f"*{name}*"
                 text = "; ".join(filter(None, (show(effect, rule), effect.note)))
                 verdict = "; ".join(filter(None, (one.verdict_of(key), rule.needed(effect))))
                 rows.append([name, text, str(rule), verdict])

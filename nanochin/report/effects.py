@@ -28,6 +28,7 @@ from nanochin.report.estimates import (
     mean_of,
     options,
     range_of,
+    recounted,
 )
 from nanochin.runrow import flops_column, params_column
 
@@ -280,24 +281,27 @@ def inference(books: Kept) -> dict[str, Effect]:
 
 
 def kaplan_steps(warmup: Kept, cosine: Kept, matched: Kept, tuned: Kept) -> dict[str, Effect]:
-    def along(sweep: Kept, params: str, flops: str) -> Effect:
-        points = []
+    noise = tuned.laws["law"]["noise"]
+
+    def points(sweep: Kept, params: str, flops: str) -> list[tuple[float, float, float]]:
+        found = []
         for row in sweep.rows:
             N, total = getattr(row, params_column(params)), getattr(row, flops_column(flops))
             losses = [(p["step"], p["val_loss"]) for p in sweep.curves[row.run] if "val_loss" in p and p["step"]]
             last = losses[-1][0]
-            points += [(N, total * step / last, loss) for step, loss in losses]
-        return a_along_curves(points, tuned.laws["law"]["noise"])
+            found += [(N, total * step / last, loss) for step, loss in losses]
+        return found
 
+    without_head = points(warmup, "non_embedding", "kaplan")
+    long, short = (points(sweep, "with_head", "physical") for sweep in (warmup, cosine))
     steps = (
-        along(warmup, "non_embedding", "kaplan"),
-        along(warmup, "with_head", "physical"),
-        along(cosine, "with_head", "physical"),
+        a_along_curves(long, noise),
+        a_along_curves(short, noise),
         a_by_isoflop(matched),
         a_by_isoflop(tuned.up_to(3e12)),
     )
-    pairs = zip(("head", "warmup", "schedule", "tuning"), steps, steps[1:], strict=False)
-    return {key: difference(before, after) for key, before, after in pairs}
+    pairs = zip(("warmup", "schedule", "tuning"), steps, steps[1:], strict=False)
+    return {"head": recounted(without_head, long, noise)} | {key: difference(x, y) for key, x, y in pairs}
 
 
 EFFECTS: dict[int, Callable[..., dict[str, Effect]]] = {

@@ -23,6 +23,7 @@ from nanochin.report.estimates import (
     difference,
     options,
     read_kept,
+    recounted,
 )
 from nanochin.report.rules import CLAIMS, NOT_REPRODUCED, REPRODUCED, UNDECIDED, Claim, Rule
 from nanochin.run.curves import CURVES, to_csv_gz
@@ -159,6 +160,17 @@ def test_exponents_of_made_up_rows():
     N, C = (v.ravel() for v in np.meshgrid(np.geomspace(5e3, 5e5, 30), np.geomspace(1e11, 1e12, 30)))
     found = a_along_curves([*zip(N, C, law_of(0.62).loss(N, C / 6 / N), strict=True)], 1e-4)
     assert found.value == pytest.approx(0.62, abs=0.01) and found.low < found.value < found.high
+
+
+def test_the_noise_of_a_recount_is_shared():
+    """Of N^0.5 instead of N, a is half as large, in every draw of noise: the difference has half the interval of a."""
+    N, C = (v.ravel() for v in np.meshgrid(np.geomspace(5e3, 5e5, 30), np.geomspace(1e11, 1e12, 30)))
+    loss = law_of(0.62).loss(N, C / 6 / N)
+    whole = [*zip(N, C, loss, strict=True)]
+    found = recounted(whole, [*zip(100 * N**0.5, C, loss, strict=True)], 3e-3)
+    alone = a_along_curves(whole, 3e-3)
+    assert found.value == pytest.approx(alone.value / 2, rel=2e-3)
+    assert found.high - found.low == pytest.approx((alone.high - alone.low) / 2, rel=0.35)  # not shared: 2.2 times
 
 
 def of_laws(a: float, half: float) -> Kept:
