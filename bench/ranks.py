@@ -7,21 +7,19 @@ Every number of processes has its own group, and rounds alternate between them, 
 affects all. On a machine with one GPU the second is skipped.
 """
 
-import multiprocessing
 import os
 import socket
 import statistics
-import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from bench.common import save
-from bench.train_throughput import SHAPES, ask
+from bench.gpu_check import SIZES
+from bench.train_throughput import SHAPES, alternate, serve, start
 from nanochin.base.cli import opt, parse, run_command
 from nanochin.base.console import count, format_columns
-from nanochin.config import make_shape
 
-SHAPES = SHAPES | {"124M": (make_shape(768, 12, vocab_size=50304, seq_len=1024, head_size=64), 512)}
+SHAPES = SHAPES | {"124M": (SIZES["124M"], 512)}
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Options:
 
 
 def work(pipe: Connection, name: str, device: str, environment: dict[str, str]) -> None:
-    """One rank: build the model, then time as many steps as each message asks for; 0 ends."""
+    """One rank: build the model, then `serve` its steps."""
     os.environ |= environment | {"OMP_WAIT_POLICY": "passive"}  # as train.py
     import torch
 
@@ -50,49 +48,26 @@ def work(pipe: Connection, name: str, device: str, environment: dict[str, str]) 
         step = our_step("eager" if device == "cpu" else "graph", shape, sequences, where, dtype)
         step.set_micro_batch(min(sequences, max(1, (4096 if device == "cpu" else 65536) // shape.seq_len)))
         batch = torch.randint(shape.vocab_size, (len(parallel.share(sequences)), shape.seq_len + 1))
-        while steps := pipe.recv():
-            seconds = []
-            for _ in range(steps):
-                start = time.perf_counter()
-                step(batch, 1e-3)[0].item()
-                seconds.append(time.perf_counter() - start)
-            pipe.send((seconds, 0, str(dtype).split(".")[1]))
+        serve(pipe, lambda: step(batch, 1e-3)[0].item(), str(dtype))
 
 
-def start(size: int, name: str, device: str) -> list[Connection]:
+def start_group(size: int, name: str, device: str) -> list[Connection]:
     """Pipes to the processes of a group."""
-    context, pipes = multiprocessing.get_context("spawn"), []
+    pipes = []
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     for rank in map(str, range(size)):
         where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
         where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        here, there = context.Pipe()
-        context.Process(target=work, args=(there, name, device, where), daemon=True).start()
-        there.close()
-        pipes.append(here)
+        pipes.append(start(work, name, device, where))
     return pipes
 
 
 def measure(name: str, sizes: list[int], options: Options) -> list[list[str]]:
     """The table's rows of a shape."""
-    groups = {size: start(size, name, options.device) for size in sizes}
-
-    def seconds_of(size: int, steps: int) -> list[float]:
-        for pipe in groups[size][1:]:
-            pipe.send(steps)
-        first = ask(groups[size][0], steps)[0]
-        for pipe in groups[size][1:]:
-            pipe.recv()
-        return first
-
-    for size in sizes:
-        seconds_of(size, 5)  # warm up, capture
-    rounds = [{size: seconds_of(size, options.steps) for size in sizes} for _ in range(options.rounds)]
-    for pipe in sum(groups.values(), []):
-        pipe.send(0)
-    times = {size: [s for one in rounds for s in one[size]] for size in sizes}
+    groups = {size: start_group(size, name, options.device) for size in sizes}
+    times, _ = alternate(groups, options.rounds, options.steps)
     shape, sequences = SHAPES[name]
     rows = []
     for size in sizes:

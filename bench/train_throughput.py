@@ -12,6 +12,7 @@ import multiprocessing
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -41,7 +42,7 @@ class Options:
 
 
 def work(pipe: Connection, name: str, nanogpt: str | None, compiled: bool, threads: int) -> None:
-    """Build the model and optimizer of a variant, then time as many steps as each message asks for; 0 ends."""
+    """Build the model and optimizer of a variant, then `serve` its steps."""
     if not nanogpt:
         import train  # noqa: F401  first, since it sets how torch's threads wait
     import torch
@@ -62,32 +63,55 @@ def work(pipe: Connection, name: str, nanogpt: str | None, compiled: bool, threa
     else:
         keep_freed_memory()
         step = our_step("compile" if compiled else "eager", shape, sequences, cpu, dtype)
+    serve(pipe, lambda: step(batch, 1e-3)[0].item(), str(dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes that take steps when asked
+
+
+def serve(pipe: Connection, step: Callable[[], object], dtype: str) -> None:
+    """Time as many steps as each message asks for; 0 ends. Answers (seconds of each, peak memory in bytes, dtype)."""
     while steps := pipe.recv():
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
-            step(batch, 1e-3)[0].item()
+            step()
             seconds.append(time.perf_counter() - start)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        pipe.send((seconds, peak, str(dtype).split(".")[1]))
+        pipe.send((seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, dtype))
 
 
-def start(*variant) -> Connection:
-    """A pipe to a process that runs `work` on the variant."""
+def start(work: Callable, *arguments) -> Connection:
+    """A pipe to a process that runs work(pipe, *arguments)."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    context.Process(target=work, args=(there, *variant), daemon=True).start()
+    context.Process(target=work, args=(there, *arguments), daemon=True).start()
     there.close()
     return here
 
 
-def ask(pipe: Connection, steps: int) -> tuple[list[float], int, str]:
-    """Seconds of each step, peak memory in bytes and dtype. Raises UserError if the process has ended."""
+def ask(group: list[Connection], steps: int) -> tuple[list[float], int, str]:
+    """The first one's answer of processes that take steps together. Raises UserError if one has ended."""
     try:
-        pipe.send(steps)
-        return pipe.recv()
+        for pipe in group:
+            pipe.send(steps)
+        return [pipe.recv() for pipe in group][0]
     except (EOFError, OSError):
         raise UserError("the process of a variant ended early (see above)") from None
+
+
+def alternate(groups: dict, rounds: int, steps: int) -> tuple[dict, dict]:
+    """(seconds of all steps by group, last answers), `steps` of each group in turn. Ends the processes."""
+    for group in groups.values():
+        ask(group, 5)  # warm up, compile, capture
+    answers = [{who: ask(group, steps) for who, group in groups.items()} for _ in range(rounds)]
+    for pipe in sum(groups.values(), []):
+        pipe.send(0)
+    return {who: [s for answer in answers for s in answer[who][0]] for who in groups}, answers[-1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table
 
 
 def measure(name: str, options: Options) -> list[list[str]]:
@@ -95,23 +119,18 @@ def measure(name: str, options: Options) -> list[list[str]]:
     variants = {"nanochin eager": (None, False)} | ({"nanochin compiled": (None, True)} if options.compile else {})
     if options.nanogpt:
         variants |= {"nanoGPT eager": (options.nanogpt, False), "nanoGPT compiled": (options.nanogpt, True)}
-    pipes = {who: start(name, *variant, options.threads) for who, variant in variants.items()}
-    for pipe in pipes.values():
-        ask(pipe, 3)  # warm up, compile
-    rounds = [{who: ask(pipe, options.steps) for who, pipe in pipes.items()} for _ in range(options.rounds)]
-    for pipe in pipes.values():
-        pipe.send(0)
-    seconds = {who: [s for answers in rounds for s in answers[who][0]] for who in pipes}
+    groups = {who: [start(work, name, *variant, options.threads)] for who, variant in variants.items()}
+    seconds, last = alternate(groups, options.rounds, options.steps)
     medians = {who: statistics.median(times) for who, times in seconds.items()}
-    peaks, dtypes = ({who: answer[i] for who, answer in rounds[-1].items()} for i in (1, 2))
-    best = min((who for who in pipes if who.startswith("nanoGPT")), key=medians.get, default=None)
+    peaks, dtypes = ({who: answer[i] for who, answer in last.items()} for i in (1, 2))
+    best = min((who for who in groups if who.startswith("nanoGPT")), key=medians.get, default=None)
     shape, sequences = SHAPES[name]
     rows = []
     for who, median in medians.items():
         speed = count(sequences * shape.seq_len / median)
         numbers = [f"{1e3 * median:.0f}", f"{1e3 * min(seconds[who]):.0f}", speed, f"{peaks[who] / 1e6:.0f}"]
         ratios = [f"{medians[best] / median:.2f}x", f"{peaks[who] / peaks[best]:.2f}x"] if best else ["-", "-"]
-        rows.append([f"{name} {who} {dtypes[who]}", *numbers, *ratios])
+        rows.append([f"{name} {who} {dtypes[who].removeprefix('torch.')}", *numbers, *ratios])
     return rows
 
 
