@@ -266,16 +266,6 @@ class Text:
     tallies: list[Tally]  # of each file
 
     @property
-    def skipped(self) -> int:
-        """Bytes: undecodable and NUL."""
-        return sum(tally.undecodable + tally.nul for tally in self.tallies)
-
-    @property
-    def bad(self) -> int:
-        """Lines and rows without a text."""
-        return sum(tally.records for tally in self.tallies)
-
-    @property
     def whole(self) -> np.ndarray:
         """All of it as one range, (1, 2)."""
         return np.array([[0, len(self.bytes)]])

@@ -167,10 +167,10 @@ def load_run(folder: Path, checkpoint: Path | None = None) -> tuple[GPT, Tokeniz
     return model.eval(), tokenizer, record
 
 
-def given_tokenizer(folder: Path, record: dict) -> Tokenizer | None:
+def given_tokenizer(folder: Path) -> Tokenizer | None:
     """The BPE of a run that started from other weights and their tokenizer, so that it was not trained on its text."""
-    given = "init_sha" in record["identity"] and record["identity"].get("tokenizer") == "bpe"
-    return Tokenizer.load("bpe", folder) if given else None
+    identity = read_record(folder)["identity"]
+    return Tokenizer.load("bpe", folder) if "init_sha" in identity and identity.get("tokenizer") == "bpe" else None
 
 
 def newest_valid(run: Path) -> Path:
