@@ -92,8 +92,6 @@ def plan(
     _positive("lr", lr, below=1e6)
     if not 0 <= warmup_tokens <= tokens:
         raise UserError(f"`warmup_tokens` {warmup_tokens:g}: must be from 0 to the run's {tokens} tokens")
-    if not 0 <= beta2 < 1:
-        raise UserError(f"`beta2` {beta2:g}: must be at least 0 and below 1")
 
     predicted = law.loss(_law_params(shape, law), tokens) if isinstance(law, Law) else None
     flops = count_flops(shape, tokens)
