@@ -1,6 +1,4 @@
-"""Read text files into one flat text, and split it into training and validation ranges.
-
-    python, python-all, files, folders, globs ──> find_files ──> read_text ──> split, thin
+"""Find text files, read them into one flat text, and split it into training and validation ranges.
 
 Later steps work on byte ranges of the flat text on disk and need little memory (16 bytes per document). Work runs on
 threads: hashing and decompression release the GIL.

@@ -1,7 +1,5 @@
 """Exact parameter and FLOP counts of a shape in every convention.
 
-    python -m nanochin flops --model 768x12 --vocab-size 50304 --seq-len 1024
-
 All counts come from one ledger: a row per operation of the model, in integers for one sequence of T tokens, and a
 column per convention that counts operations. A multiply-add is 2 FLOPs, the backward pass costs twice the forward
 pass, recomputation is never counted. docs/flops.md compares the conventions with each other and with 6ND.

@@ -1,7 +1,5 @@
 """Plan a run from a compute budget: a ladder of shapes, a law to choose from it, rules for the rest.
 
-    python -m nanochin ladder --budget 1e15 3e15 1e16
-
 `plan` computes the third of budget, model and tokens from any two, uses the law if only one is given, and derives
 batch, learning rate, warm-up and beta2 by the rules of plan/rules.py.
 """

@@ -74,6 +74,14 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.chmod(mode)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All of a safetensors file. Raises UserError if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
 def load(folder: Path, model: nn.Module, optimizer: Adam | None = None) -> dict:
     """Load the model (and the optimizer) from a checkpoint folder and return its state.
 
@@ -226,10 +234,7 @@ def _tensors(model: nn.Module, optimizer: Adam | None) -> dict[str, dict[str, Te
 
 def _read(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file. Raises UserError unless their names, shapes and dtypes are those of `like`."""
-    try:
-        found = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    found = read_tensors(path)
 
     def form(tensors: dict[str, Tensor], name: str) -> str:
         return f"{tensors[name].dtype} {list(tensors[name].shape)}" if name in tensors else "missing"

@@ -1,13 +1,9 @@
-"""Loss and bits per byte of runs on any text, and multiple-choice tasks made from it:
-
-python -m nanochin evaluate RUN [RUN ...] --data PATH [--tasks cloze last-word]
-"""
+"""Loss and bits per byte of runs on any text, and multiple-choice tasks made from it."""
 
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -58,31 +54,22 @@ def evaluate(
         x, y = eval_windows(tokens[starts[i] : starts[i] + at_once + 1], T)  # (n, T) each, y -1 beyond the end
         return model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)).item()
 
-    with _on_threads(len(own), device) as on_threads:
-        for i, loss in zip(own, on_threads(mean_loss, own), strict=True):
+    threads = torch.get_num_threads()
+    parts = min(len(own), threads) if device.type == "cpu" else 1  # at the same time, each on its own thread of a CPU
+    pool = thread_pool(parts, threads // parts) if parts > 1 else None
+    try:
+        for i, loss in zip(own, (pool.map if pool else map)(mean_loss, own), strict=True):
             done = min(starts[i] + at_once, count)
             nats[i] = loss * (done - starts[i])
             if progress:
                 progress("evaluating", done, count)
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C
     total = 0.0
     for part in parallel.sum_over_ranks(nats).tolist():  # not sum(), which rounds differently from Python 3.12 on
         total += part
     return total / count, total / math.log(2) / text_bytes if text_bytes else None
-
-
-@contextmanager
-def _on_threads(count: int, device: torch.device) -> Iterator[Callable[..., Iterator]]:
-    """`map` for `count` forward passes: each on its own thread of a CPU, which share the weights."""
-    threads = torch.get_num_threads()
-    shards = min(count, threads) if device.type == "cpu" else 1
-    if shards <= 1:
-        yield map
-        return
-    pool = thread_pool(shards, threads // shards)
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C
 
 
 def beginning(corpus: Corpus, text_bytes: int | None) -> tuple[Tokens, int]:
