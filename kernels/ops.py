@@ -52,8 +52,8 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, z_loss: flo
 # ---------------------------------------------------------------------------------------------------------------------
 # The implementation
 
-TRITON_FILES = {"attention": "attention", "activation_linear": "activation", "linear_cross_entropy": "cross_entropy"}
-TRITON_FILES |= {"norm": "norms", "add_norm": "norms"}
+TRITON_FILES = {"attention": "attention", "norm": "norms", "add_norm": "norms"}
+TRITON_FILES |= {"activation_linear": "activation", "linear_cross_entropy": "cross_entropy"}
 
 
 def has_triton() -> bool:

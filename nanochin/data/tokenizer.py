@@ -149,7 +149,7 @@ def bpe_of(ranks: dict[bytes, int]) -> Tokenizer:
     return Tokenizer("bpe", tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special))
 
 
-def _read_ranks(path: Path, sha: str | None = None) -> dict[bytes, int]:
+def _read_ranks(path: Path, sha: str | None) -> dict[bytes, int]:
     try:
         content = path.read_bytes()
         if sha and hashlib.sha256(content).hexdigest() != sha:

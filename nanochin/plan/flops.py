@@ -68,13 +68,9 @@ class Row(NamedTuple):
 
     @property
     def forward(self) -> int:
-        """FLOPs that run if attention computes all T x T scores."""
+        """FLOPs that run if attention computes all T x T scores. The backward pass needs twice as many: for y = x W
+        dx = dy W^T and dW = x^T dy; elementwise work is assumed to double too."""
         return self.physical + self.elementwise
-
-    @property
-    def backward(self) -> int:
-        """A product y = x W needs two: dx = dy W^T and dW = x^T dy. Elementwise work is assumed to double too."""
-        return 2 * self.forward
 
 
 def ledger(shape: Shape) -> list[Row]:
@@ -195,7 +191,7 @@ def _ledger_table(shape: Shape, sequences: int, device: Device, dtype: str) -> s
         forward = sum(row.forward for row in part)
         traffic = sum(row_bytes(row, sequences, BYTES[dtype]) for row in part)
         counted = [3 * sum(getattr(row, column) for row in part) / T for column in OPERATION_CONVENTIONS]
-        numbers = [forward / T, sum(row.backward for row in part) / T, *counted, 3 * sequences * forward]
+        numbers = [forward / T, 2 * forward / T, *counted, 3 * sequences * forward]
         intensity = f"{sequences * forward / traffic:.1f}" if traffic else "on chip"
         floor = 1e6 * sum(floor_seconds(row, sequences, device, dtype) for row in part)
         lines.append([name, *map(_flops, numbers), intensity, f"{floor:.1f}"])
