@@ -103,11 +103,9 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     stage = Stage("tokenising", total_bytes(train) + total_bytes(val), progress)
     _write_shards(encode(text, train, tokenizer, stage), temp, "train")
     _write_shards(encode(val_text, val, tokenizer, stage), temp, "val")
-    val_sha = hashlib.sha256()
-    for start, stop in val:
-        val_sha.update(val_text.bytes[start:stop])
+    val_sha = hashlib.sha256(b"".join(val_text.bytes[start:stop].tobytes() for start, stop in val)).hexdigest()
     shutil.rmtree(temp / "text")
-    corpus = {"name": recipe.name, "data_sha": fingerprint(recipe.train), "val_sha": val_sha.hexdigest(),
+    corpus = {"name": recipe.name, "data_sha": fingerprint(recipe.train), "val_sha": val_sha,
         "train_bytes": total_bytes(train), "val_bytes": total_bytes(val), "documents": _count_documents(text, train),
         "val_documents": _count_documents(val_text, val), "skipped_records": sum(t.records for t in tallies),
         "skipped_bytes": sum(t.undecodable + t.nul for t in tallies), "notes": notes}  # fmt: skip
