@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from bench.aot_cases import Build, builds
 from bench.common import RESULTS
 from nanochin.base.cli import UserError, opt, parse, run_command
+from nanochin.base.console import markdown
 
 # KiB of shared memory a block may use (CUDA programming guide, compute capabilities). sm_80 itself allows 163, but its
 # configurations also serve the consumer GPUs sm_86, sm_89 and sm_120.
@@ -35,9 +36,6 @@ HEADING = """# What the compiled kernels use
 `python -m bench.aot`, Triton {version}: every shipped configuration compiled ahead of time and disassembled. Nothing
 here was run. Registers are per thread; spills are local loads and stores; shared memory is per block; HGMMA is wgmma,
 UTC*MMA is tcgen05.mma, HMMA the older mma; LDGSTS are asynchronous copies.
-
-| configuration | warps | registers | spills | shared KiB | MMA | LDGSTS |
-|---|---|---|---|---|---|---|
 """
 
 
@@ -136,11 +134,11 @@ def violations(reports: list[Report], committed: dict[str, int]) -> list[str]:
 
 def table(reports: list[Report], version: str) -> str:
     """The page in Markdown, which `registers_of` reads."""
-    text = HEADING.format(version=version)
+    rows = [["configuration", "warps", "registers", "spills", "shared KiB", "MMA", "LDGSTS"]]
     for r in reports:
         cells = (r.name, r.warps, r.registers, r.spills, f"{r.shared / 1024:.1f}", r.mma, r.copies or "")
-        text += f"| {' | '.join(map(str, cells))} |\n"
-    return text
+        rows.append([*map(str, cells)])
+    return HEADING.format(version=version) + markdown(rows)
 
 
 def registers_of(text: str) -> dict[str, int]:

@@ -5,12 +5,18 @@ import platform
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from nanochin.base.files import versions, writing
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a bench that has none, but answers --help."""
 
 
 def save(path: str, module: str, note: str, text: str) -> None:

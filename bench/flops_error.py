@@ -1,9 +1,11 @@
 """How far the exact FLOPs of a run are from 6ND: the tables and the figure of docs/flops.md.
 
-python -m bench.flops_error          prints the tables, writes docs/flops_error.png (needs matplotlib)
+python -m bench.flops_error          prints the tables, writes docs/flops_error.png
 """
 
-from nanochin.base.cli import need, run_command
+from bench.common import NoOptions
+from nanochin.base.cli import parse, run_command
+from nanochin.base.console import markdown
 from nanochin.config import FLOP_CONVENTIONS, Shape, make_shape
 from nanochin.plan.flops import count_params, flops_per_token
 
@@ -22,15 +24,14 @@ def ratio(shape: Shape, convention: str = "physical") -> float:
 def table(tied: bool) -> str:
     """Markdown: shapes down, vocabulary x context across, `physical` / 6ND in the cells."""
     columns = [(V, T) for V in VOCABULARIES for T in CONTEXTS]
-    lines = ["| shape | " + " | ".join(f"V {V:,} T {T:,}" for V, T in columns) + " |", "|---" * 10 + "|"]
+    rows = [["shape", *(f"V {V:,} T {T:,}" for V, T in columns)]]
     for width, layers in SHAPES:
-        cells = [ratio(make_shape(width, layers, vocab_size=V, seq_len=T, tied=tied)) for V, T in columns]
-        lines.append(f"| {width}x{layers} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
-    return "\n".join(lines)
+        ratios = [ratio(make_shape(width, layers, vocab_size=V, seq_len=T, tied=tied)) for V, T in columns]
+        rows.append([f"{width}x{layers}", *(f"{each:.3f}" for each in ratios)])
+    return markdown(rows)
 
 
 def figure(path: str) -> None:
-    need("matplotlib", "the figure")
     from matplotlib import pyplot as plt
 
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
@@ -58,8 +59,9 @@ def figure(path: str) -> None:
 
 
 def main() -> None:
+    parse(NoOptions, prog="python -m bench.flops_error", description=__doc__)
     for tied in (True, False):
-        print(f"`physical` / 6ND, {'tied' if tied else 'untied'} head\n\n{table(tied)}\n")
+        print(f"`physical` / 6ND, {'tied' if tied else 'untied'} head\n{table(tied)}")
     figure(FIGURE)
     print(f"{FIGURE} written")
 

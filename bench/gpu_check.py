@@ -1,13 +1,12 @@
 """What to measure in some minutes on a GPU, in order of value.
 
-    bench/gpu_check.sh --part first --minutes 4 --out DIR
-    python -m bench.gpu_table DIR                              the rows beside their goals
+    python -m bench.gpu_check --part first --minutes 4 --out DIR
+    python -m bench.gpu_table DIR                                the rows beside their goals
 
 DIR/PART.jsonl gets a line per row as soon as it is measured. Run the same command again to measure the rows that are
 missing or failed. Each row has its own process, so that a hang, a crash or a broken CUDA context costs only one row.
-The checks of the kernels run first and at the same time, which compiles on all cores.
 
-    first     operations against float64; 124M by graph and eager; operations beside their peers; GPU tests in bf16
+    first     tests of the kernels in bf16; 124M by graph and eager; operations beside their peers
     second    124M beside nanoGPT (--nanogpt); train.py; compute-sanitizer; 124M compiled; other sizes, then nanoGPT's
 """
 
@@ -20,7 +19,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,15 +35,13 @@ SIZES = {
     "350M": make_shape(1024, 24, vocab_size=50304, seq_len=1024, head_size=64),
 }
 KINDS, PEERS = ("graph", "eager", "compile"), ("nanoGPT flash", "nanoGPT cudnn")
-# Operations in bench.kernels: to be checked, and to be timed with their shapes.
-NORMS = ("add_rms_norm", "rms_norm", "add_layer_norm", "layer_norm")
-CHECKS = ("attention", "linear_cross_entropy", "activation_linear", *NORMS)
+# Operations in bench.kernels, with their shapes.
 ATTENTION = tuple(f"attention D{D} T{T}" for T in (1024, 2048) for D in (64, 128))
-NORM, LOSS = "add_rms_norm C768", "linear_cross_entropy C768 V50257 M16384"
+NORM, LOSS = "add_norm C768", "linear_cross_entropy C768 V50257 M16384"
+PYTEST = (sys.executable, "-m", "pytest", "-o", "addopts=", "--import-mode=importlib", "-q", "-rf", "--tb=line")
 TESTS = "(dtype2 or bfloat16 or graph or kinds_agree or losses) and not sm_80"
 KERNEL_TESTS = ("triton_backend", "norms", "cross_entropy", "activation", "rotary", "attention")  # the longest last
 TESTED = ("tests/run/test_step.py", *(f"tests/kernels/test_{name}.py" for name in KERNEL_TESTS))
-TOGETHER = 90.0  # seconds for the rows that run at the same time, so that time is left for the others
 
 
 @dataclass(frozen=True)
@@ -55,32 +51,27 @@ class Row:
     name: str
     command: tuple[str, ...]
     seconds: float  # its limit
-    together: bool = False  # runs at the same time as others
 
 
-def job(name: str, seconds: float, dry: bool, do: str, /, together: bool = False, **arguments) -> Row:
+def job(name: str, seconds: float, dry: bool, do: str, /, **arguments) -> Row:
     """A row by a function of bench.gpu_jobs."""
     interpret = ("env", "TRITON_INTERPRET=1") if dry else ()
     message = json.dumps({"do": do, "dry": dry, **arguments})
-    return Row(name, (*interpret, sys.executable, "-m", "bench.gpu_jobs", message), seconds, together)
+    return Row(name, (*interpret, sys.executable, "-m", "bench.gpu_jobs", message), seconds)
 
 
 def step(size: str, kind: str, dry: bool, nanogpt: str | None = None) -> Row:
-    seconds = 60 if kind in ("graph", "eager") else 120  # the others compile
-    return job(f"{size} {kind}", seconds, dry, "training_step", size=size, kind=kind, nanogpt=nanogpt)
+    return job(f"{size} {kind}", 120, dry, "training_step", size=size, kind=kind, nanogpt=nanogpt)
 
 
 def plan_first(nanogpt: str | None, dry: bool) -> list[Row]:
     chosen = ("-m", "not slow", "-k", "bit_identical") if dry else ("-m", "gpu", "-n", "auto", "-k", TESTS)
-    pytest = (sys.executable, "-m", "pytest", "-o", "addopts=", "--import-mode=importlib", "-q", "-rf", "--tb=line")
     return [
-        job("device", TOGETHER, dry, "about", together=True),
-        *(job(f"check {name}", TOGETHER, dry, "check", together=True, name=name) for name in CHECKS),
-        job("compile 124M", TOGETHER, dry, "compile_kernels", together=True, size="124M"),
+        job("device", 60, dry, "about"),
+        Row("GPU tests", (*PYTEST, "--timeout=60", *chosen, *TESTED), 110),
         *(step("124M", kind, dry) for kind in ("graph", "eager")),
         job("attention", 90, dry, "cases", names=ATTENTION),
         job("norm, loss", 90, dry, "cases", names=(NORM, LOSS)),
-        Row("GPU tests", (*pytest, "--timeout=60", *chosen, *TESTED), 110),
     ]
 
 
@@ -89,11 +80,11 @@ def plan_second(nanogpt: str | None, dry: bool) -> list[Row]:
     small = "--data README.md --model 16x1 --tokens 3e4 --val-bytes 2048" if dry else ""
     train = f"{shlex.quote(sys.executable)} train.py --out {out} {small} && cat {out}/*/summary.json"
     sanitizer = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--report-api-errors=no")
-    sanitizer += ("--error-exitcode=1", *job("", 0, dry, "check", name="attention").command)
+    attention = "tests/kernels/test_attention.py", "-k", "bit_identical or past_the_end"
     return [
         *(step("124M", kind, dry, nanogpt) for kind in kinds),
         Row("train.py", ("sh", "-c", train), 90),
-        Row("compute-sanitizer", sanitizer, 90),
+        Row("compute-sanitizer", (*sanitizer, "--error-exitcode=1", *PYTEST, *attention), 90),
         step("124M", "compile", dry),
         *(step(size, kind, dry, nanogpt) for kind in kinds for size in ("10M", "50M", "350M")),
     ]
@@ -124,31 +115,23 @@ def missing(rows: list[Row], path: Path, dry: bool) -> list[Row]:
 
 
 def add_row(path: Path, row: dict) -> None:
-    """Append a line in one write, since several threads do."""
+    """Append a line, to survive a crash."""
     with open(path, "ab", buffering=0) as file:
         file.write(f"\n{json.dumps(row)}".encode())  # starts a new line, also after a truncated one
         os.fsync(file.fileno())
 
 
 def measure(rows: list[Row], path: Path, dry: bool, deadline: float) -> None:
-    """First the rows that run at the same time, then the others one by one, until `deadline` on time.monotonic()."""
-    slower = 10 if dry else 1
-
-    def measure_row(row: Row, deadline: float) -> None:
+    """The rows one by one, until `deadline` on time.monotonic()."""
+    for row in rows:
         start = time.monotonic()
-        limit = min(row.seconds * slower, deadline - start)
+        limit = min(row.seconds * (10 if dry else 1), deadline - start)
         if limit < 1:
-            return print(f"{row.name}: not measured: out of time", flush=True)
+            print(f"{row.name}: not measured: out of time", flush=True)
+            continue
         got, took = run(row, limit), time.monotonic() - start
         add_row(path, {"row": row.name, "dry": dry, "seconds": round(took, 2), **got})
         print(f"{row.name}: {got.get('error') or 'done'} ({took:.1f} s)", flush=True)
-
-    first = min(deadline, time.monotonic() + TOGETHER * slower)
-    with ThreadPoolExecutor(2 if dry else os.cpu_count()) as pool:
-        list(pool.map(lambda row: measure_row(row, first), [row for row in rows if row.together]))
-    for row in rows:
-        if not row.together:
-            measure_row(row, deadline)
 
 
 def run(row: Row, limit: float) -> dict:
@@ -190,7 +173,7 @@ class Options:
 
 def main() -> int:
     start = time.monotonic()
-    options = parse(Options, prog="bench/gpu_check.sh", description=__doc__)
+    options = parse(Options, prog="python -m bench.gpu_check", description=__doc__)
     if not options.dry_run and not shutil.which("nvidia-smi"):
         raise UserError("there is no NVIDIA GPU here (no nvidia-smi): nothing to measure; --dry-run runs the code")
     path, dry = Path(options.out) / f"{options.part}.jsonl", options.dry_run
@@ -208,4 +191,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, "bench/gpu_check.sh")
+    run_command(main, "python -m bench.gpu_check")

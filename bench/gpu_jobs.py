@@ -11,13 +11,12 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from bench.gpu_check import PEERS, SIZES, STEP_TOKENS
-from bench.kernels import Bench, ceilings, check_operation, make_case, time_case
+from bench.kernels import Bench, ceilings, make_case, time_case
 from bench.steps import NanoGPT, our_step, profile, time_blocks
 from nanochin.base.files import versions
 from nanochin.config import Shape, make_shape
@@ -30,19 +29,6 @@ def about(bench: Bench) -> Iterator[dict]:
     """The device and the versions."""
     device = "a CPU" if bench.dry else torch.cuda.get_device_name(bench.device)
     yield {"device": device, "versions": versions()}
-
-
-def check(bench: Bench, name: str) -> Iterator[dict]:
-    """One operation against float64, forward and every gradient."""
-    wrong = check_operation(bench, name)
-    yield {"error": f"wrong: {wrong}"} if wrong else {"right": True}
-
-
-def compile_kernels(bench: Bench, size: str) -> Iterator[dict]:
-    """A step of one layer on one sequence, which puts the kernels of this size into Triton's cache."""
-    shape = TINY if bench.dry else replace(SIZES[size], layers=1)
-    batch = torch.randint(shape.vocab_size, (1, shape.seq_len + 1))
-    yield {"loss": float(our_step("eager", shape, 1, bench.device, bench.dtype)(batch, 1e-3)[0])}
 
 
 def cases(bench: Bench, names: list[str]) -> Iterator[dict]:
@@ -77,7 +63,7 @@ def training_step(bench: Bench, size: str, kind: str, nanogpt: str | None) -> It
     sizes = (own // 8, own // 4, own // 2, own) if eager else (own,)
     peaks = {n: peak_bytes(bench, step, batch, n) for n in sizes if n}
     found |= {"micro_batch": own, "peak_bytes": peaks[own], "peak_bytes_at": peaks}
-    blocks = time_blocks(lambda: step(batch, 1e-3), bench.device, 0.01 if bench.dry else 3.0)
+    blocks = time_blocks(lambda: step(batch, 1e-3), 0.01 if bench.dry else 3.0)
     found |= {"ms": 1e3 * statistics.median(blocks), "ms_min": 1e3 * min(blocks), "ms_max": 1e3 * max(blocks)}
     found["tokens_per_s"] = 1e3 * sequences * shape.seq_len / found["ms"]
     yield found
@@ -112,7 +98,7 @@ def first_losses(step: TrainingStep | NanoGPT, batch: Tensor) -> list[float]:
     return [float(step(batch, 1e-3)[0]) for _ in range(WARM_UP + 3)]
 
 
-JOBS = {job.__name__: job for job in (about, check, compile_kernels, cases, training_step)}
+JOBS = {job.__name__: job for job in (about, cases, training_step)}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The rows of bench/gpu_check.sh beside their goals.
+"""The rows of bench.gpu_check beside their goals.
 
     python -m bench.gpu_table DIR      prints the page; unless DIR is a dry run, also bench/results/gpu_check_DEVICE.md
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from bench.common import RESULTS
 from bench.gpu_check import ATTENTION, KINDS, LOSS, NORM, PARTS, PEERS, SIZES, read_rows
 from nanochin.base.cli import UserError, opt, parse, run_command
+from nanochin.base.console import markdown
 from nanochin.plan import devices, flops
 
 MFU = {"124M": 0.47, "10M": 0.30, "50M": 0.40, "350M": 0.47}  # goals by nanoGPT's count, on an H100
@@ -28,13 +29,13 @@ class Line:
     goal: float
     most: bool = False  # the goal is an upper bound
 
-    def cells(self) -> str:
+    def cells(self) -> list[str]:
         bound = f"{'at most' if self.most else 'at least'} {self.goal:,g}"
         if not self.value:
-            return f"{self.what} | not measured | {bound} | "
+            return [self.what, "not measured", bound, ""]
         reached = self.goal / self.value if self.most else self.value / self.goal
         verdict = "ahead" if reached >= 1 else f"behind: {reached:.2f} of the goal"
-        return f"{self.what} | {self.value:,.4g} | {bound} | {verdict}"
+        return [self.what, f"{self.value:,.4g}", bound, verdict]
 
 
 def lines(rows: Rows) -> Iterator[Line]:
@@ -99,52 +100,41 @@ def device_of(rows: Rows) -> str:
     return rows.get("first device", {}).get("device", "an unknown device")
 
 
-def markdown(rows: Rows, planned: list[str], dry: bool) -> str:
+def page(rows: Rows, planned: list[str], dry: bool) -> str:
     """rows: including those that failed; planned: the names of all rows."""
     good = {name: row for name, row in rows.items() if "error" not in row}
     versions = good.get("first device", {}).get("versions", {})
-    page = f"# Measured on {device_of(good)}\n\n"
-    page += "**A dry run on a CPU: these numbers mean nothing.**\n\n" * dry
-    page += f"`bench/gpu_check.sh`: {', '.join(f'{name} {version}' for name, version in versions.items())}\n"
-    checks = [name in good for name in planned if name.startswith("first check ")]
-    page += f"\nOperations that agree with float64: {sum(checks)} of {len(checks)}.\n" if checks else ""
-    page += table("figure | measured | goal | ", [line.cells() for line in lines(good)])
-    page += training_steps(good)
-    cases = [
-        f"{case['case']} | {case['direction']} | {case['who']} | {case['us']:.1f} | {case['of_ceiling']:.2f}"
-        for case in timed(good)
-    ]
-    page += table("case | direction | who | us | share of the ceiling", cases)
-    errors = {name: rows.get(name, {}).get("error", "not measured") for name in planned if name not in good}
-    failed = [f"{name} | {error.replace('|', '/')}" for name, error in errors.items()]
-    return page + table("rows that failed or are missing | why", failed)
+    text = f"# Measured on {device_of(good)}\n\n"
+    text += "**A dry run on a CPU: these numbers mean nothing.**\n\n" * dry
+    text += f"`python -m bench.gpu_check`: {', '.join(f'{name} {version}' for name, version in versions.items())}\n"
+    figures = [["figure", "measured", "goal", ""], *(line.cells() for line in lines(good))]
+    cases = [["case", "direction", "who", "us", "share of the ceiling"]]
+    for case in timed(good):
+        cases.append([case["case"], case["direction"], case["who"], f"{case['us']:.1f}", f"{case['of_ceiling']:.2f}"])
+    failed = [["rows that failed or are missing", "why"]]
+    for name in planned:
+        if name not in good:
+            failed.append([name, rows.get(name, {}).get("error", "not measured").replace("|", "/")])
+    return text + "".join(markdown(t) for t in (figures, *training_steps(good), cases, failed) if len(t) > 1)
 
 
-def table(heading: str, rows: list[str]) -> str:
-    """Markdown; empty without rows."""
-    rule = "|---" * (heading.count("|") + 1) + "|"
-    return "\n".join(["", f"| {heading} |", rule, *(f"| {row} |" for row in rows), ""]) if rows else ""
-
-
-def training_steps(good: Rows) -> str:
-    """Speed and memory of each size and kind; the device's time in the eager step by operation."""
-    speeds, times = [], []
+def training_steps(good: Rows) -> list[list[list[str]]]:
+    """Tables: speed and memory of each size and kind; the device's time in the eager step by operation."""
+    heading = "step", "tokens/s", "ms", "MFU", "micro-batch", "peak GiB", "first steps, s", "loss after these"
+    speeds, times = [[*heading]], [["step", "operation", "ms of the device"]]
     for size in SIZES:
         for kind, row in steps_of(good, size).items():
-            share = mfu(size, row["tokens_per_s"], device_of(good))
-            speeds.append(
-                f"{size} {kind} | {row['tokens_per_s']:,.0f} | {row['ms']:.1f} | {f'{share:.1%}' if share else '-'} | "
-                f"{row['micro_batch']} | {row['peak_bytes'] / 2**30:.1f} | {row['first_steps_seconds']:.0f} | "
-                f"{row['losses'][-1]:.4f}"
-            )
-            times += [f"{size} {kind} | {name} | {ms:.2f}" for name, ms in row.get("split_ms", {}).items()]
-    heading = "step | tokens/s | ms | MFU | micro-batch | peak GiB | first steps, s | loss after these"
-    return table(heading, speeds) + table("step | operation | ms of the device", times)
+            name, share = f"{size} {kind}", mfu(size, row["tokens_per_s"], device_of(good))
+            speed = f"{row['tokens_per_s']:,.0f}", f"{row['ms']:.1f}", f"{share:.1%}" if share else "-"
+            memory = str(row["micro_batch"]), f"{row['peak_bytes'] / 2**30:.1f}"
+            speeds.append([name, *speed, *memory, f"{row['first_steps_seconds']:.0f}", f"{row['losses'][-1]:.4f}"])
+            times += [[name, operation, f"{ms:.2f}"] for operation, ms in row.get("split_ms", {}).items()]
+    return [speeds, times]
 
 
 @dataclass(frozen=True)
 class Options:
-    folder: str = opt(None, "--out of bench/gpu_check.sh", positional=True)
+    folder: str = opt(None, "--out of bench.gpu_check", positional=True)
 
 
 def main() -> None:
@@ -155,9 +145,9 @@ def main() -> None:
             rows |= {f"{part} {name}": row for name, row in found.items()}
             planned += [f"{part} {row.name}" for row in plan("nanoGPT", dry=False)]
     if not rows:
-        raise UserError(f"{folder}: has no rows of bench/gpu_check.sh")
+        raise UserError(f"{folder}: has no rows of bench.gpu_check")
     dry = any(row["dry"] for row in rows.values())
-    text = markdown(rows, planned, dry)
+    text = page(rows, planned, dry)
     print(text)
     if not dry:
         (RESULTS / f"gpu_check_{device_of(rows).replace(' ', '_')}.md").write_text(text)

@@ -1,4 +1,4 @@
-"""Single operations for bench.gpu_jobs: our kernel's time beside its peers', and its error against float64.
+"""Single operations for bench.gpu_jobs: our kernel's time beside its peers'.
 
 Times are by `triton.testing.do_bench`, which empties the L2 cache (some 100 us) before each call and does not wait
 between calls: Python's time, such as 82 us for our norms backward without launches (XEON-2), does not count.
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels import fallback, ops, reference
+from kernels import ops, reference
+from nanochin.base.cli import brief
 
 TOKENS = 65_536  # of attention and norms
 TINY = {"T": 16, "D": 16, "C": 24, "V": 65, "M": 8}  # shape in a dry run
@@ -69,16 +70,16 @@ def attention(bench: Bench, D: int, T: int) -> Case:
     return Case(contenders, {"forward": 2 * scores, "backward": 5 * scores}, "flops")
 
 
-def add_rms_norm(bench: Bench, C: int) -> Case:
-    """Limited by memory: four tensors of (M, C) are read or written in each direction."""
+def add_norm(bench: Bench, C: int) -> Case:
+    """RMSNorm of x + residual. Limited by memory: four tensors of (M, C) are read or written in each direction."""
     M = TINY["M"] if bench.dry else TOKENS
 
     def eager(x, residual, weight):
         total = x + residual
-        return F.rms_norm(total, (C,), weight.to(x.dtype), eps=1e-6), total
+        return F.rms_norm(total, (C,), weight.to(x.dtype), eps=reference.EPS["rmsnorm"]), total
 
     inputs = [bench.randn(M, C), bench.randn(M, C), bench.randn(C, dtype=torch.float32)]
-    contenders = {"ours": (ops.add_rms_norm, inputs), "eager": (eager, inputs)}
+    contenders = {"ours": (lambda *xs: ops.add_norm(*xs, None, "rmsnorm"), inputs), "eager": (eager, inputs)}
     return Case(contenders, dict.fromkeys(("forward", "backward"), 4 * inputs[0].nbytes), "bytes")
 
 
@@ -103,7 +104,7 @@ def linear_cross_entropy(bench: Bench, C: int, V: int, M: int) -> Case:
     return Case(contenders, {"both": 6 * M * C * V}, "flops")
 
 
-OPERATIONS = {case.__name__: case for case in (attention, add_rms_norm, linear_cross_entropy)}
+OPERATIONS = {case.__name__: case for case in (attention, add_norm, linear_cross_entropy)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,13 +138,10 @@ def bind(function: Callable, inputs: list[Tensor], direction: str) -> Callable[[
         return lambda: function(*inputs)
     if direction == "both":
         return lambda: torch.autograd.grad(function(*inputs), wanted)
-    outs = as_tuple(function(*inputs))
+    out = function(*inputs)
+    outs = out if isinstance(out, tuple) else (out,)
     seeds = [torch.randn_like(out) for out in outs]
     return lambda: torch.autograd.grad(outs, wanted, seeds, retain_graph=True)
-
-
-def as_tuple(value) -> tuple:
-    return value if isinstance(value, tuple) else (value,)
 
 
 def time_case(case: Case, bench: Bench, limits: dict[str, float]) -> Iterator[dict]:
@@ -161,55 +159,5 @@ def time_case(case: Case, bench: Bench, limits: dict[str, float]) -> Iterator[di
                 if not bench.dry:
                     row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
             except Exception as error:  # a peer that fails must not cost the other rows
-                row["error"] = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                row["error"] = brief(error)
             yield row
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Error against float64
-
-
-def check(ours: Callable, peer: Callable, exact: Callable, inputs: list[Tensor], options: tuple = ()) -> str | None:
-    """The first wrong output of ours, or None. The error of values and gradients against float64 may be twice the
-    peer's plus four units in the last place of the largest value."""
-
-    def run(function, inputs):
-        inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        outs = as_tuple(function(*inputs, *options))
-        torch.manual_seed(1)
-        seeds = [torch.randn(out.shape, device=out.device, dtype=torch.bfloat16).to(out.dtype) for out in outs]
-        return [*outs, *torch.autograd.grad(outs, [x for x in inputs if x.requires_grad], seeds)]
-
-    doubled = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    got, peers, wanted = run(ours, inputs), run(peer, inputs), run(exact, doubled)
-    for i, (a, b, want) in enumerate(zip(got, peers, wanted, strict=True)):
-        error, allowed = (a.double() - want).abs().max(), (b.double() - want).abs().max()
-        if not error <= 2 * allowed + 4 * torch.finfo(a.dtype).eps * want.abs().max():
-            return f"output {i} is off by {error:.2e}, PyTorch's operations by {allowed:.2e}"
-    return None
-
-
-def checks(bench: Bench) -> dict[str, tuple[list[Tensor], tuple]]:
-    """(inputs, options) by operation, at odd sizes that are not timed."""
-    B, T, H, D = (1, 5, 2, 16) if bench.dry else (2, 1000, 3, 64)
-    C, V = H * D, 257 if bench.dry else 50257
-    x, residual, weight = bench.randn(B, T, C), bench.randn(B, T, C), bench.randn(C, dtype=torch.float32)
-    bias = bench.randn(C, dtype=torch.float32)
-    head = (0.3 * bench.randn(V, C)).detach().requires_grad_()
-    targets = torch.randint(-1, V, (B * T,), device=bench.device)
-    return {
-        "attention": ([bench.randn(B, T, 3 * C)], (H, 10_000.0)),
-        "rms_norm": ([x, weight], ()),
-        "layer_norm": ([x, weight, bias], ()),
-        "add_rms_norm": ([x, residual, weight], ()),
-        "add_layer_norm": ([x, residual, weight, bias], ()),
-        "activation_linear": ([x, head[:C].detach().requires_grad_(), bench.randn(C)], ("gelu",)),
-        "linear_cross_entropy": ([x.detach().flatten(0, 1).requires_grad_(), head, targets], ()),
-    }
-
-
-def check_operation(bench: Bench, name: str) -> str | None:
-    """What is wrong with an operation of `checks`, or None."""
-    inputs, options = checks(bench)[name]
-    ours, peer, exact = (getattr(module, name) for module in (ops, fallback, reference))
-    return check(ours, peer, exact, inputs, options)

@@ -8,17 +8,24 @@ which have shapes but no numbers.
 
 from collections.abc import Callable
 
+from bench.common import NoOptions
+from nanochin.base.cli import UserError, parse, run_command
+
+if __name__ == "__main__":
+    parse(NoOptions, prog="python -m bench.saved_memory", description=__doc__)  # --help needs no torch
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kernels
+from bench.gpu_check import SIZES
 from kernels.fallback import rotary_table
-from nanochin.base.cli import UserError, run_command
-from nanochin.config import Shape, make_shape
+from nanochin.base.console import markdown
+from nanochin.config import Shape
 from nanochin.model import GPT, ROTARY_THETA
 
-SHAPE = make_shape(768, 12, vocab_size=50_304, seq_len=1024, head_size=64)
+SHAPE = SIZES["124M"]
 SEQUENCES = 32
 
 
@@ -56,18 +63,19 @@ def table(tensors: list[Tensor], tokens: int) -> str:
     groups: dict[tuple, list[Tensor]] = {}
     for tensor in tensors:
         groups.setdefault((tuple(tensor.shape), tensor.dtype), []).append(tensor)
-    lines = ["| shape | dtype | tensors | GiB | bytes per token |", "|---|---|---|---|---|"]
+    everything = total(tensors)
+    rows = [["shape", "dtype", "tensors", "GiB", "bytes per token"]]
     for (shape, dtype), group in sorted(groups.items(), key=lambda item: -total(item[1])):
-        if total(group) > total(tensors) / 1000:
-            sizes = f"{total(group) / 2**30:.3f} | {total(group) / tokens:,.0f}"
-            lines.append(f"| {' x '.join(map(str, shape))} | {str(dtype).split('.')[1]} | {len(group)} | {sizes} |")
-    return "\n".join([*lines, f"| all | | | {total(tensors) / 2**30:.2f} | {total(tensors) / tokens:,.0f} |"])
+        if (size := total(group)) > everything / 1000:
+            rows.append([" x ".join(map(str, shape)), str(dtype).split(".")[1], str(len(group))])
+            rows[-1] += [f"{size / 2**30:.3f}", f"{size / tokens:,.0f}"]
+    return markdown([*rows, ["all", "", "", f"{everything / 2**30:.2f}", f"{everything / tokens:,.0f}"]])
 
 
 def main() -> None:
     if not kernels.has_triton():
         raise UserError("counting what Triton operations keep needs triton: pip install triton")
-    print(f"768x12, V {SHAPE.vocab_size:,}, {SEQUENCES} sequences of {SHAPE.seq_len}, bf16\n")
+    print(f"{SHAPE}, V {SHAPE.vocab_size:,}, {SEQUENCES} sequences of {SHAPE.seq_len}, bf16")
     print(table(of_ours(SHAPE, SEQUENCES), SEQUENCES * SHAPE.seq_len))
 
 

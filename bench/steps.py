@@ -4,13 +4,13 @@ import contextlib
 import importlib.util
 import io
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 
 from nanochin.base.cli import UserError, brief
 from nanochin.config import Shape
@@ -24,7 +24,7 @@ def our_step(kind: str, shape: Shape, sequences: int, device: torch.device, dtyp
     from train import train_step
 
     model = GPT(shape, dtype=dtype).to(device)
-    optimizer = Adam(model, "adamw", 1e-3, (0.9, 0.95), 0.1)
+    optimizer = Adam(model, "adamw", 1e-3, (0.9, 0.95), 0.1, False)
     return TrainingStep(kind, train_step, model, optimizer, sequences, 1.0, sequences, **more)
 
 
@@ -99,21 +99,11 @@ def import_file(path: Path) -> ModuleType:
     return module
 
 
-def time_blocks(step: Callable[[], object], device: torch.device, budget: float) -> list[float]:
-    """Seconds a step, of three blocks of steps that take `budget` seconds in all."""
-
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def block(number: int) -> float:
-        synchronize()
-        start = time.perf_counter()
-        for _ in range(number):
-            step()
-        synchronize()
-        return (time.perf_counter() - start) / number
-
-    number = max(1, int(budget / 3 / max(block(1), 1e-5)))
-    return [block(number) for _ in range(3)]
+def time_blocks(step: Callable[[], object], budget: float) -> list[float]:
+    """Seconds a step, of three blocks of steps that take about `budget` seconds in all."""
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())  # waits for a GPU
+    number = max(1, int(budget / 3 / timer.timeit(1).mean))
+    return [timer.timeit(number).mean for _ in range(3)]
 
 
 def profile(function: Callable[[], object], device: torch.device) -> dict[str, float]:

@@ -8,7 +8,6 @@ models take longer per FLOP), the rest equal to that of a timed run.
 """
 
 import csv
-import json
 import subprocess
 import sys
 import time
@@ -16,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.common import ROOT
-from nanochin.base.cli import UserError, opt, parse, run_command
-from nanochin.sweep.spec import read_sweep
+from nanochin.base.cli import UserError, opt, parse, run_command, to_arguments
+from nanochin.base.files import read_json
 
 
 @dataclass(frozen=True)
@@ -39,30 +38,27 @@ def main() -> None:
     if done.returncode:
         raise UserError(f"the sweep failed: {done.stderr.strip() or done.stdout.strip()}")
     workers = int(next(line for line in done.stdout.splitlines() if " workers on " in line).split()[0])
-    with open(out / "sweep" / Path(options.sweep).stem / "runs.csv", newline="") as file:
+    folder = out / "sweep" / Path(options.sweep).stem
+    with open(folder / "runs.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["status"] == "finished"]
     outside = 1 - sum(float(row["seconds"]) for row in rows) / (workers * seconds)
 
     chosen = rows[:: max(1, len(rows) // options.loop)][: options.loop] if options.loop else rows
-    timed, training = time_loop(options, out / "loop", chosen)
+    timed, training = time_loop(folder / "runs", out / "loop", chosen)
     loop = estimate_loop(timed, training, chosen, rows)
     print(f"sweep: {seconds:.1f} s for {len(rows)} runs with {workers} workers, {outside:.1%} outside training steps")
     print(f"loop of train.py: {timed:.1f} s for {len(chosen)} of {len(rows)} runs, {loop:.1f} s estimated for all")
     print(f"the sweep takes {seconds / loop:.2f} of the loop's time")
 
 
-def time_loop(options: BenchOptions, out: Path, rows: list[dict]) -> tuple[float, float]:
-    """(seconds of one train.py per row, with the row's options; of these in training, by the runs' summaries)."""
-    base = read_sweep(options.sweep).base
+def time_loop(runs: Path, out: Path, rows: list[dict]) -> tuple[float, float]:
+    """(seconds of one train.py per row, with the options of that run; of these in training, by the summaries)."""
     start, training = time.perf_counter(), 0.0
     for row in rows:
-        known = {key: row[key] for key in ("seq_len", "tokens", "batch_tokens", "lr", "seed")}
-        known |= {key: getattr(base, key) for key in ("val_bytes", "cache", "device")}
-        known |= {"model": f"{row['width']}x{row['layers']}", "name": row["run"], "out": out}
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in known.items()]
-        train = [sys.executable, str(ROOT / "train.py"), "--data", *base.data, "--sample-tokens=0"]
-        subprocess.run([*train, *flags], check=True, capture_output=True)
-        training += json.loads((out / row["run"] / "summary.json").read_text())["seconds"]
+        options = read_json(runs / row["run"] / "config.json")["options"] | {"threads": None, "out": str(out)}
+        given = to_arguments({key: value for key, value in options.items() if value not in (None, [])})
+        subprocess.run([sys.executable, str(ROOT / "train.py"), *given], check=True, capture_output=True)
+        training += read_json(out / row["run"] / "summary.json")["seconds"]
     return time.perf_counter() - start, training
 
 

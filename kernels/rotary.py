@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-EPS = tl.constexpr(1e-6)
+from kernels import reference
+
+EPS = tl.constexpr(reference.EPS["rmsnorm"])
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from nanochin.base.cli import run_command
 from nanochin.base.files import read_json
 from nanochin.config import Config
 from nanochin.data import cache
+from nanochin.data.cache import UNFINISHED
 from nanochin.data.tokenizer import Tokenizer
 from nanochin.run import checkpoint
 from nanochin.run.folder import Run, read_log
@@ -234,10 +235,10 @@ def test_killed_while_tokenising(uninterrupted, usual, tmp_path, nth):
     cache = tmp_path / "cache"
     config = replace(usual, cache=str(cache))
     assert Child(config, ("tokenising", nth)).end(signal.SIGKILL) == -signal.SIGKILL
-    folders = [path.name for path in cache.iterdir() if path.is_dir()]
-    assert len(folders) == 1 and folders[0].endswith(".tmp") and not Path(config.out).exists()
+    (temp,) = (cache / UNFINISHED).iterdir()
+    assert not (cache / temp.name).exists() and not Path(config.out).exists()
     assert finish(config) == uninterrupted
-    assert [path.name for path in cache.iterdir() if path.is_dir()] == [folders[0].removesuffix(".tmp")]
+    assert (cache / temp.name).exists() and not list((cache / UNFINISHED).iterdir())
 
 
 def test_frequent_checkpoints_change_nothing(uninterrupted, usual):
@@ -309,7 +310,7 @@ def test_signal(uninterrupted, usual, tmp_path, stop_at, number, code):
     config, saved = replace(usual, **own_cache), SAVED[stop_at]
     child = Child(config, stop_at)
     assert child.end(number) == code
-    assert "Traceback" not in child.said and not list(tmp_path.glob("cache/*.tmp"))
+    assert "Traceback" not in child.said and not list(tmp_path.glob(f"cache/{UNFINISHED}/*"))
     if saved:
         folder = Path(config.out) / "run"
         assert checkpoint.steps(folder)[-1] == saved
@@ -386,9 +387,11 @@ def test_full_disk_while_tokenising(usual, disk, tmp_path, tokenizer, stop, fail
         child = Child(here)
     assert child.end() == 1
     line = child.said.splitlines()[-1]
-    assert line.startswith(f"train.py: {here.cache}/") and f".tmp/{failed}: cannot write: No space left" in line
+    assert line.startswith(f"train.py: {here.cache}/") and f"/{failed}: cannot write: No space left" in line
     assert "Traceback" not in child.said and not Path(here.out).exists()
-    assert [path.suffix for path in Path(here.cache).iterdir()] == [".lock"]
+    cached = Path(here.cache)
+    assert {path.suffix or path.name for path in cached.iterdir()} == {".lock", UNFINISHED}
+    assert not list((cached / UNFINISHED).iterdir())
     disk.filler.unlink()
     assert finish(here) == finish(replace(here, cache=str(tmp_path / "cache"), out=str(tmp_path / "elsewhere")))
 

@@ -139,7 +139,7 @@ def test_gradient_is_that_of_the_batch(micro_batch, shards, clip, four_threads, 
     expected = torch.autograd.grad(model(batch[:, :-1], batch[:, 1:]), list(model.parameters()))
     norm = torch.stack([g.double().norm() for g in expected]).norm().item()
     scale = 0.01 / norm if clip == 0.01 else 1.0
-    optimizer, seen = Adam(model, "adamw", 0.0, (0.9, 0.99), 0.0), []
+    optimizer, seen = Adam(model, "adamw", 0.0, (0.9, 0.99), 0.0, False), []
     monkeypatch.setattr(optimizer, "step", lambda: seen.extend(p.grad.clone() for p in model.parameters()))
     loss, reported = train.train_step(Shards(model, shards), optimizer, batch, micro_batch, clip)
     for a, b in zip(seen, expected, strict=True):

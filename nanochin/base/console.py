@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property
 from typing import TextIO
 
@@ -128,7 +128,7 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join(["", lines[0], f"|{'---|' * len(rows[0])}", *lines[1:], ""])
 
 
-class Progress:
+class Progress(AbstractContextManager):
     """Progress display: call with (stage, done, total, note), from any thread. A new stage starts a new bar; `quiet`
     shows nothing (sweeps)."""
 
@@ -181,9 +181,6 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
         self.bar = self.task = self.stage = None
-
-    def __enter__(self) -> "Progress":
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()

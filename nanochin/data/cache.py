@@ -17,17 +17,16 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
 from nanochin.base.files import errors_of, fsync, sha256_of
-from nanochin.config import TextOptions
+from nanochin.config import Config, TextOptions
 from nanochin.data import formats
 from nanochin.data.text import File, Stage, Text, batches, char_start, fingerprint, read_text, split, thin, total_bytes
 from nanochin.data.tokenizer import Tokenizer, train_bpe
 
 VERSION = 1  # of the cache folder's content; part of its name
 SHARD = 100_000_000  # tokens per shard
-UNFINISHED = "nanochin-unfinished"  # empty file that marks our folder while it is being built
+UNFINISHED = "unfinished"  # folder in the cache in which folders are built
 BATCH = 1 << 20  # bytes of text that a thread encodes at a time
 BPE_SAMPLE = 1 << 25  # maximum bytes of text to train a BPE on
 
@@ -39,42 +38,33 @@ class Recipe:
     name: str
     train: list[File]
     val: list[File]  # empty: split from the training files
-    val_bytes: int
-    tokenizer: str
-    vocab_size: int | None  # of our own BPE
-    options: TextOptions
+    config: Config  # `tokenizer` is set, `vocab_size` for our own BPE only
     bpe: Tokenizer | None = None  # a given one; default: trained on the text
 
     def key(self) -> str:
         """Hash of all but skip_bad: it changes only text with bad records, which `prepare` rejects without it. Options
         at their default are left out, so that they may be added."""
-        parts = [VERSION, fingerprint(self.train), fingerprint(self.val), self.val_bytes]
-        parts += [self.tokenizer, self.vocab_size]
+        parts = [VERSION, fingerprint(self.train), fingerprint(self.val), self.config.val_bytes]
+        parts += [self.config.tokenizer, self.config.vocab_size]
         parts += [hashlib.sha256(self.bpe.rank_lines()).hexdigest()] if self.bpe else []
-        values = {f: getattr(self.options, f.name) for f in fields(TextOptions) if f.metadata["result"]}
+        values = {f: getattr(self.config, f.name) for f in fields(TextOptions) if f.metadata["result"]}
         parts += [[f.name, value] for f, value in values.items() if value != f.default]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
 def build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
-    """Build `folder` under a temporary name, then rename it. Raises UserError if that name is taken."""
-    temp = folder.with_name(folder.name + ".tmp")
-    for leftover in folder.parent.glob("*.tmp"):
-        ours = re.fullmatch(r".+-[0-9a-f]{12}\.tmp", leftover.name) and not leftover.is_symlink()
-        with suppress(OSError):  # no permission; or Timeout, an OSError: another run is still writing it
-            if ours and (leftover / UNFINISHED).is_file():  # the name alone does not prove it
-                with nullcontext() if leftover == temp else FileLock(leftover.with_suffix(".lock"), timeout=0):
-                    _discard(leftover)
-    if temp.is_symlink() or temp.exists() and not (temp.is_dir() and not any(temp.iterdir())):
-        raise UserError(f"{temp}: exists and is not a temporary folder of nanochin; move or delete it and rerun")
-    temp.mkdir(exist_ok=True)
+    """Build `folder` within UNFINISHED, a folder beside it, then move it. Deletes what killed runs left there."""
+    temp = folder.parent / UNFINISHED / folder.name
+    for leftover in temp.parent.glob("*"):
+        lock = nullcontext() if leftover == temp else FileLock(folder.with_name(f"{leftover.name}.lock"), timeout=0)
+        with suppress(OSError), lock:  # no permission; or Timeout, an OSError: another run is still writing it
+            shutil.rmtree(leftover)
+    temp.mkdir(parents=True)
     try:
-        (temp / UNFINISHED).touch()
         meta = _write(temp, recipe, progress)
         meta["files"] = {
             path.name: {"bytes": path.stat().st_size} | {kind: f(path) for kind, f in CHECKSUMS.items()}
             for path in sorted(temp.iterdir())
-            if path.name != UNFINISHED
         }
         with errors_of(temp / "meta.json"):
             (temp / "meta.json").write_text(json.dumps(meta, indent=2))
@@ -82,58 +72,43 @@ def build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
             fsync(path)
         temp.rename(folder)
         fsync(folder.parent)
-        (folder / UNFINISHED).unlink()
     finally:
-        _discard(temp)
-
-
-def _discard(temp: Path) -> None:
-    """Delete an unfinished folder, its marker file last, so that a later run can complete an interrupted deletion."""
-    with suppress(OSError):
-        for path in temp.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name != UNFINISHED:
-                path.unlink()
-        (temp / UNFINISHED).unlink(missing_ok=True)
-        temp.rmdir()
+        shutil.rmtree(temp, ignore_errors=True)  # after an error
 
 
 def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     """Write shards and tokenizer into `temp`. Returns the content of meta.json, except for the files."""
-    tokenizer = recipe.bpe
-    if recipe.tokenizer != "bpe":
-        tokenizer = Tokenizer.load(recipe.tokenizer)  # before the text is read, since it may fail (no network)
+    tokenizer, config = recipe.bpe, recipe.config
+    if config.tokenizer != "bpe":
+        tokenizer = Tokenizer.load(config.tokenizer)  # before the text is read, since it may fail (no network)
     stage = Stage("reading", sum(file.size for file in recipe.train + recipe.val), progress)
-    text = read_text(recipe.train, temp / "text/train", stage, recipe.options)
+    text = read_text(recipe.train, temp / "text/train", stage, config)
     texts = [text]
     if recipe.val:
-        texts.append(read_text(recipe.val, temp / "text/val", stage, recipe.options))
+        texts.append(read_text(recipe.val, temp / "text/val", stage, config))
         train, val = (text.whole for text in texts)
     else:
-        train, val = split(text, recipe.val_bytes)
+        train, val = split(text, config.val_bytes)
     val_text, held_out = texts[-1], 0 if recipe.val else total_bytes(val) / len(text.bytes)
     tallies = [tally for text in texts for tally in text.tallies]
-    notes = formats.notes(tallies, recipe.options.document_separator, held_out)
-    val = thin(val_text, val, recipe.val_bytes)
+    notes = formats.notes(tallies, config.document_separator, held_out)
+    val = thin(val_text, val, config.val_bytes)
 
     if tokenizer is None:
         sample = thin(text, train, BPE_SAMPLE)
         stage = Stage("training the tokenizer", total_bytes(sample), progress)
-        tokenizer = train_bpe(_strings(text, sample, stage), recipe.vocab_size)
+        tokenizer = train_bpe(_strings(text, sample, stage), config.vocab_size)
     tokenizer.save(temp)
 
     stage = Stage("tokenising", total_bytes(train) + total_bytes(val), progress)
     _write_shards(encode(text, train, tokenizer, stage), temp, "train")
     _write_shards(encode(val_text, val, tokenizer, stage), temp, "val")
-    val_sha = hashlib.sha256()
-    for start, stop in val:
-        val_sha.update(val_text.bytes[start:stop])
+    val_sha = hashlib.sha256(b"".join(val_text.bytes[start:stop].tobytes() for start, stop in val)).hexdigest()
     shutil.rmtree(temp / "text")
-    corpus = {"name": recipe.name, "data_sha": fingerprint(recipe.train), "val_sha": val_sha.hexdigest(),
+    corpus = {"name": recipe.name, "data_sha": fingerprint(recipe.train), "val_sha": val_sha,
         "train_bytes": total_bytes(train), "val_bytes": total_bytes(val), "documents": _count_documents(text, train),
-        "val_documents": _count_documents(val_text, val), "skipped_bytes": sum(t.skipped for t in texts),
-        "skipped_records": sum(t.bad for t in texts), "notes": notes}  # fmt: skip
+        "val_documents": _count_documents(val_text, val), "skipped_records": sum(t.records for t in tallies),
+        "skipped_bytes": sum(t.undecodable + t.nul for t in tallies), "notes": notes}  # fmt: skip
     return {"version": VERSION, "tokenizer": tokenizer.name, "corpus": corpus}
 
 

@@ -9,7 +9,6 @@ cache.py the third. Token files are used in place (token_files.py). windows.py c
 
 import errno
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from nanochin.base.cli import UserError
 from nanochin.base.console import Progress
-from nanochin.base.files import DiskError
+from nanochin.base.files import DiskError, read_json
 from nanochin.config import Config, TextOptions
 from nanochin.data import formats, sources
 from nanochin.data.cache import CHECKSUMS, Recipe, build, encode
@@ -65,14 +64,14 @@ def prepare(config: Config, progress: Progress | None = None, bpe: Tokenizer | N
     few times a second, possibly from another thread. Raises UserError for data that is missing, empty, unreadable or
     corrupted, an unknown tokenizer, a full disk, a corrupted cache. `bpe`: used instead of one trained on the text.
     """
-    tokenizer, vocab_size, val_bytes = config.tokenizer or "bytes", config.vocab_size, config.val_bytes
-    check(tokenizer, vocab_size)
+    tokenizer = config.tokenizer or "bytes"
+    check(tokenizer, config.vocab_size)
     formats.check(config)
     find = partial(find_files, progress=progress, column=config.text_column)
     if config.max_tokens and not any(item.startswith(sources.PREFIX) for item in (*config.data, *(config.val or ()))):
         raise UserError(f"`max_tokens` {config.max_tokens:g}: only for hf: data sets; `tokens` limits the training")
-    if val_bytes < 1024:
-        raise UserError(f"`val_bytes` {val_bytes}: too little to measure a loss; use at least 1024")
+    if config.val_bytes < 1024:
+        raise UserError(f"`val_bytes` {config.val_bytes}: too little to measure a loss; use at least 1024")
     with _os_errors(config.cache):
         data, val = _fetch("data", config, progress), _fetch("val", config, progress)
         train_files = find(data, "data")
@@ -91,8 +90,9 @@ def prepare(config: Config, progress: Progress | None = None, bpe: Tokenizer | N
             raise UserError(
                 f"`tokenizer` {tokenizer}: only for token files, but {train_files[0].path} is text; try gpt2"
             )
-        vocab_size = (vocab_size or BPE_VOCAB) if tokenizer == "bpe" else None
-        recipe = Recipe(corpus_name(data), train_files, val_files, val_bytes, tokenizer, vocab_size, config, bpe)
+        vocab_size = (config.vocab_size or BPE_VOCAB) if tokenizer == "bpe" else None
+        resolved = replace(config, tokenizer=tokenizer, vocab_size=vocab_size)
+        recipe = Recipe(corpus_name(data), train_files, val_files, resolved, bpe)
         folder = Path(config.cache) / f"{recipe.name}-{recipe.key()}"
         _make_once(folder, partial(build, folder, recipe, progress), progress)
         corpus = _load(folder)
@@ -118,17 +118,8 @@ def _load(folder: Path) -> Corpus:
     """Open a finished cache folder. Raises UserError, naming the file, if one is missing, truncated or changed: checks
     size and SHA-256 of each; above 256 MB in total, SHA-256 of the first and last MB."""
     remedy = f"delete {folder} to rebuild it"
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        files, about = meta["files"], meta["corpus"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder / 'meta.json'}: missing or corrupted; {remedy}") from None
-    skipped, records = about.get("skipped_bytes", 0), about.get("skipped_records", 0)
-    if "notes" not in about:  # of an earlier version, which read any bytes as UTF-8
-        if skipped > formats.MAX_UNDECODABLE * (about["train_bytes"] + about["val_bytes"]):
-            raise UserError(f"{folder}: {skipped} bytes of its text were not UTF-8 or NUL and were left out; {remedy}")
-        left_out = {"bytes that are not UTF-8, or NUL,": skipped, "lines or rows without a text": records}
-        about["notes"] = [f"{count} {what} were left out" for what, count in left_out.items() if count]
+    meta = read_json(folder / "meta.json", {"tokenizer": str, "files": dict, "corpus": {"notes": list}}, remedy)
+    files = meta["files"]
     checksum = "sha256" if sum(file["bytes"] for file in files.values()) <= CHECK_WHOLE else "sha256_ends"
     for name, file in files.items():
         path = folder / name
@@ -142,7 +133,7 @@ def _load(folder: Path) -> Corpus:
         Tokens.map([folder / name for name in sorted(files) if name.startswith(side)], tokenizer.dtype)
         for side in ("train-", "val-")
     )
-    return Corpus(train, val, tokenizer, folder=folder, **about)
+    return Corpus(train, val, tokenizer, folder=folder, **meta["corpus"])
 
 
 def _fetch(option: str, config: Config, progress: Progress | None) -> tuple[str, ...]:
@@ -150,8 +141,7 @@ def _fetch(option: str, config: Config, progress: Progress | None) -> tuple[str,
     paths = []
     for item in getattr(config, option) or ():
         if item.startswith(sources.PREFIX):
-            source = sources.parse(item, option, config.max_tokens, config.tokenizer or "bytes", config.vocab_size)
-            source = replace(source, column=config.text_column)
+            source = sources.parse(item, option, config)
             path = Path(config.cache, "hub", source.place)
             _make_once(path, partial(sources.stream, source, path, progress), progress)
             item = str(path)
@@ -216,11 +206,9 @@ def _open_token_files(
         tokens, held_out = hold_out(tokens, keep)
     if not keep or len(held_out) < 2:
         raise UserError(f"{(val or train)[0].path}: too few tokens to hold some out for validation; give `val`")
-    val_sha = hashlib.sha256()
-    for part in held_out.parts:
-        val_sha.update(part.astype("<i8").tobytes())
+    val_sha = hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in held_out.parts)).hexdigest()
     val_bytes, format = _text_bytes(held_out, tokenizer), open_tokens(path, tokenizer.vocab_size).format
-    place, val_sha = Path(path).parent, val_sha.hexdigest()
+    place = Path(path).parent
     return Corpus(tokens, held_out, tokenizer, name, place, sha, val_sha, val_bytes, format=format, notes=tuple(said))
 
 

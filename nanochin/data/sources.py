@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
-from nanochin.base.cli import UserError, need
+from nanochin.base.cli import UserError, brief, need
 from nanochin.base.console import Progress
 from nanochin.base.files import replacing
-from nanochin.config import TextOptions
+from nanochin.config import Config
 from nanochin.data.text import Stage
 from nanochin.data.tokenizer import BPE_VOCAB, Tokenizer, train_bpe
 
@@ -35,25 +35,26 @@ class Source:
     max_tokens: float
     tokenizer: str
     vocab_size: int | None
-    column: str = TextOptions.text_column
+    column: str
 
     @property
     def place(self) -> str:
         """Path of the .jsonl file in the cache: 0b1c2d3e4f5a/fineweb-edu-sample-10BT.jsonl"""
         name = re.sub(r"[^\w-]+", "-", "-".join(filter(None, [Path(self.dataset).name, self.config])))
         options = [self.dataset, self.config, self.max_tokens, self.tokenizer, self.vocab_size]
-        options += [self.column] * (self.column != TextOptions.text_column)
+        options += [self.column] * (self.column != Config.text_column)
         return f"{hashlib.sha256(json.dumps(options).encode()).hexdigest()[:12]}/{name}.jsonl"
 
 
-def parse(item: str, option: str, max_tokens: float | None, tokenizer: str, vocab_size: int | None) -> Source:
+def parse(item: str, option: str, options: Config) -> Source:
     """Raises UserError for an item that is not hf:OWNER/NAME[:CONFIG], and without `max_tokens`."""
     dataset, _, config = item.removeprefix(PREFIX).partition(":")
     if not re.fullmatch(r"[^\s:]*[^\s:/]", dataset):
         raise UserError(f"`{option}` {item}: expected hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
-    if max_tokens is None:
+    if options.max_tokens is None:
         raise UserError(f"`{option}` {item}: needs `max_tokens`, the tokens to read, such as 1e8")
-    return Source(f"`{option}` {item}", dataset, config or None, max_tokens, tokenizer, vocab_size)
+    how = options.max_tokens, options.tokenizer or "bytes", options.vocab_size, options.text_column
+    return Source(f"`{option}` {item}", dataset, config or None, *how)
 
 
 def stream(source: Source, path: Path, progress: Progress | None) -> None:
@@ -92,8 +93,7 @@ def _texts(source: Source) -> Iterator[str | None]:
     except UserError:
         raise
     except Exception as error:  # network, hub, format: each library below has its own
-        message = " ".join(str(error).split())[:300]
-        raise UserError(f"{source.what}: {type(error).__name__}: {message}") from error
+        raise UserError(f"{source.what}: {brief(error)}") from error
 
 
 def _counter(source: Source, texts: Iterator[str | None]) -> tuple[Tokenizer, Iterator[str | None]]:

@@ -1,6 +1,4 @@
-"""Read text files into one flat text, and split it into training and validation ranges.
-
-    python, python-all, files, folders, globs ──> find_files ──> read_text ──> split, thin
+"""Find text files, read them into one flat text, and split it into training and validation ranges.
 
 Later steps work on byte ranges of the flat text on disk and need little memory (16 bytes per document). Work runs on
 threads: hashing and decompression release the GIL.
@@ -264,16 +262,6 @@ class Text:
     ends: np.ndarray  # (documents,) int64: end of each document
     hashes: np.ndarray  # (documents,) uint64: first 8 bytes of its SHA-256
     tallies: list[Tally]  # of each file
-
-    @property
-    def skipped(self) -> int:
-        """Bytes: undecodable and NUL."""
-        return sum(tally.undecodable + tally.nul for tally in self.tallies)
-
-    @property
-    def bad(self) -> int:
-        """Lines and rows without a text."""
-        return sum(tally.records for tally in self.tallies)
 
     @property
     def whole(self) -> np.ndarray:

@@ -110,8 +110,7 @@ class Tokenizer:
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE of exactly `vocab_size` ids: 256 bytes, merges learned from `texts`, end-of-text last. Raises
-    UserError if `vocab_size` is below 257 or the text has too few distinct pairs for it."""
-    check("bpe", vocab_size)
+    UserError if the text has too few distinct pairs for that."""
     import rustbpe  # only needed for training
 
     trainer = rustbpe.Tokenizer()
@@ -149,7 +148,7 @@ def bpe_of(ranks: dict[bytes, int]) -> Tokenizer:
     return Tokenizer("bpe", tiktoken.Encoding("bpe", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special))
 
 
-def _read_ranks(path: Path, sha: str | None = None) -> dict[bytes, int]:
+def _read_ranks(path: Path, sha: str | None) -> dict[bytes, int]:
     try:
         content = path.read_bytes()
         if sha and hashlib.sha256(content).hexdigest() != sha:

@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nanochin.base.cli import UserError, brief
@@ -22,7 +20,7 @@ from nanochin.data.tokenizer import Tokenizer
 from nanochin.interop import export, gpt2
 from nanochin.interop.names import LLAMA, NEOX, rename
 from nanochin.model import GPT
-from nanochin.run.checkpoint import MODEL, load_run, newest_valid
+from nanochin.run.checkpoint import MODEL, load_run, newest_valid, read_tensors
 from nanochin.run.folder import find_run
 
 GPT2_VOCAB = 50257
@@ -121,10 +119,7 @@ def _read_export(path: str) -> GPT:
     norm, names, convert = LAYOUTS[stated["model_type"]]
     theirs: dict[str, Tensor] = {}
     for part in gpt2.weight_files(path):
-        try:
-            theirs |= {name: tensor.float() for name, tensor in load_file(part).items()}
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{part}: corrupted ({error})") from None
+        theirs |= {name: tensor.float() for name, tensor in read_tensors(part).items()}
     try:
         shape = _exported_shape(stated, norm, theirs)
         with torch.device("meta"):

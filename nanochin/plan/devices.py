@@ -3,8 +3,6 @@
 import re
 from dataclasses import dataclass
 
-from nanochin.base.cli import UserError
-
 BYTES = {"float16": 2, "bfloat16": 2, "tf32": 4, "float32": 4}
 
 
@@ -76,7 +74,5 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
     """Dense peak FLOP/s of a known accelerator for float16, bfloat16, tf32 or float32. None for an unknown device or a
     dtype that its matrix units lack: then there is no MFU rather than a guess."""
     device = find_device(device_name)
-    if dtype not in BYTES:
-        raise UserError(f"`dtype` {dtype}: peaks are listed for {', '.join(BYTES)}")
     peak = getattr(device, dtype) if device else None
     return None if peak is None else peak * 1e12

@@ -1,7 +1,5 @@
 """Plan a run from a compute budget: a ladder of shapes, a law to choose from it, rules for the rest.
 
-    python -m nanochin ladder --budget 1e15 3e15 1e16
-
 `plan` computes the third of budget, model and tokens from any two, uses the law if only one is given, and derives
 batch, learning rate, warm-up and beta2 by the rules of plan/rules.py.
 """
@@ -92,8 +90,6 @@ def plan(
     _positive("lr", lr, below=1e6)
     if not 0 <= warmup_tokens <= tokens:
         raise UserError(f"`warmup_tokens` {warmup_tokens:g}: must be from 0 to the run's {tokens} tokens")
-    if not 0 <= beta2 < 1:
-        raise UserError(f"`beta2` {beta2:g}: must be at least 0 and below 1")
 
     predicted = law.loss(_law_params(shape, law), tokens) if isinstance(law, Law) else None
     flops = count_flops(shape, tokens)

@@ -2,15 +2,14 @@
 
 import dataclasses
 import os
-import typing
 from pathlib import Path
 
-from nanochin.base.cli import UserError, validate, value_type
+from nanochin.base.cli import UserError, validate
 from nanochin.base.files import NUMBER
 from nanochin.config import Config
 from nanochin.data.tokenizer import Tokenizer
 from nanochin.run import checkpoint
-from nanochin.run.folder import find_run, first_difference, read_record
+from nanochin.run.folder import find_run, first_difference, read_options, read_record
 from nanochin.run.optim import learning_rate
 
 FREE = {"tokens", "schedule", "cycle", "final_lr", "cooldown", "branch_from"}  # options of a branch's own
@@ -27,18 +26,14 @@ def trunk_options(config: Config) -> tuple[Config, Tokenizer | None]:
     """(`config` with the trunk's options where it has the default; the trunk's tokenizer if it was not trained on its
     text). Unchanged if the trunk cannot be read: `find_branch` says so, unless the branch has begun."""
     options = [f for f in dataclasses.fields(Config) if f.name in TEXT or (f.metadata["result"] and f.name not in FREE)]
-    hints = typing.get_type_hints(Config)
-    kinds = {f.name: value_type(hints[f.name]) for f in options}
-    form = {name: {float: NUMBER}.get(kind, list if typing.get_origin(kind) else kind) for name, kind in kinds.items()}
     try:
         trunk = find_run(config.branch_from.rpartition("@")[0], config.out)
-        record = read_record(trunk, {"options": {name: kind | None for name, kind in form.items()}})
-        bpe = checkpoint.given_tokenizer(trunk, record)
+        theirs = read_options(trunk, [f.name for f in options])
+        bpe = checkpoint.given_tokenizer(trunk)
     except UserError:
         return config, None
-    theirs = {f.name: record["options"].get(f.name) for f in options if getattr(config, f.name) == f.default}
-    theirs = {k: tuple(map(str, v)) if isinstance(v, list) else v for k, v in theirs.items() if v is not None}
-    config = dataclasses.replace(config, **theirs)
+    ours = {f.name for f in options if getattr(config, f.name) != f.default}
+    config = dataclasses.replace(config, **{name: value for name, value in theirs.items() if name not in ours})
     validate(config)
     return config, bpe
 

@@ -74,6 +74,14 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     path.chmod(mode)
 
 
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All of a safetensors file. Raises UserError if it is missing or damaged."""
+    try:
+        return load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+
+
 def load(folder: Path, model: nn.Module, optimizer: Adam | None = None) -> dict:
     """Load the model (and the optimizer) from a checkpoint folder and return its state.
 
@@ -118,8 +126,7 @@ def verify(folder: Path) -> dict:
 def load_newest(run: Path, model: nn.Module, optimizer: Adam | None = None) -> tuple[dict, dict[Path, UserError]]:
     """Load the newest valid checkpoint of a run -> (its state, {} if there is none; what is wrong with newer ones)."""
     errors = {}
-    for step in reversed(steps(run)):
-        folder = run / "checkpoints" / f"step-{step}"
+    for folder in reversed(_folders(run).values()):
         try:
             return load(folder, model, optimizer), errors
         except UserError as error:
@@ -167,17 +174,16 @@ def load_run(folder: Path, checkpoint: Path | None = None) -> tuple[GPT, Tokeniz
     return model.eval(), tokenizer, record
 
 
-def given_tokenizer(folder: Path, record: dict) -> Tokenizer | None:
+def given_tokenizer(folder: Path) -> Tokenizer | None:
     """The BPE of a run that started from other weights and their tokenizer, so that it was not trained on its text."""
-    given = "init_sha" in record["identity"] and record["identity"].get("tokenizer") == "bpe"
-    return Tokenizer.load("bpe", folder) if given else None
+    identity = read_record(folder)["identity"]
+    return Tokenizer.load("bpe", folder) if "init_sha" in identity and identity.get("tokenizer") == "bpe" else None
 
 
 def newest_valid(run: Path) -> Path:
     """The newest intact checkpoint. Raises UserError, of the newest one, if there is none."""
     errors = []
-    for step in reversed(steps(run)):
-        folder = run / "checkpoints" / f"step-{step}"
+    for folder in reversed(_folders(run).values()):
         try:
             verify(folder)
             return folder
@@ -188,28 +194,28 @@ def newest_valid(run: Path) -> Path:
 
 def newest(run: Path) -> Path | None:
     """The checkpoint with the most steps, or None. Unfinished step-N.tmp folders do not count."""
-    found = steps(run)
-    return run / "checkpoints" / f"step-{found[-1]}" if found else None
+    return next(reversed(_folders(run).values()), None)
 
 
 def steps(run: Path) -> list[int]:
     """The steps of the run's checkpoints, ascending."""
-    return sorted(_numbered(run, r"step-(0|[1-9][0-9]*)").values())
+    return list(_folders(run))
 
 
 def prune(run: Path, keep: int, always: tuple[int, ...] = ()) -> None:
     """Delete all but the newest `keep` checkpoints and the steps in `always`, and leftovers of a killed save."""
-    for step in steps(run)[: -max(keep, 1)]:
+    for step, folder in list(_folders(run).items())[: -max(keep, 1)]:
         if step not in always:
-            shutil.rmtree(run / "checkpoints" / f"step-{step}", ignore_errors=True)
-    for leftover in _numbered(run, r"step-([0-9]+)\.tmp"):
+            shutil.rmtree(folder, ignore_errors=True)
+    for leftover in _folders(run, ".tmp").values():
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _numbered(run: Path, pattern: str) -> dict[Path, int]:
-    """The checkpoint folders whose full name matches, with the step in the name."""
-    folders = (folder for folder in (run / "checkpoints").glob("step-*") if folder.is_dir())
-    return {folder: int(name[1]) for folder in folders if (name := re.fullmatch(pattern, folder.name))}
+def _folders(run: Path, ending: str = "") -> dict[int, Path]:
+    """The folders step-N`ending` by N, ascending."""
+    name = re.compile("step-(0|[1-9][0-9]*)" + re.escape(ending))
+    found = {path: name.fullmatch(path.name) for path in (run / "checkpoints").glob("step-*") if path.is_dir()}
+    return dict(sorted((int(step[1]), path) for path, step in found.items() if step))
 
 
 def _tensors(model: nn.Module, optimizer: Adam | None) -> dict[str, dict[str, Tensor]]:
@@ -226,10 +232,7 @@ def _tensors(model: nn.Module, optimizer: Adam | None) -> dict[str, dict[str, Te
 
 def _read(path: Path, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a file. Raises UserError unless their names, shapes and dtypes are those of `like`."""
-    try:
-        found = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
+    found = read_tensors(path)
 
     def form(tensors: dict[str, Tensor], name: str) -> str:
         return f"{tensors[name].dtype} {list(tensors[name].shape)}" if name in tensors else "missing"

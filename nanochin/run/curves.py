@@ -10,7 +10,6 @@ import csv
 import gzip
 import io
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 from nanochin.base.cli import UserError
@@ -65,7 +64,7 @@ def is_csv_gz(path: Path) -> bool:
     return first.startswith(MAGIC) or first.strip() == ",".join(COLUMNS).encode()
 
 
-def log_points(folder: Path, note: Callable[[str], object] | None = None) -> list[dict]:
-    """The curve of one run, from its log.jsonl; `note` and errors as in read_log."""
-    rows = (row for row in read_log(folder, note) if "loss" in row or "val_loss" in row)
+def log_points(folder: Path) -> list[dict]:
+    """The curve of one run, from its log.jsonl; notes and errors as in read_log."""
+    rows = (row for row in read_log(folder) if "loss" in row or "val_loss" in row)
     return [{name: row[name] for name in COLUMNS if name in row} for row in rows]

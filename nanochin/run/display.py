@@ -38,8 +38,10 @@ def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str, 
     counts = f"total; {count(params.non_embedding)} without embedding and head, {count(params.with_head)} with head"
     forecast = predicted(setup)
     loss = forecast["predicted_loss"]
-    prediction = [("loss", f"{loss or 0:.4f}", f"predicted by {setup.law.name}{_interval(forecast)}{_untested(setup)}")]
-    if config.law and not loss:
+    prediction = []
+    if loss:
+        prediction = [("loss", f"{loss:.4f}", f"predicted by {setup.law.name}{_interval(forecast)}{_untested(setup)}")]
+    elif config.law:
         prediction = [("loss", "not predicted", unlike(setup) or "this law has no loss")]
     # Measured (LOG.md): on the new text the rule's rate is best; a tenth of it keeps more of the old one.
     forgets = "; a lower --lr keeps more of what the weights know" if config.init_from and "lr" in plan.why else ""
@@ -49,7 +51,7 @@ def show_plan(setup: Setup, run: Run, train_on: TrainingStep, peak_source: str, 
         ("model", f"{plan.shape}", why["model"]),
         ("N parameters", count(params.total), counts),
         ("D tokens", count(plan.tokens), why["tokens"]),
-        *(prediction if loss or config.law else []),
+        *prediction,
         ("D / N", f"{plan.tokens / params.total:.1f}", f"tokens per parameter; {epochs(setup):.2f} epochs of the text"),
         ("C FLOPs", f"{plan.flops['physical']:.3e}", f"physical; 6ND is {plan.flops['6nd']:.3e}"),
         ("evaluation", f"{count(len(corpus.val))} tokens", _evaluation_cost(setup, early_tokens)),

@@ -1,15 +1,10 @@
-"""Loss and bits per byte of runs on any text, and multiple-choice tasks made from it:
-
-python -m nanochin evaluate RUN [RUN ...] --data PATH [--tasks cloze last-word]
-"""
+"""Loss and bits per byte of runs on any text, and multiple-choice tasks made from it."""
 
 import json
 import math
 import sys
-import typing
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +12,7 @@ import torch
 
 from nanochin.base.cli import UserError, with_flags
 from nanochin.base.console import Progress, count, format_columns
-from nanochin.base.files import NUMBER, write_file
+from nanochin.base.files import write_file
 from nanochin.config import Config, TextOptions
 from nanochin.data.corpus import Corpus, prepare, read_tokens
 from nanochin.data.text import Tokens
@@ -27,16 +22,14 @@ from nanochin.model import GPT
 from nanochin.options import EvaluateOptions
 from nanochin.run import parallel
 from nanochin.run.checkpoint import given_tokenizer, load_run
-from nanochin.run.folder import Run, find_run, read_record
+from nanochin.run.folder import Run, find_run, read_options, read_record
 from nanochin.run.step import thread_pool
 from nanochin.run.tasks import TASKS, better, documents_of, log_probabilities, margins_of, sha_of, summarise, wilson
 
 TOKENS_AT_ONCE = 16384  # per forward pass: the logits (x V) must fit in memory
-TEXT = {  # options of a run that determine its text; older records lack some
-    **{key: hint if hint is bool else hint | None for key, hint in typing.get_type_hints(TextOptions).items()},
-    **{"data": list | None, "val": list | None, "val_bytes": int | None, "max_tokens": NUMBER | None},
-    **{"tokenizer": str | None, "vocab_size": int | None, "cache": str | None},
-}
+# Options that determine a run's text and where its tokens are.
+TEXT = tuple(f.name for f in fields(TextOptions))
+TEXT += ("data", "val", "val_bytes", "max_tokens", "tokenizer", "vocab_size", "cache")
 
 
 def evaluate(
@@ -61,31 +54,22 @@ def evaluate(
         x, y = eval_windows(tokens[starts[i] : starts[i] + at_once + 1], T)  # (n, T) each, y -1 beyond the end
         return model(torch.from_numpy(x).to(device), torch.from_numpy(y).to(device)).item()
 
-    with _on_threads(len(own), device) as on_threads:
-        for i, loss in zip(own, on_threads(mean_loss, own), strict=True):
+    threads = torch.get_num_threads()
+    parts = min(len(own), threads) if device.type == "cpu" else 1  # at the same time, each on its own thread of a CPU
+    pool = thread_pool(parts, threads // parts) if parts > 1 else None
+    try:
+        for i, loss in zip(own, (pool.map if pool else map)(mean_loss, own), strict=True):
             done = min(starts[i] + at_once, count)
             nats[i] = loss * (done - starts[i])
             if progress:
                 progress("evaluating", done, count)
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)  # after Ctrl-C
     total = 0.0
     for part in parallel.sum_over_ranks(nats).tolist():  # not sum(), which rounds differently from Python 3.12 on
         total += part
     return total / count, total / math.log(2) / text_bytes if text_bytes else None
-
-
-@contextmanager
-def _on_threads(count: int, device: torch.device) -> Iterator[Callable[..., Iterator]]:
-    """`map` for `count` forward passes: each on its own thread of a CPU, which share the weights."""
-    threads = torch.get_num_threads()
-    shards = min(count, threads) if device.type == "cpu" else 1
-    if shards <= 1:
-        yield map
-        return
-    pool = thread_pool(shards, threads // shards)
-    try:
-        yield pool.map
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C
 
 
 def beginning(corpus: Corpus, text_bytes: int | None) -> tuple[Tokens, int]:
@@ -102,13 +86,11 @@ def beginning(corpus: Corpus, text_bytes: int | None) -> tuple[Tokens, int]:
 def held_out(folder: Path, data: tuple[str, ...], progress: Progress | None = None) -> Corpus:
     """The corpus of a run, made again from its config.json, or from `data` if its files moved. Raises UserError, as
     `prepare` does, and unless the training and the validation text have the SHA-256 that the run recorded."""
-    record = read_record(folder, {"options": TEXT, "corpus": {"data_sha": str, "val_sha": str}})
-    given = {key: record["options"][key] for key in TEXT if record["options"].get(key) is not None}
-    given = {key: tuple(map(str, value)) if isinstance(value, list) else value for key, value in given.items()}
-    config = Config(**given | ({"data": data} if data else {}))
-    corpus = prepare(config, progress, given_tokenizer(folder, record))
+    recorded = read_record(folder, {"corpus": {"data_sha": str, "val_sha": str}})["corpus"]
+    config = Config(**read_options(folder, TEXT) | ({"data": data} if data else {}))
+    corpus = prepare(config, progress, given_tokenizer(folder))
     for side in ("data_sha", "val_sha"):
-        if (now := getattr(corpus, side)) != (then := record["corpus"][side]):
+        if (now := getattr(corpus, side)) != (then := recorded[side]):
             raise UserError(
                 f"{folder}: its {side} is {then:.12}, that of the data is {now:.12}; give its text as `data`"
             )

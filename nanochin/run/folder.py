@@ -11,15 +11,16 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+import typing
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from nanochin.base.cli import UserError
+from nanochin.base.cli import UserError, value_type
 from nanochin.base.console import three
-from nanochin.base.files import NUMBER, DiskError, has_type, read_json, write_file, write_json, writing
+from nanochin.base.files import NUMBER, has_type, read_json, write_file, write_json, writing
 from nanochin.config import Config
 from nanochin.runrow import read_summary
 
@@ -84,13 +85,11 @@ def open_run(out: str, name: str, record: dict) -> Iterator[Run]:
     folder = Path(out) / name
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    try:
-        private = (folder.parent / PRIVATE).exists()
-        lock = nullcontext() if private else FileLock(folder / ".lock").acquire(timeout=0)
-    except Timeout:
-        raise BusyError(f"{folder}: another process is training this run; wait for it or choose `name`") from None
-    except OSError as error:
-        raise DiskError(f"{folder}: cannot write: {error.strerror}") from None
+        try:
+            private = (folder.parent / PRIVATE).exists()
+            lock = nullcontext() if private else FileLock(folder / ".lock").acquire(timeout=0)
+        except Timeout:
+            raise BusyError(f"{folder}: another process is training this run; wait for it or choose `name`") from None
     with lock:
         if not any((folder / name).exists() for name in ("config.json", "log.jsonl", "checkpoints", "summary.json")):
             write_json(folder / "config.json", record)
@@ -113,6 +112,16 @@ def read_record(folder: Path, form: dict | None = None) -> dict:
     """config.json of a run; `form` as in read_json, in addition to RECORD. Raises UserError if it is damaged."""
     remedy = "restore it, or delete that folder to train the run again"
     return read_json(folder / "config.json", RECORD | (form or {}), remedy)
+
+
+def read_options(folder: Path, names: Iterable[str]) -> dict:
+    """The options `names` of a run, for Config; without those that are None or later than the run."""
+    hints = typing.get_type_hints(Config)
+    kinds = {name: value_type(hints[name]) for name in names}
+    form = {name: {float: NUMBER}.get(kind, list if typing.get_origin(kind) else kind) for name, kind in kinds.items()}
+    found = read_record(folder, {"options": {name: kind | None for name, kind in form.items()}})["options"]
+    found = {name: found[name] for name in kinds if found.get(name) is not None}
+    return {name: tuple(map(str, value)) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def moved(began: dict, now: dict) -> str:

@@ -25,13 +25,7 @@ class Adam:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        kind: str,
-        lr: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-        rounded: bool = False,
+        self, model: nn.Module, kind: str, lr: float, betas: tuple[float, float], weight_decay: float, rounded: bool
     ):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.decoupled = kind == "adamw"

@@ -78,11 +78,7 @@ class Shards:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        count: int = 1,
-        threads: int | None = None,
-        average: parallel.Average | None = None,
+        self, model: nn.Module, count: int = 1, threads: int | None = None, average: parallel.Average | None = None
     ):
         """threads: inside the operations of each shard, and of the caller in `with shards:`. None: unchanged. average:
         over the ranks, if there are several."""

@@ -92,7 +92,8 @@ def last_word(documents: list[str], count: int, passage: int, seed: int) -> list
     those in the passage, so that frequency alone tells little."""
     random = np.random.default_rng([seed, 1])
     kinds = defaultdict(list)
-    for word, times in sorted(Counter(w for text in documents for w in WORD.findall(text)).items(), key=_by_frequency):
+    counts = Counter(word for text in documents for word in WORD.findall(text))
+    for word, times in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])):
         if times > 1:
             kinds[len(word.encode()), word[0].isupper()].append(word)
     group = {word: words[i - i % GROUP :][:GROUP] for words in kinds.values() for i, word in enumerate(words)}
@@ -114,10 +115,6 @@ def last_word(documents: list[str], count: int, passage: int, seed: int) -> list
 
 
 TASKS: dict[str, Callable[[list[str], int, int, int], list[Item]]] = {"cloze": cloze, "last-word": last_word}
-
-
-def _by_frequency(counted: tuple[str, int]) -> tuple[int, str]:
-    return -counted[1], counted[0]
 
 
 def _whole(text: bytes) -> bytes:

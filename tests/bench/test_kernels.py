@@ -1,4 +1,4 @@
-"""The kernel bench on tiny shapes: times and checks."""
+"""The kernel bench on tiny shapes."""
 
 import pytest
 import torch
@@ -51,11 +51,3 @@ def test_work_by_hand():
     assert make_case(BENCH, "attention D64 T1024").work == {"forward": 2 * 16**3, "backward": 5 * 16**3}
     assert make_case(BENCH, NORM).work == {"forward": 4 * 4 * 8 * 24, "backward": 4 * 4 * 8 * 24}
     assert make_case(BENCH, LOSS).work == {"both": 6 * 8 * 24 * 65}
-
-
-def test_a_wrong_result_is_noticed():
-    """The check measures errors against float64: an operation that is off by a thousandth fails it."""
-    check, exact, x = bench_kernels.check, torch.tanh, torch.randn(5, 8, requires_grad=True)
-    assert check(torch.tanh, torch.tanh, exact, [x]) is None
-    assert "output 0" in check(lambda x: torch.tanh(x) * 1.001, torch.tanh, exact, [x])
-    assert "output 1" in check(lambda x: torch.tanh(x) + (x - x.detach()) * 1e-3, torch.tanh, exact, [x])

@@ -120,8 +120,8 @@ def test_a_step_that_falls_back_is_an_error(monkeypatch):
 
 
 def test_throughput():
-    """Each variant is timed in its own process, whose failure is an error."""
-    (row,) = measure("t96", Options(rounds=1, steps=1))
-    assert row[0].startswith("t96 nanochin eager") and float(row[1]) > 0
+    """Each variant is timed in processes of its own, whose failure is an error."""
+    (row,) = measure("t96", Options(rounds=1, steps=1, processes=(2,)))
+    assert row[0].startswith("t96 nanochin eager, 2 processes") and float(row[1]) > 0
     with pytest.raises(UserError, match="ended early"):
         measure("t96", Options(nanogpt="/nowhere"))

@@ -11,6 +11,7 @@ import pytest
 from conftest import prepare
 
 from nanochin.base.cli import UserError
+from nanochin.config import Config
 from nanochin.data import sources as module
 from nanochin.data.sources import parse
 
@@ -102,12 +103,13 @@ def test_text_column(tmp_path, monkeypatch):
 def test_parse():
     """OWNER/NAME and CONFIG; other forms, or no limit, are rejected; different text is a different file."""
     item = "hf:HuggingFaceFW/fineweb-edu:sample-10BT"
-    source = parse(item, "data", 1e8, "bytes", None)
+    base = Config(max_tokens=1e8)
+    source = parse(item, "data", base)
     assert (source.dataset, source.config) == ("HuggingFaceFW/fineweb-edu", "sample-10BT")
     assert source.place.endswith("/fineweb-edu-sample-10BT.jsonl")
-    others = [parse(item, "data", *rest).place for rest in ((1e9, "bytes", None), (1e8, "bpe", 300), (1e8, "bpe", 301))]
-    others.append(replace(source, column="content").place)
-    assert len({source.place, *others}) == 5
+    changes = [{"max_tokens": 1e9}, {"text_column": "content"}]
+    changes += [{"tokenizer": "bpe", "vocab_size": V} for V in (300, 301)]
+    assert len({source.place, *(parse(item, "data", replace(base, **change)).place for change in changes)}) == 5
     for bad, limit in (("hf:", 1e6), ("hf:a/", 1e6), ("hf:a b", 1e6), ("hf:a/b", None)):
         with pytest.raises(UserError, match=f"`val` {bad}: "):
-            parse(bad, "val", limit, "bytes", None)
+            parse(bad, "val", Config(max_tokens=limit))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from nanochin.base.cli import UserError
 from nanochin.config import FLOP_CONVENTIONS, make_shape
 from nanochin.options import FlopsOptions
 from nanochin.plan import flops
@@ -94,7 +93,6 @@ def test_every_row_by_hand():
     assert rows["activation"].elementwise == 3 * 6 * 5
     assert rows["biases"].elementwise == 3 * (12 + 4 + 12 + 4)
     assert rows["loss"].elementwise == 3 * 3 * 5
-    assert all(row.backward == 2 * (row.physical + row.elementwise) for row in rows.values())
 
 
 def test_conventions_by_hand():
@@ -157,16 +155,6 @@ def test_float64_beyond_int64():
     assert count_flops(shape, tokens)["6nd"] == float(want) and isinstance(count_flops(shape, tokens)["6nd"], float)
 
 
-def test_bad_input():
-    """Unknown conventions and impossible token counts are named."""
-    shape = make_shape(4, 1, vocab_size=5, seq_len=8)
-    with pytest.raises(UserError, match="`flops` tflops"):
-        flops_per_token(shape, "tflops")
-    for tokens in (0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match="`tokens`"):
-            count_flops(shape, tokens)
-
-
 def test_documented_error_of_6nd():
     """The tables in docs/flops.md are the command's output."""
     from bench.flops_error import table
@@ -206,8 +194,6 @@ def test_table_of_devices_is_consistent():
         if device.tf32 is not None:
             assert device.tf32 == pytest.approx(device.float16 / 2, rel=0.02)
         assert device.float16 >= 1.9 * device.float32 or name in ("L40", "RTX 3080")
-    with pytest.raises(UserError, match="`dtype` int8"):
-        peak_flops("NVIDIA H200", "int8")
 
 
 def test_floor_and_intensity_by_hand():

@@ -180,7 +180,6 @@ def test_given_values_are_kept():
         ({"budget": 1e14, "batch_tokens": 1000}, "`batch_tokens` 1000"),
         ({"model": (64, 2), "tokens": 1e6, "batch_tokens": 2**20}, "less than one step of `batch_tokens` 1048576"),
         ({"budget": 1e14, "lr": 0.0}, "`lr` 0"),
-        ({"budget": 1e14, "beta2": 1.0}, "`beta2` 1"),
         ({"model": (64, 2), "tokens": 1e6, "warmup_tokens": 2e6}, "`warmup_tokens` 2e.06"),
     ],
 )

@@ -22,7 +22,7 @@ STATE = {"seconds": 1.5, "lap": 1.25, "recent": [[2.5, 0.1]], "micro_batch": 4}
 def make(seed=0, kind="adamw", **options):
     """A small model after two optimizer steps, so that there are moments to save."""
     model = GPT(make_shape(16, 2, vocab_size=31, seq_len=8, **options), seed=seed)
-    optimizer = Adam(model, kind, 0.01, (0.9, 0.99), 0.1)
+    optimizer = Adam(model, kind, 0.01, (0.9, 0.99), 0.1, False)
     for _ in range(2):
         step(model, optimizer)
     return model, optimizer

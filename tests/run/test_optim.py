@@ -37,7 +37,7 @@ def test_steps_follow_the_formula(kind, as_tensor):
     model, lrs = nn.Linear(5, 3).double(), 2 * (0.01, 0.003, 0.07)
     model.tied = model.weight
     matrix, vector = model.weight.detach().clone(), model.bias.detach().clone()
-    optimizer = Adam(model, kind, lr=0.0, betas=(0.8, 0.95), weight_decay=0.3)
+    optimizer = Adam(model, kind, 0.0, (0.8, 0.95), 0.3, False)
     assert [tuple(p.shape) for p in optimizer.parameters] == [(3, 5), (3,)]
     tensor = torch.zeros((), dtype=torch.float64)
     gradients = [(torch.randn(3, 5, dtype=torch.float64), torch.randn(3, dtype=torch.float64)) for _ in lrs]
@@ -57,7 +57,7 @@ def test_rounded_weights():
     model = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[1.0, 1.0]]))
-    optimizer = Adam(model, "adamw", 1e-4, (0.9, 0.95), 0.0, rounded=True)
+    optimizer = Adam(model, "adamw", 1e-4, (0.9, 0.95), 0.0, True)
     for lr, want in ((1e-4, 1.0), (0.01, 0.98828125)):  # next below 1: 1 - 2^-8; 0.99 is nearest to 1 - 3 * 2^-8
         optimizer.lr = lr
         model.weight.grad = torch.ones(1, 2)
@@ -71,7 +71,7 @@ def test_the_compiler_is_not_imported(command):
 import sys, torch
 from nanochin.run.optim import Adam
 layer = torch.nn.Linear(2, 2)
-optimizer = Adam(layer, "adamw", 1e-3, (0.9, 0.95), 0.1)
+optimizer = Adam(layer, "adamw", 1e-3, (0.9, 0.95), 0.1, False)
 layer(torch.ones(1, 2)).sum().backward()
 optimizer.step()
 sys.exit("torch._dynamo" in sys.modules)

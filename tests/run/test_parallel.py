@@ -186,7 +186,7 @@ def copied(config, usual):
 def double() -> list[float]:
     """Losses of 50 steps of 2 sequences in float64, then the loss on other tokens."""
     model = GPT(make_shape(16, 1, vocab_size=31, seq_len=32), dtype=torch.float64).double()
-    optimizer = Adam(model, "adamw", 0.01, (0.9, 0.95), 0.1)
+    optimizer = Adam(model, "adamw", 0.01, (0.9, 0.95), 0.1, False)
     step = TrainingStep("eager", train.train_step, model, optimizer, 1, 1.0, 2)
     generator, ours = torch.Generator().manual_seed(0), parallel.share(2)
     batches = torch.randint(31, (STEPS, 2, 33), generator=generator)
@@ -319,7 +319,7 @@ def attempts() -> dict:
                 return pair
 
         model = GPT(make_shape(16, 1, vocab_size=31, seq_len=8))
-        optimizer = Adam(model, "adamw", 0.01, (0.9, 0.95), 0.1)
+        optimizer = Adam(model, "adamw", 0.01, (0.9, 0.95), 0.1, False)
         kind = name.split(",")[0].replace("later", "eager")
         step = TrainingStep(kind, function, model, optimizer, 4, 1.0, 8, said.append, Replay)
         batches = torch.randint(31, (6, 8, 9), generator=torch.Generator().manual_seed(0))

@@ -63,7 +63,7 @@ def losses(config):
 def made(kind="eager", function=train.train_step, micro_batch=4, device=CPU, say=print, capture=Replay, **options):
     """A step of a model of width 16."""
     model = GPT(make_shape(16, 1, vocab_size=31, seq_len=8, **options)).to(device)
-    optimizer = Adam(model, "adamw", 0.01, (0.9, 0.95), 0.1)
+    optimizer = Adam(model, "adamw", 0.01, (0.9, 0.95), 0.1, False)
     return TrainingStep(kind, function, model, optimizer, micro_batch, 1.0, 0, say, capture)
 
 
