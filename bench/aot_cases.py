@@ -8,7 +8,7 @@ TUNED = (80, 90, 100)  # targets with their own tiles, for which every configura
 CONSUMER = (86, 89, 120)  # targets for which only the most used are
 MMA = {90: "HGMMA", 100: "UTC"}  # tensor-core instructions that attention must use by target, on others HMMA
 # Types of arguments that are not constexpr, by name; all others are pointers to numbers of the activations' dtype.
-TYPES = dict.fromkeys(("M", "V", "C", "F", "T", "H", "stride"), "i32")
+TYPES = dict.fromkeys(("M", "V", "C", "F", "T", "H", "stride", "ignore_index"), "i32")
 TYPES |= dict.fromkeys(("eps", "scale", "z_loss"), "fp32") | {"Targets": "*i64"}
 TYPES |= dict.fromkeys(("W", "B", "Stats", "Partial", "Table", "R", "Loss"), "*fp32")
 TYPES |= dict.fromkeys(("lse", "delta", "lse_m", "delta_m", "table", "r"), "*fp32")
@@ -94,5 +94,5 @@ def builds_for(capability: int) -> Iterator[Build]:
 
     for V, train in ((V, train) for V in (256, 8192, 50257) for train in (False, True)):
         label, config = f"cross-entropy{' and gradient' * train} bf16 V{V}", cross_entropy._config(V, train)
-        gate, odd = V == 50257 and train, ("M", "V")
+        gate, odd = V == 50257 and train, ("M", "V", "ignore_index")
         yield build(cross_entropy._loss_and_gradient, label, config | {"GRADIENT": train}, gate, odd)

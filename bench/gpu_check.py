@@ -37,7 +37,7 @@ SIZES = {
 KINDS, PEERS = ("graph", "eager", "compile"), ("nanoGPT flash", "nanoGPT cudnn")
 # Operations in bench.kernels, with their shapes.
 ATTENTION = tuple(f"attention D{D} T{T}" for T in (1024, 2048) for D in (64, 128))
-NORM, LOSS = "add_norm C768", "linear_cross_entropy C768 V50257 M16384"
+NORM, LOSS = "add_rms_norm C768", "linear_cross_entropy C768 V50257 M16384"
 PYTEST = (sys.executable, "-m", "pytest", "-o", "addopts=", "--import-mode=importlib", "-q", "-rf", "--tb=line")
 TESTS = "(dtype2 or bfloat16 or graph or kinds_agree or losses) and not sm_80"
 KERNEL_TESTS = ("triton_backend", "norms", "cross_entropy", "activation", "rotary", "attention")  # the longest last

@@ -81,7 +81,7 @@ def _forward(X, Y, M, F, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _backward(G, X, DX, Y, M, F, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The gradient of x, and the output of the forward."""
+    """The gradient of x, and the output of the forward unless Y is None."""
     rows, cols, inside = _tile(M, F, ROWS, BLOCK)
     g = tl.load(G + rows * F + cols, mask=inside, other=0.0).to(tl.float32)
     if KIND == "swiglu":
@@ -96,7 +96,8 @@ def _backward(G, X, DX, Y, M, F, KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: 
         x = tl.load(X + rows * F + cols, mask=inside, other=0.0).to(tl.float32)
         tl.store(DX + rows * F + cols, (g * _slope(x, KIND)).to(DX.dtype.element_ty), mask=inside)
         y = _value(x, KIND)
-    tl.store(Y + rows * F + cols, y.to(Y.dtype.element_ty), mask=inside)
+    if Y is not None:
+        tl.store(Y + rows * F + cols, y.to(Y.dtype.element_ty), mask=inside)
 
 
 def _config(F: int) -> dict:
@@ -105,7 +106,7 @@ def _config(F: int) -> dict:
     return {"ROWS": 2048 // block, "BLOCK": block, "num_warps": 4}
 
 
-def _launch(kernel, *tensors: Tensor, like: Tensor, kind: str) -> None:
+def _launch(kernel, *tensors: Tensor | None, like: Tensor, kind: str) -> None:
     """Launch over the (M, F) outputs, which have the shape of `like`. Without a gate all numbers form one row."""
     F = like.shape[-1] if kind == "swiglu" else like.numel()
     M = like.numel() // F
@@ -129,17 +130,29 @@ def _output(x, kind):
 
 
 @torch.library.custom_op("nanochin::activation_backward", mutates_args=())
-def activate_backward(grad: Tensor, x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """-> gradient of x; activate(x)."""
+def activate_backward(grad: Tensor, x: Tensor, kind: str, recompute: bool) -> tuple[Tensor, Tensor]:
+    """-> gradient of x; activate(x), empty unless `recompute`."""
     grad, x = grad.contiguous(), x.contiguous()
-    dx, y = _backward_outputs(grad, x, kind)
-    _launch(_backward, grad, x, dx, y, like=grad, kind=kind)
+    dx, y = _backward_outputs(grad, x, kind, recompute)
+    _launch(_backward, grad, x, dx, y if recompute else None, like=grad, kind=kind)
     return dx, y
 
 
 @activate_backward.register_fake
-def _backward_outputs(grad, x, kind):
-    return x.new_empty(x.shape), x.new_empty(grad.shape)
+def _backward_outputs(grad, x, kind, recompute):
+    return x.new_empty(x.shape), x.new_empty(grad.shape if recompute else 0)
+
+
+def _setup_context(ctx, inputs, output):
+    x, ctx.kind = inputs
+    ctx.save_for_backward(x)
+
+
+def _autograd(ctx, grad):
+    return activate_backward(grad, *ctx.saved_tensors, ctx.kind, False)[0], None
+
+
+activate.register_autograd(_autograd, setup_context=_setup_context)
 
 
 class _ActivationLinear(torch.autograd.Function):
@@ -154,9 +167,10 @@ class _ActivationLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        dx, a = activate_backward(grad @ weight, x, ctx.kind)
+        train_weight = ctx.needs_input_grad[1]
+        dx, a = activate_backward(grad @ weight, x, ctx.kind, train_weight)
         rows = grad.flatten(0, -2)
-        return dx, rows.T @ a.flatten(0, -2), rows.sum(0) if ctx.bias else None, None
+        return dx, rows.T @ a.flatten(0, -2) if train_weight else None, rows.sum(0) if ctx.bias else None, None
 
 
 def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:

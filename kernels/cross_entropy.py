@@ -3,8 +3,8 @@
 For a row x = h W^T of logits (V,) and its target t, in float32:
     loss  =  log Z - x_t + z (log Z)^2,  log Z = m + log(sum(exp(x - m))),  m = max(x)
     dx    =  p (1 + 2 z log Z) - [v = t],  p = exp(x - m) / sum(exp(x - m))
-and then dh = dx W, dW = dx^T h. The result is the mean over the rows whose target is not -1, 0 if there are none;
-ignored rows have loss 0 and dx = 0.
+and then dh = dx W, dW = dx^T h. The result is the mean over the rows whose target is not `ignore_index`, 0 if there
+are none; ignored rows have loss 0 and dx = 0.
 
 The logits are the largest tensor of a small model (V = 50k, 64k tokens: 6.6 GB in bf16, three times that with float32
 copies and gradients). So the forward processes the rows in chunks of at most CHUNK_BYTES: cuBLAS computes the logits,
@@ -17,14 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import reference
-
-IGNORED = tl.constexpr(reference.IGNORED)
 CHUNK_BYTES = 2**30  # of logits; 10,000 rows at V = 50k in bf16, enough for full-speed matrix products
 
 
 @triton.jit
-def _loss_and_gradient(Logits, Targets, Loss, M, V, stride, z_loss,
+def _loss_and_gradient(Logits, Targets, Loss, M, V, stride, ignore_index, z_loss,
                        GRADIENT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """Replaces Logits (M, V), each row padded to `stride`, by their gradients. Masks end at the stride, a multiple of
     64, for 16-byte accesses; values in the padding do not matter. The second pass reads from the L2 cache if the rows
@@ -33,8 +30,8 @@ def _loss_and_gradient(Logits, Targets, Loss, M, V, stride, z_loss,
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = rows < M
     row = Logits + rows.to(tl.int64) * stride
-    target = tl.load(Targets + rows, mask=real, other=IGNORED)
-    keep = target != IGNORED
+    target = tl.load(Targets + rows, mask=real, other=ignore_index)
+    keep = real & (target != ignore_index)
     # A target outside the vocabulary makes the loss NaN; nothing is read out of bounds.
     right = tl.load(row + target, mask=keep & (target >= 0) & (target < V), other=float("nan")).to(tl.float32)
 
@@ -55,6 +52,7 @@ def _loss_and_gradient(Logits, Targets, Loss, M, V, stride, z_loss,
 
     if GRADIENT:
         scale = tl.where(keep, (1 + 2 * z_loss * log_z) / Z, 0.0)
+        target = tl.where(keep, target, -1)
         for start in range(0, stride, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             inside = real[:, None] & (cols < stride)[None, :]
@@ -77,7 +75,7 @@ def _config(V: int, train: bool) -> dict:
 
 @torch.library.custom_op("nanochin::linear_cross_entropy", mutates_args=())
 def head(
-    h: Tensor, weight: Tensor, targets: Tensor, z_loss: float, train: bool
+    h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, z_loss: float, train: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> mean loss, number of targets not ignored (float32 scalars), and, still to be divided by that number, dh (M, C)
     and dweight (V, C, float32); empty unless `train`. Matrix products are in the dtype of h."""
@@ -85,7 +83,7 @@ def head(
     M, V = len(h), len(weight)
     if targets.shape != (M,):
         raise ValueError(f"targets of shape {tuple(targets.shape)} for {M} rows")
-    _, _, dh, dweight = _outputs(h, weight, targets, z_loss, train)
+    _, _, dh, dweight = _outputs(h, weight, targets, ignore_index, z_loss, train)
     losses = h.new_empty(M, dtype=torch.float32)
     config = _config(V, train)
     stride = triton.cdiv(V, 64) * 64  # unaligned rows slow the kernel and the matrix products
@@ -100,17 +98,17 @@ def head(
         logits = buffer[: len(x), :V]
         torch.mm(x, weight.T, out=logits)
         _loss_and_gradient[(triton.cdiv(len(x), config["ROWS"]),)](
-            logits, target, loss, len(x), V, stride, z_loss, GRADIENT=train, **config
+            logits, target, loss, len(x), V, stride, ignore_index, z_loss, GRADIENT=train, **config
         )
         if train:
             torch.mm(logits, weight, out=dh[chunk])
             _add_product(dweight, logits, x, first=start == 0)
-    count = (targets != reference.IGNORED).sum().clamp(min=1).float()
+    count = (targets != ignore_index).sum().clamp(min=1).float()
     return losses.sum() / count, count, dh, dweight
 
 
 @head.register_fake
-def _outputs(h, weight, targets, z_loss, train):
+def _outputs(h, weight, targets, ignore_index, z_loss, train):
     scalars = h.new_empty((), dtype=torch.float32), h.new_empty((), dtype=torch.float32)
     shapes = (h.shape, weight.shape) if train else (0, 0)
     return *scalars, h.new_empty(shapes[0]), h.new_empty(shapes[1], dtype=torch.float32)
@@ -136,15 +134,17 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad, *_):
     count, dh, dweight = ctx.saved_tensors
     scale = (grad / count)[None]  # (1,): a scalar tensor would not promote bf16 to float32
-    return (dh * scale).to(dh.dtype), (dweight * scale).to(ctx.dtype), None, None, None
+    return (dh * scale).to(dh.dtype), (dweight * scale).to(ctx.dtype), None, None, None, None
 
 
 head.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
+) -> Tensor:
     """`kernels.ops.linear_cross_entropy`; NaN if a target is outside 0..V-1. The weight may be float32 and h half
     precision; the weight's gradient is then float32, never rounded to half. Raises ValueError unless h has one target
     per row."""
     train = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    return head(h, weight, targets, z_loss, train)[0]
+    return head(h, weight, targets, ignore_index, z_loss, train)[0]

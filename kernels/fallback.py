@@ -23,25 +23,23 @@ def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bo
     return y.transpose(1, 2).reshape(B, T, C3 // 3)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    if kind == "rmsnorm":  # on a CPU PyTorch's is a chain of elementwise operations, and so is its derivative
-        return _RMSNorm.apply(x, weight)
-    bias = None if bias is None else bias.to(x.dtype)
-    return F.layer_norm(x, weight.shape, weight.to(x.dtype), bias, reference.EPS[kind])
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    # On a CPU PyTorch's RMSNorm is a chain of elementwise operations, and so is its derivative.
+    return _RMSNorm.apply(x, weight, eps)
 
 
-def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     total = x + residual
-    return norm(total, weight, bias, kind), total
+    return rms_norm(total, weight, eps), total
 
 
 class _RMSNorm(torch.autograd.Function):
     """y = w x r with r = (x.x / C + eps)^(-1/2):  dx = r w g - x r^3 (w g . x) / C,  dw = sum over rows of g x r."""
 
     @staticmethod
-    def forward(ctx, x, weight):
+    def forward(ctx, x, weight, eps):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x))
-        r = (norm.square() / x.shape[-1] + reference.EPS["rmsnorm"]).rsqrt()  # (..., 1)
+        r = (norm.square() / x.shape[-1] + eps).rsqrt()  # (..., 1)
         ctx.save_for_backward(x, weight, r)
         # A new tensor: torch.compile in 2.11 gives no gradient to an output that is also an intermediate result.
         return (x * r).mul_(weight).to(x.dtype).view_as(x)
@@ -54,7 +52,18 @@ class _RMSNorm(torch.autograd.Function):
         dweight = torch.mv(gx.T, r.view(-1))  # (C,)
         dot = (gx @ weight).view_as(r)  # (..., 1)
         dx = (grad * weight).mul_(r).addcmul_(x, dot * r**3, value=-1 / C)
-        return dx.to(x.dtype), dweight
+        return dx.to(x.dtype), dweight, None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
 
 
 def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False, start: int = 0) -> Tensor:
@@ -63,7 +72,7 @@ def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False
     D = C3 // 3 // n_heads
     if qk_norm:
         qk, v = qkv.view(B, T, 3 * n_heads, D).split((2 * n_heads, n_heads), dim=2)  # (B, T, 2H, D), (B, T, H, D)
-        qkv = torch.cat((F.rms_norm(qk, (D,), eps=reference.EPS["rmsnorm"]), v), dim=2).view(B, T, C3)
+        qkv = torch.cat((F.rms_norm(qk, (D,), eps=1e-6), v), dim=2).view(B, T, C3)
     if theta is not None:
         factors = _kept(_rotation_factors, start + T, n_heads, D, theta, qkv.device, qkv.dtype)[start:]
         qkv = _Rotation.apply(qkv, factors, D // 2)
@@ -136,10 +145,12 @@ def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str)
     return F.linear(activation(x, kind), weight, bias)
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
+) -> Tensor:
     # Inside the Function gradients are always off, and weights require them in evaluation too.
     train = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
-    return _LinearCrossEntropy.apply(h, weight, targets, z_loss, train)
+    return _LinearCrossEntropy.apply(h, weight, targets, ignore_index, z_loss, train)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -147,9 +158,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     them. (The idea of Liger-Kernel, Hsu et al. 2024.)"""
 
     @staticmethod
-    def forward(ctx, h, weight, targets, z_loss, train):
+    def forward(ctx, h, weight, targets, ignore_index, z_loss, train):
         wide = _wide(h)
-        keep = targets != reference.IGNORED
+        keep = targets != ignore_index
         targets = torch.where(keep, targets, 0)[:, None]
         keep = keep.to(wide)
         loss = torch.zeros((), dtype=wide, device=h.device)
@@ -177,7 +188,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dh, dweight, count = ctx.saved_tensors
         scale = grad / count
-        return dh * scale.to(dh.dtype), (dweight * scale).to(ctx.dtype), None, None, None
+        return dh * scale.to(dh.dtype), (dweight * scale).to(ctx.dtype), None, None, None, None
 
 
 def _wide(x: Tensor) -> torch.dtype:

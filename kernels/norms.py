@@ -21,8 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.reference import EPS
-
 MAX_WIDTH = 32768  # a row must fit the registers of one program
 
 
@@ -110,8 +108,8 @@ def _processors(device: torch.device) -> int:
 
 
 @torch.library.custom_op("nanochin::norm", mutates_args=())
-def _norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, kind: str
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, centred: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> normed (..., C); x + residual (..., C), empty without a residual; 1/std (and mean) of each row, (1 or 2, M).
 
@@ -125,23 +123,23 @@ def _norm(
         raise ValueError(f"norm: residual is {residual.dtype} {tuple(residual.shape)}, x is {x.dtype} {tuple(x.shape)}")
     if any(p is not None and p.shape != (C,) for p in (weight, bias)):
         raise ValueError(f"norm over {C} numbers: needs {C} weights, not {tuple(weight.shape)}")
-    normed, total, stats = _outputs(x, residual, weight, bias, kind)
+    normed, total, stats = _norm_outputs(x, residual, weight, bias, eps, centred)
     config = _forward_config(C)
     _forward[(triton.cdiv(M, config["ROWS"]),)](
-        x, residual, weight, bias, normed, total, stats, M, C, EPS[kind],
-        CENTRED=kind == "layernorm", ADD=residual is not None, BIAS=bias is not None, **config)  # fmt: skip
+        x, residual, weight, bias, normed, total, stats, M, C, eps,
+        CENTRED=centred, ADD=residual is not None, BIAS=bias is not None, **config)  # fmt: skip
     return normed, total, stats
 
 
-@_norm.register_fake
-def _outputs(x, residual, weight, bias, kind):
+@norm.register_fake
+def _norm_outputs(x, residual, weight, bias, eps, centred):
     M = x.numel() // x.shape[-1]
     total = x.new_empty(0 if residual is None else x.shape)
-    return x.new_empty(x.shape), total, x.new_empty((1 + (kind == "layernorm"), M), dtype=torch.float32)
+    return x.new_empty(x.shape), total, x.new_empty((1 + centred, M), dtype=torch.float32)
 
 
 @torch.library.custom_op("nanochin::norm_backward", mutates_args=())
-def _norm_backward(
+def norm_backward(
     grad: Tensor, grad_total: Tensor | None, x: Tensor, weight: Tensor, stats: Tensor, bias: bool
 ) -> tuple[Tensor, Tensor]:
     """-> gradient of x and of the residual (..., C); gradients of weight (and bias), float32 (1 or 2, C)."""
@@ -157,13 +155,13 @@ def _norm_backward(
     return dx, partial.sum(1)
 
 
-@_norm_backward.register_fake
+@norm_backward.register_fake
 def _(grad, grad_total, x, weight, stats, bias):
     return x.new_empty(x.shape), x.new_empty((1 + bias, x.shape[-1]), dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
-    x, residual, weight, bias, _ = inputs
+    x, residual, weight, bias, _, _ = inputs
     _, total, stats = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(stats)
@@ -176,25 +174,36 @@ def _autograd(ctx, grad, grad_total, _):
     if not ctx.residual:
         grad_total = None
     if grad is None:  # only the sum was used
-        return grad_total, grad_total, None, None, None
-    dx, dparameters = _norm_backward(grad, grad_total, x, weight, stats, ctx.bias is not None)
+        return grad_total, grad_total, None, None, None, None
+    dx, dparameters = norm_backward(grad, grad_total, x, weight, stats, ctx.bias is not None)
     dweight = dparameters[0].to(weight.dtype)
     dbias = None if ctx.bias is None else dparameters[1].to(ctx.bias)
-    return dx, dx if ctx.residual else None, dweight, dbias, None
+    return dx, dx if ctx.residual else None, dweight, dbias, None, None
 
 
-_norm.register_autograd(_autograd, setup_context=_setup_context)
+norm.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def _contiguous(*tensors):
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """`kernels.ops.norm`."""
-    return _norm(x, None, weight, bias, kind)[0]
+# The functions that `kernels.ops` documents
 
 
-def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
-    """`kernels.ops.add_norm`."""
-    return _norm(x, residual, weight, bias, kind)[:2]
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    return norm(x, None, weight, None, eps, False)[0]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    return norm(x, None, weight, bias, eps, True)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    return norm(x, residual, weight, None, eps, False)[:2]
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    return norm(x, residual, weight, bias, eps, True)[:2]

@@ -26,15 +26,26 @@ def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bo
     return _implementation("attention", qkv, fits)(qkv, n_heads, theta, qk_norm)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    """`rmsnorm`, x / rms(x) * weight over the last dimension, or `layernorm`, (x - mean) / std * weight + bias:
-    x (..., C), weight and bias (C,) -> (..., C)."""
-    return _implementation("norm", x)(x, weight, bias, kind)
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """x / rms(x) * weight over the last dimension: x (..., C), weight (C,) -> (..., C)."""
+    return _implementation("rms_norm", x)(x, weight, eps)
 
 
-def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
-    """(norm(x + residual), x + residual), both (..., C)."""
-    return _implementation("add_norm", x)(x, residual, weight, bias, kind)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    """(x - mean) / std * weight + bias over the last dimension: x (..., C), weight and bias (C,) -> (..., C)."""
+    return _implementation("layer_norm", x)(x, weight, bias, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), both (..., C)."""
+    return _implementation("add_rms_norm", x)(x, residual, weight, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual), both (..., C)."""
+    return _implementation("add_layer_norm", x)(x, residual, weight, bias, eps)
 
 
 def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
@@ -43,17 +54,19 @@ def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str)
     return _implementation("activation_linear", x)(x, weight, bias, kind)
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Mean over the targets that are not -1 of -log softmax(h weight^T)[target] + z_loss log(Z)^2, 0 if there are none:
-    h (M, C), weight (V, C), targets (M,) -> scalar, at least float32."""
-    return _implementation("linear_cross_entropy", h)(h, weight, targets, z_loss)
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
+) -> Tensor:
+    """Mean over the targets that are not `ignore_index` of -log softmax(h weight^T)[target] + z_loss log(Z)^2, 0 if
+    there are none: h (M, C), weight (V, C), targets (M,) -> scalar, at least float32."""
+    return _implementation("linear_cross_entropy", h)(h, weight, targets, ignore_index, z_loss)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The implementation
 
-TRITON_FILES = {"attention": "attention", "norm": "norms", "add_norm": "norms"}
-TRITON_FILES |= {"activation_linear": "activation", "linear_cross_entropy": "cross_entropy"}
+TRITON_FILES = {"attention": "attention", "activation_linear": "activation", "linear_cross_entropy": "cross_entropy"}
+TRITON_FILES |= dict.fromkeys(("rms_norm", "layer_norm", "add_rms_norm", "add_layer_norm"), "norms")
 
 
 def has_triton() -> bool:

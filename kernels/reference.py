@@ -7,9 +7,6 @@ functions.
 import torch
 from torch import Tensor
 
-EPS = {"rmsnorm": 1e-6, "layernorm": 1e-5}  # added to the mean square, or to the variance
-IGNORED = -1  # the target of a row that has none
-
 
 def attention(qkv: Tensor, n_heads: int, theta: float | None = None, qk_norm: bool = False) -> Tensor:
     """Causal softmax(Q K^T / sqrt(D)) V. Queries and keys first pass `rotary` with `theta` and `qk_norm`."""
@@ -31,7 +28,7 @@ def rotary(qkv: Tensor, n_heads: int, theta: float | None, qk_norm: bool = False
     D = C3 // 3 // n_heads
     q, k, v = qkv.view(B, T, 3, n_heads, D).unbind(2)  # each (B, T, H, D)
     if qk_norm:
-        q, k = (x * (x.square().mean(-1, keepdim=True) + EPS["rmsnorm"]).rsqrt() for x in (q, k))
+        q, k = (x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt() for x in (q, k))
     if theta is not None:
         cos, sin = rotary_table(T, D, theta, qkv.device)[:, None].to(qkv.dtype).chunk(2, dim=-1)  # (T, 1, D/2) each
         halves = [x.chunk(2, dim=-1) for x in (q, k)]
@@ -48,16 +45,26 @@ def rotary_table(T: int, D: int, theta: float, device: torch.device) -> Tensor:
     return torch.cat((angle.cos(), angle.sin()), dim=1).float().to(device)
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> Tensor:
-    if kind == "layernorm":
-        x = x - x.mean(-1, keepdim=True)
-    y = x * (x.square().mean(-1, keepdim=True) + EPS[kind]).rsqrt() * weight.to(x.dtype)
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt() * weight.to(x.dtype)
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def add_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     total = x + residual
-    return norm(total, weight, bias, kind), total
+    return rms_norm(total, weight, eps), total
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return layer_norm(total, weight, bias, eps), total
 
 
 def activation(x: Tensor, kind: str) -> Tensor:
@@ -77,8 +84,10 @@ def activation_linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: str)
     return y if bias is None else y + bias
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
-    keep = targets != IGNORED
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1, z_loss: float = 0.0
+) -> Tensor:
+    keep = targets != ignore_index
     logits = (h @ weight.to(h.dtype).T)[keep]  # (kept, V)
     log_z = logits.logsumexp(-1)
     nll = log_z - logits.gather(1, targets[keep][:, None])[:, 0]

@@ -28,24 +28,36 @@ class Linear(nn.Linear):
         return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
 
-class Norm(nn.Module):
-    """RMSNorm, or LayerNorm with an optional bias. `forward(x)` normalises; `add(x, residual)` normalises x + residual
-    and returns that sum too."""
+class RMSNorm(nn.Module):
+    """`forward(x)` normalises; `add(x, residual)` normalises x + residual and returns that sum too."""
 
     def __init__(self, shape: Shape):
         super().__init__()
-        self.kind = shape.norm
         self.weight = nn.Parameter(torch.ones(shape.width))
-        has_bias = shape.bias and shape.norm == "layernorm"
-        self.bias = nn.Parameter(torch.zeros(shape.width)) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.norm(x, self.weight, self.bias, self.kind)
+        return ops.rms_norm(x, self.weight)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.add_norm(x, residual, self.weight, self.bias, self.kind)
+        return ops.add_rms_norm(x, residual, self.weight)
 
 
+class LayerNorm(nn.Module):
+    """As RMSNorm, with an optional bias."""
+
+    def __init__(self, shape: Shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape.width))
+        self.bias = nn.Parameter(torch.zeros(shape.width)) if shape.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.add_layer_norm(x, residual, self.weight, self.bias)
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
 ROTARY_THETA = 10_000.0  # base of the rotary frequencies
 
 
@@ -82,10 +94,11 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape):
         super().__init__()
+        norm = NORMS[shape.norm]
         self.attention = Attention(shape)
-        self.norm1 = Norm(shape)
+        self.norm1 = norm(shape)
         self.feed_forward = FeedForward(shape)
-        self.norm2 = Norm(shape)
+        self.norm2 = norm(shape)
 
     def forward(self, h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         h, x = self.norm1.add(self.attention(h), x)
@@ -104,7 +117,7 @@ class GPT(nn.Module):
         self.shape, self.dtype, self.z_loss = shape, dtype, z_loss
         self.embed = nn.Embedding(shape.vocab_size, shape.width)
         self.positions = nn.Embedding(shape.seq_len, shape.width) if shape.positions == "learned" else None
-        self.norm = Norm(shape)
+        self.norm = NORMS[shape.norm](shape)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.head = self.embed if shape.tied else Linear(shape.width, shape.vocab_size, bias=False)
         self.init_weights(seed)

@@ -14,24 +14,24 @@ def sdpa(qkv: torch.Tensor, n_heads: int) -> torch.Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C3 // 3)
 
 
-EPS = {"rmsnorm": 1e-6, "layernorm": 1e-5}
+def torch_norm(name: str):
+    """F.rms_norm or F.layer_norm with the signature of our operation `name`."""
+    norm, eps = (F.rms_norm, 1e-6) if name.endswith("rms_norm") else (F.layer_norm, 1e-5)
+
+    def alone(x, *parameters):
+        return norm(x, x.shape[-1:], *(p.to(x.dtype) for p in parameters), eps=eps)
+
+    def added(x, residual, *parameters):
+        return alone(x + residual, *parameters), x + residual
+
+    return added if name.startswith("add") else alone
 
 
-def torch_norm(x, weight, bias, kind):
-    """F.rms_norm or F.layer_norm."""
-    how = (weight.to(x.dtype), *([] if bias is None else [bias.to(x.dtype)]))
-    return {"rmsnorm": F.rms_norm, "layernorm": F.layer_norm}[kind](x, x.shape[-1:], *how, eps=EPS[kind])
-
-
-def torch_add_norm(x, residual, *weights, **how):
-    return torch_norm(x + residual, *weights, **how), x + residual
-
-
-def torch_loss(h, weight, targets, z_loss=0.0):
+def torch_loss(h, weight, targets, ignore_index=-1, z_loss=0.0):
     """F.cross_entropy on materialised logits, at least float32."""
     logits = F.linear(h, weight).to(torch.promote_types(h.dtype, torch.float32))
-    keep = targets != -1
-    nll = F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
+    keep = targets != ignore_index
+    nll = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
     return (nll + z_loss * logits.logsumexp(-1).square()[keep].sum()) / keep.sum().clamp(min=1)
 
 

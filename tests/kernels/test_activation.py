@@ -17,24 +17,6 @@ def swiglu(x):
     return F.silu(gate) * up
 
 
-class Activate(torch.autograd.Function):
-    """The kernels without the matrix product."""
-
-    @staticmethod
-    def forward(ctx, x, kind):
-        ctx.kind = kind
-        ctx.save_for_backward(x)
-        return activation.activate(x, kind)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return activation.activate_backward(grad, *ctx.saved_tensors, ctx.kind)[0], None
-
-
-def activate(x, kind):
-    return Activate.apply(x, kind)
-
-
 TORCH = {"gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh"), "swiglu": swiglu}
 TORCH["relu2"] = lambda x: F.relu(x).square()
 SIZES = [(1, 2), (7, 66), (3, 5, 200), (2, 6000)]
@@ -46,7 +28,7 @@ SIZES += [(65536, 2 * 2048), (4096, 2 * 2731), (70_000, 48)] if CUDA else []
 @pytest.mark.parametrize("kind", TORCH)
 def test_activation(kind, size, dtype):
     """Values and gradients of all four kinds."""
-    compare(partial(activate, kind=kind), TORCH[kind], TORCH[kind], [randn(*size, scale=3.0)], dtype)
+    compare(partial(activation.activate, kind=kind), TORCH[kind], TORCH[kind], [randn(*size, scale=3.0)], dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -68,7 +50,7 @@ def test_activation_linear_saves_only_its_input():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         out = activation.activation_linear(x, weight, None, "gelu")
     assert [t.data_ptr() for t in saved] == [x.data_ptr(), weight.data_ptr()]
-    want = torch.autograd.grad(F.linear(activate(x, "gelu"), weight).sum(), (x, weight))
+    want = torch.autograd.grad(F.linear(activation.activate(x, "gelu"), weight).sum(), (x, weight))
     assert all(map(torch.equal, torch.autograd.grad(out.sum(), (x, weight)), want))
     frozen = activation.activation_linear(x, weight.detach(), None, "gelu")
     assert torch.equal(torch.autograd.grad(frozen.sum(), x)[0], want[0])
@@ -79,7 +61,7 @@ def test_activation_linear_saves_only_its_input():
 def test_extremes(kind):
     """Large numbers of either sign give finite values and gradients; NaN stays NaN."""
     x = torch.tensor([[3e4, -3e4, 0.0, -0.0, 100.0, -100.0]], device=DEVICE, requires_grad=True)
-    y = activate(x, kind)
+    y = activation.activate(x, kind)
     assert y.isfinite().all() and torch.autograd.grad(y.sum(), x)[0].isfinite().all()
     torch.testing.assert_close(y, TORCH[kind](x))
     assert activation.activate(torch.full((1, 4), torch.nan, device=DEVICE), kind).isnan().all()
@@ -89,8 +71,8 @@ def test_extremes(kind):
 def test_repeats_compiles_and_passes_opcheck(kind):
     """Bit-identical when repeated, compiled or transposed; torch.library's checks pass."""
     (x,) = parameters((10, 36))
-    repeats(lambda x: activate(x, kind), x)
-    repeats(lambda x: activate(x.T, kind), x)
-    torch.library.opcheck(activation.activate, (x.detach(), kind))
+    repeats(lambda x: activation.activate(x, kind), x)
+    repeats(lambda x: activation.activate(x.T, kind), x)
+    torch.library.opcheck(activation.activate, (x, kind))
     grad = torch.ones(10, 18 if kind == "swiglu" else 36, device=DEVICE)
-    torch.library.opcheck(activation.activate_backward, (grad, x.detach(), kind))
+    torch.library.opcheck(activation.activate_backward, (grad, x.detach(), kind, True))

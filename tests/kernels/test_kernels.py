@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from interpreted import DEVICE, MARKS, load_all
-from numerics import EPS, compare, draw_targets, parameters, randn, sdpa, torch_add_norm, torch_loss, torch_norm
+from numerics import compare, draw_targets, parameters, randn, sdpa, torch_loss, torch_norm
 
 import kernels
 from kernels import fallback, ops, reference
@@ -33,14 +33,10 @@ def cases():
             for operation in ("attention", "rotary"):
                 yield operation, None, [qkv], {"n_heads": H, "theta": theta, "qk_norm": qk_norm}
     for size in [(1, 8), (7, 96), (3, 129, 64), (2, 5, 33)]:
-        x, residual = randn(*size, scale=3.0), randn(*size, seed=1)
-        weight, bias = randn(size[-1], seed=2), randn(size[-1], seed=3)
-        for weights, options in (
-            ([weight], {"bias": None, "kind": "rmsnorm"}),
-            ([weight, bias], {"kind": "layernorm"}),
-        ):
-            yield "norm", partial(torch_norm, **options), [x, *weights], options
-            yield "add_norm", partial(torch_add_norm, **options), [x, residual, *weights], options
+        xs, ws = [randn(*size, scale=3.0), randn(*size, seed=1)], [randn(size[-1], seed=2), randn(size[-1], seed=3)]
+        for name, inputs in (("rms_norm", [xs[0], ws[0]]), ("layer_norm", [xs[0], *ws])):
+            yield name, torch_norm(name), inputs, {}
+            yield f"add_{name}", torch_norm(f"add_{name}"), [*xs, *inputs[1:]], {}
     for kind in ("gelu", "gelu_tanh", "relu2", "swiglu"):
         yield "activation", None, [randn(7, 66, scale=3.0)], {"kind": kind}
     for M, C, V in [(1, 8, 5), (7, 16, 257), (700, 24, 9000), (64, 32, 256)]:
@@ -60,18 +56,17 @@ def test_fallback(operation, theirs, inputs, options, dtype):
 
 @every_implementation
 def test_eps_of_norms(name):
-    """eps is added to the mean square or the variance: where these are eps / 3, the result is a half."""
-    norms, one = implementation(name), torch.tensor([[1.0, -1.0]], device=DEVICE)
-    for kind, eps in EPS.items():
-        x, how = one * (eps / 3) ** 0.5, (one[0] ** 2, None, kind)
-        torch.testing.assert_close(norms["norm"](x, *how), 0.5 * one)
-        torch.testing.assert_close(norms["add_norm"](x, 0 * x, *how)[0], 0.5 * one)
+    """eps is added to the mean square or the variance: here both are 1, and 1 / sqrt(1 + 3) is a half."""
+    norms, x = implementation(name), torch.tensor([[1.0, -1.0]], device=DEVICE)
+    for norm, weights in (("rms_norm", [x[0] ** 2]), ("layer_norm", [x[0] ** 2, None])):
+        assert norms[norm](x, *weights, 3.0).tolist() == [[0.5, -0.5]]
+        assert norms[f"add_{norm}"](x, 0 * x, *weights, 3.0)[0].tolist() == [[0.5, -0.5]]
 
 
 @every_implementation
 def test_loss_at_the_edges(name):
-    """No targets: loss 0 and gradient 0. Huge logits stay finite, equal logits give ln V, rows without a target do not
-    count, and without gradients the loss is the same."""
+    """No targets: loss 0 and gradient 0. Huge logits stay finite, equal logits give ln V, another ignore index works,
+    and without gradients the loss is the same."""
     loss = implementation(name)["linear_cross_entropy"]
     h, w = parameters((6, 8), (11, 8))
     none = loss(h, w, torch.full((6,), -1, device=DEVICE))
@@ -80,12 +75,10 @@ def test_loss_at_the_edges(name):
     huge = loss(1e4 * h, w, targets)
     assert huge.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(huge, (h, w)))
     assert loss(0 * h, w, targets).item() == pytest.approx(math.log(11), rel=1e-6)
-    kept = targets != 5
-    some = torch.where(kept, targets, -1)
-    ignored = loss(h, w, some)
+    ignored, kept = loss(h, w, targets, ignore_index=5), targets != 5
     torch.testing.assert_close(ignored, loss(h[kept], w, targets[kept]))
     with torch.no_grad():
-        evaluated = loss(h, w, some)
+        evaluated = loss(h, w, targets, ignore_index=5)
     assert torch.equal(evaluated, ignored) and not evaluated.requires_grad
 
 
@@ -118,18 +111,18 @@ def test_a_table_cached_in_inference_mode_works_in_training():
 def test_use_swaps_and_restores():
     """`use` selects another implementation only in its block, also if the block fails. In a nested block "auto" keeps
     the current one, and a function given by name takes precedence."""
-    x, how = randn(5, 33, scale=3.0).float(), (randn(33, seed=1).float(), None, "rmsnorm")
+    x, weight = randn(5, 33, scale=3.0).float(), randn(33, seed=1).float()
 
     def by(module) -> bool:
-        return torch.equal(ops.norm(x, *how), module.norm(x, *how))
+        return torch.equal(ops.rms_norm(x, weight), module.rms_norm(x, weight))
 
     assert by(fallback) and not by(reference)
     with pytest.raises(ZeroDivisionError), kernels.use("reference"):
         assert by(reference)
         with kernels.use("auto"):
             assert by(reference)
-        with kernels.use("fallback", norm=lambda x, *_: x):
-            assert torch.equal(ops.norm(x, *how), x)
+        with kernels.use("fallback", rms_norm=lambda x, *_: x):
+            assert torch.equal(ops.rms_norm(x, weight), x)
         assert by(reference)
         1 / 0  # noqa: B018
     assert by(fallback)
