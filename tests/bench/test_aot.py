@@ -55,9 +55,9 @@ def compiled(kernel, capability: int, size: int, warps: int, dtype: str = "fp16"
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_it_sees_registers_spill(capability):
-    """512 numbers a thread cannot fit 255 registers; 32 can, which are counted."""
-    reports = [compiled(normalise, capability, 16384, warps, dtype="fp32") for warps in (1, 16)]
-    assert reports[0].spills > 200
+    """256 numbers a thread cannot fit 255 registers; 32 can, which are counted."""
+    reports = [compiled(normalise, capability, 8192, warps, dtype="fp32") for warps in (1, 8)]
+    assert reports[0].spills > 0 and reports[0].registers == 255
     assert reports[1].spills == 0 and 32 < reports[1].registers < 128
     assert [len(aot.violations([report], {})) for report in reports] == [1, 0]
 

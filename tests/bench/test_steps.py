@@ -124,4 +124,4 @@ def test_throughput():
     (row,) = measure("t96", Options(rounds=1, steps=1, processes=(2,)))
     assert row[0].startswith("t96 nanochin eager, 2 processes") and float(row[1]) > 0
     with pytest.raises(UserError, match="ended early"):
-        measure("t96", Options(nanogpt="/nowhere"))
+        measure("t96", Options(nanogpt="/nowhere", processes=()))

@@ -50,10 +50,10 @@ GPT2_SWIGLU = {"norm": "layernorm", "positions": "learned", "activation": "swigl
 
 @pytest.mark.parametrize("options", [{}, {"qk_norm": True}, GPT2_SWIGLU], ids=["default", "qk_norm", "gpt2 swiglu"])
 def test_training_gives_the_same_losses(options):
-    """20 steps on Triton kernels and on PyTorch operations: relative differences of the losses are at most 1e-5, from
+    """12 steps on Triton kernels and on PyTorch operations: relative differences of the losses are at most 1e-5, from
     the order of float32 sums, and far below the drop in loss."""
     shape = make_shape(24, 1, vocab_size=101, seq_len=20, head_size=12, **options)
-    ours, theirs = train("triton", shape, 20), train("fallback", shape, 20)
+    ours, theirs = train("triton", shape, 12), train("fallback", shape, 12)
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert ours != theirs and theirs[-1] < theirs[0] - 0.5
 
