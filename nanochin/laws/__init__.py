@@ -26,6 +26,7 @@ from nanochin.laws.allocation import DataConstrained, compute_for_loss, inferenc
 from nanochin.laws.bootstrap import LEVELS, Bootstrap, bootstrap, bootstrap_seed_noise
 from nanochin.laws.checks import (
     HoldOut,
+    KaplanProcedure,
     Refit,
     delta_sensitivity,
     frontier_curvature,

@@ -248,6 +248,7 @@ class KaplanProcedure:
     levels: int  # number of C_kaplan tried; of these are bracketed:
     flops: np.ndarray
     params: np.ndarray  # N_opt (non-embedding) there
+    slopes: np.ndarray  # (replicates,): a with each draw of noise, nan with fewer than 2 bracketed levels
 
 
 def kaplan_procedure(
@@ -272,17 +273,18 @@ def kaplan_procedure(
             "Kaplan's procedure needs 2 levels of C_kaplan with a bracketed minimum over sizes, but "
             f"has {there.sum()}, tried at {few} budgets and at {BETWEEN} levels between"
         )
-    x, intervals = levels[there], {}
+    x, intervals, slopes = levels[there], {}, np.full(replicates, np.nan)
     _, (a, simulated) = line(x, np.log(optima[:, there]))
     if replicates and noise is not None:
         draws = both[0] + noise * np.random.default_rng(seed).standard_normal((replicates, len(N)))
         drawn = _kaplan_optima(N, C, draws, x)
         good = np.isfinite(drawn)
-        drawn, good = drawn[good.sum(1) >= 2], good[good.sum(1) >= 2]
-        if 2 * len(drawn) > replicates:
-            slopes = line(x, np.log(np.where(good, drawn, 1)), good.astype(float))[1]
-            intervals = {level: interval(slopes, level) for level in LEVELS}
-    return KaplanProcedure(float(a), float(simulated), intervals, between, len(levels), np.exp(x), optima[0, there])
+        enough = good.sum(1) >= 2
+        slopes[enough] = line(x, np.log(np.where(good, drawn, 1)[enough]), good[enough].astype(float))[1]
+        if 2 * enough.sum() > replicates:
+            intervals = {level: interval(slopes[enough], level) for level in LEVELS}
+    flops, params = np.exp(x), optima[0, there]
+    return KaplanProcedure(float(a), float(simulated), intervals, between, len(levels), flops, params, slopes)
 
 
 def _kaplan_optima(N, C, log_loss, levels) -> np.ndarray:

@@ -4,7 +4,6 @@ Intervals are 95%: Student's t over seeds with the standard deviation pooled ove
 runs for exponents; MOVER (Zou & Donner 2008) for the difference of two estimates with intervals.
 """
 
-import contextlib
 import json
 import math
 import re
@@ -154,25 +153,20 @@ def a_by_isoflop(kept: Kept) -> Effect:
     return Effect(fit.law.a, *laws.bootstrap(fit, replicates=2000).interval("a"))
 
 
-def a_along_curves(points: list[tuple[float, float, float]], noise: float) -> Effect:
+def kaplan_procedure(points: list[tuple[float, float, float]], noise: float) -> laws.KaplanProcedure:
     """a from losses at equal C, interpolated along each size's curve, as Kaplan et al. 2020. Points of curves are
-    (N, C, loss); the interval is that of noise on the log losses (Porian et al. 2024)."""
+    (N, C, loss); draws of noise on the log losses give its interval (Porian et al. 2024)."""
     N, C, loss = np.transpose(points)
-    found = laws.kaplan_procedure(N, C / (6 * N), loss, loss, noise=noise, replicates=1000)
+    return laws.kaplan_procedure(N, C / (6 * N), loss, loss, noise=noise, replicates=1000)
+
+
+def a_along_curves(points: list[tuple[float, float, float]], noise: float) -> Effect:
+    found = kaplan_procedure(points, noise)
     return Effect(found.a, *found.intervals.get(95, (math.nan, math.nan)))
 
 
-def recounted(before: list[tuple], after: list[tuple], noise: float, replicates: int = 300) -> Effect:
+def recounted(before: list[tuple], after: list[tuple], noise: float) -> Effect:
     """a along the curves `before` minus a along `after`, which have the same losses and, in each draw, noise."""
-
-    def both_of(draw) -> tuple[float, float]:
-        return tuple(laws.kaplan_procedure(N, C / (6 * N), loss * draw, loss).a for N, C, loss in both)
-
-    both = [np.transpose(points) for points in (before, after)]
-    x, y = both_of(1.0)
-    rng, drawn = np.random.default_rng(0), []
-    for _ in range(replicates):
-        with contextlib.suppress(laws.NotIdentified):
-            drawn.append(both_of(np.exp(noise * rng.standard_normal(len(before)))))
-    low, high = np.percentile(np.subtract(*np.transpose(drawn)), (2.5, 97.5))
-    return Effect(x - y, float(low), float(high), f"{x:.3f} - {y:.3f}")
+    x, y = (kaplan_procedure(points, noise) for points in (before, after))
+    low, high = np.nanpercentile(x.slopes - y.slopes, (2.5, 97.5))
+    return Effect(x.a - y.a, float(low), float(high), f"{x.a:.3f} - {y.a:.3f}")
