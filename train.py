@@ -196,8 +196,7 @@ def train(config: Config, quiet: bool = False, corpus: Corpus | None = None) -> 
             with watch.paused():
                 pending = [pair.tolist() for pair in recent]
                 check_finite(pending, step, run)
-                state = {"seconds": watch.seconds(), "lap": lap, "recent": pending}
-                state["micro_batch"] = train_on.micro_batch
+                state = {"seconds": watch.seconds(), "lap": lap, "recent": pending, "micro_batch": train_on.micro_batch}
                 checkpoint.save(run.folder, step, model, optimizer, state)
                 checkpoint.prune(run.folder, config.keep, config.save_steps)
                 last_save = time.monotonic()

@@ -7,7 +7,6 @@ For runs that are not timed, training is assumed proportional to its seconds in 
 models take longer per FLOP), the rest equal to that of a timed run.
 """
 
-import csv
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from bench.common import ROOT
 from nanochin.base.cli import UserError, opt, parse, run_command, to_arguments
 from nanochin.base.files import read_json
+from nanochin.runrow import RunRow, read_csv
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,8 @@ def main() -> None:
         raise UserError(f"the sweep failed: {done.stderr.strip() or done.stdout.strip()}")
     workers = int(next(line for line in done.stdout.splitlines() if " workers on " in line).split()[0])
     folder = out / "sweep" / Path(options.sweep).stem
-    with open(folder / "runs.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["status"] == "finished"]
-    outside = 1 - sum(float(row["seconds"]) for row in rows) / (workers * seconds)
+    rows = [row for row in read_csv(folder / "runs.csv").values() if row.status == "finished"]
+    outside = 1 - sum(row.seconds for row in rows) / (workers * seconds)
 
     chosen = rows[:: max(1, len(rows) // options.loop)][: options.loop] if options.loop else rows
     timed, training = time_loop(folder / "runs", out / "loop", chosen)
@@ -51,20 +50,20 @@ def main() -> None:
     print(f"the sweep takes {seconds / loop:.2f} of the loop's time")
 
 
-def time_loop(runs: Path, out: Path, rows: list[dict]) -> tuple[float, float]:
+def time_loop(runs: Path, out: Path, rows: list[RunRow]) -> tuple[float, float]:
     """(seconds of one train.py per row, with the options of that run; of these in training, by the summaries)."""
     start, training = time.perf_counter(), 0.0
     for row in rows:
-        options = read_json(runs / row["run"] / "config.json")["options"] | {"threads": None, "out": str(out)}
+        options = read_json(runs / row.run / "config.json")["options"] | {"threads": None, "out": str(out)}
         given = to_arguments({key: value for key, value in options.items() if value not in (None, [])})
         subprocess.run([sys.executable, str(ROOT / "train.py"), *given], check=True, capture_output=True)
-        training += read_json(out / row["run"] / "summary.json")["seconds"]
+        training += read_json(out / row.run / "summary.json")["seconds"]
     return time.perf_counter() - start, training
 
 
-def estimate_loop(timed: float, training: float, chosen: list[dict], rows: list[dict]) -> float:
+def estimate_loop(timed: float, training: float, chosen: list[RunRow], rows: list[RunRow]) -> float:
     """Seconds of a loop over all `rows`; the `chosen` took `timed`, of which `training` in training."""
-    share = sum(float(row["seconds"]) for row in chosen) / sum(float(row["seconds"]) for row in rows)
+    share = sum(row.seconds for row in chosen) / sum(row.seconds for row in rows)
     return training / share + (timed - training) * len(rows) / len(chosen)
 
 
