@@ -90,7 +90,7 @@ class FitOptions:
 @np.errstate(over="ignore", divide="ignore", invalid="ignore")  # laws of some replicates overflow: infinite, not wrong
 def main() -> None:
     options = parse(FitOptions, prog="fit.py", description=__doc__)
-    no_torchrun("start python fit.py")
+    no_torchrun("start fit.py by python")
     if len(options.loss_at) % 2:
         raise UserError("`loss_at`: give parameters and tokens in turn, such as 70e9 1.4e12")
     out = require_output(options)

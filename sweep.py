@@ -74,7 +74,7 @@ class SweepOptions:
 
 def main() -> int:
     options = parse(SweepOptions, prog="sweep.py", description=__doc__)
-    no_torchrun("start python sweep.py, which has workers of its own (`workers`, or `launcher` slurm)")
+    no_torchrun("start sweep.py by python: it has workers of its own (`workers`, or `launcher` slurm)")
     loggers.check(options.loggers)
     if options.slurm and options.launcher == "local":
         raise UserError("`slurm`: these are settings of jobs; give `launcher` slurm")

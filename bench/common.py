@@ -16,7 +16,7 @@ RESULTS = ROOT / "bench" / "results"
 
 @dataclass(frozen=True)
 class NoOptions:
-    """Of a bench that has none, but answers --help."""
+    """The options of a bench that has only --help."""
 
 
 def save(path: str, module: str, note: str, text: str) -> None:

@@ -6,7 +6,7 @@
 DIR/PART.jsonl gets a line per row as soon as it is measured. Run the same command again to measure the rows that are
 missing or failed. Each row has its own process, so that a hang, a crash or a broken CUDA context costs only one row.
 
-    first     tests of the kernels in bf16; 124M by graph and eager; operations beside their peers
+    first     124M by graph and eager; operations beside their peers; tests of the kernels in bf16
     second    124M beside nanoGPT (--nanogpt); train.py; compute-sanitizer; 124M compiled; other sizes, then nanoGPT's
 """
 
@@ -68,10 +68,10 @@ def plan_first(nanogpt: str | None, dry: bool) -> list[Row]:
     chosen = ("-m", "not slow", "-k", "bit_identical") if dry else ("-m", "gpu", "-n", "auto", "-k", TESTS)
     return [
         job("device", 60, dry, "about"),
-        Row("GPU tests", (*PYTEST, "--timeout=60", *chosen, *TESTED), 110),
         *(step("124M", kind, dry) for kind in ("graph", "eager")),
         job("attention", 90, dry, "cases", names=ATTENTION),
         job("norm, loss", 90, dry, "cases", names=(NORM, LOSS)),
+        Row("GPU tests", (*PYTEST, "--timeout=60", *chosen, *TESTED), 110),
     ]
 
 

@@ -100,7 +100,8 @@ def import_file(path: Path) -> ModuleType:
 
 
 def time_blocks(step: Callable[[], object], budget: float) -> list[float]:
-    """Seconds a step, of three blocks of steps that take about `budget` seconds in all."""
+    """Seconds a step, of three blocks of steps that take about `budget` seconds in all, or of one step each if these
+    are longer; two more steps warm up before each."""
     timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())  # waits for a GPU
     number = max(1, int(budget / 3 / timer.timeit(1).mean))
     return [timer.timeit(number).mean for _ in range(3)]

@@ -159,7 +159,7 @@ def main() -> None:
     print(text)
     if options.save:
         to = "nanoGPT's fastest variant" if options.nanogpt else "the first variant"
-        note = f"{options.threads} threads; speed and memory are ratios to {to}"
+        note = f"{options.threads} threads per process; peak memory of the first process; ratios are to {to}"
         save(options.save, "bench.train_throughput", note, text)
 
 

@@ -92,7 +92,7 @@ def _kept(make: Callable[..., Tensor], T: int, *others) -> Tensor:
     return _made_once(make, 1 << (T - 1).bit_length(), *others)[:T]  # sampling uses every T
 
 
-@functools.cache  # never freed: a captured step reads it in place
+@functools.cache  # never freed, since a captured step reads it in place: 28 MB at C 768, T 1024
 @torch.inference_mode(False)  # a table made while sampling may be used in training later
 def _made_once(make: Callable[..., Tensor], T: int, *others) -> Tensor:
     return make(T, *others)

@@ -107,17 +107,15 @@ MUTATIONS = {
     "kernels/reference.py": [
         (".triu(1)", ".triu(2)"),
         ("D**-0.5", "D**-1"),
-        (
-            "x * (x.square().mean(-1, keepdim=True) + EPS[kind]).rsqrt() * w",
-            "x * x.square().mean(-1, True).rsqrt() * w",
-        ),
+        ("x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * w", "x * x.square().mean(-1, True).rsqrt() * w"),
         ("keep.sum().clamp(min=1)", "len(targets)"),
         ("gate * gate.sigmoid() * up", "up * up.sigmoid() * gate"),
     ],
     "kernels/fallback.py": [
         ("is_causal=True", "is_causal=False"),
-        ("value=-sign", "value=sign"),
-        ('norm.square() / x.shape[-1] + reference.EPS["rmsnorm"]', "norm.square() / x.shape[-1]"),
+        ("(cos, cos, -sin, zero, zero, sin)", "(cos, cos, sin, zero, zero, -sin)"),
+        ("*ctx.saved_tensors, ctx.half, -1)", "*ctx.saved_tensors, ctx.half, 1)"),
+        ("norm.square() / x.shape[-1] + eps", "norm.square() / x.shape[-1]"),
         ("value=-1 / C", "value=1 / C"),
         ("-kept[:, None]", "-torch.ones_like(kept)[:, None]"),
         ("1 + 2 * z_loss * log_z", "1 + z_loss * log_z"),

@@ -73,7 +73,7 @@ def brief(error: Exception) -> str:
 def no_torchrun(instead: str) -> None:
     """Raises UserError with what to do `instead` if torchrun has started several processes of this command."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UserError(f"started by torchrun, which is for train.py: {instead}")
+        raise UserError(f"torchrun is for train.py only; {instead}")
 
 
 def opt(

@@ -24,9 +24,9 @@ from nanochin.data import formats
 from nanochin.data.text import File, Stage, Text, batches, char_start, fingerprint, read_text, split, thin, total_bytes
 from nanochin.data.tokenizer import Tokenizer, train_bpe
 
-VERSION = 1  # of the cache folder's content; part of its name
+VERSION = 2  # of the cache folder's content; part of its name
 SHARD = 100_000_000  # tokens per shard
-UNFINISHED = "unfinished"  # folder in the cache in which folders are built
+UNFINISHED = "nanochin-unfinished"  # folder in the cache in which folders are built
 BATCH = 1 << 20  # bytes of text that a thread encodes at a time
 BPE_SAMPLE = 1 << 25  # maximum bytes of text to train a BPE on
 
@@ -55,7 +55,7 @@ class Recipe:
 def build(folder: Path, recipe: Recipe, progress: Progress | None) -> None:
     """Build `folder` within UNFINISHED, a folder beside it, then move it. Deletes what killed runs left there."""
     temp = folder.parent / UNFINISHED / folder.name
-    for leftover in temp.parent.glob("*"):
+    for leftover in temp.parent.glob("*-" + 12 * "[0-9a-f]"):
         lock = nullcontext() if leftover == temp else FileLock(folder.with_name(f"{leftover.name}.lock"), timeout=0)
         with suppress(OSError), lock:  # no permission; or Timeout, an OSError: another run is still writing it
             shutil.rmtree(leftover)
@@ -103,9 +103,11 @@ def _write(temp: Path, recipe: Recipe, progress: Progress | None) -> dict:
     stage = Stage("tokenising", total_bytes(train) + total_bytes(val), progress)
     _write_shards(encode(text, train, tokenizer, stage), temp, "train")
     _write_shards(encode(val_text, val, tokenizer, stage), temp, "val")
-    val_sha = hashlib.sha256(b"".join(val_text.bytes[start:stop].tobytes() for start, stop in val)).hexdigest()
+    val_sha = hashlib.sha256()
+    for start, stop in val:
+        val_sha.update(val_text.bytes[start:stop])
     shutil.rmtree(temp / "text")
-    corpus = {"name": recipe.name, "data_sha": fingerprint(recipe.train), "val_sha": val_sha,
+    corpus = {"name": recipe.name, "data_sha": fingerprint(recipe.train), "val_sha": val_sha.hexdigest(),
         "train_bytes": total_bytes(train), "val_bytes": total_bytes(val), "documents": _count_documents(text, train),
         "val_documents": _count_documents(val_text, val), "skipped_records": sum(t.records for t in tallies),
         "skipped_bytes": sum(t.undecodable + t.nul for t in tallies), "notes": notes}  # fmt: skip

@@ -206,9 +206,11 @@ def _open_token_files(
         tokens, held_out = hold_out(tokens, keep)
     if not keep or len(held_out) < 2:
         raise UserError(f"{(val or train)[0].path}: too few tokens to hold some out for validation; give `val`")
-    val_sha = hashlib.sha256(b"".join(part.astype("<i8").tobytes() for part in held_out.parts)).hexdigest()
+    val_sha = hashlib.sha256()
+    for part in held_out.parts:
+        val_sha.update(part.astype("<i8"))
     val_bytes, format = _text_bytes(held_out, tokenizer), open_tokens(path, tokenizer.vocab_size).format
-    place = Path(path).parent
+    place, val_sha = Path(path).parent, val_sha.hexdigest()
     return Corpus(tokens, held_out, tokenizer, name, place, sha, val_sha, val_bytes, format=format, notes=tuple(said))
 
 

@@ -105,7 +105,7 @@ def readme(found: list[Decided]) -> str:
         "is outside, they do not; else they cannot decide. A claim is reproduced if all its main rules agree, and not "
         "reproduced if one does not. The rules are in "
         "[nanochin/report/rules.py](../../nanochin/report/rules.py), where they stood before the runs of "
-        "[sweeps/paper](../../sweeps/paper) were made."
+        "[sweeps/paper](../../sweeps/paper) were made; a claim's note says what changed after them."
     )
     parts = [
         "# The claims of the paper",

@@ -153,20 +153,21 @@ def a_by_isoflop(kept: Kept) -> Effect:
     return Effect(fit.law.a, *laws.bootstrap(fit, replicates=2000).interval("a"))
 
 
-def kaplan_procedure(points: list[tuple[float, float, float]], noise: float) -> laws.KaplanProcedure:
-    """a from losses at equal C, interpolated along each size's curve, as Kaplan et al. 2020. Points of curves are
-    (N, C, loss); draws of noise on the log losses give its interval (Porian et al. 2024)."""
+def along_curves(points: list[tuple[float, float, float]], noise: float) -> laws.KaplanProcedure:
+    """Kaplan's procedure (2020) on points of curves, (N, C, loss): losses at equal C, interpolated along each size's
+    curve, with draws of noise on the log losses (Porian et al. 2024)."""
     N, C, loss = np.transpose(points)
     return laws.kaplan_procedure(N, C / (6 * N), loss, loss, noise=noise, replicates=1000)
 
 
 def a_along_curves(points: list[tuple[float, float, float]], noise: float) -> Effect:
-    found = kaplan_procedure(points, noise)
+    """a by that procedure, with the interval of its draws."""
+    found = along_curves(points, noise)
     return Effect(found.a, *found.intervals.get(95, (math.nan, math.nan)))
 
 
 def recounted(before: list[tuple], after: list[tuple], noise: float) -> Effect:
     """a along the curves `before` minus a along `after`, which have the same losses and, in each draw, noise."""
-    x, y = (kaplan_procedure(points, noise) for points in (before, after))
+    x, y = (along_curves(points, noise) for points in (before, after))
     low, high = np.nanpercentile(x.slopes - y.slopes, (2.5, 97.5))
     return Effect(x.a - y.a, float(low), float(high), f"{x.a:.3f} - {y.a:.3f}")

@@ -273,8 +273,8 @@ CLAIMS = (
         },
         ("paper/kaplan-warmup", "paper/kaplan-cosine", "paper/kaplan-matched", "books-bpe"),
         note="From Kaplan's way to that of the paper a falls from 0.94 to 0.52 here, as from 0.86 to 0.52 in Porian et "
-        "al.; one seed at each size does not tell how much warm-up and schedule have of it. After the first look the "
-        "interval of the first effect was made to share the noise of both counts, whose losses are the same; as one of "
-        "independent estimates it was [0.023, 0.260].",
+        "al.; with one seed at each size it is not certain how much of this warm-up and schedule explain. After the "
+        "first look the interval of the first effect was computed with the same noise for both counts, since their "
+        "losses are the same; as for independent estimates it was [0.023, 0.260].",
     ),
 )

@@ -119,7 +119,8 @@ def _evaluation_cost(setup: Setup, early_tokens: int) -> str:
 
 
 def _untested(setup: Setup) -> str:
-    """A warning if the run is farther beyond the law's runs than its form was tested."""
+    """A warning if the run, by its exact FLOPs, is farther beyond the law's runs than its form was tested. (Its
+    interval is at the smooth cost of the law.)"""
     law, flops = setup.law, setup.plan.flops
     error, C = getattr(law, "form_error", None), flops.get(str(law.meta.get("flops_convention")), flops["physical"])
     if error is None or error.is_tested(C):
