@@ -271,7 +271,7 @@ def main(options: LadderOptions) -> None:
         print(_grid_table(grid, best, options), end="\n\n")
         total += sum(p.flops[options.flops] for p in grid)
     hours = f", {total / options.throughput / 3600:.3g} hours" if options.throughput else ""
-    print(f"total: {total:.3g} FLOPs ({options.flops}){hours}")
+    print(f"all shapes: {total:.3g} FLOPs ({options.flops}){hours}; * is what the law would train")
 
 
 def _grid_table(grid: list[Plan], best: Plan, options: LadderOptions) -> str:

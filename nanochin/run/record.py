@@ -108,11 +108,16 @@ def unlike(setup: Setup) -> str:
     """The first way in which this run is unlike those that its law was fitted to, so that the law does not predict its
     loss: another tokenizer, text, validation text or context. Empty if there is none."""
     meta, corpus = setup.law.meta, setup.corpus
-    now = {"tokenizer": corpus.tokenizer.name, "data_sha": corpus.data_sha}
-    later = {"val_sha": corpus.val_sha, "seq_len": str(setup.config.seq_len)}
-    for key, value in (now | {key: value for key, value in later.items() if meta.get(key) is not None}).items():
-        if meta.get(key) != value:
-            return f"the law's runs have {key} {meta.get(key) or 'unknown':.12}, this one {value:.12}"
+    facts = {
+        "tokenizer": ("the tokenizer", corpus.tokenizer.name),
+        "data_sha": ("the text", corpus.data_sha),
+        "val_sha": ("the validation text", corpus.val_sha),  # this and the next are not in older laws
+        "seq_len": ("a context of", str(setup.config.seq_len)),
+    }
+    for key, (name, value) in facts.items():
+        known = meta.get(key)
+        if known != value and (known is not None or key in ("tokenizer", "data_sha")):
+            return f"the law's runs have {name} {known or 'unknown':.12}, this one {value:.12}"
     return ""
 
 
