@@ -2,11 +2,14 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
+import fit
 from nanochin.report.kept import readme
 from nanochin.runrow import RunRow, read_csv
 
@@ -16,6 +19,21 @@ ROW = RunRow("a", params=2000, tokens=30_000, loss=2.5, flops=4e8, data_sha="d" 
 
 def text_of(found: dict | None = None, rows=(ROW,)) -> str:
     return readme("some", list(rows), found, {"runs.csv"}, ["python sweep.py some.toml"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda path: path.name)
+def test_kept_fits(folder, tmp_path, monkeypatch):
+    """fit.py on the kept rows gives the kept exponents and intervals."""
+    monkeypatch.setattr(sys, "argv", ["fit.py", str(folder), "--out", str(tmp_path), "--figures", "none"])
+    fit.main()
+    kept, found = (json.loads((place / "laws.json").read_text()) for place in (folder, tmp_path))
+    for key in ("approach1", "approach2", "approach3", "law"):
+        ours, theirs = (one[key] and one[key].get("frontier", one[key]) for one in (found, kept))
+        assert bool(ours) == bool(theirs)
+        if theirs:
+            for read in (lambda one: one["a"], lambda one: (one.get("ci") or {}).get("a")):  # null: no interval
+                np.testing.assert_allclose(*(np.array(read(one), float) for one in (ours, theirs)), rtol=1e-3)
 
 
 def law(**changes) -> dict:
